@@ -1,0 +1,193 @@
+"""The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
+
+`load(path, overrides)` returns a checked `Config` or raises `ConfigError`, whose message lists every problem at
+once (unknown keys with their nearest match, wrong types, impossible combinations). Sizes are pixels, clocks are
+images seen, and everything that changes the result of a run lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Folder of a sharded set (holds manifest.json), or the path of a manifest."""
+    image_size: int = 64
+    """Training resolution in pixels, square; a power of two, at least 32."""
+    workers: int = 1
+    """Loader processes per rank; 0 decodes in the training process."""
+    shuffle_window: int = 100_000
+    """Samples among which the order is shuffled at once, within an epoch; bounds what a reader may have open."""
+    flip: bool = True
+    """Mirror a picture left to right on every other visit, by the rule of (seed, images seen)."""
+    crop: float = 1.0
+    """Smallest share of the short side that a random crop keeps; 1 takes the central square."""
+    max_tokens: int = 32
+    """Captions are cut after this many tokens."""
+    on_bad: Literal["budget", "strict"] = "budget"
+    """A sample that cannot be used: `budget` replaces and counts it, `strict` stops the run."""
+    max_bad_fraction: float = 0.01
+    """`budget` stops the run when more than this share of the images seen had to be replaced."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    mode: Literal["dual", "shared", "frozen"] = "dual"
+    """`dual`: S_G and S_D apart; `shared`: one encoder that both losses train; `frozen`: a given embedding."""
+    encoder: Literal["lstm", "transformer"] = "lstm"
+    embedding: int = 256
+    """Width of a sentence or word embedding (both directions of the LSTM together)."""
+    layers: int = 1
+    heads: int = 4
+    """Attention heads; transformer only."""
+    dropout: float = 0.0
+    frozen: str = ""
+    """`mode: frozen` only: an exported folder whose encoder is reused, or a .safetensors table of caption vectors."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    noise: int = 64
+    condition: int = 128
+    """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
+    channels: tuple[int, ...] = (256, 256, 128, 64)
+    """Channels at 4, 8, 16, ... pixels, up to the last scale that is computed; the rest is pixel shuffle."""
+    blocks: int = 1
+    """Residual blocks per scale."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    """Channels from the finest computed scale down to 4 pixels."""
+    blocks: int = 1
+    embedding: int = 256
+    """Width of the alignment space: images and S_D sentences are compared there."""
+    condition: Literal["projection", "joint"] = "projection"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    mismatched: float = 0.5
+    """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
+    d_alignment: float = 1.0
+    g_alignment_text: float = 1.0
+    g_alignment_image: float = 1.0
+    temperature: float = 0.1
+    kl: float = 0.02
+    """Weight of the conditioning augmentation's KL divergence."""
+    penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
+    """`ma_gp`: DF-GAN's matching-aware gradient penalty; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
+    penalty_weight: float = 0.05
+    penalty_every: int = 8
+    """The penalty is computed on every n-th step and weighted n times (StyleGAN2, sec. 4: lazy regularisation)."""
+    penalty_sigma: float = 0.01
+    """Step of the finite difference; `fd_r1` only."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Differentiable augmentation (Zhao et al. 2020) of what D sees, real and fake alike."""
+
+    translation: float = 0.125
+    """Largest shift as a share of the side."""
+    color: float = 0.0
+    """Strength of brightness, saturation and contrast jitter, 0 to 1."""
+    cutout: float = 0.0
+    """Side of the square that is blanked, as a share of the picture's."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    generator_lr: float = 8e-4
+    discriminator_lr: float = 8e-4
+    text_lr_scale: float = 1.0
+    """Learning rate of the text encoders relative to their engine's."""
+    beta1: float = 0.0
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    warmup_images: int = 2_000
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls once `decay_start` of the images are seen."""
+    decay_start: float = 0.5
+    final_lr_scale: float = 0.0
+    gradient_clipping: float = 0.0
+    """Largest global gradient norm; 0 clips nothing. Always written: DeepSpeed's own default would be 1.0."""
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    half_life_images: int = 10_000
+    ramp: float = 0.05
+    """Early on the half-life is at most this share of the images seen (EDM, sec. F.2: EMA warm-up)."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    generator_stage: Literal[0, 1, 2, 3] = 0
+    discriminator_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 where the processor or GPU computes it natively, fp32 elsewhere."""
+    accumulation: int = 1
+    """Micro-batches per step and rank; the global batch stays."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where optimizer states live (ZeRO stage 1 to 3)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    total_images: int = 1_000_000
+    global_batch: int = 64
+    """Images per step, over all ranks and micro-batches."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_images: int = 50_000
+    keep_last: int = 2
+    keep_every_images: int = 0
+    """Besides the last ones, keep a checkpoint each time this many images have passed; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    every_steps: int = 20
+    """Steps between two lines of metrics.jsonl (and of the log, when not on a terminal)."""
+    sample_every_images: int = 20_000
+    sample_prompts: tuple[str, ...] = ()
+    """Captions of the sample grid; empty takes them from the held-out set, or from the training set."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "dist_t2i"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = ""
+    """Where the run lives; empty: runs/<name of the config file>."""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
