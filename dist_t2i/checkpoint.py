@@ -1,0 +1,265 @@
+"""Checkpoints that exist whole or not at all.
+
+    RUN/checkpoints/
+      latest                        text: the name of the newest committed checkpoint; replaced in one step
+      images-000001280/             committed: it came into being by one rename
+        generator.safetensors       fp32 weights, whole, by name: `generator.*`, `text_g.*`
+        discriminator.safetensors   `discriminator.*`, `text_d.*`
+        text.safetensors            `text.*` (text.mode=shared only)
+        ema.safetensors             the moving average of the generator and the encoder that it reads
+        optimizer-*.safetensors     AdamW's moments, one file per network
+        state.json                  images seen, counters, and the size and SHA-256 of every other file
+      .staging-XXXX/                being written, or left by a process that was killed: swept at the next save
+
+Tensors are gathered before they are written, so a checkpoint knows nothing of world size, ZeRO stage or precision, and
+any of them can read it. Everything random in a run is a function of (seed, images seen), so images seen is all the
+state that the data stream, the schedules and the noise have. Nothing here uses pickle.
+
+Order of events in `save`: write into the staging folder, fsync each file and the folder, rename, fsync the parent,
+replace `latest`, delete what retention no longer keeps (again by a rename first). A kill between any two of them leaves
+either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_t2i.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+STATE = "state.json"
+LATEST = "latest"
+NAME = re.compile(r"images-(\d{9,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint. `tensors(stem)` reads one of its files, `state` is what `save` was given."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """Images seen when it was saved."""
+        return int(self.state["images"])
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors (fp32, CPU) of `STEM.safetensors`. Raises CheckpointError when it is missing or unreadable."""
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{stem}.safetensors"
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own, undocumented types
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}).\nDelete the folder {self.folder.name} to go on from the one before."
+            ) from error
+
+
+def folder_of(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def committed(run: Path) -> list[Path]:
+    """Folders of the committed checkpoints, by images seen."""
+    root = folder_of(run)
+    found = [p for p in root.iterdir() if NAME.fullmatch(p.name)] if root.is_dir() else []
+    return sorted(found, key=_images)
+
+
+def save(
+    run: Path, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: Retention
+) -> Path:
+    """Commit a checkpoint and apply retention; returns its folder.
+
+    `files` maps a stem (`generator`) to fp32 CPU tensors by name. An existing checkpoint of the same `images` is
+    left as it is: the run is a function of images seen, so it holds the same. Only one process of a run may call this.
+    Raises CheckpointError when it cannot be written (disk full, no permission); earlier checkpoints are then untouched.
+    """
+    root = folder_of(run)
+    target = root / f"images-{images:09d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        if target.exists() and not _intact(target):
+            _remove(target)
+        if not target.exists():
+            staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+            try:
+                _write(staging, files, {"format": FORMAT, "images": images, **state})
+                os.rename(staging, target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            _sync(root)
+        _point_latest(root, target.name)
+        for folder in keep.expired([_images(p) for p in committed(run)]):
+            _remove(root / f"images-{folder:09d}")
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
+            "Earlier checkpoints are untouched. Free space or mend the permissions."
+        ) from error
+    return target
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last `last`, and those that are the first past each multiple of `every_images`."""
+
+    last: int = 2
+    every_images: int = 0
+
+    def expired(self, images: Iterable[int]) -> list[int]:
+        """Of checkpoints at these image counts (ascending), the ones to delete."""
+        ordered = sorted(images)
+        kept = set(ordered[-max(1, self.last) :])
+        if self.every_images > 0:
+            milestones: set[int] = set()
+            for count in ordered:
+                milestone = count // self.every_images
+                if milestone > 0 and milestone not in milestones:
+                    milestones.add(milestone)
+                    kept.add(count)
+        return [count for count in ordered if count not in kept]
+
+
+def load_latest(run: Path, *, warn=lambda message: None) -> Checkpoint | None:
+    """The newest checkpoint whose files are all there and have their checksums, or None when there is none at all.
+
+    A damaged one is passed over with a `warn`ing that names the file. Raises CheckpointError when every one is damaged.
+    """
+    folders = list(reversed(committed(run)))
+    pointer = _read_latest(folder_of(run))
+    folders.sort(key=lambda folder: folder.name != pointer)  # stable: `latest` first, then the newest
+    for folder in folders:
+        try:
+            return open_checkpoint(folder)
+        except CheckpointError as error:
+            warn(f"checkpoint passed over: {error}")
+    if folders:
+        raise CheckpointError(
+            f"none of the {len(folders)} checkpoints under {folder_of(run)} is intact.\n"
+            "Restore one from a copy, or start again in another folder."
+        )
+    return None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint with every file's size and SHA-256 checked. Raises CheckpointError naming the file that differs."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        listed = state["files"]
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: format {state['format']}, but this version reads format {FORMAT}.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing.")
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: does not have the size and checksum it was saved with.")
+    return Checkpoint(folder, state)
+
+
+# ---- the steps of a save ---------------------------------------------------------------------------------------------
+
+
+def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    from safetensors.torch import save as to_bytes
+
+    listed = {}
+    for stem, tensors in files.items():
+        name = f"{stem}.safetensors"
+        data = to_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata={"format": "pt"})
+        _write_synced(staging / name, data)
+        listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _write_synced(staging / STATE, json.dumps({**state, "files": listed}, indent=1).encode())
+    _sync(staging)
+    os.chmod(staging, 0o755 & ~_umask())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _point_latest(root: Path, name: str) -> None:
+    _write_synced(root / f".{LATEST}", f"{name}\n".encode())
+    os.replace(root / f".{LATEST}", root / LATEST)
+    _sync(root)
+
+
+def _read_latest(root: Path) -> str:
+    try:
+        return (root / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".staging-removed-{folder.name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    for leftover in root.glob(".staging-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _images(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name).group(1))

@@ -1,0 +1,322 @@
+"""One network under DeepSpeed ZeRO: the only file that knows DeepSpeed.
+
+A GAN needs two engines, and two engines in one process are easy to get silently wrong. The rules kept here:
+
+* the network is called as `engine.module(...)`, never as `engine(...)`: the latter fails in part of the stage pairs;
+* whatever takes part in the other network's loss is frozen meanwhile (`frozen()`), or its ZeRO hooks would count the
+  gradient as its own;
+* one `backward` per micro-batch: a second one is silently wrong at stages 1 to 3, so losses are summed first;
+* `gradient_clipping` is always written, because DeepSpeed's default clips at 1.0.
+
+State goes out and in as whole fp32 tensors by parameter name (`state()`, `load_state()`): the same whatever the world
+size, the ZeRO stage or the precision, so that a run can resume under any of them, and no pickle is involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_t2i.config import Config
+from dist_t2i.errors import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group (rank, world size and address come from the environment; see launch.py)."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # Shared-memory collectives for CPU ranks: DeepSpeed would compile them at start-up (a C++ compiler, ninja and 40 s)
+    # and gloo does the same work. `tests/test_engine.py` holds that this switch still works.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def native_precision(device: torch.device) -> str:
+    """`bf16` where the device multiplies it in hardware, else `fp32` (emulated bf16 is some 20 times slower)."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` as a concrete precision. Raises ConfigError for fp16 on a processor that lacks it."""
+    if precision == "auto":
+        return native_precision(device)
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError(
+            "engine.precision: this processor has no fp16 arithmetic (AVX512-FP16 or AMX-FP16).\n"
+            "Use engine.precision=fp32, or bf16, or a GPU."
+        )
+    return precision
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine needs to know of the run."""
+
+    name: str
+    stage: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    learning_rate: float
+    scales: dict[str, float]
+    """Learning-rate scale by the name of a direct child of the module; others get 1."""
+
+
+def deepspeed_config(spec: EngineSpec, config: Config, world_size: int, parameters: int) -> dict:
+    """The DeepSpeed configuration of one engine; every value that changes results is written out."""
+    bucket = max(1, min(parameters, 500_000_000))
+    zero: dict = {
+        "stage": spec.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": spec.stage >= 2,
+        "overlap_comm": False,
+    }
+    if spec.stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0 if parameters < 100_000_000 else 100_000
+    if config.engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": spec.micro_batch * spec.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": spec.micro_batch,
+        "gradient_accumulation_steps": spec.accumulation,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": spec.precision == "bf16"},
+        "fp16": {"enabled": spec.precision == "fp16", "initial_scale_power": 12, "loss_scale_window": 500},
+    }
+
+
+def effective_stage(stage: int, precision: str) -> int:
+    """Half precision needs fp32 masters, which DeepSpeed's stage 0 keeps without loss scaling: it runs as stage 1."""
+    return 1 if stage == 0 and precision != "fp32" else stage
+
+
+class NetworkEngine:
+    """A network, its AdamW and its ZeRO engine.
+
+    Raises ConfigError where DeepSpeed cannot run what the configuration asks for.
+    """
+
+    def __init__(self, module: nn.Module, spec: EngineSpec, config: Config, device: torch.device):
+        import deepspeed
+
+        self.name = spec.name
+        self.stage = effective_stage(spec.stage, spec.precision)
+        self.dtype = DTYPES[spec.precision]
+        self.device = device
+        self.accumulation = spec.accumulation
+        self._base_rate = spec.learning_rate
+        self.world_size = dist.get_world_size()
+        spec = EngineSpec(**{**vars(spec), "stage": self.stage})
+        module = module.to(device, memory_format=torch.channels_last)
+        groups = [
+            {"params": list(child.parameters()), "scale": spec.scales.get(name, 1.0), "name": name}
+            for name, child in module.named_children()
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=spec.learning_rate,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        parameters = sum(p.numel() for p in module.parameters())
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(spec, config, self.world_size, parameters),
+            dist_init_required=False,
+        )
+        self._parameters = dict(self.module.named_parameters())
+        self._gradient_norm = 0.0
+        self._create_optimizer_state()
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor that `backward` puts on a loss (1 but for fp16)."""
+        return float(self._zero.loss_scale) if self.dtype is torch.float16 else 1.0
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter takes a gradient inside: the network is only a function that the other one's loss passes."""
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar `loss` (the mean over this rank's micro-batch); call it once a micro-batch."""
+        self._engine.backward(loss)
+
+    def step(self, rate_scale: float) -> None:
+        """After a micro-batch's `backward`; updates the weights when the last of the step has been seen."""
+        for group in self._base_optimizer.param_groups:
+            group["lr"] = self._base_rate * rate_scale * group["scale"]
+        if self._engine.is_gradient_accumulation_boundary() and self.stage == 0:
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        if self.stage > 0:
+            self._gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's global gradient, before clipping (inf where fp16 overflowed and skipped the step)."""
+        return self._gradient_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that fp16 skipped because a gradient overflowed."""
+        return int(self._engine.skipped_steps)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[dict[str, Tensor]]:
+        """The whole parameters by name, on every rank, in the training dtype. Collective at stage 3; read only."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self._parameters.values()), enabled=self.stage == 3):
+            yield self._parameters
+
+    # ---- state as whole fp32 tensors ---------------------------------------------------------------------------------
+
+    @property
+    def _zero(self):
+        return self._engine.optimizer
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self._zero if self.stage == 0 else self._zero.optimizer
+
+    def _flat_masters(self) -> list[Tensor]:
+        if self.stage == 0:
+            return list(self._parameters.values())
+        if self.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        masters = getattr(self._zero, "single_partition_of_fp32_groups", None)
+        return list(self._zero.fp32_groups_flat_partition if masters is None else masters)
+
+    def _create_optimizer_state(self) -> None:
+        """AdamW makes its moments in its first step; made here they can be loaded, and all runs begin alike."""
+        for master in self._flat_masters():
+            self._base_optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """The fp32 master (or a moment, by `key`) of one parameter, whole, on every rank. Collective."""
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_full_optimizer_state,
+            safe_get_local_fp32_param,
+            safe_get_local_optimizer_state,
+        )
+
+        if self.stage == 0:
+            return parameter.detach() if key is None else self._base_optimizer.state[parameter][key]
+        if self.stage < 3:
+            return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        local = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        parts = local.new_empty(local.numel() * self.world_size)
+        dist.all_gather_into_tensor(parts, local.contiguous())
+        return parts[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(self.device, torch.float32)
+        if self.stage == 0:
+            (parameter.data if key is None else self._base_optimizer.state[parameter][key]).copy_(value)
+        elif self.stage < 3:
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+                parameter.data.copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            # DeepSpeed's own whole-tensor setter does not pad, and so fails where the world size divides no tensor.
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+            local = padded[size * dist.get_rank() :][:size]
+            if key is None:
+                safe_set_local_fp32_param(parameter, local)
+                parameter.ds_tensor.data.copy_(local)
+            else:
+                safe_set_local_optimizer_state(parameter, local, key)
+
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 CPU copies of all parameters by name. Collective: every rank calls it, every rank gets them."""
+        return {name: self._whole(p, None).to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """fp32 CPU copies of AdamW's moments, `NAME.exp_avg` and `NAME.exp_avg_sq`. Collective."""
+        return {
+            f"{name}.{key}": self._whole(p, key).to("cpu", copy=True)
+            for name, p in self._parameters.items()
+            for key in MOMENTS
+        }
+
+    def counters(self) -> dict[str, float]:
+        """The engine's scalars: AdamW's step count, and fp16's loss scale with its history."""
+        steps = next(iter(self._base_optimizer.state.values()))["step"] if self._base_optimizer.state else 0
+        counters = {"step": float(steps), "skipped_steps": self.skipped_steps}
+        if self.dtype is torch.float16:
+            scaler = vars(self._zero.loss_scaler)
+            counters |= {f"scaler.{k}": v for k, v in scaler.items() if isinstance(v, (int, float))}
+        return counters
+
+    def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, float]) -> None:
+        """Put back what `weights`, `optimizer_state` and `counters` gave, at any world size, stage or precision."""
+        for name, parameter in self._parameters.items():
+            self._set_whole(parameter, weights[name], None)
+            for key in MOMENTS:
+                self._set_whole(parameter, moments[f"{name}.{key}"], key)
+        for state in self._base_optimizer.state.values():
+            state["step"].fill_(counters["step"])
+        self._engine.skipped_steps = int(counters["skipped_steps"])
+        for name, value in counters.items():
+            if name.startswith("scaler.") and self.dtype is torch.float16:
+                setattr(self._zero.loss_scaler, name.removeprefix("scaler."), value)
+
+    def non_finite_groups(self) -> list[str]:
+        """Names of the parameter groups (direct children of the module) that hold a NaN or Inf. Collective."""
+        bad = {}
+        for name, parameter in self._parameters.items():
+            if not bool(torch.isfinite(self._whole(parameter, None)).all()):
+                bad[name.split(".", 1)[0]] = True
+        return list(bad)
