@@ -43,7 +43,6 @@ class TextConfig:
     layers: int = 1
     heads: int = 4
     """Attention heads; transformer only."""
-    dropout: float = 0.0
     frozen: str = ""
     """`mode: frozen` only: an exported folder whose encoder is reused, or a .safetensors table of caption vectors."""
 
@@ -67,6 +66,11 @@ class DiscriminatorConfig:
     embedding: int = 256
     """Width of the alignment space: images and S_D sentences are compared there."""
     condition: Literal["projection", "joint"] = "projection"
+    """How the adversarial branch reads S_D: projection (Miyato & Koyama 2018) or a perceptron on both."""
+    regions: tuple[int, ...] = (8,)
+    """Sides, in positions, of the maps that are aligned region by region; empty aligns whole pictures only."""
+    region_embedding: int = 64
+    """Width of the space in which regions are compared."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,17 @@ class LossConfig:
     mismatched: float = 0.5
     """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
     d_alignment: float = 1.0
+    """Weight of D's InfoNCE between real pictures and their captions."""
+    d_alignment_regions: float = 1.0
+    """The same for the positions of D's region maps (0 when there are none)."""
     g_alignment_text: float = 1.0
+    """Weight of G's InfoNCE between its pictures and S_D of their captions."""
     g_alignment_image: float = 1.0
+    """Weight of G's InfoNCE between its pictures and the real pictures of the same captions."""
+    g_alignment_regions: float = 1.0
+    """The same, position by position of D's region maps (0 when there are none)."""
     temperature: float = 0.1
+    region_temperature: float = 0.1
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"

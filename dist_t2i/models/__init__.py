@@ -1,0 +1,1 @@
+"""The networks: plain modules without training logic, randomness or statistics over the batch."""

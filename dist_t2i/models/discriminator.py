@@ -1,0 +1,137 @@
+"""The discriminator: one trunk, an adversarial branch and an alignment branch, both conditioned on S_D.
+
+Legend of shapes: B batch, C channels, H W pixels, E text width, A alignment width, P positions of the region maps.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_t2i.config import DiscriminatorConfig
+from dist_t2i.models.blocks import FIRST_SIZE, activate, convolution, linear, patch_size
+
+
+class Features(NamedTuple):
+    """What the trunk sees in pictures; computed once and read by both branches."""
+
+    pooled: Tensor
+    """[B, A], the whole picture."""
+    maps: tuple[Tensor, ...]
+    """One [B, C, H, W] for every size in `regions`, as configured."""
+
+    def rows(self, start: int, stop: int) -> Features:
+        """The features of the pictures [start, stop) of the batch."""
+        return Features(self.pooled[start:stop], tuple(x[start:stop] for x in self.maps))
+
+    def detach(self) -> Features:
+        """The same values without their graph."""
+        return Features(self.pooled.detach(), tuple(x.detach() for x in self.maps))
+
+
+class DiscriminatorBlock(nn.Module):
+    """A residual block of two 3x3 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = convolution(channels, channels)
+        self.conv2 = convolution(channels, channels, gain=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]."""
+        y = self.conv1(F.leaky_relu(x, 0.2))
+        return x + self.conv2(activate(y))
+
+
+class Downsample(nn.Module):
+    """Half the side: the four pixels of a square side by side, then a 1x1 convolution; nothing is thrown away."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = convolution(4 * inputs, outputs, size=1, gain=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H/2, W/2]."""
+        return self.conv(F.pixel_unshuffle(x, 2))
+
+
+class Discriminator(nn.Module):
+    """Judges realism and agreement with a caption from one pass through the trunk.
+
+    A picture enters as patches (pixel unshuffle down to the finest scale that `channels` lists). The adversarial branch
+    is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features beside sentence);
+    the alignment branch puts pictures, S_D sentences and, where `regions` are configured, the positions of region maps into
+    spaces where InfoNCE compares them. Our reading of the paper's two branches.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):
+        super().__init__()
+        channels, width = config.channels, config.embedding
+        patch = patch_size(channels, image_size)
+        sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
+        if not set(config.regions) <= set(sizes):
+            raise ValueError(f"discriminator.regions {config.regions} are not all computed scales ({sizes})")
+        self.region_sizes = config.regions
+        self.unshuffle = nn.PixelUnshuffle(patch)
+        self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
+        self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
+        self.scales = nn.ModuleList(
+            nn.ModuleList(DiscriminatorBlock(c) for _ in range(config.blocks)) for c in channels
+        )
+        self.pool = linear(channels[-1] * FIRST_SIZE**2, width, gain=2**0.5)
+        self.joint = config.condition == "joint"
+        self.condition = linear(text_width, width)
+        self.hidden = linear(2 * width, width, gain=2**0.5) if self.joint else None
+        self.realism = linear(width, 1)
+        self.image_projection = linear(width, width)
+        self.text_projection = linear(text_width, width)
+        channel_of = dict(zip(sizes, channels, strict=True))
+        self.region_projections = nn.ModuleList(
+            convolution(channel_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
+        )
+        self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
+
+    def features(self, images: Tensor) -> Features:
+        """images [B, 3, H, W] in [-1, 1] -> `Features`."""
+        x = self.stem(self.unshuffle(images).contiguous(memory_format=torch.channels_last))
+        maps: dict[int, Tensor] = {}
+        for i, blocks in enumerate(self.scales):
+            x = self.downsamples[i - 1](x) if i else x
+            for block in blocks:
+                x = block(x)
+            maps[x.shape[-1]] = x
+        pooled = activate(self.pool(F.leaky_relu(x, 0.2).flatten(1)))
+        return Features(pooled, tuple(maps[size] for size in self.region_sizes))
+
+    def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
+        """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits [B]."""
+        condition = self.condition(sentence)
+        if self.joint:
+            return self.realism(activate(self.hidden(torch.cat([features.pooled, condition], dim=1))))[:, 0]
+        agreement = (features.pooled * condition).sum(1) / condition.shape[1] ** 0.5
+        return self.realism(features.pooled)[:, 0] + agreement
+
+    def align_image(self, features: Features) -> Tensor:
+        """Features of B pictures -> unit vectors [B, A]."""
+        return F.normalize(self.image_projection(features.pooled).float(), dim=1)
+
+    def align_text(self, sentence: Tensor) -> Tensor:
+        """S_D sentences [B, E] -> unit vectors [B, A]."""
+        return F.normalize(self.text_projection(sentence).float(), dim=1)
+
+    def align_regions(self, features: Features) -> Tensor:
+        """Features of B pictures -> a unit vector for each position of each region map, [B, P, A']."""
+        maps = [layer(x).flatten(2) for layer, x in zip(self.region_projections, features.maps, strict=True)]
+        return F.normalize(torch.cat(maps, dim=2).transpose(1, 2).float(), dim=2)
+
+    def align_region_text(self, sentence: Tensor) -> Tensor:
+        """S_D sentences [B, E] -> unit vectors [B, A'] in the space of the regions."""
+        return F.normalize(self.region_text_projection(sentence).float(), dim=1)
+
+    def forward(self, images: Tensor, sentence: Tensor) -> Tensor:
+        """images [B, 3, H, W], sentence [B, E] -> adversarial logits [B]."""
+        return self.adversarial(self.features(images), sentence)

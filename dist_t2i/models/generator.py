@@ -1,0 +1,111 @@
+"""The generator: noise and a sentence in, a picture out, in one stage.
+
+Legend of shapes: B batch, Z noise, E text width, C channels or condition width, H W pixels.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_t2i.config import GeneratorConfig
+from dist_t2i.models.blocks import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size
+
+
+class Generated(NamedTuple):
+    """Pictures, and the distribution that conditioning augmentation drew their condition from."""
+
+    images: Tensor
+    """[B, 3, H, W] in [-1, 1]."""
+    mean: Tensor
+    """[B, C]"""
+    log_variance: Tensor
+    """[B, C]"""
+
+
+class ConditionAugmentation(nn.Module):
+    """Draws the condition from a Gaussian whose mean and variance the sentence gives (StackGAN, sec. 3.2)."""
+
+    def __init__(self, text_width: int, condition: int):
+        super().__init__()
+        self.statistics = linear(text_width, 2 * condition)
+
+    def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sentence [B, E], noise [B, C] (standard normal; zeros give the mean) -> condition, mean, log variance [B, C]."""
+        mean, log_variance = self.statistics(sentence).chunk(2, dim=1)
+        log_variance = log_variance.clamp(-8.0, 8.0)
+        return mean + noise * (0.5 * log_variance).exp(), mean, log_variance
+
+
+class GeneratorBlock(nn.Module):
+    """A residual block of two 3x3 convolutions, each behind a text-conditioned modulation."""
+
+    def __init__(self, channels: int, condition: int):
+        super().__init__()
+        self.modulation1 = Modulation(channels, condition)
+        self.conv1 = convolution(channels, channels)
+        self.modulation2 = Modulation(channels, condition)
+        self.conv2 = convolution(channels, channels, gain=0.5)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, C, H, W], condition [B, N] -> [B, C, H, W]."""
+        y = self.conv1(activate(self.modulation1(x, condition)))
+        return x + self.conv2(activate(self.modulation2(y, condition)))
+
+
+class Upsample(nn.Module):
+    """Twice the side: a 1x1 convolution to the next scale's channels, done while the map is small, then repetition."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = convolution(inputs, outputs, size=1, gain=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', 2H, 2W]."""
+        return F.interpolate(self.conv(x), scale_factor=2, mode="nearest")
+
+
+class Generator(nn.Module):
+    """Single-stage generator, conditioned at every scale on noise, the augmented sentence, and nothing else.
+
+    Scales that `channels` does not list are reached by a pixel shuffle of the last map, so that a small budget can be
+    spent where convolutions are cheap per parameter. All randomness is passed in.
+    """
+
+    def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
+        super().__init__()
+        width = config.noise + config.condition
+        channels = config.channels
+        self.augmentation = ConditionAugmentation(text_width, config.condition)
+        self.first = linear(width, channels[0] * FIRST_SIZE**2)
+        self.upsamples = nn.ModuleList(Upsample(a, b) for a, b in pairwise(channels))
+        self.scales = nn.ModuleList(
+            nn.ModuleList(GeneratorBlock(c, width) for _ in range(config.blocks)) for c in channels
+        )
+        self.last_modulation = Modulation(channels[-1], width)
+        patch = patch_size(channels, image_size)
+        self.last = convolution(channels[-1], 3 * patch**2, gain=1.0)
+        self.shuffle = nn.PixelShuffle(patch)
+        self.noise_width, self.condition_width = config.noise, config.condition
+
+    def forward(
+        self, noise: Tensor, sentence: Tensor, words: Tensor, mask: Tensor, condition_noise: Tensor
+    ) -> Generated:
+        """noise [B, Z], sentence [B, E], words [B, T, E], mask bool [B, T], condition_noise [B, C] -> `Generated`.
+
+        This generator reads the sentence only; words and mask are there for generators that attend to words.
+        """
+        condition, mean, log_variance = self.augmentation(sentence, condition_noise)
+        condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
+        x = self.first(condition).view(len(noise), -1, FIRST_SIZE, FIRST_SIZE)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i, blocks in enumerate(self.scales):
+            x = self.upsamples[i - 1](x) if i else x
+            for block in blocks:
+                x = block(x, condition)
+        x = self.last(activate(self.last_modulation(x, condition)))
+        return Generated(torch.tanh(self.shuffle(x)), mean, log_variance)

@@ -1,0 +1,148 @@
+"""The text embeddings S_G and S_D: encoders that read token ids and are trained from scratch with their network.
+
+Legend of shapes: B batch, T tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_t2i.config import TextConfig
+
+
+class TextEmbedding(NamedTuple):
+    """What an encoder makes of a batch of captions; row i depends on caption i alone."""
+
+    sentence: Tensor
+    """[B, E], one vector a caption."""
+    words: Tensor
+    """[B, T, E], one vector a token; zero where `mask` is False."""
+    mask: Tensor
+    """[B, T] bool, True at the caption's own tokens."""
+
+
+def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T] bool, True at the first `lengths[i]` positions of row i."""
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+class LstmText(nn.Module):
+    """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default)."""
+
+    def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding, padding_idx=0)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.lstm = nn.LSTM(embedding, embedding // 2, layers, batch_first=True, bidirectional=True)
+        self.width = embedding
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
+        """tokens int64 [B, T], lengths int64 [B] (1 to T) -> `TextEmbedding`."""
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embedding(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, (hidden, _) = self.lstm(packed)
+        words, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+        return TextEmbedding(torch.cat([hidden[-2], hidden[-1]], dim=1), words, token_mask(tokens, lengths))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and a two-layer perceptron, both residual."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.perceptron_norm = nn.LayerNorm(width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, E], mask [B, T] bool -> [B, T, E]; padding is never attended to."""
+        rows, tokens, width = x.shape
+        split = self.query_key_value(self.attention_norm(x)).view(rows, tokens, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(rows, tokens, width))
+        return x + self.perceptron(self.perceptron_norm(x))
+
+
+class TransformerText(nn.Module):
+    """A small transformer with learned positions; the sentence is the mean over the caption's own tokens."""
+
+    def __init__(self, vocab_size: int, embedding: int, layers: int, heads: int, max_tokens: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding, padding_idx=0)
+        self.position = nn.Embedding(max_tokens, embedding)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.normal_(self.position.weight, std=0.1)
+        self.blocks = nn.ModuleList(TransformerBlock(embedding, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(embedding)
+        self.width = embedding
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
+        """tokens int64 [B, T <= max_tokens], lengths int64 [B] (1 to T) -> `TextEmbedding`."""
+        mask = token_mask(tokens, lengths)
+        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x, mask)
+        words = self.norm(x) * mask[:, :, None]
+        return TextEmbedding(words.sum(1) / lengths[:, None].to(words.dtype), words, mask)
+
+
+class FrozenText(nn.Module):
+    """An encoder that no loss changes: it has no parameters that require a gradient, and its output carries none.
+
+    `encoder` is any module of this file, already loaded with its weights.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.width = encoder.width
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
+        """tokens int64 [B, T], lengths int64 [B] -> `TextEmbedding`."""
+        return self.encoder(tokens, lengths)
+
+
+class CaptionTable(nn.Module):
+    """Caption vectors computed beforehand (by a sentence encoder, say), looked up by the caption's token ids.
+
+    `vectors` is float [N, E]; `tokens` int64 [N, T] and `lengths` int64 [N] are the N captions as the run's tokenizer
+    encodes them. A caption that is not in the table gets the mean of all vectors: a table cannot embed new text.
+    `words` is the sentence vector as a single token.
+    """
+
+    def __init__(self, vectors: Tensor, tokens: Tensor, lengths: Tensor):
+        super().__init__()
+        self.register_buffer("vectors", torch.cat([vectors.float(), vectors.float().mean(0, keepdim=True)]))
+        self.rows = {self._key(row, length): i for i, (row, length) in enumerate(zip(tokens, lengths, strict=True))}
+        self.width = vectors.shape[1]
+
+    @staticmethod
+    def _key(tokens: Tensor, length: Tensor) -> tuple[int, ...]:
+        return tuple(tokens[: int(length)].tolist())
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
+        """tokens int64 [B, T], lengths int64 [B] -> `TextEmbedding` whose words are [B, 1, E]."""
+        unknown = len(self.vectors) - 1
+        rows = [self.rows.get(self._key(row, n), unknown) for row, n in zip(tokens.cpu(), lengths.cpu(), strict=True)]
+        sentence = self.vectors[torch.tensor(rows, device=self.vectors.device)]
+        return TextEmbedding(sentence, sentence[:, None], tokens.new_ones(len(rows), 1, dtype=torch.bool))
+
+
+def build_text_encoder(text: TextConfig, vocab_size: int, max_tokens: int) -> nn.Module:
+    """The encoder that the configuration names, with fresh weights (or, in `mode: frozen`, wrapped by the caller).
+
+    Returns a module with `.width` (E) and forward(tokens int64 [B, T], lengths int64 [B]) -> `TextEmbedding`.
+    """
+    if text.encoder == "transformer":
+        return TransformerText(vocab_size, text.embedding, text.layers, text.heads, max_tokens)
+    return LstmText(vocab_size, text.embedding, text.layers)
