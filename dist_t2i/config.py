@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
 
-`load(path, overrides)` returns a checked `Config` or raises `ConfigError`, whose message lists every problem at
-once (unknown keys with their nearest match, wrong types, impossible combinations). Sizes are pixels, clocks are
-images seen, and everything that changes the result of a run lives here and nowhere else.
+`configfile` reads, checks and writes them, `configrules` says what their values may be, `configschema` lists the
+keys. Every field is documented beneath it (`--help-config` prints that). Sizes are pixels, clocks are images seen,
+and everything that changes the result of a run lives here and nowhere else.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ class TextConfig:
     mode: Literal["dual", "shared", "frozen"] = "dual"
     """`dual`: S_G and S_D apart; `shared`: one encoder that both losses train; `frozen`: a given embedding."""
     encoder: Literal["lstm", "transformer"] = "lstm"
+    """Architecture of the text encoders."""
     embedding: int = 256
     """Width of a sentence or word embedding (both directions of the LSTM together)."""
     layers: int = 1
+    """Layers of each text encoder."""
     heads: int = 4
     """Attention heads; transformer only."""
     frozen: str = ""
@@ -50,6 +52,7 @@ class TextConfig:
 @dataclass(frozen=True)
 class GeneratorConfig:
     noise: int = 64
+    """Width of the noise vector z."""
     condition: int = 128
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = (256, 256, 128, 64)
@@ -63,6 +66,7 @@ class DiscriminatorConfig:
     channels: tuple[int, ...] = (64, 128, 256, 256)
     """Channels from the finest computed scale down to 4 pixels."""
     blocks: int = 1
+    """Residual blocks per scale."""
     embedding: int = 256
     """Width of the alignment space: images and S_D sentences are compared there."""
     condition: Literal["projection", "joint"] = "projection"
@@ -94,12 +98,15 @@ class LossConfig:
     g_alignment_regions: float = 1.0
     """The same, position by position of D's region maps (0 when there are none)."""
     temperature: float = 0.1
+    """Temperature of the InfoNCE losses on whole pictures and sentences."""
     region_temperature: float = 0.1
+    """Temperature of the InfoNCE losses on regions."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
     """`ma_gp`: DF-GAN's matching-aware gradient penalty; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
     penalty_weight: float = 0.05
+    """Weight of the penalty, on the squared gradient norm."""
     penalty_every: int = 8
     """The penalty is computed on every n-th step and weighted n times (StyleGAN2, sec. 4: lazy regularisation)."""
     penalty_sigma: float = 0.01
@@ -121,17 +128,25 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     generator_lr: float = 8e-4
+    """Peak learning rate of the generator."""
     discriminator_lr: float = 8e-4
+    """Peak learning rate of the discriminator."""
     text_lr_scale: float = 1.0
     """Learning rate of the text encoders relative to their engine's."""
     beta1: float = 0.0
+    """Adam's first-moment decay."""
     beta2: float = 0.99
+    """Adam's second-moment decay."""
     weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
     warmup_images: int = 2_000
+    """The learning rates rise linearly from 0 over this many images; 0 starts at the peak."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls once `decay_start` of the images are seen."""
     decay_start: float = 0.5
+    """Share of train.total_images after which the decay begins."""
     final_lr_scale: float = 0.0
+    """Learning rates at the end, relative to their peak."""
     gradient_clipping: float = 0.0
     """Largest global gradient norm; 0 clips nothing. Always written: DeepSpeed's own default would be 1.0."""
 
@@ -139,6 +154,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class EmaConfig:
     half_life_images: int = 10_000
+    """Images after which a weight's share in the moving average has halved."""
     ramp: float = 0.05
     """Early on the half-life is at most this share of the images seen (EDM, sec. F.2: EMA warm-up)."""
 
@@ -146,7 +162,9 @@ class EmaConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     generator_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage of the generator's engine (and its text encoder's)."""
     discriminator_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage of the discriminator's engine; 3 only with loss.penalty fd_r1 or none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the processor or GPU computes it natively, fp32 elsewhere."""
     accumulation: int = 1
@@ -158,15 +176,19 @@ class EngineConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     total_images: int = 1_000_000
+    """Images to train on, repeats counted; the run is finished then."""
     global_batch: int = 64
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
+    """Seeds weights, order, captions, noise and augmentation; each is a function of it and the images seen."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_images: int = 50_000
+    """Images between two checkpoints."""
     keep_last: int = 2
+    """Checkpoints kept, newest first; at least 1."""
     keep_every_images: int = 0
     """Besides the last ones, keep a checkpoint each time this many images have passed; 0 keeps none."""
 
@@ -176,10 +198,13 @@ class ReportConfig:
     every_steps: int = 20
     """Steps between two lines of metrics.jsonl (and of the log, when not on a terminal)."""
     sample_every_images: int = 20_000
+    """Images between two sample grids."""
     sample_prompts: tuple[str, ...] = ()
     """Captions of the sample grid; empty takes them from the held-out set, or from the training set."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases: `offline` writes RUN/wandb for a later `wandb sync`, `online` also uploads."""
     wandb_project: str = "dist_t2i"
+    """Project the run appears under in W&B."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +212,7 @@ class RunConfig:
     folder: str = ""
     """Where the run lives; empty: runs/<name of the config file>."""
     name: str = ""
+    """Name shown in reports and W&B; empty takes the folder's."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Which values a configuration may have, alone, together, with a world size, and across a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from dist_t2i.config import Config
+from dist_t2i.configschema import keys
+from dist_t2i.errors import ConfigError
+
+Finding = tuple[tuple[str, ...], str]
+"""The keys involved, the one to change first, and what is wrong with a remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    low: float = 0.0
+    high: float = math.inf
+    above: bool = False
+    """Whether `low` itself is excluded."""
+    below: bool = False
+    """Whether `high` itself is excluded."""
+
+    def holds(self, value: float) -> bool:
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and below {self.high:g}" if self.below else f"{low} and at most {self.high:g}"
+
+
+_POSITIVE = _Range(above=True)
+_COUNT = _Range(1)
+_SHARE = _Range(0, 1)
+_NOT_NEGATIVE = _Range()
+
+_RANGES = {
+    "data.image_size": _Range(32, 4096),
+    "data.shuffle_window": _COUNT,
+    "data.crop": _Range(0, 1, above=True),
+    "data.max_tokens": _Range(2, 4096),
+    "data.max_bad_fraction": _SHARE,
+    "text.embedding": _Range(2),
+    "text.layers": _COUNT,
+    "text.heads": _COUNT,
+    "text.dropout": _Range(0, 1, below=True),
+    "model.generator.noise": _COUNT,
+    "model.generator.condition": _COUNT,
+    "model.generator.channels": _COUNT,
+    "model.generator.blocks": _COUNT,
+    "model.discriminator.channels": _COUNT,
+    "model.discriminator.blocks": _COUNT,
+    "model.discriminator.embedding": _COUNT,
+    "loss.mismatched": _SHARE,
+    "loss.temperature": _POSITIVE,
+    "loss.penalty_every": _COUNT,
+    "loss.penalty_sigma": _POSITIVE,
+    "augment.translation": _Range(0, 1, below=True),
+    "augment.color": _SHARE,
+    "augment.cutout": _Range(0, 1, below=True),
+    "optimizer.generator_lr": _POSITIVE,
+    "optimizer.discriminator_lr": _POSITIVE,
+    "optimizer.beta1": _Range(0, 1, below=True),
+    "optimizer.beta2": _Range(0, 1, below=True),
+    "optimizer.decay_start": _SHARE,
+    "optimizer.final_lr_scale": _SHARE,
+    "ema.half_life_images": _COUNT,
+    "ema.ramp": _SHARE,
+    "engine.accumulation": _COUNT,
+    "train.total_images": _COUNT,
+    "train.global_batch": _Range(2),
+    "checkpoint.every_images": _COUNT,
+    "checkpoint.keep_last": _COUNT,
+    "report.every_steps": _COUNT,
+    "report.sample_every_images": _COUNT,
+}
+"""Numbers not listed may be anything from 0 up. For a list, the range holds for each of its numbers."""
+
+
+def problems_of(config: Config) -> list[Finding]:
+    """Everything wrong with the values of `config`; empty when it can be used."""
+    found = list(_ranges(config))
+    bad = {key for keys_, _ in found for key in keys_}
+    return found + [finding for finding in _combinations(config) if bad.isdisjoint(finding[0])]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _ranges(config: Config) -> Iterator[Finding]:
+    for key in keys().values():
+        value = value_of(config, key.name)
+        range_ = _RANGES.get(key.name, _NOT_NEGATIVE)
+        for number in value if isinstance(value, tuple) else (value,):
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if is_number and typing.get_origin(key.type) is not typing.Literal and not range_.holds(number):
+                yield (key.name,), f"must be {range_}, is {number:g}"
+                break
+
+
+def _combinations(config: Config) -> Iterator[Finding]:
+    yield from _text(config)
+    yield from _sizes(config)
+    yield from _engines(config)
+    if config.train.global_batch % 2:
+        why = "each row's wrong caption is its neighbour's, so rows come in pairs"
+        yield ("train.global_batch",), f"must be even ({why}), is {config.train.global_batch}"
+
+
+def _text(config: Config) -> Iterator[Finding]:
+    text = config.text
+    if text.mode == "frozen" and not text.frozen:
+        yield (
+            ("text.mode", "text.frozen"),
+            "frozen needs text.frozen: an exported folder, or a .safetensors table of caption vectors",
+        )
+    if text.frozen and text.mode != "frozen":
+        yield (
+            ("text.frozen", "text.mode"),
+            f"is only read with text.mode=frozen, but the mode is {text.mode}: set the mode or leave this empty",
+        )
+    if text.encoder == "lstm" and text.embedding % 2:
+        yield (
+            ("text.embedding", "text.encoder"),
+            f"must be even (half of it from each direction of the LSTM), is {text.embedding}",
+        )
+    if text.encoder == "transformer" and text.embedding % text.heads:
+        yield (
+            ("text.embedding", "text.heads"),
+            f"must be a multiple of text.heads={text.heads}, is {text.embedding}",
+        )
+
+
+def _sizes(config: Config) -> Iterator[Finding]:
+    size = config.data.image_size
+    if size & (size - 1):
+        near = 2 ** round(math.log2(size))
+        yield ("data.image_size",), f"must be a power of two, is {size}; the nearest is {near}"
+        return
+    scales = int(math.log2(size)) - 1  # 4, 8, ..., size
+    for network in ("generator", "discriminator"):
+        channels = value_of(config, f"model.{network}.channels")
+        key = f"model.{network}.channels"
+        if not channels:
+            yield (key,), "needs at least one number: the channels at 4 pixels"
+        elif len(channels) > scales:
+            last = 4 * 2 ** (len(channels) - 1)
+            yield (
+                (key, "data.image_size"),
+                f"{len(channels)} scales reach {last} pixels, beyond data.image_size={size}: at most {scales} numbers",
+            )
+
+
+def _engines(config: Config) -> Iterator[Finding]:
+    engine, loss = config.engine, config.loss
+    if engine.discriminator_stage == 3 and loss.penalty in ("r1", "ma_gp"):
+        yield (
+            ("engine.discriminator_stage", "loss.penalty"),
+            f"3 cannot compute the exact penalty {loss.penalty} (a gradient through the gradient): "
+            "use loss.penalty=fd_r1 or none, or a stage of at most 2",
+        )
+    for network in ("generator", "discriminator"):
+        if engine.offload != "none" and value_of(config, f"engine.{network}_stage") == 0:
+            yield (
+                ("engine.offload", f"engine.{network}_stage"),
+                f"{engine.offload} needs ZeRO: set engine.{network}_stage to 1, 2 or 3, or engine.offload to none",
+            )
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Rows of one micro-batch on one rank; raises `ConfigError` if the global batch cannot be cut so.
+
+    A global batch is cut into `world_size * engine.accumulation` micro-batches of equal and even size (a row's wrong
+    caption is its neighbour's).
+    """
+    batch, accumulation = config.train.global_batch, config.engine.accumulation
+    parts = world_size * accumulation
+    if batch % (2 * parts) == 0:
+        return batch // parts
+    below, above = batch // (2 * parts) * 2 * parts, -(-batch // (2 * parts)) * 2 * parts
+    choices = " or ".join(str(size) for size in (below, above) if size > 0)
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    line = (
+        f"train.global_batch: {batch} images over {ranks} x engine.accumulation={accumulation} leave "
+        f"{batch / parts:g} a micro-batch, which must be a whole even number: "
+        f"use {choices}, another accumulation, or another number of ranks"
+    )
+    raise ConfigError(line, [line])
+
+
+# ---- across a resume -------------------------------------------------------------------------------------------------
+
+_FREE = (
+    "run.",
+    "report.",
+    "checkpoint.",
+    "data.train",  # the set may have moved; its fingerprint is compared instead
+    "data.workers",
+    "data.on_bad",
+    "data.max_bad_fraction",
+    "engine.accumulation",
+    "engine.generator_stage",
+    "engine.discriminator_stage",
+    "engine.offload",
+)
+"""Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
+
+
+def is_free(key: str, config: Config) -> bool:
+    """Whether `key` may change on resume without changing what is trained.
+
+    `train.total_images` may where no schedule reads it: with a constant learning rate. `engine.precision` may not:
+    bf16 and fp32 runs part at once.
+    """
+    if key == "train.total_images":
+        return config.optimizer.decay == "constant"
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in _FREE)
+
+
+def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) for the keys whose change alters the result; with `free`, for the others."""
+    changed = {key: (value_of(old, key), value_of(new, key)) for key in keys()}
+    return {key: pair for key, pair in changed.items() if pair[0] != pair[1] and is_free(key, new) == free}
+
+
+def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:
+    """Lines that name the changed keys. Raises `ConfigError` with them unless `allow`; `flag` is how a user allows."""
+    lines = [f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()]
+    if lines and not allow:
+        listed = "".join(f"\n  {line}" for line in lines)
+        count = "1 key" if len(lines) == 1 else f"{len(lines)} keys"
+        raise ConfigError(
+            f"this run was started with another configuration; {count} would change its result:{listed}\n"
+            f"Put the old values back, start another run (run.folder=...), or go on regardless with {flag}.",
+            lines,
+        )
+    return lines

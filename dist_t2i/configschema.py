@@ -1,0 +1,109 @@
+"""What the keys of a configuration are: dotted names, types, defaults, and the documentation written beneath each.
+
+The documentation is read from the source of `config.py` (strings are not kept at run time), so that it is written
+once. Nothing here imports torch: `--help-config` answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from typing import Any, Literal
+
+from dist_t2i import config as config_module
+from dist_t2i.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One leaf of the configuration, such as `data.image_size`."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    """Field name -> resolved type of a config dataclass, in order."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+@functools.cache
+def keys() -> dict[str, Key]:
+    """Dotted name -> `Key`, in the order of the source."""
+    found: dict[str, Key] = {}
+    _collect(Config(), "", found)
+    return found
+
+
+def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
+    docs = _docs().get(type(section).__name__, {})
+    for name, type_ in field_types(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            _collect(value, f"{prefix}{name}.", found)
+        else:
+            found[prefix + name] = Key(prefix + name, type_, value, docs.get(name, ""))
+
+
+@functools.cache
+def _docs() -> dict[str, dict[str, str]]:
+    """Class name -> field name -> the string beneath the field."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = docs.setdefault(node.name, {})
+        for before, after in zip(node.body, node.body[1:], strict=False):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and is_text:
+                fields[before.target.id] = inspect.cleandoc(str(after.value.value))
+    return docs
+
+
+def expected(type_: Any) -> str:
+    """What a value of `type_` looks like, for an error message: `a whole number`, `one of none, cpu`."""
+    origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin is tuple:
+        many = {"int": "whole numbers", "float": "numbers", "str": "texts"}.get(arguments[0].__name__, "values")
+        size = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"a list of {size}{many}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(expected(choice) for choice in arguments)
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return plain[type_]
+
+
+def show(value: Any) -> str:
+    """A default as it would be written in the YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    if value is None:
+        return "null"
+    return value if isinstance(value, str) and value else repr(value).replace("'", '"')
+
+
+def reference(width: int = 100) -> str:
+    """Every key with its default, its type and its documentation: the text of `--help-config`."""
+    lines = ["Keys of a configuration file, with their defaults. On the command line: section.key=value", ""]
+    section = ""
+    for key in keys().values():
+        head, _, leaf = key.name.rpartition(".")
+        if head != section:
+            lines += [""] * bool(section) + [f"{head}:"]
+            section = head
+        lines.append(f"  {leaf}: {show(key.default)}    ({expected(key.type)})")
+        lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines) + "\n"
