@@ -1,0 +1,156 @@
+"""Stopping: signals only set a flag, the ranks agree at a step boundary, one place saves and stops.
+
+Exit statuses of a training command:
+
+    0    finished: `train.total_images` seen
+    1    a defect, or numbers that are not finite (`TrainingError`); the last good checkpoint stands
+    2    the user's configuration, data or environment (`UserError`)
+    75   stopped by a signal with a checkpoint saved; the same command goes on from it (EX_TEMPFAIL)
+    130  a second Ctrl-C: stopped at once, nothing saved
+
+What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py` holds the first four):
+
+* A signal sent to a rank (`kill -USR2 PID`, PID from RUN/progress.json) gives any save all the time it needs, and
+  `deepspeed` exits with the rank's 75. This is the way to stop a run from a script.
+* Ctrl-C under `deepspeed` reaches all processes at once. `deepspeed` itself dies of it right away, so that the shell's
+  prompt is back while the ranks still save; its launcher sends SIGTERM after it, and SIGKILL 30 seconds later. The
+  second SIGTERM is part of the same stop.
+* `kill -TERM` of the launcher (`deepspeed.launcher.launch`): SIGTERM to one rank, which tells the others at the step
+  boundary; SIGKILL after 30 seconds; its own status is 1 whatever the ranks returned.
+* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher: the ranks are told nothing and would train on
+  unattended. `StopFlag` notices that the launcher is gone and stops.
+* `torchrun` passes SIGTERM and SIGINT on (a Ctrl-C arrives twice, hence `SAME_PRESS`), kills after 30 seconds and
+  exits with 1; it dies of SIGUSR1 and SIGUSR2, so send those to ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from dist_t2i.launch import LauncherWatch
+
+FINISHED, FAILED, USER, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SAME_PRESS = 1.0
+"""Seconds within which SIGINTs count as one Ctrl-C: launchers repeat what the terminal has already sent."""
+LAUNCHER_GRACE = 30.0
+"""Seconds that `deepspeed` and `torchrun` wait between passing SIGTERM on and SIGKILL."""
+_LAUNCHER_GONE = 1 << 16
+"""Stands for a signal number when the launcher has died."""
+
+
+class StopFlag:
+    """Whether this run was asked to stop. Install once, in the main thread, on every rank.
+
+    `announce` lets rank 0 tell what happens now on stderr. A context manager: the previous handlers come back on exit.
+    """
+
+    def __init__(self, *, announce: bool = False) -> None:
+        self._announce = announce
+        self._signal = 0
+        self._pid = os.getpid()
+        self._first_interrupt: float | None = None
+        self._previous: dict[int, object] = {}
+        self._launcher = LauncherWatch()
+
+    def __enter__(self) -> StopFlag:
+        self._watch_second_interrupt()
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup: a closed terminal is no reason to stop
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(-1)
+        os.close(self._wakeup)  # ends the watching thread
+
+    @property
+    def requested(self) -> bool:
+        """Whether this very process was asked to stop; the ranks may differ until `agreed`."""
+        if not self._signal and self._launcher.gone():
+            self._signal = _LAUNCHER_GONE
+        return bool(self._signal)
+
+    def agreed(self, all_reduce_max: Callable[[int], int] = int) -> str:
+        """Why all ranks stop now, such as `SIGTERM`, or "" to go on. Call on every rank at each step boundary.
+
+        `all_reduce_max` gives the largest of the ranks' whole numbers; the default suits a single process.
+        """
+        number = all_reduce_max(self._signal if self.requested else 0)
+        self._signal = self._signal or number
+        if not number:
+            return ""
+        return "the launcher is gone" if number == _LAUNCHER_GONE else signal.Signals(number).name
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked loader worker: its parent decides
+        if not self._signal and self._announce:
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            _tell(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping{again}")
+        self._signal = self._signal or number
+
+    def _watch_second_interrupt(self) -> None:
+        """A thread that sees SIGINT even while the main thread is stuck in a collective, where handlers do not run."""
+        reading, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget_wakeup)
+        threading.Thread(target=self._read_signals, args=(reading,), name="second Ctrl-C", daemon=True).start()
+
+    def _read_signals(self, reading: int) -> None:
+        while numbers := os.read(reading, 64):
+            if signal.SIGINT not in numbers:
+                continue
+            now = time.monotonic()
+            if self._first_interrupt is None:
+                self._first_interrupt = now
+            elif now - self._first_interrupt > SAME_PRESS:
+                _tell("second Ctrl-C: stopped at once; the last checkpoint stands")
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                os._exit(INTERRUPTED)
+        os.close(reading)
+
+
+def _forget_wakeup() -> None:
+    """In a forked child: its signals are not the parent's."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+def _tell(message: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Children created inside start with the stop signals blocked, so that none can kill them before they are set up.
+
+    A signal that comes meanwhile is not lost: this process handles it at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_stop_signals() -> None:
+    """In a worker process: leave stopping to the parent, which still needs data until its step boundary."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
