@@ -124,9 +124,27 @@ def efficientnet_lite0(device: torch.device) -> FeatureNetwork:
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    module = PooledFeatures(network).eval().requires_grad_(False)
+    module = PooledFeatures(fold_batch_norms(network.eval())).requires_grad_(False)
     module = module.to(device=device, memory_format=torch.channels_last)
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0)
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """An EfficientNet in evaluation mode with its batch norms multiplied into the convolutions: half the time."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    def fold(parent: nn.Module, convolution: str, norm: str) -> None:
+        setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
+        setattr(parent, norm, torch.nn.Identity())
+
+    fold(network, "_conv_stem", "_bn0")
+    fold(network, "_conv_head", "_bn1")
+    for block in network._blocks:
+        if hasattr(block, "_expand_conv"):
+            fold(block, "_expand_conv", "_bn0")
+        fold(block, "_depthwise_conv", "_bn1")
+        fold(block, "_project_conv", "_bn2")
+    return network
 
 
 class PooledFeatures(torch.nn.Module):

@@ -4,13 +4,14 @@ None of these is FID, KID or R-precision as published, which are defined by othe
 the name of the network that judged it, such as "KID (EfficientNet-Lite0)".
 
 Every metric takes optional `weights` [R, N]: how often each row counts in each of R bootstrap resamples. Without
-weights it returns a float, with them float64 [R]. `bootstrap_interval` turns the latter into a confidence interval.
+weights it returns a float, with them float64 [R]; `interval` turns those into a confidence interval.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -140,11 +141,18 @@ def brightness(images: Tensor) -> Tensor:
 # Confidence
 
 
-def bootstrap_weights(rows: int, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """How often each of `rows` captions is drawn in each resample (with replacement): float64 [resamples, rows]."""
+def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
+    """How often each row is drawn in each resample: float64 [resamples, N].
+
+    Rows of the same group (the two tones of one role, say) are drawn together, with replacement among groups, because
+    they are not independent; pass `range(N)` when every row stands alone.
+    """
+    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(rows, (resamples, rows), generator=generator)
-    return torch.zeros(resamples, rows, dtype=torch.double).scatter_add_(1, draws, torch.ones_like(draws).double())
+    draws = torch.randint(len(index), (resamples, len(index)), generator=generator)
+    counts = torch.zeros(resamples, len(index), dtype=torch.double)
+    counts.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.double))
+    return counts[:, [index[group] for group in groups]]
 
 
 def interval(resampled: Tensor, level: float = 0.95) -> tuple[float, float]:

