@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_t2i.config import Config
-from dist_t2i.configschema import keys
+from dist_t2i.configschema import flatten, keys, value_of
 from dist_t2i.errors import ConfigError
 
 Finding = tuple[tuple[str, ...], str]
@@ -89,14 +89,6 @@ def problems_of(config: Config) -> list[Finding]:
     found = list(_ranges(config))
     bad = {key for keys_, _ in found for key in keys_}
     return found + [finding for finding in _combinations(config) if bad.isdisjoint(finding[0])]
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _ranges(config: Config) -> Iterator[Finding]:
@@ -231,8 +223,9 @@ def is_free(key: str, config: Config) -> bool:
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old, new) for the keys whose change alters the result; with `free`, for the others."""
-    changed = {key: (value_of(old, key), value_of(new, key)) for key in keys()}
-    return {key: pair for key, pair in changed.items() if pair[0] != pair[1] and is_free(key, new) == free}
+    before, after = flatten(old), flatten(new)
+    changed = [key for key in before if before[key] != after[key] and is_free(key, new) == free]
+    return {key: (before[key], after[key]) for key in changed}
 
 
 def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:

@@ -107,3 +107,13 @@ def reference(width: int = 100) -> str:
         lines.append(f"  {leaf}: {show(key.default)}    ({expected(key.type)})")
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of a configuration."""
+    return {name: value_of(config, name) for name in keys()}
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)

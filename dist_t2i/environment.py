@@ -1,0 +1,84 @@
+"""Where a run was made: versions, code, processor, GPUs. Written to RUN/environment.json by rank 0."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "dist-t2i", "torch", "deepspeed", "numpy", "webdataset", "tokenizers", "safetensors", "pillow", "simplejpeg",
+    "fsspec", "wandb", "submitit",
+)  # fmt: skip
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
+"""Processor features that decide how fast, and in which precision, one can train."""
+
+
+def describe() -> dict[str, Any]:
+    """Everything about this machine and this code that a result may depend on. JSON types only."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "code": git_state(Path(__file__).resolve().parent),
+        "processor": processor(),
+        "gpus": gpus(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """`revision` and `dirty` (tracked files differ from it); empty outside a git checkout or without git."""
+    try:
+        revision = _git(folder, "rev-parse", "HEAD")
+        return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def processor() -> dict[str, Any]:
+    """Model name, usable cores, memory in bytes, and the features in `_FLAGS` that it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    fields = dict(part.split(":", 1) for part in text.splitlines() if ":" in part)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    present = set((fields.get("flags") or fields.get("Features") or "").split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "flags": [flag for flag in _FLAGS if flag in present],
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory in bytes and compute capability of the CUDA devices that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in found]

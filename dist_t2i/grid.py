@@ -1,0 +1,102 @@
+"""Sample grids: a row a caption, the caption beside it, the real picture (if any) first, then generated ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (60, 130, 60)
+_GAP, _TEXT_WIDTH, _FONT_SIZE = 6, 230, 14
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A caption with its pictures, each uint8 [H, W, 3] or a PIL image; `real` is the picture it was written for."""
+
+    caption: str
+    generated: Sequence[np.ndarray | Image.Image]
+    real: np.ndarray | Image.Image | None = None
+
+
+def draw_grid(rows: Sequence[GridRow], *, title: str = "", tile: int = 128, columns: int | None = None) -> Image.Image:
+    """A picture of all rows; small pictures are enlarged to `tile` pixels without smoothing.
+
+    `columns` rows stand side by side; by default two blocks once there are more than eight rows.
+    """
+    blocks = columns or (2 if len(rows) > 8 else 1)
+    tile = max(tile, *(_picture(picture).width for row in rows for picture in row.generated)) if rows else tile
+    pictures = max((len(row.generated) for row in rows), default=0) + any(row.real is not None for row in rows)
+    width = _TEXT_WIDTH + pictures * (tile + _GAP) + 2 * _GAP
+    lines = -(-len(rows) // blocks)
+    top = _GAP + (_FONT_SIZE + 3 * _GAP if title else 0)
+    grid = Image.new("RGB", (width * blocks, top + lines * (tile + _GAP)), _PAPER)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_FONT_SIZE)
+    if title:
+        draw.text((_GAP, _GAP), title, _INK, font)
+    for index, row in enumerate(rows):
+        block, line = divmod(index, lines)
+        _draw_row(grid, draw, font, row, (block * width + _GAP, top + line * (tile + _GAP)), tile)
+    return grid
+
+
+def _draw_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, corner: tuple[int, int], tile: int):
+    left, top = corner
+    text = wrap(row.caption, _TEXT_WIDTH - 2 * _GAP, tile // (_FONT_SIZE + 4), font)
+    draw.multiline_text((left, top + tile // 2), text, _INK, font, anchor="lm", spacing=4)
+    left += _TEXT_WIDTH
+    if row.real is not None:
+        grid.paste(_enlarge(row.real, tile), (left, top))
+        draw.rectangle((left, top, left + tile - 1, top + tile - 1), outline=_FRAME, width=2)
+        draw.text((left + 4, top + tile - 4), "real", _FRAME, font, anchor="ls", stroke_width=2, stroke_fill=_PAPER)
+        left += tile + _GAP
+    for picture in row.generated:
+        grid.paste(_enlarge(picture, tile), (left, top))
+        left += tile + _GAP
+
+
+def wrap(text: str, width: int, lines: int, font) -> str:
+    """`text` broken at spaces (and inside words that are too wide) into at most `lines` lines of `width` pixels."""
+    words, done, line = text.split()[:200], [], ""
+    while words and len(done) < lines:
+        word = words.pop(0)
+        joined = f"{line} {word}".strip()
+        if font.getlength(joined) <= width:
+            line = joined
+        elif line:
+            done.append(line)
+            line = ""
+            words.insert(0, word)
+        else:
+            size = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            done.append(word[:size])
+            if word[size:]:
+                words.insert(0, word[size:])
+    if line and len(done) < lines:
+        done.append(line)
+        line = ""
+    if done and (words or line):
+        done[-1] = done[-1][: max(1, len(done[-1]) - 3)] + "..."
+    return "\n".join(done)
+
+
+def _picture(picture: np.ndarray | Image.Image) -> Image.Image:
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture, "RGB")
+
+
+def _enlarge(picture: np.ndarray | Image.Image, tile: int) -> Image.Image:
+    image = _picture(picture)
+    smaller = image.width < tile
+    return image.resize((tile, tile), Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS)
+
+
+def save_grid(image: Image.Image, path: Path) -> None:
+    """Write a PNG that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    image.save(aside, format="PNG")
+    os.replace(aside, path)

@@ -1,0 +1,56 @@
+"""metrics.jsonl: one JSON object a report, keyed by `images`, which only grows from line to line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one line in one write. Numbers that are not finite become the texts "NaN", "Infinity", "-Infinity"."""
+    text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a last line that a crash has cut is left out. Empty if there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "images" in entry:
+            found.append(entry)
+    return found
+
+
+def cut(path: Path, images: int) -> int:
+    """Drop what lies beyond `images`, where a run resumes: those steps are done again. Returns the lines dropped."""
+    entries = read(path)
+    kept = [entry for entry in entries if entry["images"] <= images]
+    if path.exists():
+        replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    return len(entries) - len(kept)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

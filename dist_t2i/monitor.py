@@ -1,0 +1,113 @@
+"""Is training healthy? A number that is not finite ends it; a collapse is named once, with what to do about it.
+
+Both read the averages that `Meter.take` gives alike on every rank, so every rank comes to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dist_t2i.errors import TrainingError
+
+_OWNERS = {
+    "loss/d": "discriminator and its text encoder",
+    "loss/g": "generator and its text encoder",
+    "loss/kl": "generator and its text encoder",
+    "grad/generator": "generator and its text encoder",
+    "grad/discriminator": "discriminator and its text encoder",
+    "grad/text": "shared text encoder",
+    "logit/": "discriminator",
+    "fake/": "generator",
+}
+"""Whose parameters a metric's loss trains, by the start of its name."""
+
+
+def check_finite(
+    values: Mapping[str, float],
+    *,
+    images: int,
+    step: int,
+    checkpoint: str = "",
+    groups: Sequence[str] = (),
+    skips_overflows: bool = False,
+) -> None:
+    """Raise `TrainingError` if a loss, logit or gradient norm is NaN or Inf.
+
+    `checkpoint` is the last good one, `groups` the parameter groups already known to hold such numbers.
+    `skips_overflows` (fp16) lets infinite gradient norms pass: loss scaling skips those steps.
+    """
+    bad = {name: value for name, value in values.items() if not math.isfinite(value) and _owner(name)}
+    if skips_overflows:
+        bad = {name: value for name, value in bad.items() if not name.startswith("grad/")}
+    if not bad:
+        return
+    found = ", ".join(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}" for name, value in sorted(bad.items()))
+    trained = ", ".join(groups) or "; ".join(dict.fromkeys(_owner(name) for name in sorted(bad)))
+    last = f"The last good checkpoint stands: {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    raise TrainingError(
+        f"training broke down at {images:,} images (step {step:,}): {found}\n"
+        f"  parameter groups: {trained}\n"
+        f"  {last}.\n"
+        "  The same run would come to the same end. Try a lower optimizer.generator_lr and discriminator_lr,\n"
+        "  optimizer.gradient_clipping=1, or engine.precision=fp32, in a new run or on top of the checkpoint\n"
+        "  (--allow-changes)."
+    )
+
+
+def _owner(name: str) -> str:
+    return next((owner for start, owner in _OWNERS.items() if name.startswith(start)), "")
+
+
+@dataclass(frozen=True)
+class _Sign:
+    holds: Callable[[Mapping[str, float]], bool]
+    patience: float
+    """Share of `Health.patience_images` for which it has to hold without a break."""
+    message: str
+
+
+_SIGNS = {
+    "d_zero": _Sign(
+        lambda v: v.get("loss/d_adversarial", 1.0) < 0.02,
+        1.0,
+        "the discriminator's adversarial loss is at zero: it tells real from fake without effort, and the generator "
+        "learns nothing from it. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or augment.*",
+    ),
+    "identical": _Sign(
+        lambda v: v.get("fake/std", 1.0) < 0.02,
+        0.25,
+        "the generator makes the same picture for every prompt and noise (mode collapse). Go back to an earlier "
+        "checkpoint with a lower optimizer.generator_lr, or raise loss.penalty_weight and loss.g_alignment_text",
+    ),
+    "logits": _Sign(
+        lambda v: max(abs(v.get("logit/real", 0.0)), abs(v.get("logit/fake", 0.0))) > 100,
+        0.0,
+        "the discriminator's logits grow beyond 100. Try a larger loss.penalty_weight or a lower "
+        "optimizer.discriminator_lr before they overflow",
+    ),
+}
+
+
+@dataclass
+class Health:
+    """Watches for collapse; each sign is told once. The state is not kept across a resume: it is only about warnings."""
+
+    patience_images: int = 20_000
+    """For how long a sign has to hold before it is told."""
+    _since: dict[str, int] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    def observe(self, images: int, values: Mapping[str, float]) -> list[str]:
+        """Warnings that are due at `images`, given the averages of the last report."""
+        due = []
+        for name, sign in _SIGNS.items():
+            if not sign.holds(values):
+                self._since.pop(name, None)
+                continue
+            begin = self._since.setdefault(name, images)
+            if name not in self._told and images - begin >= sign.patience * self.patience_images:
+                self._told.add(name)
+                due.append(f"at {images:,} images {sign.message}")
+        return due

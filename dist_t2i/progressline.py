@@ -1,0 +1,121 @@
+"""The progress line: images, percent, ETA, images/s, data wait, losses, logits, gradients, memory, on one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+
+def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
+    """One line of plain ASCII; with `width`, first written tighter and then shortened from the end until it fits."""
+    full = _parts(images, total, values, tight=False)
+    line = "  ".join(full)
+    if width is None or len(line) <= width:
+        return line
+    parts = _parts(images, total, values, tight=True)
+    while len(parts) > 1 and len(" ".join(parts)) > width:
+        parts.pop()
+    return " ".join(parts)[:width]
+
+
+def _parts(images: int, total: int, values: Mapping[str, float], *, tight: bool) -> list[str]:
+    space = "" if tight else " "
+    parts = [f"{100 * images / total:5.1f}%", f"{images:,}" if tight else f"{images:,} images"]
+    rate = values.get("images_per_second")
+    if rate:
+        parts.append(f"eta {duration((total - images) / rate)}")
+        parts.append(f"{rate:.3g}/s" if rate < 100 else f"{rate:,.0f}/s")
+    if "data_wait" in values:
+        parts.append(f"data{space}{100 * values['data_wait']:.0f}%")
+    parts += _group(values, "", {"D": "loss/d", "G": "loss/g"}, "{:.2f}", tight)
+    names = {"r": "logit/real", "f": "logit/fake"} if tight else {"real": "logit/real", "fake": "logit/fake"}
+    parts += _group(values, "", names, "{:+.2f}", tight)
+    gradients = {"D": "grad/discriminator", "G": "grad/generator"}
+    parts += _group(values, "|g|" if tight else "|grad|", gradients, "{:.2g}", tight)
+    if "memory_bytes" in values:
+        parts.append(f"{values['memory_bytes'] / 1e9:.1f}{space}GB")
+    return parts
+
+
+def _group(values: Mapping[str, float], title: str, names: Mapping[str, str], form: str, tight: bool) -> list[str]:
+    space = "" if tight else " "
+    shown = [f"{short}{space}{form.format(values[name])}" for short, name in names.items() if name in values]
+    return [" ".join([title, *shown] if title else shown)] if shown else []
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05`, `1:02:03`, `3d 04h`."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Console:
+    """Messages, and on a terminal one line beneath them that is rewritten in place.
+
+    Elsewhere (a file, a pipe, TERM=dumb) the line is printed now and then: every 10 seconds at first, at most every
+    minute after an hour.
+    """
+
+    REFRESH = 0.2
+    """Seconds between two rewrites of the live line."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._begin = time.monotonic()
+        self._next = 0.0
+        self._shown = ""
+
+    def due(self) -> bool:
+        """Whether `line` would show something now."""
+        return time.monotonic() >= self._next
+
+    def line(self, images: int, total: int, values: Mapping[str, float], *, now: bool = False) -> str | None:
+        """Show the progress line if it is due (or `now`); the text printed as a line of its own, if any."""
+        if not (now or self.due()):
+            return None
+        elapsed = time.monotonic() - self._begin
+        self._next = time.monotonic() + (self.REFRESH if self.live else min(60.0, max(10.0, elapsed / 60)))
+        if not self.live:
+            text = format_line(images, total, values)
+            self._write(text + "\n")
+            return text
+        self._shown = format_line(images, total, values, self._width() - 1)
+        self._write(f"\r{self._shown}\x1b[K")
+        return None
+
+    def say(self, message: str) -> None:
+        """Print a message above the live line."""
+        if self._shown:
+            self._write(f"\r\x1b[K{message}\n{self._shown}")
+        else:
+            self._write(message + "\n")
+
+    def close(self) -> None:
+        """Leave the live line behind."""
+        if self._shown:
+            self._write("\n")
+            self._shown = ""
+
+    def _width(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # the terminal is gone (a closed ssh session): training does not depend on it
+            self.live = False
