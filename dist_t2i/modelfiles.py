@@ -1,0 +1,160 @@
+"""A trained model as files, read back whole and checked: from a run folder or from an exported one.
+
+    EXPORT/
+      model.json                  format, images seen, size and SHA-256 of every file that is read
+      config.yaml                 the run's configuration, without its paths
+      tokenizer.json              the tokenizer and the words that the model saw
+      generator.safetensors       EMA weights: `generator.*` and `text_g.*` (text.mode=shared: `text.*`)
+      discriminator.safetensors   `discriminator.*` and `text_d.*` (text.mode=shared: `text.*`)
+      frozen.safetensors          text.mode=frozen only: the given encoder
+      README.md, samples.png, scores.json     for people; never read by the library
+
+Nothing here runs code from a file: tensors are safetensors, the rest is JSON and plain YAML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_t2i import configfile
+from dist_t2i.data.tokenizer import Tokenizer
+from dist_t2i.errors import UserError
+from dist_t2i.frozentext import FrozenSource, frozen_source
+from dist_t2i.tensorfile import file_sha256, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_t2i.config import Config
+
+FORMAT = 1
+ABOUT = "model.json"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+GENERATOR = "generator.safetensors"
+DISCRIMINATOR = "discriminator.safetensors"
+FROZEN = "frozen.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a trained model consists of, wherever it was read."""
+
+    folder: Path
+    """Run or export."""
+    config: Config
+    tokenizer: Tokenizer
+    generator: Mapping[str, Tensor]
+    """EMA weights by name: `generator.*`, `text_g.*` or `text.*`."""
+    discriminator: Mapping[str, Tensor]
+    """Weights by name: `discriminator.*`, `text_d.*` or `text.*`."""
+    images: int
+    """Images seen in training."""
+    frozen: FrozenSource | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The rest of an export's model.json."""
+
+    def sha256(self) -> str:
+        """A hash of all weights and of the tokenizer: names, shapes and values, in sorted order."""
+        digest = hashlib.sha256(self.tokenizer.text.encode())
+        frozen = self.frozen.tensors if self.frozen else {}
+        for part, tensors in (("g", self.generator), ("d", self.discriminator), ("f", frozen)):
+            for name in sorted(tensors):
+                digest.update(f"{part} {name} {tuple(tensors[name].shape)}".encode())
+                digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_model(path: str | Path) -> ModelFiles:
+    """The model in a run folder (its newest intact checkpoint) or in an exported folder. Raises UserError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise UserError(f"{folder} is {what}; give a run folder or an exported model (a folder with {ABOUT})")
+    if (folder / ABOUT).is_file():
+        return read_export(folder)
+    if (folder / CONFIG).is_file():
+        return read_run(folder)
+    raise UserError(f"{folder} holds neither a run ({CONFIG}, checkpoints) nor an exported model ({ABOUT})")
+
+
+def read_run(run: Path) -> ModelFiles:
+    """The newest intact checkpoint of a run. Raises UserError when there is none yet, or the folder is not a run's."""
+    from dist_t2i import checkpoint
+
+    config = configfile.load(run / CONFIG)
+    saved = checkpoint.load_latest(run)
+    if saved is None:
+        raise UserError(f"{run}: no checkpoint yet; let the run save one (a stopped run does), then try again")
+    tokenizer = Tokenizer.load(run / TOKENIZER)
+    discriminator = saved.tensors("discriminator")
+    if config.text.mode == "shared":
+        discriminator = discriminator | saved.tensors("text")
+    frozen = frozen_source(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
+    return ModelFiles(run, config, tokenizer, saved.tensors("ema"), discriminator, saved.images, frozen)
+
+
+def read_export(folder: Path) -> ModelFiles:
+    """An exported model, every file checked against model.json. Raises UserError saying which file is wrong and how."""
+    about = _about(folder)
+    for name, listed in about["files"].items():
+        _check_file(folder, name, listed)
+    try:
+        config = configfile.load(folder / CONFIG)
+    except UserError as error:
+        made_by = about.get("library", "another version of dist_t2i")
+        raise UserError(
+            f"{error}\nThis model was exported by {made_by}: use that version, or export it again."
+        ) from None
+    frozen = None
+    if config.text.mode == "frozen":
+        frozen = FrozenSource(about.get("frozen") or {}, read_tensors(folder / FROZEN), folder / FROZEN)
+    return ModelFiles(
+        folder=folder,
+        config=config,
+        tokenizer=Tokenizer.load(folder / TOKENIZER),
+        generator=read_tensors(folder / GENERATOR),
+        discriminator=read_tensors(folder / DISCRIMINATOR),
+        images=about["images"],
+        frozen=frozen,
+        about=about,
+    )
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """model.json, with the entries that are needed checked for their types."""
+    path = folder / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        version, images, files = about["format"], about["images"], about["files"]
+        valid = isinstance(images, int) and {CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR} <= set(files)
+        valid = valid and all(isinstance(f["bytes"], int) and isinstance(f["sha256"], str) for f in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        version, valid = FORMAT, False
+    if version != FORMAT:
+        raise UserError(
+            f"{path}: format {version}, but this version reads format {FORMAT}; update dist_t2i or export again"
+        )
+    if not valid:
+        raise UserError(f"{path}: damaged or not an exported model; export again with tools/export.py")
+    return about
+
+
+def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
+    if name not in (CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR, FROZEN):
+        raise UserError(f"{folder / ABOUT}: lists {name!r}, which is no file of a model; export again")
+    path, remedy = folder / name, "copy the folder again, or export again with tools/export.py"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {remedy}")
+    size = path.stat().st_size
+    if size != listed["bytes"]:
+        raise UserError(
+            f"{path}: has {size:,} bytes, should have {listed['bytes']:,} (cut short, or mixed up); {remedy}"
+        )
+    if file_sha256(path) != listed["sha256"]:
+        raise UserError(f"{path}: is not the file that was exported (its SHA-256 differs); {remedy}")

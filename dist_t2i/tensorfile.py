@@ -1,0 +1,76 @@
+"""Named tensors from safetensors files into modules, with every mismatch said in words. No pickle is ever read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from dist_t2i.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Module = TypeVar("Module", bound=nn.Module)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises UserError when it is missing or damaged."""
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy the folder again, or export it again with tools/export.py")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own, undocumented types
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy it again, or export again with tools/export.py. "
+            "Pickled weights (.pt, .pth, .bin) are not read: they could run code."
+        ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text entries in the header of a safetensors file that `read_tensors` could read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path) -> Module:
+    """The module (built on the meta device or not) with its tensors replaced by those named `prefix` + name, in fp32.
+
+    Raises UserError, naming the first few, when some are missing, unknown, of another shape, or not finite.
+    """
+    expected = module.state_dict()
+    given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    problems = [f"{prefix}{name}: missing" for name in expected if name not in given]
+    problems += [f"{prefix}{name}: unknown" for name in given if name not in expected]
+    for name in sorted(set(expected) & set(given)):
+        shape, wanted = tuple(given[name].shape), tuple(expected[name].shape)
+        if shape != wanted:
+            problems.append(f"{prefix}{name}: has shape {shape}, the configuration says {wanted}")
+        elif given[name].is_floating_point() and not torch.isfinite(given[name]).all():
+            problems.append(f"{prefix}{name}: has values that are not finite")
+    if problems:
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"{where}: the weights do not fit the configuration beside them:\n  "
+            + "\n  ".join(problems[:5])
+            + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
+        )
+    fp32 = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    module.load_state_dict(fp32, assign=True)
+    return module
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""Tiny models written as a run or an export is, for the tests of what reads them. Real files, untrained weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from dist_t2i import checkpoint, configfile
+from dist_t2i.config import Config
+from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
+from dist_t2i.networks import build_networks
+
+CAPTIONS = (
+    "woman pilot light skin tone",
+    "woman pilot dark skin tone",
+    "man cook light skin tone",
+    "man cook dark skin tone",
+    "red apple",
+    "root vegetable",
+    "snowboarder",
+    "flag Germany",
+)
+
+SMALL = (
+    "data.image_size=32",
+    "data.max_tokens=12",
+    "text.embedding=16",
+    "model.generator.noise=8",
+    "model.generator.condition=8",
+    "model.generator.channels=[16, 8]",
+    "model.discriminator.channels=[8, 16]",
+    "model.discriminator.embedding=16",
+)
+
+
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(Counter(CAPTIONS), vocabulary=200)
+
+
+def config(*overrides: str) -> Config:
+    return configfile.loads("", [*SMALL, *overrides])
+
+
+def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0) -> Path:
+    """A run folder with one committed checkpoint, as the trainer leaves it."""
+    from dist_t2i.frozentext import load_frozen
+
+    cfg, words = config(*overrides), tokenizer()
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(configfile.dump(cfg))
+    words.save(run / "tokenizer.json")
+    torch.manual_seed(seed)
+    frozen = load_frozen(cfg.text, words, cfg.data.max_tokens) if cfg.text.mode == "frozen" else None
+    networks = build_networks(cfg, words.vocab_size, frozen)
+    ema = dict(networks.generator.state_dict())
+    files = {"generator": ema, "discriminator": networks.discriminator.state_dict()}
+    if networks.text is not None:
+        files["text"] = networks.text.state_dict()
+        ema = ema | {name: value * 0.9 for name, value in files["text"].items()}
+    checkpoint.save(run, images, {**files, "ema": ema}, {"step": 2}, keep=checkpoint.Retention())
+    return run
