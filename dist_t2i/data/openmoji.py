@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_t2i.data.folder import Item
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
 
@@ -67,12 +68,12 @@ TONELESS_DRAWINGS = frozenset({"people with bunny ears", "people wrestling"})
 """Roles whose drawings with two tones show none."""
 
 ALIAS_WORDS = frozenset(
-    """angel apple barber bee beer beers birthday boot bricks bride champagne cheese coffee computer corn cursing
+    words("""angel apple barber bee beer beers birthday boot bricks bride champagne cheese coffee computer corn cursing
     cutlery dancers egg email fries golfer golfing haired kneeling lantern lips moon mute ocean paperclips policeman
     policewoman poop puck rabbit racing ramen raven red rice rowing runner running satellite sauna scales sheep shell
     shirt sandal shoe stew stick superhero surfer swimmer table tea trident truck umbrella vampire volleyball walking
     window wheelchair zombie bald curly standing climbing juggling cook frowning pouting fingers gift cutlery bath bike
-    bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""".split()
+    bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""")
 )
 """Words of aliases that no name has, and single words that describe a picture as well as its name does."""
 
@@ -86,8 +87,8 @@ WRONG_ALIASES = frozenset(
 
 
 NOT_NOUNS = frozenset(
-    """auto canned classical diagonal five folding full hundred monthly pause persevering plus repeat shaved showing
-    smile smoking worried evergreen pickup asia cancer libra tokyo slash""".split()
+    words("""auto canned classical diagonal five folding full hundred monthly pause persevering plus repeat shaved showing
+    smile smoking worried evergreen pickup asia cancer libra tokyo slash""")
 )
 """Words that the rule for nouns would name although they are none one could draw."""
 
@@ -199,6 +200,14 @@ def openmoji_entries() -> list[Entry]:
         tone = tones[0] if len(tones) == 1 else ""
         entries.append(Entry(key, svg, (name, *more), _split(name, role, tones, nouns), role, tone))
     return entries
+
+
+def openmoji_items() -> list[Item]:
+    """All pictures as items for the writer; role and tone go along as attributes."""
+    return [
+        Item(entry.key, entry.svg, list(entry.captions), entry.split, {"role": entry.role, "tone": entry.tone})
+        for entry in openmoji_entries()
+    ]
 
 
 def render(svg: Path, size: int) -> bytes:

@@ -1,0 +1,51 @@
+"""What the stream yields: one micro-batch of pictures with their captions."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+
+@dataclass
+class Batch:
+    """m pictures, one caption each; row i is that of stream position `positions[i]`."""
+
+    images: torch.Tensor
+    """uint8 [m, 3, H, W], RGB."""
+    tokens: torch.Tensor
+    """int64 [m, T], padded with 0."""
+    lengths: torch.Tensor
+    """int64 [m], tokens per caption, at least 1."""
+    image_ids: torch.Tensor
+    """int64 [m], index of the picture in its split: equal for two visits of one picture."""
+    caption_ids: torch.Tensor
+    """int64 [m], see `caption_id`: equal for equal captions."""
+    positions: torch.Tensor
+    """int64 [m], position in the global stream."""
+    captions: list[str]
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`; copies overlap with computing when they were pinned."""
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
+
+    def pin_memory(self) -> Batch:
+        """For the DataLoader: the batch with its tensors in page-locked memory."""
+        return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+@lru_cache(maxsize=100_000)
+def caption_id(caption: str) -> int:
+    """63 bits that name a caption, whatever its case, spacing and Unicode form."""
+    text = " ".join(unicodedata.normalize("NFC", caption).lower().split())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1

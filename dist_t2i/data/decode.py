@@ -1,0 +1,148 @@
+"""From the bytes of a picture to uint8 RGB: upright, on white, square, at the training size.
+
+JPEGs go through libjpeg-turbo, shrunk by its DCT where the picture is at least twice too large; all else through
+Pillow, with a closed list of formats (others start programs, such as EPS). Sizes are read from the header and
+checked before anything is decoded: a small file can unpack to gigabytes.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy
+import simplejpeg
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 2**26
+"""Larger pictures are refused unseen: 67 million pixels, 200 MB decoded."""
+MIN_SIDE = 8
+"""Pictures with a shorter side than this show nothing that could be learned."""
+_ORIENTATION = 0x0112
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message is a phrase that fits many."""
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises PictureError."""
+    if width * height > MAX_PIXELS:
+        raise PictureError(f"larger than {MAX_PIXELS // 10**6} million pixels")
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"smaller than {MIN_SIDE} pixels")
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The first frame, decoded: RGB, upright, transparency on white, 16 bits cut to 8. Raises PictureError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            check_size(*picture.size)
+            picture.load()
+            return to_rgb(upright(picture))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"larger than {MAX_PIXELS // 10**6} million pixels") from error
+    except Exception as error:  # Pillow's plugins raise whatever the broken bytes lead them to
+        raise PictureError("does not decode") from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode as RGB. Raises PictureError for floating-point pixels, whose range is unknown."""
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I"):  # 16 bits; plain "I" holds them as well
+        pixels = numpy.asarray(picture).astype(numpy.int64)
+        return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(numpy.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise PictureError("has floating-point pixels")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8; 1 when it says none. Much faster than asking Pillow."""
+    start = data.find(b"Exif\0\0", 0, 65536) + 6
+    if start < 6:
+        return 1
+    order = "little" if data[start : start + 2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[start + at : start + at + size], order)  # type: ignore[arg-type]
+
+    entries = number(4, 4)
+    for entry in range(entries + 2, entries + 2 + 12 * min(number(entries, 2), 64), 12):
+        if number(entry, 2) == _ORIENTATION:
+            found = number(entry + 8, 2)
+            return found if 1 <= found <= 8 else 1
+    return 1
+
+
+def turned(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
+    """[H, W, 3] pixels set upright, given their EXIF orientation."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return numpy.ascontiguousarray(pixels)
+
+
+def decode(data: bytes, at_least: int = 0) -> numpy.ndarray:
+    """uint8 [H, W, 3], C-contiguous, of any size; both sides stay at least `at_least` where they were, 0 keeps all.
+
+    Raises PictureError.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            check_size(width, height)
+            if space not in ("CMYK", "YCCK"):
+                shrink = at_least if at_least and min(height, width) >= 2 * at_least else 0
+                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shrink, min_width=shrink)
+                return turned(pixels, jpeg_orientation(data))
+        except PictureError:
+            raise
+        except ValueError as error:
+            if "CMYK" not in str(error):
+                raise PictureError("does not decode") from error
+    return numpy.array(open_picture(data))
+
+
+def square(
+    pixels: numpy.ndarray, size: int, *, share: float = 1.0, across: float = 0.5, down: float = 0.5
+) -> torch.Tensor:
+    """uint8 [3, size, size]: a square of `share` times the short side, resized with antialiasing.
+
+    `across` and `down` (0 to 1) place the square in the room there is; the middle by default.
+    """
+    import torch
+
+    height, width = pixels.shape[:2]
+    side = max(1, min(height, width, round(min(height, width) * share)))
+    top, left = round((height - side) * down), round((width - side) * across)
+    image = torch.from_numpy(pixels[top : top + side, left : left + side]).permute(2, 0, 1)
+    if side == size:
+        return image.contiguous()
+    resized = torch.nn.functional.interpolate(
+        image.unsqueeze(0), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[0].contiguous()

@@ -1,0 +1,127 @@
+"""One page about a set: counts, statistics of the captions, a sheet of pictures, what was left out and why."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_t2i.data.shards import BadSample, Sample, ShardSet
+from dist_t2i.data.tokenizer import Tokenizer, words
+from dist_t2i.data.writer import count_reasons, write_aside
+
+_SHEET, _COLUMNS, _TILE = 48, 12, 96
+_MAX_LISTED = 200
+
+
+def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Numbers about the captions of one split, given those of each picture."""
+    texts = [text for one in captions for text in one]
+    tokens = sorted(len(tokenizer.ids(text)) for text in texts)
+    said = Counter(word for text in texts for word in words(text))
+    lengths = [len(words(text)) for text in texts]
+    return {
+        "count": len(texts),
+        "distinct": len(set(texts)),
+        "per_picture": {
+            "mean": round(len(texts) / max(1, len(captions)), 3),
+            "max": max(map(len, captions), default=0),
+        },
+        "words": {"mean": round(sum(lengths) / max(1, len(texts)), 2), "max": max(lengths, default=0)},
+        "tokens": {
+            "mean": round(sum(tokens) / max(1, len(tokens)), 2),
+            "p99": tokens[int(len(tokens) * 0.99)] if tokens else 0,
+            "max": tokens[-1] if tokens else 0,
+        },
+        "distinct_words": len(said),
+        "words_not_in_train": sum(word not in tokenizer.known_words for word in said),
+        "frequent_words": [word for word, _ in sorted(said.items(), key=lambda pair: (-pair[1], pair[0]))[:20]],
+    }
+
+
+def write_report(folder: Path, data_set: ShardSet, problems: Sequence[dict[str, Any]]) -> None:
+    """Write report.html and contact_sheet.png beside the shards; the same bytes for the same set."""
+    samples = _spread(data_set)
+    write_aside(folder / "contact_sheet.png", contact_sheet(samples))
+    write_aside(folder / "report.html", _page(data_set, samples, problems).encode("utf-8", "backslashreplace"))
+
+
+def _spread(data_set: ShardSet) -> list[Sample]:
+    """Some samples of the training split, evenly spread."""
+    samples = data_set.samples("train")
+    count = min(_SHEET, len(samples))
+    chosen = []
+    for place in range(count):
+        try:
+            chosen.append(samples[place * len(samples) // count])
+        except BadSample:
+            continue
+    return chosen
+
+
+def contact_sheet(samples: Sequence[Sample]) -> bytes:
+    """A PNG with the pictures in rows of twelve."""
+    from PIL import Image, ImageOps
+
+    rows = max(1, -(-len(samples) // _COLUMNS))
+    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * _TILE), "white")
+    for place, sample in enumerate(samples):
+        tile = ImageOps.fit(sample.image, (_TILE, _TILE))
+        sheet.paste(tile, (place % _COLUMNS * _TILE, place // _COLUMNS * _TILE))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
+
+    return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
+
+
+def _page(data_set: ShardSet, samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
+    manifest = data_set.manifest
+    name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
+    splits = [
+        (
+            split,
+            f"{part['samples']:,}",
+            len(part["shards"]),
+            f"{part['bytes'] / 1e6:,.1f}",
+            f"{part['short_side'][0]} to {part['short_side'][1]}",
+            f"{part['captions']['count']:,}",
+            part["captions"]["words"]["mean"],
+            f"{part['captions']['tokens']['mean']} / {part['captions']['tokens']['max']}",
+            f"{part['captions']['distinct_words']:,}",
+            part["captions"]["words_not_in_train"],
+        )
+        for split, part in manifest["splits"].items()
+    ]
+    head = ("split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption")
+    head += ("tokens a caption, mean / max", "distinct words", "words that train lacks")
+    reasons = count_reasons(problems).most_common()
+    listed = [(p["where"], p["picture"], p["reason"]) for p in problems[:_MAX_LISTED]]
+    more = (
+        f"<p>{len(problems) - _MAX_LISTED:,} more are in bad_samples.jsonl.</p>" if len(problems) > _MAX_LISTED else ""
+    )
+    bad = f"{_table(('reason', 'count'), reasons)}<h3>Which</h3>{_table(('where', 'picture', 'reason'), listed)}{more}"
+    captions = [(place + 1, sample.key, " | ".join(sample.captions)) for place, sample in enumerate(samples)]
+    credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{name}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1180px;padding:0 1em}}
+table{{border-collapse:collapse;margin:1em 0}}td,th{{border:1px solid #ccc;padding:.2em .6em;text-align:left;
+overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflow-wrap:anywhere}}</style>
+<h1>{name}</h1>{credit}
+<p>Fingerprint <code>{manifest["fingerprint"]}</code>; tokenizer of {manifest["tokenizer"]["vocabulary"]:,} tokens,
+{manifest["tokenizer"]["known_words"]:,} known words.</p>
+{_table(head, splits)}
+<h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
+<h2>Their captions</h2>{_table(("", "key", "captions"), captions)}
+<h2>Left out or changed</h2>{bad if problems else "<p>Nothing.</p>"}
+</html>
+"""

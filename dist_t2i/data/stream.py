@@ -1,0 +1,351 @@
+"""The training stream: a webdataset pipeline whose source follows an order of ours, in DataLoader workers.
+
+    source (order, shards) -> your stages -> decode -> choose a caption -> augment -> batch
+
+The source yields webdataset samples (`__key__`, `__url__`, extension -> bytes) with `__position__`, the place in the
+global stream. Everything drawn at random is a function of (seed, position), so the n-th batch of a run is the same
+for any number of ranks, workers and restarts. Stopping is dropping the stream, resuming is opening one elsewhere.
+
+A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following shards),
+recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from dist_t2i.config import Config
+from dist_t2i.data.batch import Batch, caption_id
+from dist_t2i.data.decode import PictureError, decode, square
+from dist_t2i.data.order import Order, draw, rows_of_rank
+from dist_t2i.data.shards import BadSample, Shards, ShardSet, captions_of, open_set, picture_of
+from dist_t2i.data.tokenizer import Tokenizer
+from dist_t2i.data.workers import Failure, WorkerPool
+from dist_t2i.errors import DataError
+
+Stage = Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]
+"""A webdataset stage: `wds.map(f)`, or any function from an iterable of samples to another."""
+
+REMEMBERED_BYTES = 128 * 2**20
+"""A split whose decoded pictures fit in this is decoded once per worker and kept."""
+_LOOK_AHEAD = 512
+_MAX_TRIES = 1_000
+_CAPTION, _FLIP, _SHARE, _ACROSS, _DOWN = range(100, 105)
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A sample that was replaced, as a line of bad_samples.jsonl."""
+
+    position: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which micro-batches one rank needs, from the position `start` on."""
+
+    rank: int
+    world_size: int
+    global_batch: int
+    accumulation: int
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """Samples per micro-batch."""
+        return self.global_batch // (self.world_size * self.accumulation)
+
+    def positions(self, sequence: int) -> numpy.ndarray:
+        return rows_of_rank(
+            self.start,
+            sequence,
+            rank=self.rank,
+            world_size=self.world_size,
+            global_batch=self.global_batch,
+            accumulation=self.accumulation,
+        )
+
+
+class Source:
+    """The first stage: raw samples in the order of the plan, from micro-batch `first` on, every `step`-th one."""
+
+    def __init__(self, shards: Shards, order: Order, plan: Plan) -> None:
+        self.shards, self.order, self.plan = shards, order, plan
+        self.first, self.step = 0, 1
+        self.strict = False
+        self.bad: list[BadRecord] = []
+        self._starts = numpy.cumsum([0, *shards.sizes])
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        sequence = self.first
+        ahead = max(1, _LOOK_AHEAD // self.plan.rows)
+        while True:
+            positions = numpy.concatenate([self.plan.positions(sequence + i * self.step) for i in range(ahead)])
+            for position, shard, row in zip(positions, *self.order.at(positions), strict=True):
+                yield self.sample(int(position), int(shard), int(row))
+            sequence += ahead * self.step
+
+    def sample(self, position: int, shard: int, row: int) -> dict[str, Any]:
+        """The sample there, or the one that replaces it."""
+        try:
+            return self._read(position, shard, row)
+        except BadSample as error:
+            return self.replacement({"__position__": position, "__row__": (shard, row)}, error)
+
+    def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
+        """The next sample after `bad` that can be read, with the first cause as `__bad__`.
+
+        Raises DataError under `strict`, and when too many in a row are bad.
+        """
+        if self.strict:
+            raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
+        shard, row = bad["__row__"]
+        tries = bad.get("__tries__", 0)
+        while tries < min(self.order.samples - 1, _MAX_TRIES):
+            tries += 1
+            number = (int(self._starts[shard]) + row + 1) % self.order.samples
+            shard = int(numpy.searchsorted(self._starts, number, side="right")) - 1
+            row = number - int(self._starts[shard])
+            try:
+                sample = self._read(bad["__position__"], shard, row)
+            except BadSample:
+                continue
+            return sample | {"__tries__": tries, "__bad__": bad.get("__bad__", error)}
+        raise DataError(f"{tries + 1} samples in a row cannot be used; {error.key} of {error.shard}: {error.reason}")
+
+    def _read(self, position: int, shard: int, row: int) -> dict[str, Any]:
+        place = {"__position__": position, "__row__": (shard, row), "__id__": int(self._starts[shard]) + row}
+        return self.shards.read(shard, row) | place
+
+
+class Decode:
+    """Stage: adds `image` (uint8 [3, S, S]) and `captions`, and draws the crop; replaces what does not decode."""
+
+    def __init__(self, source: Source, before: Sequence[Stage], config: Config, samples: int) -> None:
+        self.source, self.before = source, before
+        self.size, self.crop, self.seed = config.data.image_size, config.data.crop, config.train.seed
+        fits = samples * 3 * self.size**2 <= REMEMBERED_BYTES
+        self._remembered: dict[Any, Any] | None = {} if fits and self.crop >= 1 and not before else None
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            decoded = None
+            while decoded is None:
+                try:
+                    decoded = self._decoded(sample)
+                except BadSample as error:
+                    sample = self.source.replacement(sample, error)
+                    for stage in self.before:
+                        sample = next(iter(stage([sample])))
+            if "__bad__" in sample:
+                error, position = sample["__bad__"], sample["__position__"]
+                self.source.bad.append(
+                    BadRecord(position, error.shard, error.key, error.reason, replaced_by=sample["__key__"])
+                )
+            yield decoded
+
+    def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
+        where = sample["__row__"]
+        if self._remembered is not None and where in self._remembered:
+            image, captions = self._remembered[where]
+        else:
+            image, captions = self._picture(sample), captions_of(sample)[0]
+            if self._remembered is not None:
+                self._remembered[where] = image, captions
+        return sample | {"image": image, "captions": captions}
+
+    def _picture(self, sample: dict[str, Any]) -> torch.Tensor:
+        _, data = picture_of(sample)
+        shard = os.path.basename(sample["__url__"])
+        try:
+            if self.crop >= 1:
+                return square(decode(data, self.size), self.size)
+            share, across, down = (self._uniform(sample, purpose) for purpose in (_SHARE, _ACROSS, _DOWN))
+            share = self.crop + (1 - self.crop) * share
+            return square(
+                decode(data, int(self.size / self.crop) + 1), self.size, share=share, across=across, down=down
+            )
+        except PictureError as error:
+            raise BadSample(shard, sample["__key__"], f"picture {error}") from error
+
+    def _uniform(self, sample: dict[str, Any], purpose: int) -> float:
+        return draw(self.seed, sample["__position__"], purpose) / 2**64
+
+
+class Choose:
+    """Stage: one of the `captions` as `caption`, and the `image` mirrored on every other visit."""
+
+    def __init__(self, config: Config) -> None:
+        self.seed, self.flip = config.train.seed, config.data.flip
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            position, captions = sample["__position__"], sample["captions"]
+            sample["caption"] = captions[draw(self.seed, position, _CAPTION) % len(captions)]
+            if self.flip and draw(self.seed, position, _FLIP) & 1:
+                sample["image"] = sample["image"].flip(-1)
+            yield sample
+
+
+class Collate:
+    """Last stage: micro-batches, checked to hold the positions that the plan asks for."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.source, self.tokenizer, self.max_tokens = source, tokenizer, max_tokens
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Batch, list[BadRecord]]]:
+        sequence, rows = self.source.first, self.source.plan.rows
+        expected, held = self.source.plan.positions(sequence), []
+        for sample in samples:
+            if sample["__position__"] != expected[len(held)]:
+                raise DataError(
+                    f"a stage of the data pipeline dropped or moved position {expected[len(held)]}: stages must yield "
+                    "one sample for each they get, in order"
+                )
+            held.append(sample)
+            if len(held) == rows:
+                bad, self.source.bad[:] = list(self.source.bad), []
+                yield self.batch(held), bad
+                sequence += self.source.step
+                expected, held = self.source.plan.positions(sequence), []
+
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        captions = [sample["caption"] for sample in samples]
+        tokens, lengths = self.tokenizer.encode(captions, self.max_tokens)
+        return Batch(
+            images=torch.stack([sample["image"] for sample in samples]),
+            tokens=tokens,
+            lengths=lengths,
+            image_ids=torch.tensor([sample["__id__"] for sample in samples]),
+            caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
+            positions=torch.tensor([sample["__position__"] for sample in samples]),
+            captions=captions,
+            keys=[sample["__key__"] for sample in samples],
+        )
+
+
+class Pipeline(torch.utils.data.IterableDataset):
+    """The pipeline of one worker; yields (Batch, records of replaced samples), or one Failure and nothing more."""
+
+    def __init__(
+        self, shards: Shards, plan: Plan, config: Config, tokenizer: Tokenizer, stages: Sequence[Stage]
+    ) -> None:
+        self.shards, self.plan, self.config, self.tokenizer, self.stages = shards, plan, config, tokenizer, list(stages)
+        self.first = 0
+
+    def stream(self, worker: int, workers: int) -> Iterator[tuple[Batch, list[BadRecord]]]:
+        os.environ["WDS_SECURE"] = "1"  # whatever stage a user inserts: no pickles, no commands
+        import webdataset
+
+        webdataset.utils.enforce_security = True
+        data = self.config.data
+        order = Order(self.shards.sizes, self.config.train.seed, data.shuffle_window)
+        source = Source(self.shards, order, self.plan)
+        source.first, source.step = self.first + worker, workers
+        source.strict = data.on_bad == "strict"
+        return iter(
+            webdataset.DataPipeline(
+                source,
+                *self.stages,
+                Decode(source, self.stages, self.config, order.samples),
+                Choose(self.config),
+                Collate(source, self.tokenizer, data.max_tokens),
+            )
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self.stream(worker, workers)
+        except DataError as error:
+            yield Failure(str(error))
+
+
+class Stream:
+    """An endless iterator over Batch. `bad_counts` counts the replaced samples of this rank by reason."""
+
+    def __init__(self, pipeline: Pipeline, config: Config, allowance: int, bad_file: str | None) -> None:
+        self._pool = WorkerPool(pipeline, config.data.workers)
+        self._limit, self._allowance, self._bad_file = config.data.max_bad_fraction, allowance, bad_file
+        self._seen = 0
+        self.bad_counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises DataError when a sample is bad under `strict`, or too many were."""
+        batch, bad = self._pool.next()
+        self._seen += len(batch)
+        if bad:
+            self._record(bad)
+        return batch
+
+    def close(self) -> None:
+        """End the workers at once; the stream yields no more. Safe to call twice."""
+        self._pool.close()
+
+    def _record(self, bad: list[BadRecord]) -> None:
+        import json
+
+        self.bad_counts.update(record.reason for record in bad)
+        if self._bad_file:
+            lines = "".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in bad)
+            with open(self._bad_file, "a", encoding="utf-8") as file:
+                file.write(lines)
+        count = sum(self.bad_counts.values())
+        if count > self._limit * max(self._seen, self._allowance):
+            worst = bad[-1]
+            raise DataError(
+                f"{count} of the {self._seen} samples seen could not be used, more than data.max_bad_fraction "
+                f"({self._limit:g}) allows; the last one: {worst.key} of {worst.shard}: {worst.reason}. "
+                f"Mend or rewrite the set{f' (all are listed in {self._bad_file})' if self._bad_file else ''}"
+            )
+
+
+def open_stream(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+    start_images: int = 0,
+    bad_file: str | os.PathLike[str] | None = None,
+    stages: Sequence[Stage] = (),
+    data_set: ShardSet | None = None,
+) -> Stream:
+    """The micro-batches of one rank from position `start_images` on, endlessly, in the order of `rows_of_rank`.
+
+    Args:
+        bad_file: where replaced samples are listed, one JSON object a line, appended.
+        stages: webdataset stages between the source and the decoder, such as `wds.map(f)`; one out for one in.
+        data_set: the set, when it is open already; else that of `config.data.train`.
+
+    Raises: DataError when the set cannot be read or the batch does not divide; later, see `Stream.__next__`.
+    """
+    shards = (data_set or open_set(config.data.train)).shards(split)
+    samples = sum(shards.sizes)
+    if samples == 0:
+        raise DataError(f"the split {split!r} of {shards.folder} is empty")
+    batch, parts = config.train.global_batch, world_size * config.engine.accumulation
+    if batch % (2 * parts):
+        raise DataError(
+            f"train.global_batch {batch} must be an even number for each of the {world_size} ranks x "
+            f"{config.engine.accumulation} micro-batches: a multiple of {2 * parts}"
+        )
+    plan = Plan(rank, world_size, batch, config.engine.accumulation, start_images)
+    pipeline = Pipeline(shards, plan, config, tokenizer, stages)
+    return Stream(pipeline, config, -(-samples // world_size), os.fspath(bad_file) if bad_file else None)

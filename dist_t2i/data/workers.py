@@ -1,0 +1,121 @@
+"""DataLoader workers that a signal does not end, and that do not outlive the run.
+
+Slurm, a terminal's Ctrl-C and a launcher send their signals to the whole process group. Workers ignore them: the
+training process decides, saves first, and ends its workers. If it dies without doing so, the kernel kills them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_t2i.errors import DataError
+
+_PR_SET_PDEATHSIG = 1
+_MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker sends in place of a batch: the message of the error that ended it, without its traceback."""
+
+    message: str
+
+
+class StartWorker:
+    """`worker_init_fn`: signals off, one thread, killed with the parent. Picklable."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if sys.platform == "linux":
+            # Follows the thread that forked: that is the main one, which ends with the process.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self.parent:
+                os._exit(0)
+        torch.set_num_threads(1)
+
+
+def _end(iterator: Any) -> None:
+    """The loader's own way first; workers that do not follow it are killed: they ignore SIGTERM, and hold nothing."""
+    workers = list(iterator._workers)
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+class WorkerPool:
+    """Reads `pipeline` in `workers` processes, or in this one when 0; a worker that was killed is started anew."""
+
+    def __init__(self, pipeline: Any, workers: int) -> None:
+        self._pipeline, self._workers = pipeline, workers
+        self._taken = self._restarts = 0
+        self._iterator: Any = None
+        self._finalizer: weakref.finalize | None = None
+
+    def next(self) -> Any:
+        """The next item. Raises DataError for a Failure, or when workers keep dying."""
+        while True:
+            if self._iterator is None:
+                self._start()
+            try:
+                item = next(self._iterator)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                self._restart(error)
+                continue
+            if isinstance(item, Failure):
+                self.close()
+                raise DataError(item.message)
+            self._taken += 1
+            return item
+
+    def close(self) -> None:
+        """End the workers. Safe to call twice; also happens when the pool is forgotten, and at exit."""
+        self._iterator = None
+        if self._finalizer is not None:
+            self._finalizer()
+            self._finalizer = None
+
+    def _start(self) -> None:
+        self._pipeline.first = self._taken
+        if self._workers == 0:
+            self._iterator = iter(self._pipeline)
+            return
+        loader = torch.utils.data.DataLoader(
+            self._pipeline,
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=4,
+            worker_init_fn=StartWorker(),
+            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+            pin_memory=torch.cuda.is_available(),
+        )
+        before = signal.getsignal(signal.SIGCHLD)
+        self._iterator = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            # The loader's handler raises in whatever the main thread is doing, such as saving a checkpoint. Without
+            # it `next` notices a dead worker within seconds, which is soon enough.
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        self._finalizer = weakref.finalize(self, _end, self._iterator)
+
+    def _restart(self, error: RuntimeError) -> None:
+        self.close()
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            raise DataError(
+                f"data loader workers died {self._restarts} times (out of memory? Try a smaller data.workers): {error}"
+            ) from error
+        print(f"warning: a data loader worker was killed; going on from its last batch ({error})", file=sys.stderr)
