@@ -27,12 +27,18 @@ class Generated(NamedTuple):
     """[B, C]"""
 
 
+INITIAL_LOG_VARIANCE = -4.0
+"""The condition starts out close to its mean, so that the text is heard from the first step (StackGAN starts near 0)."""
+
+
 class ConditionAugmentation(nn.Module):
     """Draws the condition from a Gaussian whose mean and variance the sentence gives (StackGAN, sec. 3.2)."""
 
     def __init__(self, text_width: int, condition: int):
         super().__init__()
         self.statistics = linear(text_width, 2 * condition)
+        nn.init.constant_(self.statistics.bias[condition:], INITIAL_LOG_VARIANCE)
+        nn.init.zeros_(self.statistics.weight[condition:])
 
     def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sentence [B, E], noise [B, C] (standard normal; zeros give the mean) -> condition, mean, log variance [B, C]."""
@@ -69,6 +75,24 @@ class Upsample(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=2, mode="nearest")
 
 
+class Layout(nn.Module):
+    """Adds a map that the condition gives directly, by one matrix: memory for layouts at hardly any cost. Our own.
+
+    `values` numbers become values / size^2 channels of size x size, then a 1x1 convolution.
+    """
+
+    def __init__(self, condition: int, channels: int, size: int, values: int):
+        super().__init__()
+        self.size = size
+        self.draw = linear(condition, values // size**2 * size**2)
+        self.conv = convolution(values // size**2, channels, size=1, gain=0.5)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, C, H, W], condition [B, N] -> [B, C, H, W]."""
+        layout = self.draw(condition).view(len(x), -1, self.size, self.size)
+        return x + self.conv(layout.contiguous(memory_format=torch.channels_last))
+
+
 class Generator(nn.Module):
     """Single-stage generator, conditioned at every scale on noise, the augmented sentence, and nothing else.
 
@@ -80,11 +104,15 @@ class Generator(nn.Module):
         super().__init__()
         width = config.noise + config.condition
         channels = config.channels
+        sizes = [(FIRST_SIZE * 2**i, c) for i, c in enumerate(channels)][1:]
         self.augmentation = ConditionAugmentation(text_width, config.condition)
         self.first = linear(width, channels[0] * FIRST_SIZE**2)
         self.upsamples = nn.ModuleList(Upsample(a, b) for a, b in pairwise(channels))
         self.scales = nn.ModuleList(
             nn.ModuleList(GeneratorBlock(c, width) for _ in range(config.blocks)) for c in channels
+        )
+        self.layouts = nn.ModuleDict(
+            {str(size): Layout(width, c, size, config.layout) for size, c in sizes if config.layout >= 4 * size**2}
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
@@ -105,6 +133,8 @@ class Generator(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         for i, blocks in enumerate(self.scales):
             x = self.upsamples[i - 1](x) if i else x
+            size = str(x.shape[-1])
+            x = self.layouts[size](x, condition) if size in self.layouts else x
             for block in blocks:
                 x = block(x, condition)
         x = self.last(activate(self.last_modulation(x, condition)))

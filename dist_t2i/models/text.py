@@ -31,7 +31,11 @@ def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 class LstmText(nn.Module):
-    """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default)."""
+    """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default).
+
+    The sentence is normalised over its width: fresh LSTM states are so small that a network which reads them beside
+    noise would hear little else.
+    """
 
     def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
         super().__init__()
@@ -47,7 +51,8 @@ class LstmText(nn.Module):
         )
         states, (hidden, _) = self.lstm(packed)
         words, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
-        return TextEmbedding(torch.cat([hidden[-2], hidden[-1]], dim=1), words, token_mask(tokens, lengths))
+        sentence = F.layer_norm(torch.cat([hidden[-2], hidden[-1]], dim=1), (self.width,))
+        return TextEmbedding(sentence, words, token_mask(tokens, lengths))
 
 
 class TransformerBlock(nn.Module):

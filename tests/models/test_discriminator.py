@@ -1,0 +1,111 @@
+"""The discriminator: one trunk, two branches, regions; rows apart; gradients where they belong."""
+
+import pytest
+import torch
+
+from dist_t2i.config import DiscriminatorConfig
+from dist_t2i.models.discriminator import Discriminator
+
+TEXT = 24
+
+
+def build(image_size: int = 32, **changes) -> Discriminator:
+    torch.manual_seed(0)
+    settings = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "region_embedding": 6} | changes
+    return Discriminator(DiscriminatorConfig(**settings), image_size, TEXT)
+
+
+def inputs(image_size: int = 32, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    images = torch.rand(rows, 3, image_size, image_size, generator=random) * 2 - 1
+    return images, torch.randn(rows, TEXT, generator=random)
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 64, 256])
+@pytest.mark.parametrize("condition", ["projection", "joint"])
+def test_shapes_at_any_size(image_size, condition):
+    d = build(image_size, condition=condition, blocks=2)
+    images, sentence = inputs(image_size)
+    features = d.features(images)
+    assert d.adversarial(features, sentence).shape == (4,)
+    assert d.align_image(features).shape == d.align_text(sentence).shape == (4, 20)
+    assert d.align_regions(features).shape == (4, 8 * 8 + 4 * 4, 6)
+    assert d.align_region_text(sentence).shape == (4, 6)
+
+
+def test_alignment_embeddings_are_unit_vectors():
+    d = build()
+    images, sentence = inputs()
+    features = d.features(images)
+    for unit in (
+        d.align_image(features),
+        d.align_text(sentence),
+        d.align_regions(features),
+        d.align_region_text(sentence),
+    ):
+        torch.testing.assert_close(unit.norm(dim=-1), torch.ones(unit.shape[:-1]))
+
+
+@pytest.mark.parametrize("condition", ["projection", "joint"])
+def test_rows_are_apart_and_one_pass_serves_two_halves(condition):
+    d = build(condition=condition)
+    images, sentence = inputs()
+    features = d.features(images)
+    logits = d.adversarial(features, sentence)
+    torch.testing.assert_close(d(images[1:3], sentence[1:3]), logits[1:3], rtol=1e-4, atol=1e-5)
+    half = features.rows(2, 4)
+    torch.testing.assert_close(d.adversarial(half, sentence[2:]), logits[2:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d.align_regions(half), d.align_regions(features)[2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["projection", "joint"])
+def test_the_caption_moves_the_logit_but_not_the_trunk(condition):
+    d = build(condition=condition)
+    images, sentence = inputs()
+    features = d.features(images)
+    assert (d.adversarial(features, sentence) - d.adversarial(features, sentence.flip(0))).abs().min() > 1e-3
+
+
+def test_detached_features_carry_no_gradient():
+    d = build()
+    images, sentence = inputs()
+    detached = d.features(images).detach()
+    assert not detached.pooled.requires_grad and not any(x.requires_grad for x in detached.maps)
+    assert d.adversarial(detached, sentence).requires_grad, "the branch itself still learns"
+
+
+def test_each_branch_reaches_its_own_parameters_and_both_reach_the_trunk():
+    adversarial_only, alignment_only, both = (
+        {"condition", "realism"},
+        {"image_projection", "text_projection"},
+        {"stem", "pool"},
+    )
+    regions_only = {"region_projections", "region_text_projection"}
+
+    def reached(loss) -> set[str]:
+        d = build()
+        images, sentence = inputs()
+        loss(d, d.features(images), sentence).backward()
+        return {name.split(".")[0] for name, p in d.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+    adversarial = reached(lambda d, f, s: d.adversarial(f, s).square().sum())
+    alignment = reached(lambda d, f, s: (d.align_image(f) * d.align_text(s)).sum())
+    regions = reached(lambda d, f, s: (d.align_regions(f) * d.align_region_text(s)[:, None]).sum())
+    assert adversarial >= adversarial_only | both and not adversarial & (alignment_only | regions_only)
+    assert alignment >= alignment_only | both and not alignment & (adversarial_only | regions_only)
+    assert regions >= regions_only | {"stem"} and not regions & (adversarial_only | alignment_only)
+
+
+def test_regions_must_be_computed_scales():
+    with pytest.raises(ValueError, match=r"regions \(32,\) are not all computed scales"):
+        build(regions=(32,))
+    assert build(regions=()).region_text_projection is None
+
+
+def test_second_derivative_exists_for_r1():
+    d = build()
+    images, sentence = inputs()
+    images.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(d(images, sentence).sum(), images, create_graph=True)
+    gradient.square().sum().backward()
+    assert d.stem.weight.grad.abs().sum() > 0

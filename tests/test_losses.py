@@ -1,0 +1,158 @@
+"""Losses against values worked out by hand, or by autograd in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_t2i import losses
+
+
+def vector(*values: float) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def units(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double), dim=-1)
+
+
+# Hinge
+
+
+def test_hinge_d_by_hand():
+    real, fake, wrong = vector(2.0, 0.5), vector(-3.0, 0.0), vector(1.0, -1.0)
+    # real: (0 + .5)/2 = .25; fake: (0 + 1)/2 = .5; wrong: (2 + 0)/2 = 1
+    assert losses.hinge_d(real, fake).item() == pytest.approx(0.75)
+    assert losses.hinge_d(real, fake, wrong, 0.5).item() == pytest.approx(0.25 + 0.25 + 0.5)
+    assert losses.hinge_d(real, fake, wrong, 0.0).item() == pytest.approx(0.75)
+    assert losses.hinge_d(real, fake, wrong, 1.0).item() == pytest.approx(1.25)
+
+
+def test_hinge_g_by_hand():
+    assert losses.hinge_g(vector(1.0, -4.0)).item() == pytest.approx(1.5)
+
+
+def test_losses_are_fp32_whatever_comes_in():
+    half = torch.ones(4, dtype=torch.bfloat16)
+    pairs = units(4, 3).bfloat16()
+    values = [
+        losses.hinge_d(half, half, half),
+        losses.hinge_g(half),
+        losses.info_nce(pairs, pairs, 0.1),
+        losses.region_info_nce(units(4, 2, 3).half(), pairs.half(), 0.1),
+        losses.kl_condition(half, half),
+        losses.fd_r1(half, half, 0.1),
+    ]
+    assert all(value.dtype == torch.float32 and value.shape == () for value in values)
+
+
+# InfoNCE
+
+
+def test_info_nce_of_two_by_hand():
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    b = torch.tensor([[0.6, 0.8], [0.8, 0.6]])
+    # logits / t with t = .5: [[1.2, 1.6], [1.6, 1.2]]; each direction: log(1 + e^.4)
+    assert losses.info_nce(a, b, 0.5).item() == pytest.approx(math.log1p(math.exp(0.4)), rel=1e-6)
+
+
+def test_info_nce_is_cross_entropy_both_ways():
+    a, b = units(6, 5, seed=1).float(), units(6, 5, seed=2).float()
+    logits, target = a @ b.T / 0.1, torch.arange(6)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(losses.info_nce(a, b, 0.1), expected)
+    torch.testing.assert_close(losses.info_nce(b, a, 0.1), expected)
+
+
+def test_same_pairs_are_no_negatives():
+    a, b = units(5, 4, seed=1), units(5, 4, seed=2)
+    same = torch.eye(5, dtype=torch.bool)
+    same[0, 3] = same[3, 0] = True
+    logits = a @ b.T / 0.2
+    rows = []
+    for scores in (logits, logits.T):
+        for i in range(5):
+            kept = [j for j in range(5) if j == i or not same[i, j]]
+            rows.append(torch.logsumexp(scores[i, kept], 0) - scores[i, i])
+    torch.testing.assert_close(losses.info_nce(a, b, 0.2, same), torch.stack(rows).mean().float())
+    torch.testing.assert_close(losses.info_nce(a, b, 0.2, torch.zeros_like(same)), losses.info_nce(a, b, 0.2))
+
+
+def test_nothing_to_contrast_is_zero_with_a_finite_gradient():
+    a = units(3, 4).requires_grad_(True)
+    loss = losses.info_nce(a, units(3, 4, seed=1), 0.1, torch.ones(3, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and a.grad.isfinite().all()
+    assert losses.info_nce(units(1, 4), units(1, 4), 0.1) == 0
+
+
+def test_info_nce_gradient_in_float64():
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 4, dtype=torch.double, requires_grad=True), torch.randn(3, 4, dtype=torch.double)
+    (gradient,) = torch.autograd.grad(losses.info_nce(a, b, 1.0), a)
+    logits = a.detach() @ b.T
+    rows, columns, eye = logits.softmax(1), logits.softmax(0), torch.eye(3, dtype=torch.double)
+    torch.testing.assert_close(gradient, (rows + columns - 2 * eye) @ b / 6, rtol=1e-5, atol=1e-6)
+
+
+def test_regions_are_contrasted_place_by_place():
+    a, b, text = units(4, 3, 5, seed=1), units(4, 3, 5, seed=2), units(4, 5, seed=3)
+    same = torch.eye(4, dtype=torch.bool)
+    same[1, 2] = same[2, 1] = True
+    by_place = torch.stack([losses.info_nce(a[:, p], b[:, p], 0.1, same) for p in range(3)]).mean()
+    torch.testing.assert_close(losses.region_info_nce(a, b, 0.1, same), by_place)
+    against_text = torch.stack([losses.info_nce(a[:, p], text, 0.1) for p in range(3)]).mean()
+    torch.testing.assert_close(losses.region_info_nce(a, text, 0.1), against_text)
+
+
+def test_same_pairs_by_picture_or_text():
+    same = losses.same_pairs(torch.tensor([7, 7, 8, 9]), torch.tensor([1, 2, 2, 3]))
+    expected = torch.eye(4, dtype=torch.bool)
+    expected[0, 1] = expected[1, 0] = expected[1, 2] = expected[2, 1] = True
+    assert same.equal(expected)
+
+
+# Conditioning and penalties
+
+
+def test_kl_by_hand_and_against_torch():
+    assert losses.kl_condition(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    mean, log_variance = vector(1.0, -0.5)[None], vector(0.4, -1.0)[None]
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(losses.kl_condition(mean, log_variance), expected)
+
+
+def test_r1_of_a_quadratic_by_hand():
+    images = torch.tensor([[[[1.0, 2.0]]], [[[0.0, 3.0]]]]).repeat(1, 3, 1, 1).requires_grad_(True)
+    weight = torch.tensor(2.0, requires_grad=True)
+    penalty = losses.r1(weight * images.square().sum(dim=(1, 2, 3)), images)
+    # gradient 2 w x = 4x: squares summed over 3 channels: 16 * 3 * (1 + 4) and 16 * 3 * 9, mean 336
+    assert penalty.item() == pytest.approx(336.0)
+    penalty.backward()  # penalty = w^2 * 84, so its derivative is 2 w * 84
+    assert weight.grad.item() == pytest.approx(336.0)
+
+
+def test_ma_gp_by_hand():
+    images, sentence = torch.zeros(2, 3, 1, 1).requires_grad_(True), torch.zeros(2, 2).requires_grad_(True)
+    logits = images.sum(dim=(1, 2, 3)) + sentence @ vector(1.0, 0.0)  # joint gradient norm sqrt(3 + 1) = 2
+    assert losses.ma_gp(logits, images, sentence).item() == pytest.approx(64.0)
+    assert losses.ma_gp(logits, images, sentence, power=2.0).item() == pytest.approx(4.0)
+
+
+def test_finite_difference_tends_to_r1():
+    torch.manual_seed(0)
+    critic = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+    ).double()
+    images = torch.randn(1, 3, 2, 2, dtype=torch.double, requires_grad=True)
+    exact = losses.r1(critic(images)[:, 0], images)
+    noise = torch.randn(20_000, 3, 2, 2, dtype=torch.double)
+    with torch.no_grad():
+        plain = critic(images)[:, 0].expand(len(noise))
+        # in float64 throughout, so that the difference is not lost in rounding
+        estimate = ((critic(images + 1e-4 * noise)[:, 0] - plain) / 1e-4).square().mean()
+        ours = losses.fd_r1(plain, critic(images + 1e-2 * noise)[:, 0], 1e-2)
+    assert estimate.item() == pytest.approx(exact.item(), rel=0.05)
+    assert ours.item() == pytest.approx(exact.item(), rel=0.05)
