@@ -37,7 +37,9 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or our reader would take for something else than a text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+        k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
 
 
 _SCALARS = {
@@ -280,8 +282,9 @@ def _convert(value: Any, type_: Any) -> Any:
                 return _convert(value, choice)
             except ValueError:
                 continue
-    elif type_ is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    elif type_ is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
     elif type_ is int and isinstance(value, float) and value.is_integer():
         return int(value)
     elif type(value) is type_:

@@ -206,7 +206,9 @@ def _launchers_above() -> list:
     try:
         for process in psutil.Process().parents()[:2]:
             command = " ".join(process.cmdline()[:4])
-            if not re.search(r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)", command):
+            if not re.search(
+                r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)", command
+            ):
                 break
             found.append(process)
     except psutil.Error:

@@ -75,7 +75,9 @@ class Reporter:
         if self._main:
             self.say(f"warning: {message}")
         else:
-            print(f"rank {os.environ.get('RANK', '?')}: warning: {message}", file=self._stream or sys.stderr, flush=True)
+            print(
+                f"rank {os.environ.get('RANK', '?')}: warning: {message}", file=self._stream or sys.stderr, flush=True
+            )
 
     def tick(self, images: int) -> None:
         """After every step: refreshes the live line, or prints one where there is no terminal, when it is due."""

@@ -58,7 +58,9 @@ class WandbSink:
         try:
             import wandb
 
-            sent = {name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
+            sent = {
+                name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()
+            }
             self._run.log({"images": images, **sent})
         except Exception as error:
             self._fail(error)
