@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from dist_t2i.errors import DataError, run_command
+from dist_t2i.errors import run_command
 
 _FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
 or a .csv or .tsv file with the columns image and caption; paths are relative to --images, or to the file's own
@@ -94,7 +94,8 @@ def main() -> int:
     try:
         manifest = write_set(chosen.out, items, problems, options)
     except KeyboardInterrupt:
-        raise DataError("interrupted; the same command goes on from here") from None
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['samples']:,} pictures, {part['captions']['count']:,} captions")
     for reason, count in manifest["bad_samples"].items():

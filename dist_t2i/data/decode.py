@@ -18,7 +18,7 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
 """Larger pictures are refused unseen: 67 million pixels, 200 MB decoded."""
 MIN_SIDE = 8

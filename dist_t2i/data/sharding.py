@@ -27,6 +27,7 @@ from dist_t2i.data.writer import (
     accepted,
     count_reasons,
     finished,
+    forget,
     plan_hash,
     plan_shards,
     prepare,
@@ -78,7 +79,9 @@ def write_set(folder: Path, items: Sequence[Item], problems: Sequence[Problem], 
         results = _write_shards(folder, planned, options)
         for result in results:
             listed.extend(result["problems"])
-        _need_training_samples(sum(r["samples"] for r in results if r["split"] == "train"), listed)
+        if not any(result["samples"] for result in results if result["split"] == "train"):
+            forget(folder, planned)
+            _need_training_samples(0, listed)
         return _finish(folder, planned, results, listed, options)
     except OSError as error:
         raise DataError(

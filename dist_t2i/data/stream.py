@@ -12,6 +12,7 @@ recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,10 +246,8 @@ class Pipeline(torch.utils.data.IterableDataset):
         self.first = 0
 
     def stream(self, worker: int, workers: int) -> Iterator[tuple[Batch, list[BadRecord]]]:
-        os.environ["WDS_SECURE"] = "1"  # whatever stage a user inserts: no pickles, no commands
         import webdataset
 
-        webdataset.utils.enforce_security = True
         data = self.config.data
         order = Order(self.shards.sizes, self.config.train.seed, data.shuffle_window)
         source = Source(self.shards, order, self.plan)
@@ -266,11 +265,26 @@ class Pipeline(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self.stream(worker, workers)
+            stream = self.stream(*((info.id, info.num_workers) if info else (0, 1)))
+            while True:
+                with secured():
+                    item = next(stream)
+                yield item
         except DataError as error:
             yield Failure(str(error))
+
+
+@contextlib.contextmanager
+def secured() -> Iterator[None]:
+    """WDS_SECURE=1 for a while: whatever stage a user inserts, webdataset opens no pickles and runs no commands."""
+    from webdataset import utils
+
+    before, utils.enforce_security = utils.enforce_security, True
+    try:
+        yield
+    finally:
+        utils.enforce_security = before
 
 
 class Stream:

@@ -64,7 +64,7 @@ class Tokenizer:
             self._library = tokenizers.Tokenizer.from_str(json.dumps(written["tokenizers"]))
             self.known_words = frozenset(written["known_words"])
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"not a tokenizer.json: {error}") from error
+            raise DataError(str(error)) from error
         if tuple(self._library.id_to_token(i) for i in range(len(SPECIAL))) != SPECIAL:
             raise DataError(f"not one of our tokenizers: its first tokens should be {' '.join(SPECIAL)}")
         self.text = text
@@ -79,8 +79,8 @@ class Tokenizer:
             return cls(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        except (UnicodeError, DataError) as error:
+            raise DataError(f"{path}: not a tokenizer.json: {error}") from error
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.text, encoding="utf-8")

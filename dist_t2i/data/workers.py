@@ -71,8 +71,9 @@ class WorkerPool:
                 self._start()
             try:
                 item = next(self._iterator)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # A worker that dies while it hands over a batch breaks a pipe; elsewhere the loader notices.
+                if not self._someone_died():
                     raise
                 self._restart(error)
                 continue
@@ -111,7 +112,13 @@ class WorkerPool:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         self._finalizer = weakref.finalize(self, _end, self._iterator)
 
-    def _restart(self, error: RuntimeError) -> None:
+    def _someone_died(self) -> bool:
+        workers = getattr(self._iterator, "_workers", ())
+        for worker in workers:
+            worker.join(timeout=0.1)
+        return any(not worker.is_alive() for worker in workers)
+
+    def _restart(self, error: Exception) -> None:
         self.close()
         self._restarts += 1
         if self._restarts > _MAX_RESTARTS:

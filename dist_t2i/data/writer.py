@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -225,6 +226,14 @@ def prepare(folder: Path, name: str) -> None:
         write_aside(plan, json.dumps({"plan": name, "format": FORMAT, "version": VERSION}).encode())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write to --out {folder}: {error}") from error
+
+
+def forget(folder: Path, planned: Sequence[Planned]) -> None:
+    """Take back what was written, so that the folder can be used again. Raises OSError."""
+    for shard in planned:
+        for suffix in ("tar", "index"):
+            (folder / f"{shard.name}.{suffix}").unlink(missing_ok=True)
+    shutil.rmtree(folder / WORK)
 
 
 def accepted(planned: Sequence[Planned], results: Sequence[dict[str, Any]], split: str) -> list[Item]:

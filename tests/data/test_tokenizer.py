@@ -1,0 +1,80 @@
+"""Text to ids: nothing crashes, nothing differs between two trainings, and unknown words are known to be so."""
+
+import pickle
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_t2i.data.tokenizer import END, UNKNOWN, Tokenizer, train_tokenizer, words
+from dist_t2i.errors import DataError
+
+CAPTIONS = Counter(
+    {
+        "a red bird on a green branch": 3,
+        "A small Café": 2,
+        "the bird's wing": 2,
+        "medium-dark skin tone": 4,
+    }
+)
+TOKENIZER = train_tokenizer(CAPTIONS, 300)
+
+
+def test_words():
+    assert words("A medium-dark Bird's wing, (two)!") == ["a", "medium", "dark", "bird's", "wing", "two"]
+    assert words("rescue worker’s 🥇🥇") == ["rescue", "worker's", "🥇", "🥇"]
+    assert words("") == words(" ,.- ") == []
+
+
+def test_same_captions_same_file():
+    again = train_tokenizer(Counter(dict(reversed(CAPTIONS.items()))), 300)
+    assert again.text == TOKENIZER.text
+
+
+def test_encode_shapes_padding_and_end():
+    tokens, lengths = TOKENIZER.encode(["a red bird", "", "bird " * 50], max_tokens=8)
+    assert tokens.shape == (3, 8) and str(tokens.dtype) == "torch.int64" == str(lengths.dtype)
+    assert lengths[1] == 1 and tokens[1].tolist() == [END] + [0] * 7
+    assert lengths[2] == 8 and tokens[2, -1] == END
+    for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+        assert row[length - 1] == END and not any(row[length:])
+
+
+def test_case_and_unicode_form_do_not_matter():
+    assert TOKENIZER.ids("CAFE\u0301") == TOKENIZER.ids("café")
+    assert UNKNOWN not in TOKENIZER.ids("Café")
+
+
+def test_unknown_words():
+    assert TOKENIZER.unknown_words("a Red zebra and another zebra 🥇 鳥") == ["zebra", "and", "another", "🥇", "鳥"]
+    assert TOKENIZER.unknown_words("the bird’s wing") == []
+    assert UNKNOWN in TOKENIZER.ids("鳥")
+
+
+@given(st.text(max_size=300))
+def test_any_text_encodes(text):
+    ids = TOKENIZER.ids(text)
+    assert ids[-1] == END and all(0 < number < TOKENIZER.vocab_size for number in ids)
+    TOKENIZER.unknown_words(text)
+
+
+def test_save_load_pickle(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    for loaded in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(TOKENIZER))):
+        assert loaded == TOKENIZER
+        assert loaded.known_words == TOKENIZER.known_words
+        assert loaded.ids("a red bird") == TOKENIZER.ids("a red bird")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"known_words": [], "tokenizers": {}}', "\udcff"])
+def test_not_a_tokenizer(tmp_path, text):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match="tokenizer"):
+        Tokenizer.load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,67 @@
+"""Small captioned pictures, and sets of them, for tests of everything that reads data."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
+from dist_t2i.data.folder import find_items
+from dist_t2i.data.sharding import write_set
+from dist_t2i.data.shards import ShardSet, open_set
+from dist_t2i.data.writer import Options
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    """A colour that tells pictures apart."""
+    return (number * 37 % 256, number * 101 % 256, number * 197 % 256)
+
+
+def picture(number: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """One colour, with a black left edge so that mirroring shows."""
+    image = Image.new("RGB", size, colour(number))
+    image.paste((0, 0, 0), (0, 0, size[0] // 4, size[1]))
+    return image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def make_folder(folder: Path, count: int, *, captions: int = 2, kind: str = "png") -> Path:
+    """`count` pictures and captions.jsonl; returns the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        name = f"p{number:04d}.{kind}"
+        (folder / name).write_bytes(encoded(picture(number), {"jpg": "JPEG"}.get(kind, kind.upper())))
+        texts = [f"picture number {number} said in way {way}" for way in range(captions)]
+        lines.append(json.dumps({"image": name, "captions": texts}))
+    path = folder / "captions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_set(folder: Path, count: int, *, shard_samples: int = 10, holdout: float = 0.0, **options) -> ShardSet:
+    """A set of `count` pictures in FOLDER/set, its pictures in FOLDER/pictures."""
+    captions = make_folder(folder / "pictures", count, **options)
+    items, problems = find_items(folder / "pictures", captions, holdout)
+    write_set(folder / "set", items, problems, Options(shard_samples=shard_samples))
+    return open_set(folder / "set")
+
+
+def config_for(
+    data_set: ShardSet, *, batch: int = 8, accumulation: int = 1, seed: int = 3, size: int = 32, **data
+) -> Config:
+    """A configuration that reads a set."""
+    data = {"workers": 0, "shuffle_window": 16} | data
+    return Config(
+        data=DataConfig(train=str(data_set.folder), image_size=size, **data),
+        train=TrainConfig(global_batch=batch, seed=seed),
+        engine=EngineConfig(accumulation=accumulation),
+    )
