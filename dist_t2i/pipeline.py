@@ -106,6 +106,7 @@ class TextToImage:
         prompts = check_texts(prompts, "prompts")
         count = _whole(images_per_prompt, "images_per_prompt", least=1)
         noise_seeds = [mix(_whole(seed, "seed"), index, _PURPOSE) for index in range(count)]
+        _check_truncation(truncation)
         self._warn(prompts)
         rows = [(prompt, noise_seed) for prompt in prompts for noise_seed in noise_seeds]
         pixels = self.sample([prompt for prompt, _ in rows], [noise_seed for _, noise_seed in rows], truncation)
@@ -119,8 +120,7 @@ class TextToImage:
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
             raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
-        if isinstance(truncation, bool) or not isinstance(truncation, (int, float)) or not 0 <= truncation < math.inf:
-            raise PromptError(f"truncation must be a number from 0 up (1: all of the noise), got {truncation!r}")
+        _check_truncation(truncation)
         if not prompts:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         generator = self._parts.generator
@@ -268,6 +268,11 @@ def _whole(value: int, name: str, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)) or (least is not None and value < least):
         raise PromptError(f"{name} must be a whole number{'' if least is None else f' from {least} up'}, got {value!r}")
     return int(value)
+
+
+def _check_truncation(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise PromptError(f"truncation must be a number from 0 up (1: all of the noise), got {value!r}")
 
 
 def _kind(value: object) -> str:

@@ -43,11 +43,11 @@ def config(*overrides: str) -> Config:
     return configfile.loads("", [*SMALL, *overrides])
 
 
-def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0) -> Path:
+def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0, words: Tokenizer | None = None) -> Path:
     """A run folder with one committed checkpoint, as the trainer leaves it."""
     from dist_t2i.frozentext import load_frozen
 
-    cfg, words = config(*overrides), tokenizer()
+    cfg, words = config(*overrides), words or tokenizer()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(configfile.dump(cfg))
     words.save(run / "tokenizer.json")

@@ -1,0 +1,112 @@
+"""Scores as data: a number with its interval, its floor and its ceiling, and the manifest that makes it comparable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about one split."""
+
+    key: str
+    """Machine name, such as `kid` or `recall_at_1`."""
+    name: str
+    """What it is called, with its judge: "KID (EfficientNet-Lite0)"."""
+    value: float
+    low: float
+    """95% bootstrap interval over captions (groups of captions that belong together are drawn together) ..."""
+    high: float
+    """... of the same model and noise: it says nothing about other training seeds."""
+    better: str
+    """`higher` or `lower`."""
+    floor: Mapping[str, float] = field(default_factory=dict)
+    """What the low end of the scale looks like: description -> value."""
+    ceiling: Mapping[str, float] = field(default_factory=dict)
+    """What the high end of the scale looks like."""
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """The scores on one split."""
+
+    pictures: int
+    """Real pictures, one caption each."""
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation found."""
+
+    protocol: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    """Hashes of weights, data and judge, versions, code: all that the numbers depend on."""
+    splits: Mapping[str, SplitScores]
+
+    def __getitem__(self, place: tuple[str, str]) -> Score:
+        """scores["test-combinations", "kid"]. Raises KeyError."""
+        split, key = place
+        return next((score for score in self.splits[split].scores if score.key == key), None) or _missing(key)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Writes scores.json whole or not at all."""
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+
+def _missing(key: str) -> Score:
+    raise KeyError(key)
+
+
+def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[str]]]:
+    """(split, pictures, [name, value and interval, better, floor, ceiling]) of each score in a scores.json."""
+    for split, found in scores["splits"].items():
+        for score in found["scores"]:
+            value = f"{_number(score['value'])} ({_number(score['low'])} to {_number(score['high'])})"
+            ends = ["; ".join(f"{_number(v)} {what}" for what, v in score[end].items()) for end in ("floor", "ceiling")]
+            yield split, found["pictures"], [score["name"], value, score["better"], *ends]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """A scores.json for a terminal: every number with floor and ceiling beneath it."""
+    lines: list[str] = []
+    shown = ""
+    for split, pictures, (name, value, better, floor, ceiling) in rows(scores):
+        if split != shown:
+            lines.append(f"{split}: {pictures:,} held-out pictures" + ("" if lines else ", 95% intervals in brackets"))
+            shown = split
+        lines.append(f"  {name:<34} {value}   {better} is better")
+        lines.append(f"      floor    {floor}")
+        lines.append(f"      ceiling  {ceiling}")
+    return "\n".join(lines)
+
+
+def markdown(scores: Mapping[str, Any]) -> str:
+    """A scores.json as Markdown tables."""
+    lines: list[str] = []
+    shown = ""
+    for split, pictures, cells in rows(scores):
+        if split != shown:
+            lines += ["", f"On `{split}` ({pictures:,} held-out pictures; 95% intervals over captions):", ""]
+            lines += ["| score | this model | better | floor | ceiling |", "|---|---|---|---|---|"]
+            shown = split
+        lines.append("| " + " | ".join(cells) + " |")
+    about = scores["protocol"]
+    lines += ["", f"Protocol `{about['name']}` version {about['version']}, judged by {about['features']}."]
+    return "\n".join(lines).lstrip("\n")

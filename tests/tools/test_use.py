@@ -1,0 +1,102 @@
+"""sample.py, export.py and evaluate.py as commands."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from models_on_disk import write_run
+from PIL import Image
+
+from dist_t2i.errors import run_command
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def command(name, *arguments):
+    done = subprocess.run([sys.executable, TOOLS / name, *map(str, arguments)], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def inside(name, *arguments, monkeypatch):
+    """The command's exit status, without starting a process for it."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return run_command(runpy.run_path(str(TOOLS / name))["main"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.mark.parametrize("name", ["sample.py", "export.py", "evaluate.py", "demo.py"])
+def test_help_is_quick(name):
+    start = time.monotonic()
+    assert command(name, "--help").returncode == 0
+    fastest = time.monotonic() - start
+    for _ in range(4):  # the machine may be busy
+        if fastest < 0.5:
+            break
+        start = time.monotonic()
+        command(name, "--help")
+        fastest = min(fastest, time.monotonic() - start)
+    assert fastest < 0.5
+
+
+@pytest.mark.slow
+def test_sample_writes_a_grid_and_warns(run, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    done = command("sample.py", "--run", run, "red apple", "🦄", "--out", out, "--images-per-prompt", 2)
+    assert done.returncode == 0
+    assert "🦄" in done.stderr and "warning" in done.stderr
+    assert Image.open(out).height > 2 * 128
+
+
+@pytest.mark.slow
+def test_export_then_sample_from_it(run, tmp_path):
+    assert command("export.py", "--run", run, "--out", tmp_path / "model").returncode == 0
+    assert command("sample.py", "--run", tmp_path / "model", "red apple", "--out", tmp_path / "a.png").returncode == 0
+    assert command("sample.py", "--run", run, "red apple", "--out", tmp_path / "b.png").returncode == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, said in (
+        (("sample.py", "--run", tmp_path / "nowhere", "apple"), "not there"),
+        (("sample.py", "--run", run, "apple", "--out", tmp_path / "full" / "file" / "a.png"), "--out"),
+        (("sample.py", "--run", run, "apple", "--images-per-prompt", 0), "images_per_prompt"),
+        (("export.py", "--run", run, "--out", tmp_path / "full"), "choose a new folder"),
+        (("evaluate.py", "--run", run), "--data"),
+        (("evaluate.py", "--run", run, "--protocol", "coco"), "held-out"),
+        (("evaluate.py", "--run", run, "--data", tmp_path), "tools/shard.py"),
+    ):
+        assert inside(*arguments, monkeypatch=monkeypatch) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ") and said in shown
+
+
+@pytest.mark.slow
+def test_evaluate_writes_scores_that_the_export_shows(tmp_path):
+    """The whole way: pictures, a set, a model of it, its scores by the real judge, and its card."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    for i in range(12):
+        Image.effect_mandelbrot((40, 40), (-3, -2.5 + i / 9, 2, 2.5), 20 + i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture number {i}")
+    out = tmp_path / "set"
+    assert command("shard.py", "folder", "--images", tmp_path, "--out", out, "--holdout", 0.6).returncode == 0
+    from dist_t2i.data.tokenizer import Tokenizer
+
+    run = write_run(tmp_path / "run", f"data.train={out}", words=Tokenizer.load(out))
+    done = command("evaluate.py", "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert "KID (EfficientNet-Lite0)" in done.stdout and "floor" in done.stdout
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["protocol"]["name"] == "held-out" and scores["manifest"]["images_seen"] == 64
+    command("export.py", "--run", run, "--out", tmp_path / "model")
+    assert "KID (EfficientNet-Lite0)" in (tmp_path / "model" / "README.md").read_text()
