@@ -8,7 +8,7 @@ Exit statuses of a training command:
     75   stopped by a signal with a checkpoint saved; the same command goes on from it (EX_TEMPFAIL)
     130  a second Ctrl-C: stopped at once, nothing saved
 
-What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py` holds the first four):
+What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py` holds them):
 
 * A signal sent to a rank (`kill -USR2 PID`, PID from RUN/progress.json) gives any save all the time it needs, and
   `deepspeed` exits with the rank's 75. This is the way to stop a run from a script.
@@ -18,7 +18,8 @@ What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py`
 * `kill -TERM` of the launcher (`deepspeed.launcher.launch`): SIGTERM to one rank, which tells the others at the step
   boundary; SIGKILL after 30 seconds; its own status is 1 whatever the ranks returned.
 * `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher: the ranks are told nothing and would train on
-  unattended. `StopFlag` notices that the launcher is gone and stops.
+  unattended. `StopFlag` notices that the launcher is gone and stops. (After a `kill -9` of its launcher, `deepspeed`
+  exits with 0: look into RUN/progress.json to know what became of a run.)
 * `torchrun` passes SIGTERM and SIGINT on (a Ctrl-C arrives twice, hence `SAME_PRESS`), kills after 30 seconds and
   exits with 1; it dies of SIGUSR1 and SIGUSR2, so send those to ranks.
 """
@@ -75,6 +76,11 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(-1)
         os.close(self._wakeup)  # ends the watching thread
+
+    @property
+    def grace(self) -> float:
+        """Seconds between a stop and SIGKILL that the launcher above this rank may leave; inf without one."""
+        return LAUNCHER_GRACE if self._launcher.watching else float("inf")
 
     @property
     def requested(self) -> bool:
@@ -140,7 +146,7 @@ def _tell(message: str) -> None:
 def signals_blocked() -> Iterator[None]:
     """Children created inside start with the stop signals blocked, so that none can kill them before they are set up.
 
-    A signal that comes meanwhile is not lost: this process handles it at the end.
+    A signal that comes meanwhile is not lost: another thread takes it, or this one at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

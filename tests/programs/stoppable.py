@@ -1,9 +1,10 @@
 """A training run reduced to its stopping: steps, a loader worker, an agreed stop, a save.
 
-usage: stoppable.py FOLDER SAVE_SECONDS. Every rank writes FOLDER/pid-RANK at its start and FOLDER/saved-RANK when it saves
-(the reason and the step).
+usage: stoppable.py FOLDER SAVE_SECONDS [hang]. Every rank writes FOLDER/pid-RANK once it runs, and FOLDER/saved-RANK when
+it saves (why, how its worker is, and who it is). With `hang` the main thread then blocks in C, where no Python handler runs.
 """
 
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -22,10 +23,19 @@ def work(ready: Path) -> None:
     time.sleep(600)
 
 
-def main() -> int:
-    rank = prepare()
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    folder, save_seconds = Path(arguments[0]), float(arguments[1])
+def start_worker(ready: Path) -> multiprocessing.Process:
+    with signals_blocked():
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(ready,), daemon=True)
+        worker.start()
+    while not ready.exists():
+        time.sleep(0.01)
+    return worker
+
+
+def join_ranks(world_size: int):
+    """The MAX over the ranks and a barrier; without the others, no torch either."""
+    if world_size == 1:
+        return int, lambda: None
     import torch
     import torch.distributed as dist
 
@@ -36,25 +46,35 @@ def main() -> int:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    return all_reduce_max, dist.barrier
+
+
+def hang() -> None:
+    """Lock a mutex twice: no signal interrupts that."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+def main() -> int:
+    rank = prepare()
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    folder, save_seconds = Path(arguments[0]), float(arguments[1])
+    all_reduce_max, barrier = join_ranks(rank.world_size)
     with StopFlag(announce=rank.rank == 0) as stop:
-        with signals_blocked():
-            worker = multiprocessing.get_context("fork").Process(
-                target=work, args=(folder / f"worker-{rank.rank}",), daemon=True
-            )
-            worker.start()
-        while not (folder / f"worker-{rank.rank}").exists():
-            time.sleep(0.01)
+        worker = start_worker(folder / f"worker-{rank.rank}")
         (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
-        step = 0
+        if "hang" in arguments:
+            hang()
         while not (why := stop.agreed(all_reduce_max)):
             time.sleep(0.05)
-            step += 1
         time.sleep(save_seconds)
-        alive = "worker alive" if worker.is_alive() else f"worker ended with {worker.exitcode}"
-        (folder / f"saved-{rank.rank}").write_text(f"{why} step {step} {alive}")
-        dist.barrier()
-    worker.kill()
-    dist.destroy_process_group()
+        state = "alive" if worker.is_alive() else f"ended with {worker.exitcode}"
+        (folder / f"saved-{rank.rank}").write_text(
+            f"{why}, worker {state}, rank {rank.rank} of {rank.world_size} under {rank.launcher}"
+        )
+        barrier()
+        worker.kill()
     return STOPPED
 
 
