@@ -76,6 +76,9 @@ class DiscriminatorConfig:
     """How the adversarial branch reads S_D: projection (Miyato & Koyama 2018) or a perceptron on both."""
     regions: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that are aligned region by region; empty aligns whole pictures only."""
+    patches: int = 0
+    """Side, in positions, of the map where realism and caption are judged place by place as well; 0 judges whole
+    pictures only."""
     region_embedding: int = 64
     """Width of the space in which regions are compared."""
 
@@ -139,6 +142,8 @@ class OptimizerConfig:
     beta1: float = 0.0
     """Adam's first-moment decay."""
     beta2: float = 0.99
+    epsilon: float = 1e-8
+    """AdamW's, added to the root of the second moment."""
     """Adam's second-moment decay."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""

@@ -2,7 +2,9 @@
 
 A GAN needs two engines, and two engines in one process are easy to get silently wrong. The rules kept here:
 
-* the network is called as `engine.module(...)`, never as `engine(...)`: the latter fails in part of the stage pairs;
+* the network is called as `engine.module(...)`, never as `engine(...)`: the latter fails in part of the stage pairs. What
+  `engine(...)` does beside the call, telling ZeRO that a new backward is to come, `backward` does here: without it the
+  gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8);
 * whatever takes part in the other network's loss is frozen meanwhile (`frozen()`), or its ZeRO hooks would count the
   gradient as its own;
 * one `backward` per micro-batch: a second one is silently wrong at stages 1 to 3, so losses are summed first;
@@ -78,7 +80,8 @@ class EngineSpec:
 
 def deepspeed_config(spec: EngineSpec, config: Config, world_size: int, parameters: int) -> dict:
     """The DeepSpeed configuration of one engine; every value that changes results is written out."""
-    bucket = max(1, min(parameters, 500_000_000))
+    # DeepSpeed allocates the reduce bucket whole (2 GB by default); it asks for a multiple of an alignment.
+    bucket = min(-(-parameters // 4096) * 4096, 500_039_680)
     zero: dict = {
         "stage": spec.stage,
         "reduce_bucket_size": bucket,
@@ -126,7 +129,7 @@ class NetworkEngine:
         self._base_rate = spec.learning_rate
         self.world_size = dist.get_world_size()
         spec = EngineSpec(**{**vars(spec), "stage": self.stage})
-        module = module.to(device, memory_format=torch.channels_last)
+        module = module.to(device)
         groups = [
             {"params": list(child.parameters()), "scale": spec.scales.get(name, 1.0), "name": name}
             for name, child in module.named_children()
@@ -136,6 +139,7 @@ class NetworkEngine:
             groups,
             lr=spec.learning_rate,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.epsilon,
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
@@ -146,6 +150,8 @@ class NetworkEngine:
             config=deepspeed_config(spec, config, self.world_size, parameters),
             dist_init_required=False,
         )
+        if self.stage == 0:  # at the others parameters are views of flat buffers, and moving them would break the tie
+            self.module.to(memory_format=torch.channels_last)
         self._parameters = dict(self.module.named_parameters())
         self._gradient_norm = 0.0
         self._create_optimizer_state()
@@ -174,6 +180,8 @@ class NetworkEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar `loss` (the mean over this rank's micro-batch); call it once a micro-batch."""
+        if self.stage > 0:
+            self._zero.clear_backward_seen_flag()  # `engine(...)` would have done it; see the rules above
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
@@ -233,6 +241,7 @@ class NetworkEngine:
         if self.stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
 
+    @torch.no_grad()
     def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """The fp32 master (or a moment, by `key`) of one parameter, whole, on every rank. Collective."""
         from deepspeed.utils import (
@@ -248,9 +257,10 @@ class NetworkEngine:
             return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         local = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
         parts = local.new_empty(local.numel() * self.world_size)
-        dist.all_gather_into_tensor(parts, local.contiguous())
+        dist.all_gather_into_tensor(parts, local.detach().clone())
         return parts[: parameter.ds_numel].view(parameter.ds_shape)
 
+    @torch.no_grad()
     def _set_whole(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         from deepspeed.utils import (
             safe_set_full_fp32_param,

@@ -30,6 +30,35 @@ def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
+class _Together(torch.autograd.Function):
+    """The same tensors; their gradients are passed on all at once, when the last is there."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+class OrderedLSTM(nn.LSTM):
+    """An LSTM whose parameters get their gradients in an order that does not depend on the captions' lengths.
+
+    On packed sequences that order follows the lengths, which differ between ranks; ZeRO stage 2 puts gradients into its
+    reduction buckets in the order in which they come, and so would silently add one tensor to another.
+    """
+
+    def forward(self, input, hx=None):
+        """As `nn.LSTM`."""
+        parameters = self._flat_weights
+        self._flat_weights = list(_Together.apply(*parameters))
+        try:
+            return super().forward(input, hx)
+        finally:
+            self._flat_weights = parameters
+
+
 class LstmText(nn.Module):
     """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default).
 
@@ -41,7 +70,7 @@ class LstmText(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embedding, padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.lstm = nn.LSTM(embedding, embedding // 2, layers, batch_first=True, bidirectional=True)
+        self.lstm = OrderedLSTM(embedding, embedding // 2, layers, batch_first=True, bidirectional=True)
         self.width = embedding
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:

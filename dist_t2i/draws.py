@@ -1,0 +1,63 @@
+"""Random numbers of a training step, as a function of (seed, position in the stream) and nothing else.
+
+Each row of a batch has its own generator, seeded by its position, so that the noise of image number 1,234,567 is the same
+on any rank, at any world size and after any resume.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_t2i.config import Config
+from dist_t2i.models.augment import DRAWS
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """A 63-bit hash of integers (splitmix64's finaliser over a running sum; Steele et al. 2014)."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Draws(NamedTuple):
+    """Random numbers of B rows, fp32 on the CPU."""
+
+    noise: Tensor
+    """[B, Z], standard normal"""
+    condition_noise: Tensor
+    """[B, C], standard normal"""
+    augmentation: Tensor
+    """[B, DRAWS], uniform in [0, 1)"""
+
+
+def draw(config: Config, positions: Tensor) -> Draws:
+    """The draws of the rows at these stream positions (int64 [B])."""
+    widths = (config.model.generator.noise, config.model.generator.condition)
+    normal = torch.empty(len(positions), sum(widths))
+    uniform = torch.empty(len(positions), DRAWS)
+    generator = torch.Generator()
+    for row, position in enumerate(positions.tolist()):
+        generator.manual_seed(mix(config.train.seed, position, 1))
+        normal[row].normal_(generator=generator)
+        uniform[row].uniform_(generator=generator)
+    noise, condition_noise = normal.split(widths, dim=1)
+    return Draws(noise.contiguous(), condition_noise.contiguous(), uniform)
+
+
+def draw_pixels(config: Config, positions: Tensor, size: int) -> Tensor:
+    """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`."""
+    pixels = torch.empty(len(positions), 3, size, size)
+    generator = torch.Generator()
+    for row, position in enumerate(positions.tolist()):
+        generator.manual_seed(mix(config.train.seed, position, 2))
+        pixels[row].normal_(generator=generator)
+    return pixels

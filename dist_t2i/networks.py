@@ -1,0 +1,98 @@
+"""The networks of a run, grouped by the engine that owns their parameters (a parameter lives in one engine only).
+
+    text.mode   generator engine        discriminator engine        text engine   outside
+    dual        generator, text_g       discriminator, text_d       -             -
+    shared      generator               discriminator               text          -
+    frozen      generator               discriminator               -             a frozen encoder
+
+The names in this table are the prefixes of the parameters in checkpoints and exported models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_t2i.config import Config
+from dist_t2i.models.discriminator import Discriminator
+from dist_t2i.models.generator import Generated, Generator
+from dist_t2i.models.text import TextEmbedding, build_text_encoder
+
+
+class GeneratorSide(nn.Module):
+    """The generator, and S_G where it is the generator's own."""
+
+    def __init__(self, generator: Generator, text_g: nn.Module | None):
+        super().__init__()
+        self.generator = generator
+        self.text_g = text_g
+
+    def forward(
+        self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None
+    ) -> Generated:
+        """Pictures for B captions; `text` replaces the own encoder's embedding (shared and frozen text)."""
+        if self.text_g is not None:
+            text = self.text_g(tokens, lengths)
+        return self.generator(noise, text.sentence, text.words, text.mask, condition_noise)
+
+
+class DiscriminatorSide(nn.Module):
+    """The discriminator, and S_D where it is the discriminator's own."""
+
+    def __init__(self, discriminator: Discriminator, text_d: nn.Module | None):
+        super().__init__()
+        self.discriminator = discriminator
+        self.text_d = text_d
+
+    def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
+        """`function(self)`: all that a loss needs of this side happens in one forward call, as ZeRO's hooks expect."""
+        return function(self)
+
+    def sentence(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> Tensor:
+        """S_D sentences [B, E]; `text` replaces the own encoder's embedding."""
+        return (self.text_d(tokens, lengths) if self.text_d is not None else text).sentence
+
+
+class TextSide(nn.Module):
+    """The encoder that both sides read (text.mode=shared)."""
+
+    def __init__(self, text: nn.Module):
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
+        return self.text(tokens, lengths)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Fresh networks; `text` is there in mode shared, `frozen` in mode frozen."""
+
+    generator: GeneratorSide
+    discriminator: DiscriminatorSide
+    text: TextSide | None
+    frozen: nn.Module | None
+
+
+def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = None) -> Networks:
+    """The networks that `config` describes, with weights drawn from torch's global generator (seed it first).
+
+    `frozen` is the given encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding.
+    """
+    dual = config.text.mode == "dual"
+
+    def encoder() -> nn.Module:
+        return build_text_encoder(config.text, vocab_size, config.data.max_tokens)
+
+    width = frozen.width if frozen is not None else config.text.embedding
+    generator = Generator(config.model.generator, config.data.image_size, width)
+    discriminator = Discriminator(config.model.discriminator, config.data.image_size, width)
+    return Networks(
+        GeneratorSide(generator, encoder() if dual else None),
+        DiscriminatorSide(discriminator, encoder() if dual else None),
+        TextSide(encoder()) if config.text.mode == "shared" else None,
+        frozen,
+    )

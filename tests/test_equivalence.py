@@ -1,0 +1,199 @@
+"""Two ZeRO engines on two ranks train like plain PyTorch on one process, to 1e-6 of the losses and the weights.
+
+Every stage pair, accumulation, text mode and penalty, with contrastive negatives from the other rank.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ranks import run_ranks
+
+VOCABULARY, TOKENS, BATCH, STEPS = 40, 8, 8, 4
+
+PAIRS = [(g, d) for g in range(4) for d in range(4)]
+"""(generator's stage, discriminator's stage)"""
+
+
+def tiny_config(**overrides):
+    """A run of 32 px with region maps; `a__b=c` overrides `a.b`."""
+    from dist_t2i.configfile import build
+
+    values = {
+        "data.image_size": 32,
+        "data.max_tokens": TOKENS,
+        "text.embedding": 16,
+        "model.generator.noise": 8,
+        "model.generator.condition": 8,
+        "model.generator.channels": (16, 12, 8),
+        "model.discriminator.channels": (8, 12, 16),
+        "model.discriminator.embedding": 16,
+        "model.discriminator.regions": (8,),
+        "model.discriminator.region_embedding": 8,
+        "loss.penalty_every": 2,
+        "train.global_batch": BATCH,
+        "train.total_images": 1000,
+        "engine.precision": "fp32",
+        # AdamW divides by the gradient's size: with a tiny epsilon, round-off in a gradient that ought to be zero becomes
+        # a whole step. What is tested here are the gradients, so the division is kept well-conditioned.
+        "optimizer.epsilon": 1e-3,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    return build(values)
+
+
+def synthetic_rows(first: int, count: int):
+    """Rows [first, first + count) of an endless made-up stream; some pictures and captions come twice in a batch."""
+    from dist_t2i.data.batch import Batch
+
+    rows = []
+    for position in range(first, first + count):
+        picture = position % 11 if position % 8 else (position + 1) % 11  # neighbours 0, 1 of a batch are the same
+        generator = torch.Generator().manual_seed(picture)
+        length = int(torch.randint(1, TOKENS + 1, (), generator=generator))
+        tokens = torch.randint(2, VOCABULARY, (TOKENS,), generator=generator)
+        tokens[length:] = 0
+        pixels = torch.randint(0, 256, (3, 4, 4), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        rows.append((pixels.to(torch.uint8), tokens, length, picture))
+    images, tokens, lengths, ids = zip(*rows, strict=True)
+    ids = torch.tensor(ids)
+    return Batch(
+        images=torch.stack(images),
+        tokens=torch.stack(tokens),
+        lengths=torch.tensor(lengths),
+        image_ids=ids,
+        caption_ids=ids + 1000,
+        positions=torch.arange(first, first + count),
+        captions=[str(int(i)) for i in ids],
+        keys=[str(int(i)) for i in ids],
+    )
+
+
+def micro_batches(images: int, accumulation: int, rank: int, world_size: int):
+    """This rank's rows of the step at `images`, in the layout that the stream has."""
+    m = BATCH // (world_size * accumulation)
+    return [synthetic_rows(images + (a * world_size + rank) * m, m) for a in range(accumulation)]
+
+
+def build_gan(config, frozen=None):
+    """Both engines (and the shared encoder's) over the process group that the environment describes."""
+    from dist_t2i.assemble import assemble
+    from dist_t2i.engine import init_distributed
+
+    device = torch.device("cpu")
+    init_distributed(device)
+    return assemble(config, VOCABULARY, device, frozen)
+
+
+def frozen_encoder():
+    """A given encoder with weights of its own (text.mode=frozen)."""
+    from dist_t2i.config import TextConfig
+    from dist_t2i.models.text import FrozenText, build_text_encoder
+
+    torch.manual_seed(99)
+    return FrozenText(build_text_encoder(TextConfig(embedding=12), VOCABULARY, TOKENS))
+
+
+def train_engines(overrides: dict, steps: int = STEPS):
+    """Losses of each step (averaged over ranks) and the final weights under DeepSpeed."""
+    import torch.distributed as dist
+
+    config = tiny_config(**overrides)
+    gan = build_gan(config, frozen_encoder() if config.text.mode == "frozen" else None)
+    history = []
+    for step in range(steps):
+        batches = micro_batches(step * BATCH, config.engine.accumulation, dist.get_rank(), dist.get_world_size())
+        metrics = gan.step(batches, step * BATCH, 1.0)
+        names = sorted(metrics)
+        values = torch.stack([metrics[name].float() for name in names])
+        dist.all_reduce(values)
+        history.append(dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True)))
+    weights = {name: value for engine in gan.engines for name, value in engine.weights().items()}
+    return history, weights
+
+
+def train_reference(overrides: dict, steps: int = STEPS):
+    from reference import Reference
+
+    torch.set_num_threads(1)
+    config = tiny_config(**overrides)
+    reference = Reference(config, VOCABULARY, frozen_encoder() if config.text.mode == "frozen" else None)
+    history = [reference.step(synthetic_rows(step * BATCH, BATCH), step * BATCH) for step in range(steps)]
+    return history, reference.state()
+
+
+def train_many(cases: dict[str, dict]) -> dict:
+    """`train_engines` of every case in one process group; a case that fails gives its traceback."""
+    import traceback
+
+    results = {}
+    for name, overrides in cases.items():
+        try:
+            results[name] = train_engines(overrides)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break  # ranks may be out of step with each other now
+    return results
+
+
+def _stages(g: int, d: int, **more) -> dict:
+    # A wide finite difference: a narrow one divides round-off by its width.
+    penalty = {"loss__penalty": "fd_r1", "loss__penalty_sigma": 0.5} if d == 3 else {"loss__penalty": "r1"}
+    return {"engine__generator_stage": g, "engine__discriminator_stage": d, **penalty, **more}
+
+
+CASES = {
+    **{f"stages {g} and {d}": _stages(g, d) for g, d in PAIRS},
+    **{f"stages {g} and {d}, two micro-batches": _stages(g, d, engine__accumulation=2) for g, d in PAIRS},
+    **{
+        f"{mode} text, stage {s}, {a} micro-batch": _stages(s, s, text__mode=mode, engine__accumulation=a)
+        for mode in ("shared", "frozen")
+        for s in range(4)
+        for a in (1, 2)
+    },
+    "ma_gp": _stages(2, 2, loss__penalty="ma_gp"),
+    "ma_gp, joint, two micro-batches": _stages(
+        1, 1, loss__penalty="ma_gp", model__discriminator__condition="joint", engine__accumulation=2
+    ),
+    "no penalty": _stages(3, 3, loss__penalty="none"),
+    "transformer": _stages(2, 1, text__encoder="transformer"),
+    "augmented": _stages(1, 2, augment__color=0.5, augment__cutout=0.3, augment__translation=0.2),
+    "no regions": _stages(2, 2, model__discriminator__regions=()),
+    "clipped": _stages(0, 0, optimizer__weight_decay=0.1),
+    "offloaded": _stages(2, 2, engine__offload="cpu"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Every case trained by two ranks, all in one process group (starting one takes longer than a case)."""
+    return run_ranks(2, train_many, CASES, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process(trained, case):
+    expected_history, expected = train_reference(CASES[case])
+    for results in trained:
+        assert case in results, f"not reached: a case before it failed: {list(results.values())[-1]}"
+        assert not isinstance(results[case], str), results[case]
+        history, weights = results[case]
+        assert_close(history, weights, expected_history, expected)
+
+
+def assert_close(history, weights, expected_history, expected, tolerance: float = 1e-6):
+    """Losses and weights agree to `tolerance`, relative to their size (to 1 where they are smaller)."""
+    for step, (got, want) in enumerate(zip(history, expected_history, strict=True)):
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (step, name)
+    assert set(weights) == set(expected)
+    for name, value in expected.items():
+        difference = (weights[name] - value).norm() / value.norm().clamp_min(1.0)
+        assert difference <= tolerance, (name, float(difference))
+
+
+@pytest.mark.slow
+def test_one_process_of_deepspeed_is_plain_pytorch():
+    overrides = _stages(1, 2, engine__accumulation=2)
+    assert_close(*run_ranks(1, train_engines, overrides)[0], *train_reference(overrides))
