@@ -1,6 +1,7 @@
 """Losses as pure functions of logits, embeddings and gradients; always computed and returned in fp32.
 
-Legend of shapes: B batch, E embedding width, P positions of region maps, H W pixels. Every loss is a scalar, a mean over rows.
+Legend of shapes: B batch, E embedding width, P positions of region maps, L logits a picture, H W pixels. Every loss is
+a scalar, a mean over rows.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismatched_weight: float = 0.5) -> Tensor:
     """The discriminator's hinge loss on logits [B] (or any shape).
 
-    Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The two
-    kinds of negatives share a weight of 1, `mismatched_weight` of it for the wrong captions (DF-GAN, eq. 1: a half each).
+    Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The
+    two kinds of negatives share a weight of 1, `mismatched_weight` of it for wrong captions (DF-GAN, eq. 1: a half).
     """
     loss = F.relu(1 - real.float()).mean()
     if mismatched is None or mismatched_weight == 0:
@@ -43,8 +44,8 @@ def _contrast(logits: Tensor, same: Tensor | None) -> Tensor:
 def info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP): row i of `a` and row i of `b` belong together.
 
-    a, b: unit vectors [B, E]. `same` bool [B, B], symmetric: pairs that show the same picture or say the same text, which are
-    never each other's negatives (its diagonal is ignored). 0 for a batch of one.
+    a, b: unit vectors [B, E]. `same` bool [B, B], symmetric: pairs that show the same picture or say the same text,
+    which are never each other's negatives (its diagonal is ignored). 0 for a batch of one.
     """
     return _contrast(a.float() @ b.float().t() / temperature, same)
 
@@ -52,9 +53,9 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = Non
 def region_info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = None) -> Tensor:
     """`info_nce` at each position of region maps by itself, averaged over positions.
 
-    a: unit vectors [B, P, E]. b: [B, P, E] (position p of one picture against position p of the others; the contrast over
-    patches of Park et al. 2020, with other pictures instead of other places as negatives) or [B, E] (every position against
-    the captions; AttnGAN's and XMC-GAN's word-region contrast with the sentence as the word, our reading).
+    a: unit vectors [B, P, E]. b: [B, P, E] (position p of one picture against position p of the others: the contrast of
+    patches of Park et al. 2020, with other pictures instead of other places as negatives) or [B, E] (every position
+    against the captions: the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading).
     """
     a = a.float().transpose(0, 1)
     b = b.float().transpose(0, 1) if b.dim() == 3 else b.float().expand(len(a), *b.shape)
@@ -62,7 +63,7 @@ def region_info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | Non
 
 
 def same_pairs(image_ids: Tensor, caption_ids: Tensor) -> Tensor:
-    """int64 [B] each -> bool [B, B]: True where two rows share the picture or the caption's text (and on the diagonal)."""
+    """int64 [B] each -> bool [B, B]: True where two rows share the picture or the caption (and on the diagonal)."""
     return (image_ids[:, None] == image_ids) | (caption_ids[:, None] == caption_ids)
 
 
@@ -72,21 +73,28 @@ def kl_condition(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
+def row_means(logits: Tensor) -> Tensor:
+    """One fp32 logit a picture, [B]: its only one, or the mean of its places [B, L]."""
+    return logits.float().reshape(len(logits), -1).mean(1)
+
+
 def r1(logits: Tensor, images: Tensor) -> Tensor:
     """R1 (Mescheder et al. 2018) without its factor 1/2: squared gradient, summed over a picture, averaged over rows.
 
-    logits [B] must come from `images` [B, 3, H, W], which must require a gradient; the result can be differentiated again.
+    logits ([B] or [B, L], see `row_means`) must come from `images` [B, 3, H, W], which must require a gradient; the
+    result can be differentiated again.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    (gradient,) = torch.autograd.grad(row_means(logits).sum(), images, create_graph=True)
     return gradient.float().square().sum(dim=(1, 2, 3)).mean()
 
 
 def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) -> Tensor:
-    """DF-GAN's matching-aware gradient penalty (eq. 2, p = 6) without its factor: mean of the joint gradient norm ** power.
+    """DF-GAN's matching-aware gradient penalty (eq. 2, p = 6) without its factor: mean of joint gradient norm ** power.
 
-    logits [B] must come from `images` [B, 3, H, W] and `sentence` [B, E] of matching real pairs; both must require a gradient.
+    logits ([B] or [B, L], see `row_means`) must come from `images` [B, 3, H, W] and `sentence` [B, E] of matching real
+    pairs; both must require a gradient.
     """
-    gradients = torch.autograd.grad(logits.sum(), (images, sentence), create_graph=True)
+    gradients = torch.autograd.grad(row_means(logits).sum(), (images, sentence), create_graph=True)
     flat = torch.cat([g.float().flatten(1) for g in gradients], dim=1)
     return flat.square().sum(1).clamp_min(1e-12).pow(power / 2).mean()
 
@@ -94,7 +102,7 @@ def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) 
 def fd_r1(logits: Tensor, perturbed: Tensor, sigma: float) -> Tensor:
     """R1 by a finite difference: mean of ((D(x + sigma * n) - D(x)) / sigma) ** 2 with n standard normal.
 
-    Its expectation over n tends to `r1`'s value as sigma -> 0, and it needs no second derivative, so that parameters may
-    be sharded (ZeRO stage 3). logits, perturbed [B].
+    Its expectation over n tends to `r1`'s value as sigma -> 0, and it needs no second derivative, so that parameters
+    may be sharded (ZeRO stage 3). logits, perturbed: [B] or [B, L].
     """
-    return ((perturbed.float() - logits.float()) / sigma).square().mean()
+    return ((row_means(perturbed) - row_means(logits)) / sigma).square().mean()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.config import DiscriminatorConfig
-from dist_t2i.models.blocks import FIRST_SIZE, activate, convolution, linear, patch_size
+from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
 
 
 class Features(NamedTuple):
@@ -23,14 +23,18 @@ class Features(NamedTuple):
     """[B, A], the whole picture."""
     maps: tuple[Tensor, ...]
     """One [B, C, H, W] for every size in `regions`, as configured."""
+    patches: Tensor | None = None
+    """[B, C, H, W], the map whose places are judged one by one; None when only whole pictures are."""
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
-        return Features(self.pooled[start:stop], tuple(x[start:stop] for x in self.maps))
+        patches = None if self.patches is None else self.patches[start:stop]
+        return Features(self.pooled[start:stop], tuple(x[start:stop] for x in self.maps), patches)
 
     def detach(self) -> Features:
         """The same values without their graph."""
-        return Features(self.pooled.detach(), tuple(x.detach() for x in self.maps))
+        patches = None if self.patches is None else self.patches.detach()
+        return Features(self.pooled.detach(), tuple(x.detach() for x in self.maps), patches)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -43,7 +47,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
-        y = self.conv1(F.leaky_relu(x, 0.2))
+        y = self.conv1(F.leaky_relu(x, SLOPE))
         return x + self.conv2(activate(y))
 
 
@@ -59,13 +63,30 @@ class Downsample(nn.Module):
         return self.conv(F.pixel_unshuffle(x, 2))
 
 
+class PatchJudge(nn.Module):
+    """A projection discriminator of its own at every place of a map (PatchGAN, Isola et al. 2017, with a caption)."""
+
+    def __init__(self, channels: int, text_width: int, width: int = 64):
+        super().__init__()
+        self.embed = convolution(channels, width, size=1)
+        self.realism = linear(width, 1)
+        self.condition = linear(text_width, width)
+
+    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
+        """x [B, C, H, W], sentence [B, E] -> logits [B, H * W]."""
+        places = activate(self.embed(F.leaky_relu(x, SLOPE))).flatten(2).transpose(1, 2)
+        agreement = torch.bmm(places, self.condition(sentence)[:, :, None]) / places.shape[2] ** 0.5
+        return (self.realism(places) + agreement)[:, :, 0]
+
+
 class Discriminator(nn.Module):
     """Judges realism and agreement with a caption from one pass through the trunk.
 
     A picture enters as patches (pixel unshuffle down to the finest scale that `channels` lists). The adversarial branch
-    is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features beside sentence);
-    the alignment branch puts pictures, S_D sentences and, where `regions` are configured, the positions of region maps into
-    spaces where InfoNCE compares them. Our reading of the paper's two branches.
+    is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features beside
+    sentence), for the whole picture and, where `patches` is configured, place by place. The alignment branch puts
+    pictures, S_D sentences and, where `regions` are configured, the positions of region maps into spaces where InfoNCE
+    compares them. Our reading of the paper's two branches.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):
@@ -73,9 +94,10 @@ class Discriminator(nn.Module):
         channels, width = config.channels, config.embedding
         patch = patch_size(channels, image_size)
         sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
-        if not set(config.regions) <= set(sizes):
-            raise ValueError(f"discriminator.regions {config.regions} are not all computed scales ({sizes})")
-        self.region_sizes = config.regions
+        for name, wanted in (("regions", config.regions), ("patches", (config.patches,) if config.patches else ())):
+            if not set(wanted) <= set(sizes):
+                raise ValueError(f"discriminator.{name} {wanted} are not all computed scales ({sizes})")
+        self.region_sizes, self.patch_size = config.regions, config.patches
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
@@ -94,6 +116,7 @@ class Discriminator(nn.Module):
             convolution(channel_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
         )
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
+        self.patch_judge = PatchJudge(channel_of[config.patches], text_width) if config.patches else None
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
@@ -104,16 +127,25 @@ class Discriminator(nn.Module):
             for block in blocks:
                 x = block(x)
             maps[x.shape[-1]] = x
-        pooled = activate(self.pool(F.leaky_relu(x, 0.2).flatten(1)))
-        return Features(pooled, tuple(maps[size] for size in self.region_sizes))
+        pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
+        return Features(pooled, tuple(maps[size] for size in self.region_sizes), maps.get(self.patch_size))
 
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
-        """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits [B]."""
+        """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits.
+
+        [B]; with `patches`, [B, 2 * patches^2]: the logits of the places, and the whole picture's as often again, so
+        that a mean over a row weighs both alike.
+        """
         condition = self.condition(sentence)
         if self.joint:
-            return self.realism(activate(self.hidden(torch.cat([features.pooled, condition], dim=1))))[:, 0]
-        agreement = (features.pooled * condition).sum(1) / condition.shape[1] ** 0.5
-        return self.realism(features.pooled)[:, 0] + agreement
+            whole = self.realism(activate(self.hidden(torch.cat([features.pooled, condition], dim=1))))
+        else:
+            agreement = (features.pooled * condition).sum(1, keepdim=True) / condition.shape[1] ** 0.5
+            whole = self.realism(features.pooled) + agreement
+        if self.patch_judge is None:
+            return whole[:, 0]
+        places = self.patch_judge(features.patches, sentence)
+        return torch.cat([whole.expand_as(places), places], dim=1)
 
     def align_image(self, features: Features) -> Tensor:
         """Features of B pictures -> unit vectors [B, A]."""

@@ -28,7 +28,7 @@ class Generated(NamedTuple):
 
 
 INITIAL_LOG_VARIANCE = -4.0
-"""The condition starts out close to its mean, so that the text is heard from the first step (StackGAN starts near 0)."""
+"""The condition starts close to its mean, so that the text is heard from the first step (StackGAN starts near 0)."""
 
 
 class ConditionAugmentation(nn.Module):
@@ -41,7 +41,7 @@ class ConditionAugmentation(nn.Module):
         nn.init.zeros_(self.statistics.weight[condition:])
 
     def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sentence [B, E], noise [B, C] (standard normal; zeros give the mean) -> condition, mean, log variance [B, C]."""
+        """sentence [B, E], noise [B, C] (standard normal; zeros: the mean) -> condition, mean, log variance [B, C]."""
         mean, log_variance = self.statistics(sentence).chunk(2, dim=1)
         log_variance = log_variance.clamp(-8.0, 8.0)
         return mean + noise * (0.5 * log_variance).exp(), mean, log_variance
@@ -93,6 +93,21 @@ class Layout(nn.Module):
         return x + self.conv(layout.contiguous(memory_format=torch.channels_last))
 
 
+class Finish(nn.Module):
+    """From the last map to colours: convolution, pixel shuffle and, through `detail` channels, another convolution."""
+
+    def __init__(self, channels: int, detail: int, patch: int):
+        super().__init__()
+        self.conv = convolution(channels, (detail or 3) * patch**2, gain=2**0.5 if detail else 1.0)
+        self.shuffle = nn.PixelShuffle(patch)
+        self.smooth = convolution(detail, 3, gain=1.0) if detail else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, 3, patch * H, patch * W], unbounded."""
+        x = self.shuffle(self.conv(x))
+        return x if self.smooth is None else self.smooth(activate(x.contiguous(memory_format=torch.channels_last)))
+
+
 class Generator(nn.Module):
     """Single-stage generator, conditioned at every scale on noise, the augmented sentence, and nothing else.
 
@@ -116,8 +131,7 @@ class Generator(nn.Module):
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
-        self.last = convolution(channels[-1], 3 * patch**2, gain=1.0)
-        self.shuffle = nn.PixelShuffle(patch)
+        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch)
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(
@@ -138,4 +152,4 @@ class Generator(nn.Module):
             for block in blocks:
                 x = block(x, condition)
         x = self.last(activate(self.last_modulation(x, condition)))
-        return Generated(torch.tanh(self.shuffle(x)), mean, log_variance)
+        return Generated(torch.tanh(x), mean, log_variance)
