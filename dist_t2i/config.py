@@ -60,8 +60,8 @@ class GeneratorConfig:
     blocks: int = 1
     """Residual blocks per scale."""
     detail: int = 8
-    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 shuffles
-    straight to colours. Unused when full resolution is among the computed scales."""
+    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 goes
+    straight to colours. Unused when full resolution is a computed scale."""
     layout: int = 2048
     """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
     least 4): a cheap memory of where things are. 0 leaves it out."""
