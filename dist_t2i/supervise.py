@@ -1,0 +1,144 @@
+"""A training run as a child process under the `deepspeed` launcher: started, watched, and stopped so that it saves.
+
+Its output, the live line included, passes through to the terminal. Who it is and where it stands is read from
+RUN/progress.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dist_t2i.errors import TrainingError, UserError
+from dist_t2i.launch import has_gpu
+from dist_t2i.preempt import INTERRUPTED, STOPPED
+
+ENTRY = Path(__file__).resolve().parent / "train.py"
+SAVE_SECONDS = 60.0
+"""How long a run that was asked to stop may take to save before nobody waits for it any more."""
+_LOOK = 0.25
+"""Seconds between two looks at the child."""
+
+
+class Interrupted(UserError):
+    """The run was asked to stop by Ctrl-C or SIGTERM, and has saved if it had begun to train."""
+
+    status = INTERRUPTED
+
+
+def train(config: Path, overrides: Sequence[str], run: Path, *, enough: Callable[[], bool] | None = None) -> None:
+    """`deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()` says so.
+
+    Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
+    at once. Raises TrainingError when the training fails; it has then said why itself. Main thread only.
+    """
+    child = _Child(config, overrides, run)
+    with child.signals():
+        while (status := child.wait()) is None:
+            if enough is not None and not child.stopping and enough():
+                child.stop()
+    child.wait_until_saved()
+    if child.asked or (status == STOPPED and enough is None):
+        where = progress(run)
+        seen = f" at {where['images']:,} of {where['total_images']:,} images" if "images" in where else ""
+        raise Interrupted(f"stopped{seen}; the same command goes on from there")
+    if status not in (0, STOPPED):
+        raise TrainingError(f"training failed (exit status {status}); what went wrong is said above")
+
+
+def progress(run: Path) -> dict[str, Any]:
+    """RUN/progress.json; empty when there is none yet."""
+    try:
+        found = json.loads((run / "progress.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+class _Child:
+    """The `deepspeed` process, and through RUN/progress.json its rank 0."""
+
+    def __init__(self, config: Path, overrides: Sequence[str], run: Path) -> None:
+        self.run, self.started = run, time.time()
+        self.stopping = self.asked = False
+        binaries = Path(sys.executable).parent
+        environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
+        if not has_gpu():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        command = [str(binaries / "deepspeed"), f"--master_port={free_port()}", str(ENTRY), "--config", str(config)]
+        try:
+            self.process = subprocess.Popen([*command, f"run.folder={run}", *overrides], env=environment)
+        except OSError as error:
+            raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
+
+    def wait(self) -> int | None:
+        """The launcher's exit status, or None after a moment."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(timeout=_LOOK)
+        return None
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Ctrl-C and SIGTERM stop the child; the previous handlers come back."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.stop()
+
+    def stop(self) -> None:
+        """Ask rank 0 to save and stop; before it trains there is nothing to save, and the launcher is ended.
+
+        A Ctrl-C in a terminal reaches the ranks by itself, a signal to this process alone does not: asking twice is
+        harmless, because SIGUSR2 never means "at once".
+        """
+        self.stopping = True
+        rank = self._rank()
+        if rank is not None:
+            rank.send_signal(signal.SIGUSR2)
+        else:
+            self.process.terminate()
+
+    def wait_until_saved(self) -> None:
+        """Until rank 0 is gone: `deepspeed` dies of Ctrl-C at once, the ranks save first."""
+        deadline = time.monotonic() + SAVE_SECONDS
+        while self._rank() is not None and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+
+    def _rank(self):
+        """The process of rank 0, if it is this child's (not what an earlier one has left in progress.json) and lives."""
+        import psutil
+
+        found = progress(self.run)
+        try:
+            if found["host"] != socket.gethostname() or found["updated"] < self.started:
+                return None
+            process = psutil.Process(found["pid"])
+            alive = process.create_time() >= self.started - 1 and process.status() != psutil.STATUS_ZOMBIE
+            return process if alive else None
+        except (psutil.Error, KeyError, TypeError, ValueError):
+            return None
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
