@@ -72,7 +72,8 @@ def wrap(text: str, width: int, lines: int, font) -> str:
             line = ""
             words.insert(0, word)
         else:
-            size = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            longest = min(len(word), width)  # no letter is narrower than a pixel
+            size = next(n for n in range(longest, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
             done.append(word[:size])
             if word[size:]:
                 words.insert(0, word[size:])

@@ -29,13 +29,9 @@ class WandbSink:
     def _start(self, folder: Path, mode: str, project: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
 
-        if mode == "online" and not wandb.login(prompt=False):
-            self._warn("W&B: no API key (`wandb login`, or WANDB_API_KEY): kept offline in the run folder instead")
-            mode = "offline"
         identity = folder / ID_FILE
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        settings = wandb.Settings(init_timeout=30, console="off", silent=True, disable_git=True)
         with signals_blocked():  # its service process must not die of a signal that asks us to save
             run = wandb.init(
                 dir=folder,
@@ -43,13 +39,30 @@ class WandbSink:
                 name=name,
                 id=identity.read_text(encoding="utf-8").strip(),
                 resume="allow",
-                mode=mode,
+                mode=self._reachable(mode),
                 config=dict(config),
-                settings=settings,
+                settings=wandb.Settings(
+                    init_timeout=30, finish_timeout=20, console="off", silent=True, disable_git=True
+                ),
             )
         run.define_metric("images")
         run.define_metric("*", step_metric="images")
         return run
+
+    def _reachable(self, mode: str) -> str:
+        """`mode`, or `offline` where online is out of reach."""
+        import wandb
+
+        if mode != "online":
+            return mode
+        try:
+            if wandb.login(prompt=False):
+                return "online"
+            reason = "no API key: run `wandb login` or set WANDB_API_KEY"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        self._warn(f"W&B is out of reach ({reason}). Kept in the run folder; `wandb sync` sends it later.")
+        return "offline"
 
     def log(self, images: int, values: Mapping[str, Any]) -> None:
         """Send one report: numbers, or the `Path` of a PNG."""
