@@ -110,7 +110,7 @@ class _Reading:
         if type_ is None:
             self.refuse(place, prefix + name, f"unknown key{_suggestion(section, prefix, name)}")
         elif dataclasses.is_dataclass(type_):
-            self.section(loader, node, type_, f"{prefix}{name}.", where)
+            self.section(loader, node, typing.cast(type, type_), f"{prefix}{name}.", where)
         else:
             self.value(prefix + name, type_, loader.construct_object(node, deep=True), place)
 

@@ -46,7 +46,7 @@ def keys() -> dict[str, Key]:
 
 def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
     docs = _docs().get(type(section).__name__, {})
-    for name, type_ in field_types(type(section)).items():
+    for name, type_ in field_types(section.__class__).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             _collect(value, f"{prefix}{name}.", found)
@@ -63,8 +63,9 @@ def _docs() -> dict[str, dict[str, str]]:
             continue
         fields = docs.setdefault(node.name, {})
         for before, after in zip(node.body, node.body[1:], strict=False):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and is_text:
+            if not (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 fields[before.target.id] = inspect.cleandoc(str(after.value.value))
     return docs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from dist_t2i import metricsfile
 
 _PANELS = (
-    ("losses", ("loss/d", "loss/g"), False),
-    ("alignment (InfoNCE)", ("loss/d_alignment", "loss/g_alignment_text", "loss/g_alignment_image"), False),
-    ("logits", ("logit/real", "logit/fake", "logit/mismatched"), False),
-    ("gradient norms", ("grad/discriminator", "grad/generator", "grad/text"), True),
-    ("images per second", ("images_per_second",), False),
-    ("spread of fakes; data wait (share)", ("fake/std", "data_wait"), False),
+    ("losses", r"loss/[dg](_adversarial)?", False),
+    ("alignment (InfoNCE)", r"loss/[dg]_alignment.*", False),
+    ("logits", r"logit/.*", False),
+    ("gradient norms", r"grad/.*", True),
+    ("images per second", r"images_per_second", False),
+    ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
 )
+"""Title, the metrics shown, and whether the axis is logarithmic."""
 
 
 def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
@@ -28,13 +30,16 @@ def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
     from matplotlib.figure import Figure
 
     entries = metricsfile.read(metrics)
-    panels = [panel for panel in _PANELS if any(name in entry for entry in entries for name in panel[1])]
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    series = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]
+    panels = [(title, shown, log) for (title, _, log), shown in zip(_PANELS, series, strict=True) if shown]
     if not panels:
         return False
     figure = Figure(figsize=(12, 2.8 * -(-len(panels) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, series, log) in zip(figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat, panels):  # noqa: B905
-        _panel(axes, entries, name, series, log)
+    grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    for axes, (name, shown, log) in zip(grid, panels, strict=False):
+        _panel(axes, entries, name, shown, log)
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
     if title:
@@ -52,7 +57,7 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], title: str, series: Seq
             continue
         images, values = zip(*points, strict=True)
         line = axes.plot(images, values, alpha=0.25 if len(values) > 40 else 1.0, linewidth=1)[0]
-        label = name.split("/")[-1].replace("_", " ")
+        label = name.removeprefix("loss/").removeprefix("logit/").removeprefix("grad/").replace("_", " ")
         if len(values) > 40:
             axes.plot(images, smooth(values), color=line.get_color(), linewidth=1.5, label=label)
         else:

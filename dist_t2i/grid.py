@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (60, 130, 60)
-_GAP, _TEXT_WIDTH, _FONT_SIZE = 6, 230, 14
+_GAP, _TEXT_WIDTH, _FONT_SIZE = 6, 230, 13
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def draw_grid(rows: Sequence[GridRow], *, title: str = "", tile: int = 128, colu
     lines = -(-len(rows) // blocks)
     top = _GAP + (_FONT_SIZE + 3 * _GAP if title else 0)
     grid = Image.new("RGB", (width * blocks, top + lines * (tile + _GAP)), _PAPER)
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_FONT_SIZE)
+    draw, font = ImageDraw.Draw(grid), load_font(_FONT_SIZE)
     if title:
         draw.text((_GAP, _GAP), title, _INK, font)
     for index, row in enumerate(rows):
@@ -59,9 +60,20 @@ def _draw_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, 
         left += tile + _GAP
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans (most alphabets) where matplotlib brings it, else Pillow's own (Latin)."""
+    matplotlib = find_spec("matplotlib")
+    if matplotlib and matplotlib.origin:
+        font = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if font.is_file():
+            return ImageFont.truetype(str(font), size)
+    return ImageFont.load_default(size)
+
+
 def wrap(text: str, width: int, lines: int, font) -> str:
     """`text` broken at spaces (and inside words that are too wide) into at most `lines` lines of `width` pixels."""
-    words, done, line = text.split()[:200], [], ""
+    words, line = text.split()[:200], ""
+    done: list[str] = []
     while words and len(done) < lines:
         word = words.pop(0)
         joined = f"{line} {word}".strip()

@@ -21,12 +21,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dist_t2i import metricsfile
 from dist_t2i.config import Config
 from dist_t2i.grid import GridRow, draw_grid, save_grid
 from dist_t2i.progressline import Console, format_line
+
+if TYPE_CHECKING:
+    from dist_t2i.wandbsink import WandbSink
 
 STATES = ("starting", "training", "stopped", "finished", "failed")
 
@@ -47,7 +50,7 @@ class Reporter:
         self._state = "starting"
         self._checkpoint = ""
         self._next_progress = 0.0
-        self._wandb = None
+        self._wandb: WandbSink | None = None
         self._can_draw = True
 
     def start(self, images: int) -> None:

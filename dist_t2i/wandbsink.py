@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dist_t2i.preempt import signals_blocked
 
 ID_FILE = "wandb_id.txt"
+Mode = Literal["disabled", "offline", "online"]
 
 
 class WandbSink:
@@ -18,7 +19,7 @@ class WandbSink:
     `warn` gets a line when something fails; after that nothing more is sent.
     """
 
-    def __init__(self, folder: Path, mode: str, project: str, name: str, config: Mapping, warn: Callable[[str], None]):
+    def __init__(self, folder: Path, mode: Mode, project: str, name: str, config: Mapping, warn: Callable[[str], None]):
         self._warn = warn
         self._run: Any = None
         try:
@@ -26,7 +27,7 @@ class WandbSink:
         except Exception as error:  # whatever W&B raises, training is worth more
             self._fail(error)
 
-    def _start(self, folder: Path, mode: str, project: str, name: str, config: Mapping[str, Any]) -> Any:
+    def _start(self, folder: Path, mode: Mode, project: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
 
         identity = folder / ID_FILE
@@ -49,7 +50,7 @@ class WandbSink:
         run.define_metric("*", step_metric="images")
         return run
 
-    def _reachable(self, mode: str) -> str:
+    def _reachable(self, mode: Mode) -> Mode:
         """`mode`, or `offline` where online is out of reach."""
         import wandb
 

@@ -229,8 +229,8 @@ def test_dump_names_every_key_and_other_readers_agree():
 
 
 def test_every_key_is_documented():
-    undocumented = [key.name for key in keys().values() if not key.doc.endswith((".", ")"))]
-    assert not undocumented
+    undocumented = [key.name for key in keys().values() if len(key.doc) < 10]
+    assert undocumented == []
 
 
 def test_the_reference_lists_every_key_with_its_default():
