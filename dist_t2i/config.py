@@ -145,9 +145,9 @@ class OptimizerConfig:
     beta1: float = 0.0
     """Adam's first-moment decay."""
     beta2: float = 0.99
+    """Adam's second-moment decay."""
     epsilon: float = 1e-8
     """AdamW's, added to the root of the second moment."""
-    """Adam's second-moment decay."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
     warmup_images: int = 2_000

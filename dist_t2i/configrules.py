@@ -69,6 +69,7 @@ _RANGES = {
     "optimizer.discriminator_lr": _POSITIVE,
     "optimizer.beta1": _Range(0, 1, below=True),
     "optimizer.beta2": _Range(0, 1, below=True),
+    "optimizer.epsilon": _POSITIVE,
     "optimizer.decay_start": _SHARE,
     "optimizer.final_lr_scale": _SHARE,
     "ema.half_life_images": _COUNT,
