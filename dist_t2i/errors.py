@@ -14,6 +14,8 @@ class UserError(Exception):
     """Something the user can mend. `status` is the exit status of the command (documented in `preempt`)."""
 
     status = 2
+    told_by_main = False
+    """Rank 0 meets the same error and tells it; this rank only ends."""
 
 
 class ConfigError(UserError):
@@ -50,5 +52,6 @@ def run_command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.told_by_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return error.status

@@ -83,7 +83,7 @@ def build_gan(config, frozen=None):
 
     device = torch.device("cpu")
     init_distributed(device)
-    return assemble(config, VOCABULARY, device, frozen)
+    return assemble(config, VOCABULARY, device, frozen)[0]
 
 
 def frozen_encoder():

@@ -1,0 +1,70 @@
+"""The folder of a run: what belongs to it before the first step, and whether it may go on with this configuration.
+
+    RUN/config.yaml         the resolved configuration
+    RUN/environment.json    versions, git revision, hardware, and the data's fingerprint
+    RUN/tokenizer.json      the set's, so that a run can be used without its data
+
+See report.py and checkpoint.py for what training adds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_t2i import configfile, environment, metricsfile
+from dist_t2i.config import Config
+from dist_t2i.configrules import refuse_changes
+from dist_t2i.data.shards import ShardSet
+from dist_t2i.errors import CheckpointError, UserError
+
+
+def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> None:
+    """Make the folder, or check that the one that is there is a run of the same kind; rank 0 only.
+
+    Raises ConfigError when the run was begun with another configuration that gives another result, and CheckpointError
+    for another data set, unless `allow_changes`; UserError when the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "config.yaml").exists():
+            _check_same_run(folder, config, data, allow_changes, warn)
+        described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
+        metricsfile.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
+        shutil.copyfile(data.folder / "tokenizer.json", folder / "tokenizer.json")
+        metricsfile.replace_text(folder / "config.yaml", configfile.dump(config))
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} cannot be written: {error.strerror or error}.\n"
+            "Choose another with run.folder=..., or mend its permissions or free space."
+        ) from error
+
+
+def _check_same_run(
+    folder: Path, config: Config, data: ShardSet, allow_changes: bool, warn: Callable[[str], None]
+) -> None:
+    before = configfile.load(folder / "config.yaml", [])
+    for line in refuse_changes(before, config, allow=allow_changes):
+        warn(f"going on with another configuration: {line}")
+    try:
+        known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # an older attempt was killed before it wrote this
+    if known != data.fingerprint:
+        message = f"{data.folder} is not the set that the run {folder} was begun with (its fingerprint differs)"
+        if not allow_changes:
+            raise CheckpointError(
+                f"{message}.\nGive the old one (data.train=...), start another run (run.folder=...), or go on with "
+                "--allow-changes."
+            )
+        warn(message)
+
+
+def cut_bad_samples(file: Path, images: int) -> None:
+    """Drop the records of bad_samples.jsonl beyond `images` seen: they come again; rank 0 only."""
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["position"] < images]
+        metricsfile.replace_text(file, "".join(kept))

@@ -1,0 +1,58 @@
+"""The sample grid that a run draws now and then: fixed captions and noise, so that only the training changes it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_t2i.average import Average
+from dist_t2i.config import Config
+from dist_t2i.data.decode import decode, square
+from dist_t2i.data.shards import ShardSet
+from dist_t2i.draws import mix
+from dist_t2i.grid import GridRow
+
+ROWS = 8
+PER_CAPTION = 4
+_PREFERRED = ("test-combinations", "test", "train")
+
+
+class SampleSheet:
+    """Rows of captions with their pictures. Held-out pictures stand beside, where the captions come from the set."""
+
+    def __init__(self, config: Config, data: ShardSet, device: torch.device):
+        self._config, self._device = config, device
+        self._real: list = [None] * len(config.report.sample_prompts)
+        captions = list(config.report.sample_prompts)
+        if not captions:
+            split = next(name for name in (*_PREFERRED, *data.splits) if name in data.splits)
+            samples = data.samples(split)
+            count = min(ROWS, len(samples))
+            chosen = [samples[i * len(samples) // count] for i in range(count)]
+            captions = [sample.captions[0] for sample in chosen]
+            self._real = [self._as_trained(sample.image_bytes) for sample in chosen]
+        self.captions = captions
+        self._tokens, self._lengths = data.tokenizer.encode(captions, config.data.max_tokens)
+
+    def _as_trained(self, picture: bytes) -> np.ndarray:
+        """A real picture at the training size, so that both are judged at the same sharpness: uint8 [S, S, 3]."""
+        size = self._config.data.image_size
+        return square(decode(picture, size), size).permute(1, 2, 0).numpy()
+
+    def rows(self, average: Average) -> list[GridRow]:
+        """One row a caption, `PER_CAPTION` pictures each, the same noise in every row."""
+        widths = self._config.model.generator.noise, self._config.model.generator.condition
+        columns: list[Tensor] = []
+        for column in range(PER_CAPTION):
+            generator = torch.Generator().manual_seed(mix(self._config.train.seed, column, 3))
+            noise, condition = torch.randn(1, sum(widths), generator=generator).split(widths, dim=1)
+            count = len(self.captions)
+            inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1))
+            columns.append(average.generate(*(x.to(self._device) for x in inputs)).images)
+        pictures = torch.stack(columns, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        grid = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
+        return [
+            GridRow(caption, list(row), real)
+            for caption, row, real in zip(self.captions, grid, self._real, strict=True)
+        ]

@@ -1,0 +1,79 @@
+"""Train a text-to-image GAN: the entry point, under any launcher.
+
+    deepspeed dist_t2i/train.py --config configs/openmoji64.yaml [section.key=value ...]
+    torchrun --nproc-per-node 2 dist_t2i/train.py --config ...
+    srun python dist_t2i/train.py --config ...
+    python dist_t2i/train.py --config ...
+
+Run the same command again to go on from the newest checkpoint. Exit statuses: 0 finished; 75 stopped by a signal with a
+checkpoint saved; 2 something to mend, said in one message; 1 training broke down; 130 second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on sys.path, where modules of this package would pass for others' (`config`, ...).
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dist_t2i.errors import UserError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the run; what it leaves out has defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="go before the file's values")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="go on with a run although its configuration or data changed"
+    )
+    parser.add_argument("--help-config", action="store_true", help="list every key with its default, and exit")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    """Returns the exit status."""
+    options = parse()
+    if options.help_config:
+        from dist_t2i.configschema import reference
+
+        print(reference())
+        return 0
+    from dist_t2i import configfile, launch
+
+    rank = launch.prepare()
+    try:
+        if options.config is None:
+            raise UserError("--config FILE is missing, such as --config configs/openmoji64.yaml")
+        config = configfile.load(options.config, options.overrides)
+        if not config.run.folder:
+            folder = str(Path("runs") / options.config.stem)
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
+        from dist_t2i.configrules import check_world
+
+        check_world(config, rank.world_size)
+        from dist_t2i.trainer import train
+
+        return train(config, rank, allow_changes=options.allow_changes)
+    except UserError as error:
+        error.told_by_main = error.told_by_main or (rank.rank > 0 and _same_everywhere(error))
+        raise
+
+
+def _same_everywhere(error: UserError) -> bool:
+    """Whether every rank comes to this error by itself, so that rank 0's word is enough."""
+    from dist_t2i.errors import ConfigError, TrainingError
+
+    return isinstance(error, (ConfigError, TrainingError))
+
+
+if __name__ == "__main__":
+    from dist_t2i.errors import run_command
+
+    sys.exit(run_command(main))
