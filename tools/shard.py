@@ -18,7 +18,7 @@ or a .csv or .tsv file with the columns image and caption; paths are relative to
 folder. A picture may come in many lines, a caption with many pictures. Without --captions, the captions of a.png are
 the lines of a.txt beside it.
 
-What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on. Interrupted,
+Captions beyond 1,000 characters are cut. What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on. Interrupted,
 the same command goes on where it stopped."""
 
 
@@ -53,8 +53,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         source.add_argument("--shard-samples", type=_positive, default=samples, help="at most (default: %(default)s)")
         source.add_argument("--shard-mb", type=float, default=512.0, help="at most, in MB (default: %(default)s)")
         source.add_argument("--vocabulary", type=_positive, default=4096, help="tokens at most (default: %(default)s)")
-        source.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), help="(default: all)")
+        source.add_argument("--processes", type=_positive, default=_cores(), help="(default: %(default)s)")
     return parser.parse_args(arguments)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:
@@ -79,7 +84,7 @@ def main() -> int:
 
     if chosen.source == "openmoji":
         about = {"name": "OpenMoji", "licence": openmoji.LICENCE, "credit": openmoji.CREDIT}
-        items, problems = openmoji.openmoji_items(), []
+        items, problems = openmoji.openmoji_items(), list[folder.Problem]()
     else:
         about = {"name": chosen.images.resolve().name}
         items, problems = folder.find_items(chosen.images, chosen.captions, chosen.holdout)

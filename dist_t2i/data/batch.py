@@ -38,11 +38,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; copies overlap with computing when they were pinned."""
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
+        return self._with({name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
 
     def pin_memory(self) -> Batch:
         """For the DataLoader: the batch with its tensors in page-locked memory."""
-        return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
+        return self._with({name: t.pin_memory() for name, t in self._tensors().items()})
 
     def __getstate__(self) -> dict[str, Any]:
         """From a worker, small tensors come quicker as bytes through the pipe than as shared memory of their own."""
@@ -51,6 +51,9 @@ class Batch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state.items()})
+
+    def _with(self, tensors: dict[str, Any]) -> Batch:
+        return replace(self, **tensors)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -163,7 +163,8 @@ def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
 
 def _held_out_nouns(named: dict) -> frozenset[str]:
     """The words that only `test-nouns` says (see the module's docstring for the rule)."""
-    inside, outside = Counter(), Counter()
+    inside: Counter[str] = Counter()
+    outside: Counter[str] = Counter()
     for key, (_, name, _) in named.items():
         plain = not _is_flag(key) and not _TONE.search(name)
         (inside if plain else outside).update(set(words(name)))

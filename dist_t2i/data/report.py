@@ -101,8 +101,8 @@ def _page(data_set: ShardSet, samples: Sequence[Sample], problems: Sequence[dict
         )
         for split, part in manifest["splits"].items()
     ]
-    head = ("split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption")
-    head += ("tokens a caption, mean / max", "distinct words", "words that train lacks")
+    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption"]
+    head += ["tokens a caption, mean / max", "distinct words", "words that train lacks"]
     reasons = count_reasons(problems).most_common()
     listed = [(p["where"], p["picture"], p["reason"]) for p in problems[:_MAX_LISTED]]
     more = (

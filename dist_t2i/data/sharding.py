@@ -73,9 +73,9 @@ def write_set(folder: Path, items: Sequence[Item], problems: Sequence[Problem], 
     """
     listed = [dataclasses.asdict(problem) for problem in problems]
     _need_training_samples(sum(item.split == "train" for item in items), listed)
-    planned = plan_shards(items, options)
-    prepare(folder, plan_hash(planned, options))
     try:
+        planned = plan_shards(items, options)
+        prepare(folder, plan_hash(planned, options))
         results = _write_shards(folder, planned, options)
         for result in results:
             listed.extend(result["problems"])
@@ -84,9 +84,7 @@ def write_set(folder: Path, items: Sequence[Item], problems: Sequence[Problem], 
             _need_training_samples(0, listed)
         return _finish(folder, planned, results, listed, options)
     except OSError as error:
-        raise DataError(
-            f"cannot write to --out {folder}: {error.strerror or error}; the same command goes on from here"
-        ) from error
+        raise DataError(f"cannot write to --out {folder}: {error}; the same command goes on from here") from error
 
 
 def _need_training_samples(count: int, problems: Sequence[dict[str, Any]]) -> None:
@@ -104,6 +102,8 @@ def _write_shards(folder: Path, planned: Sequence[Planned], options: Options) ->
     """The results of all shards in order; those that are whole already are kept."""
     results = {shard.name: kept for shard in planned if (kept := finished(folder, shard))}
     missing = [shard for shard in planned if shard.name not in results]
+    if missing:
+        (folder / "manifest.json").unlink(missing_ok=True)
     if results:
         print(f"{len(results)} of {len(planned)} shards are there already", file=sys.stderr)
     progress = Progress(sum(len(shard.items) for shard in missing))

@@ -146,15 +146,19 @@ class Decode:
                 try:
                     decoded = self._decoded(sample)
                 except BadSample as error:
-                    sample = self.source.replacement(sample, error)
-                    for stage in self.before:
-                        sample = next(iter(stage([sample])))
+                    sample = self._staged(self.source.replacement(sample, error))
             if "__bad__" in sample:
-                error, position = sample["__bad__"], sample["__position__"]
+                first, position = sample["__bad__"], sample["__position__"]
                 self.source.bad.append(
-                    BadRecord(position, error.shard, error.key, error.reason, replaced_by=sample["__key__"])
+                    BadRecord(position, first.shard, first.key, first.reason, replaced_by=sample["__key__"])
                 )
             yield decoded
+
+    def _staged(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A replacement after the stages that the others went through."""
+        import webdataset
+
+        return next(iter(webdataset.DataPipeline(lambda: iter([sample]), *self.before)))
 
     def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
         where = sample["__row__"]
@@ -207,7 +211,8 @@ class Collate:
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Batch, list[BadRecord]]]:
         sequence, rows = self.source.first, self.source.plan.rows
-        expected, held = self.source.plan.positions(sequence), []
+        expected = self.source.plan.positions(sequence)
+        held: list[dict[str, Any]] = []
         for sample in samples:
             if sample["__position__"] != expected[len(held)]:
                 raise DataError(
@@ -350,6 +355,8 @@ def open_stream(
 
     Raises: DataError when the set cannot be read or the batch does not divide; later, see `Stream.__next__`.
     """
+    import webdataset  # noqa: F401  before the workers are forked, so that each need not
+
     shards = (data_set or open_set(config.data.train)).shards(split)
     samples = sum(shards.sizes)
     if samples == 0:

@@ -2,6 +2,10 @@
 
 Slurm, a terminal's Ctrl-C and a launcher send their signals to the whole process group. Workers ignore them: the
 training process decides, saves first, and ends its workers. If it dies without doing so, the kernel kills them.
+
+Workers are forked: two of them deliver their first batch within a second, where spawned ones spend it on imports. A
+fork is safe here because a worker touches neither the GPU, nor a process group, nor threads of its parent, and opens
+its files itself. Where there is no fork worth having (macOS, Windows), they are spawned.
 """
 
 from __future__ import annotations

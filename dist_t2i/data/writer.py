@@ -124,7 +124,7 @@ def picture_bytes(path: Path, size: int) -> tuple[str, bytes, tuple[int, int]]:
         return kind, data, picture.size
     if size and min(picture.size) > size:
         scale = size / min(picture.size)
-        shape = tuple(max(size, round(side * scale)) for side in picture.size)
+        shape = (max(size, round(picture.width * scale)), max(size, round(picture.height * scale)))
         picture = picture.resize(shape, reducing_gap=3.0)
     elif kind in PICTURES:
         return kind, data, picture.size

@@ -1,6 +1,5 @@
 """The stream delivers what the order plans: everywhere, from anywhere, bad samples replaced and told."""
 
-import dataclasses
 import json
 import pickle
 import zlib
@@ -132,11 +131,12 @@ def test_remembered_pictures_are_the_decoded_ones(small, monkeypatch):
     assert rows(read(small, config, 12)[0]) == first
 
 
-def test_users_insert_webdataset_stages(small):
-    def shout(sample):
-        captions = [text.upper() for text in json.loads(sample["json"])["captions"]]
-        return sample | {"json": json.dumps({"captions": captions}).encode()}
+def shout(sample):
+    captions = [text.upper() for text in json.loads(sample["json"])["captions"]]
+    return sample | {"json": json.dumps({"captions": captions}).encode()}
 
+
+def test_users_insert_webdataset_stages(small):
     plain, _ = read(small, config_for(small), 2)
     loud, _ = read(small, config_for(small, workers=1), 2, stages=[webdataset.map(shout)])
     assert [batch.captions for batch in loud] == [[text.upper() for text in batch.captions] for batch in plain]
@@ -210,8 +210,10 @@ def test_bad_samples_are_replaced_by_rule_and_listed(tmp_path, kind, reason, wor
     for line in lines:
         assert before[line["position"]][0] == line["key"] and after[line["position"]][0] == line["replaced_by"]
         assert reason in line["reason"] and line["shard"].startswith("train-0000")
-    again = rows(read(hurt, dataclasses.replace(config), 4, start_images=40)[0])
+    again = rows(read(hurt, config, 4, start_images=40)[0])
     assert all(again[position] == after[position] for position in again)
+    staged = rows(read(hurt, config, 10, stages=[webdataset.map(shout)])[0])
+    assert {p: (row[0], row[1]) for p, row in staged.items()} == {p: (r[0], r[1].upper()) for p, r in after.items()}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
