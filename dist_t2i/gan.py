@@ -53,7 +53,7 @@ class MicroBatch:
 
 
 class Judged(NamedTuple):
-    """What D says of one micro-batch's real pictures and fakes. Logits [m]."""
+    """What D says of one micro-batch's real pictures and fakes. Logits [m], or [m, L] where D judges places too."""
 
     real: Tensor
     fake: Tensor
@@ -163,7 +163,8 @@ class Gan:
     def _discriminator_loss(self, micro: MicroBatch, judged: Judged, rows: GlobalRows, same: Tensor) -> Tensor:
         weights = self.config.loss
         # A wrong caption that is right by chance is no negative: its logit is put where the hinge is flat.
-        mismatched = judged.mismatched.masked_fill(_right_by_chance(micro.batch), -1.0)
+        right = _right_by_chance(micro.batch).view(-1, *[1] * (judged.mismatched.dim() - 1))
+        mismatched = judged.mismatched.masked_fill(right, -1.0)
         adversarial = losses.hinge_d(judged.real, judged.fake, mismatched, weights.mismatched)
         e = rows.with_own(micro.index, judged.embeddings)
         alignment = losses.info_nce(e["image"], e["text"], weights.temperature, same)

@@ -71,7 +71,7 @@ class Reference:
         fx, ff = d.features(x), d.features(fake)
         partner = torch.arange(len(x)) ^ 1
         wrong = d.adversarial(fx, sent_d[partner])
-        right_by_chance = same[torch.arange(len(x)), partner]
+        right_by_chance = same[torch.arange(len(x)), partner].view(-1, *[1] * (wrong.dim() - 1))
         real_logits = d.adversarial(fx, sent_d)
         d_loss = (1 - real_logits).relu().mean() + (1 - w.mismatched) * (1 + d.adversarial(ff, sent_d)).relu().mean()
         d_loss = d_loss + w.mismatched * ((1 + wrong).relu() * ~right_by_chance).mean()

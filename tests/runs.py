@@ -1,0 +1,124 @@
+"""Real training runs for tests: a small set of pictures, a small configuration, processes as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from ranks import ROOT, free_port
+
+TRAIN = ROOT / "dist_t2i" / "train.py"
+BATCH = 8
+
+CONFIG = """
+data: {image_size: 32, workers: 1, max_tokens: 8}
+text: {embedding: 16}
+model:
+  generator: {noise: 8, condition: 8, channels: [16, 12, 8], layout: 256}
+  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8}
+loss: {penalty_every: 2}
+optimizer: {warmup_images: 16}
+train: {global_batch: 8, total_images: 80}
+engine: {precision: fp32}
+report: {every_steps: 1, sample_every_images: 1000}
+checkpoint: {every_images: 32, keep_last: 20}
+"""
+
+
+def make_set(folder: Path, pictures: int = 48) -> Path:
+    """Coloured shapes with captions that say so, written by `tools/shard.py folder`; the set's path."""
+    images, out = folder / "pictures", folder / "set"
+    images.mkdir(parents=True)
+    colours, shapes = ["red", "green", "blue", "orange"], ["square", "circle", "bar"]
+    lines = []
+    for i in range(pictures):
+        colour, shape = colours[i % 4], shapes[i % 3]
+        picture = Image.new("RGB", (32, 32), "white")
+        draw, x = ImageDraw.Draw(picture), 2 + i % 9
+        box = (x, 8, x + 16, 24 if shape != "bar" else 14)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
+        picture.save(images / f"{i:03d}.png")
+        lines.append(json.dumps({"image": f"{i:03d}.png", "captions": [f"a {colour} {shape}", f"{shape}, {colour}"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, str(ROOT / "tools" / "shard.py"), "folder", "--images", str(images)]
+    command += ["--captions", str(folder / "captions.jsonl"), "--out", str(out), "--shard-samples", "20"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher may have left in it."""
+    dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+class Run:
+    """A run in `folder` on the set `data`; `start` begins or goes on, as the same command does for a user."""
+
+    def __init__(self, folder: Path, data: Path, *overrides: str):
+        self.folder = folder
+        self.config = folder.with_suffix(".yaml")
+        self.config.write_text(CONFIG)
+        self.overrides = [f"run.folder={folder}", f"data.train={data}", *overrides]
+
+    def command(self, *overrides: str) -> list[str]:
+        return [str(TRAIN), "--config", str(self.config), *self.overrides, *overrides]
+
+    def start(self, *overrides: str, ranks: int = 1) -> list[subprocess.Popen]:
+        """One process a rank, not waited for. Output is in the folder's `.out` file."""
+        port = str(free_port())
+        out = self.folder.with_suffix(".out").open("ab")
+        processes = []
+        for rank in range(ranks):
+            given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            env = environment(MASTER_ADDR="127.0.0.1", **given) if ranks > 1 else environment()
+            command = [sys.executable, "-W", "ignore", *self.command(*overrides)]
+            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=ROOT))
+        out.close()
+        return processes
+
+    def train(self, *overrides: str, ranks: int = 1, timeout: float = 240) -> int:
+        """Run to its end; the exit status of rank 0 (the others must have the same)."""
+        processes = self.start(*overrides, ranks=ranks)
+        try:
+            statuses = [p.wait(timeout) for p in processes]
+        finally:
+            for p in processes:
+                p.kill()
+                p.wait()
+        assert len(set(statuses)) == 1, (statuses, self.output())
+        return statuses[0]
+
+    def output(self) -> str:
+        return self.folder.with_suffix(".out").read_text(errors="replace")[-5000:]
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self) -> dict[int, dict[str, float]]:
+        """What the losses, logits and gradient norms were, by images seen."""
+        kept = ("loss/", "logit/", "grad/", "fake/", "lr")
+        return {
+            line["images"]: {key: value for key, value in line.items() if key.startswith(kept)}
+            for line in self.metrics()
+        }
+
+    def checkpoints(self) -> list[str]:
+        return sorted(p.name for p in (self.folder / "checkpoints").glob("images-*"))
+
+    def tensors(self, images: int) -> dict:
+        """Every tensor of the checkpoint at `images`: weights, moments, moving average."""
+        folder = self.folder / "checkpoints" / f"images-{images:09d}"
+        return {
+            f"{file.stem}/{name}": tensor
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
