@@ -36,13 +36,22 @@ class Interrupted(UserError):
     status = INTERRUPTED
 
 
-def train(config: Path, overrides: Sequence[str], run: Path, *, enough: Callable[[], bool] | None = None) -> None:
+def train(
+    config: Path,
+    overrides: Sequence[str],
+    run: Path,
+    *,
+    enough: Callable[[], bool] | None = None,
+    log: Path | None = None,
+) -> None:
     """`deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()` says so.
+
+    What it prints goes to the terminal, or to the file `log`, whose end is shown if the training fails.
 
     Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
     at once. Raises TrainingError when the training fails; it has then said why itself. Main thread only.
     """
-    child = _Child(config, overrides, run)
+    child = _Child(config, overrides, run, log)
     with child.signals():
         while (status := child.wait()) is None:
             if enough is not None and not child.stopping and enough():
@@ -53,6 +62,8 @@ def train(config: Path, overrides: Sequence[str], run: Path, *, enough: Callable
         seen = f" at {where['images']:,} of {where['total_images']:,} images" if "images" in where else ""
         raise Interrupted(f"stopped{seen}; the same command goes on from there")
     if status not in (0, STOPPED):
+        if log is not None:
+            print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
         raise TrainingError(f"training failed (exit status {status}); what went wrong is said above")
 
 
@@ -68,16 +79,19 @@ def progress(run: Path) -> dict[str, Any]:
 class _Child:
     """The `deepspeed` process, and through RUN/progress.json its rank 0."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], run: Path) -> None:
+    def __init__(self, config: Path, overrides: Sequence[str], run: Path, log: Path | None) -> None:
         self.run, self.started = run, time.time()
         self.stopping = self.asked = False
         binaries = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        command = [str(binaries / "deepspeed"), f"--master_port={free_port()}", str(ENTRY), "--config", str(config)]
+        # The launcher's own talk is switched off: what matters is said by the run itself.
+        launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_port()}"]
+        command = [*launcher, str(ENTRY), "--config", str(config), f"run.folder={run}", *overrides]
         try:
-            self.process = subprocess.Popen([*command, f"run.folder={run}", *overrides], env=environment)
+            with open(log, "wb") if log else contextlib.nullcontext() as output:
+                self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
 

@@ -61,3 +61,25 @@ def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0, words
         ema = ema | {name: value * 0.9 for name, value in files["text"].items()}
     checkpoint.save(run, images, {**files, "ema": ema}, {"step": 2}, keep=checkpoint.Retention())
     return run
+
+
+def write_tone_set(folder: Path, roles: int = 24) -> Path:
+    """A set of random squares in light and dark, captioned like OpenMoji, half of it held out as split `test`."""
+    import numpy as np
+    from PIL import Image
+
+    from dist_t2i.data.folder import find_items
+    from dist_t2i.data.sharding import write_set
+    from dist_t2i.data.writer import Options
+
+    pictures = folder.with_name(f"{folder.name}-pictures")
+    pictures.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for role in range(roles):
+        squares = random.integers(0, 200, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        for tone, lift in (("light", 50), ("dark", 0)):
+            Image.fromarray(squares + np.uint8(lift)).save(pictures / f"{role:02d}-{tone}.png")
+            (pictures / f"{role:02d}-{tone}.txt").write_text(f"role number {role} {tone} skin tone\n")
+    items, problems = find_items(pictures, None, 0.5)
+    write_set(folder, items, problems, Options())
+    return folder

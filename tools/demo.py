@@ -114,12 +114,14 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     from dist_t2i.supervise import train
 
     batch = configfile.load(config_path, overrides).train.global_batch
-    trial = run.with_name(f".{run.name}-speed")
+    trial, log = run.with_name(f".{run.name}-speed"), run.with_name(f".{run.name}-speed.log")
     shutil.rmtree(trial, ignore_errors=True)
+    trial.parent.mkdir(parents=True, exist_ok=True)
     never = 10**9 // batch * batch
     aside = ["report.every_steps=8", f"train.total_images={never}"]
     aside += [f"checkpoint.every_images={never}", f"report.sample_every_images={never}"]
-    needed = min(20.0, max(3.0, budget / 20))
+    needed = min(12.0, max(3.0, budget / 20))
+    line = Line()
 
     def reports() -> list[dict]:
         """After the first one, which warms up: compilers, caches, the first read of the set."""
@@ -127,16 +129,34 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
 
     def enough() -> bool:
         found = reports()
+        line.show(f"{found[-1]['images_per_second']:,.0f} images/s" if found else "starting")
         return len(found) >= 3 and found[-1]["time"] - found[0]["time"] >= needed
 
-    train(config_path, [*overrides, *aside], trial, enough=enough)
-    rates = sorted(line["images_per_second"] for line in reports())
+    train(config_path, [*overrides, *aside], trial, enough=enough, log=log)
+    rates = sorted(report["images_per_second"] for report in reports())
     shutil.rmtree(trial, ignore_errors=True)
     if not rates:
-        raise TrainingError("the trial run ended before it could tell its speed; what it said is above")
+        raise TrainingError(f"the trial run ended before it could tell its speed; see {log}")
+    log.unlink()
     settings = budget_overrides(rates[len(rates) // 2], budget, batch)
-    print(f"{rates[len(rates) // 2]:,.0f} images/s: {settings[0].partition('=')[2]} images in {spelled(budget)}")
+    line.show(
+        f"{rates[len(rates) // 2]:,.0f} images/s: {settings[0].partition('=')[2]} images in {spelled(budget)}",
+        last=True,
+    )
     return settings
+
+
+class Line:
+    """A line that is written over on a terminal; elsewhere only its last version is printed."""
+
+    def __init__(self) -> None:
+        self._live, self._start = sys.stdout.isatty(), time.monotonic()
+
+    def show(self, text: str, last: bool = False) -> None:
+        if self._live:
+            print(f"\r{text}, {time.monotonic() - self._start:.0f} s\x1b[K", end="\n" if last else "", flush=True)
+        elif last:
+            print(text, flush=True)
 
 
 def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:

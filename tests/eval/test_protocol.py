@@ -2,17 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from models_on_disk import write_run
-from PIL import Image
+from models_on_disk import write_run, write_tone_set
 
 import dist_t2i
-from dist_t2i.data.folder import find_items
-from dist_t2i.data.sharding import write_set
 from dist_t2i.data.shards import open_set
-from dist_t2i.data.writer import Options
 from dist_t2i.errors import UserError
 from dist_t2i.eval import protocol as rules
 from dist_t2i.eval.features import FeatureNetwork
@@ -37,19 +32,7 @@ JUDGE = FeatureNetwork("Averages", 32, 192, "0" * 64, Averages(), mean=127.0, st
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 roles in two tones, light and dark pictures of a few random squares."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for role in range(24):
-        picture = random.integers(0, 200, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        for tone, lift in (("light", 50), ("dark", 0)):
-            name = f"{role:02d}-{tone}"
-            Image.fromarray(picture + np.uint8(lift)).save(folder / f"{name}.png")
-            (folder / f"{name}.txt").write_text(f"role number {role} {tone} skin tone\n")
-    out = tmp_path_factory.mktemp("sets") / "set"
-    items, problems = find_items(folder, None, 0.5)
-    write_set(out, items, problems, Options())
-    return open_set(out)
+    return open_set(write_tone_set(tmp_path_factory.mktemp("sets") / "set"))
 
 
 @pytest.fixture(scope="module")
