@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import yaml
 
 from dist_t2i.config import Config
 from dist_t2i.configrules import problems_of
-from dist_t2i.configschema import expected, field_types, keys
+from dist_t2i.configschema import build, expected, field_types, keys
 from dist_t2i.errors import ConfigError
 
 
@@ -204,21 +204,6 @@ def _load(text: str, source: str, overrides: Sequence[str]) -> Config:
     if reading.problems:
         raise _error(source, [str(problem) for problem in sorted(reading.problems, key=_Problem.order)])
     return config
-
-
-def build(values: Mapping[str, Any]) -> Config:
-    """A configuration from dotted keys; the others keep their defaults. Nothing is checked."""
-    return _build(Config, "", values)
-
-
-def _build(section: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    arguments = {}
-    for name, type_ in field_types(section).items():
-        if dataclasses.is_dataclass(type_):
-            arguments[name] = _build(typing.cast(type, type_), f"{prefix}{name}.", values)
-        elif prefix + name in values:
-            arguments[name] = values[prefix + name]
-    return section(**arguments)
 
 
 def _read(path: Path) -> str:

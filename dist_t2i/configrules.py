@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_t2i.config import Config
-from dist_t2i.configschema import flatten, keys, value_of
+from dist_t2i.configschema import build, flatten, keys, value_of
 from dist_t2i.errors import ConfigError
 
 Finding = tuple[tuple[str, ...], str]
@@ -88,8 +88,9 @@ _RANGES = {
 def problems_of(config: Config) -> list[Finding]:
     """Everything wrong with the values of `config`; empty when it can be used."""
     found = list(_ranges(config))
-    bad = {key for keys_, _ in found for key in keys_}
-    return found + [finding for finding in _combinations(config) if bad.isdisjoint(finding[0])]
+    bad = {key for involved, _ in found for key in involved}
+    usable = build({key: value for key, value in flatten(config).items() if key not in bad})
+    return found + [finding for finding in _combinations(usable) if bad.isdisjoint(finding[0])]
 
 
 def _ranges(config: Config) -> Iterator[Finding]:
@@ -153,6 +154,15 @@ def _sizes(config: Config) -> Iterator[Finding]:
             yield (
                 (key, "data.image_size"),
                 f"{len(channels)} scales reach {last} pixels, beyond data.image_size={size}: at most {scales} numbers",
+            )
+    judge = config.model.discriminator
+    computed = [4 * 2**scale for scale in range(len(judge.channels))]
+    for name, sides in (("regions", judge.regions), ("patches", (judge.patches,) if judge.patches else ())):
+        if not set(sides) <= set(computed):
+            yield (
+                (f"model.discriminator.{name}", "model.discriminator.channels"),
+                f"{', '.join(map(str, sides))} must be among the scales that model.discriminator.channels computes: "
+                f"{', '.join(map(str, computed))}",
             )
 
 

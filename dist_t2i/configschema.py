@@ -13,6 +13,7 @@ import inspect
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from dist_t2i import config as config_module
@@ -118,3 +119,18 @@ def flatten(config: Config) -> dict[str, Any]:
 def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key."""
     return functools.reduce(getattr, key.split("."), config)
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """A configuration from dotted keys; the others keep their defaults. Nothing is checked."""
+    return _build(Config, "", values)
+
+
+def _build(section: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    arguments = {}
+    for name, type_ in field_types(section).items():
+        if dataclasses.is_dataclass(type_):
+            arguments[name] = _build(typing.cast(type, type_), f"{prefix}{name}.", values)
+        elif prefix + name in values:
+            arguments[name] = values[prefix + name]
+    return section(**arguments)

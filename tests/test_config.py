@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dist_t2i.config import Config
-from dist_t2i.configfile import build, check, dump, load, loads
+from dist_t2i.configfile import check, dump, load, loads
 from dist_t2i.configrules import check_world, differences, refuse_changes
-from dist_t2i.configschema import flatten, keys, reference, value_of
+from dist_t2i.configschema import build, flatten, keys, reference, value_of
 from dist_t2i.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -111,6 +111,11 @@ def test_every_mistake_is_in_one_report():
         ("data: {image_size: 32}\nmodel: {generator: {channels: [8, 8, 8, 8, 8]}}", "5 scales reach 64 pixels"),
         ("model: {discriminator: {channels: []}}", "needs at least one number"),
         ("model: {discriminator: {channels: [8, 0]}}", "model.discriminator.channels: must be at least 1, is 0"),
+        (
+            "model: {discriminator: {regions: [8, 12]}}",
+            "8, 12 must be among the scales that model.discriminator.channels",
+        ),
+        ("model: {discriminator: {channels: [8, 8], patches: 16}}", "patches: 16 must be among"),
         ("text: {embedding: 255}", "must be even"),
         ("text: {encoder: transformer, embedding: 250}", "must be a multiple of text.heads=4, is 250"),
         ("train: {global_batch: 63}", "must be even"),
@@ -118,6 +123,8 @@ def test_every_mistake_is_in_one_report():
         ("optimizer: {beta2: 1}", "must be at least 0 and below 1, is 1"),
         ("loss: {temperature: 0}", "must be above 0, is 0"),
         ("optimizer: {generator_lr: .inf}", "expected a number, got the number inf"),
+        ("text: {encoder: transformer, heads: 0}", "text.heads: must be at least 1"),
+        ("data: {image_size: 0}", "data.image_size: must be at least 32"),
         ("checkpoint: {keep_last: 0}", "must be at least 1, is 0"),
     ],
 )
@@ -205,7 +212,7 @@ def _values(type_: object) -> st.SearchStrategy:
     return st.sampled_from(arguments)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.fixed_dictionaries({}, optional={key.name: _values(key.type) for key in keys().values()}))
 def test_what_is_dumped_is_read_back_as_the_same(values: dict):
     """Whatever the values; whether they make sense together is another question."""
