@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.config import DiscriminatorConfig
-from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
+from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, even_out, linear, patch_size
+
+
+KEEP = 0.2
+"""Share of a fresh trunk's sensitivity to differences inside a patch of pixels that is left (see `even_out`)."""
 
 
 class Features(NamedTuple):
@@ -56,7 +60,7 @@ class Downsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = convolution(4 * inputs, outputs, size=1, gain=1.0)
+        self.conv = even_out(convolution(4 * inputs, outputs, size=1, gain=1.0), 2, KEEP, outputs=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H/2, W/2]."""
@@ -99,7 +103,7 @@ class Discriminator(nn.Module):
                 raise ValueError(f"discriminator.{name} {wanted} are not all computed scales ({sizes})")
         self.region_sizes, self.patch_size = config.regions, config.patches
         self.unshuffle = nn.PixelUnshuffle(patch)
-        self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
+        self.stem = even_out(convolution(3 * patch**2, channels[0], gain=1.0), patch, KEEP, outputs=False)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
         self.scales = nn.ModuleList(
             nn.ModuleList(DiscriminatorBlock(c) for _ in range(config.blocks)) for c in channels

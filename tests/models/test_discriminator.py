@@ -109,3 +109,25 @@ def test_second_derivative_exists_for_r1():
     (gradient,) = torch.autograd.grad(d(images, sentence).sum(), images, create_graph=True)
     gradient.square().sum().backward()
     assert d.stem.weight.grad.abs().sum() > 0
+
+
+def test_a_fresh_trunk_hardly_answers_to_patterns_inside_a_patch():
+    d = build(regions=(), patches=0)
+    smooth = torch.rand(8, 3, 16, 16).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    checkers = torch.rand(8, 3, 16, 16).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    checkers = checkers * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(16, 16)
+    with torch.no_grad():
+        answers = [d.stem(d.unshuffle(x)).std() for x in (smooth, checkers)]
+    assert answers[1] < 0.3 * answers[0]
+
+
+@pytest.mark.parametrize("condition", ["projection", "joint"])
+def test_places_are_judged_one_by_one(condition):
+    d = build(patches=8, condition=condition)
+    images, sentence = inputs()
+    features = d.features(images)
+    logits = d.adversarial(features, sentence)
+    assert logits.shape == (4, 2 * 64)
+    assert (logits[:, :64] == logits[:, :1]).all(), "the whole picture's logit, as often as there are places"
+    assert logits[:, 64:].std(dim=1).min() > 0
+    torch.testing.assert_close(d.adversarial(features.rows(1, 2), sentence[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
