@@ -1,0 +1,155 @@
+"""The table of gradient flows (dist_t2i/gan.py), parameter by parameter, in every text mode."""
+
+from __future__ import annotations
+
+import pytest
+
+from ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+
+D_SIDE, G_SIDE = {"discriminator", "text_d"}, {"generator", "text_g"}
+TABLE = {
+    "loss/d_adversarial": D_SIDE,
+    "loss/d_alignment": D_SIDE,
+    "loss/d_alignment_regions": D_SIDE,
+    "loss/d_penalty": {"discriminator"},
+    "loss/g_adversarial": G_SIDE,
+    "loss/g_alignment_text": G_SIDE,
+    "loss/g_alignment_image": G_SIDE,
+    "loss/g_alignment_regions": G_SIDE,
+    "loss/kl": G_SIDE,
+}
+"""Which modules a loss changes (text.mode=dual); it must change every one of them, and nothing else."""
+
+OVERRIDES = {"loss__penalty_every": 1, "model__discriminator__patches": 8}
+
+
+def flows(mode: str, penalty: str = "r1") -> dict:
+    """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
+    import torch
+
+    from dist_t2i.gan import Gan
+    from test_equivalence import BATCH, build_gan, frozen_encoder, micro_batches, tiny_config
+
+    config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode)
+    built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
+    found: dict = {"gradients": {}, "changed": {}, "all": set()}
+
+    def parameters():
+        return {n: p for engine in built.engines for n, p in engine.module.named_parameters()}
+
+    class Probe(Gan):
+        def _record(self, terms, rows):
+            for name, value in terms.items():
+                trained = {n: p for n, p in parameters().items() if p.requires_grad}
+                if value.requires_grad:
+                    gradients = torch.autograd.grad(value, trained.values(), retain_graph=True, allow_unused=True)
+                    found["gradients"][name] = {
+                        n for n, g in zip(trained, gradients, strict=True) if g is not None and g.abs().sum() > 0
+                    }
+            super()._record(terms, rows)
+
+        def _discriminator_step(self, *arguments):
+            return self._watched("d", super()._discriminator_step, *arguments)
+
+        def _generator_step(self, *arguments):
+            return self._watched("g", super()._generator_step, *arguments)
+
+        def _watched(self, half, function, *arguments):
+            before = {n: p.detach().clone() for n, p in parameters().items()}
+            result = function(*arguments)
+            found["changed"][half] = {n for n, p in parameters().items() if not torch.equal(p, before[n])}
+            return result
+
+    gan = Probe(config, built.generator, built.discriminator, built.text, built.frozen)
+    frozen = {n: p.clone() for n, p in built.frozen.named_parameters()} if built.frozen else {}
+    gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)
+    found["all"] = set(parameters())
+    found["frozen moved"] = [n for n, p in frozen.items() if not torch.equal(dict(built.frozen.named_parameters())[n], p)]
+    found["batch"] = BATCH
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The flows of every mode."""
+    return {mode: run_ranks(1, flows, mode)[0] for mode in ("dual", "shared", "frozen")}
+
+
+def modules(names) -> set[str]:
+    return {name.split(".", 1)[0] for name in names}
+
+
+@pytest.mark.parametrize("loss", TABLE)
+def test_dual_each_loss_reaches_its_modules_and_no_parameter_else(found, loss):
+    reached = found["dual"]["gradients"][loss]
+    assert modules(reached) == TABLE[loss]
+
+
+def test_dual_kl_reaches_only_the_augmentation_of_the_generator(found):
+    reached = found["dual"]["gradients"]["loss/kl"]
+    inside = {name for name in reached if name.startswith("generator.")}
+    assert inside and all(name.startswith("generator.augmentation.") for name in inside)
+
+
+@pytest.mark.parametrize("mode", ["dual", "shared", "frozen"])
+def test_every_parameter_is_trained_by_the_half_step_that_owns_it_alone(found, mode):
+    flow = found[mode]
+    of_d = {n for n in flow["all"] if modules([n]) <= D_SIDE}
+    of_g = {n for n in flow["all"] if modules([n]) <= G_SIDE}
+    assert flow["changed"]["d"] == of_d
+    shared = flow["all"] - of_d - of_g
+    assert flow["changed"]["g"] == of_g | shared, "a shared encoder is stepped once, when both sides have spoken"
+    assert modules(shared) == ({"text"} if mode == "shared" else set())
+    if mode == "dual":
+        assert {"text_d", "text_g"} <= modules(flow["all"])
+
+
+@pytest.mark.parametrize("mode", ["shared", "frozen"])
+def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode):
+    for loss, allowed in TABLE.items():
+        reached = modules(found[mode]["gradients"][loss])
+        assert reached <= {name for name in allowed if not name.startswith("text")}, loss
+    assert found[mode]["frozen moved"] == []
+
+
+def shared_gradients() -> dict:
+    """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
+    import torch
+
+    from dist_t2i import textflow
+    from test_equivalence import build_gan, micro_batches, tiny_config
+
+    config = tiny_config(**OVERRIDES, text__mode="shared")
+    carry, change = textflow.SharedText.carry, {}
+    for withheld in ("nothing", "generator", "discriminator"):
+
+        def only(self, source, rate_scale, withheld=withheld):
+            if source.name == withheld:
+                for leaf in self.embedding:
+                    if leaf.grad is not None:
+                        leaf.grad.zero_()
+            carry(self, source, rate_scale)
+
+        textflow.SharedText.carry = only
+        gan = build_gan(config)
+        before = {n: p.detach().clone() for n, p in gan.text.module.named_parameters()}
+        gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)
+        change[withheld] = {n: (p - before[n]).detach() for n, p in gan.text.module.named_parameters()}
+    torch.set_grad_enabled(True)
+    return change
+
+
+def test_both_sides_train_every_parameter_of_a_shared_encoder():
+    (change,) = run_ranks(1, shared_gradients)
+    for name, both in change["nothing"].items():
+        g_alone, d_alone = change["discriminator"][name], change["generator"][name]
+        assert g_alone.abs().sum() > 0 and d_alone.abs().sum() > 0, name
+        assert not both.equal(g_alone) and not both.equal(d_alone), name
+
+
+@pytest.mark.parametrize("penalty", ["ma_gp", "fd_r1"])
+def test_other_penalties_shape_the_discriminator_alone(penalty):
+    (flow,) = run_ranks(1, flows, "dual", penalty)
+    assert modules(flow["gradients"]["loss/d_penalty"]) == {"discriminator"}
