@@ -52,7 +52,8 @@ _LAUNCHER_GONE = 1 << 16
 class StopFlag:
     """Whether this run was asked to stop. Install once, in the main thread, on every rank.
 
-    `announce` lets rank 0 tell what happens now on stderr. A context manager: the previous handlers come back on exit.
+    `announce` lets rank 0 tell what happens now on stderr. `install()` lasts until the process ends, so that a launcher's
+    late SIGTERM cannot spoil its exit status; as a context manager, the previous handlers come back.
     """
 
     def __init__(self, *, announce: bool = False) -> None:
@@ -64,6 +65,10 @@ class StopFlag:
         self._launcher = LauncherWatch()
 
     def __enter__(self) -> StopFlag:
+        return self.install()
+
+    def install(self) -> StopFlag:
+        """From now on the stop signals set the flag."""
         self._watch_second_interrupt()
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from dist_t2i import environment, metricsfile
+from dist_t2i import metricsfile
 from dist_t2i.configfile import loads
 from dist_t2i.curves import draw_curves, smooth
 from dist_t2i.grid import GridRow, draw_grid, wrap
@@ -370,31 +370,3 @@ def test_wandb_that_is_not_installed_is_told_and_done_without(tmp_path: Path, mo
     report_run(tmp_path / "run", 0, 300, "report.wandb=offline")
     assert "W&B: " in (tmp_path / "run" / "log.txt").read_text()
     assert len(metricsfile.read(tmp_path / "run" / "metrics.jsonl")) == 3
-
-
-# ---- environment.json ------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_says_what_a_result_depends_on():
-    found = json.loads(json.dumps(environment.describe()))
-    assert found["packages"]["torch"] == torch.__version__
-    assert found["processor"]["cores"] >= 1
-    assert found["processor"]["memory_bytes"] > 1e8
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-
-
-def test_git_state_tells_a_dirty_tree(tmp_path: Path):
-    assert environment.git_state(tmp_path) == {}
-
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "one")
-    clean = environment.git_state(tmp_path)
-    assert len(clean["revision"]) == 40 and clean["dirty"] is False
-    (tmp_path / "a").write_text("2")
-    assert environment.git_state(tmp_path)["dirty"] is True

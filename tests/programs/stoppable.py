@@ -32,21 +32,21 @@ def start_worker(ready: Path) -> multiprocessing.Process:
     return worker
 
 
-def join_ranks(world_size: int):
-    """The MAX over the ranks and a barrier; without the others, no torch either."""
-    if world_size == 1:
-        return int, lambda: None
-    import torch
-    import torch.distributed as dist
+class Ranks:
+    """The MAX over the ranks by way of files: importing torch would take longer than all the rest."""
 
-    dist.init_process_group("gloo")
+    def __init__(self, folder: Path, rank: int, world_size: int):
+        self.folder, self.rank, self.world_size, self.round = folder, rank, world_size, 0
 
-    def all_reduce_max(number: int) -> int:
-        tensor = torch.tensor(number)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
-
-    return all_reduce_max, dist.barrier
+    def max(self, number: int) -> int:
+        self.round += 1
+        files = [self.folder / f"round-{self.round}-{rank}" for rank in range(self.world_size)]
+        aside = self.folder / f"writing-{self.rank}"
+        aside.write_text(str(number))
+        aside.rename(files[self.rank])
+        while not all(file.exists() for file in files):
+            time.sleep(0.002)
+        return max(int(file.read_text()) for file in files)
 
 
 def hang() -> None:
@@ -60,21 +60,21 @@ def main() -> int:
     rank = prepare()
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     folder, save_seconds = Path(arguments[0]), float(arguments[1])
-    all_reduce_max, barrier = join_ranks(rank.world_size)
-    with StopFlag(announce=rank.rank == 0) as stop:
-        worker = start_worker(folder / f"worker-{rank.rank}")
-        (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
-        if "hang" in arguments:
-            hang()
-        while not (why := stop.agreed(all_reduce_max)):
-            time.sleep(0.05)
-        time.sleep(save_seconds)
-        state = "alive" if worker.is_alive() else f"ended with {worker.exitcode}"
-        (folder / f"saved-{rank.rank}").write_text(
-            f"{why}, worker {state}, rank {rank.rank} of {rank.world_size} under {rank.launcher}"
-        )
-        barrier()
-        worker.kill()
+    ranks = Ranks(folder, rank.rank, rank.world_size)
+    stop = StopFlag(announce=rank.rank == 0).install()
+    worker = start_worker(folder / f"worker-{rank.rank}")
+    (folder / f"pid-{rank.rank}").write_text(str(os.getpid()))
+    if "hang" in arguments:
+        hang()
+    while not (why := stop.agreed(ranks.max)):
+        time.sleep(0.05)
+    time.sleep(save_seconds)
+    state = "alive" if worker.is_alive() else f"ended with {worker.exitcode}"
+    (folder / f"saved-{rank.rank}").write_text(
+        f"{why}, worker {state}, rank {rank.rank} of {rank.world_size} under {rank.launcher}"
+    )
+    ranks.max(0)
+    worker.kill()
     return STOPPED
 
 
