@@ -1,7 +1,8 @@
 """A training run as a child process under the `deepspeed` launcher: started, watched, and stopped so that it saves.
 
-Its output, the live line included, passes through to the terminal. Who it is and where it stands is read from
-RUN/progress.json.
+Its output, the live line included, passes through to the terminal. It is a session of its own, so that a Ctrl-C does not
+tear its launcher down before the ranks have saved: the parent gets the Ctrl-C, and asks rank 0 to stop. Who that is and
+where the run stands is read from RUN/progress.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,9 +57,9 @@ def train(
         while (status := child.wait()) is None:
             if enough is not None and not child.stopping and enough():
                 child.stop()
-    child.wait_until_saved()
+        child.wait_until_gone()
     if child.asked or (status == STOPPED and enough is None):
-        where = progress(run)
+        where = progress(run) if enough is None else {}
         seen = f" at {where['images']:,} of {where['total_images']:,} images" if "images" in where else ""
         raise Interrupted(f"stopped{seen}; the same command goes on from there")
     if status not in (0, STOPPED):
@@ -91,7 +92,14 @@ class _Child:
         command = [*launcher, str(ENTRY), "--config", str(config), f"run.folder={run}", *overrides]
         try:
             with open(log, "wb") if log else contextlib.nullcontext() as output:
-                self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+                self.process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
 
@@ -102,11 +110,15 @@ class _Child:
         return None
 
     @contextlib.contextmanager
-    def signals(self):
-        """Ctrl-C and SIGTERM stop the child; the previous handlers come back."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and the end of the terminal stop the child; the previous handlers come back."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
+        except BaseException:
+            self._send(signal.SIGKILL)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -114,27 +126,42 @@ class _Child:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
-        self.stop()
+        if not self.asked:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\nstopping: what was learned is saved first (Ctrl-C again stops at once)", flush=True)
+            self.asked = True
+            self.stop()
 
     def stop(self) -> None:
-        """Ask rank 0 to save and stop; before it trains there is nothing to save, and the launcher is ended.
-
-        A Ctrl-C in a terminal reaches the ranks by itself, a signal to this process alone does not: asking twice is
-        harmless, because SIGUSR2 never means "at once".
-        """
+        """Ask rank 0 to save and stop; before it trains there is nothing to save, and all of them are ended."""
         self.stopping = True
         rank = self._rank()
         if rank is not None:
             rank.send_signal(signal.SIGUSR2)
         else:
-            self.process.terminate()
+            self._send(signal.SIGTERM)
 
-    def wait_until_saved(self) -> None:
-        """Until rank 0 is gone: `deepspeed` dies of Ctrl-C at once, the ranks save first."""
+    def wait_until_gone(self) -> None:
+        """Until the last process of the run has ended: a launcher may end before its ranks have saved."""
         deadline = time.monotonic() + SAVE_SECONDS
-        while self._rank() is not None and time.monotonic() < deadline:
+        while self._members() and time.monotonic() < deadline:
             time.sleep(_LOOK)
+
+    def _members(self) -> list[int]:
+        """The processes of the child's session."""
+        import psutil
+
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(pid) == self.process.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    found.append(pid)
+        return found
+
+    def _send(self, number: int) -> None:
+        for pid in self._members():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
 
     def _rank(self):
         """The process of rank 0, if it is this child's (not what an earlier one has left in progress.json) and lives."""

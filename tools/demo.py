@@ -61,12 +61,26 @@ def spelled(budget: int) -> str:
 
 def main() -> int:
     chosen = parse()
+    from dist_t2i.supervise import Interrupted
+
+    os.chdir(ROOT)
+    started = time.monotonic()
+    try:
+        demo(chosen)
+    except Interrupted as stop:
+        print(f"\n{stop}", flush=True)
+        return stop.status
+    print(f"{time.monotonic() - started:,.0f} s in all")
+    return 0
+
+
+def demo(chosen: argparse.Namespace) -> None:
+    """All steps; those that an earlier call finished are passed over."""
     from dist_t2i import configfile
     from dist_t2i.launch import has_gpu
     from dist_t2i.supervise import train
 
-    started, budget = time.monotonic(), spelled(chosen.budget)
-    os.chdir(ROOT)
+    budget = spelled(chosen.budget)
     config_path = chosen.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
     size = configfile.load(config_path, chosen.overrides).data.image_size
     run = chosen.run or Path("runs") / f"demo-{budget}"
@@ -85,8 +99,6 @@ def main() -> int:
     else:
         say(3, f"Training: finished earlier, in {run}")
     report(run, data, budget)
-    print(f"{time.monotonic() - started:,.0f} s in all")
-    return 0
 
 
 def say(step: int, text: str) -> None:

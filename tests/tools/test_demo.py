@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from models_on_disk import write_tone_set
 
@@ -65,6 +66,13 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
     def start():
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
+    early = start()
+    wait_for(lambda: processes(tmp_path) > 1, early)
+    early.send_signal(signal.SIGTERM)
+    said, _ = early.communicate(timeout=120)
+    assert early.returncode == 130 and "the same command" in said, said
+    assert not run.exists() and processes(tmp_path) == 0
+
     first = start()
     wait_for(lambda: progress(run).get("images", 0) > 0, first)
     first.send_signal(signal.SIGINT)
@@ -72,7 +80,7 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
     assert first.returncode == 130 and "the same command goes on" in said, said
     stopped = progress(run)
     assert stopped["state"] == "stopped" and stopped["checkpoint"]
-    assert not list(run.parent.glob(".demo-speed*"))
+    assert not list(run.parent.glob(".demo-speed*")) and processes(tmp_path) == 0
 
     total = stopped["total_images"]
     second = start()
@@ -91,6 +99,12 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
     assert third.returncode == 0 and "finished earlier" in said, said
     assert (run / "scores.json").read_bytes() == scores
     assert (run / "report" / "index.html").stat().st_mtime_ns > written
+
+
+def processes(folder):
+    """How many processes have this folder on their command line."""
+    lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    return sum(any(str(folder) in part for part in line) for line in lines)
 
 
 def progress(run):
