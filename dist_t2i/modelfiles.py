@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_run(run: Path) -> ModelFiles:
     from dist_t2i import checkpoint
 
     config = configfile.load(run / CONFIG)
-    saved = checkpoint.load_latest(run)
+    saved = checkpoint.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
     if saved is None:
         raise UserError(f"{run}: no checkpoint yet; let the run save one (a stopped run does), then try again")
     tokenizer = Tokenizer.load(run / TOKENIZER)

@@ -198,6 +198,15 @@ def test_nothing_to_load(tmp_path, run):
         dist_t2i.load(tmp_path)
 
 
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
+    run = write_run(tmp_path / "run", images=64)
+    write_run(run, images=128, seed=1)
+    weights = run / "checkpoints" / "images-000000128" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match=r"ema\.safetensors"):
+        assert dist_t2i.load(run).images_seen == 64
+
+
 def test_the_tokenizer_of_another_model_is_refused(tmp_path):
     run = write_run(tmp_path / "run")
     train_tokenizer(Counter(["other words", *CAPTIONS] * 3)).save(run / "tokenizer.json")
