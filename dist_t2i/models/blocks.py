@@ -43,20 +43,13 @@ def convolution(inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5) 
 
 
 @torch.no_grad()
-def even_out(layer: nn.Conv2d, patch: int, keep: float, *, outputs: bool) -> nn.Conv2d:
-    """Shrinks the differences that fresh weights make between the pixels of a patch to `keep` of their size.
+def repeat_in_patches(layer: nn.Conv2d, patch: int) -> nn.Conv2d:
+    """Gives the patch^2 outputs that a pixel shuffle lays side by side the same fresh weights: no checkerboards.
 
-    For a convolution behind a pixel unshuffle (its inputs) or before a pixel shuffle (its `outputs`; keep 0 is then the
-    initialisation of Aitken et al. 2017 against checkerboards). Reading, it works against the same: fresh weights answer to
-    patterns inside a patch that pictures hardly have, so no real picture ever corrects that answer, and the generator
-    would draw whatever it calls for.
+    Aitken et al. 2017, "Checkerboard artifact free sub-pixel convolution".
     """
-    weight = layer.weight.transpose(0, 1) if outputs else layer.weight
-    patches = weight.unflatten(1, (-1, patch**2))
-    mean = patches.mean(2, keepdim=True)
-    # The mean of patch^2 independent weights is smaller by patch; where equal pixels add up, that is as it should be.
-    even = (mean * (patch if outputs else 1) + keep * (patches - mean)).flatten(1, 2)
-    layer.weight.copy_(even.transpose(0, 1) if outputs else even)
+    first = layer.weight[:: patch**2]
+    layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))
     return layer
 
 

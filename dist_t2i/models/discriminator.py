@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.config import DiscriminatorConfig
-from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, even_out, linear, patch_size
-
-
-KEEP = 0.2
-"""Share of a fresh trunk's sensitivity to differences inside a patch of pixels that is left (see `even_out`)."""
+from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
 
 
 class Features(NamedTuple):
@@ -60,7 +56,7 @@ class Downsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = even_out(convolution(4 * inputs, outputs, size=1, gain=1.0), 2, KEEP, outputs=False)
+        self.conv = convolution(4 * inputs, outputs, size=1, gain=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H/2, W/2]."""
@@ -103,7 +99,7 @@ class Discriminator(nn.Module):
                 raise ValueError(f"discriminator.{name} {wanted} are not all computed scales ({sizes})")
         self.region_sizes, self.patch_size = config.regions, config.patches
         self.unshuffle = nn.PixelUnshuffle(patch)
-        self.stem = even_out(convolution(3 * patch**2, channels[0], gain=1.0), patch, KEEP, outputs=False)
+        self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
         self.scales = nn.ModuleList(
             nn.ModuleList(DiscriminatorBlock(c) for _ in range(config.blocks)) for c in channels
@@ -125,14 +121,16 @@ class Discriminator(nn.Module):
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
         x = self.stem(self.unshuffle(images).contiguous(memory_format=torch.channels_last))
-        maps: dict[int, Tensor] = {}
+        # The finest regions are the stem's, linear in the pixels (layer 0 of Park et al. 2020), the others the blocks'.
+        maps, judged = {x.shape[-1]: x}, {}
         for i, blocks in enumerate(self.scales):
             x = self.downsamples[i - 1](x) if i else x
             for block in blocks:
                 x = block(x)
-            maps[x.shape[-1]] = x
+            maps.setdefault(x.shape[-1], x)
+            judged[x.shape[-1]] = x
         pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
-        return Features(pooled, tuple(maps[size] for size in self.region_sizes), maps.get(self.patch_size))
+        return Features(pooled, tuple(maps[size] for size in self.region_sizes), judged.get(self.patch_size))
 
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
         """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits.

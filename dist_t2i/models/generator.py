@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.config import GeneratorConfig
-from dist_t2i.models.blocks import FIRST_SIZE, Modulation, activate, convolution, even_out, linear, patch_size
+from dist_t2i.models.blocks import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
 
 
 class Generated(NamedTuple):
@@ -99,7 +99,7 @@ class Finish(nn.Module):
     def __init__(self, channels: int, detail: int, patch: int):
         super().__init__()
         fresh = convolution(channels, (detail or 3) * patch**2, gain=2**0.5 if detail else 1.0)
-        self.conv = even_out(fresh, patch, 0.0, outputs=True)
+        self.conv = repeat_in_patches(fresh, patch)
         self.shuffle = nn.PixelShuffle(patch)
         self.smooth = convolution(detail, 3, gain=1.0) if detail else None
 

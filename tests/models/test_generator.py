@@ -69,3 +69,8 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
     assert set(build(layout=1024).layouts) == {"8", "16"}
     assert set(build(layout=512).layouts) == {"8"}
     assert len(build(layout=0).layouts) == 0
+
+
+def test_a_fresh_pixel_shuffle_makes_no_checkerboard():
+    images = build(detail=0)(*inputs(build())).images
+    torch.testing.assert_close(images[:, :, ::2, ::2], images[:, :, 1::2, 1::2], rtol=1e-4, atol=1e-5)
