@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dist_t2i.config import Config
 from dist_t2i.data.shards import open_set
 from dist_t2i.data.stream import open_stream
 from dist_t2i.engine import init_distributed, resolve_precision
-from dist_t2i.errors import CheckpointError, DataError, UserError
+from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
 from dist_t2i.launch import Rank, has_gpu
 from dist_t2i.meter import Meter
@@ -65,7 +64,9 @@ class Trainer:
         self.data = open_set(config.data.train)
         warn = self.reporter.warn
         on_main(
-            lambda: runfolder.prepare(self.folder, config, self.data, allow_changes=allow_changes, warn=self._warn_early)
+            lambda: runfolder.prepare(
+                self.folder, config, self.data, allow_changes=allow_changes, warn=self._warn_early
+            )
         )
         frozen = None
         if config.text.mode == "frozen":
@@ -117,7 +118,7 @@ class Trainer:
             ending = bool(reason) or self.images >= total
             if ending or self._due(c.report.every_steps * self.batch):
                 self._report()
-            if self.images > 0 and self._due(c.report.sample_every_images) or self.images >= total:
+            if (self.images > 0 and self._due(c.report.sample_every_images)) or self.images >= total:
                 self._samples()
             if ending or self._due(c.checkpoint.every_images):
                 self._save(must=ending)

@@ -118,7 +118,7 @@ def test_on_a_terminal_one_line_is_rewritten_beneath_the_messages(monkeypatch: p
     terminal = Terminal(columns=70)
     console = Console(terminal.stream)
     for images in range(0, 500, 100):
-        assert console.line(images, 1000, VALUES, now=True) is None
+        console.line(images, 1000, VALUES, now=True)
     console.say("a message")
     console.line(500, 1000, VALUES, now=True)
     console.close()
@@ -332,6 +332,23 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, monkeypatch: pyt
     reporter.close("finished", "the end")
     assert stream.getvalue() == "rank 3: warning: a slow disk\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path):
+    stream = io.StringIO()
+    reporter = Reporter(tmp_path, loads("train: {total_images: 1000}"), main=True, stream=stream)
+    reporter.start(0)
+    for name in ("metrics.jsonl", "log.txt", "samples"):
+        (tmp_path / name).symlink_to("/dev/full")
+    for images in range(100, 600, 100):
+        reporter.metrics(images, images // 10, {"loss/d": 1.0, "images_per_second": 50.0})
+    assert reporter.samples(500, [GridRow("a cat", [picture(1)])]) is None
+    (tmp_path / "metrics.jsonl").unlink()
+    reporter.metrics(600, 60, {"loss/d": 1.0, "images_per_second": 50.0})
+    assert [entry["images"] for entry in metricsfile.read(tmp_path / "metrics.jsonl")] == [600]
+    warnings = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    assert len(warnings) == len(set(warnings)) <= 4
+    assert any("No space left on device; training goes on" in line for line in warnings)
 
 
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------

@@ -215,7 +215,8 @@ class Subject:
             sides = {"generator": networks.generator, "discriminator": networks.discriminator}
             rates = config.optimizer.generator_lr, config.optimizer.discriminator_lr
             self.gan = Gan(
-                config, *(PlainEngine(name, m, config, device, r) for (name, m), r in zip(sides.items(), rates, strict=True))
+                config,
+                *(PlainEngine(name, m, config, device, r) for (name, m), r in zip(sides.items(), rates, strict=True)),
             )
         else:
             stage = int(kind.split()[1])

@@ -1,0 +1,179 @@
+"""The checkpoint folder: committed whole or not at all, kept by a rule, read only when intact."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import ROOT
+
+from dist_t2i import checkpoint
+from dist_t2i.checkpoint import Retention
+from dist_t2i.errors import CheckpointError
+
+FILES = {"generator": {"generator.weight": torch.arange(6.0).view(2, 3)}, "ema": {"generator.bias": torch.ones(3)}}
+KEEP = Retention(last=2)
+
+
+def save(run, images, keep=KEEP, files=FILES):
+    return checkpoint.save(run, images, files, {"seed": 1}, keep=keep)
+
+
+def names(run):
+    return [p.name for p in checkpoint.committed(run)]
+
+
+def test_what_is_saved_is_what_is_read(tmp_path):
+    folder = save(tmp_path, 1280)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000001280\n"
+    found = checkpoint.load_latest(tmp_path)
+    assert found.folder == folder and found.images == 1280 and found.state["seed"] == 1
+    assert torch.equal(found.tensors("generator")["generator.weight"], FILES["generator"]["generator.weight"])
+    with pytest.raises(CheckpointError, match=r"text\.safetensors"):
+        found.tensors("text")
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.load_latest(tmp_path) is None
+
+
+def test_views_and_non_contiguous_tensors(tmp_path):
+    base = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    save(tmp_path, 8, files={"g": {"a": base, "b": base[1:].transpose(0, 1)}})
+    read = checkpoint.load_latest(tmp_path).tensors("g")
+    assert torch.equal(read["a"], base) and torch.equal(read["b"], base[1:].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "images", "gone"),
+    [
+        (2, 0, [10, 20, 30, 40], [10, 20]),
+        (1, 20, [10, 20, 30, 40, 50], [10, 30]),
+        (1, 25, [10, 20, 30, 40, 50, 60], [10, 20, 40]),
+        (5, 0, [10, 20], []),
+        (0, 0, [10, 20], [10]),
+    ],
+)
+def test_retention(last, every, images, gone):
+    assert Retention(last, every).expired(images) == gone
+
+
+def test_retention_on_disk_and_latest(tmp_path):
+    for images in (100, 200, 300, 400):
+        save(tmp_path, images, keep=Retention(last=1, every_images=200))
+    assert names(tmp_path) == ["images-000000200", "images-000000400"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["images-000000200", "images-000000400", "latest"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "state"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
+    save(tmp_path, 100)
+    folder = save(tmp_path, 200)
+    file = folder / ("state.json" if damage == "state" else "ema.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    said = []
+    assert checkpoint.load_latest(tmp_path, warn=said.append).images == 100
+    assert file.name in said[0]
+    save(tmp_path, 200)
+    assert checkpoint.load_latest(tmp_path).images == 200, "a damaged one is replaced when the run comes there again"
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    (save(tmp_path, 100) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_latest_can_be_pointed_back_and_may_be_lost(tmp_path):
+    save(tmp_path, 100)
+    save(tmp_path, 200)
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.write_text("images-000000100\n")
+    assert checkpoint.load_latest(tmp_path).images == 100
+    latest.unlink()
+    assert checkpoint.load_latest(tmp_path).images == 200
+
+
+def test_another_format_says_so(tmp_path):
+    state = save(tmp_path, 100) / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    """A real write error: the kernel refuses to let files grow beyond a limit."""
+    save(tmp_path, 100)
+    big = {"generator": {"w": torch.zeros(200_000)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="200 images could not be written"):
+            save(tmp_path, 200, files=big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert names(tmp_path) == ["images-000000100"]
+    assert not list((tmp_path / "checkpoints").glob(".staging*"))
+    assert save(tmp_path, 200, files=big).name == "images-000000200"
+
+
+KILLED = """
+import os, signal, sys, threading, torch
+from pathlib import Path
+from dist_t2i import checkpoint
+run, moment = Path(sys.argv[1]), int(sys.argv[2])
+count = 0
+def trace(event, arguments):
+    global count
+    if event in ("open", "os.rename", "os.mkdir", "os.listdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
+        if str(run) in str(arguments[0]):
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(trace)
+files = {"generator": {"w": torch.full((1000,), 3.0)}}
+checkpoint.save(run, 300, files, {}, keep=checkpoint.Retention(last=1))
+print(count)
+"""
+
+
+def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
+    """SIGKILL before the n-th open, rename, mkdir, remove of a save, for every n: old or new, never in between."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(folder, moment):
+        save(folder, 100)
+        save(folder, 200)
+        command = [sys.executable, "-c", KILLED, str(folder), str(moment)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    whole = run(tmp_path / "whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    operations = int(whole.stdout)
+    assert operations > 10
+    outcomes = set()
+    for moment in range(1, operations + 1, max(1, operations // 12)):
+        folder = tmp_path / str(moment)
+        assert run(folder, moment).returncode == -signal.SIGKILL
+        for committed in checkpoint.committed(folder):
+            checkpoint.open_checkpoint(committed)
+        found = checkpoint.load_latest(folder)
+        outcomes.add(found.images)
+        save(folder, 400)
+        assert not list((folder / "checkpoints").glob(".staging*"))
+    assert outcomes == {200, 300}
