@@ -19,7 +19,7 @@ from pathlib import Path
 # A script's own folder comes first on sys.path, where modules of this package would pass for others' (`config`, ...).
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dist_t2i.errors import UserError
+from dist_t2i.errors import UserError  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,10 @@ COMMANDS = [line.split("#")[0].strip() for block in blocks("sh") for line in blo
 def place(tmp_path_factory) -> Path:
     """The project as a user has it, beside a folder of pictures."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("dist_t2i", "tools", "configs", "Makefile", "pyproject.toml", "constraints.txt", "README.md"):
-        (folder / name).symlink_to(ROOT / name)
+    for name in ("dist_t2i", "tools", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy2(ROOT / name, folder / name)
     pictures = folder / "my" / "pictures"
     pictures.mkdir(parents=True)
     lines = []
