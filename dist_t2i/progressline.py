@@ -59,11 +59,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def line_interval(elapsed: float) -> float:
+    """Seconds from one printed line to the next: 10 in the first ten minutes, 60 after an hour."""
+    return min(60.0, max(10.0, elapsed / 60))
+
+
 class Console:
     """Messages, and on a terminal one line beneath them that is rewritten in place.
 
-    Elsewhere (a file, a pipe, TERM=dumb) the line is printed now and then: every 10 seconds at first, at most every
-    minute after an hour.
+    Elsewhere (a file, a pipe, TERM=dumb) the line is printed now and then, see `line_interval`.
     """
 
     REFRESH = 0.2
@@ -76,23 +80,17 @@ class Console:
         self._next = 0.0
         self._shown = ""
 
-    def due(self) -> bool:
-        """Whether `line` would show something now."""
-        return time.monotonic() >= self._next
-
-    def line(self, images: int, total: int, values: Mapping[str, float], *, now: bool = False) -> str | None:
-        """Show the progress line if it is due (or `now`); the text printed as a line of its own, if any."""
-        if not (now or self.due()):
-            return None
-        elapsed = time.monotonic() - self._begin
-        self._next = time.monotonic() + (self.REFRESH if self.live else min(60.0, max(10.0, elapsed / 60)))
-        if not self.live:
-            text = format_line(images, total, values)
-            self._write(text + "\n")
-            return text
-        self._shown = format_line(images, total, values, self._width() - 1)
-        self._write(f"\r{self._shown}\x1b[K")
-        return None
+    def line(self, images: int, total: int, values: Mapping[str, float], *, now: bool = False) -> None:
+        """Show the progress line if it is due (or `now`)."""
+        time_now = time.monotonic()
+        if time_now < self._next and not now:
+            return
+        self._next = time_now + (self.REFRESH if self.live else line_interval(time_now - self._begin))
+        if self.live:
+            self._shown = format_line(images, total, values, self._width() - 1)
+            self._write(f"\r{self._shown}\x1b[K")
+        else:
+            self._write(format_line(images, total, values) + "\n")
 
     def say(self, message: str) -> None:
         """Print a message above the live line."""

@@ -6,7 +6,8 @@
     RUN/samples/images-000123456.png
     RUN/curves.png
 
-Only rank 0 writes; on the others a `Reporter` takes the same calls and does nothing, so the loop needs no ifs.
+Only rank 0 writes; on the others a `Reporter` takes the same calls and does nothing, so the loop needs no ifs. A file
+that cannot be written (a full disk) is told once and done without: reports are never a reason to lose a run.
 
 Metrics that the line and the curves know: `loss/d`, `loss/g`, their terms (`loss/d_adversarial`, ...), `logit/real`,
 `logit/fake`, `logit/mismatched`, `grad/<engine>`, `fake/std`, and what `Meter.take` adds. Others are kept as they are.
@@ -14,19 +15,20 @@ Metrics that the line and the curves know: `loss/d`, `loss/g`, their terms (`los
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dist_t2i import metricsfile
 from dist_t2i.config import Config
 from dist_t2i.grid import GridRow, draw_grid, save_grid
-from dist_t2i.progressline import Console, format_line
+from dist_t2i.progressline import Console, format_line, line_interval
 
 if TYPE_CHECKING:
     from dist_t2i.wandbsink import WandbSink
@@ -50,16 +52,22 @@ class Reporter:
         self._state = "starting"
         self._checkpoint = ""
         self._next_progress = 0.0
+        self._begin = time.monotonic()
+        self._next_line = 0.0
+        self._told: set[tuple[int | None, str | None]] = set()
         self._wandb: WandbSink | None = None
         self._can_draw = True
 
-    def start(self, images: int) -> None:
+    def start(self, images: int, checkpoint: Path | None = None) -> None:
         """Begin, or go on from a checkpoint at `images`: what was reported beyond it is dropped, it comes again."""
         self._images = images
+        self._checkpoint = str(checkpoint or "")
         if not self._main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        dropped = metricsfile.cut(self.folder / "metrics.jsonl", images)
+        dropped = 0
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            dropped = metricsfile.cut(self.folder / "metrics.jsonl", images)
         if dropped:
             self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; they come again")
         if self.config.report.wandb != "disabled":
@@ -86,9 +94,10 @@ class Reporter:
         """After every step: refreshes the live line, or prints one where there is no terminal, when it is due."""
         self._images = images
         if self._main and self._values:
-            printed = self._console.line(images, self._total, self._values)
-            if printed:
-                self._log(printed)
+            self._console.line(images, self._total, self._values)
+            if time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + line_interval(time.monotonic() - self._begin)
+                self._log(format_line(images, self._total, self._values))
             self._write_progress()
 
     def metrics(self, images: int, step: int, values: Mapping[str, float]) -> None:
@@ -98,23 +107,26 @@ class Reporter:
             return
         self._values = {**values, "memory_bytes": memory_bytes()}
         line = {"images": images, "step": step, "time": round(time.time(), 3), **self._values}
-        metricsfile.append(self.folder / "metrics.jsonl", line)
+        with self._writing():
+            metricsfile.append(self.folder / "metrics.jsonl", line)
         if self._wandb is not None:
             self._wandb.log(images, {**self._values, "step": step})
-        if self._console.live and self._console.due():
-            self._log(format_line(images, self._total, self._values))
         self.tick(images)
 
     def samples(self, images: int, rows: Sequence[GridRow]) -> Path | None:
-        """Draw a sample grid and the curves; the grid's path on rank 0."""
+        """Draw a sample grid and the curves; the grid's path on rank 0, if it could be written."""
         if not self._main:
             return None
         path = self.folder / "samples" / f"images-{images:09d}.png"
         title = f"{self.config.run.name or self.folder.name}: {images:,} images seen"
-        save_grid(draw_grid(rows, title=title, tile=max(64, self.config.data.image_size)), path)
+        grid = draw_grid(rows, title=title, tile=max(64, self.config.data.image_size))
+        with self._writing():
+            save_grid(grid, path)
+        self.curves()
+        if not path.exists():
+            return None
         if self._wandb is not None:
             self._wandb.log(images, {"samples": path})
-        self.curves()
         return path
 
     def curves(self) -> None:
@@ -125,7 +137,8 @@ class Reporter:
             from dist_t2i.curves import draw_curves
 
             name = self.config.run.name or self.folder.name
-            draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=name)
+            with self._writing():
+                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=name)
         except ImportError as error:
             self._can_draw = False
             self.say(f"no curves.png: {error} (`pip install matplotlib` brings it)")
@@ -164,7 +177,7 @@ class Reporter:
 
     def _log(self, message: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with self._writing(), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write("".join(f"{stamp} {line}\n" for line in message.splitlines()))
 
     def _write_progress(self, *, force: bool = False) -> None:
@@ -183,7 +196,18 @@ class Reporter:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        metricsfile.replace_text(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
+        with self._writing():
+            metricsfile.replace_text(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = (error.errno, error.filename)
+            if problem not in self._told:
+                self._told.add(problem)
+                self._console.say(f"warning: {error.filename or self.folder}: {error.strerror}; training goes on")
 
 
 def memory_bytes() -> int:
