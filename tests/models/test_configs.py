@@ -1,0 +1,29 @@
+"""The configurations that ship: they load, and the networks have the sizes that are said of them."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_t2i.configfile import load
+from dist_t2i.networks import build_networks
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_builds(path):
+    config = load(path, ["data.train=somewhere"])
+    networks = build_networks(config, vocab_size=500)
+    assert networks.generator.generator.noise_width == config.model.generator.noise
+
+
+def test_the_peer_has_the_peers_size():
+    config = load(Path(__file__).parents[2] / "configs" / "bench-peer64.yaml", ["data.train=somewhere"])
+    networks = build_networks(config, vocab_size=500)
+
+    def millions(module) -> float:
+        return sum(p.numel() for p in module.parameters()) / 1e6
+
+    assert config.data.image_size == 64 and config.train.global_batch == 32
+    assert millions(networks.generator.generator) == pytest.approx(4.9, abs=0.05)
+    assert millions(networks.discriminator.discriminator) == pytest.approx(3.5, abs=0.05)
