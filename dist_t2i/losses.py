@@ -57,9 +57,9 @@ def region_info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | Non
     patches of Park et al. 2020, with other pictures instead of other places as negatives) or [B, E] (every position
     against the captions: the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading).
     """
-    a = a.float().transpose(0, 1)
-    b = b.float().transpose(0, 1) if b.dim() == 3 else b.float().expand(len(a), *b.shape)
-    return _contrast(a @ b.transpose(1, 2) / temperature, same)
+    a = a.float().transpose(0, 1).contiguous()  # positions first and contiguous: strided batches multiply slowly
+    b = b.float().t() if b.dim() == 2 else b.float().permute(1, 2, 0).contiguous()
+    return _contrast(a @ b / temperature, same)
 
 
 def same_pairs(image_ids: Tensor, caption_ids: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Features(NamedTuple):
     maps: tuple[Tensor, ...]
     """One [B, C, H, W] for every size in `regions`, as configured."""
     patches: Tensor | None = None
-    """[B, C, H, W], the map whose places are judged one by one; None when only whole pictures are."""
+    """[B, P, C], what is judged place by place; None when only whole pictures are."""
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
@@ -68,13 +68,16 @@ class PatchJudge(nn.Module):
 
     def __init__(self, channels: int, text_width: int, width: int = 64):
         super().__init__()
-        self.embed = convolution(channels, width, size=1)
+        self.embedding = convolution(channels, width, size=1)
         self.realism = linear(width, 1)
         self.condition = linear(text_width, width)
 
-    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        """x [B, C, H, W], sentence [B, E] -> logits [B, H * W]."""
-        places = activate(self.embed(F.leaky_relu(x, SLOPE))).flatten(2).transpose(1, 2)
+    def embed(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> places [B, H * W, C'], once for all the captions they are judged with."""
+        return activate(self.embedding(F.leaky_relu(x, SLOPE))).flatten(2).transpose(1, 2)
+
+    def forward(self, places: Tensor, sentence: Tensor) -> Tensor:
+        """places [B, P, C'], sentence [B, E] -> logits [B, P]."""
         agreement = torch.bmm(places, self.condition(sentence)[:, :, None]) / places.shape[2] ** 0.5
         return (self.realism(places) + agreement)[:, :, 0]
 
@@ -129,8 +132,9 @@ class Discriminator(nn.Module):
                 x = block(x)
             maps.setdefault(x.shape[-1], x)
             judged[x.shape[-1]] = x
+        places = None if self.patch_judge is None else self.patch_judge.embed(judged[self.patch_size])
         pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
-        return Features(pooled, tuple(maps[size] for size in self.region_sizes), judged.get(self.patch_size))
+        return Features(pooled, tuple(maps[size] for size in self.region_sizes), places)
 
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
         """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits.
