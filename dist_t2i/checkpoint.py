@@ -262,4 +262,4 @@ def _umask() -> int:
 
 
 def _images(folder: Path) -> int:
-    return int(NAME.fullmatch(folder.name).group(1))
+    return int(folder.name.removeprefix("images-"))

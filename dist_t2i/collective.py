@@ -49,8 +49,8 @@ def on_main(function: Callable[[], T]) -> T:
             said[1] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(said, src=0, device=_device())
-    result, error = said
-    if error is not None:
-        error.told_by_main = dist.get_rank() != 0
-        raise error
+    result, problem = said
+    if problem is not None:
+        problem.told_by_main = dist.get_rank() != 0
+        raise problem
     return result

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from ranks import ROOT, free_port
 from safetensors.torch import load_file
+
+from ranks import ROOT, free_port
 
 TRAIN = ROOT / "dist_t2i" / "train.py"
 BATCH = 8

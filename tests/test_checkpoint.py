@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from ranks import ROOT
 
 from dist_t2i import checkpoint
 from dist_t2i.checkpoint import Retention
 from dist_t2i.errors import CheckpointError
+from ranks import ROOT
 
 FILES = {"generator": {"generator.weight": torch.arange(6.0).view(2, 3)}, "ema": {"generator.bias": torch.ones(3)}}
 KEEP = Retention(last=2)

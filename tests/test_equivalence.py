@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ranks import run_ranks
 
 VOCABULARY, TOKENS, BATCH, STEPS = 40, 8, 8, 4

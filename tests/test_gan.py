@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -27,9 +28,9 @@ OVERRIDES = {"loss__penalty_every": 1, "model__discriminator__patches": 8}
 def flows(mode: str, penalty: str = "r1") -> dict:
     """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
     import torch
-    from test_equivalence import BATCH, build_gan, frozen_encoder, micro_batches, tiny_config
 
     from dist_t2i.gan import Gan
+    from test_equivalence import BATCH, build_gan, frozen_encoder, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode)
     built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
@@ -118,9 +119,9 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode):
 def shared_gradients() -> dict:
     """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
     import torch
-    from test_equivalence import build_gan, micro_batches, tiny_config
 
     from dist_t2i import textflow
+    from test_equivalence import build_gan, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, text__mode="shared")
     carry, change = textflow.SharedText.carry, {}

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from models_on_disk import CAPTIONS, write_run
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -16,6 +15,7 @@ from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import UserError
 from dist_t2i.export import export
 from dist_t2i.pipeline import PromptError, PromptWarning, UnknownWordsWarning
+from models_on_disk import CAPTIONS, write_run
 
 PROMPTS = list(CAPTIONS[:5])
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import ROOT, free_port
 
+from ranks import ROOT, free_port
 from runs import TRAIN, Run, environment, make_set
 
 BIN = Path(sys.executable).parent

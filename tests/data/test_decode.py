@@ -7,10 +7,10 @@ import zlib
 import numpy
 import pytest
 import torch
-from pictures import encoded
 from PIL import Image
 
 from dist_t2i.data.decode import PictureError, decode, jpeg_orientation, open_picture, square, turned
+from pictures import encoded
 
 RED = (250, 10, 20)
 

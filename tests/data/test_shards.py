@@ -7,12 +7,12 @@ import tarfile
 
 import pytest
 import webdataset
-from pictures import colour, encoded, make_set, picture
 from PIL import Image
 
 from dist_t2i.data.shards import BadSample, Sample, ShardIndex, Shards, captions_of, index_tar, open_set
 from dist_t2i.data.sources import local_path, open_shard
 from dist_t2i.errors import DataError
+from pictures import colour, encoded, make_set, picture
 
 
 @pytest.fixture(scope="module")

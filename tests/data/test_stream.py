@@ -9,13 +9,13 @@ import numpy
 import pytest
 import torch
 import webdataset
-from pictures import colour, config_for, make_set
 
 from dist_t2i.data.batch import caption_id
 from dist_t2i.data.order import Order
 from dist_t2i.data.shards import ShardIndex, open_set
 from dist_t2i.data.stream import open_stream
 from dist_t2i.errors import DataError
+from pictures import colour, config_for, make_set
 
 COUNT = 37
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from pictures import config_for, make_set
 
 from dist_t2i.data.stream import open_stream
+from pictures import config_for, make_set
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from models_on_disk import write_run, write_tone_set
 
 import dist_t2i
 from dist_t2i.data.shards import open_set
@@ -12,6 +11,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import protocol as rules
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.scores import markdown, table
+from models_on_disk import write_run, write_tone_set
 
 QUICK = rules.Protocol("test", seeds=(0, 1), resamples=50)
 

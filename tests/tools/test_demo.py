@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models_on_disk import write_tone_set
 
 from dist_t2i import configfile
+from models_on_disk import write_tone_set
 
 TOOL = Path(__file__).parents[2] / "tools" / "demo.py"
 CONFIG = """

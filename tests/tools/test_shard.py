@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy
 import pytest
 import webdataset
-from pictures import colour, config_for, encoded, make_folder, picture
 from PIL import Image
 
 from dist_t2i.data.shards import open_set
 from dist_t2i.data.stream import open_stream
+from pictures import colour, config_for, encoded, make_folder, picture
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from models_on_disk import write_run
 from PIL import Image
 
 from dist_t2i.errors import run_command
+from models_on_disk import write_run
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
