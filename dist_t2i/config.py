@@ -53,6 +53,9 @@ class TextConfig:
 class GeneratorConfig:
     noise: int = 64
     """Width of the noise vector z."""
+    truncation: float = 1.0
+    """Factor on all noise where pictures are made and scored, not in training: below 1 they are more typical and less
+    varied. Whoever makes pictures may ask for another."""
     condition: int = 128
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = (256, 256, 128, 64)

@@ -52,6 +52,7 @@ _RANGES = {
     "text.heads": _COUNT,
     "text.dropout": _Range(0, 1, below=True),
     "model.generator.noise": _COUNT,
+    "model.generator.truncation": _NOT_NEGATIVE,
     "model.generator.condition": _COUNT,
     "model.generator.channels": _COUNT,
     "model.generator.blocks": _COUNT,
@@ -217,6 +218,7 @@ _FREE = (
     "engine.generator_stage",
     "engine.discriminator_stage",
     "engine.offload",
+    "model.generator.truncation",  # of pictures made, not of training
 )
 """Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
 

@@ -90,13 +90,13 @@ class TextToImage:
     # ---- text to pictures --------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[str], seed: int = 0, images_per_prompt: int = 1, truncation: float = 1.0
+        self, prompts: Sequence[str], seed: int = 0, images_per_prompt: int = 1, truncation: float | None = None
     ) -> list[Image]:
         """Pictures for a list of texts: RGB PIL images, all of the first prompt, then all of the second, and so on.
 
         Picture number i of a prompt depends on (prompt, seed, i) only. Number i of every prompt uses the same noise, so
         that pictures side by side differ by what the texts say. `truncation` scales the noise: below 1 gives more
-        typical and less varied pictures, 0 the same one for every seed.
+        typical and less varied pictures, 0 the same one for every seed; None takes the configuration's.
 
         Warns with UnknownWordsWarning about words that the model never saw (there is a picture all the same), with
         PromptWarning about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
@@ -106,13 +106,12 @@ class TextToImage:
         prompts = check_texts(prompts, "prompts")
         count = _whole(images_per_prompt, "images_per_prompt", least=1)
         noise_seeds = [mix(_whole(seed, "seed"), index, _PURPOSE) for index in range(count)]
-        _check_truncation(truncation)
         self._warn(prompts)
         rows = [(prompt, noise_seed) for prompt in prompts for noise_seed in noise_seeds]
         pixels = self.sample([prompt for prompt, _ in rows], [noise_seed for _, noise_seed in rows], truncation)
         return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
 
-    def sample(self, prompts: Sequence[str], noise_seeds: Sequence[int], truncation: float = 1.0) -> Tensor:
+    def sample(self, prompts: Sequence[str], noise_seeds: Sequence[int], truncation: float | None = None) -> Tensor:
         """Picture i for prompt i from noise seed i, uint8 [N, 3, H, W] on the CPU. What `generate` is made of.
 
         Warns of nothing. Raises PromptError.
@@ -120,6 +119,8 @@ class TextToImage:
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
             raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
+        if truncation is None:
+            truncation = self.config.model.generator.truncation
         _check_truncation(truncation)
         if not prompts:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)

@@ -46,7 +46,8 @@ class SampleSheet:
         columns: list[Tensor] = []
         for column in range(PER_CAPTION):
             generator = torch.Generator().manual_seed(mix(self._config.train.seed, column, 3))
-            noise, condition = torch.randn(1, sum(widths), generator=generator).split(widths, dim=1)
+            drawn = torch.randn(1, sum(widths), generator=generator) * self._config.model.generator.truncation
+            noise, condition = drawn.split(widths, dim=1)
             count = len(self.captions)
             inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1))
             columns.append(average.generate(*(x.to(self._device) for x in inputs)).images)

@@ -23,7 +23,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default: %(default)s)")
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--truncation", type=float, default=1.0, help="below 1: more typical, less varied (default: %(default)s)"
+        "--truncation", type=float, help="below 1: more typical, less varied (default: the configuration's)"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return parser.parse_args(arguments)

@@ -43,7 +43,8 @@ class Protocol:
     """The judge, by its key in `features.NETWORKS`."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     """One picture per caption and seed. KID is taken within each seed and averaged, as are the others."""
-    truncation: float = 1.0
+    truncation: float | None = None
+    """Factor on the noise; None: the configuration's."""
     gallery: int = 100
     """Pictures among which the true one is looked for."""
     max_pictures: int = 2_000
