@@ -40,15 +40,15 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False) -> int:
     device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with StopFlag(announce=rank.rank == 0) as stop:
-        init_distributed(device)
-        try:
-            trainer = Trainer(config, device, allow_changes)
-            with trainer.closing():
-                return trainer.run(stop)
-        finally:
-            with contextlib.suppress(Exception):  # the peers may be gone, and another error is on its way
-                dist.destroy_process_group()
+    stop = StopFlag(announce=rank.rank == 0).install()  # to the very end: a late signal must not spoil the exit status
+    init_distributed(device)
+    try:
+        trainer = Trainer(config, device, allow_changes)
+        with trainer.closing():
+            return trainer.run(stop)
+    finally:
+        with contextlib.suppress(Exception):  # the peers may be gone, and another error is on its way
+            dist.destroy_process_group()
 
 
 class Trainer:
@@ -109,18 +109,19 @@ class Trainer:
     def run(self, stop: StopFlag) -> int:
         """Steps until the end or a stop, with everything that is due between them. Returns the exit status."""
         c, total = self.config, self.config.train.total_images
-        self.reporter.start(self.images)
+        self.reporter.start(self.images, self.last.folder if self.last else None)
         self._greet()
         if self.images == 0:
             self._samples()
         while True:
             reason = stop.agreed(max_over_ranks)
             ending = bool(reason) or self.images >= total
-            if ending or self._due(c.report.every_steps * self.batch):
-                self._report()
+            saving = ending or self._due(c.checkpoint.every_images)
+            if saving or self._due(c.report.every_steps * self.batch):
+                self._report()  # before the save: it is what stops numbers that are not finite
             if (self.images > 0 and self._due(c.report.sample_every_images)) or self.images >= total:
                 self._samples()
-            if ending or self._due(c.checkpoint.every_images):
+            if saving:
                 self._save(must=ending)
             if ending:
                 return self._end(reason)
