@@ -113,8 +113,9 @@ def test_another_world_size_stage_and_accumulation_within_round_off(whole, half,
     for images, losses in whole.losses().items():
         got = run.losses()[images]
         for name, value in losses.items():
-            assert got[name] == pytest.approx(value, rel=2e-4, abs=2e-4), (images, name)
-    assert_same_state(run, whole, tolerance=1e-3)
+            if name != "fake/std":  # a spread within one micro-batch, whose rows change with the world size
+                assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (images, name)
+    assert_same_state(run, whole, tolerance=1e-5)
 
 
 def test_two_ranks_then_one(data, tmp_path):
@@ -123,7 +124,7 @@ def test_two_ranks_then_one(data, tmp_path):
     alone = copied(together, tmp_path / "one", data)
     shutil.rmtree(alone.folder / "checkpoints" / f"images-{TOTAL:09d}")
     assert alone.train() == 0, alone.output()
-    assert_same_state(alone, together, tolerance=1e-3)
+    assert_same_state(alone, together, tolerance=1e-5)
 
 
 def test_killed_twenty_times_at_random_moments(whole, data, tmp_path):
