@@ -249,6 +249,8 @@ class Pipeline(torch.utils.data.IterableDataset):
     ) -> None:
         self.shards, self.plan, self.config, self.tokenizer, self.stages = shards, plan, config, tokenizer, list(stages)
         self.first = 0
+        self.lane = 0, 1
+        """Which worker of how many this is; set before each is started."""
 
     def stream(self, worker: int, workers: int) -> Iterator[tuple[Batch, list[BadRecord]]]:
         import webdataset
@@ -269,9 +271,8 @@ class Pipeline(torch.utils.data.IterableDataset):
         )
 
     def __iter__(self) -> Iterator[Any]:
-        info = torch.utils.data.get_worker_info()
         try:
-            stream = self.stream(*((info.id, info.num_workers) if info else (0, 1)))
+            stream = self.stream(*self.lane)
             while True:
                 with secured():
                     item = next(stream)
@@ -310,7 +311,7 @@ class Stream:
         self._seen += len(batch)
         if bad:
             self._record(bad)
-        return batch
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def close(self) -> None:
         """End the workers at once; the stream yields no more. Safe to call twice."""

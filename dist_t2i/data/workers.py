@@ -50,13 +50,40 @@ class StartWorker:
         torch.set_num_threads(1)
 
 
-def _end(iterator: Any) -> None:
-    """The loader's own way first; workers that do not follow it are killed: they ignore SIGTERM, and hold nothing."""
-    workers = list(iterator._workers)
-    iterator._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
+class Lanes:
+    """An iterator over the items of several workers in turn, each with a pipe of its own.
+
+    In the DataLoader's usual shared pipe, a worker that is killed in mid-message leaves half of one behind, which its
+    parent then waits for without end. Here nobody but the worker holds the pipe's writing end, so its death is an EOF.
+    """
+
+    def __init__(self, loaders: list[torch.utils.data.DataLoader], pipeline: Any) -> None:
+        self._iterators = []
+        for lane, loader in enumerate(loaders):
+            pipeline.lane = lane, len(loaders)
+            iterator: Any = iter(loader)
+            iterator._worker_result_queue._writer.close()  # before the next fork, which would inherit it
+            self._iterators.append(iterator)
+        self._next = 0
+
+    @property
+    def workers(self) -> list[Any]:
+        """The worker processes."""
+        return [worker for iterator in self._iterators for worker in iterator._workers]
+
+    def __next__(self) -> Any:
+        item = next(self._iterators[self._next])
+        self._next = (self._next + 1) % len(self._iterators)
+        return item
+
+    def end(self) -> None:
+        """The loader's own way first; workers that do not follow it are killed: they ignore SIGTERM, and hold nothing."""
+        workers = self.workers
+        for iterator in self._iterators:
+            iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
 
 
 class WorkerPool:
@@ -99,25 +126,27 @@ class WorkerPool:
         if self._workers == 0:
             self._iterator = iter(self._pipeline)
             return
-        loader = torch.utils.data.DataLoader(
-            self._pipeline,
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=4,
-            worker_init_fn=StartWorker(),
-            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
-            pin_memory=torch.cuda.is_available(),
-        )
+        loaders = [
+            torch.utils.data.DataLoader(
+                self._pipeline,
+                batch_size=None,
+                num_workers=1,
+                prefetch_factor=4,
+                worker_init_fn=StartWorker(),
+                multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+            )
+            for _ in range(self._workers)
+        ]
         before = signal.getsignal(signal.SIGCHLD)
-        self._iterator = iter(loader)
+        self._iterator = Lanes(loaders, self._pipeline)
         if signal.getsignal(signal.SIGCHLD) is not before:
             # The loader's handler raises in whatever the main thread is doing, such as saving a checkpoint. Without
             # it `next` notices a dead worker within seconds, which is soon enough.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        self._finalizer = weakref.finalize(self, _end, self._iterator)
+        self._finalizer = weakref.finalize(self, self._iterator.end)
 
     def _someone_died(self) -> bool:
-        workers = getattr(self._iterator, "_workers", ())
+        workers = self._iterator.workers if isinstance(self._iterator, Lanes) else ()
         for worker in workers:
             worker.join(timeout=0.1)
         return any(not worker.is_alive() for worker in workers)

@@ -25,7 +25,7 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):
 data_set = open_set(sys.argv[1])
 stream = open_stream(config_for(data_set, workers=2), data_set.tokenizer)
 next(stream)
-print(*[worker.pid for worker in stream._pool._iterator._workers], flush=True)
+print(*[worker.pid for worker in stream._pool._iterator.workers], flush=True)
 while True:
     batch = next(stream)
     print(int(batch.positions[0]), flush=True)
@@ -86,14 +86,17 @@ def test_signals_to_the_group_do_not_end_workers_and_death_of_the_parent_does(pr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
-def test_a_killed_worker_costs_nothing(small):
+@pytest.mark.parametrize("delay", [0, 0.0003, 0.001, 0.003, 0.01])
+def test_a_killed_worker_costs_nothing(small, delay):
+    """Killed at several moments, in the middle of handing over a batch among them."""
     config = config_for(small, workers=2)
     stream = open_stream(config, small.tokenizer)
     positions = []
     for step in range(30):
         positions.extend(next(stream).positions.tolist())
         if step == 5:
-            os.kill(stream._pool._iterator._workers[0].pid, signal.SIGKILL)
+            time.sleep(delay)
+            os.kill(stream._pool._iterator.workers[0].pid, signal.SIGKILL)
     stream.close()
     assert positions == list(range(240))
 
@@ -104,7 +107,7 @@ def test_close_ends_the_workers_quickly(small):
     stream = open_stream(config_for(small, workers=2), small.tokenizer)
     next(stream)
     assert signal.getsignal(signal.SIGCHLD) == handler
-    workers = [worker.pid for worker in stream._pool._iterator._workers]
+    workers = [worker.pid for worker in stream._pool._iterator.workers]
     start = time.monotonic()
     stream.close()
     stream.close()
@@ -116,6 +119,6 @@ def test_close_ends_the_workers_quickly(small):
 def test_a_forgotten_stream_ends_its_workers(small):
     stream = open_stream(config_for(small, workers=1), small.tokenizer)
     next(stream)
-    worker = stream._pool._iterator._workers[0].pid
+    worker = stream._pool._iterator.workers[0].pid
     del stream
     wait_until(lambda: not running(worker))
