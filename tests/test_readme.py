@@ -47,9 +47,9 @@ def place(tmp_path_factory) -> Path:
     pictures = folder / "my" / "pictures"
     pictures.mkdir(parents=True)
     lines = []
-    for i in range(64):
+    for i in range(600):  # two in a hundred of them are held out, and scores compare those
         colour, shape = ("red", "blue")[i % 2], ("square", "circle")[i // 2 % 2]
-        Image.new("RGB", (80, 64 + i), colour).save(pictures / f"{i}.png")
+        Image.new("RGB", (80, 64 + i % 64), colour).save(pictures / f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", "captions": [f"a {colour} {shape}"]}))
     (folder / "my" / "captions.jsonl").write_text("\n".join(lines))
     return folder
