@@ -64,6 +64,9 @@ def _main() -> None:
     torch.set_num_threads(1)
     result = getattr(importlib.import_module(module), name)(*args)
     (folder / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
+    if torch.distributed.is_initialized():  # gloo's threads, still running at the interpreter's end, may abort it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
