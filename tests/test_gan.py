@@ -31,7 +31,7 @@ def flows(mode: str, penalty: str = "r1") -> dict:
     import torch
 
     from dist_t2i.gan import Gan
-    from test_equivalence import BATCH, build_gan, frozen_encoder, micro_batches, tiny_config
+    from test_equivalence import build_gan, frozen_encoder, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode)
     built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
@@ -70,7 +70,6 @@ def flows(mode: str, penalty: str = "r1") -> dict:
     found["frozen moved"] = [
         n for n, p in frozen.items() if not torch.equal(dict(built.frozen.named_parameters())[n], p)
     ]
-    found["batch"] = BATCH
     return found
 
 
@@ -119,7 +118,6 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode):
 
 def shared_gradients() -> dict:
     """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
-    import torch
 
     from dist_t2i import textflow
     from test_equivalence import build_gan, micro_batches, tiny_config
@@ -140,7 +138,6 @@ def shared_gradients() -> dict:
         before = {n: p.detach().clone() for n, p in gan.text.module.named_parameters()}
         gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)
         change[withheld] = {n: (p - before[n]).detach() for n, p in gan.text.module.named_parameters()}
-    torch.set_grad_enabled(True)
     return change
 
 
