@@ -80,15 +80,13 @@ def test_workers_survive_a_signal_to_the_whole_job_until_the_save(tmp_path: Path
 
 def test_the_second_ctrl_c_stops_at_once_and_takes_the_workers_along(tmp_path: Path):
     run = Run(tmp_path, "60")
-    worker = int((tmp_path / "worker-0").read_text())
+    worker = psutil.Process(int((tmp_path / "worker-0").read_text()))
     run.signal_all(signal.SIGINT)
     time.sleep(SAME_PRESS + 0.2)
     run.signal_all(signal.SIGINT)
-    begin = time.monotonic()
     assert run.wait() == INTERRUPTED == 130
-    assert time.monotonic() - begin < 5
-    assert run.saved() == []
-    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+    assert run.saved() == []  # a save takes 60 seconds here
+    assert psutil.wait_procs([worker], timeout=30)[1] == []  # it was killed: left alone it sleeps for ten minutes
     assert "second Ctrl-C" in run.output.read_text()
 
 
