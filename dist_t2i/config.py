@@ -13,14 +13,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""
-    """Folder of a sharded set (holds manifest.json), or the path of a manifest."""
+    train: str | tuple[str, ...] = ""
+    """What to train on: a sharded set (a folder or URL that holds manifest.json), or WebDataset tars as a URL with braces
+    or a glob: `s3://bucket/coco/train-{000000..000591}.tar`. Several of them as a list."""
+    weights: tuple[float, ...] = ()
+    """How often each entry of `train` comes, relative to the others; empty: every picture once an epoch."""
     image_size: int = 64
     """Training resolution in pixels, square; a power of two, at least 32."""
     workers: int = 1
     """Loader processes per rank; 0 decodes in the training process."""
-    shuffle_window: int = 100_000
-    """Samples among which the order is shuffled at once, within an epoch; bounds what a reader may have open."""
+    shuffle_window: int = 16_384
+    """Samples that are shuffled among each other at a time; a reader keeps about two windows within reach."""
+    shuffle_shards: int = 16
+    """Shards from which a window takes its samples."""
     flip: bool = True
     """Mirror a picture left to right on every other visit, by the rule of (seed, images seen)."""
     crop: float = 1.0
@@ -31,6 +36,19 @@ class DataConfig:
     """A sample that cannot be used: `budget` replaces and counts it, `strict` stops the run."""
     max_bad_fraction: float = 0.01
     """`budget` stops the run when more than this share of the images seen had to be replaced."""
+    retry_seconds: float = 300.0
+    """How long a remote read that fails is tried again before its sample counts as bad."""
+    cache: str = "auto"
+    """Folder on this machine's disk in which parts of remote shards are kept for all its processes; `auto`: within the
+    job's or the system's folder for temporary files; `none`: nothing is kept, every sample is a request of its own."""
+    cache_gb: float = 20.0
+    """Bound of the cache, in GB."""
+    endpoint: str = ""
+    """URL of an S3-compatible server; empty: AWS_ENDPOINT_URL, or AWS. Credentials come from the environment."""
+    region: str = ""
+    """Of the bucket; empty: AWS_REGION."""
+    anonymous: bool = False
+    """Whether requests go unsigned, for public buckets."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class _Reading:
             self.refuse(where, "", "expected section.key=value")
             return
         known = keys().get(key)
-        if known is not None and known.type is str:
+        if known is not None and (known.type is str or (known.type == str | tuple[str, ...] and "[" not in value[:1])):
             self.value(key, str, value, where)
             return
         if known is not None and typing.get_origin(known.type) is tuple and not value.lstrip().startswith("["):

@@ -43,7 +43,11 @@ _NOT_NEGATIVE = _Range()
 
 _RANGES = {
     "data.image_size": _Range(32, 4096),
+    "data.weights": _POSITIVE,
     "data.shuffle_window": _COUNT,
+    "data.shuffle_shards": _COUNT,
+    "data.retry_seconds": _NOT_NEGATIVE,
+    "data.cache_gb": _NOT_NEGATIVE,
     "data.crop": _Range(0, 1, above=True),
     "data.max_tokens": _Range(2, 4096),
     "data.max_bad_fraction": _SHARE,
@@ -106,12 +110,23 @@ def _ranges(config: Config) -> Iterator[Finding]:
 
 
 def _combinations(config: Config) -> Iterator[Finding]:
+    yield from _data(config)
     yield from _text(config)
     yield from _sizes(config)
     yield from _engines(config)
     if config.train.global_batch % 2:
         why = "each row's wrong caption is its neighbour's, so rows come in pairs"
         yield ("train.global_batch",), f"must be even ({why}), is {config.train.global_batch}"
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    data = config.data
+    entries = [data.train] if isinstance(data.train, str) else data.train
+    if data.weights and len(data.weights) != len(entries):
+        yield (
+            ("data.weights", "data.train"),
+            f"has {len(data.weights)} numbers for {len(entries)} entries of data.train: give one each, or none",
+        )
 
 
 def _text(config: Config) -> Iterator[Finding]:
@@ -214,6 +229,12 @@ _FREE = (
     "data.workers",
     "data.on_bad",
     "data.max_bad_fraction",
+    "data.retry_seconds",
+    "data.cache",
+    "data.cache_gb",
+    "data.endpoint",
+    "data.region",
+    "data.anonymous",
     "engine.accumulation",
     "engine.generator_stage",
     "engine.discriminator_stage",

@@ -40,10 +40,10 @@ class SetAbout:
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}
             return cls(**{**entries, "examples": tuple(entries.get("examples", ()))})
-        from dist_t2i.data.shards import open_set
+        from dist_t2i.data.lists import open_data
 
         try:
-            found = open_set(files.config.data.train)
+            found = open_data(files.config.data)
             split = next((name for name in found.splits if name.startswith("test")), "train")
             samples = found.samples(split)
             examples = tuple(samples[i].captions[0] for i in range(min(8, len(samples))))

@@ -10,7 +10,6 @@ See report.py and checkpoint.py for what training adds.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
             _check_same_run(folder, config, data, allow_changes, warn)
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
         metricsfile.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
-        shutil.copyfile(data.folder / "tokenizer.json", folder / "tokenizer.json")
+        metricsfile.replace_text(folder / "tokenizer.json", data.tokenizer.text)
         metricsfile.replace_text(folder / "config.yaml", configfile.dump(config))
     except OSError as error:
         raise UserError(

@@ -187,7 +187,7 @@ def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
             f"{name} {packages[name]}" for name in ("torch", "deepspeed", "dist-t2i") if name in packages
         ),
         "code": code.get("revision", "") + (" with local changes" if code.get("dirty") else ""),
-        "data": f"{data.manifest.get('name', data.folder.name)}, fingerprint {data.fingerprint}",
+        "data": f"{data.manifest.get('name', Path(data.folder).name)}, fingerprint {data.fingerprint}",
         "weights": f"SHA-256 {model.files.sha256()}",
     }
     return {name: value for name, value in facts.items() if value}

@@ -18,7 +18,7 @@ from dist_t2i.assemble import assemble
 from dist_t2i.checkpoint import Checkpoint, Retention
 from dist_t2i.collective import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.config import Config
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.lists import open_data
 from dist_t2i.data.stream import open_stream
 from dist_t2i.engine import init_distributed, resolve_precision
 from dist_t2i.errors import CheckpointError, UserError
@@ -61,7 +61,7 @@ class Trainer:
         self.config, self.folder, self.main = config, Path(config.run.folder), dist.get_rank() == 0
         self.batch = config.train.global_batch
         self.reporter = Reporter(self.folder, config, main=self.main)
-        self.data = open_set(config.data.train)
+        self.data = open_data(config.data)
         warn = self.reporter.warn
         on_main(
             lambda: runfolder.prepare(

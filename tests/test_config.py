@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_combinations_that_work(text: str):
         ("train: {image_size: 64}", "did you mean data.image_size?"),  # the right word in the wrong section
         ("optimiser: {beta1: 0}", "did you mean optimizer?"),
         ("generator: {noise: 3}", "did you mean model.generator"),
-        ("data: {zzz: 1}", "data has train, image_size"),
+        ("data: {zzz: 1}", "data has train, weights"),
     ],
 )
 def test_unknown_keys_get_the_nearest_match(wrong: str, hint: str):
@@ -207,6 +208,8 @@ def _values(type_: object) -> st.SearchStrategy:
     if type_ in simple:
         return simple[type_]
     arguments = type_.__args__
+    if isinstance(type_, types.UnionType):
+        return st.one_of(*map(_values, arguments))
     if type_.__origin__ is tuple:
         return st.lists(_values(arguments[0]), max_size=3).map(tuple)
     return st.sampled_from(arguments)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
@@ -26,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.data.shards import open_set
+    from dist_t2i.data.lists import open_data
     from dist_t2i.eval.protocol import PROTOCOLS, evaluate, protocol_for
     from dist_t2i.eval.scores import table
     from dist_t2i.pipeline import load
@@ -34,10 +35,9 @@ def main() -> int:
     if chosen.protocol and chosen.protocol not in PROTOCOLS:
         raise UserError(f"no protocol {chosen.protocol!r}; there are {', '.join(PROTOCOLS)}")
     model = load(chosen.run, chosen.device)
-    path = chosen.data or model.config.data.train
-    if not path:
+    if not (chosen.data or model.config.data.train):
         raise UserError(f"{chosen.run} does not say what it was trained on; name a set with --data")
-    data = open_set(path)
+    data = open_data(replace(model.config.data, train=chosen.data or model.config.data.train))
     protocol = PROTOCOLS[chosen.protocol] if chosen.protocol else protocol_for(data)
     scores = evaluate(model, data, protocol, say=lambda line: print(line, file=sys.stderr, flush=True))
     out = chosen.out or chosen.run / "scores.json"

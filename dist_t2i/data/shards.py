@@ -1,33 +1,31 @@
 """A set on disk: WebDataset tars, an index beside each, one manifest.
 
-    SET/manifest.json               splits, their shards (samples, bytes, sha256), caption statistics, fingerprint
-        tokenizer.json              trained on the training captions
-        train-00000.tar             key.jpg (png, webp) + key.json {"captions": [...]}: any WebDataset reader reads it
-        train-00000.index           where each member of the tar lies, and its crc32
-        test-00000.tar ...          further splits
-        report.html, contact_sheet.png, bad_samples.jsonl
-
-An index is a NumPy .npz of plain arrays: `keys` (UTF-8, joined by newlines), `first` (int64 [samples + 1]: sample i
-has the members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `crc32` (uint32) and `extension`
-(uint8, a line of `extensions`). The members of a sample share their name up to the first dot, as WebDataset has it.
+SET/manifest.json               splits, their shards (samples, bytes, sha256), caption statistics, fingerprint
+    tokenizer.json              trained on the training captions
+    train-00000.tar             key.jpg (png, webp) + key.json {"captions": [...]}: any WebDataset reader reads it
+    train-00000.index           where each member of the tar lies, and its crc32
+    test-00000.tar ...          further splits
+    report.html, contact_sheet.png, bad_samples.jsonl
 """
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from dist_t2i.data.sources import ShardFile, local_path, open_shard
+from dist_t2i.data.sources import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
+from dist_t2i.data.storage import FROM_ENVIRONMENT, Gone, StorageOptions
+from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer
+from dist_t2i.data.urls import base_name, beside, checked, is_local, join, parent
 from dist_t2i.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 FORMAT = "dist_t2i set"
 VERSION = 1
 PICTURES = ("jpg", "jpeg", "png", "webp")
-UNSAFE = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "joblib", "dill"})
-"""Extensions whose usual decoders run code that the file contains."""
 _OPEN_SHARDS = 64
 
 
@@ -52,162 +48,132 @@ class BadSample(Exception):
         return BadSample, (self.shard, self.key, self.reason)
 
 
-class Member(NamedTuple):
-    """One file of a sample inside a tar."""
+class Shard(NamedTuple):
+    """A shard as a manifest lists it."""
 
-    extension: str
-    offset: int
-    size: int
-    crc32: int
-
-
-class ShardIndex:
-    """Where the samples of one shard lie."""
-
-    def __init__(self, keys: Sequence[str], members: Sequence[Sequence[Member]]) -> None:
-        self.keys = list(keys)
-        flat = [member for sample in members for member in sample]
-        self.extensions = sorted({member.extension for member in flat})
-        code = {extension: number for number, extension in enumerate(self.extensions)}
-        self._first = numpy.cumsum([0, *map(len, members)], dtype=numpy.int64)
-        self._offset = numpy.array([member.offset for member in flat], dtype=numpy.int64)
-        self._size = numpy.array([member.size for member in flat], dtype=numpy.int64)
-        self._crc32 = numpy.array([member.crc32 for member in flat], dtype=numpy.uint32)
-        self._extension = numpy.array([code[member.extension] for member in flat], dtype=numpy.uint8)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def members(self, row: int) -> list[Member]:
-        span = range(int(self._first[row]), int(self._first[row + 1]))
-        return [
-            Member(self.extensions[self._extension[i]], int(self._offset[i]), int(self._size[i]), int(self._crc32[i]))
-            for i in span
-        ]
-
-    def to_bytes(self) -> bytes:
-        """The index file; the same bytes for the same index."""
-        out = io.BytesIO()
-        numpy.savez(
-            out,
-            keys=_pack(self.keys),
-            extensions=_pack(self.extensions),
-            first=self._first,
-            offset=self._offset,
-            size=self._size,
-            crc32=self._crc32,
-            extension=self._extension,
-        )
-        return out.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Raises DataError when `data` is no index, or names members that could run code."""
-        index = cls.__new__(cls)
-        try:
-            with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                index.keys, index.extensions = _unpack(arrays["keys"]), _unpack(arrays["extensions"])
-                index._first, index._offset, index._size = arrays["first"], arrays["offset"], arrays["size"]
-                index._crc32, index._extension = arrays["crc32"], arrays["extension"]
-        except Exception as error:  # zip, key and value errors, whatever was cut
-            raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
-        if len(index._first) != len(index.keys) + 1:
-            raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
-        refuse_unsafe(index.extensions, name)
-        return index
-
-    @classmethod
-    def load(cls, path: Path) -> ShardIndex:
-        try:
-            return cls.from_bytes(path.read_bytes(), str(path))
-        except OSError as error:
-            raise DataError(f"cannot read the index {path}: {error.strerror}; write the set again") from error
-
-
-def _pack(lines: Sequence[str]) -> numpy.ndarray:
-    return numpy.frombuffer("\n".join(lines).encode(), dtype=numpy.uint8)
-
-
-def _unpack(packed: numpy.ndarray) -> list[str]:
-    return packed.tobytes().decode().split("\n") if packed.size else []
-
-
-def refuse_unsafe(extensions: Sequence[str], name: str) -> None:
-    """Raises DataError when a member could run code once decoded, as webdataset decodes pickles by default."""
-    unsafe = sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE)
-    if unsafe:
-        raise DataError(
-            f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "
-            "with pictures, text and json only"
-        )
-
-
-def index_tar(path: str | Path) -> ShardIndex:
-    """The index of any WebDataset tar, read from end to end. Raises DataError."""
-    keys: list[str] = []
-    members: list[list[Member]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                folder, slash, name = info.name.rpartition("/")
-                base, dot, extension = name.partition(".")
-                if not info.isfile() or not dot or not base:
-                    continue
-                data = tar.extractfile(info).read()  # type: ignore[union-attr]
-                key = folder + slash + base
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    members.append([])
-                members[-1].append(Member(extension.lower(), info.offset_data, info.size, zlib.crc32(data)))
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read as a tar: {error}") from error
-    index = ShardIndex(keys, members)
-    refuse_unsafe(index.extensions, str(path))
-    return index
+    url: str
+    samples: int
+    index_url: str
+    identity: Identity = UNKNOWN
+    part: int = 0
+    """Which of several lists it is from."""
 
 
 class Shards:
-    """The shards of one split: reads samples, with a bounded number of files and indexes open. Picklable."""
+    """The shards of one split: reads samples, with a bounded number of files and indexes open. Picklable; threads may
+    share it."""
 
-    def __init__(self, folder: Path, names: Sequence[str], sizes: Sequence[int]) -> None:
-        self.folder, self.names, self.sizes = folder, list(names), list(sizes)
+    def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
+        self._shards, self.options = list(shards), options
+        self.sizes = [shard.samples for shard in shards]
+        self._begin()
+
+    def _begin(self) -> None:
         self._opened: OrderedDict[int, tuple[ShardFile, ShardIndex]] = OrderedDict()
+        self._broken: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": OrderedDict()}
+        return {"_shards": self._shards, "options": self.options, "sizes": self.sizes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def parts(self) -> list[list[int]]:
+        """The sizes of the shards of each list, in the order of the lists."""
+        found: dict[int, list[int]] = {}
+        for shard in self._shards:
+            found.setdefault(shard.part, []).append(shard.samples)
+        return list(found.values())
+
+    @cached_property
+    def remote(self) -> bool:
+        """Whether any lies behind a network."""
+        return any(not is_local(shard.url) for shard in self._shards)
 
     def url(self, shard: int) -> str:
-        return str(self.folder / self.names[shard])
+        return self._shards[shard].url
+
+    def name(self, shard: int) -> str:
+        return base_name(self.url(shard))
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
-        found = self._opened.get(shard)
-        if found is None:
-            path = local_path(self.url(shard))
-            index = ShardIndex.load(path.with_suffix(".index"))
-            if len(index) != self.sizes[shard]:
-                raise DataError(f"{path}: its index has {len(index)} samples, the manifest says {self.sizes[shard]}")
-            found = self._opened[shard] = (open_shard(str(path)), index)
+        """Raises DataError when its index does not fit, OSError when it cannot be read."""
+        with self._lock:
+            found = self._opened.get(shard)
+            if found is not None:
+                self._opened.move_to_end(shard)
+                return found
+            turn = self._opening.setdefault(shard, threading.Lock())
+        with turn:
+            found = self._opened.get(shard) or self._open(shard)
+        with self._lock:
+            self._opened[shard] = found
+            self._opening.pop(shard, None)
             if len(self._opened) > _OPEN_SHARDS:
-                self._opened.popitem(last=False)[1][0].close()
-        else:
-            self._opened.move_to_end(shard)
+                self._opened.popitem(last=False)  # whoever reads from it may finish; then it closes itself
         return found
+
+    def _open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
+        about = self._shards[shard]
+        index = ShardIndex.from_bytes(read_file(about.index_url, self.options), about.index_url)
+        if len(index) != about.samples:
+            raise DataError(f"{about.url}: its index has {len(index)} samples, the manifest says {about.samples}")
+        return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int) -> dict[str, Any]:
         """A webdataset sample: `__key__`, `__url__`, extension -> bytes. Raises BadSample, DataError."""
-        file, index = self.open(shard)
+        if shard in self._broken:
+            raise BadSample(self.name(shard), str(row), self._broken[shard])
+        try:
+            file, index = self.open(shard)
+        except OSError as error:
+            self._broken[shard] = f"shard is unreadable: {reason_of(error)}"
+            raise BadSample(self.name(shard), str(row), self._broken[shard]) from error
+        members = index.members(row)
         sample: dict[str, Any] = {"__key__": index.keys[row], "__url__": self.url(shard)}
-        for member in index.members(row):
-            try:
-                data = file.read(member.offset, member.size)
-            except OSError as error:
-                raise BadSample(self.names[shard], index.keys[row], f"unreadable: {error.strerror}") from error
-            if len(data) != member.size:
-                raise BadSample(self.names[shard], index.keys[row], "shard is cut short")
-            if zlib.crc32(data) != member.crc32:
-                raise BadSample(self.names[shard], index.keys[row], f"checksum of .{member.extension} differs")
-            sample[member.extension] = data
-        return sample
+        try:
+            return sample | _contents(file, members)
+        except _Wrong as wrong:
+            if not isinstance(file, CachedFile):
+                raise BadSample(self.name(shard), index.keys[row], wrong.reason) from wrong
+            file.doubt(*_span(members))  # perhaps it is the copy that is wrong
+        except OSError as error:
+            raise BadSample(self.name(shard), index.keys[row], f"unreadable: {reason_of(error)}") from error
+        try:
+            return sample | _contents(file.remote, members)
+        except (_Wrong, OSError) as error:
+            reason = error.reason if isinstance(error, _Wrong) else f"unreadable: {reason_of(error)}"
+            raise BadSample(self.name(shard), index.keys[row], reason) from error
+
+
+class _Wrong(Exception):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _span(members: Sequence[Member]) -> tuple[int, int]:
+    """Offset and size of the bytes that hold all members: they are neighbours."""
+    first = min(member.offset for member in members)
+    return first, max(member.offset + member.size for member in members) - first
+
+
+def _contents(file: ShardFile, members: Sequence[Member]) -> dict[str, bytes]:
+    """Extension -> bytes of a sample, from one read. Raises _Wrong when a checksum differs, OSError."""
+    first, size = _span(members)
+    data = memoryview(file.read(first, size))
+    if len(data) < size:
+        raise _Wrong("shard is cut short")
+    found: dict[str, bytes] = {}
+    for member in members:
+        part = data[member.offset - first : member.offset - first + member.size]
+        if member.crc32 >= 0 and zlib.crc32(part) != member.crc32:
+            raise _Wrong(f"checksum of .{member.extension} differs")
+        found[member.extension] = bytes(part)
+    return found
 
 
 class Sample:
@@ -238,6 +204,7 @@ def captions_of(raw: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and further attributes of a raw sample, from `json` or, one a line, from `txt`. Raises BadSample."""
     try:
         attributes = json.loads(raw["json"]) if "json" in raw else {}
+        attributes = {"captions": attributes} if isinstance(attributes, list) else attributes
         found = attributes.get("captions") or attributes.get("caption") or raw.get("txt", b"").decode().splitlines()
     except (ValueError, AttributeError) as error:
         raise BadSample(Path(raw["__url__"]).name, raw["__key__"], "captions cannot be read") from error
@@ -270,14 +237,16 @@ class Samples(Sequence[Sample]):
 
 
 class ShardSet:
-    """A sharded set. `manifest` is manifest.json as it is; `splits` the names of the splits."""
+    """A sharded set. `folder` is a path or URL, `manifest` is manifest.json as it is, `splits` the names of the splits."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(
+        self, folder: str | Path, manifest: dict[str, Any], options: StorageOptions = FROM_ENVIRONMENT
+    ) -> None:
+        self.folder, self.manifest, self.options = str(folder), manifest, options
 
-    def at(self, folder: Path) -> ShardSet:
+    def at(self, folder: str | Path) -> ShardSet:
         """The same set with its files in another folder."""
-        return ShardSet(folder, self.manifest)
+        return ShardSet(folder, self.manifest, self.options)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -290,33 +259,49 @@ class ShardSet:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder)
+        name = join(self.folder, "tokenizer.json")
+        try:
+            return Tokenizer(read_file(name, self.options).decode("utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot read the tokenizer {name}: {reason_of(error)}") from error
+        except (UnicodeError, DataError) as error:
+            raise DataError(f"{name}: not a tokenizer.json: {error}") from error
 
     def shards(self, split: str) -> Shards:
         """Raises DataError when there is no such split."""
         if split not in self.manifest["splits"]:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        listed = self.manifest["splits"][split]["shards"]
-        return Shards(self.folder, [shard["name"] for shard in listed], [shard["samples"] for shard in listed])
+        return Shards([self._shard(listed) for listed in self.manifest["splits"][split]["shards"]], self.options)
+
+    def _shard(self, listed: Mapping[str, Any]) -> Shard:
+        """A shard of the manifest: `name` (beside it, or a URL), and its `index`, beside it if nothing else is said."""
+        url = join(self.folder, listed["name"])
+        index = join(self.folder, listed["index"]) if "index" in listed else beside(url, ".index")
+        version = listed.get("sha256") or listed.get("tag") or ""
+        identity = Identity(listed.get("bytes", -1), version, listed.get("tag", ""))
+        return Shard(url, listed["samples"], index, identity, listed.get("part", 0))
 
     def samples(self, split: str) -> Samples:
         return Samples(self.shards(split))
 
 
-def open_set(path: str | Path) -> ShardSet:
-    """The set in a folder (or named by its manifest.json). Raises DataError when there is none that can be read."""
+def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
+    """The set in a folder or at a URL (or named by its manifest.json). Raises DataError when none can be read there."""
     if not str(path):
-        raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote")
-    file = local_path(str(path))
-    file = file / "manifest.json" if file.is_dir() else file
+        raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
+    name = checked(str(path))
+    file = name if base_name(name).endswith(".json") else join(name, "manifest.json")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no set (no {file}); write one with tools/shard.py") from error
-    except (OSError, ValueError) as error:
+        manifest = json.loads(read_file(file, options).decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, Gone) as error:
+        reason = f" ({error.reason})" if isinstance(error, Gone) else ""
+        raise DataError(f"{path}: there is no set (no {file}{reason}); write one with tools/shard.py") from error
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {file}: {reason_of(error)}") from error
+    except ValueError as error:
         raise DataError(f"cannot read the manifest {file}: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{file} is not the manifest of a set that tools/shard.py wrote")
     if manifest.get("version") != VERSION:
         raise DataError(f"{file}: format version {manifest.get('version')} is not {VERSION}; write the set again")
-    return ShardSet(file.parent, manifest)
+    return ShardSet(parent(file), manifest, options)

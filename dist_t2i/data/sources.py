@@ -1,16 +1,20 @@
-"""Opening a shard by its path or URL: the one place that knows where bytes come from."""
+"""Opening a shard by its path or URL: a local file, an object, or an object of which parts are kept on disk."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
-from dist_t2i.errors import DataError
+from dist_t2i.data.apart import apart, may_have_clients
+from dist_t2i.data.diskcache import CHUNK, ChunkCache, key_of
+from dist_t2i.data.remote import RemoteFile
+from dist_t2i.data.storage import StorageOptions
+from dist_t2i.data.urls import is_local, local_path
 
 
 class ShardFile(Protocol):
-    """Random access to the bytes of one shard."""
+    """Random access to the bytes of one shard, from several threads."""
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes there, fewer at the end of the file. Raises OSError."""
@@ -19,10 +23,28 @@ class ShardFile(Protocol):
     def close(self) -> None: ...
 
 
+class Identity(NamedTuple):
+    """What a manifest knows of an object: its bytes (-1: unknown), its version (a checksum or tag), and the tag that
+    the store itself gives it."""
+
+    size: int = -1
+    version: str = ""
+    tag: str = ""
+
+
+UNKNOWN = Identity()
+
+
+def reason_of(error: OSError) -> str:
+    """A phrase for people."""
+    return error.strerror or str(error)
+
+
 class LocalFile:
     """A shard on disk, read with `pread`: safe to share between threads and after a fork."""
 
     def __init__(self, path: str) -> None:
+        self._descriptor = -1  # for `close`, when the next line raises
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -37,25 +59,92 @@ class LocalFile:
         self.close()
 
 
-def local_path(url: str) -> Path:
-    """The path that a plain path or a `file://` URL names.
+class CachedFile:
+    """An object, parts of which are kept. What is not there is read over the network, as much as is asked for."""
 
-    Raises DataError for every other scheme, and for commands: webdataset runs `pipe:...` in a shell, this never does.
-    """
-    scheme, colon, rest = url.partition(":")
-    if url.startswith("file://"):
-        return Path(url[len("file://") :])
-    if url.lstrip().startswith(("pipe:", "|")):
-        raise DataError(f"{url}: commands are not run to read data; write their output to a file and name that")
-    if colon and rest.startswith("//"):
-        raise DataError(f"{url}: only local folders can be read, not {scheme}://; copy the set to a disk")
-    return Path(url)
+    def __init__(self, remote: RemoteFile, cache: ChunkCache, version: str) -> None:
+        self.remote, self.cache = remote, cache
+        self.key = key_of(remote.url, version)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self.remote.size >= 0:
+            size = max(0, min(size, self.remote.size - offset))
+        parts = []
+        for number in self.chunks(offset, size):
+            begin, end = max(offset, number * CHUNK), min(offset + size, (number + 1) * CHUNK)
+            part = self.cache.read(self.key, number, begin - number * CHUNK, end - begin)
+            if part is None or len(part) < end - begin:
+                return self.remote.read(offset, size)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @staticmethod
+    def chunks(offset: int, size: int) -> range:
+        """The chunks in which these bytes lie."""
+        return range(offset // CHUNK, -(-(offset + size) // CHUNK))
+
+    def fill(self, number: int) -> bool:
+        """Keep a chunk; False when another process is at it or nothing can be kept. Raises StorageError."""
+        return self.cache.fill(self.key, number, lambda: self.remote.read(number * CHUNK, CHUNK))
+
+    def doubt(self, offset: int, size: int) -> None:
+        """Bytes read from here were wrong: keep them no longer."""
+        for number in self.chunks(offset, size):
+            self.cache.forget(self.key, number)
+
+    def close(self) -> None:
+        self.remote.close()
 
 
-def open_shard(url: str) -> ShardFile:
-    """The shard, open for reading. Raises DataError when it is not there or not local."""
-    path = local_path(url)
-    try:
-        return LocalFile(str(path))
-    except OSError as error:
-        raise DataError(f"cannot open the shard {path}: {error.strerror}") from error
+class ApartFile:
+    """An object, read by another process: this one may fork."""
+
+    def __init__(self, url: str, options: StorageOptions, identity: Identity) -> None:
+        self._where = url, options, identity
+
+    def read(self, offset: int, size: int) -> bytes:
+        return apart(_read_range, *self._where, offset, size)
+
+    def close(self) -> None: ...
+
+
+def open_shard(url: str, options: StorageOptions, identity: Identity = UNKNOWN) -> ShardFile:
+    """The shard, open for reading; of a remote one nothing is asked yet. Raises OSError when no local file is there."""
+    if is_local(url):
+        return LocalFile(str(local_path(url)))
+    return _open_remote(url, options, identity) if may_have_clients() else ApartFile(url, options, identity)
+
+
+def _open_remote(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
+    remote = RemoteFile(url, options, identity.size, identity.tag)
+    cache = cache_of(options)
+    return CachedFile(remote, cache, identity.version) if cache is not None and identity.version else remote
+
+
+@lru_cache(maxsize=8)
+def cache_of(options: StorageOptions) -> ChunkCache | None:
+    """The cache of this process; None when there is none."""
+    if not options.cache or options.cache_bytes <= 0:
+        return None
+    cache = ChunkCache(options.cache, options.cache_bytes)
+    return cache if cache.prepare() else None
+
+
+def read_file(url: str, options: StorageOptions) -> bytes:
+    """A whole small file, such as a manifest. Raises OSError (FileNotFoundError when it is not there), DataError."""
+    if is_local(url):
+        return local_path(url).read_bytes()
+    return apart(_read_whole, url, options)
+
+
+def _read_whole(url: str, options: StorageOptions) -> bytes:
+    return RemoteFile(url, options).read_all()
+
+
+def _read_range(url: str, options: StorageOptions, identity: Identity, offset: int, size: int) -> bytes:
+    return _kept_open(url, options, identity).read(offset, size)
+
+
+@lru_cache(maxsize=64)
+def _kept_open(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
+    return _open_remote(url, options, identity)

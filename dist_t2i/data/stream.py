@@ -12,9 +12,11 @@ recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +27,25 @@ import torch
 from dist_t2i.config import Config
 from dist_t2i.data.batch import Batch, caption_id
 from dist_t2i.data.decode import PictureError, decode, square
+from dist_t2i.data.lists import open_data
+from dist_t2i.data.mixture import Mixture
 from dist_t2i.data.order import Order, draw, rows_of_rank
-from dist_t2i.data.shards import BadSample, Shards, ShardSet, captions_of, open_set, picture_of
+from dist_t2i.data.readahead import ReadAhead
+from dist_t2i.data.shards import BadSample, Shards, ShardSet, captions_of, picture_of
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.data.workers import Failure, WorkerPool
 from dist_t2i.errors import DataError
 
+Place = tuple[int, int, int]
+"""Position, shard, row."""
 Stage = Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]
 """A webdataset stage: `wds.map(f)`, or any function from an iterable of samples to another."""
 
 REMEMBERED_BYTES = 128 * 2**20
 """A split whose decoded pictures fit in this is decoded once per worker and kept."""
 _LOOK_AHEAD = 512
+_READERS, _READ_AHEAD = 16, 48
+"""Threads that read remote samples, and samples that may wait to be decoded."""
 _MAX_TRIES = 1_000
 _CAPTION, _FLIP, _SHARE, _ACROSS, _DOWN = range(100, 105)
 
@@ -79,29 +88,50 @@ class Plan:
 
 
 class Source:
-    """The first stage: raw samples in the order of the plan, from micro-batch `first` on, every `step`-th one."""
+    """The first stage: raw samples in the order of the plan, from micro-batch `first` on, every `step`-th one.
 
-    def __init__(self, shards: Shards, order: Order, plan: Plan) -> None:
+    Remote samples are read ahead by threads; they come in the order of the plan all the same.
+    """
+
+    def __init__(self, shards: Shards, order: Order | Mixture, plan: Plan, first: int = 0, step: int = 1) -> None:
         self.shards, self.order, self.plan = shards, order, plan
-        self.first, self.step = 0, 1
+        self.first, self.step = first, step
         self.strict = False
         self.bad: list[BadRecord] = []
         self._starts = numpy.cumsum([0, *shards.sizes])
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        sequence = self.first
-        ahead = max(1, _LOOK_AHEAD // self.plan.rows)
-        while True:
-            positions = numpy.concatenate([self.plan.positions(sequence + i * self.step) for i in range(ahead)])
-            for position, shard, row in zip(positions, *self.order.at(positions), strict=True):
-                yield self.sample(int(position), int(shard), int(row))
-            sequence += ahead * self.step
+        if not self.shards.remote:
+            for place in self._places():
+                yield self._got(place, functools.partial(self._read, *place))
+            return
+        with concurrent.futures.ThreadPoolExecutor(_READERS, "read") as pool:
+            waiting: deque[tuple[Place, concurrent.futures.Future]] = deque()
+            for place in self._places():
+                waiting.append((place, pool.submit(self._read, *place)))
+                if len(waiting) > _READ_AHEAD:
+                    place, future = waiting.popleft()
+                    yield self._got(place, future.result)
 
-    def sample(self, position: int, shard: int, row: int) -> dict[str, Any]:
+    def _places(self) -> Iterator[Place]:
+        """Position, shard and row of each sample of the plan, endlessly."""
+        sequence = self.first
+        steps = max(1, _LOOK_AHEAD // self.plan.rows)
+        start = self.plan.positions(sequence)[0]
+        ahead = ReadAhead(self.shards, self.order, int(start), turn=self.first % self.step / self.step)
+        while True:
+            positions = numpy.concatenate([self.plan.positions(sequence + i * self.step) for i in range(steps)])
+            ahead.reached(int(positions[0]))
+            for position, shard, row in zip(positions, *self.order.at(positions), strict=True):
+                yield int(position), int(shard), int(row)
+            sequence += steps * self.step
+
+    def _got(self, place: Place, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The sample there, or the one that replaces it."""
         try:
-            return self._read(position, shard, row)
+            return read()
         except BadSample as error:
+            position, shard, row = place
             return self.replacement({"__position__": position, "__row__": (shard, row)}, error)
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
@@ -241,6 +271,15 @@ class Collate:
         )
 
 
+def order_of(shards: Shards, config: Config) -> Order | Mixture:
+    """The order that a configuration asks for over these shards."""
+    data, seed = config.data, config.train.seed
+    if not data.weights:
+        return Order(shards.sizes, seed, data.shuffle_window, data.shuffle_shards)
+    parts = [Order(sizes, seed + i, data.shuffle_window, data.shuffle_shards) for i, sizes in enumerate(shards.parts())]
+    return Mixture(parts, data.weights, seed)
+
+
 class Pipeline(torch.utils.data.IterableDataset):
     """The pipeline of one worker; yields (Batch, records of replaced samples), or one Failure and nothing more."""
 
@@ -256,9 +295,8 @@ class Pipeline(torch.utils.data.IterableDataset):
         import webdataset
 
         data = self.config.data
-        order = Order(self.shards.sizes, self.config.train.seed, data.shuffle_window)
-        source = Source(self.shards, order, self.plan)
-        source.first, source.step = self.first + worker, workers
+        order = order_of(self.shards, self.config)
+        source = Source(self.shards, order, self.plan, self.first + worker, workers)
         source.strict = data.on_bad == "strict"
         return iter(
             webdataset.DataPipeline(
@@ -358,10 +396,11 @@ def open_stream(
     """
     import webdataset  # noqa: F401  before the workers are forked, so that each need not
 
-    shards = (data_set or open_set(config.data.train)).shards(split)
+    data_set = data_set or open_data(config.data)
+    shards = data_set.shards(split)
     samples = sum(shards.sizes)
     if samples == 0:
-        raise DataError(f"the split {split!r} of {shards.folder} is empty")
+        raise DataError(f"the split {split!r} of {data_set.folder} is empty")
     batch, parts = config.train.global_batch, world_size * config.engine.accumulation
     if batch % (2 * parts):
         raise DataError(

@@ -10,7 +10,6 @@ its files itself. Where there is no fork worth having (macOS, Windows), they are
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 
+from dist_t2i.data.apart import end_with, have_clients
 from dist_t2i.errors import DataError
 
-_PR_SET_PDEATHSIG = 1
 _MAX_RESTARTS = 3
 
 
@@ -42,11 +41,8 @@ class StartWorker:
     def __call__(self, worker: int) -> None:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-        if sys.platform == "linux":
-            # Follows the thread that forked: that is the main one, which ends with the process.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != self.parent:
-                os._exit(0)
+        end_with(self.parent)
+        have_clients()
         torch.set_num_threads(1)
 
 

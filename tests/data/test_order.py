@@ -1,5 +1,7 @@
 """The order is a permutation of every epoch, a function of the position alone, and well mixed."""
 
+import itertools
+
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -16,20 +18,47 @@ def test_permute_is_a_permutation(size, key):
     assert sorted(permute(numpy.arange(size), size, key)) == list(range(size))
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 2**40), st.integers(3, 200))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 2**40), st.integers(3, 200), st.integers(1, 5)
+)
 @settings(max_examples=25, deadline=None)
-def test_every_sample_once_an_epoch_and_the_order_depends_on_the_position_only(sizes, seed, window):
-    order, samples = Order(sizes, seed, window), sum(sizes)
+def test_every_sample_once_an_epoch_and_the_order_depends_on_the_position_only(sizes, seed, window, spread):
+    order, samples = Order(sizes, seed, window, spread), sum(sizes)
     shards, rows = order.at(numpy.arange(3 * samples))
     pairs = list(zip(shards.tolist(), rows.tolist(), strict=True))
     everything = {(shard, row) for shard, size in enumerate(sizes) for row in range(size)}
     for epoch in range(3):
         part = pairs[epoch * samples : (epoch + 1) * samples]
         assert len(part) == len(everything) and set(part) == everything
-    fresh = Order(sizes, seed, window)
+    fresh = Order(sizes, seed, window, spread)
     for position in (3 * samples - 1, samples - 1, 0):
         shard, row = fresh.at(numpy.array([position]))
         assert (int(shard[0]), int(row[0])) == pairs[position]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 2**40), st.integers(3, 200), st.integers(1, 5)
+)
+@settings(max_examples=25, deadline=None)
+def test_windows_are_what_the_order_reads_next(sizes, seed, window, spread):
+    order, samples = Order(sizes, seed, window, spread), sum(sizes)
+    start = seed % (2 * samples)
+    windows = list(itertools.islice(order.windows(start), 8))
+    assert windows[0][0] <= start < windows[1][0]
+    for (begin, runs), (end, _) in itertools.pairwise(windows):
+        shards, rows = order.at(numpy.arange(begin, end))
+        read = sorted(zip(shards.tolist(), rows.tolist(), strict=True))
+        assert read == sorted((run.shard, row) for run in runs for row in range(run.start, run.stop))
+
+
+def test_shards_are_read_from_front_to_back():
+    order = Order([100] * 12, 3, 200, spread=4)
+    last: dict[int, int] = {}
+    for _, runs in itertools.islice(order.windows(0), 6):
+        for run in runs:
+            assert run.start == last.get(run.shard, 0) and run.stop - run.start == 50
+            last[run.shard] = run.stop
+    assert list(last.values()) == [100] * 12
 
 
 def test_epochs_and_seeds_differ():
@@ -46,21 +75,21 @@ def test_epochs_and_seeds_differ():
             assert same < samples / 4
 
 
-def test_a_window_has_few_shards_and_all_of_them_are_mixed():
-    order = Order([100] * 50, 5, 500)
+def test_neighbours_come_from_all_shards_of_a_window():
+    order = Order([100] * 50, 5, 500, spread=16)
     shards, _ = order.at(numpy.arange(500))
-    assert len(set(shards.tolist())) <= 7
-    assert len(set(shards[:32].tolist())) >= 4
+    assert 15 <= len(set(shards.tolist())) <= 18
+    assert len(set(shards[:64].tolist())) >= 14
 
 
 def test_the_order_is_the_one_of_other_machines():
     """Golden: it must not change with versions of anything, or a resumed run would see other data."""
-    shards, rows = Order(SIZES, 11, 20).at(numpy.arange(70, 82))
+    shards, rows = Order(SIZES, 11, 20, spread=2).at(numpy.arange(70, 82))
     assert [shards.tolist(), rows.tolist()] == GOLDEN
     assert draw(1, 2, 3) == GOLDEN_DRAW
 
 
-GOLDEN = [[3, 2, 3, 3, 3, 3, 3, 3, 3, 0, 3, 0], [5, 29, 1, 11, 8, 10, 5, 9, 4, 2, 2, 5]]
+GOLDEN = [[2, 2, 2, 2, 2, 3, 3, 3, 3, 0, 3, 0], [15, 27, 22, 25, 20, 10, 5, 9, 4, 2, 2, 5]]
 GOLDEN_DRAW = 7384495074063522222
 
 

@@ -4,13 +4,20 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
 from PIL import Image
 
-from dist_t2i.data.shards import BadSample, Sample, ShardIndex, Shards, captions_of, index_tar, open_set
-from dist_t2i.data.sources import local_path, open_shard
+from dist_t2i.data.indexing import indexed_set
+from dist_t2i.data.lists import open_entry
+from dist_t2i.data.shards import BadSample, Sample, captions_of, open_set
+from dist_t2i.data.sources import LocalFile, open_shard
+from dist_t2i.data.storage import FROM_ENVIRONMENT
+from dist_t2i.data.tarindex import ShardIndex
+from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.urls import local_path
 from dist_t2i.errors import DataError
 from pictures import colour, encoded, make_set, picture
 
@@ -27,6 +34,10 @@ def write_tar(path, members):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def index_of(path):
+    return read_tar(LocalFile(str(path))).index(str(path))
 
 
 def test_random_access(small):
@@ -52,7 +63,7 @@ def test_manifest_says_what_is_there(small):
 
 
 def test_plain_webdataset_reads_our_shards(small):
-    urls = [str(small.folder / shard["name"]) for shard in small.manifest["splits"]["train"]["shards"]]
+    urls = [str(Path(small.folder) / shard["name"]) for shard in small.manifest["splits"]["train"]["shards"]]
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     ours = list(small.samples("train"))
     assert [sample["__key__"] for sample in read] == [sample.key for sample in ours]
@@ -67,9 +78,9 @@ def test_we_index_what_webdataset_writes(tmp_path):
         for number in range(5):
             text = {"txt": f"picture {number}"} if number % 2 else {"json": {"caption": f"picture {number}"}}
             writer.write({"__key__": f"some/dir.d/{number:03d}", "jpg": picture(number)} | text)
-    index = index_tar(path)
-    (tmp_path / "train-00000.index").write_bytes(index.to_bytes())
-    shards = Shards(tmp_path, [path.name], [5])
+    found = indexed_set([str(path)], FROM_ENVIRONMENT, tmp_path / "home")
+    shards = found.shards("train")
+    assert found.manifest["splits"]["train"]["captions"]["count"] == 5 and not found.manifest["bad_samples"]
     for number, reference in enumerate(webdataset.WebDataset(str(path), shardshuffle=False)):
         raw = shards.read(0, number)
         for extension in set(reference) - {"__key__", "__url__", "__local_path__"}:
@@ -80,11 +91,11 @@ def test_we_index_what_webdataset_writes(tmp_path):
 
 
 def test_index_round_trip(small):
-    path = small.folder / "train-00000.tar"
-    index = index_tar(path)
+    path = Path(small.folder) / "train-00000.tar"
+    index = index_of(path)
     assert index.to_bytes() == path.with_suffix(".index").read_bytes()
     again = ShardIndex.from_bytes(index.to_bytes(), "x")
-    assert again.keys == index.keys
+    assert list(again.keys) == list(index.keys)
     assert [again.members(row) for row in range(len(again))] == [index.members(row) for row in range(len(index))]
 
 
@@ -111,7 +122,7 @@ def test_pickles_are_refused(tmp_path, extension):
 
     path = write_tar(tmp_path / "a.tar", [("k.png", encoded(picture(1))), (f"k.{extension}", pickle.dumps(Evil()))])
     with pytest.raises(DataError, match="pickles can run code"):
-        index_tar(path)
+        indexed_set([str(path)], FROM_ENVIRONMENT, tmp_path / "home")
     index = ShardIndex.__new__(ShardIndex)
     index.__init__(["k"], [[]])
     index.extensions = [extension]
@@ -123,15 +134,13 @@ def test_pickles_are_refused(tmp_path, extension):
 @pytest.mark.parametrize("url", ["pipe:touch ran", " pipe: touch ran", "|touch ran"])
 def test_commands_are_refused(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    for opening in (local_path, open_shard, open_set):
+    for opening in (local_path, open_shard, open_entry):
         with pytest.raises(DataError, match="commands are not run"):
-            opening(url)
+            opening(*([url] if opening is local_path else [url, FROM_ENVIRONMENT]))
     assert not (tmp_path / "ran").exists()
 
 
 def test_errors_are_for_people(tmp_path, small):
-    with pytest.raises(DataError, match="only local folders"):
-        open_set("s3://bucket/set")
     with pytest.raises(DataError, match="there is no set"):
         open_set(tmp_path)
     with pytest.raises(DataError, match=r"set data\.train"):
@@ -147,17 +156,17 @@ def test_errors_are_for_people(tmp_path, small):
         open_set(tmp_path)
     with pytest.raises(DataError, match="no split 'validation'; it has train"):
         small.samples("validation")
-    with pytest.raises(DataError, match="cannot be read as a tar"):
-        index_tar(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match="cannot be indexed: not a tar"):
+        indexed_set([str(tmp_path / "manifest.json")], FROM_ENVIRONMENT, tmp_path / "home")
     with pytest.raises(DataError, match="not an index"):
-        ShardIndex.load(small.folder / "train-00000.tar")
+        ShardIndex.from_bytes((Path(small.folder) / "train-00000.tar").read_bytes(), "train-00000.tar")
     assert open_set(f"file://{small.folder}").fingerprint == small.fingerprint
 
 
 def test_damage_is_noticed(tmp_path):
     damaged = make_set(tmp_path, 4)
-    path = damaged.folder / "train-00000.tar"
-    member = ShardIndex.load(path.with_suffix(".index")).members(1)[0]
+    path = Path(damaged.folder) / "train-00000.tar"
+    member = ShardIndex.from_bytes(path.with_suffix(".index").read_bytes(), "index").members(1)[0]
     data = bytearray(path.read_bytes())
     data[member.offset + 30] ^= 1
     path.write_bytes(data)

@@ -1,0 +1,211 @@
+"""Clients of object stores: one request for a range of bytes, and what may go wrong with it.
+
+obstore (Rust) speaks to S3, Google Cloud Storage, Azure and plain HTTP; fsspec knows the other schemes. Credentials and
+endpoints come from the variables that each store's own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...); `StorageOptions` may name an endpoint and a region.
+
+A client tries once. Whoever asks decides whether to try again: see `remote.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from dist_t2i.data.urls import checked, scheme_of
+from dist_t2i.errors import DataError
+
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
+BLOCK = 2**16
+"""Bytes that a client hands on at a time, at least; what is lost when a connection breaks."""
+CONNECT_SECONDS, STALL_SECONDS, REQUEST_SECONDS = 5, 10, 60
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How bytes are reached. Picklable."""
+
+    endpoint: str = ""
+    """URL of an S3-compatible server; "" for the environment's, or AWS."""
+    region: str = ""
+    anonymous: bool = False
+    """Whether requests go unsigned: for public buckets."""
+    retry_seconds: float = 300.0
+    """How long a read that fails is tried again."""
+    cache: str = ""
+    """Folder in which what was read is kept for all processes of this machine; "" keeps nothing."""
+    cache_bytes: int = 0
+
+
+FROM_ENVIRONMENT = StorageOptions()
+"""Everything as the environment says, and no cache."""
+
+
+class StorageError(OSError):
+    """A request that failed. `reason` is a phrase that many may share."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Gone(StorageError):
+    """Nothing is there, or it may not be read: trying for long is no use."""
+
+
+class Changed(StorageError):
+    """The object is another one than when reading began."""
+
+
+class Blocks(NamedTuple):
+    """An answer: the whole object's size in bytes (-1 when unknown), its tag ("" when it has none), the bytes."""
+
+    size: int
+    tag: str
+    bytes: Iterator[Any]
+
+
+class Client(Protocol):
+    """One object, by its URL."""
+
+    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+        """The bytes [start, stop), to the end with None, of the object that still has `tag`. Raises StorageError, also
+        while the bytes are read."""
+        ...
+
+
+def client_of(url: str, options: StorageOptions) -> Client:
+    """The client for an object. Raises DataError when no installed library knows the scheme.
+
+    Not to be called before a fork: see `apart.py`.
+    """
+    return ObstoreClient(url, options) if scheme_of(checked(url)) in OBJECT_STORES else FsspecClient(url)
+
+
+class ObstoreClient:
+    """S3, Google Cloud Storage, Azure and HTTP through obstore."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        parts = urlsplit(url)
+        self._store = _store(f"{parts.scheme}://{parts.netloc}", options)
+        self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
+
+    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+        import obstore
+
+        options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
+        if tag:
+            options["if_match"] = tag
+        try:
+            result = obstore.get(self._store, self._path, options=options)  # type: ignore[arg-type]
+        except Exception as error:
+            raise _told(error) from error
+        first = result.range[0]
+        if first != start:
+            raise StorageError("the server sent another range than the one asked for")
+        return Blocks(result.meta["size"], result.meta.get("e_tag") or "", _blocks(result.stream(BLOCK)))
+
+
+def _blocks(stream: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from stream
+    except Exception as error:
+        raise _told(error) from error
+
+
+@lru_cache(maxsize=64)
+def _store(address: str, options: StorageOptions) -> Any:
+    """The store of a bucket or host: it keeps connections open, so there is one a process."""
+    from obstore.store import from_url
+
+    scheme = scheme_of(address)
+    endpoint = options.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    config: Any = {}
+    if scheme in ("s3", "s3a"):
+        config = {
+            "endpoint": endpoint or None,
+            "region": options.region
+            or os.environ.get("AWS_REGION")
+            or os.environ.get("AWS_DEFAULT_REGION")
+            or "us-east-1",
+            "skip_signature": options.anonymous or None,
+        }
+        config = {name: value for name, value in config.items() if value is not None}
+    try:
+        client: Any = {
+            "allow_http": scheme == "http" or endpoint.startswith("http://"),
+            "connect_timeout": f"{CONNECT_SECONDS}s",
+            "read_timeout": f"{STALL_SECONDS}s",
+            "timeout": f"{REQUEST_SECONDS}s",
+        }
+        return from_url(address, config=config or None, client_options=client, retry_config={"max_retries": 0})
+    except Exception as error:
+        raise DataError(f"{address}: {str(error).splitlines()[0]}") from error
+
+
+def _told(error: BaseException) -> StorageError:
+    """obstore's error as ours; its text is a nest of Rust structures."""
+    import obstore.exceptions as known
+
+    text = str(error)
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, (known.NotFoundError, FileNotFoundError)):
+        return Gone("there is no such object")
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+        return Gone("access is denied: look at the credentials in the environment")
+    if isinstance(error, known.PreconditionError):
+        return Changed("the object was replaced")
+    if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
+        return Gone("the object's name cannot be read")
+    for pattern, reason in _REASONS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return StorageError(reason)
+    return StorageError(" ".join(text.split())[:200])
+
+
+_REASONS = (
+    (r"dns error|failed to lookup|name resolution", "the host's name cannot be resolved"),
+    (r"connection refused", "the connection was refused"),
+    (r"timed ?out|deadline", "the server did not answer in time"),
+    (r"\b503\b|slow ?down|service unavailable", "the server is busy (503)"),
+    (r"\b5\d\d\b", "the server failed (5xx)"),
+    (r"\b416\b|range not satisfiable", "the object is shorter than it ought to be"),
+    (r"reset|broken pipe|closed|incomplete|end of file|eof", "the connection broke"),
+)
+
+
+class FsspecClient:
+    """Every other scheme, through fsspec."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self._system, self._path = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"{url}: {error}") from error
+
+    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+        try:
+            about = self._system.info(self._path)
+            now = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
+            if tag and now != tag:
+                raise Changed("the object was replaced")
+            size = about.get("size")
+            return Blocks(
+                -1 if size is None else int(size), now, iter([self._system.cat_file(self._path, start, stop)])
+            )
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            raise Gone("there is no such object") from error
+        except PermissionError as error:
+            raise Gone("access is denied: look at the credentials in the environment") from error
+        except Exception as error:  # each file system has errors of its own
+            raise StorageError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error

@@ -1,0 +1,121 @@
+"""The index of a shard: where each member of each sample lies in the tar.
+
+An index is a NumPy .npz of plain arrays: `keys` (UTF-8, joined by newlines), `first` (int64 [samples + 1]: sample i
+has the members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `crc32` (int64, -1: not known) and `extension`
+(uint8, a line of `extensions`). The members of a sample share their name up to the first dot, as WebDataset has it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy
+
+from dist_t2i.errors import DataError
+
+UNSAFE = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "joblib", "dill"})
+"""Extensions whose usual decoders run code that the file contains."""
+
+
+class Member(NamedTuple):
+    """One file of a sample inside a tar."""
+
+    extension: str
+    offset: int
+    size: int
+    crc32: int
+    """-1: not known."""
+
+
+class Keys(Sequence[str]):
+    """The keys of a shard, as one piece of memory: a list of texts would take five times as much."""
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+        ends = numpy.flatnonzero(numpy.frombuffer(packed, dtype=numpy.uint8) == ord("\n"))
+        self._starts = numpy.concatenate([[0], ends + 1, [len(packed) + 1]]) if packed else numpy.zeros(1, numpy.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row %= len(self)
+        return self.packed[self._starts[row] : self._starts[row + 1] - 1].decode()
+
+
+class ShardIndex:
+    """Where the samples of one shard lie."""
+
+    def __init__(self, keys: Sequence[str], members: Sequence[Sequence[Member]]) -> None:
+        self.keys = Keys("\n".join(keys).encode())
+        flat = [member for sample in members for member in sample]
+        self.extensions = sorted({member.extension for member in flat})
+        code = {extension: number for number, extension in enumerate(self.extensions)}
+        self._first = numpy.cumsum([0, *map(len, members)], dtype=numpy.int64)
+        self._offset = numpy.array([member.offset for member in flat], dtype=numpy.int64)
+        self._size = numpy.array([member.size for member in flat], dtype=numpy.int64)
+        self._crc32 = numpy.array([member.crc32 for member in flat], dtype=numpy.int64)
+        self._extension = numpy.array([code[member.extension] for member in flat], dtype=numpy.uint8)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, row: int) -> list[Member]:
+        span = range(int(self._first[row]), int(self._first[row + 1]))
+        return [
+            Member(self.extensions[self._extension[i]], int(self._offset[i]), int(self._size[i]), int(self._crc32[i]))
+            for i in span
+        ]
+
+    def to_bytes(self) -> bytes:
+        """The index file; the same bytes for the same index."""
+        out = io.BytesIO()
+        numpy.savez(
+            out,
+            keys=numpy.frombuffer(self.keys.packed, dtype=numpy.uint8),
+            extensions=_pack(self.extensions),
+            first=self._first,
+            offset=self._offset,
+            size=self._size,
+            crc32=self._crc32,
+            extension=self._extension,
+        )
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
+        """Raises DataError when `data` is no index, or names members that could run code."""
+        index = cls.__new__(cls)
+        try:
+            with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                index.keys, index.extensions = Keys(arrays["keys"].tobytes()), _unpack(arrays["extensions"])
+                index._first, index._offset, index._size = arrays["first"], arrays["offset"], arrays["size"]
+                index._crc32, index._extension = arrays["crc32"], arrays["extension"]
+        except Exception as error:  # zip, key and value errors, whatever was cut
+            raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
+        if len(index._first) != len(index.keys) + 1:
+            raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
+        refuse_unsafe(index.extensions, name)
+        return index
+
+
+def _pack(lines: Sequence[str]) -> numpy.ndarray:
+    return numpy.frombuffer("\n".join(lines).encode(), dtype=numpy.uint8)
+
+
+def _unpack(packed: numpy.ndarray) -> list[str]:
+    return packed.tobytes().decode().split("\n") if packed.size else []
+
+
+def refuse_unsafe(extensions: Sequence[str], name: str) -> None:
+    """Raises DataError when a member could run code once decoded, as webdataset decodes pickles by default."""
+    unsafe = sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE)
+    if unsafe:
+        raise DataError(
+            f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "
+            "with pictures, text and json only"
+        )
