@@ -38,6 +38,8 @@ class DataConfig:
     """`budget` stops the run when more than this share of the images seen had to be replaced."""
     retry_seconds: float = 300.0
     """How long a remote read that fails is tried again before its sample counts as bad."""
+    stall_seconds: float = 10.0
+    """A remote read that brings nothing for so long has failed; one that takes six times as long as well."""
     cache: str = "auto"
     """Folder on this machine's disk in which parts of remote shards are kept for all its processes; `auto`: within the
     job's or the system's folder for temporary files; `none`: nothing is kept, every sample is a request of its own."""

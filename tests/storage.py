@@ -153,6 +153,11 @@ class S3Server:
                 obstore.put(store, keys[-1], path)
         return keys
 
+    def get(self, key: str) -> bytes:
+        import obstore
+
+        return bytes(obstore.get(self.store(), key).bytes())
+
     def delete(self, key: str) -> None:
         import obstore
 

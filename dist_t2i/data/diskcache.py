@@ -28,7 +28,17 @@ CHUNK = 2**23
 _KEPT_OPEN = 256
 _ROOM = 0.9
 """Share of the bound that is left full when old chunks go."""
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_NO_ROOM = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ELOOP,
+}
 
 
 def key_of(url: str, version: str) -> str:

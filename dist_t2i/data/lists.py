@@ -24,6 +24,7 @@ def storage_of(data: DataConfig) -> StorageOptions:
         region=data.region,
         anonymous=data.anonymous,
         retry_seconds=data.retry_seconds,
+        stall_seconds=data.stall_seconds,
         cache=_cache_folder(data.cache),
         cache_bytes=int(data.cache_gb * 1e9),
     )

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from dist_t2i.data.storage import Changed, Client, Gone, StorageError, StorageOptions, client_of
+from dist_t2i.data.storage import Changed, Client, Gone, Short, StorageError, StorageOptions, client_of
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 GONE_SECONDS = 3.0
@@ -97,6 +97,10 @@ class RemoteFile:
                     self._patient = True
                     return bytes(held)
                 raise StorageError("the connection closed early")
+            except Short:
+                with self._lock:
+                    self.size = start + len(held)  # no byte is there, or beyond; where it ends does not matter
+                return bytes(held)
             except Changed:
                 self._forget(held)
             except StorageError as error:

@@ -23,7 +23,7 @@ from dist_t2i.errors import DataError
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
 BLOCK = 2**16
 """Bytes that a client hands on at a time, at least; what is lost when a connection breaks."""
-CONNECT_SECONDS, STALL_SECONDS, REQUEST_SECONDS = 5, 10, 60
+CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class StorageOptions:
     """Whether requests go unsigned: for public buckets."""
     retry_seconds: float = 300.0
     """How long a read that fails is tried again."""
+    stall_seconds: float = 10.0
+    """A request that brings nothing for so long has failed; one that takes six times as long as well."""
     cache: str = ""
     """Folder in which what was read is kept for all processes of this machine; "" keeps nothing."""
     cache_bytes: int = 0
@@ -60,6 +62,10 @@ class Gone(StorageError):
 
 class Changed(StorageError):
     """The object is another one than when reading began."""
+
+
+class Short(StorageError):
+    """The object ends before the range begins."""
 
 
 class Blocks(NamedTuple):
@@ -140,8 +146,8 @@ def _store(address: str, options: StorageOptions) -> Any:
         client: Any = {
             "allow_http": scheme == "http" or endpoint.startswith("http://"),
             "connect_timeout": f"{CONNECT_SECONDS}s",
-            "read_timeout": f"{STALL_SECONDS}s",
-            "timeout": f"{REQUEST_SECONDS}s",
+            "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
+            "timeout": f"{int(6000 * options.stall_seconds)}ms",
         }
         return from_url(address, config=config or None, client_options=client, retry_config={"max_retries": 0})
     except Exception as error:
@@ -163,6 +169,8 @@ def _told(error: BaseException) -> StorageError:
         return Changed("the object was replaced")
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
         return Gone("the object's name cannot be read")
+    if re.search(r"\b416\b|range not satisfiable", text, re.IGNORECASE):
+        return Short("the object is shorter than it ought to be")
     for pattern, reason in _REASONS:
         if re.search(pattern, text, re.IGNORECASE):
             return StorageError(reason)
@@ -175,7 +183,6 @@ _REASONS = (
     (r"timed ?out|deadline", "the server did not answer in time"),
     (r"\b503\b|slow ?down|service unavailable", "the server is busy (503)"),
     (r"\b5\d\d\b", "the server failed (5xx)"),
-    (r"\b416\b|range not satisfiable", "the object is shorter than it ought to be"),
     (r"reset|broken pipe|closed|incomplete|end of file|eof", "the connection broke"),
 )
 
