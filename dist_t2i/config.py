@@ -131,6 +131,9 @@ class LossConfig:
     """The same, position by position of D's region maps (0 when there are none)."""
     temperature: float = 0.1
     """Temperature of the InfoNCE losses on whole pictures and sentences."""
+    region_negatives: int = 0
+    """Other places of its map with which each position of a fake's region map is contrasted as well, besides the same place
+    of other pictures. They pull where all pictures look alike, such as a plain ground."""
     region_temperature: float = 0.1
     """Temperature of the InfoNCE losses on regions."""
     kl: float = 0.02

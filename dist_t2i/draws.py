@@ -53,6 +53,22 @@ def draw(config: Config, positions: Tensor) -> Draws:
     return Draws(noise.contiguous(), condition_noise.contiguous(), uniform)
 
 
+def draw_places(config: Config, images: int) -> Tensor | None:
+    """int64 [K, P]: K other places of the same region map for each of the P places of all maps, for the step that begins
+    at `images` seen; None when `loss.region_negatives` is 0. Every rank draws the same."""
+    count, sides = config.loss.region_negatives, config.model.discriminator.regions
+    if not count or not sides:
+        return None
+    generator = torch.Generator().manual_seed(mix(config.train.seed, images, 3))
+    maps, first = [], 0
+    for side in sides:
+        places = side**2
+        shifts = torch.randint(1, places, (count, 1), generator=generator)
+        maps.append(first + (torch.arange(places) + shifts) % places)
+        first += places
+    return torch.cat(maps, dim=1)
+
+
 def draw_pixels(config: Config, positions: Tensor, size: int) -> Tensor:
     """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`."""
     pixels = torch.empty(len(positions), 3, size, size)

@@ -27,7 +27,7 @@ from dist_t2i import losses
 from dist_t2i.config import Config
 from dist_t2i.contrast import Embeddings, GlobalRows, RowIds
 from dist_t2i.data.batch import Batch
-from dist_t2i.draws import Draws, draw, draw_pixels
+from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.engine import NetworkEngine
 from dist_t2i.models.augment import augment
 from dist_t2i.models.discriminator import Discriminator, Features
@@ -77,6 +77,7 @@ class Gan:
         self.config = config
         self.generator, self.discriminator, self.text, self.frozen = generator, discriminator, text, frozen
         self._metrics: dict[str, Tensor] = {}
+        self._places: Tensor | None = None
 
     @property
     def engines(self) -> list[NetworkEngine]:
@@ -92,6 +93,8 @@ class Gan:
         same = RowIds([batch.to(self.generator.device) for batch in batches]).same
         micros = [self._prepare(index, batch) for index, batch in enumerate(batches)]
         real = self._discriminator_step(micros, same, images, rate_scale)
+        places = draw_places(self.config, images)
+        self._places = None if places is None else places.to(self.generator.device)
         self._generator_step(micros, same, real, rate_scale)
         for engine in self.engines:
             self._metrics[f"grad/{engine.name}"] = torch.tensor(engine.gradient_norm)
@@ -236,7 +239,7 @@ class Gan:
             "fake/std": micro.fake.images.detach().float().std(dim=0, correction=0).mean(),
         }
         if "regions" in e and weights.g_alignment_regions:
-            regions = losses.region_info_nce(e["regions"], r["regions"], weights.region_temperature, same)
+            regions = losses.region_info_nce(e["regions"], r["regions"], weights.region_temperature, same, self._places)
             over_batch = over_batch + weights.g_alignment_regions * regions
             terms["loss/g_alignment_regions"] = regions
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)

@@ -29,14 +29,18 @@ def hinge_g(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
-def _contrast(logits: Tensor, same: Tensor | None) -> Tensor:
-    """Mean cross entropy of the diagonal in both directions; logits [..., B, B]; `same` pairs leave the denominator."""
+def _contrast(logits: Tensor, same: Tensor | None, further: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of the diagonal in both directions; logits [..., B, B]; `same` pairs leave the denominator.
+
+    further: [..., B, K], logits of more negatives for the rows; the columns have none.
+    """
     rows = logits.shape[-1]
     if same is not None:
         others = same & ~torch.eye(rows, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(others, float("-inf"))
     positive = logits.diagonal(dim1=-2, dim2=-1)
-    forward = torch.logsumexp(logits, dim=-1) - positive
+    across = logits if further is None else torch.cat([logits, further], dim=-1)
+    forward = torch.logsumexp(across, dim=-1) - positive
     backward = torch.logsumexp(logits, dim=-2) - positive
     return 0.5 * (forward.mean() + backward.mean())
 
@@ -50,16 +54,23 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = Non
     return _contrast(a.float() @ b.float().t() / temperature, same)
 
 
-def region_info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = None) -> Tensor:
+def region_info_nce(
+    a: Tensor, b: Tensor, temperature: float, same: Tensor | None = None, elsewhere: Tensor | None = None
+) -> Tensor:
     """`info_nce` at each position of region maps by itself, averaged over positions.
 
     a: unit vectors [B, P, E]. b: [B, P, E] (position p of one picture against position p of the others: the contrast of
     patches of Park et al. 2020, with other pictures instead of other places as negatives) or [B, E] (every position
     against the captions: the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading).
+
+    elsewhere: int64 [K, P], for b [B, P, E]: position p of `a` has also the positions elsewhere[:, p] of all of b as
+    negatives. Without them nothing pulls where all pictures look alike, such as a white ground: positive and negatives
+    are the same there, and their gradients cancel.
     """
     a = a.float().transpose(0, 1).contiguous()  # positions first and contiguous: strided batches multiply slowly
     b = b.float().t() if b.dim() == 2 else b.float().permute(1, 2, 0).contiguous()
-    return _contrast(a @ b / temperature, same)
+    further = None if elsewhere is None else torch.cat([a @ b[places] for places in elsewhere], dim=2) / temperature
+    return _contrast(a @ b / temperature, same, further)
 
 
 def same_pairs(image_ids: Tensor, caption_ids: Tensor) -> Tensor:

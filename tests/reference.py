@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_t2i import losses
-from dist_t2i.draws import draw, draw_pixels
+from dist_t2i.draws import draw, draw_pixels, draw_places
 from dist_t2i.models.augment import augment
 from dist_t2i.models.text import TextEmbedding
 from dist_t2i.networks import build_networks
@@ -111,7 +111,7 @@ class Reference:
         total = g_loss + w.g_alignment_text * to_text + w.g_alignment_image * to_image + w.kl * kl
         if regions_x is not None:
             total = total + w.g_alignment_regions * losses.region_info_nce(
-                d.align_regions(ff), regions_x.detach(), w.region_temperature, same
+                d.align_regions(ff), regions_x.detach(), w.region_temperature, same, draw_places(c, images)
             )
         total.backward()
         keep_text_gradient()

@@ -160,6 +160,9 @@ CASES = {
     "transformer": _stages(2, 1, text__encoder="transformer"),
     "augmented": _stages(1, 2, augment__color=0.5, augment__cutout=0.3, augment__translation=0.2),
     "judged place by place": _stages(1, 2, model__discriminator__patches=8, engine__accumulation=2),
+    "other places as negatives": _stages(
+        2, 1, loss__region_negatives=3, model__discriminator__regions=(8, 4), engine__accumulation=2
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "clipped": _stages(0, 0, optimizer__weight_decay=0.1),
     "offloaded": _stages(2, 2, engine__offload="cpu"),

@@ -106,6 +106,33 @@ def test_regions_are_contrasted_place_by_place():
     torch.testing.assert_close(losses.region_info_nce(a, text, 0.1), against_text)
 
 
+def test_other_places_are_further_negatives():
+    a, b = units(4, 3, 5, seed=1).double(), units(4, 3, 5, seed=2).double()
+    elsewhere = torch.tensor([[1, 2, 0], [2, 0, 1]])
+    forward, backward = [], []
+    for p in range(3):
+        logits = a[:, p] @ b[:, p].t() / 0.1
+        further = torch.cat([a[:, p] @ b[:, elsewhere[k, p]].t() / 0.1 for k in range(2)], dim=1)
+        forward.append(torch.logsumexp(torch.cat([logits, further], 1), 1) - logits.diagonal())
+        backward.append(torch.logsumexp(logits, 0) - logits.diagonal())
+    expected = 0.5 * (torch.stack(forward).mean() + torch.stack(backward).mean())
+    found = losses.region_info_nce(a, b, 0.1, None, elsewhere)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_other_places_pull_where_all_pictures_are_alike():
+    """A white ground: without them the gradient is nothing, with them it points to the ground."""
+    ground, figure = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    real = torch.stack([ground, figure]).expand(4, 2, 3)
+    fake = torch.nn.functional.normalize(torch.tensor([1.0, 0.0, 0.5]), dim=0).expand(4, 2, 3).clone()
+    fake[:, 1] = figure
+    fake.requires_grad_(True)
+    (alone,) = torch.autograd.grad(losses.region_info_nce(fake, real, 0.5), fake)
+    assert alone[:, 0].abs().max() < 1e-7
+    (pulled,) = torch.autograd.grad(losses.region_info_nce(fake, real, 0.5, None, torch.tensor([[1, 0]])), fake)
+    assert (pulled[:, 0] @ ground < -0.01).all()
+
+
 def test_same_pairs_by_picture_or_text():
     same = losses.same_pairs(torch.tensor([7, 7, 8, 9]), torch.tensor([1, 2, 2, 3]))
     expected = torch.eye(4, dtype=torch.bool)
