@@ -90,18 +90,48 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
 
 
 def _headers(reader: Any, found: TarContents) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar; gaps between them that are not zeros are told."""
-    end = 0
-    with tarfile.open(fileobj=reader, mode="r:", ignore_zeros=True) as tar:
+    """The members of the tar. Gaps between them that are not zeros are told, and so is a missing end."""
+    end = start = 0
+    while True:
+        reader.seek(start)
+        try:
+            for info in _from(reader, start):
+                if info.offset > end:
+                    _tell_gap(reader, end, info.offset, found)
+                yield info
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                found.size = end
+            break
+        except _Unreadable as error:  # a header of two blocks of which one is broken: look on behind it
+            start = max(error.offset, end) + tarfile.BLOCKSIZE
+            reader.seek(start)
+            if not reader.read(1):
+                raise tarfile.ReadError(str(error)) from error
+    reader.seek(end)
+    rest = reader.read(2 * tarfile.BLOCKSIZE)
+    last = found.keys[-1] if found.keys else ""
+    if rest.strip(b"\0"):
+        found.problems.append((last, "garbage follows the last readable header"))
+    elif not rest and found.keys:
+        found.problems.append((last, "shard is cut short: the end of the tar is missing"))
+
+
+class _Unreadable(Exception):
+    def __init__(self, error: tarfile.TarError, offset: int) -> None:
+        super().__init__(str(error))
+        self.offset = offset
+
+
+def _from(reader: Any, start: int) -> Iterator[tarfile.TarInfo]:
+    """The members from a place on, whatever lies before the first of them. Raises _Unreadable."""
+    tar = None
+    try:
+        tar = tarfile.open(fileobj=reader, mode="r:", ignore_zeros=True)  # noqa: SIM115  the reader stays open
         for info in tar:
-            if info.offset > end:
-                _tell_gap(reader, end, info.offset, found)
-            yield info
             tar.members = []  # type: ignore[attr-defined]  # it would remember every one
-            end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            found.size = end
-    if reader.seek(end) == end and reader.read(2 * tarfile.BLOCKSIZE).strip(b"\0"):
-        found.problems.append((found.keys[-1] if found.keys else "", "garbage follows the last readable header"))
+            yield info
+    except tarfile.TarError as error:
+        raise _Unreadable(error, tar.offset if tar is not None else start) from error
 
 
 def _tell_gap(reader: Any, start: int, stop: int, found: TarContents) -> None:
