@@ -352,3 +352,26 @@ def test_a_cache_that_cannot_be_written(mended: Store, tmp_path: Path):
     told, err = mended.read(tmp_path, data__cache=str(tmp_path / "file" / "cache"))
     assert "nothing new is kept" in err
     assert mended.account("a cache that cannot be written", told, tmp_path) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "workers", "start", "cache"),
+    [(1, 1, 40, ""), (2, 2, 104, ""), (4, 1, 8, "none"), (1, 3, 184, "none")],
+)
+def test_any_world_and_worker_count_goes_on_anywhere(
+    store: Store, tmp_path: Path, world_size: int, workers: int, start: int, cache: str
+):
+    """No fault: the same rows from object storage as from the disk, begun anywhere, by any number of ranks and workers."""
+    rows: dict[int, tuple[str, int]] = {}
+    count = (EPOCHS * COUNT - start) // 8 * 8
+    cache = cache or str(tmp_path / "cache")
+    places = {"start": start, "images": count, "world_size": world_size, "data__workers": workers}
+    ranks = [store.start(tmp_path, **places, rank=rank, data__cache=cache) for rank in range(world_size)]
+    for process in ranks:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        for position, key, total in json.loads(out)["rows"]:
+            assert position not in rows
+            rows[position] = key, total
+    assert rows == {position: store.clean[position] for position in range(start, start + count)}
