@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import torch
 
-_SMALL_BYTES = 2**21
+SMALL_BYTES = 2**21
+"""Up to so many bytes a tensor comes from a worker through its pipe."""
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """From a worker, small tensors come quicker as bytes through the pipe than as shared memory of their own."""
-        small = {name: t.numpy() for name, t in self._tensors().items() if t.nbytes <= _SMALL_BYTES and not t.is_cuda}
+        small = {name: t.numpy() for name, t in self._tensors().items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         return vars(self) | small
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -23,7 +23,10 @@ MAX_PIXELS = 2**26
 """Larger pictures are refused unseen: 67 million pixels, 200 MB decoded."""
 MIN_SIDE = 8
 """Pictures with a shorter side than this show nothing that could be learned."""
+_SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
+_BEFORE_PIXELS = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
+"""JPEG markers of segments that may come before an EXIF segment: applications', comments, tables."""
 
 
 class PictureError(ValueError):
@@ -79,8 +82,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 to 8; 1 when it says none. Much faster than asking Pillow."""
-    start = data.find(b"Exif\0\0", 0, 65536) + 6
-    if start < 6:
+    start = _exif(data)
+    if not start:
         return 1
     order = "little" if data[start : start + 2] == b"II" else "big"
 
@@ -95,6 +98,16 @@ def jpeg_orientation(data: bytes) -> int:
     return 1
 
 
+def _exif(data: bytes) -> int:
+    """Where the TIFF header of a JPEG's EXIF segment begins; 0 when there is none."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1] in _BEFORE_PIXELS:
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return at + 10
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
+
+
 def turned(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
     """[H, W, 3] pixels set upright, given their EXIF orientation."""
     if orientation in (5, 6, 7, 8):
@@ -106,10 +119,25 @@ def turned(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
     return numpy.ascontiguousarray(pixels)
 
 
-def decode(data: bytes, at_least: int = 0) -> numpy.ndarray:
+class Scratch:
+    """Memory for one decoded picture at a time: fresh pages cost a fifth of what decoding a JPEG does."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def of(self, size: int) -> bytearray | None:
+        """At least `size` bytes; None for a picture so large that its memory is not worth keeping."""
+        if size > _SCRATCH_BYTES:
+            return None
+        if len(self._memory) < size:
+            self._memory = bytearray(size)
+        return self._memory
+
+
+def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> numpy.ndarray:
     """uint8 [H, W, 3], C-contiguous, of any size; both sides stay at least `at_least` where they were, 0 keeps all.
 
-    Raises PictureError.
+    With `scratch` the pixels are good until the next call. Raises PictureError.
     """
     if data[:2] == b"\xff\xd8":
         try:
@@ -117,7 +145,8 @@ def decode(data: bytes, at_least: int = 0) -> numpy.ndarray:
             check_size(width, height)
             if space not in ("CMYK", "YCCK"):
                 shrink = at_least if at_least and min(height, width) >= 2 * at_least else 0
-                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shrink, min_width=shrink)
+                memory = scratch.of(height * width * 3) if scratch else None
+                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shrink, min_width=shrink, buffer=memory)
                 return turned(pixels, jpeg_orientation(data))
         except PictureError:
             raise
@@ -128,11 +157,18 @@ def decode(data: bytes, at_least: int = 0) -> numpy.ndarray:
 
 
 def square(
-    pixels: numpy.ndarray, size: int, *, share: float = 1.0, across: float = 0.5, down: float = 0.5
+    pixels: numpy.ndarray,
+    size: int,
+    *,
+    share: float = 1.0,
+    across: float = 0.5,
+    down: float = 0.5,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """uint8 [3, size, size]: a square of `share` times the short side, resized with antialiasing.
 
-    `across` and `down` (0 to 1) place the square in the room there is; the middle by default.
+    `across` and `down` (0 to 1) place the square in the room there is; the middle by default. The result is written to
+    `out` where one is given, uint8 [3, size, size] with its channels last in memory.
     """
     import torch
 
@@ -140,9 +176,9 @@ def square(
     side = max(1, min(height, width, round(min(height, width) * share)))
     top, left = round((height - side) * down), round((width - side) * across)
     image = torch.from_numpy(pixels[top : top + side, left : left + side]).permute(2, 0, 1)
+    out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
     if side == size:
-        return image.contiguous()
-    resized = torch.nn.functional.interpolate(
-        image.unsqueeze(0), size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    return resized[0].contiguous()
+        return out.copy_(image)
+    # What torch.nn.functional.interpolate(mode="bilinear", antialias=True) calls; it has no `out`.
+    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size, size], False, None, None, out=out[None])
+    return out

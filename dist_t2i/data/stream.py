@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,8 +26,8 @@ import numpy
 import torch
 
 from dist_t2i.config import Config
-from dist_t2i.data.batch import Batch, caption_id
-from dist_t2i.data.decode import PictureError, decode, square
+from dist_t2i.data.batch import SMALL_BYTES, Batch, caption_id
+from dist_t2i.data.decode import PictureError, Scratch, decode, square
 from dist_t2i.data.lists import open_data
 from dist_t2i.data.mixture import Mixture
 from dist_t2i.data.order import Order, draw, rows_of_rank
@@ -163,8 +164,12 @@ class Source:
 class Decode:
     """Stage: adds `image` (uint8 [3, S, S]) and `captions`, and draws the crop; replaces what does not decode."""
 
-    def __init__(self, source: Source, before: Sequence[Stage], config: Config, samples: int) -> None:
+    def __init__(
+        self, source: Source, before: Sequence[Stage], config: Config, samples: int, shared: bool = False
+    ) -> None:
         self.source, self.before = source, before
+        self._slots = Slots(source.plan.rows, config.data.image_size, shared)
+        self._scratch = Scratch()
         self.size, self.crop, self.seed = config.data.image_size, config.data.crop, config.train.seed
         fits = samples * 3 * self.size**2 <= REMEMBERED_BYTES
         self._remembered: dict[Any, Any] | None = {} if fits and self.crop >= 1 and not before else None
@@ -191,31 +196,63 @@ class Decode:
         return next(iter(webdataset.DataPipeline(lambda: iter([sample]), *self.before)))
 
     def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
-        where = sample["__row__"]
+        where, slot = sample["__row__"], self._slots.next()
         if self._remembered is not None and where in self._remembered:
             image, captions = self._remembered[where]
+            slot.copy_(image)
         else:
-            image, captions = self._picture(sample), captions_of(sample)[0]
+            captions = captions_of(sample)[0]
+            self._picture(sample, slot)
             if self._remembered is not None:
-                self._remembered[where] = image, captions
-        return sample | {"image": image, "captions": captions}
+                self._remembered[where] = slot.clone(), captions
+        self._slots.taken()
+        return sample | {"image": slot, "images": self._slots.images, "captions": captions}
 
-    def _picture(self, sample: dict[str, Any]) -> torch.Tensor:
+    def _picture(self, sample: dict[str, Any], slot: torch.Tensor) -> None:
         _, data = picture_of(sample)
         shard = os.path.basename(sample["__url__"])
         try:
             if self.crop >= 1:
-                return square(decode(data, self.size), self.size)
+                square(decode(data, self.size, self._scratch), self.size, out=slot)
+                return
             share, across, down = (self._uniform(sample, purpose) for purpose in (_SHARE, _ACROSS, _DOWN))
             share = self.crop + (1 - self.crop) * share
-            return square(
-                decode(data, int(self.size / self.crop) + 1), self.size, share=share, across=across, down=down
-            )
+            pixels = decode(data, int(self.size / self.crop) + 1, self._scratch)
+            square(pixels, self.size, share=share, across=across, down=down, out=slot)
         except PictureError as error:
             raise BadSample(shard, sample["__key__"], f"picture {error}") from error
 
     def _uniform(self, sample: dict[str, Any], purpose: int) -> float:
         return draw(self.seed, sample["__position__"], purpose) / 2**64
+
+
+class Slots:
+    """The memory of one micro-batch after another: every picture is decoded to its final place, and nothing is copied.
+
+    Channels are last in memory, as the networks want them. In a loader worker the memory is shared with the parent.
+    """
+
+    def __init__(self, rows: int, size: int, shared: bool) -> None:
+        self._shape, self._shared = (rows, size, size, 3), shared and rows * size * size * 3 > SMALL_BYTES
+        self._taken = rows
+        self.images = torch.empty(0)
+        """uint8 [m, 3, H, W], the micro-batch that is being filled."""
+
+    def next(self) -> torch.Tensor:
+        """uint8 [3, H, W], where the next picture goes; the same one again until `taken`."""
+        if self._taken == self._shape[0]:
+            self._taken = 0
+            memory = torch.empty(self._shape, dtype=torch.uint8) if not self._shared else self._new_shared()
+            self.images = memory.permute(0, 3, 1, 2)
+        return self.images[self._taken]
+
+    def taken(self) -> None:
+        """The slot is filled."""
+        self._taken += 1
+
+    def _new_shared(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_shared(math.prod(self._shape))
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(self._shape)
 
 
 class Choose:
@@ -229,7 +266,7 @@ class Choose:
             position, captions = sample["__position__"], sample["captions"]
             sample["caption"] = captions[draw(self.seed, position, _CAPTION) % len(captions)]
             if self.flip and draw(self.seed, position, _FLIP) & 1:
-                sample["image"] = sample["image"].flip(-1)
+                sample["image"].copy_(sample["image"].flip(-1))
             yield sample
 
 
@@ -260,7 +297,7 @@ class Collate:
         captions = [sample["caption"] for sample in samples]
         tokens, lengths = self.tokenizer.encode(captions, self.max_tokens)
         return Batch(
-            images=torch.stack([sample["image"] for sample in samples]),
+            images=samples[0]["images"],
             tokens=tokens,
             lengths=lengths,
             image_ids=torch.tensor([sample["__id__"] for sample in samples]),
@@ -302,7 +339,7 @@ class Pipeline(torch.utils.data.IterableDataset):
             webdataset.DataPipeline(
                 source,
                 *self.stages,
-                Decode(source, self.stages, self.config, order.samples),
+                Decode(source, self.stages, self.config, order.samples, shared=data.workers > 0),
                 Choose(self.config),
                 Collate(source, self.tokenizer, data.max_tokens),
             )
