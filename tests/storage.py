@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-READY_SECONDS = 30.0
+READY_SECONDS = 60.0
 """How long the server may take to answer; it takes about one."""
 _STARTED_BY = """
 import ctypes, os, signal, sys

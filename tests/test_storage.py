@@ -55,7 +55,7 @@ def url(server, proxy, key=KEY):
 
 def until_it_breaks(address):
     """What urllib gets of a URL, byte by byte as they come, and what it raised at the end."""
-    answer, got = urllib.request.urlopen(address, timeout=5), b""
+    answer, got = urllib.request.urlopen(address, timeout=30), b""
     try:
         while piece := answer.read1(2**16):
             got += piece
@@ -134,7 +134,7 @@ def test_it_dies_with_the_process_that_started_it(tmp_path):
     assert b"weed" in Path(f"/proc/{pid}/cmdline").read_bytes()
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(pid)
@@ -197,12 +197,20 @@ def test_status_for_the_first_requests(server, proxy, store, status):
     assert [r.fault for r in proxy.requests] == ["Status", "Status", ""]
 
 
-def test_status_for_a_while_and_after_some_requests(proxy, store):
-    proxy.add(Status(503), seconds=0.3)
-    with pytest.raises(Exception, match="503"):
-        read(store)
-    time.sleep(0.3)
-    assert read(store) == DATA
+def test_status_for_a_while(proxy, store):
+    proxy.add(Status(503), seconds=1.5)
+    started = time.monotonic()
+    while True:
+        try:
+            assert read(store) == DATA
+            break
+        except obstore.exceptions.GenericError as error:
+            assert "503" in str(error)
+            time.sleep(0.1)
+    assert time.monotonic() - started >= 1.5 and proxy.requests[0].status == 503
+
+
+def test_status_after_some_requests(proxy, store):
     proxy.add(Status(404), skip=1, first=1)
     assert read(store) == DATA
     with pytest.raises(FileNotFoundError):
@@ -245,25 +253,31 @@ def test_clean_close_in_mid_body(server, proxy, store, after):
 
 
 def test_stall(server, proxy):
-    proxy.add(Stall(0.5), first=1)
-    proxy.add(Stall(0.5, after=1000), first=1)
-    for got_before in (b"", DATA[:1000]):
-        started = time.monotonic()
-        answer = urllib.request.urlopen(url(server, proxy))
-        assert answer.read(len(got_before)) == got_before
-        assert (time.monotonic() - started < 0.5) == bool(got_before)
-        assert got_before + answer.read() == DATA
-        assert 0.5 <= time.monotonic() - started < 2
-    proxy.add(Stall(60, after=1000))
+    proxy.add(Stall(60), first=1)
+    with pytest.raises(TimeoutError):
+        urllib.request.urlopen(url(server, proxy), timeout=0.3)
+    proxy.add(Stall(60, after=1000), first=2)
+    answer = urllib.request.urlopen(url(server, proxy), timeout=1)
+    assert answer.read(1000) == DATA[:1000]
+    with pytest.raises(TimeoutError):
+        answer.read(1)
     with pytest.raises(Exception, match=r"(?i)timed? ?out|request or response body error"):
-        read(server.store(proxy.endpoint, client_options={"allow_http": True, "timeout": "500ms"}, **NO_RETRY))
+        read(server.store(proxy.endpoint, client_options={"allow_http": True, "timeout": "1s"}, **NO_RETRY))
+
+
+@pytest.mark.parametrize("after", [None, 0, 1000])
+def test_the_rest_comes_after_a_stall(proxy, store, after):
+    proxy.add(Stall(0.5, after), first=1)
+    started = time.monotonic()
+    assert read(store) == DATA
+    assert time.monotonic() - started >= 0.5
 
 
 def test_trickle(proxy, store):
     proxy.add(Trickle(100_000))
     started = time.monotonic()
     assert read(store, range=(0, 50_000)) == DATA[:50_000]
-    assert 0.4 < time.monotonic() - started < 1.5
+    assert time.monotonic() - started >= 0.5
 
 
 def test_wrong_length(server, proxy, store):
@@ -315,7 +329,7 @@ def test_nobody_listens_for_a_while(server, proxy, store):
     back = proxy.down_for(0.5)
     started = time.monotonic()
     assert read(server.store(proxy.endpoint)) == DATA, "a client that retries"
-    assert 0.4 < time.monotonic() - started < 5
+    assert time.monotonic() - started >= 0.4
     back.join()
 
 

@@ -1,0 +1,179 @@
+"""How fast the training stream is: beside webdataset, litdata, mosaicml-streaming and energon, in one run.
+
+    python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
+    bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench,test]"
+    bench-venv/bin/python tools/bench/stream.py [--data FOLDER] [--images 4000] [--rounds 5] [--loaders NAME ...]
+    bench-venv/bin/python tools/bench/stream.py --resume     first batch after 0, 10% and 90% of 1,000,000 samples
+    bench-venv/bin/python tools/bench/stream.py --scale      400 million samples in 40,000 shards
+
+Every loader reads the same 640x480 JPEGs in batches of 64 at 256 px, shuffled, in a process of its own; the loaders take
+turns within each round, so that what else the machine does strikes all alike. Table 1 gives all the same fast decoder,
+table 2 each peer the decoding of its documentation (Pillow, where torchvision does not load). Printed, as medians over the rounds:
+images/s after the first batch, the same relative to the fastest peer and to the decoder alone on as many processes
+(medians of the ratios within a round), seconds to the first batch (imports done; nothing cached by the loader), CPU
+seconds per 1,000 images of the whole process tree (without the S3 server), and peak memory: the sum of PSS over the tree,
+from one more run. S3 is a SeaweedFS server on the same cores, started and stopped here. Files come from the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests"))  # for storage.py, the S3 server of the tests
+
+from tools.bench import deep, peers, probe  # noqa: E402
+from tools.bench.sets import Sets  # noqa: E402
+
+PLACES = ("disk:1", "disk:2", "s3:2")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="keeps the pictures for the next time")
+    parser.add_argument("--images", type=int, default=4000, help="pictures, at least 256 (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each loader, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--loaders", nargs="+", default=list(peers.LOADERS), choices=list(peers.LOADERS), metavar="NAME"
+    )
+    parser.add_argument(
+        "--places", nargs="+", default=list(PLACES), metavar="disk:1", help="where, and worker processes"
+    )
+    parser.add_argument("--tables", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    parser.add_argument("--resume", action="store_true", help="only: time to the first batch, deep in an epoch")
+    parser.add_argument("--scale", action="store_true", help="only: a set of 400 million samples")
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    options = parser.parse_args()
+    if options.images < 256:
+        parser.error("--images must be at least 256: two workers need two batches each")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    with contextlib.ExitStack() as stack:
+        data = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        data = data.resolve()
+        if options.resume or options.scale:
+            numbers: Any = deep.run(data, options.rounds, resume=options.resume, scale=options.scale)
+        else:
+            numbers = compare(options, data, stack)
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    return 0
+
+
+def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
+    """All tables; returns their numbers."""
+    sets = Sets(data, options.images, len(os.sched_getaffinity(0)))
+    sets.make(options.loaders)
+    server = None
+    if any(place.startswith("s3") for place in options.places):
+        server = stack.enter_context(uploaded(sets, options.loaders))
+    tables = []
+    for number in options.tables:
+        for place in options.places:
+            table = {"table": number, "place": place, "rows": measured(options, sets, server, number == 1, place)}
+            tables.append(table)
+            print_table(table, options)
+    return tables
+
+
+@contextlib.contextmanager
+def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
+    """An S3 server that holds the sets, from `data/N/s3`."""
+    from storage import S3Server
+
+    with S3Server(sets.folder / "s3") as server:
+        for name in ["set", *(loader for loader in loaders if loader in ("energon", "litdata", "mds"))]:
+            stamp = sets.folder / "s3" / f"has-{name}"
+            if not stamp.exists():
+                print(f"uploading {name}", file=sys.stderr, flush=True)
+                server.put_folder(sets.folder / name, f"bench/{name}/")
+                stamp.touch()
+        yield server
+
+
+def measured(options: argparse.Namespace, sets: Sets, server: Any, fast: bool, place: str) -> dict[str, Any]:
+    """Loader -> list of what each round measured, the memory run last."""
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in [*options.loaders, "decoder"]}
+    for number in range(options.rounds + 1):
+        memory = number == options.rounds
+        names = list(rows)[number % len(rows) :] + list(rows)[: number % len(rows)]  # no loader always follows another
+        for name in names:
+            if name == "decoder" and memory:
+                continue
+            with tempfile.TemporaryDirectory(prefix="bench-cache-", dir=sets.folder) as cache:
+                order = order_of(name, sets, server, fast, place, cache)
+                rows[name].append(probe.run(order, server.environment if server else {}, memory=memory))
+            print(f"{place} round {number + 1}: {name} {rows[name][-1]['rate']:.0f}", file=sys.stderr, flush=True)
+    return rows
+
+
+def order_of(name: str, sets: Sets, server: Any, fast: bool, place: str, cache: str) -> dict[str, Any]:
+    """What a probe is told."""
+    kind, _, workers = place.partition(":")
+    remote = f"s3://{server.bucket}/bench" if kind == "s3" else ""
+    where = {
+        "folder": str(sets.folder),
+        "images": sets.images,
+        "workers": int(workers),
+        "remote": remote,
+        "cache": cache,
+    }
+    batches = max(1, int(sets.images * 0.9) // peers.BATCH - 1)  # within one epoch, before the first worker is done
+    return {"loader": name, "place": where, "fast": fast or name == "dist_t2i", "batches": batches}
+
+
+def summary(table: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians over the rounds, ratios within them."""
+    rows = table["rows"]
+    rates = {name: [run["rate"] for run in runs[:rounds]] for name, runs in rows.items()}
+    others = [name for name in rates if name not in ("dist_t2i", "decoder")]
+    best = max(others, key=lambda name: statistics.median(rates[name])) if others else "decoder"
+    found = {}
+    for name, runs in rows.items():
+        found[name] = {key: statistics.median(run[key] for run in runs[:rounds]) for key in ("rate", "first", "cpu")}
+        for key, other in (("peer", best), ("decoder", "decoder")):
+            ratios = [mine / its for mine, its in zip(rates[name], rates[other], strict=True)]
+            found[name][key] = statistics.median(ratios)
+        found[name]["memory"] = runs[-1].get("memory", 0.0) / 1e6
+    return found
+
+
+def print_table(table: dict[str, Any], options: argparse.Namespace) -> None:
+    kind, _, workers = table["place"].partition(":")
+    decoding = "all with the fast decoder" if table["table"] == 1 else "each peer with its own documentation's decoding"
+    print(
+        f"\nTable {table['table']}: {decoding}; {'from S3' if kind == 's3' else 'from disk'}, {workers} worker(s), "
+        f"{options.images} pictures, median of {options.rounds} rounds"
+    )
+    print(
+        f"{'loader':28}{'images/s':>9}{'x fastest peer':>16}{'x decoder':>11}{'first batch s':>15}{'CPU s/1000':>12}"
+        f"{'peak MB (PSS)':>15}"
+    )
+    for name, row in summary(table, options.rounds).items():
+        label = f"{name} {version(name)}" if name != "decoder" else "the decoder alone"
+        rest = f"{row['first']:15.2f}{row['cpu']:12.2f}{row['memory']:15.0f}" if name != "decoder" else ""
+        print(f"{label:28}{row['rate']:9.0f}{row['peer']:16.3f}{row['decoder']:11.3f}{rest}", flush=True)
+
+
+def version(name: str) -> str:
+    from importlib import metadata
+
+    return metadata.version(peers.PACKAGES[name]) if name in peers.PACKAGES else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
