@@ -116,7 +116,9 @@ def signed(urls: list[str]) -> list[str]:
 
 def litdata(place: Place, decode: Decode) -> Batches:
     import litdata
+    from litdata.streaming import downloader
 
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no option for a server on plain HTTP
     unpack = decode or pillow
 
     class Pictures(litdata.StreamingDataset):
