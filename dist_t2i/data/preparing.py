@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dist_t2i.data.decode import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
 from dist_t2i.data.headers import kind_of, measure
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
     picture: Image | None = None
     if shape is None:
         shape, picture = _decoded(data, kind, options)
-    _check(shape, options)
+    if min(shape) < MIN_SIDE or shape[0] * shape[1] > MAX_PIXELS or options.min_side or options.max_aspect:
+        _check(shape, options)
     shrinks = options.size and min(shape) > options.size
     if kind and not shrinks and options.format in ("", kind):
         return kind, data, shape
@@ -64,8 +66,6 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
 
 
 def _decoded(data: bytes, kind: str, options: Options) -> tuple[tuple[int, int], Image | None]:
-    from dist_t2i.data.decode import decode, open_picture
-
     if kind == "jpg" and not options.size and options.format in ("", "jpg"):
         height, width = decode(data, at_least=64).shape[:2]  # every byte is read, few pixels are made
         return _jpeg_shape(data) or (width, height), None
@@ -84,8 +84,6 @@ def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
 
 
 def _check(shape: tuple[int, int], options: Options) -> None:
-    from dist_t2i.data.decode import PictureError, check_size
-
     check_size(*shape)
     if min(shape) < options.min_side:
         raise PictureError(f"smaller than --min-side {options.min_side}")
@@ -94,8 +92,6 @@ def _check(shape: tuple[int, int], options: Options) -> None:
 
 
 def _encode(data: bytes, picture: Image | None, kind: str, options: Options) -> tuple[str, bytes, tuple[int, int]]:
-    from dist_t2i.data.decode import open_picture
-
     picture = picture or open_picture(data)
     if options.size and min(picture.size) > options.size:
         scale = options.size / min(picture.size)

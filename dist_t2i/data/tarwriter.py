@@ -19,6 +19,8 @@ except ImportError:
 
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 _WRITE = 2**20
+_SMALL = 4096
+_ZEROS = bytes(_BLOCK)
 _MOST_PIECES = 512
 """Pieces to one `writev`; systems allow 1,024."""
 
@@ -50,6 +52,7 @@ class TarWriter:
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._pieces: list[bytes] = []
+        self._small: list[bytes] = []
         self._held = 0
         self._digest = hashlib.sha256()
         self.size = 0
@@ -60,35 +63,50 @@ class TarWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._descriptor)
 
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Add a file; returns the offset and the crc32 of its bytes."""
-        self._put(header(name, len(data)))
-        offset = self.size
-        self._put(data)
-        if rest := len(data) % _BLOCK:
-            self._put(bytes(_BLOCK - rest))
-        if self._held >= _WRITE or len(self._pieces) >= _MOST_PIECES:
+    def add(self, name: str, data: bytes) -> tuple[int, int, int]:
+        """Add a file; returns the offset, the size and the crc32 of its bytes."""
+        before, size = header(name, len(data)), len(data)
+        offset = self.size + len(before)
+        padding = -size % _BLOCK
+        self._small.append(before)
+        if size < _SMALL:
+            self._small.append(data)
+        else:
+            self._join()
+            self._pieces.append(data)
+            self._digest.update(data)
+            self._held += size
+        self._small.append(_ZEROS[:padding])
+        self.size = offset + size + padding
+        if self._held >= _WRITE or len(self._small) >= _MOST_PIECES:
             self._flush()
-        return offset, crc32(data)
+        return offset, size, crc32(data)
 
-    def _put(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self._digest.update(piece)
-        self._held += len(piece)
-        self.size += len(piece)
+    def _join(self) -> None:
+        """Small pieces become one: every piece costs a call of the hash and of the system."""
+        if self._small:
+            piece = b"".join(self._small)
+            self._small = []
+            self._pieces.append(piece)
+            self._digest.update(piece)
+            self._held += len(piece)
 
     def _flush(self) -> None:
-        written = os.writev(self._descriptor, self._pieces)
-        if written < self._held:
-            rest = memoryview(b"".join(self._pieces))[written:]
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+        self._join()
+        for start in range(0, len(self._pieces), _MOST_PIECES):
+            pieces = self._pieces[start : start + _MOST_PIECES]
+            written, whole = os.writev(self._descriptor, pieces), sum(map(len, pieces))
+            if written < whole:
+                rest = memoryview(b"".join(pieces))[written:]
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
         self._pieces, self._held = [], 0
 
     def finish(self) -> None:
         """Write the end of the tar."""
-        end = self.size + 2 * _BLOCK
-        self._put(bytes(2 * _BLOCK + -end % _RECORD))
+        end = 2 * _BLOCK + -(self.size + 2 * _BLOCK) % _RECORD
+        self._small.append(bytes(end))
+        self.size += end
         self._flush()
 
     @property
