@@ -29,7 +29,7 @@ def scheme_of(url: str) -> str:
     if url.lstrip().startswith(("pipe:", "|")):
         raise DataError(f"{url}: commands are not run; name a folder or a URL")
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    if "::" in url and found:
+    if "::" in url and "://" in url:
         raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
     return found[1].lower() if found else ""
 

@@ -46,10 +46,11 @@ def class_split(
     Raises: DataError when a list cannot be read, names a class twice or one that is not there, or leaves one out.
     """
     if train is None and test is None:
-        found = next((folder for folder in folders if (folder / TEST_LIST).is_file()), None)
+        lists = (TEST_LIST, *TRAIN_LISTS)
+        found = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
         if found is None:
             return {name: "test" if default(_number(name)) else "train" for name in classes}, "the default rule"
-        test = found / TEST_LIST
+        test = found / TEST_LIST if (found / TEST_LIST).is_file() else None
         train = next((found / name for name in TRAIN_LISTS if (found / name).is_file()), None)
     tested = _class_list(test, classes) if test else []
     trained = _class_list(train, classes) if train else [name for name in classes if name not in set(tested)]

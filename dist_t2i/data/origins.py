@@ -172,17 +172,18 @@ def _from_the_web(url: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
+            promised = answer.headers.get("Content-Length", "")
     except urllib.error.HTTPError as error:
         raise DownloadError(f"HTTP {error.code}", error.code in (408, 425, 429) or error.code >= 500) from error
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
             raise DownloadError("the server does not answer", True) from error
-        if isinstance(reason, http.client.IncompleteRead):
-            raise DownloadError("the server stopped before the end", True) from error
         raise DownloadError(getattr(reason, "strerror", None) or type(reason).__name__, True) from error
     if len(data) > MAX_DOWNLOAD:
         raise DownloadError(f"more than {MAX_DOWNLOAD >> 20} MB", False)
+    if promised.isdigit() and len(data) < int(promised):
+        raise DownloadError("the server stopped before the end", True)
     return data
 
 

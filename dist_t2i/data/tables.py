@@ -102,7 +102,7 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Origin | 
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
     for url in (image, base):
-        if re.match(r"\s*(pipe:|\|)|[A-Za-z][\w+.-]*://", url):
+        if "://" in url or re.match(r"\s*(pipe:|\|)", url):
             break
     else:
         path = os.path.normpath(os.path.join(base, image))
