@@ -98,9 +98,7 @@ def test_memory_and_the_manifest_comes_last(tmp_path):
     items, problems = find_items(tmp_path / "pictures", captions, 0.0)
     write_set("memory://some/set", items, problems, Options(shard_samples=5))
     system = fsspec.filesystem("memory")
-    dates = {
-        path.rpartition("/")[2]: system.created(path) for path in system.ls("/some/set", detail=False) if "." in path
-    }
+    dates = {path.rpartition("/")[2]: system.created(path) for path in system.find("/some/set", maxdepth=1)}
     assert max(dates, key=lambda name: dates[name]) == "manifest.json"
     place = open_place("memory://some/set")
     assert place.names() == sorted([".shard", *contents(make_set(tmp_path / "other", 12, shard_samples=5).folder)])
