@@ -1,111 +1,85 @@
-"""Write captioned pictures as WebDataset shards that dist_t2i trains on.
+"""Write captioned pictures as WebDataset shards that dist_t2i trains on; look at such a set; check it.
 
 python tools/shard.py openmoji --size 64 --out DIR
 python tools/shard.py folder --images DIR --captions FILE.jsonl --out DIR
+python tools/shard.py coco DIR --karpathy dataset_coco.json --out s3://bucket/coco
+python tools/shard.py parquet part-{000..063}.parquet --image-column URL --caption-column TEXT --size 256 --out DIR
+python tools/shard.py webdataset "s3://bucket/old/{00000..00331}.tar" --min-side 256 --out DIR
+python tools/shard.py inspect DIR
+python tools/shard.py verify DIR
+
+Every source has its own --help.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
+from typing import Any
 
+from dist_t2i.data.commandline import parse
 from dist_t2i.errors import run_command
-
-_FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
-or a .csv or .tsv file with the columns image and caption; paths are relative to --images, or to the file's own
-folder. A picture may come in many lines, a caption with many pictures. Without --captions, the captions of a.png are
-the lines of a.txt beside it.
-
-Captions beyond 1,000 characters are cut. What cannot be used is counted and listed in OUT/report.html and
-OUT/bad_samples.jsonl; the rest goes on. Interrupted, the same command goes on where it stopped."""
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="shard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    openmoji = sources.add_parser("openmoji", help="3,953 drawings with names (CC BY-SA 4.0), from installed packages")
-    openmoji.add_argument("--size", type=_positive, default=64, help="pixels, square (default: %(default)s)")
-    folder = sources.add_parser(
-        "folder",
-        help="a folder of your own pictures with captions",
-        description=_FOLDER,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    folder.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched deeply")
-    folder.add_argument("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv (default: a.txt by a.png)")
-    folder.add_argument(
-        "--size", type=_positive, default=0, help="shrink to this short side (default: bytes untouched)"
-    )
-    folder.add_argument(
-        "--holdout",
-        type=_share,
-        default=0.02,
-        metavar="SHARE",
-        help="share of the pictures kept out of training, as the split `test` (default: %(default)s)",
-    )
-    for source in (openmoji, folder):
-        source.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the set")
-        samples = 1_000 if source is openmoji else 10_000
-        source.add_argument("--shard-samples", type=_positive, default=samples, help="at most (default: %(default)s)")
-        source.add_argument("--shard-mb", type=float, default=512.0, help="at most, in MB (default: %(default)s)")
-        source.add_argument("--vocabulary", type=_positive, default=4096, help="tokens at most (default: %(default)s)")
-        source.add_argument("--processes", type=_positive, default=_cores(), help="(default: %(default)s)")
-    return parser.parse_args(arguments)
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return number
 
 
 def main() -> int:
-    chosen = parse()
-    from dist_t2i.data import folder, openmoji
-    from dist_t2i.data.sharding import write_set
-    from dist_t2i.data.writer import Options
-
-    if chosen.source == "openmoji":
-        about = {"name": "OpenMoji", "licence": openmoji.LICENCE, "credit": openmoji.CREDIT}
-        items, problems = openmoji.openmoji_items(), list[folder.Problem]()
-    else:
-        about = {"name": chosen.images.resolve().name}
-        items, problems = folder.find_items(chosen.images, chosen.captions, chosen.holdout)
-    options = Options(
-        size=chosen.size,
-        shard_samples=chosen.shard_samples,
-        shard_mb=chosen.shard_mb,
-        vocabulary=chosen.vocabulary,
-        processes=chosen.processes,
-        about=about,
-    )
+    chosen = parse(None, __doc__ or "")
     try:
-        manifest = write_set(chosen.out, items, problems, options)
+        return {"inspect": look, "verify": check}.get(chosen.source, write)(chosen)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def write(chosen: argparse.Namespace) -> int:
+    from dist_t2i.data.gathering import gather, options_of
+    from dist_t2i.data.sharding import write_set
+
+    elsewhere = on_cluster(chosen) if chosen.slurm else None
+    items, problems, about = gather(chosen)
+    manifest = write_set(chosen.out, items, problems, options_of(chosen, about), elsewhere)
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['samples']:,} pictures, {part['captions']['count']:,} captions")
     for reason, count in manifest["bad_samples"].items():
         print(f"left out or changed: {count:,} x {reason}")
-    print(f"set: {chosen.out}\nreport: {chosen.out / 'report.html'}")
+    print(f"set: {chosen.out}\nreport: {chosen.out.rstrip('/')}/report.html")
+    return 0
+
+
+def on_cluster(chosen: argparse.Namespace) -> Any:
+    from dist_t2i.data.cluster import Cluster
+
+    return Cluster(
+        cluster=chosen.slurm_cluster,
+        tasks=chosen.slurm_tasks,
+        folder=chosen.slurm_folder,
+        partition=chosen.slurm_partition,
+        account=chosen.slurm_account,
+        minutes=chosen.slurm_minutes,
+        memory_gb=chosen.slurm_memory,
+        at_once=chosen.slurm_parallel,
+        extra=dict(chosen.slurm_set),
+    ).write
+
+
+def look(chosen: argparse.Namespace) -> int:
+    from dist_t2i.data.inspecting import describe
+
+    print(describe(chosen.url, chosen.sheet, chosen.split))
+    return 0
+
+
+def check(chosen: argparse.Namespace) -> int:
+    from dist_t2i.data.gathering import spreader
+    from dist_t2i.data.inspecting import read_set, table, verify
+
+    _, manifest = read_set(chosen.url)
+    count = sum(len(part["shards"]) for part in manifest["splits"].values())
+    shards, differs = verify(chosen.url, spreader(chosen.processes, count, "shards"))
+    if differs:
+        print(table(("file", "what", "expected", "found"), differs))
+        print(f"{chosen.url}: {len(differs)} differences in {shards} shards; the command that wrote it mends it")
+        return 1
+    print(f"{chosen.url}: all {shards} shards, their indexes and every member are as the manifest says")
     return 0
 
 

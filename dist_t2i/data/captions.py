@@ -52,18 +52,37 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "surrogateescape")
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Names under which a table keeps its pictures and captions; the first that a row has counts."""
+
+    image: tuple[str, ...] = IMAGE_COLUMNS
+    caption: tuple[str, ...] = CAPTION_COLUMNS
+
+    def __str__(self) -> str:
+        caption = "caption" if "caption" in self.caption else self.caption[0]
+        return f"`{self.image[0]}` and `{caption}`"
+
+
 def read_captions(path: Path) -> Iterator[Row]:
     """The rows of a caption file. Raises DataError when it cannot be read, or has no columns we know."""
     try:
-        text = decode_text(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the captions {path}: {error.strerror}") from error
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return _read_json_lines(text, path)
-    if suffix in (".csv", ".tsv"):
-        return _read_table(text, path, "\t" if suffix == ".tsv" else ",")
-    raise DataError(f"{path}: captions must be a .jsonl, .csv or .tsv file")
+    form = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}.get(suffix)
+    if form is None:
+        raise DataError(f"{path}: captions must be a .jsonl, .csv or .tsv file")
+    return rows_of(data, form, str(path))
+
+
+def rows_of(data: bytes, form: str, name: str, columns: Columns = Columns()) -> Iterator[Row]:
+    """The rows of a table's bytes, given its form: jsonl, csv or tsv. Raises DataError when its columns are unknown."""
+    text = decode_text(data)
+    if form == "jsonl":
+        return _read_json_lines(text, name, columns)
+    return _read_table(text, name, "\t" if form == "tsv" else ",", columns)
 
 
 def read_text_file(path: Path) -> tuple[str, ...]:
@@ -75,9 +94,10 @@ def _named(row: dict, names: tuple[str, ...]) -> object:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
-def _read_json_lines(text: str, path: Path) -> Iterator[Row]:
+def _read_json_lines(text: str, name: str, columns: Columns) -> Iterator[Row]:
+    short = Path(name).name
     for number, line in enumerate(text.split("\n"), 1):
-        where = f"{path.name}:{number}"
+        where = f"{short}:{number}"
         if not line.strip():
             continue
         try:
@@ -85,11 +105,11 @@ def _read_json_lines(text: str, path: Path) -> Iterator[Row]:
         except (ValueError, RecursionError):
             yield Row(where, problem="line is not JSON")
             continue
-        image = _named(row, IMAGE_COLUMNS) if isinstance(row, dict) else None
-        captions = _named(row, CAPTION_COLUMNS) if isinstance(row, dict) else None
+        image = _named(row, columns.image) if isinstance(row, dict) else None
+        captions = _named(row, columns.caption) if isinstance(row, dict) else None
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(image, str):
-            yield Row(where, problem='line has no "image"')
+            yield Row(where, problem=f'line has no "{columns.image[0]}"')
         elif not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             yield Row(
                 where, image, ("",) if captions is None else (), "" if captions is None else "captions are no text"
@@ -98,18 +118,17 @@ def _read_json_lines(text: str, path: Path) -> Iterator[Row]:
             yield Row(where, image, tuple(captions))
 
 
-def _read_table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
+def _read_table(text: str, name: str, delimiter: str, columns: Columns) -> Iterator[Row]:
+    short = Path(name).name
     lines = (line + "\n" for line in text.replace("\0", "").split("\n"))
     reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
     try:
         header = [name.strip().lower() for name in next(reader)]
-        image = next(header.index(name) for name in IMAGE_COLUMNS if name in header)
-        caption = next(header.index(name) for name in CAPTION_COLUMNS if name in header)
+        image = next(header.index(column.lower()) for column in columns.image if column.lower() in header)
+        caption = next(header.index(column.lower()) for column in columns.caption if column.lower() in header)
     except (StopIteration, csv.Error) as error:
         first = text.split("\n", 1)[0][:100].encode("utf-8", "replace").decode()
-        raise DataError(
-            f"{path}: the first line must name the columns `image` and `caption`; it is: {first!r}"
-        ) from error
+        raise DataError(f"{name}: the first line must name the columns {columns}; it is: {first!r}") from error
     line = 0
     while True:
         line, row, problem = reader.line_num, None, ""
@@ -117,7 +136,7 @@ def _read_table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
             row = next(reader, None)
         except csv.Error:
             problem = "line is not CSV"
-        where = f"{path.name}:{line + 1}"
+        where = f"{short}:{line + 1}"
         if row is None and not problem:
             return
         if reader.line_num - line > _MAX_LINES:

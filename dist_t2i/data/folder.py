@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dist_t2i.data.captions import clean, read_captions, read_text_file
+from dist_t2i.data.origins import Origin, PictureFile
 from dist_t2i.errors import DataError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
@@ -17,12 +18,12 @@ MIN_HOLDOUT_PICTURES = 50
 """From this many pictures on, the held-out split has at least one."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Item:
-    """A picture to be written: `path` is a picture file or an SVG, `attributes` go into its json beside the captions."""
+    """A picture to be written; `attributes` go into its json beside the captions."""
 
     key: str
-    path: Path
+    picture: Origin
     captions: list[str]
     split: str = "train"
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +80,23 @@ def hold_out(items: Iterable[Item], share: float) -> None:
 
 def _hash(key: str) -> float:
     return int.from_bytes(hashlib.sha256(f"holdout {key}".encode()).digest()[:8], "big") / 2**64
+
+
+def captioned(
+    key: str, picture: Origin, texts: Iterable[str], where: str, problems: list[Problem], **attributes: Any
+) -> Item | None:
+    """An item with its captions cleaned, each once; None, and a problem listed, when no caption is left."""
+    held: list[str] = []
+    for text in texts:
+        cleaned, problem = clean(text)
+        if problem:
+            problems.append(Problem(where, key, problem))
+        if cleaned and cleaned not in held:
+            held.append(cleaned)
+    if not held:
+        problems.append(Problem(where, key, "picture is left without a caption"))
+        return None
+    return Item(key, picture, held, attributes=attributes)
 
 
 def _relative(path: Path, images: Path) -> str:
@@ -151,5 +169,5 @@ def _keyed(images: Path, found: dict[Path, list[str]]) -> list[Item]:
             key = f"{key}_{relative.suffix[1:]}"
         while key in items:
             key += f"_{hashlib.sha256(str(relative).encode()).hexdigest()[:8]}"
-        items[key] = Item(key, path, found[path])
+        items[key] = Item(key, PictureFile(str(path)), found[path])
     return [items[key] for key in sorted(items)]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.apart import have_clients
+from dist_t2i.data.destination import LocalPlace
 from dist_t2i.data.remote import RemoteFile
 from dist_t2i.data.shards import FORMAT, PICTURES, VERSION, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.sources import LocalFile, reason_of
@@ -142,8 +143,6 @@ def _start_process() -> None:
 
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, share: int) -> None:
     """Index one tar. A tar that cannot be read is a problem of its own: it has no samples. Raises DataError, OSError."""
-    from dist_t2i.data.writer import write_aside
-
     index_file, result_file = _files(home, number)
     state = _state_of(url) if not is_local(url) or os.path.exists(url) else []
     try:
@@ -168,8 +167,9 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
         "problem_count": len(problems),
         "captions": captions,
     }
-    write_aside(index_file, index.to_bytes())
-    write_aside(result_file, json.dumps(result).encode())
+    place = LocalPlace(str(home / "index"))
+    place.write(index_file.name, index.to_bytes())
+    place.write(result_file.name, json.dumps(result).encode())
 
 
 def _keep_usable(found: Any, url: str, problems: list[tuple[str, str]], share: int) -> list[list[str]]:
@@ -195,7 +195,6 @@ def _keep_usable(found: Any, url: str, problems: list[tuple[str, str]], share: i
 def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
     from dist_t2i.data.report import caption_statistics
     from dist_t2i.data.tokenizer import train_tokenizer
-    from dist_t2i.data.writer import write_aside
 
     shards, captions, problems, counts = [], [], [], Counter[str]()
     digest = hashlib.sha256()
@@ -212,9 +211,10 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         listed = "".join(f"\n  {count} x {reason}" for reason, count in counts.most_common(10))
         raise DataError(f"{urls[0]} and the rest of the list hold no picture with a caption{listed}")
     tokenizer = train_tokenizer(Counter(text for one in captions for text in one), vocabulary)
-    write_aside(home / "tokenizer.json", tokenizer.text.encode())
+    place = LocalPlace(str(home))
+    place.write("tokenizer.json", tokenizer.text.encode())
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    write_aside(home / "bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+    place.write("bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
     train = {
         "samples": sum(shard["samples"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
@@ -231,4 +231,4 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         "tokenizer": {"file": "tokenizer.json", "vocabulary": tokenizer.vocab_size},
         "bad_samples": dict(sorted(counts.items())),
     }
-    write_aside(home / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")

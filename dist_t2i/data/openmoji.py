@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_t2i.data.folder import Item
+from dist_t2i.data.origins import Drawing
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
 
@@ -203,10 +204,16 @@ def openmoji_entries() -> list[Entry]:
     return entries
 
 
-def openmoji_items() -> list[Item]:
-    """All pictures as items for the writer; role and tone go along as attributes."""
+def openmoji_items(size: int) -> list[Item]:
+    """All pictures, `size` pixels square, as items for the writer; role and tone go along as attributes."""
     return [
-        Item(entry.key, entry.svg, list(entry.captions), entry.split, {"role": entry.role, "tone": entry.tone})
+        Item(
+            entry.key,
+            Drawing(str(entry.svg), size),
+            list(entry.captions),
+            entry.split,
+            {"role": entry.role, "tone": entry.tone},
+        )
         for entry in openmoji_entries()
     ]
 

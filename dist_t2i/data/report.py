@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.shards import BadSample, Sample, ShardSet
+from dist_t2i.data.destination import Place
+from dist_t2i.data.shards import BadSample, Sample
+from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer, words
-from dist_t2i.data.writer import count_reasons, write_aside
+from dist_t2i.data.writer import count_reasons
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200
@@ -42,24 +44,38 @@ def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) 
     }
 
 
-def write_report(folder: Path, data_set: ShardSet, problems: Sequence[dict[str, Any]]) -> None:
-    """Write report.html and contact_sheet.png beside the shards; the same bytes for the same set."""
-    samples = _spread(data_set)
-    write_aside(folder / "contact_sheet.png", contact_sheet(samples))
-    write_aside(folder / "report.html", _page(data_set, samples, problems).encode("utf-8", "backslashreplace"))
+def write_report(place: Place, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
+    """Write report.html and contact_sheet.png beside the shards; the same bytes for the same set. Raises OSError."""
+    samples = some_samples(place, manifest)
+    place.write("contact_sheet.png", contact_sheet(samples))
+    place.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
 
 
-def _spread(data_set: ShardSet) -> list[Sample]:
-    """Some samples of the training split, evenly spread."""
-    samples = data_set.samples("train")
-    count = min(_SHEET, len(samples))
-    chosen = []
-    for place in range(count):
-        try:
-            chosen.append(samples[place * len(samples) // count])
-        except BadSample:
-            continue
+def some_samples(place: Place, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
+    """Some samples of a split, evenly spread; those that cannot be read are left out. Raises OSError, DataError."""
+    shards = manifest["splits"][split]["shards"]
+    total = sum(shard["samples"] for shard in shards)
+    count = min(count, total)
+    wanted = [place * total // count for place in range(count)]
+    chosen, start = [], 0
+    for shard in shards:
+        rows = [number - start for number in wanted if start <= number < start + shard["samples"]]
+        start += shard["samples"]
+        if rows:
+            index = ShardIndex.from_bytes(place.read(f"{shard['name'][:-4]}.index"), shard["name"])
+            chosen.extend(_samples_of(place, shard["name"], index, rows))
     return chosen
+
+
+def _samples_of(place: Place, name: str, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
+    found = []
+    for row in rows:
+        raw: dict[str, Any] = {"__key__": index.keys[row], "__url__": place.file_url(name)}
+        for member in index.members(row):
+            raw[member.extension] = place.read_range(name, member.offset, member.size)
+        with contextlib.suppress(BadSample):
+            found.append(Sample(raw))
+    return found
 
 
 def contact_sheet(samples: Sequence[Sample]) -> bytes:
@@ -69,7 +85,10 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
     rows = max(1, -(-len(samples) // _COLUMNS))
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * _TILE), "white")
     for place, sample in enumerate(samples):
-        tile = ImageOps.fit(sample.image, (_TILE, _TILE))
+        try:
+            tile = ImageOps.fit(sample.image, (_TILE, _TILE))
+        except ValueError:  # it looked whole and does not decode
+            continue
         sheet.paste(tile, (place % _COLUMNS * _TILE, place // _COLUMNS * _TILE))
     out = io.BytesIO()
     sheet.save(out, "PNG")
@@ -83,8 +102,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
 
 
-def _page(data_set: ShardSet, samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
-    manifest = data_set.manifest
+def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
     name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
     splits = [
         (
@@ -109,6 +127,21 @@ def _page(data_set: ShardSet, samples: Sequence[Sample], problems: Sequence[dict
         f"<p>{len(problems) - _MAX_LISTED:,} more are in bad_samples.jsonl.</p>" if len(problems) > _MAX_LISTED else ""
     )
     bad = f"{_table(('reason', 'count'), reasons)}<h3>Which</h3>{_table(('where', 'picture', 'reason'), listed)}{more}"
+    shards = [
+        (
+            shard["name"],
+            f"{shard['samples']:,}",
+            f"{shard['bytes'] / 1e6:,.1f}",
+            f"{shard['captions']:,}",
+            f"{shard['short_side'][0]} to {shard['short_side'][1]}",
+            shard["left_out"],
+            shard["sha256"][:16],
+        )
+        for part in manifest["splits"].values()
+        for shard in part["shards"]
+    ]
+    several = f"<p>and {len(shards) - _MAX_LISTED:,} more.</p>" if len(shards) > _MAX_LISTED else ""
+    columns = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "sha256 begins")
     captions = [(place + 1, sample.key, " | ".join(sample.captions)) for place, sample in enumerate(samples)]
     credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
     return f"""<!doctype html>
@@ -123,5 +156,6 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
 <h2>Their captions</h2>{_table(("", "key", "captions"), captions)}
 <h2>Left out or changed</h2>{bad if problems else "<p>Nothing.</p>"}
+<h2>Shards</h2>{_table(columns, shards[:_MAX_LISTED])}{several}
 </html>
 """

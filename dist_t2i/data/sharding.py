@@ -1,41 +1,35 @@
-"""The whole way from items to a set: shards in several processes, then tokenizer, manifest and report."""
+"""The whole way from items to a set: shards in several processes or on a cluster, then everything that is not a shard."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_t2i.data.destination import Place, open_place
+from dist_t2i.data.finishing import finish, put_back
 from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.report import caption_statistics, write_report
-from dist_t2i.data.shards import FORMAT, VERSION, open_set
-from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.data.writer import (
-    WORK,
     Options,
     Planned,
-    accepted,
     count_reasons,
     finished,
     forget,
     plan_hash,
     plan_shards,
-    prepare,
-    write_aside,
+    reserve,
     write_shard,
 )
 from dist_t2i.errors import DataError
 
+Elsewhere = Callable[[Place, Sequence[Planned], Options, "Progress"], dict[str, dict[str, Any]]]
+"""Writes shards on other machines and returns their results by name."""
 _counter: Any = None
 
 
@@ -45,7 +39,6 @@ class Progress:
     def __init__(self, total: int, unit: str = "pictures") -> None:
         self.total, self.unit = total, unit
         self._start = self._last = time.monotonic()
-        self._done_before: int | None = None
         self._live = sys.stderr.isatty()
 
     def show(self, done: int, last: bool = False) -> None:
@@ -66,25 +59,34 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def write_set(folder: Path, items: Sequence[Item], problems: Sequence[Problem], options: Options) -> dict[str, Any]:
-    """Write the set into `folder` and return its manifest; a second call with the same input keeps whole shards.
+def write_set(
+    out: Path | str,
+    items: Sequence[Item],
+    problems: Sequence[Problem],
+    options: Options,
+    elsewhere: Elsewhere | None = None,
+) -> dict[str, Any]:
+    """Write the set to a folder or URL and return its manifest; a second call with the same input keeps whole shards.
 
     Raises: DataError when there is nothing to train on, the folder holds something else, or cannot be written.
     """
+    place = open_place(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
     _need_training_samples(sum(item.split == "train" for item in items), listed)
     try:
         planned = plan_shards(items, options)
-        prepare(folder, plan_hash(planned, options))
-        results = _write_shards(folder, planned, options)
+        reserve(place, plan_hash(planned, options))
+        results = _write_shards(place, planned, options, elsewhere)
         for result in results:
             listed.extend(result["problems"])
         if not any(result["samples"] for result in results if result["split"] == "train"):
-            forget(folder, planned)
+            forget(place, planned)
             _need_training_samples(0, listed)
-        return _finish(folder, planned, results, listed, options)
+        manifest = finish(place, planned, results, listed, options)
+        place.clear_staging()
+        return manifest
     except OSError as error:
-        raise DataError(f"cannot write to --out {folder}: {error}; the same command goes on from here") from error
+        raise DataError(f"cannot write to --out {out}: {error}; the same command goes on from here") from error
 
 
 def _need_training_samples(count: int, problems: Sequence[dict[str, Any]]) -> None:
@@ -98,53 +100,74 @@ def _need_training_samples(count: int, problems: Sequence[dict[str, Any]]) -> No
     )
 
 
-def _write_shards(folder: Path, planned: Sequence[Planned], options: Options) -> list[dict[str, Any]]:
+def _write_shards(
+    place: Place, planned: Sequence[Planned], options: Options, elsewhere: Elsewhere | None
+) -> list[dict[str, Any]]:
     """The results of all shards in order; those that are whole already are kept."""
-    results = {shard.name: kept for shard in planned if (kept := finished(folder, shard))}
+    kept = in_processes(finished, [(place, shard) for shard in planned], options.processes)
+    results = {shard.name: result for shard, result in zip(planned, kept, strict=True) if result}
     missing = [shard for shard in planned if shard.name not in results]
     if missing:
-        (folder / "manifest.json").unlink(missing_ok=True)
+        place.remove("manifest.json")
+        put_back(place, results)
     if results:
         print(f"{len(results)} of {len(planned)} shards are there already", file=sys.stderr)
-    progress = Progress(sum(len(shard.items) for shard in missing))
-    if options.processes <= 1 or len(missing) <= 1:
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            progress.show(done)
-
-        results.update({shard.name: write_shard(folder, shard, options.size, advance) for shard in missing})
-    else:
-        results.update(_in_processes(folder, missing, options, progress))
     if missing:
+        progress = Progress(sum(len(shard.items) for shard in missing))
+        results.update((elsewhere or write_here)(place, missing, options, progress))
         progress.show(progress.total, last=True)
     return [results[shard.name] for shard in planned]
 
 
-def _in_processes(
-    folder: Path, missing: Sequence[Planned], options: Options, progress: Progress
+def write_here(
+    place: Place, shards: Sequence[Planned], options: Options, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
+    """Write shards with `options.processes` processes of this machine; their results by name."""
+    show = progress.show if progress else lambda done: None
+    written = in_processes(_write_one, [(place, shard, options) for shard in shards], options.processes, show)
+    return {shard.name: result for shard, result in zip(shards, written, strict=True)}
+
+
+def in_processes(
+    work: Callable, arguments: Sequence[tuple], processes: int, show: Callable[[int], None] = lambda done: None
+) -> list[Any]:
+    """`[work(*a) for a in arguments]`, in several processes; `show` hears how often `advance` was called in them.
+
+    Raises DataError when a process is killed.
+    """
+    global _counter
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    if processes <= 1 or len(arguments) <= 1:
+        _counter = _Count(show)
+        return [work(*one) for one in arguments]
     counter = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(options.processes, context, _start_process, (counter,))
-    waiting = {pool.submit(_write_one, folder, shard, options.size): shard.name for shard in missing}
-    results = {}
+    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(arguments)), context, _start_process, (counter,))
+    waiting = {pool.submit(work, *one): number for number, one in enumerate(arguments)}
+    results: list[Any] = [None] * len(arguments)
     try:
         while waiting:
             done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 results[waiting.pop(future)] = future.result()
-            progress.show(counter.value)
+            show(counter.value)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
-            "a process that writes shards was killed (out of memory? Try a smaller --processes); "
-            "the same command goes on from here"
+            "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return results
+
+
+class _Count:
+    """Counts in one process what `multiprocessing.Value` counts in several."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self.value, self._show = 0, show
+
+    def add(self) -> None:
+        self.value += 1
+        self._show(self.value)
 
 
 def _start_process(counter: Any) -> None:
@@ -153,94 +176,14 @@ def _start_process(counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _write_one(folder: Path, shard: Planned, size: int) -> dict[str, Any]:
-    def advance() -> None:
+def advance() -> None:
+    """One more picture is done; called by the work that `in_processes` runs."""
+    if isinstance(_counter, _Count):
+        _counter.add()
+    elif _counter is not None:
         with _counter.get_lock():
             _counter.value += 1
 
-    return write_shard(folder, shard, size, advance)
 
-
-def _finish(
-    folder: Path,
-    planned: Sequence[Planned],
-    results: Sequence[dict[str, Any]],
-    problems: list[dict[str, Any]],
-    options: Options,
-) -> dict[str, Any]:
-    """Number the shards without gaps, then write everything that is not a shard; the manifest last."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    kept = {split: accepted(planned, results, split) for split in dict.fromkeys(shard.split for shard in planned)}
-    counts = Counter(caption for item in kept["train"] for caption in item.captions)
-    tokenizer = train_tokenizer(counts, options.vocabulary)
-    write_aside(folder / "tokenizer.json", tokenizer.text.encode())
-    shards = _number(folder, results)
-    splits = {
-        split: {
-            "samples": sum(shard["samples"] for shard in shards[split]),
-            "bytes": sum(shard["bytes"] for shard in shards[split]),
-            "captions": caption_statistics([item.captions for item in kept[split]], tokenizer),
-            "short_side": [
-                min(r["sides"][0] for r in results if r["split"] == split and r["samples"]),
-                max(r["sides"][1] for r in results if r["split"] == split and r["samples"]),
-            ],
-            "shards": shards[split],
-        }
-        for split in kept
-        if shards[split]
-    }
-    manifest = _manifest(splits, tokenizer, problems, options)
-    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    write_aside(folder / "bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
-    if options.about.get("credit"):
-        about = options.about
-        text = f"# {about['name']}\n\n{about['credit']}\n\nLicence: {about.get('licence', 'unknown')}\n"
-        write_aside(folder / "README.md", text.encode())
-    manifest_bytes = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
-    aside = folder / WORK / "manifest.json"
-    write_aside(aside, manifest_bytes)
-    write_report(folder, open_set(aside).at(folder), problems)
-    os.replace(aside, folder / "manifest.json")
-    return manifest
-
-
-def _number(folder: Path, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Drop empty shards and rename the rest so that numbers have no gap; returns the shards of each split."""
-    shards: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        listed = shards.setdefault(result["split"], [])
-        old = folder / result["name"]
-        if not result["samples"]:
-            old.unlink()
-            old.with_suffix(".index").unlink()
-            continue
-        new = folder / f"{result['split']}-{len(listed):05d}.tar"
-        if new != old:
-            os.replace(old.with_suffix(".index"), new.with_suffix(".index"))
-            os.replace(old, new)
-        listed.append(
-            {"name": new.name} | {name: result[name] for name in ("samples", "bytes", "sha256", "index_sha256")}
-        )
-    return shards
-
-
-def _manifest(
-    splits: dict[str, Any], tokenizer: Tokenizer, problems: Sequence[dict[str, Any]], options: Options
-) -> dict[str, Any]:
-    token_sha = hashlib.sha256(tokenizer.text.encode()).hexdigest()
-    sums = [f"{shard['name']} {shard['sha256']}" for split in splits.values() for shard in split["shards"]]
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": hashlib.sha256("\n".join([*sums, token_sha]).encode()).hexdigest(),
-        **options.about,
-        "image_size": options.size or None,
-        "splits": splits,
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": token_sha,
-            "vocabulary": tokenizer.vocab_size,
-            "known_words": len(tokenizer.known_words),
-        },
-        "bad_samples": dict(sorted(count_reasons(problems).items())),
-    }
+def _write_one(place: Place, shard: Planned, options: Options) -> dict[str, Any]:
+    return write_shard(place, shard, options, advance)

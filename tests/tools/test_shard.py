@@ -17,34 +17,7 @@ from PIL import Image
 from dist_t2i.data.shards import open_set
 from dist_t2i.data.stream import open_stream
 from pictures import colour, config_for, encoded, make_folder, picture
-
-ROOT = Path(__file__).parents[2]
-
-
-def shard(*arguments, check=True, cwd=None):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools" / "shard.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def contents(folder):
-    """Name -> sha256 of every visible file of a set."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def reasons(folder):
-    """(picture or where, reason) of every line of bad_samples.jsonl."""
-    lines = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
-    return {(line["picture"] or line["where"], line["reason"]) for line in lines}
-
-
-def captions_by_key(folder):
-    data_set = open_set(folder)
-    return {sample.key: sample.captions for split in data_set.splits for sample in data_set.samples(split)}
-
+from shardtool import ROOT, captions_by_key, contents, reasons, shard
 
 # The sources
 

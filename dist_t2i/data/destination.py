@@ -1,0 +1,344 @@
+"""A folder that a set is written to or looked at in: on a disk, in object storage, or wherever fsspec reaches.
+
+Every file is there whole or not at all: on a disk it is written aside and renamed, an object store shows an upload
+when it is complete, any other file system gets it under another name first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_t2i.errors import DataError
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+WORK = ".shard"
+"""The folder of notes that a rerun goes by."""
+_CHUNK = 2**20
+
+
+def scheme_of(url: str) -> str:
+    """`s3` of `s3://bucket/a`; "" for a plain path. Raises DataError for what would run a command or chain systems."""
+    if url.lstrip().startswith(("pipe:", "|")):
+        raise DataError(f"{url}: commands are not run; name a folder or a URL")
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    if "::" in url and "://" in url:
+        raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
+    return found[1].lower() if found else ""
+
+
+def open_place(url: str | Path) -> Place:
+    """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way."""
+    text = str(url)
+    scheme = scheme_of(text)
+    if scheme in ("", "file"):
+        return LocalPlace(text.removeprefix("file://"))
+    if scheme in (*OBJECT_STORES, "http", "https"):
+        return ObjectPlace(text.rstrip("/"))
+    return FsspecPlace(text.rstrip("/"))
+
+
+class Place:
+    """Files by name in one folder. All methods raise OSError (FileNotFoundError) when they fail. Picklable."""
+
+    path: Path | None = None
+    """The folder, if it is on a disk."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def file_url(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    @property
+    def staging(self) -> Path:
+        """A folder on this machine's disk for files that are being written; made when it is not there."""
+        folder = Path(tempfile.gettempdir()) / f"dist_t2i-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def clear_staging(self) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def read(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The file from start to end, about a megabyte at a time."""
+        raise NotImplementedError
+
+    def write(self, name: str, data: bytes) -> None:
+        raise NotImplementedError
+
+    def upload(self, source: Path, name: str) -> None:
+        """Put a file from `staging` here; it is gone from there afterwards."""
+        raise NotImplementedError
+
+    def rename(self, old: str, new: str) -> None:
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """No error when there is none."""
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """The files and folders that lie here, sorted; none when the folder is not there."""
+        raise NotImplementedError
+
+    def settle(self, names: list[str]) -> None:
+        """Return once these files would survive a power cut."""
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.read_range(name, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def checksum(self, name: str) -> str:
+        """sha256 of a file, read from end to end."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+class LocalPlace(Place):
+    """A folder on a disk."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path: Path = Path(path)
+
+    def file_url(self, name: str) -> str:
+        return str(self.path / name)
+
+    @property
+    def staging(self) -> Path:
+        return self.path / WORK
+
+    def clear_staging(self) -> None:
+        for part in self.staging.glob("*.part"):
+            part.unlink(missing_ok=True)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        with open(self.path / name, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, start)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        with open(self.path / name, "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        aside = path.with_name(f".{path.name}.part")
+        with open(aside, "wb") as file:
+            file.write(data)
+        os.replace(aside, path)
+
+    def upload(self, source: Path, name: str) -> None:
+        os.replace(source, self.path / name)
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(self.path / old, self.path / new)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
+
+    def settle(self, names: list[str]) -> None:
+        for name in names:
+            descriptor = os.open(self.path / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _as_os_errors(what: str) -> Iterator[None]:
+    """The errors of the storage libraries as OSError, which is all that callers know."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} is not there") from error
+    except OSError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "NotFoundError":
+            raise FileNotFoundError(f"{what} is not there") from error
+        raise OSError(f"{what}: {' '.join(str(error).split())[:500]}") from error
+
+
+class ObjectPlace(Place):
+    """A prefix in S3, Google Cloud Storage or Azure (credentials from the usual environment variables), or on a web
+    server, which can only be read."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._store: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "_store": None}  # a connection belongs to its process
+
+    @property
+    def store(self) -> Any:
+        if self._store is None:
+            try:
+                from obstore.store import from_url
+            except ImportError as error:
+                raise DataError(f"{self.url}: object storage needs obstore: pip install obstore") from error
+            plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", self.url)).startswith("http://")
+            try:
+                self._store = from_url(self.url, client_options={"allow_http": True} if plain else None)
+            except Exception as error:
+                raise DataError(f"{self.url}: cannot be opened: {error}") from error
+        return self._store
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        with _as_os_errors(self.file_url(name)):
+            return bytes(obstore.get(self.store, name).bytes())
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        import obstore
+
+        with _as_os_errors(self.file_url(name)):
+            return bytes(obstore.get_range(self.store, name, start=start, length=size))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        import obstore
+
+        with _as_os_errors(self.file_url(name)):
+            for chunk in obstore.get(self.store, name).stream(min_chunk_size=_CHUNK):
+                yield bytes(chunk)
+
+    def write(self, name: str, data: bytes) -> None:
+        import obstore
+
+        with _as_os_errors(self.file_url(name)):
+            obstore.put(self.store, name, data)
+
+    def upload(self, source: Path, name: str) -> None:
+        import obstore
+
+        with _as_os_errors(self.file_url(name)):
+            obstore.put(self.store, name, source, max_concurrency=4)
+        source.unlink()
+
+    def rename(self, old: str, new: str) -> None:
+        import obstore
+
+        with _as_os_errors(self.file_url(old)):
+            obstore.copy(self.store, old, new)
+            obstore.delete(self.store, old)
+
+    def remove(self, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+            obstore.delete(self.store, name)
+
+    def names(self) -> list[str]:
+        import obstore
+
+        with _as_os_errors(self.url):
+            listed = obstore.list_with_delimiter(self.store)
+        found = [str(entry["path"]) for entry in listed["objects"]] + [str(path) for path in listed["common_prefixes"]]
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+
+class FsspecPlace(Place):
+    """A folder in any other file system that fsspec knows, such as `sftp://` or `hdfs://`."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._opened: tuple[Any, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "_opened": None}
+
+    @property
+    def _system(self) -> tuple[Any, str]:
+        if self._opened is None:
+            import fsspec
+
+            try:
+                self._opened = fsspec.core.url_to_fs(self.url)
+            except (ImportError, ValueError) as error:
+                raise DataError(f"{self.url}: cannot be reached: {error}") from error
+        return self._opened
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        system, root = self._system
+        return system, f"{root.rstrip('/')}/{name}"
+
+    def read(self, name: str) -> bytes:
+        system, path = self._at(name)
+        with _as_os_errors(self.file_url(name)):
+            return system.cat_file(path)
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        system, path = self._at(name)
+        with _as_os_errors(self.file_url(name)):
+            return system.cat_file(path, start=start, end=start + size)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        system, path = self._at(name)
+        with _as_os_errors(self.file_url(name)), system.open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def write(self, name: str, data: bytes) -> None:
+        system, path = self._at(name)
+        with _as_os_errors(self.file_url(name)):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.pipe_file(f"{path}.part", data)
+            system.mv(f"{path}.part", path)
+
+    def upload(self, source: Path, name: str) -> None:
+        system, path = self._at(name)
+        with _as_os_errors(self.file_url(name)):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.put_file(str(source), f"{path}.part")
+            system.mv(f"{path}.part", path)
+        source.unlink()
+
+    def rename(self, old: str, new: str) -> None:
+        system, path = self._at(old)
+        with _as_os_errors(self.file_url(old)):
+            system.mv(path, self._at(new)[1])
+
+    def remove(self, name: str) -> None:
+        system, path = self._at(name)
+        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+            system.rm_file(path)
+
+    def names(self) -> list[str]:
+        system, root = self._system
+        try:
+            with _as_os_errors(self.url):
+                found = system.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)

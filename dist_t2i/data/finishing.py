@@ -1,0 +1,124 @@
+"""What makes shards a set: numbers without gaps, tokenizer, statistics, report, and last of all the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dist_t2i.data.destination import WORK, Place
+from dist_t2i.data.report import caption_statistics, write_report
+from dist_t2i.data.shards import FORMAT, VERSION
+from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
+from dist_t2i.data.writer import Options, Planned, accepted, count_reasons
+
+SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
+
+
+def finish(
+    place: Place,
+    planned: Sequence[Planned],
+    results: Sequence[dict[str, Any]],
+    problems: list[dict[str, Any]],
+    options: Options,
+) -> dict[str, Any]:
+    """Number the shards without gaps, then write everything that is not a shard; the manifest last. Raises OSError."""
+    place.remove("manifest.json")
+    kept = {split: accepted(planned, results, split) for split in dict.fromkeys(shard.split for shard in planned)}
+    counts = Counter(caption for item in kept["train"] for caption in item.captions)
+    tokenizer = train_tokenizer(counts, options.vocabulary)
+    place.write("tokenizer.json", tokenizer.text.encode())
+    shards = _number(place, results)
+    splits = {
+        split: {
+            "samples": sum(shard["samples"] for shard in shards[split]),
+            "bytes": sum(shard["bytes"] for shard in shards[split]),
+            "captions": caption_statistics([item.captions for item in kept[split]], tokenizer),
+            "short_side": [
+                min(shard["short_side"][0] for shard in shards[split]),
+                max(shard["short_side"][1] for shard in shards[split]),
+            ],
+            "shards": shards[split],
+        }
+        for split in kept
+        if shards.get(split)
+    }
+    manifest = _manifest(splits, tokenizer, problems, options)
+    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    place.write("bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+    if options.about.get("credit"):
+        about = options.about
+        text = f"# {about['name']}\n\n{about['credit']}\n\nLicence: {about.get('licence', 'unknown')}\n"
+        place.write("README.md", text.encode())
+    write_report(place, manifest, problems)
+    place.settle([shard["name"] for split in splits.values() for shard in split["shards"]])
+    place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    place.settle(["manifest.json"])
+    return manifest
+
+
+def _number(place: Place, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Drop empty shards and rename the rest so that numbers have no gap; returns the shards of each split."""
+    shards: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        listed = shards.setdefault(result["split"], [])
+        new = f"{result['split']}-{len(listed):05d}.tar" if result["samples"] else ""
+        _move(place, result, new)
+        if not new:
+            continue
+        listed.append(
+            {"name": new}
+            | {name: result[name] for name in SHARD_FACTS}
+            | {"left_out": len(result["rejected"]), "short_side": result["sides"]}
+        )
+    return shards
+
+
+def put_back(place: Place, results: dict[str, dict[str, Any]]) -> None:
+    """Undo the renaming, so that shards that are written again find their names free. Raises OSError."""
+    for result in reversed(results.values()):
+        if result["file"]:
+            _move(place, result, result["name"])
+
+
+def _move(place: Place, result: dict[str, Any], new: str) -> None:
+    """Give the tar and the index of a shard another name, or with "" none, and note it."""
+    old = result["file"]
+    if new == old:
+        return
+    for suffix in (".index", ".tar"):
+        if new:
+            place.rename(old[:-4] + suffix, new[:-4] + suffix)
+        else:
+            place.remove(old[:-4] + suffix)
+    result["file"] = new
+    place.write(f"{WORK}/{result['name'][:-4]}.json", json.dumps(result).encode())
+
+
+def fingerprint(splits: dict[str, Any], token_sha: str) -> str:
+    """sha256 over the names and checksums of all shards, and the tokenizer's."""
+    sums = [f"{shard['name']} {shard['sha256']}" for split in splits.values() for shard in split["shards"]]
+    return hashlib.sha256("\n".join([*sums, token_sha]).encode()).hexdigest()
+
+
+def _manifest(
+    splits: dict[str, Any], tokenizer: Tokenizer, problems: Sequence[dict[str, Any]], options: Options
+) -> dict[str, Any]:
+    token_sha = hashlib.sha256(tokenizer.text.encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint(splits, token_sha),
+        **options.about,
+        "image_size": options.size or None,
+        "splits": splits,
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "sha256": token_sha,
+            "vocabulary": tokenizer.vocab_size,
+            "known_words": len(tokenizer.known_words),
+        },
+        "bad_samples": dict(sorted(count_reasons(problems).items())),
+    }

@@ -1,0 +1,75 @@
+"""Width and height from the first bytes of a picture, and whether it has its last: no pixel is decoded.
+
+Cheap and strict: what is not plainly an ordinary, whole JPEG, PNG or WebP gets no answer, and is decoded instead. So
+it finds what was cut short, and cannot find a byte that changed in the middle.
+
+Sources: ITU-T T.81 annex B (JPEG), the PNG specification sections 5 and 11, RFC 9649 (WebP).
+"""
+
+from __future__ import annotations
+
+import zlib
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_FRAMES = (0xC0, 0xC1, 0xC2)
+"""Baseline, extended and progressive JPEGs with Huffman coding: what every decoder reads."""
+
+
+def kind_of(data: bytes) -> str:
+    """`jpg`, `png`, `webp`, or "" for everything else."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == _PNG:
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def measure(data: bytes) -> tuple[int, int] | None:
+    """(width, height) as stored, of a picture that looks whole; None when it should be decoded to know."""
+    kind = kind_of(data)
+    if kind == "jpg":
+        return _jpeg(data)
+    if kind == "png":
+        return _png(data)
+    return _webp(data) if kind == "webp" else None
+
+
+def _jpeg(data: bytes) -> tuple[int, int] | None:
+    if data[-2:] != b"\xff\xd9":
+        return None
+    at, size, shape = 2, len(data), None
+    while at + 4 <= size and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # the pixels begin
+            return shape
+        length = data[at + 2] << 8 | data[at + 3]
+        if marker in _FRAMES:
+            if at + 10 > size or data[at + 4] != 8 or data[at + 9] not in (1, 3):
+                return None
+            shape = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+            if 0 in shape:
+                return None
+        elif marker in (0x01, 0xFF) or (0xC3 <= marker <= 0xD9 and marker not in (0xC4, 0xCC)):
+            return None
+        at += 2 + length
+    return None
+
+
+def _png(data: bytes) -> tuple[int, int] | None:
+    if data[8:16] != b"\0\0\0\rIHDR" or data[-12:] != _PNG_END:
+        return None
+    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
+        return None
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def _webp(data: bytes) -> tuple[int, int] | None:
+    if int.from_bytes(data[4:8], "little") + 8 != len(data):
+        return None
+    if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    if data[12:16] == b"VP8L" and data[20:21] == b"\x2f":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return None  # VP8X: transparency, animation, metadata

@@ -1,0 +1,123 @@
+"""What the data sets that come as folders share: their layout is checked, their classes are split, their texts read."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dist_t2i.data.captions import decode_text, read_text_file
+from dist_t2i.data.folder import Item, Problem, captioned
+from dist_t2i.data.origins import PictureFile
+from dist_t2i.errors import DataError
+
+TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclasses.txt"
+
+
+def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
+    """The first of these folders that `root` has. Raises DataError that shows the layout."""
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder. What is expected:\n{layout}")
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(f"{root} has no folder {' or '.join(names)}. What is expected:\n{layout}")
+
+
+def files_of(folder: Path) -> set[str]:
+    """The names in a folder, listed once instead of asked for one by one."""
+    return {entry.name for entry in os.scandir(folder)}
+
+
+def class_split(
+    classes: Sequence[str],
+    folders: Iterable[Path],
+    train: Path | None,
+    test: Path | None,
+    default: Callable[[int], bool],
+) -> tuple[dict[str, str], str]:
+    """Class -> `train` or `test`, and where that comes from.
+
+    The lists of the text release are taken when they lie in one of `folders` and none is named: `testclasses.txt`
+    is held out, `trainvalclasses.txt` trained on, or in its absence `trainclasses.txt` and `valclasses.txt`. Without
+    any list, `default` says of a class's number whether it is held out.
+
+    Raises: DataError when a list cannot be read, names a class twice or one that is not there, or leaves one out.
+    """
+    if train is None and test is None:
+        lists = (TEST_LIST, *TRAIN_LISTS)
+        found = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
+        if found is None:
+            return {name: "test" if default(_number(name)) else "train" for name in classes}, "the default rule"
+        test = found / TEST_LIST if (found / TEST_LIST).is_file() else None
+        train = next((found / name for name in TRAIN_LISTS if (found / name).is_file()), None)
+    tested = _class_list(test, classes) if test else []
+    trained = _class_list(train, classes) if train else [name for name in classes if name not in set(tested)]
+    if train and train.name == "trainclasses.txt" and (extra := train.with_name("valclasses.txt")).is_file():
+        trained += _class_list(extra, classes)
+    if not test:
+        tested = [name for name in classes if name not in set(trained)]
+    if both := sorted(set(trained) & set(tested)):
+        raise DataError(f"{train} and {test} both name {', '.join(both[:5])}: no class may be in two splits")
+    if neither := [name for name in classes if name not in {*trained, *tested}]:
+        raise DataError(f"neither {train} nor {test} names {', '.join(neither[:5])} ({len(neither)} classes)")
+    return dict.fromkeys(trained, "train") | dict.fromkeys(
+        tested, "test"
+    ), f"{train or 'the rest'} and {test or 'the rest'}"
+
+
+def _number(name: str) -> int:
+    """3 of `003.Sooty_Albatross` and of `class_00003`."""
+    digits = "".join(char for char in name.partition(".")[0] if char.isdigit())
+    return int(digits or 0)
+
+
+def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
+    if path.suffix not in (".txt", ""):
+        raise DataError(f"{path}: a list of classes must be a text file with a class a line (pickles are not read)")
+    try:
+        named = [line.strip() for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot read the list of classes {path}: {error.strerror}") from error
+    known = set(classes)
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, classes, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise DataError(f"{path} names the class {name[:100]!r}, of which there are no pictures{hint}")
+    return named
+
+
+def text_items(
+    classes: Iterable[str],
+    texts: Path,
+    picture_of: Callable[[str, str], Path],
+    split: dict[str, str],
+    problems: list[Problem],
+) -> Iterator[Item]:
+    """The pictures that TEXTS/CLASS/NAME.txt describes, a caption a line; each class's name goes along."""
+    known: dict[Path, set[str]] = {}
+    for name in classes:
+        folder = texts / name
+        if not folder.is_dir():
+            problems.append(Problem(f"{texts.name}/{name}", "", "class has no captions"))
+            continue
+        for file in sorted(entry for entry in files_of(folder) if entry.endswith(".txt")):
+            path = picture_of(name, file[:-4])
+            where = f"{texts.name}/{name}/{file}"
+            if path.parent not in known:
+                known[path.parent] = files_of(path.parent) if path.parent.is_dir() else set()
+            if path.name not in known[path.parent]:
+                problems.append(Problem(where, path.name, "picture is missing"))
+                continue
+            try:
+                said = read_text_file(folder / file)
+            except OSError as error:
+                problems.append(Problem(where, path.name, f"captions are unreadable: {error.strerror}"))
+                continue
+            key = f"{name}/{file[:-4]}".replace(".", "_")
+            item = captioned(key, PictureFile(str(path)), said or ("",), where, problems, **{"class": name})
+            if item:
+                item.split = split[name]
+                yield item

@@ -1,0 +1,215 @@
+"""Where the bytes of a picture come from: a file, a drawing, a URL, a part of a tar."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from dist_t2i.data.destination import OBJECT_STORES, Place, open_place, scheme_of
+
+WEB = ("http", "https")
+MAX_DOWNLOAD = 2**28
+"""A picture of more bytes is not downloaded to its end."""
+TIMEOUT, ATTEMPTS = 30.0, 3
+"""Seconds without a byte from a server, and how often a download is tried that may still succeed."""
+_OPEN_FILES, _OPEN_PLACES = 64, 16
+
+
+class Origin:
+    """One picture, unread. All methods raise OSError."""
+
+    __slots__ = ()
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is far away, so that several should be read at once."""
+        return False
+
+    def known_size(self) -> int:
+        """Bytes, or 0 when that is not known before it is read."""
+        return 0
+
+    def stamp(self) -> list[int | str]:
+        """What changes when the picture does."""
+        raise NotImplementedError
+
+    def read(self) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile(Origin):
+    """A file on a disk."""
+
+    path: str
+
+    def known_size(self) -> int:
+        return os.stat(self.path).st_size
+
+    def stamp(self) -> list[int | str]:
+        status = os.stat(self.path)
+        return [status.st_size, status.st_mtime_ns]
+
+    def read(self) -> bytes:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            data = os.read(descriptor, size + 1)
+            while len(data) < size:
+                more = os.read(descriptor, size - len(data))
+                if not more:
+                    break
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing(Origin):
+    """An SVG, drawn at `size` pixels."""
+
+    path: str
+    size: int
+
+    def stamp(self) -> list[int | str]:
+        return PictureFile(self.path).stamp()
+
+    def read(self) -> bytes:
+        from dist_t2i.data.openmoji import render
+
+        return render(Path(self.path), self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Download(Origin):
+    """A URL: http(s), or an object in S3, Google Cloud Storage or Azure, or whatever fsspec reaches."""
+
+    url: str
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+    def stamp(self) -> list[int | str]:
+        return [self.url]
+
+    def read(self) -> bytes:
+        for attempt in range(ATTEMPTS):
+            try:
+                if scheme_of(self.url) in WEB:
+                    return _from_the_web(self.url)
+                folder, _, name = self.url.rpartition("/")
+                return _place(folder).read(name)
+            except OSError as error:
+                if attempt == ATTEMPTS - 1 or not _may_pass(error):
+                    raise
+                time.sleep(0.5 * 4**attempt)
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, slots=True)
+class TarPart(Origin):
+    """`size` bytes from `offset` on of a tar, local or not."""
+
+    url: str
+    offset: int
+    size: int
+    remote_tar: bool
+    version: str
+    """Changes when the tar does."""
+
+    @property
+    def remote(self) -> bool:
+        return self.remote_tar
+
+    def known_size(self) -> int:
+        return self.size
+
+    def stamp(self) -> list[int | str]:
+        return [self.url.rpartition("/")[2], self.offset, self.size, self.version]
+
+    def read(self) -> bytes:
+        if not self.remote_tar:
+            data = os.pread(_descriptor(self.url), self.size, self.offset)
+        else:
+            folder, _, name = self.url.rpartition("/")
+            data = _place(folder).read_range(name, self.offset, self.size)
+        if len(data) != self.size:
+            raise OSError("its tar is cut short")
+        return data
+
+
+class DownloadError(OSError):
+    """Why nothing came from a web server; `passing` when it may work later."""
+
+    def __init__(self, reason: str, passing: bool) -> None:
+        super().__init__(reason)
+        self.passing = passing
+
+    def __reduce__(self) -> tuple:
+        return DownloadError, (str(self), self.passing)
+
+
+def _may_pass(error: OSError) -> bool:
+    return getattr(error, "passing", not isinstance(error, FileNotFoundError | PermissionError))
+
+
+def _from_the_web(url: str) -> bytes:
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    parts = urlsplit(url)
+    plain = parts._replace(
+        path=quote(parts.path, safe="/%:@!$&'()*+,;=~"), query=quote(parts.query, safe="%/?&=+:,;@~")
+    )
+    request = urllib.request.Request(plain.geturl(), headers={"User-Agent": "dist_t2i"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            data = answer.read(MAX_DOWNLOAD + 1)
+            promised = answer.headers.get("Content-Length", "")
+    except urllib.error.HTTPError as error:
+        raise DownloadError(f"HTTP {error.code}", error.code in (408, 425, 429) or error.code >= 500) from error
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise DownloadError("the server does not answer", True) from error
+        raise DownloadError(getattr(reason, "strerror", None) or type(reason).__name__, True) from error
+    if len(data) > MAX_DOWNLOAD:
+        raise DownloadError(f"more than {MAX_DOWNLOAD >> 20} MB", False)
+    if promised.isdigit() and len(data) < int(promised):
+        raise DownloadError("the server stopped before the end", True)
+    return data
+
+
+_places: OrderedDict[tuple[int, str], Place] = OrderedDict()
+_descriptors: OrderedDict[tuple[int, str], int] = OrderedDict()
+
+
+def _place(url: str) -> Place:
+    """Connections are kept per process: they must not be shared over a fork."""
+    key = os.getpid(), url
+    if key not in _places:
+        _places[key] = open_place(url)
+        if len(_places) > _OPEN_PLACES:
+            _places.popitem(last=False)
+    return _places[key]
+
+
+def _descriptor(path: str) -> int:
+    key = os.getpid(), path
+    if key not in _descriptors:
+        _descriptors[key] = os.open(path, os.O_RDONLY)
+        if len(_descriptors) > _OPEN_FILES:
+            os.close(_descriptors.popitem(last=False)[1])
+    return _descriptors[key]
+
+
+def reachable(url: str) -> bool:
+    """Whether pictures are read from URLs of this scheme. Raises DataError for commands and chained file systems."""
+    return scheme_of(url) in (*WEB, *OBJECT_STORES, "memory", "local", "sftp", "hdfs")
