@@ -24,7 +24,7 @@ def shard(*arguments, check=True, cwd=None, **environment):
 
 def contents(folder):
     """Name -> sha256 of every visible file of a set."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

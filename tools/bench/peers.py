@@ -135,7 +135,6 @@ def mds(place: Place, decode: Decode) -> Batches:
     stand_in_for_torchvision()
     import streaming
 
-    streaming.base.util.clean_stale_shared_memory()
     unpack = decode or pillow
 
     class Pictures(streaming.StreamingDataset):

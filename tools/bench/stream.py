@@ -2,23 +2,26 @@
 
     python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
     bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench,test]"
+    bench-venv/bin/pip uninstall -y torchvision      unless torch is a CUDA build: it would not load
     bench-venv/bin/python tools/bench/stream.py [--data FOLDER] [--images 4000] [--rounds 5] [--loaders NAME ...]
     bench-venv/bin/python tools/bench/stream.py --resume     first batch after 0, 10% and 90% of 1,000,000 samples
     bench-venv/bin/python tools/bench/stream.py --scale      400 million samples in 40,000 shards
 
 Every loader reads the same 640x480 JPEGs in batches of 64 at 256 px, shuffled, in a process of its own; the loaders take
 turns within each round, so that what else the machine does strikes all alike. Table 1 gives all the same fast decoder,
-table 2 each peer the decoding of its documentation (Pillow, where torchvision does not load). Printed, as medians over the rounds:
-images/s after the first batch, the same relative to the fastest peer and to the decoder alone on as many processes
-(medians of the ratios within a round), seconds to the first batch (imports done; nothing cached by the loader), CPU
-seconds per 1,000 images of the whole process tree (without the S3 server), and peak memory: the sum of PSS over the tree,
-from one more run. S3 is a SeaweedFS server on the same cores, started and stopped here. Files come from the page cache.
+table 2 each peer the decoding of its documentation: with Pillow, as where torchvision does not load (energon then decodes
+before its shuffle buffer, as is its default); ours stays as it is. Printed, as medians over the rounds: images/s after the
+first batch, the same relative to the fastest peer and to the decoder alone on as many processes (medians of the ratios
+within a round), seconds to the first batch (imports done; nothing cached by the loader), CPU seconds per 1,000 images of
+the whole process tree (without the S3 server), and peak memory: the sum of PSS over the tree, from one more run. S3 is a
+SeaweedFS server on the same cores, started and stopped here. Files come from the page cache. Ours tokenizes as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -32,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))  # for storage.py, the S3 server of the tests
 
+from storage import S3Server, StorageError  # noqa: E402
 from tools.bench import deep, peers, probe  # noqa: E402
 from tools.bench.sets import Sets  # noqa: E402
 
@@ -62,6 +66,27 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    missing = [name for name in options.loaders if name in peers.MODULES and not found(peers.MODULES[name])]
+    if missing and not (options.resume or options.scale):
+        print(f"error: not installed: {', '.join(missing)}; see --help, or choose with --loaders", file=sys.stderr)
+        return 2
+    try:
+        return bench(options)
+    except (probe.ProbeError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def found(module: str) -> bool:
+    """Whether a module is installed; without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def bench(options: argparse.Namespace) -> int:
+    """What the options ask for."""
     with contextlib.ExitStack() as stack:
         data = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         data = data.resolve()
@@ -93,8 +118,6 @@ def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack
 @contextlib.contextmanager
 def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
     """An S3 server that holds the sets, from `data/N/s3`."""
-    from storage import S3Server
-
     with S3Server(sets.folder / "s3") as server:
         for name in ["set", *(loader for loader in loaders if loader in ("energon", "litdata", "mds"))]:
             stamp = sets.folder / "s3" / f"has-{name}"

@@ -1,0 +1,49 @@
+"""The stream benchmark runs, on pictures like COCO's, with the loaders that every installation has."""
+
+import json
+import statistics
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_pictures_are_as_large_as_cocos_and_always_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from tools.bench.sets import captions, picture
+
+    made = [picture(number) for number in range(24)]
+    assert made[7] == picture(7) and captions(7) == captions(7) and len(set(made)) == 24
+    assert Image.open(BytesIO(made[0])).size == (640, 480)
+    assert 100e3 < statistics.mean(map(len, made)) < 130e3
+    assert max(map(len, made)) > 1.5 * min(map(len, made))
+
+
+@pytest.mark.slow
+def test_it_compares_loaders_that_read_from_s3(tmp_path):
+    out = tmp_path / "numbers.json"
+    places = ["--places", "s3:2", "--tables", "1", "--rounds", "1", "--images", "256"]
+    command = [sys.executable, "tools/bench/stream.py", "--data", str(tmp_path / "data"), *places, "--json", str(out)]
+    ran = subprocess.run([*command, "--loaders", "dist_t2i", "webdataset"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    (table,) = json.loads(out.read_text())
+    assert table["place"] == "s3:2" and set(table["rows"]) == {"dist_t2i", "webdataset", "decoder"}
+    assert all(run["rate"] > 0 for runs in table["rows"].values() for run in runs)
+    assert table["rows"]["dist_t2i"][-1]["memory"] > 50e6
+    (line,) = (line.split() for line in ran.stdout.splitlines() if line.startswith("webdataset"))
+    assert float(line[3]) == 1.0, "it is the fastest peer"
+
+
+def test_a_peer_that_is_missing_is_named():
+    import importlib.util
+
+    if importlib.util.find_spec("litdata"):
+        pytest.skip("it is installed")
+    command = [sys.executable, "tools/bench/stream.py", "--loaders", "dist_t2i", "litdata"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2 and "error: not installed: litdata" in ran.stderr
