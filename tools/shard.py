@@ -5,6 +5,7 @@ python tools/shard.py folder --images DIR --captions FILE.jsonl --out DIR
 python tools/shard.py coco DIR --karpathy dataset_coco.json --out s3://bucket/coco
 python tools/shard.py parquet part-{000..063}.parquet --image-column URL --caption-column TEXT --size 256 --out DIR
 python tools/shard.py webdataset "s3://bucket/old/{00000..00331}.tar" --min-side 256 --out DIR
+python tools/shard.py index "s3://bucket/coco/train-{000000..000591}.tar"
 python tools/shard.py inspect DIR
 python tools/shard.py verify DIR
 
@@ -24,7 +25,7 @@ from dist_t2i.errors import run_command
 def main() -> int:
     chosen = parse(None, __doc__ or "")
     try:
-        return {"inspect": look, "verify": check}.get(chosen.source, write)(chosen)
+        return {"index": index, "inspect": look, "verify": check}.get(chosen.source, write)(chosen)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -59,6 +60,28 @@ def on_cluster(chosen: argparse.Namespace) -> Any:
         at_once=chosen.slurm_parallel,
         extra=dict(chosen.slurm_set),
     ).write
+
+
+def index(chosen: argparse.Namespace) -> int:
+    from dist_t2i.config import DataConfig
+    from dist_t2i.data.indexing import indexed_set
+    from dist_t2i.data.lists import storage_of
+    from dist_t2i.data.urls import expand
+
+    found = indexed_set(
+        expand(chosen.urls),
+        storage_of(DataConfig()),
+        chosen.out,
+        processes=chosen.processes,
+        checksums=not chosen.quick,
+        vocabulary=chosen.vocabulary,
+    )
+    part = found.manifest["splits"]["train"]
+    print(f"train: {part['samples']:,} pictures in {len(part['shards']):,} tars, {part['bytes'] / 1e6:,.1f} MB")
+    for reason, count in found.manifest["bad_samples"].items():
+        print(f"left out: {count:,} x {reason}")
+    print(f"set: {found.folder}")
+    return 0
 
 
 def look(chosen: argparse.Namespace) -> int:

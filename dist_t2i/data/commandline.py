@@ -27,6 +27,11 @@ decoders run code (pickles) are not read. A tar that is cut short gives what cam
 read once to find the pictures, and each picture again when its shard is written."""
 
 
+_INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer. Training on the same list then
+begins at once (data.train=URL...); without this, it does the same at its first start. Run again, it reads only tars that are
+new or changed. URLs as in data.train: s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
+
+
 def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     """The chosen `source` (or inspect, verify) with its arguments."""
     parser = argparse.ArgumentParser(
@@ -52,6 +57,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     for one in writing:
         _pictures(one)
         _output(one, 1_000 if one.prog.endswith("openmoji") else 10_000)
+    _indexing(source("index", "make a set of tars that others wrote, which stay where and as they are", _INDEX))
     _looking(source("inspect", "what is in a set: counts, sizes, captions, bad samples, a contact sheet"))
     _checking(source("verify", "read a whole set and check every checksum; status 1 when something differs"))
     return parser.parse_args(arguments)
@@ -187,6 +193,14 @@ def _output(source: Parser, samples: int) -> None:
     group.add_argument(
         "--slurm-set", type=pair, action="append", default=[], metavar="NAME=VALUE", help="more for sbatch: qos=long"
     )
+
+
+def _indexing(source: Parser) -> None:
+    source.add_argument("urls", nargs="+", metavar="URL", help="tars: paths, globs, URLs with braces")
+    source.add_argument("--out", type=Path, metavar="DIR", help="for data.train=DIR (default: where training looks)")
+    source.add_argument("--quick", action="store_true", help="pass over the pictures: faster, but without checksums")
+    source.add_argument("--vocabulary", type=positive, default=4096, help="tokens at most (default: %(default)s)")
+    source.add_argument("--processes", type=positive, default=cores(), help="(default: %(default)s)")
 
 
 def _looking(source: Parser) -> None:

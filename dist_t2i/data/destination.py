@@ -45,6 +45,14 @@ def open_place(url: str | Path) -> Place:
     return FsspecPlace(text.rstrip("/"))
 
 
+def place_of(place: Place, name: str) -> tuple[Place, str]:
+    """Where a file that a manifest names lies: in the place itself, or elsewhere when the name is a URL or a whole path."""
+    if not scheme_of(name) and not os.path.isabs(name):
+        return place, name
+    folder, _, last = name.rpartition("/")
+    return open_place(folder or "/"), last
+
+
 class Place:
     """Files by name in one folder. All methods raise OSError (FileNotFoundError) when they fail. Picklable."""
 

@@ -162,7 +162,7 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
         "samples": len(index),
         "bytes": file.size if remote else os.path.getsize(url),
         "tag": file.tag if remote else "",
-        "checksum": hashlib.sha256(index.to_bytes()).hexdigest(),
+        "index_sha256": hashlib.sha256(index.to_bytes()).hexdigest(),
         "problems": problems[:_MAX_PROBLEMS],
         "problem_count": len(problems),
         "captions": captions,
@@ -202,11 +202,11 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         result = json.loads(_files(home, number)[1].read_bytes())
         counts.update(reason for _, reason in result["problems"])
         problems += [{"where": base_name(url), "picture": key, "reason": reason} for key, reason in result["problems"]]
-        digest.update(f"{result['samples']} {result['checksum']}\n".encode())
+        digest.update(f"{result['samples']} {result['index_sha256']}\n".encode())
         captions += result["captions"]
         if result["samples"]:
             entry = {"name": url, "index": f"index/{number:08d}.index"}
-            shards.append(entry | {name: result[name] for name in ("samples", "bytes", "tag")})
+            shards.append(entry | {name: result[name] for name in ("samples", "bytes", "tag", "index_sha256")})
     if not shards:
         listed = "".join(f"\n  {count} x {reason}" for reason, count in counts.most_common(10))
         raise DataError(f"{urls[0]} and the rest of the list hold no picture with a caption{listed}")
@@ -228,7 +228,12 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         "name": base_name(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
         "image_size": None,
         "splits": {"train": train},
-        "tokenizer": {"file": "tokenizer.json", "vocabulary": tokenizer.vocab_size},
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "sha256": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
+            "vocabulary": tokenizer.vocab_size,
+            "known_words": len(tokenizer.known_words),
+        },
         "bad_samples": dict(sorted(counts.items())),
     }
     place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.destination import Place, open_place
+from dist_t2i.data.destination import Place, open_place, place_of
 from dist_t2i.data.finishing import fingerprint
-from dist_t2i.data.report import contact_sheet, some_samples
+from dist_t2i.data.report import contact_sheet, index_name, some_samples
 from dist_t2i.data.shards import FORMAT, VERSION
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.data.tarwriter import crc32
@@ -62,7 +62,7 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
             len(part["shards"]),
             f"{part['bytes'] / 1e6:,.1f}",
             f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-            f"{part['short_side'][0]} to {part['short_side'][1]}",
+            " to ".join(map(str, part.get("short_side") or ["not looked at"])),
             f"{part['captions']['count']:,}",
             f"{part['captions']['words']['mean']} / {part['captions']['words']['max']}",
             f"{part['captions']['tokens']['mean']} / {part['captions']['tokens']['p99']} / {part['captions']['tokens']['max']}",
@@ -123,14 +123,14 @@ def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
         found = f"unreadable: {error.strerror or error}"
     if found != token_sha:
         differs.append((manifest["tokenizer"]["file"], "sha256", token_sha[:16], found[:64]))
-    expected = fingerprint(manifest["splits"], token_sha)
-    if expected != manifest["fingerprint"]:
+    shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
+    expected = fingerprint(manifest["splits"], token_sha) if all("sha256" in shard for shard in shards) else ""
+    if expected and expected != manifest["fingerprint"]:
         differs.append(("manifest.json", "fingerprint", manifest["fingerprint"][:16], expected[:16]))
     for name, part in manifest["splits"].items():
         total = sum(shard["samples"] for shard in part["shards"])
         if total != part["samples"]:
             differs.append(("manifest.json", f"samples of {name}", str(part["samples"]), str(total)))
-    shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
     for some in spread(verify_shard, [(place, shard) for shard in shards]):
         differs.extend(some)
     return len(shards), differs
@@ -145,22 +145,22 @@ def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     differs: list[Difference] = []
     index: ShardIndex | None = None
     try:
-        data = place.read(f"{name[:-4]}.index")
+        data = place.read(index_name(shard))
         found = hashlib.sha256(data).hexdigest()
         if found != shard["index_sha256"]:
-            differs.append((f"{name[:-4]}.index", "sha256", shard["index_sha256"][:16], found[:16]))
+            differs.append((index_name(shard), "sha256", shard["index_sha256"][:16], found[:16]))
         index = ShardIndex.from_bytes(data, name)
         if len(index) != shard["samples"]:
-            differs.append((f"{name[:-4]}.index", "samples", str(shard["samples"]), str(len(index))))
+            differs.append((index_name(shard), "samples", str(shard["samples"]), str(len(index))))
     except (OSError, DataError) as error:
-        differs.append((f"{name[:-4]}.index", "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
+        differs.append((index_name(shard), "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
     try:
-        size, digest, crcs = _read_through(place, name, index)
+        size, digest, crcs = _read_through(*place_of(place, name), index)
     except OSError as error:
         return [*differs, (name, "", "a shard", f"{error.strerror or error}"[:200])]
     if size != shard["bytes"]:
         differs.append((name, "bytes", str(shard["bytes"]), str(size)))
-    if digest != shard["sha256"]:
+    if digest != shard.get("sha256", digest):
         differs.append((name, "sha256", shard["sha256"][:16], digest[:16]))
     for key, expected, got in crcs:
         differs.append((name, f"crc32 of {key}", f"{expected:08x}", f"{got:08x}"))
@@ -185,7 +185,7 @@ def _read_through(place: Place, name: str, index: ShardIndex | None) -> tuple[in
             crc = crc32(view[max(0, offset - at) : max(0, offset + size - at)], crc)
             if offset + size > end:
                 break
-            if crc != expected:
+            if expected >= 0 and crc != expected:
                 wrong.append((key, expected, crc))
             place_in, crc = place_in + 1, 0
         at = end

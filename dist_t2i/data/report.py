@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dist_t2i.data.destination import Place
+from dist_t2i.data.destination import Place, place_of
 from dist_t2i.data.shards import BadSample, Sample
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer, words
@@ -62,9 +62,14 @@ def some_samples(place: Place, manifest: dict[str, Any], split: str = "train", c
         rows = [number - start for number in wanted if start <= number < start + shard["samples"]]
         start += shard["samples"]
         if rows:
-            index = ShardIndex.from_bytes(place.read(f"{shard['name'][:-4]}.index"), shard["name"])
-            chosen.extend(_samples_of(place, shard["name"], index, rows))
+            index = ShardIndex.from_bytes(place.read(index_name(shard)), shard["name"])
+            chosen.extend(_samples_of(*place_of(place, shard["name"]), index, rows))
     return chosen
+
+
+def index_name(shard: dict[str, Any]) -> str:
+    """The index of a shard in a manifest: beside it unless said otherwise."""
+    return shard.get("index") or f"{shard['name'][:-4]}.index"
 
 
 def _samples_of(place: Place, name: str, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:

@@ -4,6 +4,8 @@ import io
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from dist_t2i.data.stream import open_stream
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.errors import DataError
 from pictures import config_for, encoded, make_set, picture
+from ranks import ROOT
 
 
 def write(path: Path, numbers: range, layout: str = "webdataset") -> Path:
@@ -167,3 +170,29 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
         indexed_set([str(tmp_path / "b.tar")], FROM_ENVIRONMENT, tmp_path / "home2")
     with pytest.raises(DataError, match=r"c\.tar: cannot be indexed: No such file"):
         indexed_set([str(tmp_path / "c.tar")], FROM_ENVIRONMENT, tmp_path / "home3")
+
+
+def test_the_command(tars, tmp_path):
+    out = tmp_path / "set"
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "shard.py"),
+        "index",
+        f"{tars[0].parent}/f-*.tar",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "train: 60 pictures in 3 tars" in done.stdout and f"set: {out}" in done.stdout
+    shown = subprocess.run([*command[:2], "inspect", str(out)], capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 0 and "60" in shown.stdout, shown.stderr
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
+    whole = subprocess.run([*command[:2], "verify", str(out)], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    data = bytearray(tars[1].read_bytes())
+    data[2000] ^= 1
+    tars[1].write_bytes(data)
+    hurt = subprocess.run([*command[:2], "verify", str(out)], capture_output=True, text=True)
+    assert hurt.returncode == 1 and "crc32 of" in hurt.stdout and "f-001.tar" in hurt.stdout
+    wrong = subprocess.run([*command[:3], "pipe:cat x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "commands are not run" in wrong.stderr and "Traceback" not in wrong.stderr
