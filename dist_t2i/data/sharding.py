@@ -136,7 +136,9 @@ def in_processes(
     Raises DataError when a process is killed.
     """
     global _counter
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    # A process that has talked to an object store has threads, and children forked from it would hang (see apart.py).
+    forks = sys.platform == "linux" and "obstore" not in sys.modules
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     if processes <= 1 or len(arguments) <= 1:
         _counter = _Count(show)
         return [work(*one) for one in arguments]

@@ -1,0 +1,46 @@
+"""The sharding tool with a set in object storage: written there, checked there, indexed and read from there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pictures import make_folder
+from ranks import ROOT
+from storage import S3Server, without_aws
+
+pytestmark = pytest.mark.slow
+
+
+def test_written_verified_indexed_and_read_again(tmp_path: Path):
+    captions = make_folder(tmp_path / "pictures", 60, kind="jpg")
+    with S3Server(tmp_path / "s3") as server:
+        environment = {**without_aws(os.environ), **server.environment, "XDG_CACHE_HOME": str(tmp_path / "home")}
+
+        def shard(*arguments: object, status: int = 0) -> str:
+            command = [sys.executable, str(ROOT / "tools" / "shard.py"), *map(str, arguments)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == status and "Traceback" not in done.stderr, done.stdout + done.stderr
+            return done.stdout
+
+        write = ("folder", "--images", tmp_path / "pictures", "--captions", captions, "--shard-samples", 10)
+        write = (*write, "--holdout", 0, "--processes", 2)
+        assert "train: 60 pictures, 120 captions" in shard(*write, "--out", "s3://data/mine")
+        shard(*write, "--out", tmp_path / "mine")
+        for path in (tmp_path / "mine").iterdir():
+            if path.is_file():
+                assert server.get(f"mine/{path.name}") == path.read_bytes(), "the same set, wherever it is written"
+        assert "all 6 shards" in shard("verify", "s3://data/mine", "--processes", 2)
+        assert "60" in shard("inspect", "s3://data/mine", "--sheet", tmp_path / "sheet.png")
+        tars = "s3://data/mine/train-{00000..00005}.tar"
+        assert "train: 60 pictures in 6 tars" in shard("index", tars, "--out", tmp_path / "index")
+        assert "all 6 shards" in shard("verify", tmp_path / "index", "--processes", 2)
+        assert "train: 60 pictures" in shard("webdataset", tars, "--out", tmp_path / "again", "--holdout", 0)
+        hurt = bytearray(server.get("mine/train-00002.tar"))
+        hurt[700] ^= 1
+        server.put("mine/train-00002.tar", bytes(hurt))
+        assert "train-00002.tar" in shard("verify", "s3://data/mine", "--processes", 2, status=1)
