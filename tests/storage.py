@@ -189,6 +189,9 @@ class S3Server:
             try:
                 obstore.put(store, ".ready", b"")  # a bucket can be listed before it can be written to
                 obstore.delete(store, ".ready")
+                for item in next(obstore.list(store, chunk_size=20), []):  # and written to before it can be read again
+                    if item["size"]:
+                        obstore.get_range(store, item["path"], start=0, length=1)
                 return
             except Exception as error:
                 assert self._process is not None
