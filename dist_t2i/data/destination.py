@@ -34,6 +34,13 @@ def scheme_of(url: str) -> str:
     return found[1].lower() if found else ""
 
 
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file on a disk so that it exists whole or not at all. Raises OSError."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
 def open_place(url: str | Path) -> Place:
     """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way."""
     text = str(url)
@@ -155,11 +162,7 @@ class LocalPlace(Place):
                 yield chunk
 
     def write(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        aside = path.with_name(f".{path.name}.part")
-        with open(aside, "wb") as file:
-            file.write(data)
-        os.replace(aside, path)
+        write_aside(self.path / name, data)
 
     def upload(self, source: Path, name: str) -> None:
         os.replace(source, self.path / name)

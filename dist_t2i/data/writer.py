@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place
+from dist_t2i.data.destination import WORK, Place, write_aside
 from dist_t2i.data.folder import Item, Problem
 from dist_t2i.data.origins import DownloadError
 from dist_t2i.data.preparing import Options, prepare
@@ -28,7 +28,7 @@ from dist_t2i.errors import DataError
 
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
 
-__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_shard"]
+__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_aside", "write_shard"]
 
 
 @dataclass
@@ -77,15 +77,16 @@ def plan_hash(planned: Sequence[Planned], options: Options) -> str:
     shaping = [VERSION, options.shaping(), options.vocabulary, options.about]
     digest = hashlib.sha256(json.dumps(shaping).encode())
     for shard in planned:
-        for item in shard.items:
-            try:
-                stamp = item.picture.stamp()
-            except OSError:
-                stamp = []
-            digest.update(
-                repr((shard.name, item.key, item.captions, item.attributes, stamp)).encode("utf-8", "replace")
-            )
+        lines = [(item.key, item.captions, item.attributes, _stamp(item)) for item in shard.items]
+        digest.update(f"{shard.name} {lines}".encode("utf-8", "replace"))
     return digest.hexdigest()
+
+
+def _stamp(item: Item) -> list[int | str]:
+    try:
+        return item.picture.stamp()
+    except OSError:  # whoever writes the shard will say why
+        return []
 
 
 def write_shard(
