@@ -152,12 +152,14 @@ def in_processes(
             for future in done:
                 results[waiting.pop(future)] = future.result()
             show(counter.value)
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise DataError(
-            "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
-        ) from error
-    finally:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise DataError(
+                "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
+            ) from error
+        raise
+    pool.shutdown()  # a process that comes too late for any work must still find what it was started with
     return results
 
 
