@@ -19,6 +19,7 @@ def shard(*arguments, check=True, cwd=None, **environment):
     command = [sys.executable, str(ROOT / "tools" / "shard.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
     assert not check or done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 

@@ -22,6 +22,8 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""
 _CHUNK = 2**20
+_PATIENCE = 3600
+"""Seconds that a file may take to come or go."""
 
 
 def scheme_of(url: str) -> str:
@@ -32,6 +34,13 @@ def scheme_of(url: str) -> str:
     if "::" in url and "://" in url:
         raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
     return found[1].lower() if found else ""
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file on a disk so that it exists whole or not at all. Raises OSError."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_bytes(data)
+    os.replace(aside, path)
 
 
 def open_place(url: str | Path) -> Place:
@@ -155,11 +164,7 @@ class LocalPlace(Place):
                 yield chunk
 
     def write(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        aside = path.with_name(f".{path.name}.part")
-        with open(aside, "wb") as file:
-            file.write(data)
-        os.replace(aside, path)
+        write_aside(self.path / name, data)
 
     def upload(self, source: Path, name: str) -> None:
         os.replace(source, self.path / name)
@@ -215,9 +220,17 @@ class ObjectPlace(Place):
                 from obstore.store import from_url
             except ImportError as error:
                 raise DataError(f"{self.url}: object storage needs obstore: pip install obstore") from error
-            plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", self.url)).startswith("http://")
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+            config: Any = {
+                "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+            }
+            if endpoint:
+                config["endpoint"] = endpoint
+            client: Any = {"allow_http": endpoint.startswith("http://") or self.url.startswith("http://")}
+            client["timeout"] = f"{_PATIENCE}s"  # a shard is one answer
             try:
-                self._store = from_url(self.url, client_options={"allow_http": True} if plain else None)
+                config = config if scheme_of(self.url) in ("s3", "s3a") else None
+                self._store = from_url(self.url, config=config, client_options=client)
             except Exception as error:
                 raise DataError(f"{self.url}: cannot be opened: {error}") from error
         return self._store

@@ -49,7 +49,7 @@ def _exact(items: Sequence[Item], spread: Spread) -> list[tuple[Item, Item]]:
     sizes: dict[int, list[Item]] = {}
     for item in items:
         try:
-            sizes.setdefault(item.picture.known_size(), []).append(item)
+            sizes.setdefault(item.picture.known()[0], []).append(item)
         except OSError:  # whoever writes it will say so
             continue
     several = [item for size, alike in sizes.items() if len(alike) > 1 or not size for item in alike]

@@ -14,6 +14,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _FRAMES = (0xC0, 0xC1, 0xC2)
 """Baseline, extended and progressive JPEGs with Huffman coding: what every decoder reads."""
+_BEFORE_FRAME = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
+"""Applications' segments, comments and tables."""
 
 
 def kind_of(data: bytes) -> str:
@@ -38,21 +40,17 @@ def measure(data: bytes) -> tuple[int, int] | None:
 def _jpeg(data: bytes) -> tuple[int, int] | None:
     if data[-2:] != b"\xff\xd9":
         return None
-    at, size, shape = 2, len(data), None
-    while at + 4 <= size and data[at] == 0xFF:
+    at, size = 2, len(data)
+    while at + 10 <= size and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xDA:  # the pixels begin
-            return shape
-        length = data[at + 2] << 8 | data[at + 3]
         if marker in _FRAMES:
-            if at + 10 > size or data[at + 4] != 8 or data[at + 9] not in (1, 3):
+            if data[at + 4] != 8 or data[at + 9] not in (1, 3) or data.find(b"\xff\xda", at) < 0:
                 return None
-            shape = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
-            if 0 in shape:
-                return None
-        elif marker in (0x01, 0xFF) or (0xC3 <= marker <= 0xD9 and marker not in (0xC4, 0xCC)):
+            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+            return (width, height) if width and height else None
+        if marker not in _BEFORE_FRAME:
             return None
-        at += 2 + length
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None
 
 

@@ -29,12 +29,8 @@ class Origin:
         """Whether it is far away, so that several should be read at once."""
         return False
 
-    def known_size(self) -> int:
-        """Bytes, or 0 when that is not known before it is read."""
-        return 0
-
-    def stamp(self) -> list[int | str]:
-        """What changes when the picture does."""
+    def known(self) -> tuple[int, str]:
+        """What is known before it is read: its bytes (0 when they are not), and a text that changes when it does."""
         raise NotImplementedError
 
     def read(self) -> bytes:
@@ -47,12 +43,9 @@ class PictureFile(Origin):
 
     path: str
 
-    def known_size(self) -> int:
-        return os.stat(self.path).st_size
-
-    def stamp(self) -> list[int | str]:
+    def known(self) -> tuple[int, str]:
         status = os.stat(self.path)
-        return [status.st_size, status.st_mtime_ns]
+        return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
 
     def read(self) -> bytes:
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -76,8 +69,8 @@ class Drawing(Origin):
     path: str
     size: int
 
-    def stamp(self) -> list[int | str]:
-        return PictureFile(self.path).stamp()
+    def known(self) -> tuple[int, str]:
+        return 0, PictureFile(self.path).known()[1]
 
     def read(self) -> bytes:
         from dist_t2i.data.openmoji import render
@@ -95,8 +88,8 @@ class Download(Origin):
     def remote(self) -> bool:
         return True
 
-    def stamp(self) -> list[int | str]:
-        return [self.url]
+    def known(self) -> tuple[int, str]:
+        return 0, self.url
 
     def read(self) -> bytes:
         for attempt in range(ATTEMPTS):
@@ -127,11 +120,8 @@ class TarPart(Origin):
     def remote(self) -> bool:
         return self.remote_tar
 
-    def known_size(self) -> int:
-        return self.size
-
-    def stamp(self) -> list[int | str]:
-        return [self.url.rpartition("/")[2], self.offset, self.size, self.version]
+    def known(self) -> tuple[int, str]:
+        return self.size, f"{self.url.rpartition('/')[2]} {self.offset} {self.size} {self.version}"
 
     def read(self) -> bytes:
         if not self.remote_tar:

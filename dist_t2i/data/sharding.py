@@ -136,12 +136,12 @@ def in_processes(
     Raises DataError when a process is killed.
     """
     global _counter
-    # A process that has talked to an object store has threads, and children forked from it would hang (see apart.py).
-    forks = sys.platform == "linux" and "obstore" not in sys.modules
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     if processes <= 1 or len(arguments) <= 1:
         _counter = _Count(show)
         return [work(*one) for one in arguments]
+    # A client of an object store has threads, and a fork of a process that has them hangs (see apart.py).
+    forks = sys.platform == "linux" and not {"obstore", "fsspec"} & sys.modules.keys()
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     counter = context.Value("q", 0)
     pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(arguments)), context, _start_process, (counter,))
     waiting = {pool.submit(work, *one): number for number, one in enumerate(arguments)}
@@ -152,12 +152,14 @@ def in_processes(
             for future in done:
                 results[waiting.pop(future)] = future.result()
             show(counter.value)
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise DataError(
-            "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
-        ) from error
-    finally:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise DataError(
+                "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
+            ) from error
+        raise
+    pool.shutdown()  # a process that comes too late for any work must still find what it was started with
     return results
 
 

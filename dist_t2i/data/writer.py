@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place
+from dist_t2i.data.destination import WORK, Place, write_aside
 from dist_t2i.data.folder import Item, Problem
 from dist_t2i.data.origins import DownloadError
 from dist_t2i.data.preparing import Options, prepare
@@ -26,9 +26,11 @@ from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.data.tarwriter import TarWriter
 from dist_t2i.errors import DataError
 
+_ROOM = 3 * 1024
+"""Bytes that a sample takes in a tar beside those of its picture, roughly."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
 
-__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_shard"]
+__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_aside", "write_shard"]
 
 
 @dataclass
@@ -38,38 +40,49 @@ class Planned:
     name: str
     split: str
     items: list[Item]
+    stamps: list[str]
+    """What changes when a picture does, one an item."""
+    megabytes: float = 0.0
+    """Of its pictures, as far as they are known."""
 
 
 def plan_shards(items: Sequence[Item], options: Options) -> list[Planned]:
     """Items -> shards, by split; in an order that a hash of the keys gives, so that neighbours have little in common.
 
-    Megabytes are those of the pictures before they are prepared, as far as they are known: when pictures shrink or
-    come from URLs, only the number of samples bounds a shard.
+    Megabytes are those of the pictures before they are prepared, as far as they are known: when pictures shrink, change
+    their format or come from URLs, only the number of samples bounds a shard.
     """
     planned: list[Planned] = []
     chosen: dict[str, list[Item]] = {"train": []}
     for item in items:
         chosen.setdefault(item.split, []).append(item)
     for split in ("train", *sorted(set(chosen) - {"train"})):
-        number, size = 0, 0.0
+        number = 0
         for item in sorted(chosen[split], key=lambda item: hashlib.sha256(item.key.encode()).digest()):
             current = planned[-1] if planned and planned[-1].split == split else None
-            item_size = 0.0 if options.size else _megabytes(item)
-            full = current and (len(current.items) >= options.shard_samples or size + item_size > options.shard_mb)
+            item_size, stamp = _known(item)
+            if options.size or options.format:
+                item_size = 0.0
+            full = current and (
+                len(current.items) >= options.shard_samples or current.megabytes + item_size > options.shard_mb
+            )
             if current is None or full:
-                current = Planned(f"{split}-{number:05d}", split, [])
+                current = Planned(f"{split}-{number:05d}", split, [], [])
                 planned.append(current)
-                number, size = number + 1, 0.0
+                number += 1
             current.items.append(item)
-            size += item_size
+            current.stamps.append(stamp)
+            current.megabytes += item_size
     return planned
 
 
-def _megabytes(item: Item) -> float:
+def _known(item: Item) -> tuple[float, str]:
+    """Megabytes and stamp of the picture of an item."""
     try:
-        return item.picture.known_size() / 1e6
+        size, stamp = item.picture.known()
     except OSError:  # whoever writes the shard will say why
-        return 0.0
+        return 0.0, ""
+    return size / 1e6, stamp
 
 
 def plan_hash(planned: Sequence[Planned], options: Options) -> str:
@@ -77,14 +90,10 @@ def plan_hash(planned: Sequence[Planned], options: Options) -> str:
     shaping = [VERSION, options.shaping(), options.vocabulary, options.about]
     digest = hashlib.sha256(json.dumps(shaping).encode())
     for shard in planned:
-        for item in shard.items:
-            try:
-                stamp = item.picture.stamp()
-            except OSError:
-                stamp = []
-            digest.update(
-                repr((shard.name, item.key, item.captions, item.attributes, stamp)).encode("utf-8", "replace")
-            )
+        lines = [shard.name]
+        for item, stamp in zip(shard.items, shard.stamps, strict=True):  # no caption has a line end or a control sign
+            lines += (item.key, stamp, *item.captions, repr(item.attributes) if item.attributes else "", "\0")
+        digest.update("\n".join(lines).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 
@@ -95,7 +104,7 @@ def write_shard(
     aside = place.staging / f"{shard.name}.tar.part"
     keys, members, problems, rejected, sides = [], [], [], [], []
     captions = 0
-    with TarWriter(aside) as tar:
+    with TarWriter(aside, round(shard.megabytes * 1e6) + len(shard.items) * _ROOM if shard.megabytes else 0) as tar:
         for number, (item, data) in enumerate(_readings(shard.items, options.threads)):
             advance()
             try:

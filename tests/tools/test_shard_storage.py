@@ -1,4 +1,4 @@
-"""The sharding tool with a set in object storage: written there, checked there, indexed and read from there."""
+"""Tars in object storage that become a set where they lie."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage import S3Server, without_aws
 pytestmark = pytest.mark.slow
 
 
-def test_written_verified_indexed_and_read_again(tmp_path: Path):
+def test_indexed_and_verified(tmp_path: Path):
     captions = make_folder(tmp_path / "pictures", 60, kind="jpg")
     with S3Server(tmp_path / "s3") as server:
         environment = {**without_aws(os.environ), **server.environment, "XDG_CACHE_HOME": str(tmp_path / "home")}
@@ -28,19 +28,11 @@ def test_written_verified_indexed_and_read_again(tmp_path: Path):
             return done.stdout
 
         write = ("folder", "--images", tmp_path / "pictures", "--captions", captions, "--shard-samples", 10)
-        write = (*write, "--holdout", 0, "--processes", 2)
-        assert "train: 60 pictures, 120 captions" in shard(*write, "--out", "s3://data/mine")
-        shard(*write, "--out", tmp_path / "mine")
-        for path in (tmp_path / "mine").iterdir():
-            if path.is_file():
-                assert server.get(f"mine/{path.name}") == path.read_bytes(), "the same set, wherever it is written"
-        assert "all 6 shards" in shard("verify", "s3://data/mine", "--processes", 2)
-        assert "60" in shard("inspect", "s3://data/mine", "--sheet", tmp_path / "sheet.png")
+        assert "train: 60 pictures" in shard(*write, "--holdout", 0, "--out", "s3://data/mine")
         tars = "s3://data/mine/train-{00000..00005}.tar"
         assert "train: 60 pictures in 6 tars" in shard("index", tars, "--out", tmp_path / "index")
         assert "all 6 shards" in shard("verify", tmp_path / "index", "--processes", 2)
-        assert "train: 60 pictures" in shard("webdataset", tars, "--out", tmp_path / "again", "--holdout", 0)
         hurt = bytearray(server.get("mine/train-00002.tar"))
         hurt[700] ^= 1
         server.put("mine/train-00002.tar", bytes(hurt))
-        assert "train-00002.tar" in shard("verify", "s3://data/mine", "--processes", 2, status=1)
+        assert "train-00002.tar" in shard("verify", tmp_path / "index", "--processes", 2, status=1)
