@@ -171,7 +171,8 @@ class _Count:
 
     def add(self) -> None:
         self.value += 1
-        self._show(self.value)
+        if not self.value & 15:
+            self._show(self.value)
 
 
 def _start_process(counter: Any) -> None:
