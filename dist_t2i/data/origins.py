@@ -16,6 +16,7 @@ MAX_DOWNLOAD = 2**28
 """A picture of more bytes is not downloaded to its end."""
 TIMEOUT, ATTEMPTS = 30.0, 3
 """Seconds without a byte from a server, and how often a download is tried that may still succeed."""
+_FIRST_READ = 2**18
 _OPEN_FILES, _OPEN_PLACES = 64, 16
 
 
@@ -50,13 +51,12 @@ class PictureFile(Origin):
     def read(self) -> bytes:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            size = os.fstat(descriptor).st_size
-            data = os.read(descriptor, size + 1)
-            while len(data) < size:
-                more = os.read(descriptor, size - len(data))
-                if not more:
-                    break
-                data += more
+            data = os.read(descriptor, _FIRST_READ)
+            if len(data) == _FIRST_READ:  # asking each file for its size first costs more than it saves
+                rest = os.fstat(descriptor).st_size - len(data)
+                while more := os.read(descriptor, max(rest, 0) + 1):
+                    data += more
+                    rest -= len(more)
             return data
         finally:
             os.close(descriptor)
