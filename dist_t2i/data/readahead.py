@@ -42,13 +42,17 @@ class ReadAhead:
         cache = cache_of(shards.options) if shards.remote and may_have_clients() else None
         if cache is not None and cache.works:
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
-            threading.Thread(target=self._run, args=(cache,), name="read ahead", daemon=True).start()
+            threading.Thread(target=self._until_the_end, args=(cache,), name="read ahead", daemon=True).start()
 
     def reached(self, position: int) -> None:
         """The reader is at this position."""
         with self._moved:
             self._position = position
             self._moved.notify()
+
+    def _until_the_end(self, cache: ChunkCache) -> None:
+        with contextlib.suppress(RuntimeError):  # the process ends, and its pool takes no more work
+            self._run(cache)
 
     def _run(self, cache: ChunkCache) -> None:
         previous = -1
