@@ -6,7 +6,7 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| anything, but the job is not running any more by Slurm's books (`scancel`, `scontrol requeue`) | is Slurm's business |
+| anything, but by Slurm's books the job does not run any more (`scancel`, `scontrol requeue`), or a later attempt does | is Slurm's business |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Deciding here, and not in a rank, keeps it apart from whatever has happened to the ranks; asking Slurm for the job's
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from slurm import attempts
 
-STOPPED = 75
+STOPPED, SUPERSEDED = 75, 76
 SAME_FAILURES = 3
 """Failures of one kind in a row, without a new checkpoint, after which a job is not queued again."""
 FRUITLESS = 20
@@ -68,12 +68,14 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """What to do (`finished`, `requeued`, `given up`, or `ended by Slurm`), why, and the kind of failure, which compares."""
+    """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
     if status == 0:
         return "finished", "", ""
-    state = job_state(job)
+    state, current = job_state(job)
     if state not in ("RUNNING", ""):
         return "ended by Slurm", state, ""
+    if status == SUPERSEDED or current not in (restart, None):
+        return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
     if status == STOPPED or status in _BEFORE_HANDLERS:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     else:
@@ -124,11 +126,11 @@ def said_by_srun(log: Path | None) -> str:
     return f" ({found[-1].strip()})" if found else ""
 
 
-def job_state(job: str) -> str:
-    """Such as RUNNING, COMPLETING, CANCELLED; "" when Slurm does not say in time."""
-    said = _ask("scontrol", "-o", "show", "job", job)
-    found = re.search(r"JobState=(\S+)", said or "")
-    return found[1] if found else ""
+def job_state(job: str) -> tuple[str, int | None]:
+    """Such as RUNNING, COMPLETING, CANCELLED, and how often it was started again; "" and None when Slurm does not say."""
+    said = _ask("scontrol", "-o", "show", "job", job) or ""
+    state, restarts = re.search(r"JobState=(\S+)", said), re.search(r"Restarts=(\d+)", said)
+    return state[1] if state else "", int(restarts[1]) if restarts else None
 
 
 def requeue(job: str) -> bool:

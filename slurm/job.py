@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_t2i.errors import UserError
-from dist_t2i.preempt import StopFlag
+from dist_t2i.preempt import StopFlag, ignore_stop_signals
 from slurm import attempts
 
 
@@ -55,4 +55,5 @@ class TrainJob:
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
+        ignore_stop_signals()  # srun ends the others when the first has ended; so late, that would spoil the exit status
         sys.exit(status)  # past submitit, which would pickle a result that nobody asks for
