@@ -210,6 +210,7 @@ class Trainer:
         self.reporter.close(
             "stopped",
             f"stopped by {reason} at {self.images:,} images, checkpoint saved; the same command goes on from there",
+            hurry=reason != "SIGINT",  # whoever preempts the job waits for its end; a person may want to see the curves
         )
         return STOPPED
 

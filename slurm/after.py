@@ -69,13 +69,13 @@ def main() -> int:
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
     """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
-    if status == 0:
-        return "finished", "", ""
     state, current = job_state(job)
-    if state not in ("RUNNING", ""):
-        return "ended by Slurm", state, ""
     if status == SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
+    if status == 0:
+        return "finished", "", ""
+    if state not in ("RUNNING", ""):
+        return "ended by Slurm", state, ""
     if status == STOPPED or status in _BEFORE_HANDLERS:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     else:

@@ -39,7 +39,11 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def slow(projects) -> Path:
     """A copy of the project whose steps take a while on any machine, so that there is time to disturb it."""
-    return projects("dist_t2i/trainer.py", "        self.images += self.batch\n", "        self.images += self.batch; time.sleep(0.15)\n")
+    return projects(
+        "dist_t2i/trainer.py",
+        "        self.images += self.batch\n",
+        "        self.images += self.batch; time.sleep(0.15)\n",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,9 @@ Every row is compared with the run that nothing disturbed.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs import LOCAL, Job
@@ -26,7 +20,9 @@ ONLY_AT_THE_END = f"checkpoint.every_images={TOTAL}"
 @pytest.fixture(scope="session")
 def whole(cluster, data, tmp_path_factory):
     """Nothing disturbs it: four nodes."""
-    job = Job(cluster, tmp_path_factory.mktemp("whole4") / "run", data, *total(720), "checkpoint.every_images=80").submit()
+    job = Job(
+        cluster, tmp_path_factory.mktemp("whole4") / "run", data, *total(720), "checkpoint.every_images=80"
+    ).submit()
     job.wait_end()
     return job
 
@@ -93,7 +89,7 @@ def test_preemption_by_the_user_signal(cluster, job, whole):
     cluster.conf.write_text(cluster.configuration())
     cluster.command("scontrol", "reconfigure")
     try:
-        job = job(ONLY_AT_THE_END).submit()
+        run = job(ONLY_AT_THE_END).submit()
         run.wait_images(40)
         push_out(cluster)
         undisturbed(run, whole, attempts=2)
