@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place
-from dist_t2i.data.sharding import Progress, write_here
+from dist_t2i.data.progress import Progress
+from dist_t2i.data.sharding import write_here
 from dist_t2i.data.writer import Options, Planned
 from dist_t2i.errors import DataError
 

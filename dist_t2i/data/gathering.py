@@ -10,7 +10,8 @@ from typing import Any
 from dist_t2i.data import coco, cub, duplicates, flowers, openmoji, tables, webdatasets
 from dist_t2i.data.captions import Columns
 from dist_t2i.data.folder import Item, Problem, find_items
-from dist_t2i.data.sharding import Progress, in_processes
+from dist_t2i.data.progress import Progress
+from dist_t2i.data.sharding import in_processes
 from dist_t2i.data.writer import Options
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]

@@ -22,12 +22,15 @@ from typing import Any
 
 from dist_t2i.data.apart import have_clients
 from dist_t2i.data.destination import LocalPlace
+from dist_t2i.data.progress import Progress
 from dist_t2i.data.remote import RemoteFile
 from dist_t2i.data.shards import FORMAT, PICTURES, VERSION, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.sources import LocalFile, reason_of
+from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.storage import StorageOptions
 from dist_t2i.data.tarindex import refuse_unsafe
 from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.data.urls import base_name, is_local, local_path
 from dist_t2i.errors import DataError
 from dist_t2i.preempt import ignore_stop_signals
@@ -116,8 +119,6 @@ def _finished(home: Path, number: int, url: str) -> bool:
 def _index_all(
     home: Path, urls: Sequence[str], missing: Sequence[int], options: StorageOptions, processes: int, checksums: bool
 ) -> None:
-    from dist_t2i.data.sharding import Progress
-
     progress = Progress(len(missing), "shards indexed")
     share = max(1, _CAPTIONS // len(urls))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -193,9 +194,6 @@ def _keep_usable(found: Any, url: str, problems: list[tuple[str, str]], share: i
 
 
 def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
-    from dist_t2i.data.report import caption_statistics
-    from dist_t2i.data.tokenizer import train_tokenizer
-
     shards, captions, problems, counts = [], [], [], Counter[str]()
     digest = hashlib.sha256()
     for number, url in enumerate(urls):

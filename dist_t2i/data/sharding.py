@@ -8,7 +8,6 @@ import gc
 import multiprocessing
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from dist_t2i.data.destination import Place, open_place
 from dist_t2i.data.finishing import finish, put_back
 from dist_t2i.data.folder import Item, Problem
+from dist_t2i.data.progress import Progress
 from dist_t2i.data.writer import (
     Options,
     Planned,
@@ -29,35 +29,9 @@ from dist_t2i.data.writer import (
 )
 from dist_t2i.errors import DataError
 
-Elsewhere = Callable[[Place, Sequence[Planned], Options, "Progress"], dict[str, dict[str, Any]]]
+Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
 """Writes shards on other machines and returns their results by name."""
 _counter: Any = None
-
-
-class Progress:
-    """One line: pictures done, rate, time left. In place on a terminal; every ten seconds elsewhere."""
-
-    def __init__(self, total: int, unit: str = "pictures") -> None:
-        self.total, self.unit = total, unit
-        self._start = self._last = time.monotonic()
-        self._live = sys.stderr.isatty()
-
-    def show(self, done: int, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self._last < (0.2 if self._live else 10.0):
-            return
-        self._last = now
-        rate = done / max(now - self._start, 1e-3)
-        left = (self.total - done) / rate if rate else 0.0
-        text = f"{done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, {_clock(left)} left"
-        print(f"\r{text}\x1b[K" if self._live else text, end="\n" if last or not self._live else "", file=sys.stderr)
-        sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def write_set(
