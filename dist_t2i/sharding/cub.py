@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.layouts import class_split, first_folder, text_items
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.layouts import class_split, first_folder, text_items
 
 LAYOUT = """  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
       text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dist_t2i.data.captions import clean, read_captions, read_text_file
-from dist_t2i.data.origins import Origin, PictureFile
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import clean, read_captions, read_text_file
+from dist_t2i.sharding.origins import Origin, PictureFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
 MIN_HOLDOUT_PICTURES = 50

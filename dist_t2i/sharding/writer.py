@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place, write_aside
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.origins import DownloadError
-from dist_t2i.data.preparing import Options, prepare
 from dist_t2i.data.shards import FORMAT, VERSION
 from dist_t2i.data.tarindex import Member, ShardIndex
-from dist_t2i.data.tarwriter import TarWriter
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.origins import DownloadError
+from dist_t2i.sharding.preparing import Options, prepare
+from dist_t2i.sharding.tarwriter import TarWriter
 
 _ROOM = 3 * 1024
 """Bytes that a sample takes in a tar beside those of its picture, roughly."""

@@ -9,9 +9,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from dist_t2i.data.headers import kind_of, measure
-from dist_t2i.data.origins import PictureFile
-from dist_t2i.data.tarwriter import TarWriter
+from dist_t2i.sharding.headers import kind_of, measure
+from dist_t2i.sharding.origins import PictureFile
+from dist_t2i.sharding.tarwriter import TarWriter
 from pictures import encoded, picture
 
 

@@ -30,10 +30,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_t2i.data.folder import Item
-from dist_t2i.data.origins import Drawing
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
+from dist_t2i.sharding.folder import Item
+from dist_t2i.sharding.origins import Drawing
 
 LICENCE = "CC BY-SA 4.0"
 CREDIT = (

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data import coco, cub, flowers
+from dist_t2i.sharding import coco, cub, flowers
 
 FORMS = ("jsonl", "csv", "tsv", "parquet")
 SHARED = """What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on.

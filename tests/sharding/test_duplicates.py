@@ -6,7 +6,7 @@ import json
 import numpy
 from PIL import Image
 
-from dist_t2i.data.duplicates import MAX_BITS, MAX_COLOUR, look_of
+from dist_t2i.sharding.duplicates import MAX_BITS, MAX_COLOUR, look_of
 from pictures import encoded
 from shardtool import captions_by_key, contents, problems, shard
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place
-from dist_t2i.data.finishing import finish, put_back
-from dist_t2i.data.folder import Item, Problem
 from dist_t2i.data.progress import Progress
-from dist_t2i.data.writer import (
+from dist_t2i.errors import DataError
+from dist_t2i.sharding.finishing import finish, put_back
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.writer import (
     Options,
     Planned,
     count_reasons,
@@ -27,7 +28,6 @@ from dist_t2i.data.writer import (
     reserve,
     write_shard,
 )
-from dist_t2i.errors import DataError
 
 Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
 """Writes shards on other machines and returns their results by name."""

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place
-from dist_t2i.data.report import write_report
 from dist_t2i.data.shards import FORMAT, VERSION
 from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
-from dist_t2i.data.writer import Options, Planned, accepted, count_reasons
+from dist_t2i.sharding.report import write_report
+from dist_t2i.sharding.writer import Options, Planned, accepted, count_reasons
 
 SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
 

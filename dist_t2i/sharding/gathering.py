@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.data import coco, cub, duplicates, flowers, openmoji, tables, webdatasets
-from dist_t2i.data.captions import Columns
-from dist_t2i.data.folder import Item, Problem, find_items
 from dist_t2i.data.progress import Progress
-from dist_t2i.data.sharding import in_processes
-from dist_t2i.data.writer import Options
+from dist_t2i.sharding import coco, cub, duplicates, flowers, openmoji, tables, webdatasets
+from dist_t2i.sharding.captions import Columns
+from dist_t2i.sharding.folder import Item, Problem, find_items
+from dist_t2i.sharding.sets import in_processes
+from dist_t2i.sharding.writer import Options
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
 """Items, what was wrong with others, and what the manifest says about the set."""

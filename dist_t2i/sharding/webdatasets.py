@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dist_t2i.data.captions import decode_text
 from dist_t2i.data.destination import open_place, scheme_of
-from dist_t2i.data.folder import Item, Problem, captioned, hold_out
-from dist_t2i.data.origins import TarPart
 from dist_t2i.data.shards import PICTURES
 from dist_t2i.data.tarindex import UNSAFE
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import decode_text
+from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
+from dist_t2i.sharding.origins import TarPart
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
 _MAX_TEXT = 2**24

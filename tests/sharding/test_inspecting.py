@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from dist_t2i.data.destination import open_place
-from dist_t2i.data.folder import find_items
-from dist_t2i.data.sharding import write_set
 from dist_t2i.data.shards import open_set
-from dist_t2i.data.writer import Options
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.sets import write_set
+from dist_t2i.sharding.writer import Options
 from pictures import make_folder, make_set
 from shardtool import contents, shard
 

@@ -73,7 +73,7 @@ class Drawing(Origin):
         return 0, PictureFile(self.path).known()[1]
 
     def read(self) -> bytes:
-        from dist_t2i.data.openmoji import render
+        from dist_t2i.sharding.openmoji import render
 
         return render(Path(self.path), self.size)
 

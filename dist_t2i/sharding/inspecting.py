@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place, place_of
-from dist_t2i.data.finishing import fingerprint
-from dist_t2i.data.report import contact_sheet, index_name, some_samples
 from dist_t2i.data.shards import FORMAT, VERSION
 from dist_t2i.data.tarindex import ShardIndex
-from dist_t2i.data.tarwriter import crc32
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.finishing import fingerprint
+from dist_t2i.sharding.report import contact_sheet, index_name, some_samples
+from dist_t2i.sharding.tarwriter import crc32
 
 _MAX_LISTED = 20
 
@@ -138,7 +138,7 @@ def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
 
 def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     """What differs in one shard and its index."""
-    from dist_t2i.data.sharding import advance
+    from dist_t2i.sharding.sets import advance
 
     advance()
     name = shard["name"]

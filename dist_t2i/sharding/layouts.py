@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dist_t2i.data.captions import decode_text, read_text_file
-from dist_t2i.data.folder import Item, Problem, captioned
-from dist_t2i.data.origins import PictureFile
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import decode_text, read_text_file
+from dist_t2i.sharding.folder import Item, Problem, captioned
+from dist_t2i.sharding.origins import PictureFile
 
 TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclasses.txt"
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.layouts import class_split, first_folder, text_items
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.layouts import class_split, first_folder, text_items
 
 LAYOUT = """  DIR/jpg/image_00001.jpg ... image_08189.jpg
       text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class

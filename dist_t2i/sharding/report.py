@@ -11,7 +11,7 @@ from typing import Any
 from dist_t2i.data.destination import Place, place_of
 from dist_t2i.data.shards import BadSample, Sample
 from dist_t2i.data.tarindex import ShardIndex
-from dist_t2i.data.writer import count_reasons
+from dist_t2i.sharding.writer import count_reasons
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200

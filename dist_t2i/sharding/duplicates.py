@@ -19,8 +19,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.origins import Origin
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.origins import Origin
 
 KINDS = ("exact", "perceptual")
 MAX_BITS, MAX_COLOUR = 3, 10
@@ -108,7 +108,7 @@ def _looks(pictures: Sequence[Origin]) -> list[tuple[int, bytes] | None]:
 
 
 def _bytes(picture: Origin) -> bytes | None:
-    from dist_t2i.data.sharding import advance
+    from dist_t2i.sharding.sets import advance
 
     advance()
     try:
