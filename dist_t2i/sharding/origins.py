@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from dist_t2i.data.destination import OBJECT_STORES, Place, open_place, scheme_of
+from dist_t2i.data.destination import Place, open_place
+from dist_t2i.data.storage import OBJECT_STORES
+from dist_t2i.data.urls import scheme_of, unchained
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
@@ -202,4 +204,4 @@ def _descriptor(path: str) -> int:
 
 def reachable(url: str) -> bool:
     """Whether pictures are read from URLs of this scheme. Raises DataError for commands and chained file systems."""
-    return scheme_of(url) in (*WEB, *OBJECT_STORES, "memory", "local", "sftp", "hdfs")
+    return scheme_of(unchained(url)) in (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")

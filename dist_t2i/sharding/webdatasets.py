@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dist_t2i.data.destination import open_place, scheme_of
+from dist_t2i.data.destination import open_place
 from dist_t2i.data.shards import PICTURES
 from dist_t2i.data.tarindex import UNSAFE
+from dist_t2i.data.urls import is_local, unchained
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
 from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
@@ -47,7 +48,7 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         for one in braceexpand.braceexpand(pattern):
-            if scheme_of(one) not in ("", "file"):
+            if not is_local(unchained(one)):
                 found.append(one)
                 continue
             path = one.removeprefix("file://")
@@ -66,7 +67,7 @@ def look_into(url: str) -> Found:
     found = Found(url)
     short = url.rpartition("/")[2]
     try:
-        if scheme_of(url) in ("", "file"):
+        if is_local(url):
             path = url.removeprefix("file://")
             status = os.stat(path)
             with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
