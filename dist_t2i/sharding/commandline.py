@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.sharding import coco, cub, flowers
+from dist_t2i.sharding import coco
+from dist_t2i.sharding.cub import CUB
+from dist_t2i.sharding.flowers import FLOWERS
 
 FORMS = ("jsonl", "csv", "tsv", "parquet")
 SHARED = """What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on.
@@ -48,9 +50,9 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         _folder(source("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{SHARED}")),
         _coco(source("coco", "MS-COCO 2014 or 2017", f"What is expected:\n{coco.LAYOUT}\n\n{SHARED}")),
         _classes(
-            source("cub", "CUB-200-2011 with ten captions a bird", f"What is expected:\n{cub.LAYOUT}\n\n{SHARED}")
+            source("cub", "CUB-200-2011 with ten captions a bird", f"What is expected:\n{CUB.layout}\n\n{SHARED}")
         ),
-        _classes(source("flowers", "Oxford-102 flowers", f"What is expected:\n{flowers.LAYOUT}\n\n{SHARED}")),
+        _classes(source("flowers", "Oxford-102 flowers", f"What is expected:\n{FLOWERS.layout}\n\n{SHARED}")),
         *(_table(source(form, f"{form} tables of paths or URLs", f"{_TABLE}\n\n{SHARED}")) for form in FORMS),
         _tars(source("webdataset", "existing tars: re-shard, filter, shrink", f"{_TARS}\n\n{SHARED}")),
     ]
