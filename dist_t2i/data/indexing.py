@@ -22,9 +22,10 @@ from typing import Any
 
 from dist_t2i.data.apart import have_clients
 from dist_t2i.data.destination import LocalPlace
+from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.progress import Progress
 from dist_t2i.data.remote import RemoteFile
-from dist_t2i.data.shards import FORMAT, PICTURES, VERSION, BadSample, ShardSet, captions_of, open_set
+from dist_t2i.data.shards import PICTURES, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.sources import LocalFile, reason_of
 from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.storage import StorageOptions
@@ -211,8 +212,7 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
     tokenizer = train_tokenizer(Counter(text for one in captions for text in one), vocabulary)
     place = LocalPlace(str(home))
     place.write("tokenizer.json", tokenizer.text.encode())
-    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    place.write("bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+    place.write("bad_samples.jsonl", problem_lines(problems))
     train = {
         "samples": sum(shard["samples"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
@@ -226,12 +226,7 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         "name": base_name(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
         "image_size": None,
         "splits": {"train": train},
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
-            "vocabulary": tokenizer.vocab_size,
-            "known_words": len(tokenizer.known_words),
-        },
+        "tokenizer": tokenizer_entry(tokenizer),
         "bad_samples": dict(sorted(counts.items())),
     }
-    place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    place.write("manifest.json", manifest_bytes(manifest))

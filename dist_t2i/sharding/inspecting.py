@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place, place_of
-from dist_t2i.data.shards import FORMAT, VERSION
+from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import fingerprint
@@ -23,16 +23,11 @@ def read_set(url: str) -> tuple[Place, dict[str, Any]]:
     """The folder of a set and its manifest. Raises DataError when there is none that can be read."""
     place = open_place(url.removesuffix("/manifest.json"))
     try:
-        manifest = json.loads(place.read("manifest.json"))
+        return place, parse_manifest(place.read("manifest.json"), place.file_url("manifest.json"))
     except FileNotFoundError as error:
         raise DataError(f"{url}: there is no set (no manifest.json); write one with tools/shard.py") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"cannot read the manifest of {url}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{url}: manifest.json is not that of a set that tools/shard.py wrote")
-    if manifest.get("version") != VERSION:
-        raise DataError(f"{url}: format version {manifest.get('version')} is not {VERSION}; write the set again")
-    return place, manifest
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

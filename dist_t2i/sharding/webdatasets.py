@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from dist_t2i.data.destination import open_place
 from dist_t2i.data.shards import PICTURES
-from dist_t2i.data.tarindex import UNSAFE
+from dist_t2i.data.tarindex import UNSAFE, key_and_extension
 from dist_t2i.data.urls import is_local, unchained
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
@@ -100,15 +100,14 @@ class _Stream:
 
 
 def _members(tar: tarfile.TarFile, url: str, end: int | None, version: str, remote: bool, found: Found) -> None:
+    """Take up the members of a tar that has `end` bytes, if that is known."""
     short = url.rpartition("/")[2]
     unsafe = 0
     for info in tar:
-        folder, slash, name = info.name.rpartition("/")
-        base, dot, extension = name.partition(".")
-        kind = extension.lower()
-        if not info.isfile() or not dot or not base:
+        named = key_and_extension(info.name)
+        if not info.isfile() or named is None:
             continue
-        key = folder + slash + base
+        key, kind = named
         if kind.rpartition(".")[2] in UNSAFE:
             unsafe += 1
         elif end is not None and info.offset_data + info.size > end:

@@ -70,7 +70,7 @@ def test_what_is_no_set_is_told(tmp_path, command):
     assert done.returncode == 2 and "there is no set" in done.stderr
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     done = shard(command, tmp_path, check=False)
-    assert done.returncode == 2 and "is not that of a set" in done.stderr
+    assert done.returncode == 2 and "is not the manifest of a set" in done.stderr
 
 
 @pytest.mark.slow
