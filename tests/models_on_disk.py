@@ -69,8 +69,8 @@ def write_tone_set(folder: Path, roles: int = 24) -> Path:
     from PIL import Image
 
     from dist_t2i.sharding.folder import find_items
+    from dist_t2i.sharding.preparing import Options
     from dist_t2i.sharding.sets import write_set
-    from dist_t2i.sharding.writer import Options
 
     pictures = folder.with_name(f"{folder.name}-pictures")
     pictures.mkdir(parents=True)

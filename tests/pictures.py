@@ -11,8 +11,8 @@ from PIL import Image
 from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
 from dist_t2i.data.shards import ShardSet, open_set
 from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_set
-from dist_t2i.sharding.writer import Options
 
 
 def colour(number: int) -> tuple[int, int, int]:

@@ -20,8 +20,9 @@ from typing import Any
 from dist_t2i.data.destination import WORK, Place
 from dist_t2i.data.progress import Progress
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_here
-from dist_t2i.sharding.writer import Options, Planned
+from dist_t2i.sharding.writer import Planned
 
 _POLL = 1.0
 _LINGER = 20.0

@@ -12,8 +12,9 @@ from dist_t2i.data.destination import WORK, Place
 from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
+from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.report import write_report
-from dist_t2i.sharding.writer import Options, Planned, accepted, count_reasons
+from dist_t2i.sharding.writer import Planned, accepted, count_reasons
 
 SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
 

@@ -13,8 +13,8 @@ from dist_t2i.sharding.captions import Columns
 from dist_t2i.sharding.cub import CUB
 from dist_t2i.sharding.flowers import FLOWERS
 from dist_t2i.sharding.folder import Item, Problem, find_items
-from dist_t2i.sharding.sets import in_processes
-from dist_t2i.sharding.writer import Options
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.processes import Spread, in_processes
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
 """Items, what was wrong with others, and what the manifest says about the set."""
@@ -34,7 +34,7 @@ def gather(chosen: argparse.Namespace) -> Gathered:
     return items, problems, about
 
 
-def spreader(processes: int, total: int, unit: str = "pictures") -> Callable[[Callable, Sequence[tuple]], list[Any]]:
+def spreader(processes: int, total: int, unit: str = "pictures") -> Spread:
     """`in_processes` with a line of progress."""
 
     def spread(work: Callable, arguments: Sequence[tuple]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import fingerprint
+from dist_t2i.sharding.processes import Spread, advance
 from dist_t2i.sharding.report import contact_sheet, index_name, some_samples
 from dist_t2i.sharding.tarwriter import crc32
 
@@ -104,7 +105,6 @@ def _bad_samples(place: Place, manifest: dict[str, Any]) -> str:
 
 Difference = tuple[str, str, str, str]
 """File, what was compared, what the set says, what was found."""
-Spread = Callable[[Callable, Sequence[tuple]], list[Any]]
 
 
 def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
@@ -133,8 +133,6 @@ def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
 
 def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     """What differs in one shard and its index."""
-    from dist_t2i.sharding.sets import advance
-
     advance()
     name = shard["name"]
     differs: list[Difference] = []

@@ -41,7 +41,6 @@ CREDIT = (
     "Licence: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Rasterised on white; names and aliases "
     "from the Python package `emoji`."
 )
-SPLITS = ("train", "test-combinations", "test-nouns")
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")

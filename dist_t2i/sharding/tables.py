@@ -17,7 +17,6 @@ from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, 
 from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
 from dist_t2i.sharding.origins import Download, Origin, PictureFile, reachable
 
-FORMS = ("jsonl", "csv", "tsv", "parquet")
 DEFAULT = Columns(("url", *IMAGE_COLUMNS), CAPTION_COLUMNS)
 _BATCH = 10_000
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place, write_aside
+from dist_t2i.data.destination import WORK, Place
 from dist_t2i.data.manifest import FORMAT, VERSION
 from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.errors import DataError
@@ -29,8 +29,6 @@ from dist_t2i.sharding.tarwriter import TarWriter
 _ROOM = 3 * 1024
 """Bytes that a sample takes in a tar beside those of its picture, roughly."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
-
-__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_aside", "write_shard"]
 
 
 @dataclass

@@ -25,8 +25,8 @@ from PIL import Image
 from dist_t2i.data.sources import LocalFile
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_set
-from dist_t2i.sharding.writer import Options
 from faultproxy import FaultProxy
 from faults import Close, FlippedBit, Replaced, Reset, Stall, Status, Trickle, WrongLength
 from pictures import encoded
