@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,19 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
     place, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
-    rows = [
-        (
-            name,
-            f"{part['samples']:,}",
-            len(part["shards"]),
-            f"{part['bytes'] / 1e6:,.1f}",
-            f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-            " to ".join(map(str, part.get("short_side") or ["not looked at"])),
-            f"{part['captions']['count']:,}",
-            f"{part['captions']['words']['mean']} / {part['captions']['words']['max']}",
-            f"{part['captions']['tokens']['mean']} / {part['captions']['tokens']['p99']} / {part['captions']['tokens']['max']}",
-        )
-        for name, part in manifest["splits"].items()
-    ]
-    head = ["split", "pictures", "shards", "MB", "KB each", "short side", "captions"]
-    head += ["words, mean / max", "tokens, mean / 99% / max"]
+    tokenizer = manifest["tokenizer"]
+    said = manifest["splits"][split]["captions"].get("frequent_words", ())
     lines = [
         f"{manifest.get('name', 'a set')}, {place}",
         f"fingerprint {manifest['fingerprint']}, image size {manifest.get('image_size') or 'as they were'}",
-        f"tokenizer of {manifest['tokenizer']['vocabulary']:,} tokens, {manifest['tokenizer']['known_words']:,} words",
+        f"tokenizer of {tokenizer['vocabulary']:,} tokens, {tokenizer['known_words']:,} words",
         "",
-        table(head, rows),
+        _split_table(manifest["splits"]),
         "",
+        f"frequent words of {split}: {' '.join(said)}",
+        "",
+        _bad_samples(place, manifest),
     ]
-    said = manifest["splits"][split]["captions"].get("frequent_words", ())
-    lines += [f"frequent words of {split}: {' '.join(said)}", "", _bad_samples(place, manifest)]
     if sheet:
         try:
             samples = some_samples(place, manifest, split)
@@ -87,6 +74,29 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
         lines += ["", f"contact sheet: {sheet}"]
         lines += [f"  {sample.key}: {' | '.join(sample.captions)}" for sample in samples[:12]]
     return "\n".join(lines)
+
+
+def _split_table(splits: Mapping[str, Any]) -> str:
+    head = ["split", "pictures", "shards", "MB", "KB each", "short side", "captions"]
+    head += ["words, mean / max", "tokens, mean / 99% / max"]
+    rows = []
+    for name, part in splits.items():
+        captions = part["captions"]
+        words, tokens = captions["words"], captions["tokens"]
+        rows.append(
+            (
+                name,
+                f"{part['samples']:,}",
+                len(part["shards"]),
+                f"{part['bytes'] / 1e6:,.1f}",
+                f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
+                " to ".join(map(str, part.get("short_side") or ["not looked at"])),
+                f"{captions['count']:,}",
+                f"{words['mean']} / {words['max']}",
+                f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
+            )
+        )
+    return table(head, rows)
 
 
 def _bad_samples(place: Place, manifest: dict[str, Any]) -> str:
