@@ -32,6 +32,7 @@ def main() -> int:
 
 
 def write(chosen: argparse.Namespace) -> int:
+    """Write a set of the chosen source, and say what came of it."""
     from dist_t2i.sharding.gathering import gather, options_of
     from dist_t2i.sharding.sets import write_set
 
@@ -47,6 +48,7 @@ def write(chosen: argparse.Namespace) -> int:
 
 
 def on_cluster(chosen: argparse.Namespace) -> Any:
+    """What writes shards by a Slurm array; see `write_set`."""
     from dist_t2i.sharding.cluster import Cluster
 
     return Cluster(
@@ -63,6 +65,7 @@ def on_cluster(chosen: argparse.Namespace) -> Any:
 
 
 def index(chosen: argparse.Namespace) -> int:
+    """Make a set of tars that stay where they are."""
     from dist_t2i.config import DataConfig
     from dist_t2i.data.indexing import indexed_set
     from dist_t2i.data.lists import storage_of
@@ -85,6 +88,7 @@ def index(chosen: argparse.Namespace) -> int:
 
 
 def look(chosen: argparse.Namespace) -> int:
+    """Describe a set."""
     from dist_t2i.sharding.inspecting import describe
 
     print(describe(chosen.url, chosen.sheet, chosen.split))
@@ -92,6 +96,7 @@ def look(chosen: argparse.Namespace) -> int:
 
 
 def check(chosen: argparse.Namespace) -> int:
+    """Verify a set; 1 when something differs."""
     from dist_t2i.sharding.gathering import spreader
     from dist_t2i.sharding.inspecting import read_set, table, verify
 

@@ -64,6 +64,7 @@ class Place:
         return self.url
 
     def file_url(self, name: str) -> str:
+        """The path or URL of a file, as messages name it."""
         return f"{self.url}/{name}"
 
     @property
@@ -74,12 +75,15 @@ class Place:
         return folder
 
     def clear_staging(self) -> None:
+        """Remove what was being written and never arrived."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def read(self, name: str) -> bytes:
+        """The whole file."""
         raise NotImplementedError
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer where the file ends."""
         raise NotImplementedError
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -87,6 +91,7 @@ class Place:
         raise NotImplementedError
 
     def write(self, name: str, data: bytes) -> None:
+        """Make or replace a file; readers see the old one, or the whole new one."""
         raise NotImplementedError
 
     def upload(self, source: Path, name: str) -> None:
@@ -94,6 +99,7 @@ class Place:
         raise NotImplementedError
 
     def rename(self, old: str, new: str) -> None:
+        """Give a file another name; one that has it already is replaced."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
@@ -108,6 +114,7 @@ class Place:
         """Return once these files would survive a power cut."""
 
     def exists(self, name: str) -> bool:
+        """Whether there is such a file, which must hold a byte."""
         try:
             self.read_range(name, 0, 1)
         except FileNotFoundError:

@@ -7,7 +7,7 @@ import time
 
 
 class Progress:
-    """One line: pictures done, rate, time left. In place on a terminal; every ten seconds elsewhere."""
+    """A line on stderr: how many are done, the rate, the time left. In place on a terminal; every ten seconds elsewhere."""
 
     def __init__(self, total: int, unit: str = "pictures") -> None:
         self.total, self.unit = total, unit
@@ -15,6 +15,7 @@ class Progress:
         self._live = sys.stderr.isatty()
 
     def show(self, done: int, last: bool = False) -> None:
+        """Tell how many are done, unless it was told just now; the `last` time in any case."""
         now = time.monotonic()
         if not last and now - self._last < (0.2 if self._live else 10.0):
             return

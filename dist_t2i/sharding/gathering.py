@@ -84,6 +84,7 @@ def _tars(chosen: argparse.Namespace) -> Gathered:
 
 
 def options_of(chosen: argparse.Namespace, about: dict[str, Any]) -> Options:
+    """How the set is written, as the arguments say."""
     return Options(
         size=chosen.size,
         format=chosen.format,

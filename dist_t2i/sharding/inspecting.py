@@ -178,19 +178,19 @@ def _read_through(place: Place, name: str, index: ShardIndex | None) -> tuple[in
         for member in index.members(row)  # type: ignore[union-attr]
     ]
     spans.sort()
-    digest, at, place_in, crc = hashlib.sha256(), 0, 0, 0
+    digest, at, number, crc = hashlib.sha256(), 0, 0, 0
     wrong = []
     for chunk in place.chunks(name):
         digest.update(chunk)
         view, end = memoryview(chunk), at + len(chunk)
-        while place_in < len(spans) and spans[place_in][0] < end:
-            offset, size, expected, key = spans[place_in]
+        while number < len(spans) and spans[number][0] < end:
+            offset, size, expected, key = spans[number]
             crc = crc32(view[max(0, offset - at) : max(0, offset + size - at)], crc)
             if offset + size > end:
                 break
             if expected >= 0 and crc != expected:
                 wrong.append((key, expected, crc))
-            place_in, crc = place_in + 1, 0
+            number, crc = number + 1, 0
         at = end
-    wrong.extend((key, expected, crc) for _, _, expected, key in spans[place_in:])
+    wrong.extend((key, expected, crc) for _, _, expected, key in spans[number:])
     return at, digest.hexdigest(), wrong

@@ -37,6 +37,7 @@ class Origin:
         raise NotImplementedError
 
     def read(self) -> bytes:
+        """Its bytes as they are stored: a JPEG, a PNG, ..."""
         raise NotImplementedError
 
 

@@ -235,7 +235,7 @@ def forget(place: Place, planned: Sequence[Planned]) -> None:
 
 
 def accepted(planned: Sequence[Planned], results: Sequence[dict[str, Any]], split: str) -> list[Item]:
-    """The items of a split that were written."""
+    """The items of a split that were written; results come in the order of the plan."""
     found: list[Item] = []
     for shard, result in zip(planned, results, strict=True):
         if shard.split == split:
@@ -245,4 +245,5 @@ def accepted(planned: Sequence[Planned], results: Sequence[dict[str, Any]], spli
 
 
 def count_reasons(problems: Sequence[dict[str, Any]]) -> Counter[str]:
+    """How many lines of bad_samples.jsonl give each reason."""
     return Counter(problem["reason"] for problem in problems)
