@@ -1,0 +1,314 @@
+"""Slurm on this one machine, to try jobs and preemption at home: several nodes, every one a slurmd of its own.
+
+    python -m slurm.local up [--nodes 4]      start it; prints the line that points Slurm's commands to it
+    python -m slurm.local run COMMAND ...     run a command with Slurm's commands pointed to it
+    python -m slurm.local down                end its jobs and stop it
+
+Two partitions: jobs in `high` push out those in `low` (the default one), which get SIGTERM and 20 seconds, and are queued
+again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`), but no
+root, no munge daemon and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Every
+user of the machine can talk to it, as the user it runs as: use it on a machine that you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_t2i.errors import UserError, run_command
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+_UP_SECONDS = 60.0
+"""How long the nodes may take until all of them are idle."""
+_DOWN_SECONDS = 20.0
+"""How long daemons may take to end before they are killed."""
+
+_SETTINGS = {
+    "ClusterName": "local",
+    "AuthType": "auth/none",
+    "CredType": "cred/none",
+    "AuthInfo": "cred_expire=5",  # a requeued job waits for twice this and a little: 10 s instead of 121
+    "SlurmdParameters": "config_overrides",
+    "ProctrackType": "proctrack/pgid",
+    "TaskPlugin": "task/none",
+    "SelectType": "select/cons_tres",
+    "SelectTypeParameters": "CR_CPU",
+    "SwitchType": "switch/none",
+    "MpiDefault": "none",
+    "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0,requeue_setup_env_fail",
+    "PreemptType": "preempt/partition_prio",
+    "PreemptMode": "REQUEUE",
+    "JobRequeue": "1",
+    "ReturnToService": "2",
+    "SlurmdTimeout": "20",
+    "KillWait": "10",
+    "PropagateResourceLimits": "NONE",
+}
+
+
+def missing_programs() -> list[str]:
+    """Those of Slurm's programs that are not on this machine."""
+    return [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
+
+class LocalSlurm:
+    """A cluster in `folder`: its slurm.conf, state, logs and pid files. `settings` go before the built-in ones."""
+
+    def __init__(self, folder: Path, *, nodes: int = 4, settings: Mapping[str, str] | None = None) -> None:
+        self.folder, self.settings = folder.absolute(), dict(settings or {})
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.conf = self.folder / "slurm.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with Slurm's commands pointed to this cluster."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        return {**kept, "SLURM_CONF": str(self.conf), "PATH": _search_path()}
+
+    # ---- up and down -------------------------------------------------------------------------------------------------
+
+    def up(self) -> None:
+        """Start it and wait until every node is idle. Raises UserError saying what stands in the way."""
+        missing = missing_programs()
+        if missing:
+            raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
+        if self.running():
+            raise UserError(f"it is up already, in {self.folder}; `down` stops it")
+        for name in ("state", "spool", "log", "pid", "run"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
+        ports = _free_ports(len(self.nodes) + 1)
+        self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
+        self.conf.write_text(self.configuration())
+        self._start("slurmctld", "-D", "-f", str(self.conf))
+        for node in self.nodes:
+            self.start_node(node)
+        self._await_idle()
+
+    def down(self) -> None:
+        """End the jobs and stop the daemons; whatever they have started and left behind is killed."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self.command("scancel", "--user", getpass.getuser(), timeout=10)
+            self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
+        daemons = self._daemons()
+        _end(daemons, signal.SIGTERM)
+        with contextlib.suppress(UserError):
+            self._await(lambda: not any(_alive(pid) for pid in daemons), _DOWN_SECONDS)
+        _end(daemons, signal.SIGKILL)
+        _end(self.leftovers(), signal.SIGKILL)
+
+    def running(self) -> bool:
+        """Whether its controller runs."""
+        return any(_alive(pid) for pid in self._daemons())
+
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node (again, after it was killed)."""
+        self._start(f"slurmd-{node}", "-D", "-N", node, "-f", str(self.conf), program="slurmd")
+
+    def node_processes(self, node: str) -> dict[str, list[int]]:
+        """Pids of a node's `slurmd`, of its `slurmstepd`s, and of the `tasks` below these."""
+        import psutil
+
+        found: dict[str, list[int]] = {"slurmd": [], "slurmstepd": [], "tasks": []}
+        with contextlib.suppress(OSError, ValueError):
+            found["slurmd"] = [int((self.folder / "run" / f"slurmd-{node}").read_text())]
+        for process in psutil.process_iter(["pid", "name"]):
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("SLURM_CONF") == str(self.conf) and environment.get("SLURMD_NODENAME") == node:
+                    found["tasks"].append(process.pid)
+                elif process.name().startswith("slurmstepd") and self._spool(node) in _open_paths(process):
+                    found["slurmstepd"].append(process.pid)
+        return found
+
+    def leftovers(self) -> list[int]:
+        """Pids of whatever still runs with this cluster's slurm.conf in its environment, this process aside."""
+        import psutil
+
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            with contextlib.suppress(psutil.Error):
+                told = process.environ()
+                if process.pid != os.getpid() and told.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in told:
+                    found.append(process.pid)
+        return found
+
+    # ---- talking to it -----------------------------------------------------------------------------------------------
+
+    def command(self, *words: str, timeout: float = 60.0) -> str:
+        """What one of Slurm's commands prints. Raises subprocess.CalledProcessError, with its stderr, when it fails."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=True)
+        return done.stdout
+
+    def configuration(self) -> str:
+        """The text of slurm.conf."""
+        host, user = socket.gethostname().split(".")[0], getpass.getuser()
+        places = {
+            "SlurmctldHost": f"{host}(127.0.0.1)",
+            "SlurmctldPort": str(self._ports["slurmctld"]),
+            "SlurmUser": user,
+            "SlurmdUser": user,
+            "StateSaveLocation": f"{self.folder}/state",
+            "SlurmdSpoolDir": f"{self.folder}/spool/%n",
+            "SlurmctldLogFile": f"{self.folder}/log/slurmctld.log",
+            "SlurmdLogFile": f"{self.folder}/log/%n.log",
+            "SlurmctldPidFile": f"{self.folder}/pid/slurmctld.pid",
+            "SlurmdPidFile": f"{self.folder}/pid/%n.pid",
+        }
+        lines = [f"{name}={value}" for name, value in {**_SETTINGS, **places, **self.settings}.items()]
+        cores, memory = max(4, os.cpu_count() or 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+        for node in self.nodes:
+            address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[node]}"
+            lines.append(f"NodeName={node} {address} CPUs={cores} RealMemory={memory}")
+        every = ",".join(self.nodes)
+        lines.append(f"PartitionName=low Nodes={every} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20")
+        lines.append(f"PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF")
+        return "\n".join(lines) + "\n"
+
+    # ---- daemons -----------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str, *arguments: str, program: str = "") -> None:
+        path = shutil.which(program or name, path=_search_path())
+        with (self.folder / "log" / f"{name}.out").open("ab") as out:
+            daemon = subprocess.Popen(
+                [str(path), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**self.environment, "LC_ALL": "C"},
+                start_new_session=True,
+                cwd=self.folder,
+            )
+        (self.folder / "run" / name).write_text(str(daemon.pid))
+
+    def _daemons(self) -> list[int]:
+        found = []
+        for file in (self.folder / "run").glob("slurm*"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(file.read_text())
+                if _alive(pid) and _runs(pid, file.name.partition("-")[0]):
+                    found.append(pid)
+        return found
+
+    def _spool(self, node: str) -> str:
+        return str(self.folder / "spool" / node)
+
+    def _await_idle(self) -> None:
+        def idle() -> bool:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.nodes)
+            return False
+
+        try:
+            self._await(idle, _UP_SECONDS)
+        except UserError as error:
+            self.down()
+            logs = "".join(file.read_text(errors="replace")[-1500:] for file in (self.folder / "log").iterdir())
+            raise UserError(f"Slurm's daemons did not come up ({error}). What they say:\n{logs}") from None
+
+    @staticmethod
+    def _await(condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise UserError(f"not within {seconds:.0f} seconds")
+            time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.socket() for _ in range(count)]
+    try:
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _runs(pid: int, program: str) -> bool:
+    """Whether the process is this program: its pid may have gone to another one since."""
+    import psutil
+
+    try:
+        return Path(psutil.Process(pid).cmdline()[0]).name == program
+    except (psutil.Error, IndexError):
+        return False
+
+
+def _open_paths(process) -> str:
+    return " ".join(process.cmdline()) + " ".join(file.path for file in process.open_files())
+
+
+def _end(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def default_folder() -> Path:
+    """Where the cluster lives unless `--folder` says otherwise."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dist_t2i" / "slurm"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: for `run`, the command's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="where it lives (%(default)s)")
+    parser.add_argument("--nodes", type=int, default=4, help="virtual nodes that `up` starts (%(default)s)")
+    parser.add_argument("action", choices=("up", "run", "down"))
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="of `run`")
+    chosen = parser.parse_args(arguments)
+    if chosen.action == "up" and chosen.command:  # options after the word: `up --nodes 2`
+        chosen = parser.parse_args([*chosen.command, "up"])
+    cluster = LocalSlurm(chosen.folder, nodes=chosen.nodes)
+    if chosen.action == "up":
+        cluster.up()
+        print(f"Slurm is up: {len(cluster.nodes)} nodes, partitions low (default) and high. In this shell:")
+        print(f"export SLURM_CONF={cluster.conf}")
+        return 0
+    if chosen.action == "down":
+        was = cluster.running()
+        cluster.down()
+        print("Slurm is down" if was else f"Slurm was not up in {cluster.folder}")
+        return 0
+    if not chosen.command:
+        raise UserError("run what? Such as: python -m slurm.local run squeue")
+    if not cluster.running():
+        raise UserError("Slurm is not up: python -m slurm.local up")
+    return subprocess.run(chosen.command, env=cluster.environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
