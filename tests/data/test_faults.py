@@ -162,7 +162,7 @@ def test_the_server_gone_and_back(mended: Store, tmp_path: Path):
     with mended.start(tmp_path, pause=0.2) as process:
         time.sleep(2)
         mended.server.stop()
-        time.sleep(6)
+        time.sleep(3)
         mended.server.start()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
