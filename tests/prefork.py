@@ -140,7 +140,7 @@ def _become(program: str, request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     tempfile.tempdir = None
     sys.argv[:] = [program, *request["arguments"]]
-    sys.path[0] = str(Path(program).parent)
+    sys.path[:1] = [str(Path(program).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 if __name__ == "__main__":
