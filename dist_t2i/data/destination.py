@@ -9,31 +9,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.errors import DataError
+from dist_t2i.data.storage import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
+from dist_t2i.data.urls import scheme_of, unchained
 
-OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""
 _CHUNK = 2**20
 _PATIENCE = 3600
 """Seconds that a file may take to come or go."""
-
-
-def scheme_of(url: str) -> str:
-    """`s3` of `s3://bucket/a`; "" for a plain path. Raises DataError for what would run a command or chain systems."""
-    if url.lstrip().startswith(("pipe:", "|")):
-        raise DataError(f"{url}: commands are not run; name a folder or a URL")
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    if "::" in url and "://" in url:
-        raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
-    return found[1].lower() if found else ""
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -46,17 +35,17 @@ def write_aside(path: Path, data: bytes) -> None:
 def open_place(url: str | Path) -> Place:
     """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way."""
     text = str(url)
-    scheme = scheme_of(text)
+    scheme = scheme_of(unchained(text))
     if scheme in ("", "file"):
         return LocalPlace(text.removeprefix("file://"))
-    if scheme in (*OBJECT_STORES, "http", "https"):
+    if scheme in OBJECT_STORES:
         return ObjectPlace(text.rstrip("/"))
     return FsspecPlace(text.rstrip("/"))
 
 
 def place_of(place: Place, name: str) -> tuple[Place, str]:
     """Where a file that a manifest names lies: in the place itself, or elsewhere when the name is a URL or a whole path."""
-    if not scheme_of(name) and not os.path.isabs(name):
+    if not scheme_of(unchained(name)) and not os.path.isabs(name):
         return place, name
     folder, _, last = name.rpartition("/")
     return open_place(folder or "/"), last
@@ -75,6 +64,7 @@ class Place:
         return self.url
 
     def file_url(self, name: str) -> str:
+        """The path or URL of a file, as messages name it."""
         return f"{self.url}/{name}"
 
     @property
@@ -85,12 +75,15 @@ class Place:
         return folder
 
     def clear_staging(self) -> None:
+        """Remove what was being written and never arrived."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def read(self, name: str) -> bytes:
+        """The whole file."""
         raise NotImplementedError
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer where the file ends."""
         raise NotImplementedError
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -98,6 +91,7 @@ class Place:
         raise NotImplementedError
 
     def write(self, name: str, data: bytes) -> None:
+        """Make or replace a file; readers see the old one, or the whole new one."""
         raise NotImplementedError
 
     def upload(self, source: Path, name: str) -> None:
@@ -105,6 +99,7 @@ class Place:
         raise NotImplementedError
 
     def rename(self, old: str, new: str) -> None:
+        """Give a file another name; one that has it already is replaced."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
@@ -119,6 +114,7 @@ class Place:
         """Return once these files would survive a power cut."""
 
     def exists(self, name: str) -> bool:
+        """Whether there is such a file, which must hold a byte."""
         try:
             self.read_range(name, 0, 1)
         except FileNotFoundError:
@@ -187,21 +183,6 @@ class LocalPlace(Place):
                 os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _as_os_errors(what: str) -> Iterator[None]:
-    """The errors of the storage libraries as OSError, which is all that callers know."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{what} is not there") from error
-    except OSError:
-        raise
-    except Exception as error:
-        if type(error).__name__ == "NotFoundError":
-            raise FileNotFoundError(f"{what} is not there") from error
-        raise OSError(f"{what}: {' '.join(str(error).split())[:500]}") from error
-
-
 class ObjectPlace(Place):
     """A prefix in S3, Google Cloud Storage or Azure (credentials from the usual environment variables), or on a web
     server, which can only be read."""
@@ -216,74 +197,58 @@ class ObjectPlace(Place):
     @property
     def store(self) -> Any:
         if self._store is None:
-            try:
-                from obstore.store import from_url
-            except ImportError as error:
-                raise DataError(f"{self.url}: object storage needs obstore: pip install obstore") from error
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-            config: Any = {
-                "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-            }
-            if endpoint:
-                config["endpoint"] = endpoint
-            client: Any = {"allow_http": endpoint.startswith("http://") or self.url.startswith("http://")}
-            client["timeout"] = f"{_PATIENCE}s"  # a shard is one answer
-            try:
-                config = config if scheme_of(self.url) in ("s3", "s3a") else None
-                self._store = from_url(self.url, config=config, client_options=client)
-            except Exception as error:
-                raise DataError(f"{self.url}: cannot be opened: {error}") from error
+            self._store = open_store(self.url, FROM_ENVIRONMENT, {"timeout": f"{_PATIENCE}s"})
         return self._store
 
     def read(self, name: str) -> bytes:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return bytes(obstore.get(self.store, name).bytes())
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return bytes(obstore.get_range(self.store, name, start=start, length=size))
 
     def chunks(self, name: str) -> Iterator[bytes]:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             for chunk in obstore.get(self.store, name).stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
 
     def write(self, name: str, data: bytes) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             obstore.put(self.store, name, data)
 
     def upload(self, source: Path, name: str) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             obstore.put(self.store, name, source, max_concurrency=4)
         source.unlink()
 
     def rename(self, old: str, new: str) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(old)):
+        with storage_errors(self.file_url(old)):
             obstore.copy(self.store, old, new)
             obstore.delete(self.store, old)
 
     def remove(self, name: str) -> None:
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             obstore.delete(self.store, name)
 
     def names(self) -> list[str]:
         import obstore
 
-        with _as_os_errors(self.url):
+        with storage_errors(self.url):
             listed = obstore.list_with_delimiter(self.store)
         found = [str(entry["path"]) for entry in listed["objects"]] + [str(path) for path in listed["common_prefixes"]]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
@@ -302,12 +267,7 @@ class FsspecPlace(Place):
     @property
     def _system(self) -> tuple[Any, str]:
         if self._opened is None:
-            import fsspec
-
-            try:
-                self._opened = fsspec.core.url_to_fs(self.url)
-            except (ImportError, ValueError) as error:
-                raise DataError(f"{self.url}: cannot be reached: {error}") from error
+            self._opened = open_system(self.url)
         return self._opened
 
     def _at(self, name: str) -> tuple[Any, str]:
@@ -316,30 +276,30 @@ class FsspecPlace(Place):
 
     def read(self, name: str) -> bytes:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return system.cat_file(path)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return system.cat_file(path, start=start, end=start + size)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)), system.open(path, "rb") as file:
+        with storage_errors(self.file_url(name)), system.open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
     def write(self, name: str, data: bytes) -> None:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             system.pipe_file(f"{path}.part", data)
             system.mv(f"{path}.part", path)
 
     def upload(self, source: Path, name: str) -> None:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             system.put_file(str(source), f"{path}.part")
             system.mv(f"{path}.part", path)
@@ -347,18 +307,18 @@ class FsspecPlace(Place):
 
     def rename(self, old: str, new: str) -> None:
         system, path = self._at(old)
-        with _as_os_errors(self.file_url(old)):
+        with storage_errors(self.file_url(old)):
             system.mv(path, self._at(new)[1])
 
     def remove(self, name: str) -> None:
         system, path = self._at(name)
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             system.rm_file(path)
 
     def names(self) -> list[str]:
         system, root = self._system
         try:
-            with _as_os_errors(self.url):
+            with storage_errors(self.url):
                 found = system.ls(root, detail=False)
         except FileNotFoundError:
             return []
