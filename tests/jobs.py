@@ -17,6 +17,8 @@ from runs import Run
 from slurm.local import LocalSlurm
 
 STAGES = ("engine.generator_stage=2", "engine.discriminator_stage=2", "optimizer.decay=constant")
+STEP = "        self.images += self.batch\n"
+"""Where bugs are put into copies of trainer.py: in a step."""
 LOCAL = ROOT / "slurm" / "profiles" / "local.yaml"
 
 

@@ -36,14 +36,51 @@ def data(tmp_path_factory) -> Path:
     return make_set(tmp_path_factory.mktemp("set"))
 
 
+def _undisturbed(cluster, data, folder: Path, nodes: int, images: int):
+    from jobs import Job
+
+    overrides = (f"train.total_images={images}", "checkpoint.every_images=40")
+    run = Job(cluster, folder / "run", data, *overrides, nodes=nodes).submit()
+    run.wait_end()
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole4(cluster, data, tmp_path_factory):
+    """The run on four nodes that nothing disturbs."""
+    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole4"), 4, 600)
+
+
+@pytest.fixture(scope="session")
+def whole2(cluster, data, tmp_path_factory):
+    """The run on two nodes that nothing disturbs."""
+    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole2"), 2, 480)
+
+
+@pytest.fixture(scope="session")
+def whole1(cluster, data, tmp_path_factory):
+    """The run on one node that nothing disturbs."""
+    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole1"), 1, 200)
+
+
+@pytest.fixture
+def job(cluster, data, slow, tmp_path):
+    """Makes a job of this test: `job(*overrides, nodes=2, images=200, project=slow)`."""
+    from jobs import Job
+
+    def make(*overrides: str, nodes: int = 2, images: int = 200, project: Path = slow) -> Job:
+        total = f"train.total_images={images}"
+        return Job(cluster, tmp_path / "run", data, total, *overrides, nodes=nodes, project=project)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def slow(projects) -> Path:
     """A copy of the project whose steps take a while on any machine, so that there is time to disturb it."""
-    return projects(
-        "dist_t2i/trainer.py",
-        "        self.images += self.batch\n",
-        "        self.images += self.batch; time.sleep(0.15)\n",
-    )
+    from jobs import STEP
+
+    return projects("dist_t2i/trainer.py", STEP, f"{STEP}        time.sleep(0.15)\n")
 
 
 @pytest.fixture(scope="session")

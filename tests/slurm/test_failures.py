@@ -12,45 +12,15 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
-from jobs import Job
+from jobs import STEP, Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 OFTEN = "checkpoint.every_images=40"
 HANG = "train.hang_seconds=8"
-
-
-@pytest.fixture(scope="session")
-def whole2(cluster, data, tmp_path_factory):
-    """Nothing disturbs it: two nodes."""
-    folder = tmp_path_factory.mktemp("whole2") / "run"
-    run = Job(cluster, folder, data, "train.total_images=480", OFTEN, nodes=2).submit()
-    run.wait_end()
-    return run
-
-
-@pytest.fixture(scope="session")
-def whole1(cluster, data, tmp_path_factory):
-    """Nothing disturbs it: one node."""
-    folder = tmp_path_factory.mktemp("whole1") / "run"
-    run = Job(cluster, folder, data, "train.total_images=240", OFTEN, nodes=1).submit()
-    run.wait_end()
-    return run
-
-
-@pytest.fixture
-def job(cluster, data, slow, tmp_path):
-    """Makes a job of this test."""
-
-    def make(*overrides: str, nodes: int = 2, images: int = 240, project: Path = slow) -> Job:
-        total = f"train.total_images={images}"
-        return Job(cluster, tmp_path / "run", data, total, *overrides, nodes=nodes, project=project)
-
-    return make
 
 
 def came_back(run: Job, whole: Job, *, attempts: int = 2) -> None:
@@ -142,9 +112,8 @@ def test_a_rank_that_never_comes_to_the_collective(job, projects, whole2):
     """A defect in the code: rank 1 sleeps. Named with its stack; the next attempt finds it gone and goes on."""
     bug = projects(
         "dist_t2i/trainer.py",
-        "        self.images += self.batch\n",
-        "        self.images += self.batch\n"
-        "        if self.images == 80 and dist.get_rank() == 1 and not Path('STUCK').exists():\n"
+        STEP,
+        f"{STEP}        if self.images == 80 and dist.get_rank() == 1 and not Path('STUCK').exists():\n"
         "            Path('STUCK').touch()\n"
         "            time.sleep(1000)\n",
     )
@@ -163,8 +132,8 @@ def test_a_rank_that_never_comes_to_the_collective(job, projects, whole2):
 def test_the_same_failure_three_times(job, projects):
     bug = projects(
         "dist_t2i/trainer.py",
-        "        self.images += self.batch\n",
-        "        self.images += self.batch\n        if self.images == 56: raise ValueError('the 7th step cannot be')\n",
+        STEP,
+        f"{STEP}        if self.images == 56: raise ValueError('the 7th step cannot be')\n",
     )
     run = job(OFTEN, nodes=1, project=bug).submit()
     run.wait_end("FAILED")

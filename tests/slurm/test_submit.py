@@ -90,7 +90,9 @@ class _GpuCluster(LocalSlurm):
         text = super().configuration()
         text = re.sub(r"CPUs=\d+", "CPUs=96 Gres=gpu:8", text) + "GresTypes=gpu\n"
         nodes = ",".join(self.nodes)
-        (self.folder / "gres.conf").write_text("Name=gpu Count=8\n")
+        for number in range(8):
+            (self.folder / f"gpu{number}").touch()  # stands for a device
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         return text + "".join(f"PartitionName={name} Nodes={nodes}\n" for name in ("gpu", "preemptible"))
 
 

@@ -6,39 +6,14 @@ Every row is compared with the run that nothing disturbed.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 
-from jobs import LOCAL, Job
+from jobs import LOCAL, STEP, Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-TOTAL = 240
+TOTAL = 200
 ONLY_AT_THE_END = f"checkpoint.every_images={TOTAL}"
-
-
-@pytest.fixture(scope="session")
-def whole(cluster, data, tmp_path_factory):
-    """Nothing disturbs it: four nodes."""
-    job = Job(
-        cluster, tmp_path_factory.mktemp("whole4") / "run", data, *total(720), "checkpoint.every_images=80"
-    ).submit()
-    job.wait_end()
-    return job
-
-
-def total(images: int = TOTAL) -> tuple[str]:
-    return (f"train.total_images={images}",)
-
-
-@pytest.fixture
-def job(cluster, data, slow, tmp_path):
-    """Makes a job of this test."""
-
-    def make(*overrides: str, nodes: int = 4, images: int = TOTAL, project: Path = slow) -> Job:
-        return Job(cluster, tmp_path / "run", data, *total(images), *overrides, nodes=nodes, project=project)
-
-    return make
 
 
 def undisturbed(job: Job, whole: Job, *, attempts: int) -> None:
@@ -52,39 +27,40 @@ def undisturbed(job: Job, whole: Job, *, attempts: int) -> None:
 # ---- asked to stop ---------------------------------------------------------------------------------------------------
 
 
-def test_usr2_by_the_user(cluster, job, whole):
-    run = job(ONLY_AT_THE_END).submit()
+def test_usr2_by_the_user(cluster, job, whole4):
+    run = job(ONLY_AT_THE_END, nodes=4).submit()
     run.wait_images(40)
     cluster.command("scancel", "--signal=USR2", run.id)
     run.wait_restart(1)
-    undisturbed(run, whole, attempts=2)
+    undisturbed(run, whole4, attempts=2)
     first = run.attempts("end")[0]
     assert first["status"] == 75 and first["verdict"] == "requeued"
     assert 40 <= first["images"] == run.attempts("begin")[1]["images"] < TOTAL
 
 
-def test_the_time_limit(cluster, job, whole, tmp_path):
+def test_the_time_limit(cluster, job, projects, whole4, tmp_path):
     """Slurm tells of it in time, when it looks at its clock: every half minute."""
     profile = tmp_path / "profile.yaml"
     profile.write_text(LOCAL.read_text().replace("signal_seconds: 60", "signal_seconds: 50"))
-    run = job("checkpoint.every_images=720", images=720).submit("--profile", str(profile))
+    slower = projects("dist_t2i/trainer.py", STEP, f"{STEP}        time.sleep(0.5)\n")
+    run = job("checkpoint.every_images=600", nodes=4, images=600, project=slower).submit("--profile", str(profile))
     run.wait_images(16)
     cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=1")
     run.wait_for(lambda: run.restarts() == 1, "the end of the minute")
     cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=60")
-    undisturbed(run, whole, attempts=2)
+    undisturbed(run, whole4, attempts=2)
     assert "SIGUSR2: saving" in run.log()
 
 
-def test_preemption_by_term_with_grace(cluster, job, whole):
+def test_preemption_by_term_with_grace(cluster, job, whole2):
     run = job(ONLY_AT_THE_END).submit()
     run.wait_images(40)
     push_out(cluster)
-    undisturbed(run, whole, attempts=2)
+    undisturbed(run, whole2, attempts=2)
     assert run.restarts() == 1
 
 
-def test_preemption_by_the_user_signal(cluster, job, whole):
+def test_preemption_by_the_user_signal(cluster, job, whole2):
     cluster.settings["SlurmctldParameters"] = "preempt_send_user_signal"
     cluster.conf.write_text(cluster.configuration())
     cluster.command("scontrol", "reconfigure")
@@ -92,7 +68,7 @@ def test_preemption_by_the_user_signal(cluster, job, whole):
         run = job(ONLY_AT_THE_END).submit()
         run.wait_images(40)
         push_out(cluster)
-        undisturbed(run, whole, attempts=2)
+        undisturbed(run, whole2, attempts=2)
         assert "SIGUSR2: saving" in run.log() and run.restarts() == 1
     finally:
         del cluster.settings["SlurmctldParameters"]
@@ -105,17 +81,17 @@ def push_out(cluster) -> None:
     cluster.command("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
-def test_requeued_by_hand(cluster, job, whole):
+def test_requeued_by_hand(cluster, job, whole2):
     run = job().submit()
     run.wait_images(40)
     cluster.command("scontrol", "requeue", run.id)
     run.wait_restart(1)
-    undisturbed(run, whole, attempts=2)
+    undisturbed(run, whole2, attempts=2)
 
 
-def test_cancelled_stays_cancelled_and_can_be_resumed(cluster, job, whole):
+def test_cancelled_stays_cancelled_and_can_be_resumed(cluster, job, whole4):
     """... with two nodes, and then with four again: the same losses within round-off."""
-    run = job(ONLY_AT_THE_END).submit()
+    run = job(ONLY_AT_THE_END, nodes=4).submit()
     run.wait_images(40)
     assert "saves a checkpoint" in run.tool("cancel", str(run.folder))
     run.wait_end("CANCELLED")
@@ -130,4 +106,4 @@ def test_cancelled_stays_cancelled_and_can_be_resumed(cluster, job, whole):
     run.wait_end()
     assert [begin["ranks"] for begin in run.attempts("begin")] == [4, 2, 4]
     assert run.steps_lost() == 0
-    run.assert_equals(whole, tolerance=1e-5)
+    run.assert_equals(whole4, tolerance=1e-5)
