@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,39 @@ def save(
         raise CheckpointError(
             f"checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
             "Earlier checkpoints are untouched. Free space or mend the permissions."
+        ) from error
+    return target
+
+
+def adopt(run: Path, images: int, fill: Callable[[Path], None]) -> Path:
+    """Commit a checkpoint that comes from elsewhere and make it the newest; returns its folder.
+
+    `fill(folder)` puts it there, whole and checked; what it raises leaves the run as it was. A damaged one of the same
+    `images` is replaced. Raises CheckpointError when it cannot be written.
+    """
+    root = folder_of(run)
+    target = root / f"images-{images:09d}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+        try:
+            fill(staging)
+            for path in (*staging.iterdir(), staging):
+                _sync(path)
+            os.chmod(staging, 0o755 & ~_umask())
+            if target.exists():
+                _remove(target)
+            os.rename(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _sync(root)
+        _point_latest(root, target.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
+            "Free space or mend the permissions."
         ) from error
     return target
 
