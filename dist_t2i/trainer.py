@@ -25,6 +25,7 @@ from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
 from dist_t2i.launch import Rank, has_gpu
 from dist_t2i.meter import Meter
+from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.preempt import FINISHED, STOPPED, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
@@ -45,10 +46,12 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False) -> int:
     try:
         trainer = Trainer(config, device, allow_changes)
         with trainer.closing():
-            return trainer.run(stop)
+            status = trainer.run(stop)
     finally:
         with contextlib.suppress(Exception):  # the peers may be gone, and another error is on its way
             dist.destroy_process_group()
+    trainer.mirroring.finish(status, stop)  # the other ranks need not wait
+    return status
 
 
 class Trainer:
@@ -63,11 +66,14 @@ class Trainer:
         self.reporter = Reporter(self.folder, config, main=self.main)
         self.data = open_data(config.data)
         warn = self.reporter.warn
+        self.mirroring = Mirroring(config, self.reporter, main=self.main, allow_changes=allow_changes)
+        on_main(lambda: self.mirroring.look(self.data.fingerprint, self._warn_early), slow=True)
         on_main(
             lambda: runfolder.prepare(
                 self.folder, config, self.data, allow_changes=allow_changes, warn=self._warn_early
             )
         )
+        on_main(self.mirroring.restore, slow=True)
         frozen = None
         if config.text.mode == "frozen":
             frozen = load_frozen(config.text, self.data.tokenizer, config.data.max_tokens)
@@ -100,6 +106,7 @@ class Trainer:
             yield
         except BaseException as error:
             self.reporter.close("failed", "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            self.mirroring.close()
             raise
         finally:
             self.stream.close()
@@ -111,6 +118,7 @@ class Trainer:
         c, total = self.config, self.config.train.total_images
         self.reporter.start(self.images, self.last.folder if self.last else None)
         self._greet()
+        self.mirroring.offer(self.images if self.last else None)
         if self.images == 0:
             self._samples()
         while True:
@@ -143,6 +151,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Numbers that are not finite end the run here, before a checkpoint could keep them."""
+        self.mirroring.tell()
         values = self.meter.take(mean_over_ranks)
         if not values:
             return
@@ -220,6 +229,7 @@ class Trainer:
             return
         self.last = Checkpoint(folder, {"images": self.images})
         self.reporter.saved(self.images, folder)
+        self.mirroring.offer(self.images)
 
     def _files(self) -> dict[str, dict[str, torch.Tensor]]:
         files = {"ema": self.average.state()}
