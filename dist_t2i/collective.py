@@ -41,7 +41,7 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """`function()` on rank 0, its result on every rank. Collective.
 
     A UserError of rank 0 is raised on all ranks, with `told_by_main` set on the others, so that it is shown once. `slow`
-    runs it in a thread, for what may take longer than a collective is waited for (10 minutes with NCCL).
+    runs it in a thread, for what may take longer than the others wait in a collective (10 minutes).
     """
     if slow:
         function = _waited_for(function)
