@@ -1,7 +1,7 @@
 """The processes that talk to a mirror of checkpoints; `mirrorstore.py` says what lies there.
 
     python -m dist_t2i.mirror look URL                    whose it is and which checkpoints it has
-    python -m dist_t2i.mirror fetch URL IMAGES FOLDER     one of them, unchecked
+    python -m dist_t2i.mirror fetch URL IMAGES FOLDER     one of them
     python -m dist_t2i.mirror follow URL RUN              what a training run starts: uploads what stdin names
 
 The training process starts them (`mirroring.py`) because it must not have clients of object stores itself: it forks
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.checkpoint import Retention
+from dist_t2i.checkpoint import Retention, open_checkpoint
 from dist_t2i.data.apart import end_with
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import LocalDamage, MirrorStore, Refused, Unreachable, pauses
@@ -40,10 +40,15 @@ def look(url: str, patience: float) -> dict[str, Any]:
     }
 
 
-def fetch(url: str, images: int, folder: Path, patience: float) -> dict[str, Any]:
-    """An empty answer, or `damaged`: why this checkpoint cannot be had, although the mirror answers."""
+def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) -> dict[str, Any]:
+    """An empty answer, or `damaged`: why this checkpoint cannot be had, although the mirror answers.
+
+    Checksums are only compared with `check`: a training run does that itself.
+    """
     try:
         MirrorStore(url, patience).fetch(images, folder)
+        if check:
+            open_checkpoint(folder)
     except CheckpointError as error:
         return {"damaged": str(error)}
     return {}
@@ -149,7 +154,7 @@ def main() -> int:
         if options.command == "look":
             answer = look(options.url, options.patience)
         else:
-            answer = fetch(options.url, options.images, options.folder, options.patience)
+            answer = fetch(options.url, options.images, options.folder, options.patience, check=not options.parent)
     except Unreachable as error:
         answer = {"unreachable": str(error)}
     except UserError as error:

@@ -159,9 +159,10 @@ class Mirroring:
 
     def offer(self, images: int | None) -> None:
         """The checkpoint at `images` is committed: have it uploaded in the background. None only tells whose it is."""
+        self._offered = images
+        self.tell()  # whether the process is still there
         if not self.url or self._refused:
             return
-        self._offered = images
         if self._uploader is None:
             keep = self._config.checkpoint
             flags = ["--keep-last", str(keep.keep_last), "--keep-every-images", str(keep.keep_every_images)]
@@ -169,7 +170,6 @@ class Mirroring:
             self._uploader = _Uploader(_program("follow", self.url, str(self._folder), *flags))
         if images is not None:
             self._uploader.want(images)
-        self.tell()
 
     def tell(self, seconds: float = 0.0) -> None:
         """Say what has become of uploads; waits at most `seconds` for news."""
@@ -197,19 +197,20 @@ class Mirroring:
     @property
     def waiting(self) -> bool:
         """Whether the newest checkpoint is not in the mirror yet."""
-        return self._uploader is not None and self._uploaded != self._offered
+        return bool(self.url) and not self._refused and self._uploaded != self._offered
 
     def finish(self, status: int, stop: StopFlag) -> None:
         """Wait for the last upload: a finished run until it is done, at most `FINISH_SECONDS`; a stopped one a moment."""
-        limit = FINISH_SECONDS if status == FINISHED else STOP_SECONDS
+        finished = status == FINISHED
+        limit = FINISH_SECONDS if finished else STOP_SECONDS
         deadline = time.monotonic() + limit
-        self.tell(0.5)
-        if self.waiting and status == FINISHED:
+        self.tell(0.5 if self.waiting else 0.0)
+        if self.waiting and finished:
             self._say(
                 f"waiting for {self.url} to have the checkpoint at {self._offered:,} images, at most {limit / 60:.0f} "
                 "minutes; Ctrl-C ends the wait"
             )
-        while self.waiting and time.monotonic() < deadline and not (status == FINISHED and stop.requested):
+        while self.waiting and self._uploader and time.monotonic() < deadline and not (finished and stop.requested):
             self.tell(0.25)
         if self.waiting:
             self._warn(f"{self.url} lacks the checkpoint at {self._offered:,} images: the same command brings it there")
@@ -272,7 +273,8 @@ def _program(command: str, *arguments: str) -> list[str]:
 def _environment() -> dict[str, str]:
     """This process's, so that the package is found from where it was found here."""
     root = str(Path(__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # not the working folder's, which comes first else
 
 
 def _unreachable(url: str, problem: str) -> str:

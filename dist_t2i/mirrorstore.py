@@ -165,7 +165,7 @@ class MirrorStore:
         _write(folder / STATE, [state or b""])
 
     def _download(self, images: int, name: str, size: int, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         starts = range(0, size, _RANGE)
         _write(path, (self._part(images, name, start, min(_RANGE, size - start)) for start in starts))
 

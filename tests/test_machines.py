@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -63,8 +64,9 @@ def machines(tmp_path_factory) -> Iterator[Machines]:
     except (OSError, subprocess.CalledProcessError):  # not root, or no `ip`
         yield Machines(folder, [], "127.0.0.1")
     finally:
-        for name in networks:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        with contextlib.suppress(OSError):
+            for name in networks:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def join(networks: list[str]) -> None:

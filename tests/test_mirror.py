@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dist_t2i import checkpoint, configfile
 from dist_t2i.checkpoint import Retention
 from dist_t2i.config import Config
 from dist_t2i.configschema import build
+from dist_t2i.data.destination import open_place
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.preempt import FINISHED, STOPPED
@@ -142,7 +144,9 @@ def test_what_goes_up_is_what_comes_down(small, tmp_path, where):
     url = URL if where == "s3" else str(tmp_path / "elsewhere" / "mirror")
     first = small("first", url).begin()
     (first.folder / "bad_samples.jsonl").write_text('{"position": 150}\n{"position": 250}\n')
-    first.upload(100, 200)
+    first.upload(100)
+    first.save(200, size=9_000_000)  # goes up in several parts, comes down in several requests
+    first.mirror.offer(200)
     first.save(300)
     first.finish()
     second = small("second", url).begin()
@@ -364,10 +368,23 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
     process.kill()
     process.wait()
     run.upload(300)
-    assert run.told("the mirror's process has ended") == 1
+    assert run.told("the mirror's process has ended") == 1 and mirrored(server) == [200, 300]
     began = time.monotonic()
     run.finish(STOPPED)
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("url", ["folder", "memory://places/a", "s3://data/places/a"])
+def test_places_take_open_files_and_drop_folders(proxy, tmp_path, url):
+    place = open_place(str(tmp_path / "new" / "place") if url == "folder" else url, seconds=5)
+    for name, data in (("top", b"1"), ("a/one", b"22"), ("a/b/two", b""), ("ab", b"4" * 9_000_000)):
+        place.put(io.BytesIO(data), name)
+        assert place.read(name) == data
+    place.put(io.BytesIO(b"another"), "top")
+    assert place.read("top") == b"another"
+    place.remove_folder("a")
+    assert place.names() == ["ab", "top"]
+    place.remove_folder("a")
 
 
 @pytest.mark.parametrize(
