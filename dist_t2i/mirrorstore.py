@@ -94,6 +94,7 @@ class MirrorStore:
         self._deadline = time.monotonic() + patience
         self._token = uuid.uuid4().hex
         self._whole: set[int] | None = None
+        self._removed: set[int] = set()
 
     # ---- what is there -----------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class MirrorStore:
             with ExitStack() as stack:
                 self._upload(_Source(run, images, stack))
             self._whole.add(images)
-        begun = set(self._folders()) - self._whole
+        begun = set(self._folders()) - self._whole - self._removed  # some stores list empty folders for a while
         for other in (*begun, *keep.expired(self._whole)):
             self._remove(other)
 
@@ -242,6 +243,7 @@ class MirrorStore:
     def _remove(self, images: int) -> None:
         self._patiently(lambda: self._root.remove(f"{_name(images)}/{STATE}"))
         self._patiently(lambda: self._root.remove_folder(_name(images)))
+        self._removed.add(images)
         if self._whole:
             self._whole.discard(images)
 
