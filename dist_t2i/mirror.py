@@ -25,13 +25,13 @@ from typing import Any
 from dist_t2i.checkpoint import Retention, open_checkpoint
 from dist_t2i.data.apart import end_with
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.mirrorstore import LocalDamage, MirrorStore, Refused, Unreachable, pauses
+from dist_t2i.mirrorstore import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
 from dist_t2i.preempt import ignore_stop_signals
 
 
 def look(url: str, patience: float) -> dict[str, Any]:
     """`identity` (None: nobody's), `strange` (what is wrong when it is nobody's), `images` (newest first)."""
-    store = MirrorStore(url, patience)
+    store = MirrorStore(url, patience, LOOK_SECONDS)
     identity = store.identity()
     return {
         "identity": dataclasses.asdict(identity) if identity else None,

@@ -45,8 +45,10 @@ RECORDS = "run/"
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
 """In the order in which they are written: a mirror that has the last has them all."""
 _OWNER = "owner.json"
-_REQUEST_SECONDS = 120
+_REQUEST_SECONDS = 120.0
 """How long a request for a part of a file may take."""
+LOOK_SECONDS = 20.0
+"""How long one for a few lines may."""
 _RANGE = 32 * 2**20
 """Bytes that one request fetches."""
 _LOOKED_AT = 20
@@ -77,7 +79,7 @@ class Identity:
         try:
             theirs = loads(self.config, source="config.yaml")
         except ConfigError as error:
-            return [f"its config.yaml cannot be read ({str(error).splitlines()[0]})"]
+            return [f"its config.yaml cannot be read ({'; '.join(error.problems) or error})"]
         changed = differences(theirs, config).items()
         lines = [f"{key}: there {there!r}, here {here!r}" for key, (there, here) in changed]
         if self.fingerprint and self.fingerprint != fingerprint:
@@ -88,9 +90,9 @@ class Identity:
 class MirrorStore:
     """The mirror at a URL or folder. Methods raise Unreachable when it does not answer, after `patience` seconds."""
 
-    def __init__(self, url: str, patience: float = 0.0) -> None:
-        self._top = open_place(url, seconds=_REQUEST_SECONDS)
-        self._root = open_place(f"{self._top.url}/checkpoints", seconds=_REQUEST_SECONDS)
+    def __init__(self, url: str, patience: float = 0.0, request_seconds: float = _REQUEST_SECONDS) -> None:
+        self._top = open_place(url, seconds=request_seconds)
+        self._root = open_place(f"{self._top.url}/checkpoints", seconds=request_seconds)
         self._deadline = time.monotonic() + patience
         self._token = uuid.uuid4().hex
         self._whole: set[int] | None = None
