@@ -9,31 +9,31 @@
         ema.safetensors             the moving average of the generator and the encoder that it reads
         optimizer-*.safetensors     AdamW's moments, one file per network
         state.json                  images seen, counters, and the size and SHA-256 of every other file
-      .staging-XXXX/                being written, or left by a process that was killed: swept at the next save
+      .claim-*/                     of the process that may commit, see claim.py: what is being written or deleted
 
 Tensors are gathered before they are written, so a checkpoint knows nothing of world size, ZeRO stage or precision, and
 any of them can read it. Everything random in a run is a function of (seed, images seen), so images seen is all the
 state that the data stream, the schedules and the noise have. Nothing here uses pickle.
 
-Order of events in `save`: write into the staging folder, fsync each file and the folder, rename, fsync the parent,
+Order of events in `save`: write into a staging folder, fsync each file and the folder, rename, fsync the parent,
 replace `latest`, delete what retention no longer keeps (again by a rename first). A kill between any two of them leaves
-either the old state or the new one.
+either the old state or the new one. Each rename is out of or into the folder of the process's claim (claim.py), so that
+one whose run was taken over by another process can change nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_t2i.claim import Claim
 from dist_t2i.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -83,34 +83,35 @@ def committed(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: Retention
+    claim: Claim, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: Retention
 ) -> Path:
-    """Commit a checkpoint and apply retention; returns its folder.
+    """Commit a checkpoint under a run's claim and apply retention; returns its folder.
 
     `files` maps a stem (`generator`) to fp32 CPU tensors by name. An existing checkpoint of the same `images` is
-    left as it is: the run is a function of images seen, so it holds the same. Only one process of a run may call this.
+    left as it is: the run is a function of images seen, so it holds the same.
     Raises CheckpointError when it cannot be written (disk full, no permission); earlier checkpoints are then untouched.
+    Raises Superseded when another process has claimed the run; nothing was changed then.
     """
-    root = folder_of(run)
+    root = claim.root
     target = root / f"images-{images:09d}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
         if target.exists() and not _intact(target):
-            _remove(target)
+            claim.remove(target)
         if not target.exists():
-            staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+            staging = claim.staging()
             try:
                 _write(staging, files, {"format": FORMAT, "images": images, **state})
-                os.rename(staging, target)
+                claim.commit(staging, target)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
             _sync(root)
-        _point_latest(root, target.name)
-        for folder in keep.expired([_images(p) for p in committed(run)]):
-            _remove(root / f"images-{folder:09d}")
+        _point_latest(claim, target.name)
+        for folder in keep.expired([_images(p) for p in committed(root.parent)]):
+            claim.remove(root / f"images-{folder:09d}")
     except OSError as error:
+        if claim.broken():
+            raise claim.error() from error
         raise CheckpointError(
             f"checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
             "Earlier checkpoints are untouched. Free space or mend the permissions."
@@ -118,32 +119,32 @@ def save(
     return target
 
 
-def adopt(run: Path, images: int, fill: Callable[[Path], None]) -> Path:
+def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
     """Commit a checkpoint that comes from elsewhere and make it the newest; returns its folder.
 
     `fill(folder)` puts it there, whole and checked; what it raises leaves the run as it was. A damaged one of the same
-    `images` is replaced. Raises CheckpointError when it cannot be written.
+    `images` is replaced. Raises CheckpointError when it cannot be written, and Superseded as `save` does.
     """
-    root = folder_of(run)
+    root = claim.root
     target = root / f"images-{images:09d}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+        staging = claim.staging()
         try:
             fill(staging)
             for path in (*staging.iterdir(), staging):
                 _sync(path)
             os.chmod(staging, 0o755 & ~_umask())
             if target.exists():
-                _remove(target)
-            os.rename(staging, target)
+                claim.remove(target)
+            claim.commit(staging, target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         _sync(root)
-        _point_latest(root, target.name)
+        _point_latest(claim, target.name)
     except OSError as error:
+        if claim.broken():
+            raise claim.error() from error
         raise CheckpointError(
             f"the checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
             "Free space or mend the permissions."
@@ -235,10 +236,10 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _point_latest(root: Path, name: str) -> None:
-    _write_synced(root / f".{LATEST}", f"{name}\n".encode())
-    os.replace(root / f".{LATEST}", root / LATEST)
-    _sync(root)
+def _point_latest(claim: Claim, name: str) -> None:
+    _write_synced(claim.folder / LATEST, f"{name}\n".encode())
+    claim.commit(claim.folder / LATEST, claim.root / LATEST)
+    _sync(claim.root)
 
 
 def _read_latest(root: Path) -> str:
@@ -246,18 +247,6 @@ def _read_latest(root: Path) -> str:
         return (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f".staging-removed-{folder.name}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sweep(root: Path) -> None:
-    for leftover in root.glob(".staging-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

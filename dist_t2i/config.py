@@ -218,6 +218,8 @@ class TrainConfig:
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
     """Seeds weights, order, captions, noise and augmentation; each is a function of it and the images seen."""
+    hang_seconds: float = 600.0
+    """A step that takes longer counts as hung: the run is ended with status 77, naming the rank; 0 waits for ever."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class _Reading:
 
     def value(self, key: str, type_: Any, raw: Any, where: str) -> None:
         try:
-            self.values[key] = _convert(raw, type_)
+            self.values[key] = convert(raw, type_)
         except ValueError as error:
             self.refuse(where, key, f"expected {expected(type_)}, got {error}")
         self.where[key] = where
@@ -251,8 +251,8 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
     return f"; {prefix.rstrip('.') or 'the file'} has {known}"
 
 
-def _convert(value: Any, type_: Any) -> Any:
-    """`value` as `type_`; `ValueError(what it is instead)` if it is not one. 1e6 counts as a whole number."""
+def convert(value: Any, type_: Any) -> Any:
+    """A value from YAML, `value` as `type_`; `ValueError(what it is instead)` if it is not one. 1e6 counts as a whole number."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -260,11 +260,11 @@ def _convert(value: Any, type_: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, (list, tuple)) and (arguments[-1] is Ellipsis or len(value) == len(arguments)):
             wanted: Iterable[Any] = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-            return tuple(_convert(item, item_type) for item, item_type in zip(value, wanted, strict=True))
+            return tuple(convert(item, item_type) for item, item_type in zip(value, wanted, strict=True))
     elif origin in (typing.Union, types.UnionType):
         for choice in arguments:
             try:
-                return _convert(value, choice)
+                return convert(value, choice)
             except ValueError:
                 continue
     elif type_ is float:

@@ -16,16 +16,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_t2i import checkpoint, metricsfile
+from dist_t2i.claim import Claim
 from dist_t2i.config import Config
 from dist_t2i.data.destination import open_place
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.mirrorstore import RECORDS, Identity, strangers, to_json, without_records
+from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, to_json, without_records
 from dist_t2i.preempt import FINISHED, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
 
@@ -54,8 +54,8 @@ class Mirroring:
 
     # ---- at the start ------------------------------------------------------------------------------------------------
 
-    def look(self, fingerprint: str, warn: Callable[[str], None]) -> None:
-        """See what the mirror has; writes nothing. `fingerprint` is the data set's, `warn` serves until there is a log.
+    def look(self, fingerprint: str) -> None:
+        """See what the mirror has; writes nothing, not even to the log. `fingerprint` is the data set's.
 
         Raises CheckpointError when it is another run's, or not to be read while the run folder has no checkpoint.
         """
@@ -68,21 +68,23 @@ class Mirroring:
         if "unreachable" in found:
             if not own:
                 raise CheckpointError(_unreachable(self.url, found["unreachable"]))
-            warn(f"the mirror {self.url} cannot be read; going on with the run folder alone: {found['unreachable']}")
+            _warn(f"the mirror {self.url} cannot be read; going on with the run folder alone: {found['unreachable']}")
             return
         identity = Identity(**found["identity"]) if found["identity"] else None
         strange = identity.strange_to(self._config, fingerprint) if identity else found["strange"]
         if strange:
             if not self._allow_changes:
                 raise CheckpointError(strangers(self.url, strange))
-            warn(f"going on although the mirror {self.url} is another run's: " + "; ".join(strange))
+            _warn(f"going on although the mirror {self.url} is another run's: " + "; ".join(strange))
         self._images = found["images"]
 
-    def restore(self) -> None:
-        """Bring the newest whole checkpoint here if the run folder has none as new; a damaged one is passed over.
+    def restore(self, claim: Claim | None) -> None:
+        """Under the run's claim, bring the newest whole checkpoint here if the run folder has none as new; a damaged one is passed over.
 
         Raises CheckpointError when there are some, none of them whole, and none here.
         """
+        if claim is None:
+            return
         for images in self._images:
             own = self._own_intact()
             if own >= images:
@@ -90,7 +92,7 @@ class Mirroring:
             have = f"has only older checkpoints (to {own:,} images)" if own >= 0 else "has no intact checkpoint"
             self._say(f"{self._folder} {have}: fetching the one at {images:,} images from {self.url}")
             try:
-                checkpoint.adopt(self._folder, images, partial(self._fetch, images))
+                checkpoint.adopt(claim, images, partial(self._fetch, images))
                 return
             except _Damaged as error:
                 self._damaged.append(images)
@@ -127,8 +129,9 @@ class Mirroring:
             checkpoint.open_checkpoint(staging)
         except CheckpointError as error:
             raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
-        for record in sorted((staging / RECORDS).glob("*")):
-            metricsfile.replace_text(self._folder / record.name, record.read_text(encoding="utf-8"))
+        for name in RECORD_FILES:
+            if (record := staging / RECORDS / name).exists():
+                metricsfile.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / RECORDS, ignore_errors=True)
         marker = without_records((staging / checkpoint.STATE).read_bytes())
         (staging / checkpoint.STATE).write_bytes(to_json(marker))
@@ -275,6 +278,10 @@ def _environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # not the working folder's, which comes first else
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", flush=True)
 
 
 def _unreachable(url: str, problem: str) -> str:

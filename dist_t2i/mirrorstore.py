@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 RECORDS = "run/"
 """Where a mirrored checkpoint keeps what lies beside the checkpoints in a run folder."""
+RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE)
+"""What that may be: a mirror is data, and replaces nothing else in a run folder."""
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
 """In the order in which they are written: a mirror that has the last has them all."""
 _OWNER = "owner.json"

@@ -6,6 +6,8 @@ Exit statuses of a training command:
     1    a defect, or numbers that are not finite (`TrainingError`); the last good checkpoint stands
     2    the user's configuration, data or environment (`UserError`)
     75   stopped by a signal with a checkpoint saved; the same command goes on from it (EX_TEMPFAIL)
+    76   another process has taken the run over (claim.py); nothing saved
+    77   a rank hung, and the watchdog ended the run (watchdog.py); the last checkpoint stands
     130  a second Ctrl-C: stopped at once, nothing saved
 
 What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py` holds them):
@@ -47,6 +49,9 @@ LAUNCHER_GRACE = 30.0
 """Seconds that `deepspeed` and `torchrun` wait between passing SIGTERM on and SIGKILL."""
 _LAUNCHER_GONE = 1 << 16
 """Stands for a signal number when the launcher has died."""
+_TAKEN_OVER = 1 << 17
+"""Stands for one when the run was taken over; larger than any other, so that it wins over a signal."""
+TAKEN_OVER = "another process has taken the run over"
 
 
 class StopFlag:
@@ -103,7 +108,13 @@ class StopFlag:
         self._signal = self._signal or number
         if not number:
             return ""
+        if number == _TAKEN_OVER:
+            return TAKEN_OVER
         return "the launcher is gone" if number == _LAUNCHER_GONE else signal.Signals(number).name
+
+    def supersede(self) -> None:
+        """Stop all ranks because another process has taken the run over: `agreed` says `TAKEN_OVER`."""
+        self._signal = _TAKEN_OVER
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

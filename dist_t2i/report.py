@@ -57,6 +57,7 @@ class Reporter:
         self._told: set[tuple[int | None, str | None]] = set()
         self._wandb: WandbSink | None = None
         self._can_draw = True
+        self._drawn_at = -1
 
     def start(self, images: int, checkpoint: Path | None = None) -> None:
         """Begin, or go on from a checkpoint at `images`: what was reported beyond it is dropped, it comes again."""
@@ -130,9 +131,10 @@ class Reporter:
         return path
 
     def curves(self) -> None:
-        """Draw curves.png from metrics.jsonl; without matplotlib, say so once."""
-        if not self._main or not self._can_draw:
+        """Draw curves.png from metrics.jsonl, once for these images seen; without matplotlib, say so once."""
+        if not self._main or not self._can_draw or self._drawn_at == self._images:
             return
+        self._drawn_at = self._images
         try:
             from dist_t2i.curves import draw_curves
 
@@ -150,15 +152,15 @@ class Reporter:
             self._log(f"checkpoint at {images:,} images: {checkpoint}")
             self._write_progress(force=True)
 
-    def close(self, state: str, message: str = "") -> None:
-        """The end: `stopped` (goes on later), `finished` or `failed`, and the last words."""
+    def close(self, state: str, message: str = "", *, hurry: bool = False) -> None:
+        """The end: `stopped` (goes on later), `finished` or `failed`, and the last words. In a `hurry`, nothing is drawn."""
         if not self._main:
             return
         self._state = state
         if self._values:
             self._console.line(self._images, self._total, self._values, now=True)
         self._console.close()
-        if state != "failed":
+        if state != "failed" and not hurry:
             self.curves()
         if message:
             self.say(message)

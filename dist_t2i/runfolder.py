@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_t2i import configfile, environment, metricsfile
+from dist_t2i import checkpoint, configfile, environment, metricsfile
+from dist_t2i.claim import Claim, claim
 from dist_t2i.config import Config
 from dist_t2i.configrules import refuse_changes
 from dist_t2i.errors import CheckpointError, UserError
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
     from dist_t2i.data.shards import ShardSet
 
 
-def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> None:
-    """Make the folder, or check that the one that is there is a run of the same kind; rank 0 only.
+def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> Claim:
+    """Make the folder, or check that the one that is there is a run of the same kind, and claim it; rank 0 only.
 
     Raises ConfigError when the run was begun with another configuration that gives another result, and CheckpointError
-    for another data set, unless `allow_changes`; UserError when the folder cannot be written.
+    for another data set, unless `allow_changes`; UserError when the folder cannot be written, or when the run is being
+    trained by another process of this machine. A running one is left in peace by all of these.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.yaml").exists():
             _check_same_run(folder, config, data, allow_changes, warn)
+        mine = claim(checkpoint.folder_of(folder), say=warn)
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
         metricsfile.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
         metricsfile.replace_text(folder / "tokenizer.json", data.tokenizer.text)
         metricsfile.replace_text(folder / "config.yaml", configfile.dump(config))
+        return mine
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be written: {error.strerror or error}.\n"

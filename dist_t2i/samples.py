@@ -8,13 +8,16 @@ from torch import Tensor
 
 from dist_t2i.average import Average
 from dist_t2i.config import Config
-from dist_t2i.data.decode import decode, square
-from dist_t2i.data.shards import ShardSet
+from dist_t2i.data.decode import PictureError, decode, square
+from dist_t2i.data.shards import BadSample, Samples, ShardSet
 from dist_t2i.draws import mix
+from dist_t2i.errors import DataError
 from dist_t2i.grid import GridRow
 
 ROWS = 8
 PER_CAPTION = 4
+_TRIES = 16
+"""Samples that are tried for a row of the grid."""
 _PREFERRED = ("test-combinations", "test", "train")
 
 
@@ -28,12 +31,26 @@ class SampleSheet:
         if not captions:
             split = next(name for name in (*_PREFERRED, *data.splits) if name in data.splits)
             samples = data.samples(split)
-            count = min(ROWS, len(samples))
-            chosen = [samples[i * len(samples) // count] for i in range(count)]
-            captions = [sample.captions[0] for sample in chosen]
-            self._real = [self._as_trained(sample.image_bytes) for sample in chosen]
+            size, count = len(samples), min(ROWS, len(samples))
+            shares = [range(row * size // count, (row + 1) * size // count) for row in range(count)]
+            chosen = [one for share in shares if (one := self._first_usable(samples, share)) is not None]
+            if not chosen:
+                raise DataError(f"{data.folder}: no sample of split {split!r} that the grid would show can be used")
+            captions = [caption for caption, _ in chosen]
+            self._real = [picture for _, picture in chosen]
         self.captions = captions
         self._tokens, self._lengths = data.tokenizer.encode(captions, config.data.max_tokens)
+
+    def _first_usable(self, samples: Samples, share: range) -> tuple[str, np.ndarray] | None:
+        """Caption and picture of a grid's row: the first of its share of the samples that can be used. Bad ones are the
+        stream's to count; the grid looks at a few, and then goes without the row."""
+        for number in share[:_TRIES]:
+            try:
+                sample = samples[number]
+                return sample.captions[0], self._as_trained(sample.image_bytes)
+            except (BadSample, PictureError):
+                continue
+        return None
 
     def _as_trained(self, picture: bytes) -> np.ndarray:
         """A real picture at the training size, so that both are judged at the same sharpness: uint8 [S, S, 3]."""

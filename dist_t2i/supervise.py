@@ -44,15 +44,18 @@ def train(
     *,
     enough: Callable[[], bool] | None = None,
     log: Path | None = None,
+    entry: Path = ENTRY,
+    launcher: Sequence[str] = (),
 ) -> None:
     """`deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()` says so.
 
-    What it prints goes to the terminal, or to the file `log`, whose end is shown if the training fails.
+    What it prints goes to the terminal, or to the file `log`, whose end is shown if the training fails. `launcher` are
+    further options of `deepspeed`; `entry` is the script, when it is not this package's own.
 
     Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
     at once. Raises TrainingError when the training fails; it has then said why itself. Main thread only.
     """
-    child = _Child(config, overrides, run, log)
+    child = _Child([*launcher, str(entry), "--config", str(config), f"run.folder={run}", *overrides], run, log)
     with child.signals():
         while (status := child.wait()) is None:
             if enough is not None and not child.stopping and enough():
@@ -80,7 +83,7 @@ def progress(run: Path) -> dict[str, Any]:
 class _Child:
     """The `deepspeed` process, and through RUN/progress.json its rank 0."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], run: Path, log: Path | None) -> None:
+    def __init__(self, arguments: Sequence[str], run: Path, log: Path | None) -> None:
         self.run, self.started = run, time.time()
         self.stopping = self.asked = False
         binaries = Path(sys.executable).parent
@@ -89,7 +92,7 @@ class _Child:
             environment.setdefault("DS_ACCELERATOR", "cpu")
         # The launcher's own talk is switched off: what matters is said by the run itself.
         launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_port()}"]
-        command = [*launcher, str(ENTRY), "--config", str(config), f"run.folder={run}", *overrides]
+        command = [*launcher, *arguments]
         try:
             with open(log, "wb") if log else contextlib.nullcontext() as output:
                 self.process = subprocess.Popen(

@@ -6,7 +6,8 @@
     python dist_t2i/train.py --config ...
 
 Run the same command again to go on from the newest checkpoint. Exit statuses: 0 finished; 75 stopped by a signal with a
-checkpoint saved; 2 something to mend, said in one message; 1 training broke down; 130 second Ctrl-C.
+checkpoint saved; 2 something to mend, said in one message; 1 training broke down; 76 another process has taken the run
+over; 77 a rank hung; 130 second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # A script's own folder comes first on sys.path, where modules of this package would pass for others' (`config`, ...).
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dist_t2i.errors import UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from dist_t2i.preempt import StopFlag
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,9 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def main() -> int:
-    """Returns the exit status."""
-    options = parse()
+def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) -> int:
+    """Returns the exit status; `stop` as in trainer.train. Raises UserError."""
+    options = parse(arguments)
     if options.help_config:
         from dist_t2i.configschema import reference
 
@@ -60,7 +65,7 @@ def main() -> int:
         check_world(config, rank.world_size)
         from dist_t2i.trainer import train
 
-        return train(config, rank, allow_changes=options.allow_changes)
+        return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:
         error.told_by_main = error.told_by_main or (rank.rank > 0 and _same_everywhere(error))
         raise

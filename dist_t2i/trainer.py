@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from dist_t2i import checkpoint, runfolder
 from dist_t2i.assemble import assemble
 from dist_t2i.checkpoint import Checkpoint, Retention
+from dist_t2i.claim import Claim, Superseded
 from dist_t2i.collective import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.config import Config
 from dist_t2i.data.lists import open_data
@@ -27,27 +30,36 @@ from dist_t2i.launch import Rank, has_gpu
 from dist_t2i.meter import Meter
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
-from dist_t2i.preempt import FINISHED, STOPPED, StopFlag, signals_blocked
+from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
 from dist_t2i.samples import SampleSheet
 from dist_t2i.schedule import learning_rate_scale
+from dist_t2i.watchdog import Watchdog
+
+_LAST_SAVE_SECONDS = 300.0
+"""How long the last checkpoint of a run is tried again when the disk is full or gone."""
+_SLOW_SECONDS = 600.0
+"""How much longer than a step a sample grid or a checkpoint may take before it counts as hung."""
 
 
-def train(config: Config, rank: Rank, *, allow_changes: bool = False) -> int:
+def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> int:
     """Train until `train.total_images` are seen or a signal asks to stop; returns the exit status (see preempt.py).
 
-    The run folder may hold a checkpoint of the same run, which is then gone on from. Raises UserError.
+    `stop` is the flag that a caller has installed already, to lose no signal while this package was imported. The run folder may hold a checkpoint of the same run, which is then gone on from. Raises UserError.
     """
     device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    stop = StopFlag(announce=rank.rank == 0).install()  # to the very end: a late signal must not spoil the exit status
+    # To the very end: a late signal must not spoil the exit status.
+    stop = stop or StopFlag(announce=rank.rank == 0).install()
+    watchdog = Watchdog(Path(config.run.folder), rank.rank, rank.world_size, config.train.hang_seconds).start()
     init_distributed(device)
     try:
-        trainer = Trainer(config, device, allow_changes)
+        trainer = Trainer(config, device, allow_changes, watchdog)
         with trainer.closing():
             status = trainer.run(stop)
     finally:
+        watchdog.stop()
         with contextlib.suppress(Exception):  # the peers may be gone, and another error is on its way
             dist.destroy_process_group()
     trainer.mirroring.finish(status, stop)  # the other ranks need not wait
@@ -57,23 +69,20 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False) -> int:
 class Trainer:
     """A run in its folder: `run` goes on from the newest checkpoint there."""
 
-    def __init__(self, config: Config, device: torch.device, allow_changes: bool):
+    def __init__(self, config: Config, device: torch.device, allow_changes: bool, watchdog: Watchdog):
         config = replace(
             config, engine=replace(config.engine, precision=resolve_precision(config.engine.precision, device))
         )
         self.config, self.folder, self.main = config, Path(config.run.folder), dist.get_rank() == 0
-        self.batch = config.train.global_batch
+        self.batch, self.watchdog = config.train.global_batch, watchdog
         self.reporter = Reporter(self.folder, config, main=self.main)
         self.data = open_data(config.data)
         warn = self.reporter.warn
         self.mirroring = Mirroring(config, self.reporter, main=self.main, allow_changes=allow_changes)
-        on_main(lambda: self.mirroring.look(self.data.fingerprint, self._warn_early), slow=True)
-        on_main(
-            lambda: runfolder.prepare(
-                self.folder, config, self.data, allow_changes=allow_changes, warn=self._warn_early
-            )
-        )
-        on_main(self.mirroring.restore, slow=True)
+        self.claim: Claim | None = None
+        on_main(lambda: self.mirroring.look(self.data.fingerprint), slow=True)
+        on_main(lambda: self._claim(allow_changes))
+        on_main(lambda: self.mirroring.restore(self.claim), slow=True)
         frozen = None
         if config.text.mode == "frozen":
             frozen = load_frozen(config.text, self.data.tokenizer, config.data.max_tokens)
@@ -82,6 +91,7 @@ class Trainer:
         self.images = self._restore(self.last) if self.last else 0
         self.sheet = SampleSheet(config, self.data, device) if self.main else None
         self.meter, self.health = Meter(), Health()
+        self.failed_saves, self.save_again_at = 0, -1  # the same on every rank
         bad_file = self.folder / "bad_samples.jsonl"
         on_main(lambda: runfolder.cut_bad_samples(bad_file, self.images))
         with signals_blocked():
@@ -95,21 +105,28 @@ class Trainer:
                 data_set=self.data,
             )
 
-    @staticmethod
-    def _warn_early(message: str) -> None:
-        print(f"warning: {message}", flush=True)
+    def _claim(self, allow_changes: bool) -> None:
+        def warn(message: str) -> None:
+            print(f"warning: {message}", flush=True)
+
+        self.claim = runfolder.prepare(self.folder, self.config, self.data, allow_changes=allow_changes, warn=warn)
 
     @contextlib.contextmanager
     def closing(self):
         """Ends the loader's workers; a failure inside is the run's last word."""
         try:
             yield
+        except Superseded:
+            self.mirroring.close()
+            raise  # nothing in the folder is this process's to change
         except BaseException as error:
             self.reporter.close("failed", "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             self.mirroring.close()
             raise
         finally:
             self.stream.close()
+            if self.claim is not None:
+                self.claim.release()
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -122,9 +139,13 @@ class Trainer:
         if self.images == 0:
             self._samples()
         while True:
+            if self.claim is not None and self.claim.lost():
+                stop.supersede()
             reason = stop.agreed(max_over_ranks)
+            if reason == TAKEN_OVER:
+                self._leave()
             ending = bool(reason) or self.images >= total
-            saving = ending or self._due(c.checkpoint.every_images)
+            saving = ending or self._due(c.checkpoint.every_images) or self.images == self.save_again_at
             if saving or self._due(c.report.every_steps * self.batch):
                 self._report()  # before the save: it is what stops numbers that are not finite
             if (self.images > 0 and self._due(c.report.sample_every_images)) or self.images >= total:
@@ -136,8 +157,10 @@ class Trainer:
             self._step()
 
     def _step(self) -> None:
+        self.watchdog.doing("waiting for data", self.images, extra=self.config.data.retry_seconds)
         with self.meter.waiting():
             batches = [next(self.stream) for _ in range(self.config.engine.accumulation)]
+        self.watchdog.doing("training step", self.images)
         scale = learning_rate_scale(self.images, self.config.optimizer, self.config.train.total_images)
         metrics = self.gan.step(batches, self.images, scale)
         self.images += self.batch
@@ -171,6 +194,7 @@ class Trainer:
         self.reporter.metrics(self.images, step, values)
 
     def _samples(self) -> None:
+        self.watchdog.doing("sample grid", self.images, extra=_SLOW_SECONDS)
         with self.meter.paused():
             if self.sheet is not None:
                 self.reporter.samples(self.images, self.sheet.rows(self.average))
@@ -196,15 +220,17 @@ class Trainer:
         self.reporter.close(
             "stopped",
             f"stopped by {reason} at {self.images:,} images, checkpoint saved; the same command goes on from there",
+            hurry=reason != "SIGINT",  # whoever preempts the job waits for its end; a person may want to see the curves
         )
         return STOPPED
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, *, must: bool) -> None:
-        """Collective. A checkpoint that cannot be written is a warning, unless it is the run's last (`must`)."""
+        """Collective. One that cannot be written is a warning, and tried again soon; the last one (`must`) at once."""
         if self.last and self.last.images == self.images:
             return
+        self.watchdog.doing("checkpoint", self.images, extra=_LAST_SAVE_SECONDS + _SLOW_SECONDS)
         with self.meter.paused():
             files = self._files()
             state = {
@@ -212,24 +238,52 @@ class Trainer:
                 "seed": self.config.train.seed,
                 "world_size": dist.get_world_size(),
             }
-            keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
-
-            def write() -> tuple[Path | None, str]:
-                try:
-                    return checkpoint.save(self.folder, self.images, files, state, keep=keep), ""
-                except CheckpointError as error:
-                    if must:
-                        raise
-                    return None, str(error)
-
-            folder, problem = on_main(write)
+            folder, problem = on_main(lambda: self._write(files, state, patience=_LAST_SAVE_SECONDS if must else 0))
         if folder is None:
+            self.failed_saves += 1
+            self.save_again_at = self.images + self._pause_before_saving_again()
             if self.main:
-                self.reporter.warn(f"{problem} Training goes on; the next try is at the next checkpoint.")
+                self.reporter.warn(f"{problem} Training goes on; the next try is at {self.save_again_at:,} images.")
             return
+        if self.failed_saves and self.main:
+            self.reporter.say(
+                f"checkpoint at {self.images:,} images saved, after {self.failed_saves} that could not be"
+            )
+        self.failed_saves, self.save_again_at = 0, -1
         self.last = Checkpoint(folder, {"images": self.images})
         self.reporter.saved(self.images, folder)
         self.mirroring.offer(self.images)
+
+    def _write(self, files: dict, state: dict, *, patience: float) -> tuple[Path | None, str]:
+        """Rank 0: commit a checkpoint. With `patience` (seconds), tries again so long, and raises CheckpointError then;
+        without, returns what stood in the way."""
+        keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
+        end, told = time.monotonic() + patience, False
+        assert self.claim is not None
+        while True:
+            try:
+                return checkpoint.save(self.claim, self.images, files, state, keep=keep), ""
+            except CheckpointError as error:
+                if not patience:
+                    return None, str(error)
+                if time.monotonic() > end:
+                    raise
+                if not told:
+                    self.reporter.warn(f"{error} It is the last one, and is tried again for {patience / 60:g} minutes.")
+                    told = True
+            time.sleep(2.0)
+
+    def _pause_before_saving_again(self) -> int:
+        """Images to train on before the next try: a report's worth, then twice as many each time, up to the usual."""
+        pause = self.config.report.every_steps * self.batch * 2 ** min(self.failed_saves - 1, 20)
+        usual = self.config.checkpoint.every_images
+        return pause if usual <= 0 else min(pause, -(-usual // self.batch) * self.batch)
+
+    def _leave(self) -> NoReturn:
+        """Raise Superseded on every rank, told by rank 0."""
+        error = self.claim.error() if self.claim else Superseded(TAKEN_OVER)
+        error.told_by_main = not self.main
+        raise error
 
     def _files(self) -> dict[str, dict[str, torch.Tensor]]:
         files = {"ema": self.average.state()}

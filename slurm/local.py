@@ -144,18 +144,16 @@ class LocalSlurm:
         found = []
         for process in psutil.process_iter(["pid"]):
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(self.conf):
-                    if "SLURM_JOB_ID" in process.environ():
-                        found.append(process.pid)
+                told = process.environ()
+                if process.pid != os.getpid() and told.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in told:
+                    found.append(process.pid)
         return found
 
     # ---- talking to it -----------------------------------------------------------------------------------------------
 
     def command(self, *words: str, timeout: float = 60.0) -> str:
         """What one of Slurm's commands prints. Raises subprocess.CalledProcessError, with its stderr, when it fails."""
-        done = subprocess.run(
-            words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=True
-        )
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=True)
         return done.stdout
 
     def configuration(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dist_t2i import checkpoint, configfile
+from dist_t2i.claim import claim
 from dist_t2i.config import Config
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.networks import build_networks
@@ -59,7 +60,9 @@ def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0, words
     if networks.text is not None:
         files["text"] = networks.text.state_dict()
         ema = ema | {name: value * 0.9 for name, value in files["text"].items()}
-    checkpoint.save(run, images, {**files, "ema": ema}, {"step": 2}, keep=checkpoint.Retention())
+    mine = claim(run / "checkpoints")
+    checkpoint.save(mine, images, {**files, "ema": ema}, {"step": 2}, keep=checkpoint.Retention())
+    mine.release()
     return run
 
 

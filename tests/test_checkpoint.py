@@ -14,6 +14,7 @@ import torch
 
 from dist_t2i import checkpoint
 from dist_t2i.checkpoint import Retention
+from dist_t2i.claim import claim
 from dist_t2i.errors import CheckpointError
 from ranks import ROOT
 
@@ -22,7 +23,11 @@ KEEP = Retention(last=2)
 
 
 def save(run, images, keep=KEEP, files=FILES):
-    return checkpoint.save(run, images, files, {"seed": 1}, keep=keep)
+    mine = claim(run / "checkpoints")
+    try:
+        return checkpoint.save(mine, images, files, {"seed": 1}, keep=keep)
+    finally:
+        mine.release()
 
 
 def names(run):
@@ -128,7 +133,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     assert names(tmp_path) == ["images-000000100"]
-    assert not list((tmp_path / "checkpoints").glob(".staging*"))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
     assert save(tmp_path, 200, files=big).name == "images-000000200"
 
 
@@ -136,6 +141,7 @@ KILLED = """
 import os, signal, sys, threading, torch
 from pathlib import Path
 from dist_t2i import checkpoint
+from dist_t2i.claim import claim
 run, moment = Path(sys.argv[1]), int(sys.argv[2])
 count = 0
 def trace(event, arguments):
@@ -147,7 +153,7 @@ def trace(event, arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(trace)
 files = {"generator": {"w": torch.full((1000,), 3.0)}}
-checkpoint.save(run, 300, files, {}, keep=checkpoint.Retention(last=1))
+checkpoint.save(claim(run / "checkpoints"), 300, files, {}, keep=checkpoint.Retention(last=1))
 print(count)
 """
 
@@ -175,5 +181,5 @@ def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
         found = checkpoint.load_latest(folder)
         outcomes.add(found.images)
         save(folder, 400)
-        assert not list((folder / "checkpoints").glob(".staging*"))
+        assert not list((folder / "checkpoints").glob(".*")), "leftovers of killed saves are swept"
     assert outcomes == {200, 300}

@@ -149,7 +149,7 @@ def test_killed_twenty_times_at_random_moments(whole, data, tmp_path):
     assert run.train() == 0, run.output()
     assert_same_state(run, whole)
     assert run.losses() == whole.losses()
-    assert not list((run.folder / "checkpoints").glob(".staging*")), "leftovers of killed saves are swept"
+    assert not list((run.folder / "checkpoints").glob(".*")), "leftovers of killed saves are swept"
 
 
 def ready(run: Run) -> bool:

@@ -1,0 +1,156 @@
+"""The end of a job's batch script: look at how the training ended, and queue the job again or not.
+
+    python3 after.py --run RUN --status STATUS [--log FILE]
+
+| the training ended with | the job |
+|---|---|
+| 0, finished | is done |
+| 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
+| anything, but by Slurm's books the job does not run any more (`scancel`, `scontrol requeue`), or a later attempt does | is Slurm's business |
+| any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
+
+Deciding here, and not in a rank, keeps it apart from whatever has happened to the ranks; asking Slurm for the job's
+state first keeps a job that its user has cancelled from coming back to life. Python's own library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from slurm import attempts
+
+STOPPED, SUPERSEDED = 75, 76
+SAME_FAILURES = 3
+"""Failures of one kind in a row, without a new checkpoint, after which a job is not queued again."""
+FRUITLESS = 20
+"""Attempts of any kind in a row without a new checkpoint, after which it is not either."""
+_BEFORE_HANDLERS = {128 + number for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+"""Statuses of a rank that a stop signal met before it could save: it had nothing to save yet."""
+_SLURM_SECONDS = 300.0
+"""How long Slurm's controller may be away."""
+
+
+def main() -> int:
+    """Returns the batch script's exit status: 0 when the run is finished, goes on, or was ended by Slurm."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `scontrol requeue` sends it before it has returned
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--status", type=int, required=True)
+    parser.add_argument("--log", type=Path)
+    chosen = parser.parse_args()
+    job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    verdict, reason, kind = decide(chosen.run, chosen.status, chosen.log, job, restart)
+    attempts.note(
+        chosen.run,
+        event="end",
+        job=job,
+        restart=restart,
+        status=chosen.status,
+        verdict=verdict,
+        reason=reason,
+        kind=kind,
+        images=attempts.newest_checkpoint(chosen.run),
+    )
+    print(f"job {job}, attempt {restart + 1}: {verdict}{': ' if reason else ''}{reason}", flush=True)
+    if verdict == "requeued" and not requeue(job):
+        print(f"Slurm did not queue job {job} again: scontrol requeue {job}", flush=True)
+        return chosen.status
+    return chosen.status if verdict == "given up" else 0
+
+
+def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
+    """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
+    state, current = job_state(job)
+    if status == SUPERSEDED or current not in (restart, None):
+        return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
+    if status == 0:
+        return "finished", "", ""
+    if state not in ("RUNNING", ""):
+        return "ended by Slurm", state, ""
+    if status == STOPPED or status in _BEFORE_HANDLERS:
+        reason, kind = "stopped by a signal, checkpoint saved", ""
+    else:
+        reason, kind = cause(run, status, log, job, restart)
+    before, images = fruitless(run), attempts.newest_checkpoint(run)
+    if kind and [entry.get("kind") for entry in before[-SAME_FAILURES + 1 :]] == [kind] * (SAME_FAILURES - 1):
+        return "given up", f"{SAME_FAILURES} times in a row, without a new checkpoint: {reason}", kind
+    if len(before) + 1 >= FRUITLESS:
+        return (
+            "given up",
+            f"{FRUITLESS} attempts in a row without a new checkpoint (at {images:,} images): {reason}",
+            kind,
+        )
+    return "requeued", reason, kind
+
+
+def fruitless(run: Path) -> list[dict]:
+    """The latest attempts that ended at the newest checkpoint of now, oldest first: since then nothing was won."""
+    images = attempts.newest_checkpoint(run)
+    found: list[dict] = []
+    for entry in reversed([entry for entry in attempts.read(run) if entry["event"] == "end"]):
+        if entry.get("images") != images or entry.get("verdict") != "requeued":
+            break
+        found.insert(0, entry)
+    return found
+
+
+def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str]:
+    """Why the training failed, for people, and in a form that compares."""
+    begun = [entry["time"] for entry in attempts.read(run) if entry["event"] == "begin"]
+    reason, kind = attempts.hang(run, since=begun[-1] if begun else 0.0)
+    if not kind:
+        reason, kind = attempts.cause_of_failure(run, job, restart)
+    if not kind:
+        name = f"killed by {signal.Signals(status - 128).name}" if 128 < status < 128 + 65 else f"exit status {status}"
+        reason, kind = f"{name}{said_by_srun(log)}", f"status {status}"
+    return reason, kind
+
+
+def said_by_srun(log: Path | None) -> str:
+    """srun's last word on which task has ended how, such as ` (n2: task 1: Killed)`."""
+    try:
+        with open(log or "", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 20_000))
+            found = re.findall(r"srun: error: (\S+: tasks? \S+: .+)", file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    return f" ({found[-1].strip()})" if found else ""
+
+
+def job_state(job: str) -> tuple[str, int | None]:
+    """Such as RUNNING, COMPLETING, CANCELLED, and how often it was started again; "" and None when Slurm does not say."""
+    said = _ask("scontrol", "-o", "show", "job", job) or ""
+    state, restarts = re.search(r"JobState=(\S+)", said), re.search(r"Restarts=(\d+)", said)
+    return state[1] if state else "", int(restarts[1]) if restarts else None
+
+
+def requeue(job: str) -> bool:
+    """Queue the job again; Slurm then ends this script. False when it would not."""
+    return _ask("scontrol", "requeue", job) is not None
+
+
+def _ask(*command: str) -> str | None:
+    """What a command of Slurm's prints; tried again while the controller is away."""
+    end = time.monotonic() + _SLURM_SECONDS
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout
+        away = re.search(r"contact|connect|timed out|communication", done.stderr, re.IGNORECASE)
+        if not away or time.monotonic() > end:
+            print(done.stderr.strip(), file=sys.stderr, flush=True)
+            return None
+        time.sleep(2.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What runs on every rank of the job: `dist_t2i/train.py`, with word left of what it failed of.
+
+submitit starts it (one srun task per rank), from the copy of the code in the run folder. submitit's own handling of
+signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Here all ranks
+agree at a step boundary, save together and end (dist_t2i/preempt.py); the end of the batch script decides what then
+(after.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_t2i.errors import UserError
+from dist_t2i.preempt import StopFlag, ignore_stop_signals
+from slurm import attempts
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The training of one run; picklable by name, as it is in a module. Called on every rank, it does not return."""
+
+    run: str
+    arguments: tuple[str, ...]
+    """The command line of train.py."""
+
+    def __call__(self) -> None:
+        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        stop = StopFlag(announce=rank == 0).install()  # before the long imports: from here on no signal is lost
+        job, restart = os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        run = Path(self.run)
+        if rank == 0:
+            attempts.note(
+                run,
+                event="begin",
+                job=job,
+                restart=restart,
+                nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
+                ranks=int(os.environ.get("SLURM_NTASKS", "1")),
+                images=attempts.newest_checkpoint(run),
+            )
+        status = 1
+        try:
+            from dist_t2i import train
+
+            status = train.main(list(self.arguments), stop=stop)
+        except UserError as error:
+            status = error.status
+            if not error.told_by_main:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
+        ignore_stop_signals()  # srun ends the others when the first has ended; so late, that would spoil the exit status
+        sys.exit(status)  # past submitit, which would pickle a result that nobody asks for

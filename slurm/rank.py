@@ -1,0 +1,15 @@
+"""Starts one rank of a job through submitit, with this copy of the code first on the module search path.
+
+`python -m submitit...` would look for modules in the folder in which the job was submitted first, where the code may
+have changed since.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from submitit.core.submission import submitit_main  # noqa: E402
+
+if __name__ == "__main__":
+    submitit_main()

@@ -1,0 +1,65 @@
+"""A copy of the code in the run folder, so that a job that starts again next week runs what was submitted today.
+
+RUN/code/            the project's files as git knows them, changes and new files included
+RUN/code.json        git revision, whether anything differed from it, and when the copy was made
+RUN/code.diff        what differed
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from dist_t2i.environment import git_state
+from dist_t2i.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = "code"
+_PARTS = ("dist_t2i", "slurm", "tools", "configs", "pyproject.toml")
+
+
+def take(run: Path) -> Path:
+    """Copy the code that runs here into `run`, in place of an older copy; the copy's folder. Raises UserError."""
+    target, aside = run / CODE, run / f".{CODE}.new"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        for source in _files():
+            place = aside / source.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, place)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        about = {**git_state(ROOT), "copied": time.strftime("%Y-%m-%d %H:%M:%S"), "from": str(ROOT)}
+        (run / "code.json").write_text(json.dumps(about, indent=1) + "\n")
+        (run / "code.diff").write_text(_git("diff", "HEAD") or "")
+    except OSError as error:
+        raise UserError(f"the code cannot be copied to {target}: {error.strerror or error}") from error
+    return target
+
+
+def _files() -> list[Path]:
+    """The project's files: those that git tracks or would add; without git, those of the known folders."""
+    listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS)
+    if listed:
+        found = [ROOT / name for name in listed.split("\0") if name]
+    else:
+        parts = [ROOT / name for name in _PARTS if (ROOT / name).exists()]
+        found = [path for part in parts for path in ([part] if part.is_file() else part.rglob("*"))]
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints; None outside of a checkout."""
+    try:
+        top = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
+        )
+        if Path(top.stdout.strip()).resolve() != ROOT:
+            return None  # a checkout around us, not ours
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,187 @@
+"""How a submitted run is doing: from Slurm where it can be asked, and from the run folder's own files always."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_t2i.errors import UserError
+from dist_t2i.progressline import duration
+from slurm import attempts
+from slurm.submission import FOLDER, JOB
+
+_LIVE = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "SUSPENDED",
+    "STOPPED",
+    "SIGNALING",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """A submitted run at this moment. `queue` is Slurm's word for the job, "" when it does not know it (any more)."""
+
+    run: Path
+    job: str
+    queue: str = ""
+    where: str = ""
+    """Nodes, or why it waits."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: int = -1
+    """Images seen at the last committed checkpoint; -1 without one."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the job is in the queue or runs."""
+        return self.queue in _LIVE
+
+    @property
+    def ends(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.attempts if entry["event"] == "end"]
+
+    @property
+    def begun(self) -> int:
+        """Attempts that have begun."""
+        return sum(entry["event"] == "begin" for entry in self.attempts)
+
+    @property
+    def interruptions(self) -> tuple[int, int]:
+        """Attempts that ended and were followed by another: by a stop or by Slurm, and by a failure."""
+        ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
+        begins = [entry for entry in self.attempts if entry["event"] == "begin"]
+        over = begins[:-1] if self.queue == "RUNNING" or self.word == "finished" else begins
+        failed = sum(bool(ended.get((one["job"], one["restart"]), {}).get("kind")) for one in over)
+        return max(0, len(over) - failed - (self.word in ("cancelled", "failed") and failed == 0)), failed
+
+    @property
+    def word(self) -> str:
+        """One of queued, running, finished, failed, cancelled, stopped, gone."""
+        last = self.ends[-1] if self.ends else {}
+        if self.queue in ("RUNNING", "COMPLETING") and self.progress.get("state") != "finished":
+            return "running"
+        if self.live and self.queue != "RUNNING":
+            return "queued"
+        if self.progress.get("state") == "finished":
+            return "finished"
+        if self.queue == "CANCELLED" or (last.get("verdict") == "ended by Slurm" and last.get("reason") == "CANCELLED"):
+            return "cancelled"
+        if last.get("verdict") == "given up" or self.queue in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+            return "failed"
+        return "stopped" if self.progress.get("state") == "stopped" else "gone"
+
+    @property
+    def why(self) -> str:
+        """Why it failed; "" when it did not."""
+        if self.word != "failed":
+            return ""
+        last = self.ends[-1] if self.ends else {}
+        if last.get("verdict") == "given up":
+            return str(last.get("reason", ""))
+        if self.queue == "TIMEOUT":
+            return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"
+        return f"Slurm ended it: {self.queue}"
+
+
+def submitted(run: Path) -> dict[str, Any]:
+    """RUN/slurm/job.json. Raises UserError when the run was not submitted."""
+    try:
+        return json.loads((run / FOLDER / JOB).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{run} is not a submitted run: there is no {FOLDER}/{JOB} in it") from None
+    except ValueError as error:
+        raise UserError(f"{run / FOLDER / JOB} cannot be read: {error}") from None
+
+
+def runs_under(folder: Path) -> list[Path]:
+    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none."""
+    if (folder / FOLDER / JOB).exists():
+        return [folder]
+    seeds = [path for path in folder.glob("seed-*") if (path / FOLDER / JOB).exists()]
+    if not seeds:
+        submitted(folder)
+    return sorted(seeds, key=lambda path: int(path.name.removeprefix("seed-")))
+
+
+def look(run: Path) -> State:
+    """The state of a submitted run now. Raises UserError when it was not submitted."""
+    job = submitted(run)["job"]
+    queue, where = ask_slurm(job)
+    try:
+        progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        progress = {}
+    return State(run, job, queue, where, progress, attempts.read(run), attempts.newest_checkpoint(run))
+
+
+def ask_slurm(job: str) -> tuple[str, str]:
+    """A job's state and where it runs or why it waits, from squeue, else scontrol, else sacct; empty when none knows."""
+    said = _output("squeue", "-h", "-j", job, "-o", "%T|%R")
+    if said:
+        state, _, where = said.splitlines()[0].partition("|")
+        return state, where.strip("()")
+    shown = _output("scontrol", "-o", "show", "job", job)
+    found = re.search(r"JobState=(\S+)", shown)
+    if found:
+        return found[1], ""
+    counted = _output("sacct", "-n", "-X", "-P", "-j", job, "-o", "State")
+    return (counted.split()[0], "") if counted.strip() else ("", "")
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.SubprocessError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def describe(state: State) -> str:
+    """The state in a few lines for people."""
+    head = f"{state.run}: {state.word}, job {state.job}"
+    if state.word == "running":
+        head += f", attempt {max(1, state.begun)}" + (f" on {state.where}" if state.where else "")
+    elif state.word == "queued":
+        head += f" ({state.where or state.queue})"
+    lines = [head + (f" because {state.why}" if state.why else "")]
+    seen = state.progress
+    if seen:
+        lines.append(f"  {_progress(seen, running=state.word == 'running')}")
+    lines.append(
+        f"  last committed checkpoint: {f'{state.checkpoint:,} images' if state.checkpoint >= 0 else 'none yet'}"
+    )
+    stopped, failed = state.interruptions
+    if stopped or failed:
+        parts = [f"preempted or stopped {_times(stopped)}"] * bool(stopped) + [f"failed {_times(failed)}"] * bool(
+            failed
+        )
+        lines.append(f"  {' and '.join(parts)}, {state.begun} attempts so far")
+    if state.ends and state.ends[-1].get("kind") and state.word != "failed":
+        lines.append(f"  last failure: {state.ends[-1]['reason']}")
+    return "\n".join(lines)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _progress(seen: dict[str, Any], *, running: bool) -> str:
+    images, total, rate = seen.get("images", 0), seen.get("total_images", 0), seen.get("images_per_second") or 0.0
+    text = f"{images:,} of {total:,} images" + (f" ({100 * images / total:.1f}%)" if total else "")
+    if running and rate:
+        text += f", {rate:,.3g} images/s, eta {duration((total - images) / rate)}"
+    return f"{text}; as of {duration(max(0.0, time.time() - seen.get('updated', 0)))} ago"

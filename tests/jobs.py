@@ -1,0 +1,154 @@
+"""Training jobs in a real Slurm, submitted, disturbed and looked at as a user would."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ranks import ROOT
+from runs import Run
+from slurm.local import LocalSlurm
+
+STAGES = ("engine.generator_stage=2", "engine.discriminator_stage=2", "optimizer.decay=constant")
+LOCAL = ROOT / "slurm" / "profiles" / "local.yaml"
+
+
+class Job(Run):
+    """A run of `nodes` ranks, one on each node. `project`: from which copy of the code it is submitted."""
+
+    def __init__(self, cluster: LocalSlurm, folder: Path, data: Path, *overrides: str, nodes: int = 4, project=ROOT):
+        super().__init__(folder, data, *STAGES, *overrides)
+        self.cluster, self.nodes, self.project, self.id = cluster, nodes, project, ""
+
+    # ---- commands ----------------------------------------------------------------------------------------------------
+
+    def tool(self, *words: str, status: int | None = 0) -> str:
+        """`python tools/submit.py ...`; what it prints. Its exit status must be `status`, unless that is None."""
+        command = [sys.executable, str(self.project / "tools" / "submit.py"), *words]
+        done = subprocess.run(
+            command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=120
+        )
+        assert status in (None, done.returncode), done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, *options: str) -> Job:
+        said = self.tool(
+            *("--nodes", str(self.nodes), "--config", str(self.config), "--profile", str(LOCAL)),
+            *options,
+            *self.overrides,
+        )
+        self.id = re.findall(r"queued as job (\d+)", said)[0]
+        return self
+
+    def resume(self, *options: str) -> Job:
+        self.id = re.findall(r"queued as job (\d+)", self.tool("resume", str(self.folder), *options))[0]
+        return self
+
+    def status(self) -> dict:
+        return json.loads(self.tool("status", str(self.folder), "--json", status=None))
+
+    # ---- waiting -----------------------------------------------------------------------------------------------------
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.story()}"
+            time.sleep(0.1)
+
+    def images(self) -> int:
+        """Images seen at the last report."""
+        file = self.folder / "metrics.jsonl"
+        lines = self.metrics() if file.exists() else []
+        return lines[-1]["images"] if lines else 0
+
+    def wait_images(self, images: int, seconds: float = 120) -> None:
+        self.wait_for(lambda: self.images() >= images and self.running(), f"{images} images", seconds)
+
+    def running(self) -> bool:
+        return self.slurm_state() == "RUNNING"
+
+    def slurm_state(self) -> str:
+        found = re.search(r"JobState=(\S+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))
+        return found[1] if found else ""
+
+    def restarts(self) -> int:
+        return int(re.findall(r"Restarts=(\d+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))[0])
+
+    def wait_restart(self, number: int, seconds: float = 90) -> None:
+        self.wait_for(lambda: self.restarts() == number and self.running(), f"restart {number}", seconds)
+
+    def wait_end(self, state: str = "COMPLETED", seconds: float = 180) -> None:
+        """Until the job has left Slurm's hands, in that state."""
+        live = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        self.wait_for(lambda: self.slurm_state() not in live, "the end", seconds)
+        assert self.slurm_state() == state, self.story()
+
+    # ---- what there is to see ----------------------------------------------------------------------------------------
+
+    def attempts(self, event: str) -> list[dict]:
+        lines = (self.folder / "attempts.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+    def log(self, rank: int = 0) -> str:
+        return "".join(
+            file.read_text(errors="replace") for file in sorted((self.folder / "slurm").glob(f"*_{rank}_log.out"))
+        )
+
+    def story(self) -> str:
+        """Everything that may explain a failure."""
+        notes = self.folder / "attempts.jsonl"
+        said = "".join(f"--- rank {rank}\n{self.log(rank)[-3000:]}\n" for rank in range(self.nodes))
+        queue = self.cluster.command("squeue")
+        return f"{queue}\n{notes.read_text() if notes.exists() else 'no attempts'}\n{said}"
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank of the attempt that runs now."""
+        import psutil
+
+        wanted = {"SLURM_JOB_ID": self.id, "SLURM_PROCID": str(rank), "SLURM_CONF": str(self.cluster.conf)}
+        newest = (-1.0, 0)
+        for process in psutil.process_iter():
+            try:
+                told = process.environ()
+                if all(told.get(name) == value for name, value in wanted.items()) and "rank.py" in " ".join(
+                    process.cmdline()
+                ):
+                    parent = process.parent()
+                    if parent is None or "rank.py" not in " ".join(parent.cmdline()):  # not a loader's worker
+                        newest = max(newest, (process.create_time(), process.pid))
+            except psutil.Error:
+                continue
+        assert newest[1], f"no process of rank {rank}\n{self.story()}"
+        return newest[1]
+
+    def steps_lost(self) -> int:
+        """Reports (one a step) that had to be done again after a resume."""
+        return sum(int(count) for count in re.findall(r"metrics.jsonl: (\d+) reports beyond", self.log()))
+
+    def assert_equals(self, whole: Job, tolerance: float = 0.0) -> None:
+        """It ended like the run that nothing disturbed: every loss, and every tensor at its last checkpoint."""
+        ours = self.losses()
+        assert sorted(ours) == [images for images in sorted(whole.losses()) if images <= max(ours)], self.story()
+        total = max(ours)
+        for images, values in ours.items():
+            expected = whole.losses()[images]
+            for name, value in values.items():
+                if tolerance == 0:
+                    assert value == expected[name], (images, name)
+                elif name != "fake/std":  # a spread within one micro-batch, whose rows change with the world size
+                    assert abs(value - expected[name]) <= tolerance * max(1, abs(expected[name])), (images, name)
+        mine, theirs = self.tensors(total), whole.tensors(total)
+        assert set(mine) == set(theirs)
+        for name, tensor in theirs.items():
+            if tolerance == 0:
+                assert torch.equal(mine[name], tensor), name
+            else:
+                assert (mine[name] - tensor).norm() <= tolerance * tensor.norm().clamp_min(1.0), name

@@ -1,0 +1,221 @@
+"""tools/submit.py and the profiles: what is checked before anything is queued, and the script that is queued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_t2i.errors import ConfigError
+from jobs import Job
+from ranks import ROOT
+from runs import CONFIG
+from slurm import profile as profiles
+from slurm.local import LocalSlurm
+
+PROFILES = sorted((ROOT / "slurm" / "profiles").glob("*.yaml"))
+
+
+def submit(*words: str, env: dict | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "submit.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, env=env)
+
+
+@pytest.fixture
+def config(tmp_path, data) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG + f"run: {{folder: {tmp_path / 'run'}}}\n")
+    file.write_text(file.read_text().replace("data: {", f"data: {{train: {data}, "))
+    return file
+
+
+# ---- profiles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90m", 90), ("24h", 1440), ("2d", 2880), ("1d12h", 2160), ("45", 45), ("1-12:00:00", 2160), ("00:30:30", 31)],
+)
+def test_times(text, minutes):
+    assert profiles.minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "24 hours", "-5"])
+def test_what_is_not_a_time(text):
+    with pytest.raises(ConfigError, match="write 90m" if text != "0" else "at least a minute"):
+        profiles.minutes(text)
+
+
+def test_every_problem_of_a_profile_is_named(tmp_path):
+    file = tmp_path / "profile.yaml"
+    file.write_text("partion: gpu\ngpus_per_node: many\nenvironment: [A]\ncontainer: {runtime: docker}\n")
+    with pytest.raises(ConfigError) as caught:
+        profiles.load(file)
+    said = str(caught.value)
+    assert "4 problems" in said and "did you mean partition?" in said and "expected one of pyxis, apptainer" in said
+    assert "gpus_per_node: expected a whole number, got the text 'many'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("signal_seconds: 5", "at least 10"),
+        ("time: soon", "is not a time"),
+        ("environment: {2X: 1}", "not the name of an environment variable"),
+        ("container: {mounts: [/data]}", "there is no container.image"),
+        ("- a", "expected `key: value` lines"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_profiles_that_cannot_be(tmp_path, text, problem):
+    (tmp_path / "profile.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        profiles.load(tmp_path / "profile.yaml")
+
+
+def test_a_profile_that_is_not_there_names_those_that_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"plain\.yaml"):
+        profiles.load(tmp_path / "none.yaml")
+
+
+class _GpuCluster(LocalSlurm):
+    """Pretends to have what the example profiles ask for; nothing runs there."""
+
+    def configuration(self) -> str:
+        text = super().configuration()
+        text = re.sub(r"CPUs=\d+", "CPUs=96 Gres=gpu:8", text) + "GresTypes=gpu\n"
+        nodes = ",".join(self.nodes)
+        (self.folder / "gres.conf").write_text("Name=gpu Count=8\n")
+        return text + "".join(f"PartitionName={name} Nodes={nodes}\n" for name in ("gpu", "preemptible"))
+
+
+@pytest.mark.slurm
+def test_slurm_takes_every_profile(cluster, tmp_path, config):
+    """`cluster` only for its check that Slurm is there."""
+    gpus = _GpuCluster(tmp_path / "gpus", nodes=2)
+    gpus.up()
+    try:
+        for file in PROFILES:
+            done = submit(
+                *("--nodes", "2", "--config", str(config), "--profile", str(file), "--dry-run", "--account", "mine"),
+                env=gpus.environment,
+            )
+            assert done.returncode == 0, done.stderr
+            script = tmp_path / file.with_suffix(".sh").name
+            script.write_text(done.stdout)
+            said = subprocess.run(
+                ["sbatch", "--test-only", str(script)], env=gpus.environment, capture_output=True, text=True
+            )
+            assert said.returncode == 0 and "to start at" in said.stderr, (file, said.stderr)
+    finally:
+        gpus.down()
+
+
+def test_containers_modules_and_environment_in_the_script(tmp_path, config):
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(
+        "gpus_per_node: 2\nmodules: [cuda/12.6, nccl]\nscratch: /scratch/$USER\ninterface: ib0\n"
+        'environment: {NOTE: "a $HOME `b` \\"c\\""}\ncontainer: {image: /img/x.sif, mounts: [/data]}\n'
+        "sbatch: {mail-type: FAIL}\nsrun: [--mpi=none]\n"
+    )
+    words = ("--nodes", "3", "--config", str(config), "--profile", str(profile), "--dry-run", "--time", "2d")
+    script = submit(*words, "--qos", "long", "--dependency", "afterok:7").stdout
+    for line in (
+        *("#SBATCH --nodes=3", "#SBATCH --ntasks-per-node=2", "#SBATCH --gpus-per-node=2", "#SBATCH --time=2880"),
+        *("#SBATCH --qos=long", "#SBATCH --dependency=afterok:7", "#SBATCH --mail-type=FAIL", "#SBATCH --requeue"),
+        *("#SBATCH --signal=USR2@120", "module load cuda/12.6 nccl", 'export SLURM_TMPDIR="/scratch/$USER"'),
+        *("export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"),
+    ):
+        assert f"{line}\n" in script, line
+    assert "apptainer exec --nv --bind /data:/data --bind " in script and "/img/x.sif python3 -u " in script
+    assert "--mpi=none" in script and "--kill-on-bad-exit=1" in script
+    (export,) = re.findall(r"export NOTE=.*", script)
+    said = subprocess.run(["bash", "-c", f'{export}; printf %s "$NOTE"'], capture_output=True, text=True).stdout
+    assert said == f'a {os.environ["HOME"]} `b` "c"'
+    profile.write_text(profile.read_text().replace("image:", "runtime: pyxis, image:"))
+    script = submit(*words).stdout
+    assert "--container-image=/img/x.sif" in script and "--container-mounts=/data:/data," in script
+    assert re.search(r"\n python3|^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
+
+
+# ---- before anything is queued ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train.global_batch=x"], "train.global_batch"),
+        (["data.train=/nowhere"], "/nowhere"),
+        (["--nodes", "3"], "train.global_batch"),
+        (["--nodes", "0"], "--nodes 0"),
+        (["--partition", "nope"], "invalid partition"),
+        (["--nodes", "99", "train.global_batch=396"], "node"),
+        (["--time", "soon"], "is not a time"),
+        (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
+        (["--local", "--nodes", "2"], "--local runs one node"),
+    ],
+)
+@pytest.mark.slurm
+def test_nothing_is_queued_when_something_is_wrong(cluster, config, tmp_path, words, problem):
+    before = cluster.command("squeue", "-h")
+    given = [] if "--profile" in words else ["--profile", str(PROFILES[0].with_name("local.yaml"))]
+    done = submit("--config", str(config), *given, *words, env=cluster.environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert problem in done.stderr and done.stderr.startswith("error: "), done.stderr
+    assert not (tmp_path / "run").exists() and cluster.command("squeue", "-h") == before
+
+
+def test_without_slurm_it_says_what_to_do(config):
+    done = submit("--config", str(config), env={**os.environ, "PATH": str(Path(sys.executable).parent)})
+    assert done.returncode == 2 and "there is no sbatch" in done.stderr and "slurm.local up" in done.stderr
+
+
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "resume"])
+@pytest.mark.slurm
+def test_a_folder_that_was_not_submitted(cluster, tmp_path, action):
+    done = submit(action, str(tmp_path), env=cluster.environment)
+    assert done.returncode == 2 and "is not a submitted run" in done.stderr, done.stderr
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_path):
+    """Two seeds in two folders; the copy of the code is what runs; status and logs of each; a live run is not submitted
+    twice."""
+    run = Job(cluster, tmp_path / "run", data, "train.total_images=16", nodes=1)
+    words = ("--nodes", "1", "--config", str(run.config), "--profile", str(PROFILES[0].with_name("local.yaml")))
+    said = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides)
+    assert re.search(r"queued as job (\d+)_0, \1_1", said)
+    again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
+    assert "cancel that first" in again
+    folders = [run.folder / "seed-5", run.folder / "seed-6"]
+    run.wait_for(lambda: all(state(run, folder) == "finished" for folder in folders), "both seeds")
+    weights = [(folder / "checkpoints/images-000000016/generator.safetensors").read_bytes() for folder in folders]
+    assert weights[0] != weights[1]
+    assert "finished: 16 images" in run.tool("logs", str(folders[1]))
+    assert "finished" in run.tool("logs", str(folders[0]), "-f")
+    assert "--rank 5: the run has ranks 0 to 0" in run.tool("logs", str(folders[0]), "--rank", "5", status=2)
+    about = json.loads((run.folder / "code.json").read_text())
+    assert about["revision"] and (run.folder / "code" / "slurm" / "rank.py").exists()
+    assert run.tool("status", str(run.folder)).count("finished, job") == 2
+    assert "is not in the queue (finished)" in run.tool("cancel", str(folders[0]))
+
+
+def state(run: Job, folder: Path) -> str:
+    said = run.tool("status", str(folder), "--json", status=None)
+    return json.loads(said)["state"] if said.startswith("{") else ""
+
+
+@pytest.mark.slow
+def test_the_same_job_without_slurm(config, tmp_path):
+    done = submit("--local", "--config", str(config), "train.total_images=16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/checkpoints/images-000000016").is_dir() and (tmp_path / "run/code/dist_t2i").is_dir()

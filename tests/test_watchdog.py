@@ -1,0 +1,95 @@
+"""The watchdog: who hangs, by what the ranks wrote. Whole runs that hang are in tests/slurm and at the end here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from dist_t2i.watchdog import HUNG, Watchdog, judge, tell
+from runs import Run, make_set
+
+STEP = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}
+ELSEWHERE = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/dist_t2i/data/stream.py:3 __next__"]}
+
+
+def said(count: int, stacks=STEP) -> dict:
+    return {"count": count, "stacks": stacks, "pid": 7, "host": "h", "node": "n1", "doing": "training step"}
+
+
+def test_a_silent_rank_is_guilty_whatever_the_others_do():
+    verdict = judge({0: said(1), 1: said(1), 2: said(1)}, {0: said(4), 1: said(1), 2: said(4, ELSEWHERE)}, 3)
+    assert [one["rank"] for one in verdict["guilty"]] == [1] and verdict["waiting"] == [0]
+    text = tell(verdict | {"seconds": 12.0, "images": 1234})
+    assert "rank 1 (process 7 on n1) gives no sign of life; last seen in: training step" in text
+    assert "12 s, at 1,234 images" in text and "trainer.py:9 _step" in text
+
+
+def test_a_rank_that_never_wrote_is_silent():
+    assert [one["rank"] for one in judge({0: said(1)}, {0: said(2)}, 2)["guilty"]] == [1]
+
+
+def test_who_is_not_in_the_collective_is_guilty():
+    verdict = judge({0: said(1), 1: said(1)}, {0: said(2), 1: said(2, ELSEWHERE)}, 2)
+    assert [one["rank"] for one in verdict["guilty"]] == [1] and verdict["waiting"] == [0]
+    assert "is not in a collective" in tell(verdict | {"seconds": 1.0, "images": 0})
+
+
+def test_where_all_wait_nobody_is_named():
+    verdict = judge({0: said(1), 1: said(1)}, {0: said(2), 1: said(2)}, 2)
+    assert verdict["guilty"] == [] and "every rank waits" in tell(verdict | {"seconds": 1.0, "images": 0})
+
+
+def test_moving_on_is_no_hang_and_standing_still_is(tmp_path):
+    ended = []
+    dog = Watchdog(tmp_path, 0, 1, 2.5, end=ended.append).start()
+    for _ in range(4):
+        dog.doing("training step", 8)
+        time.sleep(1.0)
+    assert ended == []
+    dog.doing("checkpoint", 16, extra=3600)
+    time.sleep(4.0)
+    assert ended == [], "what may take long is given its time"
+    dog.doing("training step", 24)
+    end = time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ended[0] == HUNG == 77
+    dog.stop()
+    verdict = json.loads((tmp_path / "ranks" / "hang.json").read_text())
+    assert verdict["images"] == 24 and verdict["guilty"][0]["doing"] == "training step"
+    frames = verdict["guilty"][0]["stacks"]["MainThread"]
+    assert any("test_watchdog.py" in frame for frame in frames)
+
+
+def test_zero_seconds_watch_nothing(tmp_path):
+    dog = Watchdog(tmp_path, 0, 1, 0.0).start()
+    dog.doing("training step", 8)
+    dog.stop()
+    assert not (tmp_path / "ranks").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_run_and_the_same_command_goes_on(tmp_path):
+    """Two ranks without any launcher; `kill -STOP` of one."""
+    run = Run(tmp_path / "run", make_set(tmp_path), "train.total_images=240", "train.hang_seconds=5")
+    processes = run.start("checkpoint.every_images=32", ranks=2)
+    try:
+        end = time.monotonic() + 60
+        while not (run.folder / "checkpoints/images-000000032").exists():
+            assert time.monotonic() < end and processes[0].poll() is None, run.output()
+            time.sleep(0.1)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        assert processes[0].wait(60) == HUNG, run.output()
+        assert f"rank 1 (process {processes[1].pid}" in run.output() and "gives no sign of life" in run.output()
+    finally:
+        for process in processes:
+            for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+                child.kill()
+            process.kill()
+            process.wait()
+    assert run.train("checkpoint.every_images=240", ranks=2) == 0, run.output()
