@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 from dist_t2i.config import Config
 from dist_t2i.configschema import build, flatten, keys, value_of
-from dist_t2i.data.destination import OBJECT_STORES, scheme_of
+from dist_t2i.data.storage import OBJECT_STORES
+from dist_t2i.data.urls import scheme_of, unchained
 from dist_t2i.errors import ConfigError, DataError
 
 Finding = tuple[tuple[str, ...], str]
@@ -208,7 +209,7 @@ def _mirror(config: Config) -> Iterator[Finding]:
     if not url:
         return
     try:
-        scheme, parts = scheme_of(url), urlsplit(url)
+        scheme, parts = scheme_of(unchained(url)), urlsplit(url)
         password = parts.password
     except (DataError, ValueError) as error:
         yield key, str(error)

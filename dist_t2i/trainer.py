@@ -230,9 +230,10 @@ class Trainer:
         """Collective. One that cannot be written is a warning, and tried again soon; the last one (`must`) at once."""
         if self.last and self.last.images == self.images:
             return
-        self.watchdog.doing("checkpoint", self.images, extra=_LAST_SAVE_SECONDS + _SLOW_SECONDS)
+        self.watchdog.doing("gathering a checkpoint", self.images)
         with self.meter.paused():
             files = self._files()
+            self.watchdog.doing("writing a checkpoint", self.images, extra=_LAST_SAVE_SECONDS + _SLOW_SECONDS)
             state = {
                 "counters": {engine.name: engine.counters() for engine in self.gan.engines},
                 "seed": self.config.train.seed,

@@ -72,7 +72,10 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """The run has moved on: it does `what` now, at `images` seen, which may take `extra` seconds more than a step."""
+        """The run has moved on: it does `what` now, at `images` seen, which may take `extra` seconds more than a step.
+
+        A rank that gives no sign of life is not given the extra.
+        """
         self._state = _State(what, images, allowed=self.seconds + extra)
 
     def stop(self) -> None:
@@ -85,7 +88,7 @@ class Watchdog:
         while not self._stopped.wait(self.interval):
             state = self._state
             self._write(state)
-            if time.monotonic() - state.moved > state.allowed:
+            if state.allowed < float("inf") and time.monotonic() - state.moved > self.seconds:
                 self._accuse(state)
 
     def _write(self, state: _State) -> None:
@@ -136,6 +139,8 @@ class Watchdog:
         if self._state is not state:
             return
         verdict = judge(before, self._read(), self.world_size)
+        if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
+            return  # something that takes long, and everybody lives
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
             if not self._told():
@@ -154,7 +159,7 @@ class Watchdog:
 def judge(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
     """Who hangs, by what the ranks wrote at two moments (rank -> its file) between which each should have been heard.
 
-    Gives `guilty` (their files, with `how` they hang) and `waiting` (ranks in a collective).
+    Gives `guilty` (their files, with `how` they hang), whether they are `silent`, and `waiting` (ranks in a collective).
     """
     alive = [rank for rank, said in after.items() if said["count"] != before.get(rank, {}).get("count")]
     silent = [rank for rank in range(world_size) if rank not in alive]
@@ -162,7 +167,7 @@ def judge(before: dict[int, dict], after: dict[int, dict], world_size: int) -> d
     guilty = silent or [rank for rank in alive if rank not in waiting]
     how = "gives no sign of life" if silent else "is not in a collective, in which the others wait"
     named = [{"rank": rank, **after.get(rank, {}), "how": how} for rank in guilty]
-    return {"guilty": named, "waiting": waiting}
+    return {"guilty": named, "silent": bool(silent), "waiting": waiting}
 
 
 def in_collective(stacks: dict[str, list[str]]) -> bool:

@@ -9,6 +9,7 @@ agree at a step boundary, save together and end (dist_t2i/preempt.py); the end o
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class TrainJob:
     def __call__(self) -> None:
         rank = int(os.environ.get("SLURM_PROCID", "0"))
         stop = StopFlag(announce=rank == 0).install()  # before the long imports: from here on no signal is lost
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit says a line about it, in every loader's process too
         job, restart = os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         run = Path(self.run)
         if rank == 0:

@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
-from dist_t2i.data.folder import find_items
-from dist_t2i.data.sharding import write_set
 from dist_t2i.data.shards import ShardSet, open_set
-from dist_t2i.data.writer import Options
+from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.sets import write_set
 
 
 def colour(number: int) -> tuple[int, int, int]:

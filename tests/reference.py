@@ -6,14 +6,38 @@ on single terms and the random numbers with it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from dist_t2i import losses
-from dist_t2i.draws import draw, draw_pixels, draw_places
+from dist_t2i.data.batch import Batch
+from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.models.augment import augment
 from dist_t2i.models.text import TextEmbedding
 from dist_t2i.networks import build_networks
+
+
+class Seen(NamedTuple):
+    """What both steps see: a batch, the images seen before it (the clock), its random numbers; `real` float [B, 3, H, W]
+    augmented; `same` bool [B, B], which pairs are no negatives."""
+
+    batch: Batch
+    images: int
+    draws: Draws
+    real: torch.Tensor
+    same: torch.Tensor
+
+
+class Embedded(NamedTuple):
+    """Captions (their sentence of S_D, its embedding) and real pictures (their embedding, that of their regions, if any)
+    as D's step saw them, detached."""
+
+    sentence: torch.Tensor
+    text: torch.Tensor
+    image: torch.Tensor
+    regions: torch.Tensor | None
 
 
 class Reference:
@@ -47,87 +71,107 @@ class Reference:
         raise AssertionError("no encoder")
 
     def step(self, batch, images):
-        c, w = self.config, self.config.loss
-        g, d = self.nets.generator.generator, self.nets.discriminator.discriminator
+        """D's step, then G's, on a whole batch at `images` seen; returns the losses by the names of their metrics."""
+        c = self.config
         draws = draw(c, batch.positions)
         real = augment(batch.images.float() / 127.5 - 1, draws.augmentation, c.augment)
-        same = losses.same_pairs(batch.image_ids, batch.caption_ids)
-        text_gradient = [torch.zeros_like(p) for p in self.nets.text.parameters()] if self.nets.text else []
+        seen = Seen(batch, images, draws, real, losses.same_pairs(batch.image_ids, batch.caption_ids))
 
-        def keep_text_gradient():
-            for kept, p in zip(text_gradient, self.nets.text.parameters() if self.nets.text else [], strict=True):
-                kept += p.grad if p.grad is not None else 0
-
-        def generate():
-            text = self._encode(self.nets.generator.text_g, batch)
-            return g(draws.noise, text.sentence, text.words, text.mask, draws.condition_noise)
-
-        # D's step
         self._zero()
-        sent_d = self._encode(self.nets.discriminator.text_d, batch).sentence
+        total, embedded, d_losses = self._d_losses(seen)
+        total.backward()
+        text_gradients = [self._text_gradient()]
+        self.optimizers["d"].step()
+
+        self._zero()
+        total, g_losses = self._g_losses(seen, embedded)
+        total.backward()
+        text_gradients.append(self._text_gradient())
+        self.optimizers["g"].step()
+        if "t" in self.optimizers:
+            for p, of_d, of_g in zip(self.nets.text.parameters(), *text_gradients, strict=True):
+                p.grad = of_d + of_g
+            self.optimizers["t"].step()
+        return d_losses | g_losses
+
+    def _d_losses(self, seen):
+        """The total, what G's step needs of the real pictures, and the single losses."""
+        w, d = self.config.loss, self.nets.discriminator.discriminator
+        sent_d = self._encode(self.nets.discriminator.text_d, seen.batch).sentence
         with torch.no_grad():
-            fake = augment(generate().images, draws.augmentation, c.augment)
-        x = real.clone().requires_grad_(True)
+            fake = self._fake(seen)[0]
+        x = seen.real.clone().requires_grad_(True)
         fx, ff = d.features(x), d.features(fake)
-        partner = torch.arange(len(x)) ^ 1
-        wrong = d.adversarial(fx, sent_d[partner])
-        right_by_chance = same[torch.arange(len(x)), partner].view(-1, *[1] * (wrong.dim() - 1))
-        real_logits = d.adversarial(fx, sent_d)
-        d_loss = (1 - real_logits).relu().mean() + (1 - w.mismatched) * (1 + d.adversarial(ff, sent_d)).relu().mean()
-        d_loss = d_loss + w.mismatched * ((1 + wrong).relu() * ~right_by_chance).mean()
+        d_loss = self._hinge(fx, ff, sent_d, seen.same)
         align_x, align_t = d.align_image(fx), d.align_text(sent_d)
-        d_alignment = losses.info_nce(align_x, align_t, w.temperature, same)
+        d_alignment = losses.info_nce(align_x, align_t, w.temperature, seen.same)
         total = d_loss + w.d_alignment * d_alignment
         regions_x = d.align_regions(fx) if d.region_sizes else None
         if regions_x is not None:
             total = total + w.d_alignment_regions * losses.region_info_nce(
-                regions_x, d.align_region_text(sent_d), w.region_temperature, same
+                regions_x, d.align_region_text(sent_d), w.region_temperature, seen.same
             )
-        if images // c.train.global_batch % w.penalty_every == 0 and w.penalty != "none":
-            s = sent_d.detach().requires_grad_(True)
-            logits = d.adversarial(fx, s)
-            if w.penalty == "r1":
-                penalty = losses.r1(logits, x)
-            elif w.penalty == "ma_gp":
-                penalty = losses.ma_gp(logits, x, s)
-            else:
-                pixels = draw_pixels(c, batch.positions, x.shape[-1])
-                moved = d.adversarial(d.features(x + w.penalty_sigma * pixels), s)
-                penalty = losses.fd_r1(logits, moved, w.penalty_sigma)
-            total = total + w.penalty_weight * w.penalty_every * penalty
-        total.backward()
-        keep_text_gradient()
-        self.optimizers["d"].step()
+        if seen.images // self.config.train.global_batch % w.penalty_every == 0 and w.penalty != "none":
+            total = total + w.penalty_weight * w.penalty_every * self._penalty(seen, x, fx, sent_d)
+        embedded = Embedded(*(None if one is None else one.detach() for one in (sent_d, align_t, align_x, regions_x)))
+        return total, embedded, {"loss/d_adversarial": d_loss.item(), "loss/d_alignment": d_alignment.item()}
 
-        # G's step: D as updated, S_D and the embeddings of real pictures as the D step saw them
-        self._zero()
-        out = generate()
-        ff = d.features(augment(out.images, draws.augmentation, c.augment))
-        g_loss = -d.adversarial(ff, sent_d.detach()).mean()
+    def _hinge(self, fx, ff, sent_d, same):
+        """On real pictures, fakes, and real pictures with the caption of their neighbour."""
+        mismatched, adversarial = self.config.loss.mismatched, self.nets.discriminator.discriminator.adversarial
+        partner = torch.arange(len(same)) ^ 1
+        wrong = adversarial(fx, sent_d[partner])
+        right_by_chance = same[torch.arange(len(same)), partner].view(-1, *[1] * (wrong.dim() - 1))
+        real = adversarial(fx, sent_d)
+        loss = (1 - real).relu().mean() + (1 - mismatched) * (1 + adversarial(ff, sent_d)).relu().mean()
+        return loss + mismatched * ((1 + wrong).relu() * ~right_by_chance).mean()
+
+    def _penalty(self, seen, x, fx, sent_d):
+        w, d = self.config.loss, self.nets.discriminator.discriminator
+        s = sent_d.detach().requires_grad_(True)
+        logits = d.adversarial(fx, s)
+        if w.penalty == "r1":
+            return losses.r1(logits, x)
+        if w.penalty == "ma_gp":
+            return losses.ma_gp(logits, x, s)
+        pixels = draw_pixels(self.config, seen.batch.positions, x.shape[-1])
+        moved = d.adversarial(d.features(x + w.penalty_sigma * pixels), s)
+        return losses.fd_r1(logits, moved, w.penalty_sigma)
+
+    def _g_losses(self, seen, real):
+        """The total and the single losses: D as updated, S_D and the embeddings of real pictures as D's step saw them."""
+        w, d = self.config.loss, self.nets.discriminator.discriminator
+        fake, out = self._fake(seen)
+        ff = d.features(fake)
+        g_loss = -d.adversarial(ff, real.sentence).mean()
         align_f = d.align_image(ff)
-        to_text = losses.info_nce(align_f, align_t.detach(), w.temperature, same)
-        to_image = losses.info_nce(align_f, align_x.detach(), w.temperature, same)
+        to_text = losses.info_nce(align_f, real.text, w.temperature, seen.same)
+        to_image = losses.info_nce(align_f, real.image, w.temperature, seen.same)
         kl = losses.kl_condition(out.mean, out.log_variance)
         total = g_loss + w.g_alignment_text * to_text + w.g_alignment_image * to_image + w.kl * kl
-        if regions_x is not None:
+        if real.regions is not None:
+            places = draw_places(self.config, seen.images)
             total = total + w.g_alignment_regions * losses.region_info_nce(
-                d.align_regions(ff), regions_x.detach(), w.region_temperature, same, draw_places(c, images)
+                d.align_regions(ff), real.regions, w.region_temperature, seen.same, places
             )
-        total.backward()
-        keep_text_gradient()
-        self.optimizers["g"].step()
-        if "t" in self.optimizers:
-            for p, gradient in zip(self.nets.text.parameters(), text_gradient, strict=True):
-                p.grad = gradient
-            self.optimizers["t"].step()
-        return {
-            "loss/d_adversarial": d_loss.item(),
-            "loss/d_alignment": d_alignment.item(),
+        return total, {
             "loss/g_adversarial": g_loss.item(),
             "loss/g_alignment_text": to_text.item(),
             "loss/g_alignment_image": to_image.item(),
             "loss/kl": kl.item(),
         }
+
+    def _fake(self, seen):
+        """The fakes, augmented, and all that G put out."""
+        text = self._encode(self.nets.generator.text_g, seen.batch)
+        noise, condition_noise = seen.draws.noise, seen.draws.condition_noise
+        out = self.nets.generator.generator(noise, text.sentence, text.words, text.mask, condition_noise)
+        return augment(out.images, seen.draws.augmentation, self.config.augment), out
+
+    def _text_gradient(self):
+        """Of the shared encoder, which both losses train; none when there is no such encoder."""
+        parameters = self.nets.text.parameters() if self.nets.text else []
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
 
     def _zero(self):
         modules: list[nn.Module] = [self.nets.generator, self.nets.discriminator]

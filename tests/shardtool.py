@@ -6,18 +6,23 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from dist_t2i.data.shards import open_set
+from prefork import Program
 
 ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "shard.py"
+_STEPS = ("gathering", "sets", "inspecting", "cluster")
+_PROGRAM = Program(TOOL, *(f"dist_t2i.sharding.{step}" for step in _STEPS), "dist_t2i.data.indexing", "tokenizers")
 
 
 def shard(*arguments, check=True, cwd=None, **environment):
+    """Run the tool; what it said, and its exit status. It must not show a traceback, and succeed unless `check` is false."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, str(ROOT / "tools" / "shard.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    process = _PROGRAM.start(*map(str, arguments), environment=environment, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    done = subprocess.CompletedProcess(arguments, process.returncode, out, err)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done

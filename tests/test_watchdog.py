@@ -66,6 +66,19 @@ def test_moving_on_is_no_hang_and_standing_still_is(tmp_path):
     assert any("test_watchdog.py" in frame for frame in frames)
 
 
+def test_what_takes_long_excuses_nobody_who_is_silent(tmp_path):
+    """A rank stopped in the midst of a checkpoint is not given the time that writing one may take."""
+    ended = []
+    dog = Watchdog(tmp_path, 0, 2, 1.0, end=ended.append).start()
+    dog.doing("writing a checkpoint", 8, extra=3600)
+    end = time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        time.sleep(0.1)
+    dog.stop()
+    assert ended[0] == HUNG
+    assert json.loads((tmp_path / "ranks" / "hang.json").read_text())["guilty"][0]["rank"] == 1
+
+
 def test_zero_seconds_watch_nothing(tmp_path):
     dog = Watchdog(tmp_path, 0, 1, 0.0).start()
     dog.doing("training step", 8)

@@ -18,8 +18,8 @@ import argparse
 import sys
 from typing import Any
 
-from dist_t2i.data.commandline import parse
 from dist_t2i.errors import run_command
+from dist_t2i.sharding.commandline import parse
 
 
 def main() -> int:
@@ -32,8 +32,9 @@ def main() -> int:
 
 
 def write(chosen: argparse.Namespace) -> int:
-    from dist_t2i.data.gathering import gather, options_of
-    from dist_t2i.data.sharding import write_set
+    """Write a set of the chosen source, and say what came of it."""
+    from dist_t2i.sharding.gathering import gather, options_of
+    from dist_t2i.sharding.sets import write_set
 
     elsewhere = on_cluster(chosen) if chosen.slurm else None
     items, problems, about = gather(chosen)
@@ -47,7 +48,8 @@ def write(chosen: argparse.Namespace) -> int:
 
 
 def on_cluster(chosen: argparse.Namespace) -> Any:
-    from dist_t2i.data.cluster import Cluster
+    """What writes shards by a Slurm array; see `write_set`."""
+    from dist_t2i.sharding.cluster import Cluster
 
     return Cluster(
         cluster=chosen.slurm_cluster,
@@ -63,6 +65,7 @@ def on_cluster(chosen: argparse.Namespace) -> Any:
 
 
 def index(chosen: argparse.Namespace) -> int:
+    """Make a set of tars that stay where they are."""
     from dist_t2i.config import DataConfig
     from dist_t2i.data.indexing import indexed_set
     from dist_t2i.data.lists import storage_of
@@ -85,15 +88,17 @@ def index(chosen: argparse.Namespace) -> int:
 
 
 def look(chosen: argparse.Namespace) -> int:
-    from dist_t2i.data.inspecting import describe
+    """Describe a set."""
+    from dist_t2i.sharding.inspecting import describe
 
     print(describe(chosen.url, chosen.sheet, chosen.split))
     return 0
 
 
 def check(chosen: argparse.Namespace) -> int:
-    from dist_t2i.data.gathering import spreader
-    from dist_t2i.data.inspecting import read_set, table, verify
+    """Verify a set; 1 when something differs."""
+    from dist_t2i.sharding.gathering import spreader
+    from dist_t2i.sharding.inspecting import read_set, table, verify
 
     _, manifest = read_set(chosen.url)
     count = sum(len(part["shards"]) for part in manifest["splits"].values())

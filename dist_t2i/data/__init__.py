@@ -1,1 +1,1 @@
-"""Captioned pictures: from files to shards (`openmoji`, `folder`, `writer`), from shards to batches (`stream`)."""
+"""A set of captioned pictures as a stream of batches: shards and their index, order, reading from afar, decoding."""

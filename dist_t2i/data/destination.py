@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dist_t2i.errors import DataError
+from dist_t2i.data.storage import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
+from dist_t2i.data.urls import scheme_of, unchained
 
-OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""
 _CHUNK = 2**20
@@ -29,16 +28,6 @@ _PART = 8 * 2**20
 """Bytes of a file's part that travels by itself, at least."""
 _PARTS = 9000
 """Parts that a file may have, at most (S3 takes 10,000)."""
-
-
-def scheme_of(url: str) -> str:
-    """`s3` of `s3://bucket/a`; "" for a plain path. Raises DataError for what would run a command or chain systems."""
-    if url.lstrip().startswith(("pipe:", "|")):
-        raise DataError(f"{url}: commands are not run; name a folder or a URL")
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    if "::" in url and "://" in url:
-        raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
-    return found[1].lower() if found else ""
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -55,17 +44,17 @@ def open_place(url: str | Path, *, seconds: float | None = None) -> Place:
     tries.
     """
     text = str(url)
-    scheme = scheme_of(text)
+    scheme = scheme_of(unchained(text))
     if scheme in ("", "file"):
         return LocalPlace(text.removeprefix("file://"))
-    if scheme in (*OBJECT_STORES, "http", "https"):
+    if scheme in OBJECT_STORES:
         return ObjectPlace(text.rstrip("/"), seconds)
     return FsspecPlace(text.rstrip("/"))
 
 
 def place_of(place: Place, name: str) -> tuple[Place, str]:
     """Where a file that a manifest names lies: in the place itself, or elsewhere when the name is a URL or a whole path."""
-    if not scheme_of(name) and not os.path.isabs(name):
+    if not scheme_of(unchained(name)) and not os.path.isabs(name):
         return place, name
     folder, _, last = name.rpartition("/")
     return open_place(folder or "/"), last
@@ -84,6 +73,7 @@ class Place:
         return self.url
 
     def file_url(self, name: str) -> str:
+        """The path or URL of a file, as messages name it."""
         return f"{self.url}/{name}"
 
     @property
@@ -94,12 +84,15 @@ class Place:
         return folder
 
     def clear_staging(self) -> None:
+        """Remove what was being written and never arrived."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def read(self, name: str) -> bytes:
+        """The whole file."""
         raise NotImplementedError
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer where the file ends."""
         raise NotImplementedError
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -107,6 +100,7 @@ class Place:
         raise NotImplementedError
 
     def write(self, name: str, data: bytes) -> None:
+        """Make or replace a file; readers see the old one, or the whole new one."""
         raise NotImplementedError
 
     def upload(self, source: Path, name: str) -> None:
@@ -118,6 +112,7 @@ class Place:
         raise NotImplementedError
 
     def rename(self, old: str, new: str) -> None:
+        """Give a file another name; one that has it already is replaced."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
@@ -136,6 +131,7 @@ class Place:
         """Return once these files would survive a power cut."""
 
     def exists(self, name: str) -> bool:
+        """Whether there is such a file, which must hold a byte."""
         try:
             self.read_range(name, 0, 1)
         except FileNotFoundError:
@@ -218,21 +214,6 @@ class LocalPlace(Place):
                 os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _as_os_errors(what: str) -> Iterator[None]:
-    """The errors of the storage libraries as OSError, which is all that callers know."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{what} is not there") from error
-    except OSError:
-        raise
-    except Exception as error:
-        if type(error).__name__ == "NotFoundError":
-            raise FileNotFoundError(f"{what} is not there") from error
-        raise OSError(f"{what}: {' '.join(str(error).split())[:500]}") from error
-
-
 def _left(file: BinaryIO) -> int:
     """Bytes from where a file stands to its end."""
     start = file.tell()
@@ -256,57 +237,42 @@ class ObjectPlace(Place):
     @property
     def store(self) -> Any:
         if self._store is None:
-            try:
-                from obstore.store import from_url
-            except ImportError as error:
-                raise DataError(f"{self.url}: object storage needs obstore: pip install obstore") from error
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-            config: Any = {
-                "region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-            }
-            if endpoint:
-                config["endpoint"] = endpoint
-            client: Any = {"allow_http": endpoint.startswith("http://") or self.url.startswith("http://")}
-            client["timeout"] = f"{self._seconds or _PATIENCE}s"  # a shard is one answer
-            more: Any = {}
+            retry: Any = None
             if self._seconds:
-                more["retry_config"] = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
-            try:
-                config = config if scheme_of(self.url) in ("s3", "s3a") else None
-                self._store = from_url(self.url, config=config, client_options=client, **more)
-            except Exception as error:
-                raise DataError(f"{self.url}: cannot be opened: {error}") from error
+                retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
+            limits = {"timeout": f"{self._seconds or _PATIENCE}s"}
+            self._store = open_store(self.url, FROM_ENVIRONMENT, limits, retry)
         return self._store
 
     def read(self, name: str) -> bytes:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return bytes(obstore.get(self.store, name).bytes())
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return bytes(obstore.get_range(self.store, name, start=start, length=size))
 
     def chunks(self, name: str) -> Iterator[bytes]:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             for chunk in obstore.get(self.store, name).stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
 
     def write(self, name: str, data: bytes) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             obstore.put(self.store, name, data)
 
     def upload(self, source: Path, name: str) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             obstore.put(self.store, name, source, max_concurrency=4)
         source.unlink()
 
@@ -315,33 +281,33 @@ class ObjectPlace(Place):
 
         size = _left(file)
         content = file if size > _PART else file.read()  # in one request
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             obstore.put(self.store, name, content, chunk_size=max(_PART, size // _PARTS + 1), max_concurrency=4)
 
     def rename(self, old: str, new: str) -> None:
         import obstore
 
-        with _as_os_errors(self.file_url(old)):
+        with storage_errors(self.file_url(old)):
             obstore.copy(self.store, old, new)
             obstore.delete(self.store, old)
 
     def remove(self, name: str) -> None:
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             obstore.delete(self.store, name)
 
     def remove_folder(self, name: str) -> None:
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             for listed in obstore.list(self.store, f"{name.rstrip('/')}/"):
                 obstore.delete(self.store, [entry["path"] for entry in listed])
 
     def names(self) -> list[str]:
         import obstore
 
-        with _as_os_errors(self.url):
+        with storage_errors(self.url):
             listed = obstore.list_with_delimiter(self.store)
         found = [str(entry["path"]) for entry in listed["objects"]] + [str(path) for path in listed["common_prefixes"]]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
@@ -360,12 +326,7 @@ class FsspecPlace(Place):
     @property
     def _system(self) -> tuple[Any, str]:
         if self._opened is None:
-            import fsspec
-
-            try:
-                self._opened = fsspec.core.url_to_fs(self.url)
-            except (ImportError, ValueError) as error:
-                raise DataError(f"{self.url}: cannot be reached: {error}") from error
+            self._opened = open_system(self.url)
         return self._opened
 
     def _at(self, name: str) -> tuple[Any, str]:
@@ -374,30 +335,30 @@ class FsspecPlace(Place):
 
     def read(self, name: str) -> bytes:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return system.cat_file(path)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             return system.cat_file(path, start=start, end=start + size)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)), system.open(path, "rb") as file:
+        with storage_errors(self.file_url(name)), system.open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
     def write(self, name: str, data: bytes) -> None:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             system.pipe_file(f"{path}.part", data)
             system.mv(f"{path}.part", path)
 
     def upload(self, source: Path, name: str) -> None:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             system.put_file(str(source), f"{path}.part")
             system.mv(f"{path}.part", path)
@@ -405,7 +366,7 @@ class FsspecPlace(Place):
 
     def put(self, file: BinaryIO, name: str) -> None:
         system, path = self._at(name)
-        with _as_os_errors(self.file_url(name)):
+        with storage_errors(self.file_url(name)):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
             with system.open(f"{path}.part", "wb") as copy:
                 shutil.copyfileobj(file, copy, _CHUNK)
@@ -413,23 +374,23 @@ class FsspecPlace(Place):
 
     def rename(self, old: str, new: str) -> None:
         system, path = self._at(old)
-        with _as_os_errors(self.file_url(old)):
+        with storage_errors(self.file_url(old)):
             system.mv(path, self._at(new)[1])
 
     def remove(self, name: str) -> None:
         system, path = self._at(name)
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             system.rm_file(path)
 
     def remove_folder(self, name: str) -> None:
         system, path = self._at(name)
-        with contextlib.suppress(FileNotFoundError), _as_os_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             system.rm(path, recursive=True)
 
     def names(self) -> list[str]:
         system, root = self._system
         try:
-            with _as_os_errors(self.url):
+            with storage_errors(self.url):
                 found = system.ls(root, detail=False)
         except FileNotFoundError:
             return []

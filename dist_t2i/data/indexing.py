@@ -22,12 +22,16 @@ from typing import Any
 
 from dist_t2i.data.apart import have_clients
 from dist_t2i.data.destination import LocalPlace
+from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
+from dist_t2i.data.progress import Progress
 from dist_t2i.data.remote import RemoteFile
-from dist_t2i.data.shards import FORMAT, PICTURES, VERSION, BadSample, ShardSet, captions_of, open_set
+from dist_t2i.data.shards import PICTURES, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.sources import LocalFile, reason_of
+from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.storage import StorageOptions
 from dist_t2i.data.tarindex import refuse_unsafe
 from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.data.urls import base_name, is_local, local_path
 from dist_t2i.errors import DataError
 from dist_t2i.preempt import ignore_stop_signals
@@ -116,8 +120,6 @@ def _finished(home: Path, number: int, url: str) -> bool:
 def _index_all(
     home: Path, urls: Sequence[str], missing: Sequence[int], options: StorageOptions, processes: int, checksums: bool
 ) -> None:
-    from dist_t2i.data.sharding import Progress
-
     progress = Progress(len(missing), "shards indexed")
     share = max(1, _CAPTIONS // len(urls))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -193,9 +195,6 @@ def _keep_usable(found: Any, url: str, problems: list[tuple[str, str]], share: i
 
 
 def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
-    from dist_t2i.data.report import caption_statistics
-    from dist_t2i.data.tokenizer import train_tokenizer
-
     shards, captions, problems, counts = [], [], [], Counter[str]()
     digest = hashlib.sha256()
     for number, url in enumerate(urls):
@@ -213,8 +212,7 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
     tokenizer = train_tokenizer(Counter(text for one in captions for text in one), vocabulary)
     place = LocalPlace(str(home))
     place.write("tokenizer.json", tokenizer.text.encode())
-    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    place.write("bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+    place.write("bad_samples.jsonl", problem_lines(problems))
     train = {
         "samples": sum(shard["samples"] for shard in shards),
         "bytes": sum(shard["bytes"] for shard in shards),
@@ -228,12 +226,7 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         "name": base_name(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
         "image_size": None,
         "splits": {"train": train},
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
-            "vocabulary": tokenizer.vocab_size,
-            "known_words": len(tokenizer.known_words),
-        },
+        "tokenizer": tokenizer_entry(tokenizer),
         "bad_samples": dict(sorted(counts.items())),
     }
-    place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    place.write("manifest.json", manifest_bytes(manifest))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
+from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.sources import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
 from dist_t2i.data.storage import FROM_ENVIRONMENT, Gone, StorageOptions
 from dist_t2i.data.tarindex import Member, ShardIndex
@@ -31,8 +32,6 @@ from dist_t2i.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMAT = "dist_t2i set"
-VERSION = 1
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _OPEN_SHARDS = 64
 
@@ -292,16 +291,10 @@ def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> Sh
     name = checked(str(path))
     file = name if base_name(name).endswith(".json") else join(name, "manifest.json")
     try:
-        manifest = json.loads(read_file(file, options).decode("utf-8"))
+        data = read_file(file, options)
     except (FileNotFoundError, NotADirectoryError, Gone) as error:
         reason = f" ({error.reason})" if isinstance(error, Gone) else ""
         raise DataError(f"{path}: there is no set (no {file}{reason}); write one with tools/shard.py") from error
     except OSError as error:
         raise DataError(f"cannot read the manifest {file}: {reason_of(error)}") from error
-    except ValueError as error:
-        raise DataError(f"cannot read the manifest {file}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{file} is not the manifest of a set that tools/shard.py wrote")
-    if manifest.get("version") != VERSION:
-        raise DataError(f"{file}: format version {manifest.get('version')} is not {VERSION}; write the set again")
-    return ShardSet(parent(file), manifest, options)
+    return ShardSet(parent(file), parse_manifest(data, file), options)

@@ -1,4 +1,4 @@
-"""Clients of object stores: one request for a range of bytes, and what may go wrong with it.
+"""Object stores: how each is opened, one request for a range of bytes, and what may go wrong.
 
 obstore (Rust) speaks to S3, Google Cloud Storage, Azure and plain HTTP; fsspec knows the other schemes. Credentials and
 endpoints come from the variables that each store's own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
@@ -9,6 +9,7 @@ A client tries once. Whoever asks decides whether to try again: see `remote.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -49,15 +50,23 @@ FROM_ENVIRONMENT = StorageOptions()
 
 
 class StorageError(OSError):
-    """A request that failed. `reason` is a phrase that many may share."""
+    """A request that failed. `reason` is a phrase that many may share; the message names the object, if it is known."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
         self.reason = reason
 
 
 class Gone(StorageError):
     """Nothing is there, or it may not be read: trying for long is no use."""
+
+
+class Missing(Gone, FileNotFoundError):
+    """There is no such object."""
+
+
+class Denied(Gone, PermissionError):
+    """It may not be read or written with these credentials."""
 
 
 class Changed(StorageError):
@@ -107,10 +116,8 @@ class ObstoreClient:
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
             options["if_match"] = tag
-        try:
+        with storage_errors():
             result = obstore.get(self._store, self._path, options=options)  # type: ignore[arg-type]
-        except Exception as error:
-            raise _told(error) from error
         first = result.range[0]
         if first != start:
             raise StorageError("the server sent another range than the one asked for")
@@ -118,63 +125,110 @@ class ObstoreClient:
 
 
 def _blocks(stream: Iterator[Any]) -> Iterator[Any]:
-    try:
+    with storage_errors():
         yield from stream
-    except Exception as error:
-        raise _told(error) from error
+
+
+class FsspecClient:
+    """Every other scheme, through fsspec."""
+
+    def __init__(self, url: str) -> None:
+        self._system, self._path = open_system(url)
+
+    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+        with storage_errors():
+            about = self._system.info(self._path)
+            now = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
+            if tag and now != tag:
+                raise Changed("the object was replaced")
+            size = about.get("size")
+            return Blocks(
+                -1 if size is None else int(size), now, iter([self._system.cat_file(self._path, start, stop)])
+            )
 
 
 @lru_cache(maxsize=64)
 def _store(address: str, options: StorageOptions) -> Any:
-    """The store of a bucket or host: it keeps connections open, so there is one a process."""
+    """The store of a bucket or host to read from: it keeps connections open, so there is one a process."""
+    limits = {
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
+        "timeout": f"{int(6000 * options.stall_seconds)}ms",
+    }
+    return open_store(address, options, limits, retry={"max_retries": 0})
+
+
+def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
+    """obstore's store at a bucket, a prefix in one, or a host; nothing is asked of it yet.
+
+    Args:
+        limits: what a request may take, as obstore's `ClientConfig` has it: `timeout`, `read_timeout`, ...
+        retry: when the store itself tries again, as its `RetryConfig` has it; its own rule by default.
+
+    Raises: DataError when it knows no such store, or lacks what it needs to know of it.
+    """
     from obstore.store import from_url
 
-    scheme = scheme_of(address)
-    endpoint = options.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    config: Any = {}
-    if scheme in ("s3", "s3a"):
-        config = {
-            "endpoint": endpoint or None,
-            "region": options.region
-            or os.environ.get("AWS_REGION")
-            or os.environ.get("AWS_DEFAULT_REGION")
-            or "us-east-1",
-            "skip_signature": options.anonymous or None,
-        }
-        config = {name: value for name, value in config.items() if value is not None}
+    scheme = scheme_of(url)
+    config = _s3_config(options) if scheme in ("s3", "s3a") else {}
+    plain = scheme == "http" or config.get("endpoint", "").startswith("http://")
+    client: Any = {"allow_http": plain, **limits}
+    address = f"gs{url[3:]}" if scheme == "gcs" else url  # the one scheme of ours that it does not know
     try:
-        client: Any = {
-            "allow_http": scheme == "http" or endpoint.startswith("http://"),
-            "connect_timeout": f"{CONNECT_SECONDS}s",
-            "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
-            "timeout": f"{int(6000 * options.stall_seconds)}ms",
-        }
-        return from_url(address, config=config or None, client_options=client, retry_config={"max_retries": 0})
+        return from_url(address, config=config or None, client_options=client, retry_config=retry)  # type: ignore
     except Exception as error:
-        raise DataError(f"{address}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{url}: cannot be opened: {str(error).splitlines()[0]}") from error
 
 
-def _told(error: BaseException) -> StorageError:
-    """obstore's error as ours; its text is a nest of Rust structures."""
+def _s3_config(options: StorageOptions) -> dict[str, Any]:
+    variable = os.environ.get
+    region = options.region or variable("AWS_REGION") or variable("AWS_DEFAULT_REGION") or "us-east-1"
+    endpoint = options.endpoint or variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL")
+    config = {"region": region, "endpoint": endpoint, "skip_signature": options.anonymous}
+    return {name: value for name, value in config.items() if value}
+
+
+def open_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it. Raises DataError when no installed library knows the scheme."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: cannot be opened: {error}") from error
+
+
+@contextlib.contextmanager
+def storage_errors(name: str = "") -> Iterator[None]:
+    """Here the errors of obstore, of fsspec and of its file systems become StorageErrors, about the object `name`."""
+    try:
+        yield
+    except Exception as error:
+        raise _told(error, name) from error
+
+
+def _told(error: Exception, name: str) -> StorageError:
     import obstore.exceptions as known
 
-    text = str(error)
     if isinstance(error, StorageError):
         return error
+    if isinstance(error, DataError):
+        return StorageError(str(error))
     if isinstance(error, (known.NotFoundError, FileNotFoundError)):
-        return Gone("there is no such object")
-    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
-        return Gone("access is denied: look at the credentials in the environment")
+        return Missing("there is no such object", name)
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError, PermissionError)):
+        return Denied("access is denied: look at the credentials in the environment", name)
     if isinstance(error, known.PreconditionError):
-        return Changed("the object was replaced")
+        return Changed("the object was replaced", name)
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
-        return Gone("the object's name cannot be read")
+        return Gone("the object's name cannot be read", name)
+    text = str(error)  # of obstore's errors, a nest of Rust structures
     if re.search(r"\b416\b|range not satisfiable", text, re.IGNORECASE):
-        return Short("the object is shorter than it ought to be")
-    for pattern, reason in _REASONS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return StorageError(reason)
-    return StorageError(" ".join(text.split())[:200])
+        return Short("the object is shorter than it ought to be", name)
+    reason = next((reason for pattern, reason in _REASONS if re.search(pattern, text, re.IGNORECASE)), "")
+    if not isinstance(error, known.BaseError):  # each file system has errors of its own
+        text = getattr(error, "strerror", None) or f"{type(error).__name__}: {text}"
+    return StorageError(reason or " ".join(text.split())[:200], name)
 
 
 _REASONS = (
@@ -185,34 +239,3 @@ _REASONS = (
     (r"\b5\d\d\b", "the server failed (5xx)"),
     (r"reset|broken pipe|closed|incomplete|end of file|eof", "the connection broke"),
 )
-
-
-class FsspecClient:
-    """Every other scheme, through fsspec."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        try:
-            self._system, self._path = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"{url}: {error}") from error
-
-    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
-        try:
-            about = self._system.info(self._path)
-            now = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
-            if tag and now != tag:
-                raise Changed("the object was replaced")
-            size = about.get("size")
-            return Blocks(
-                -1 if size is None else int(size), now, iter([self._system.cat_file(self._path, start, stop)])
-            )
-        except StorageError:
-            raise
-        except FileNotFoundError as error:
-            raise Gone("there is no such object") from error
-        except PermissionError as error:
-            raise Gone("access is denied: look at the credentials in the environment") from error
-        except Exception as error:  # each file system has errors of its own
-            raise StorageError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error

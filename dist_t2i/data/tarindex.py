@@ -29,6 +29,14 @@ class Member(NamedTuple):
     """-1: not known."""
 
 
+def key_and_extension(path: str) -> tuple[str, str] | None:
+    """Of a member by its name: the key ends at the first dot, the extension comes in small letters, as WebDataset has
+    it. None when it is of no sample."""
+    folder, slash, name = path.rpartition("/")
+    base, dot, extension = name.partition(".")
+    return (folder + slash + base, extension.lower()) if base and dot else None
+
+
 class Keys(Sequence[str]):
     """The keys of a shard, as one piece of memory: a list of texts would take five times as much."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_t2i.data.sources import ShardFile
-from dist_t2i.data.tarindex import Member, ShardIndex, refuse_unsafe
+from dist_t2i.data.tarindex import Member, ShardIndex, key_and_extension, refuse_unsafe
 
 TEXTS = ("json", "txt")
 _BUFFER = 2**22
@@ -145,11 +145,11 @@ def _tell_gap(reader: Any, start: int, stop: int, found: TarContents) -> None:
 
 
 def _add(info: tarfile.TarInfo, reader: Any, found: TarContents, checksums: bool, texts: bool) -> None:
-    folder, slash, name = info.name.rpartition("/")
-    base, dot, extension = name.partition(".")
-    if not info.isreg() or not dot or not base:
+    """Take up one member: its place, its checksum if asked for, its bytes if they are a small text."""
+    named = key_and_extension(info.name)
+    if not info.isreg() or named is None:
         return
-    extension = extension.lower()
+    key, extension = named
     wanted = texts and extension in TEXTS and info.size <= _LARGEST_TEXT
     data = b""
     if checksums or wanted:
@@ -159,7 +159,6 @@ def _add(info: tarfile.TarInfo, reader: Any, found: TarContents, checksums: bool
         reader.seek(here)
         if len(data) < info.size:
             raise tarfile.ReadError(f"{info.name} ends too soon")
-    key = folder + slash + base
     if not found.keys or found.keys[-1] != key:
         found.keys.append(key)
         found.members.append([])

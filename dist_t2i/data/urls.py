@@ -34,7 +34,14 @@ def checked(url: str) -> str:
     """The URL as it is. Raises DataError when it is a command, or chained with one."""
     for part in url.split("::"):
         if part.strip().lower().startswith(_COMMANDS):
-            raise DataError(f"{url}: commands are not run to read data; write their output to a file and name that")
+            raise DataError(f"{url}: commands are not run; name a file, a folder or a URL")
+    return url
+
+
+def unchained(url: str) -> str:
+    """The URL as it is. Raises DataError when it is a command, or chains file systems with `::`."""
+    if "::" in checked(url) and "://" in url:
+        raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
     return url
 
 

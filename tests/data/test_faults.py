@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +21,18 @@ import psutil
 import pytest
 from PIL import Image
 
-from dist_t2i.data.folder import find_items
-from dist_t2i.data.sharding import write_set
 from dist_t2i.data.sources import LocalFile
 from dist_t2i.data.tarreader import read_tar
-from dist_t2i.data.writer import Options
+from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.sets import write_set
 from faultproxy import FaultProxy
 from faults import Close, FlippedBit, Replaced, Reset, Stall, Status, Trickle, WrongLength
 from pictures import encoded
+from prefork import Program, Started
 from storage import S3Server, without_aws
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "stream.py"
+PROGRAM = Program(Path(__file__).parents[1] / "programs" / "stream.py", "dist_t2i.data.stream", "webdataset")
 COUNT, SHARD = 96, 16
 EPOCHS = 2
 TABLE: list[tuple[str, int, int, int, int]] = []
@@ -56,7 +56,7 @@ class Store:
         assert "Traceback" not in err, err
         return json.loads(out), err
 
-    def start(self, work: Path, **config: Any) -> subprocess.Popen[str]:
+    def start(self, work: Path, **config: Any) -> Started:
         config = {
             "data.train": "s3://data/set",
             "data.workers": 2,
@@ -67,13 +67,8 @@ class Store:
             "images": EPOCHS * COUNT,
             "bad_file": str(work / "bad_samples.jsonl"),
         } | {name.replace("__", "."): value for name, value in config.items()}
-        return subprocess.Popen(
-            [sys.executable, str(PROGRAM), json.dumps(config)],
-            env={**without_aws(os.environ), **self.proxy.environment, "XDG_CACHE_HOME": str(work / "home")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        environment = {**without_aws(os.environ), **self.proxy.environment, "XDG_CACHE_HOME": str(work / "home")}
+        return PROGRAM.start(json.dumps(config), environment=environment)
 
     def account(self, name: str, told: dict[str, Any], work: Path, clean: dict[int, tuple[str, int]] = {}) -> int:  # noqa: B006
         """Check every position of the run; returns how many were replaced."""
@@ -165,9 +160,9 @@ def test_faults_that_pass_cost_nothing(mended: Store, tmp_path: Path, name: str,
 @pytest.mark.slow
 def test_the_server_gone_and_back(mended: Store, tmp_path: Path):
     with mended.start(tmp_path, pause=0.2) as process:
-        time.sleep(4)
+        time.sleep(2)
         mended.server.stop()
-        time.sleep(6)
+        time.sleep(3)
         mended.server.start()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -177,7 +172,7 @@ def test_the_server_gone_and_back(mended: Store, tmp_path: Path):
 @pytest.mark.slow
 def test_connection_refused(mended: Store, tmp_path: Path):
     with mended.start(tmp_path, data__cache="none", pause=0.1) as process:
-        time.sleep(4)
+        time.sleep(1.5)
         with mended.proxy.down():
             time.sleep(4)
         out, err = process.communicate(timeout=120)
@@ -371,7 +366,9 @@ def test_any_world_and_worker_count_goes_on_anywhere(
     for process in ranks:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        for position, key, total in json.loads(out)["rows"]:
+        told = json.loads(out)
+        assert told["bad"] == {} and told["error"] == "", "a machine so slow that reads were given up on"
+        for position, key, total in told["rows"]:
             assert position not in rows
             rows[position] = key, total
     assert rows == {position: store.clean[position] for position in range(start, start + count)}

@@ -1,12 +1,10 @@
 """Tars that others wrote become a set without being touched."""
 
-import io
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy
@@ -22,6 +20,7 @@ from dist_t2i.data.tarreader import read_tar
 from dist_t2i.errors import DataError
 from pictures import config_for, encoded, make_set, picture
 from ranks import ROOT
+from tars import write_tar
 
 
 def write(path: Path, numbers: range, layout: str = "webdataset") -> Path:
@@ -112,20 +111,11 @@ def test_quick_indexing_passes_over_pictures(tars):
             assert mine[:3] == theirs[:3] and mine.crc32 == (theirs.crc32 if mine.extension == "txt" else -1)
 
 
-def tar_of(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_what_cannot_be_used_is_listed_and_the_rest_goes_on(tmp_path):
     jpg = encoded(picture(1), "JPEG")
     members = [("a.jpg", jpg), ("a.txt", b"one"), ("b.jpg", jpg), ("c.txt", b"three"), ("d.jpg", jpg), ("d.json", b"{")]
     members += [("e.jpg", jpg), ("e.json", b'["x", "y"]'), ("e.mask.npy", b"1"), ("README", b"no sample")]
-    found = indexed_set([str(tar_of(tmp_path / "a.tar", members))], FROM_ENVIRONMENT, tmp_path / "home")
+    found = indexed_set([str(write_tar(tmp_path / "a.tar", members))], FROM_ENVIRONMENT, tmp_path / "home")
     assert [(sample.key, sample.captions) for sample in found.samples("train")] == [("a", ("one",)), ("e", ("x", "y"))]
     lines = [json.loads(line) for line in (tmp_path / "home" / "bad_samples.jsonl").read_text().splitlines()]
     assert [(line["picture"], line["reason"]) for line in lines] == [
@@ -162,7 +152,7 @@ def test_garbage_between_members_costs_what_it_hit(tmp_path):
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
-    path = tar_of(tmp_path / "a.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     with pytest.raises(DataError, match=r"hold no picture with a caption\n  2 x no picture"):
         indexed_set([str(path)], FROM_ENVIRONMENT, tmp_path / "home")
     (tmp_path / "b.tar").write_bytes(b"<html>404</html>" * 100)

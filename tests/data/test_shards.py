@@ -1,9 +1,6 @@
 """Our shards are WebDataset tars, WebDataset's tars can be indexed, and nothing in either is run."""
 
-import io
 import json
-import pickle
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,20 +17,12 @@ from dist_t2i.data.tarreader import read_tar
 from dist_t2i.data.urls import local_path
 from dist_t2i.errors import DataError
 from pictures import colour, encoded, make_set, picture
+from tars import harmful_pickle, write_tar
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("small"), 25)
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def index_of(path):
@@ -115,12 +104,7 @@ def test_captions_of_text_and_json():
 @pytest.mark.parametrize("extension", ["pyd", "pickle", "pkl", "pth", "mask.pyd", "PYD"])
 def test_pickles_are_refused(tmp_path, extension):
     ran = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(ran), "w"))
-
-    path = write_tar(tmp_path / "a.tar", [("k.png", encoded(picture(1))), (f"k.{extension}", pickle.dumps(Evil()))])
+    path = write_tar(tmp_path / "a.tar", [("k.png", encoded(picture(1))), (f"k.{extension}", harmful_pickle(ran))])
     with pytest.raises(DataError, match="pickles can run code"):
         indexed_set([str(path)], FROM_ENVIRONMENT, tmp_path / "home")
     index = ShardIndex.__new__(ShardIndex)

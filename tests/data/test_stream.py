@@ -1,7 +1,6 @@
 """The stream delivers what the order plans: everywhere, from anywhere, bad samples replaced and told."""
 
 import json
-import pickle
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from dist_t2i.data.stream import open_stream
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.errors import DataError
 from pictures import colour, config_for, make_set
+from tars import harmful_pickle
 
 COUNT = 37
 
@@ -152,12 +152,8 @@ def test_inserted_stages_run_no_commands_and_unpickle_nothing(small, tmp_path, w
         webdataset.gopen(f"pipe:touch {tmp_path / 'ran'}")
         return sample
 
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
     def planted(sample):
-        return sample | {"pyd": pickle.dumps(Evil())}
+        return sample | {"pyd": harmful_pickle(tmp_path / "ran")}
 
     config = config_for(small, workers=workers)
     for stages in ([webdataset.map(command)], [webdataset.map(planted), webdataset.decode()]):

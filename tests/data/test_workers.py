@@ -120,5 +120,6 @@ def test_a_forgotten_stream_ends_its_workers(small):
     stream = open_stream(config_for(small, workers=1), small.tokenizer)
     next(stream)
     worker = stream._pool._iterator.workers[0].pid
+    assert running(worker)
     del stream
     wait_until(lambda: not running(worker))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dist_t2i.errors import run_command
 from models_on_disk import write_run
+from shardtool import shard
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -57,10 +58,11 @@ def test_sample_writes_a_grid_and_warns(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_export_then_sample_from_it(run, tmp_path):
+def test_export_then_sample_from_it(run, tmp_path, monkeypatch):
     assert command("export.py", "--run", run, "--out", tmp_path / "model").returncode == 0
-    assert command("sample.py", "--run", tmp_path / "model", "red apple", "--out", tmp_path / "a.png").returncode == 0
-    assert command("sample.py", "--run", run, "red apple", "--out", tmp_path / "b.png").returncode == 0
+    for source, out in ((tmp_path / "model", "a.png"), (run, "b.png")):
+        arguments = ("--run", source, "red apple", "--out", tmp_path / out)
+        assert inside("sample.py", *arguments, monkeypatch=monkeypatch) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -82,14 +84,14 @@ def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_evaluate_writes_scores_that_the_export_shows(tmp_path):
+def test_evaluate_writes_scores_that_the_export_shows(tmp_path, monkeypatch):
     """The whole way: pictures, a set, a model of it, its scores by the real judge, and its card."""
     pytest.importorskip("efficientnet_lite_pytorch")
     for i in range(12):
         Image.effect_mandelbrot((40, 40), (-3, -2.5 + i / 9, 2, 2.5), 20 + i).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"picture number {i}")
     out = tmp_path / "set"
-    assert command("shard.py", "folder", "--images", tmp_path, "--out", out, "--holdout", 0.6).returncode == 0
+    shard("folder", "--images", tmp_path, "--out", out, "--holdout", 0.6)
     from dist_t2i.data.tokenizer import Tokenizer
 
     run = write_run(tmp_path / "run", f"data.train={out}", words=Tokenizer.load(out))
@@ -98,5 +100,5 @@ def test_evaluate_writes_scores_that_the_export_shows(tmp_path):
     assert "KID (EfficientNet-Lite0)" in done.stdout and "floor" in done.stdout
     scores = json.loads((run / "scores.json").read_text())
     assert scores["protocol"]["name"] == "held-out" and scores["manifest"]["images_seen"] == 64
-    command("export.py", "--run", run, "--out", tmp_path / "model")
+    assert inside("export.py", "--run", run, "--out", tmp_path / "model", monkeypatch=monkeypatch) == 0
     assert "KID (EfficientNet-Lite0)" in (tmp_path / "model" / "README.md").read_text()

@@ -38,9 +38,9 @@ def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]
 
 def one_shard(data: Path) -> Path:
     """A set of SAMPLES small pictures in one shard, made once."""
-    from dist_t2i.data.folder import Item
-    from dist_t2i.data.sharding import write_set
-    from dist_t2i.data.writer import Options
+    from dist_t2i.sharding.folder import Item
+    from dist_t2i.sharding.preparing import Options
+    from dist_t2i.sharding.sets import write_set
 
     folder = data / "small"
     if not (folder / "set" / "manifest.json").exists():

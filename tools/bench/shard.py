@@ -102,9 +102,10 @@ def main() -> int:
 
 def compare(pictures: Path, work: Path, runs: int) -> int:
     from dist_t2i.data.destination import open_place
-    from dist_t2i.data.folder import find_items
-    from dist_t2i.data.sharding import write_here
-    from dist_t2i.data.writer import Options, plan_hash, plan_shards, reserve
+    from dist_t2i.sharding.folder import find_items
+    from dist_t2i.sharding.preparing import Options
+    from dist_t2i.sharding.sets import write_here
+    from dist_t2i.sharding.writer import plan_hash, plan_shards, reserve
 
     items, _ = find_items(pictures, work / "captions.jsonl", 0.0)
     place = open_place(work / "shards")

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place
-from dist_t2i.data.sharding import Progress, write_here
-from dist_t2i.data.writer import Options, Planned
+from dist_t2i.data.progress import Progress
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.sets import write_here
+from dist_t2i.sharding.writer import Planned
 
 _POLL = 1.0
 _LINGER = 20.0
@@ -95,7 +97,7 @@ def _wait(
         progress.show(done)
         if not waiting:
             return results
-        if not all(_over(job) for job in jobs):
+        if not all(_over(job, cluster.cluster) for job in jobs):
             over_since = 0.0
         elif not over_since:
             over_since = time.monotonic()
@@ -104,12 +106,12 @@ def _wait(
         time.sleep(_POLL)
 
 
-def _over(job: Any) -> bool:
-    """Whether a task has ended, well or not."""
+def _over(job: Any, cluster: str) -> bool:
+    """Whether a task of a `slurm` or `local` cluster has ended, well or not."""
     with contextlib.suppress(Exception):
         if job.done(force_check=True):
             return True
-    if not shutil.which("squeue") or job.cluster != "slurm":
+    if cluster != "slurm" or not shutil.which("squeue"):
         return False
     asked = subprocess.run(["squeue", "-h", "-j", str(job.job_id), "-o", "%i"], capture_output=True, text=True)
     return not asked.stdout.strip()

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place
-from dist_t2i.data.report import caption_statistics, write_report
-from dist_t2i.data.shards import FORMAT, VERSION
+from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
+from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
-from dist_t2i.data.writer import Options, Planned, accepted, count_reasons
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.report import write_report
+from dist_t2i.sharding.writer import Planned, accepted, count_reasons
 
 SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
 
@@ -46,15 +48,14 @@ def finish(
         if shards.get(split)
     }
     manifest = _manifest(splits, tokenizer, problems, options)
-    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    place.write("bad_samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+    place.write("bad_samples.jsonl", problem_lines(problems))
     if options.about.get("credit"):
         about = options.about
         text = f"# {about['name']}\n\n{about['credit']}\n\nLicence: {about.get('licence', 'unknown')}\n"
         place.write("README.md", text.encode())
     write_report(place, manifest, problems)
     place.settle([shard["name"] for split in splits.values() for shard in split["shards"]])
-    place.write("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    place.write("manifest.json", manifest_bytes(manifest))
     place.settle(["manifest.json"])
     return manifest
 
@@ -106,19 +107,14 @@ def fingerprint(splits: dict[str, Any], token_sha: str) -> str:
 def _manifest(
     splits: dict[str, Any], tokenizer: Tokenizer, problems: Sequence[dict[str, Any]], options: Options
 ) -> dict[str, Any]:
-    token_sha = hashlib.sha256(tokenizer.text.encode()).hexdigest()
+    described = tokenizer_entry(tokenizer)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": fingerprint(splits, token_sha),
+        "fingerprint": fingerprint(splits, described["sha256"]),
         **options.about,
         "image_size": options.size or None,
         "splits": splits,
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": token_sha,
-            "vocabulary": tokenizer.vocab_size,
-            "known_words": len(tokenizer.known_words),
-        },
+        "tokenizer": described,
         "bad_samples": dict(sorted(count_reasons(problems).items())),
     }

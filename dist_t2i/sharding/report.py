@@ -5,43 +5,16 @@ from __future__ import annotations
 import contextlib
 import html
 import io
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_t2i.data.destination import Place, place_of
 from dist_t2i.data.shards import BadSample, Sample
 from dist_t2i.data.tarindex import ShardIndex
-from dist_t2i.data.tokenizer import Tokenizer, words
-from dist_t2i.data.writer import count_reasons
+from dist_t2i.sharding.writer import count_reasons
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200
-
-
-def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Numbers about the captions of one split, given those of each picture."""
-    texts = [text for one in captions for text in one]
-    tokens = sorted(len(tokenizer.ids(text)) for text in texts)
-    said = Counter(word for text in texts for word in words(text))
-    lengths = [len(words(text)) for text in texts]
-    return {
-        "count": len(texts),
-        "distinct": len(set(texts)),
-        "per_picture": {
-            "mean": round(len(texts) / max(1, len(captions)), 3),
-            "max": max(map(len, captions), default=0),
-        },
-        "words": {"mean": round(sum(lengths) / max(1, len(texts)), 2), "max": max(lengths, default=0)},
-        "tokens": {
-            "mean": round(sum(tokens) / max(1, len(tokens)), 2),
-            "p99": tokens[int(len(tokens) * 0.99)] if tokens else 0,
-            "max": tokens[-1] if tokens else 0,
-        },
-        "distinct_words": len(said),
-        "words_not_in_train": sum(word not in tokenizer.known_words for word in said),
-        "frequent_words": [word for word, _ in sorted(said.items(), key=lambda pair: (-pair[1], pair[0]))[:20]],
-    }
 
 
 def write_report(place: Place, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
@@ -107,9 +80,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
 
 
-def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
-    name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
-    splits = [
+def _split_table(splits: Mapping[str, Any]) -> str:
+    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption"]
+    head += ["tokens a caption, mean / max", "distinct words", "words that train lacks"]
+    rows = [
         (
             split,
             f"{part['samples']:,}",
@@ -122,17 +96,25 @@ def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequenc
             f"{part['captions']['distinct_words']:,}",
             part["captions"]["words_not_in_train"],
         )
-        for split, part in manifest["splits"].items()
+        for split, part in splits.items()
     ]
-    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption"]
-    head += ["tokens a caption, mean / max", "distinct words", "words that train lacks"]
-    reasons = count_reasons(problems).most_common()
+    return _table(head, rows)
+
+
+def _problem_tables(problems: Sequence[dict[str, Any]]) -> str:
+    """How often each reason came, and the first problems one by one."""
+    if not problems:
+        return "<p>Nothing.</p>"
     listed = [(p["where"], p["picture"], p["reason"]) for p in problems[:_MAX_LISTED]]
-    more = (
-        f"<p>{len(problems) - _MAX_LISTED:,} more are in bad_samples.jsonl.</p>" if len(problems) > _MAX_LISTED else ""
-    )
-    bad = f"{_table(('reason', 'count'), reasons)}<h3>Which</h3>{_table(('where', 'picture', 'reason'), listed)}{more}"
-    shards = [
+    tables = f"{_table(('reason', 'count'), count_reasons(problems).most_common())}<h3>Which</h3>"
+    tables += _table(("where", "picture", "reason"), listed)
+    more = len(problems) - _MAX_LISTED
+    return tables + (f"<p>{more:,} more are in bad_samples.jsonl.</p>" if more > 0 else "")
+
+
+def _shard_table(splits: Mapping[str, Any]) -> str:
+    head = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "sha256 begins")
+    rows = [
         (
             shard["name"],
             f"{shard['samples']:,}",
@@ -142,11 +124,15 @@ def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequenc
             shard["left_out"],
             shard["sha256"][:16],
         )
-        for part in manifest["splits"].values()
+        for part in splits.values()
         for shard in part["shards"]
     ]
-    several = f"<p>and {len(shards) - _MAX_LISTED:,} more.</p>" if len(shards) > _MAX_LISTED else ""
-    columns = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "sha256 begins")
+    more = len(rows) - _MAX_LISTED
+    return _table(head, rows[:_MAX_LISTED]) + (f"<p>and {more:,} more.</p>" if more > 0 else "")
+
+
+def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
+    name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
     captions = [(place + 1, sample.key, " | ".join(sample.captions)) for place, sample in enumerate(samples)]
     credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
     return f"""<!doctype html>
@@ -157,10 +143,10 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 <h1>{name}</h1>{credit}
 <p>Fingerprint <code>{manifest["fingerprint"]}</code>; tokenizer of {manifest["tokenizer"]["vocabulary"]:,} tokens,
 {manifest["tokenizer"]["known_words"]:,} known words.</p>
-{_table(head, splits)}
+{_split_table(manifest["splits"])}
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
 <h2>Their captions</h2>{_table(("", "key", "captions"), captions)}
-<h2>Left out or changed</h2>{bad if problems else "<p>Nothing.</p>"}
-<h2>Shards</h2>{_table(columns, shards[:_MAX_LISTED])}{several}
+<h2>Left out or changed</h2>{_problem_tables(problems)}
+<h2>Shards</h2>{_shard_table(manifest["splits"])}
 </html>
 """

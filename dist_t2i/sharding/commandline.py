@@ -7,8 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data import coco, cub, flowers
+from dist_t2i.sharding import coco
+from dist_t2i.sharding.cub import CUB
+from dist_t2i.sharding.flowers import FLOWERS
 
+Parser = argparse.ArgumentParser
 FORMS = ("jsonl", "csv", "tsv", "parquet")
 SHARED = """What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on.
 Interrupted, the same command goes on where it stopped: shards whose checksums hold are kept."""
@@ -25,7 +28,6 @@ _TARS = """Tars that webdataset, img2dataset or this tool wrote: pictures (jpg, 
 A tar called test-00000.tar or val-00000.tar keeps its split; --holdout applies when there is none of these. Members whose
 decoders run code (pickles) are not read. A tar that is cut short gives what came before the cut. Tars behind URLs are
 read once to find the pictures, and each picture again when its shard is written."""
-
 
 _INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer. Training on the same list then
 begins at once (data.train=URL...); without this, it does the same at its first start. Run again, it reads only tars that are
@@ -48,9 +50,9 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         _folder(source("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{SHARED}")),
         _coco(source("coco", "MS-COCO 2014 or 2017", f"What is expected:\n{coco.LAYOUT}\n\n{SHARED}")),
         _classes(
-            source("cub", "CUB-200-2011 with ten captions a bird", f"What is expected:\n{cub.LAYOUT}\n\n{SHARED}")
+            source("cub", "CUB-200-2011 with ten captions a bird", f"What is expected:\n{CUB.layout}\n\n{SHARED}")
         ),
-        _classes(source("flowers", "Oxford-102 flowers", f"What is expected:\n{flowers.LAYOUT}\n\n{SHARED}")),
+        _classes(source("flowers", "Oxford-102 flowers", f"What is expected:\n{FLOWERS.layout}\n\n{SHARED}")),
         *(_table(source(form, f"{form} tables of paths or URLs", f"{_TABLE}\n\n{SHARED}")) for form in FORMS),
         _tars(source("webdataset", "existing tars: re-shard, filter, shrink", f"{_TARS}\n\n{SHARED}")),
     ]
@@ -61,9 +63,6 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     _looking(source("inspect", "what is in a set: counts, sizes, captions, bad samples, a contact sheet"))
     _checking(source("verify", "read a whole set and check every checksum; status 1 when something differs"))
     return parser.parse_args(arguments)
-
-
-Parser = argparse.ArgumentParser
 
 
 def _openmoji(source: Parser) -> Parser:
@@ -222,6 +221,7 @@ def cores() -> int:
 
 
 def positive(text: str) -> int:
+    """An integer above 0. Raises ValueError, or argparse's error with a message, as all of these do."""
     number = int(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -229,6 +229,7 @@ def positive(text: str) -> int:
 
 
 def percent(text: str) -> int:
+    """An integer from 1 to 100."""
     number = int(text)
     if not 1 <= number <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
@@ -236,6 +237,7 @@ def percent(text: str) -> int:
 
 
 def share(text: str) -> float:
+    """A number in [0, 1)."""
     number = float(text)
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
@@ -243,6 +245,7 @@ def share(text: str) -> float:
 
 
 def pair(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`; digits become an int, as sbatch's parameters in submitit are."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")

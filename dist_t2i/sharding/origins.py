@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from dist_t2i.data.destination import OBJECT_STORES, Place, open_place, scheme_of
+from dist_t2i.data.destination import Place, open_place
+from dist_t2i.data.storage import OBJECT_STORES
+from dist_t2i.data.urls import scheme_of, unchained
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
@@ -35,6 +37,7 @@ class Origin:
         raise NotImplementedError
 
     def read(self) -> bytes:
+        """Its bytes as they are stored: a JPEG, a PNG, ..."""
         raise NotImplementedError
 
 
@@ -73,7 +76,7 @@ class Drawing(Origin):
         return 0, PictureFile(self.path).known()[1]
 
     def read(self) -> bytes:
-        from dist_t2i.data.openmoji import render
+        from dist_t2i.sharding.openmoji import render
 
         return render(Path(self.path), self.size)
 
@@ -202,4 +205,4 @@ def _descriptor(path: str) -> int:
 
 def reachable(url: str) -> bool:
     """Whether pictures are read from URLs of this scheme. Raises DataError for commands and chained file systems."""
-    return scheme_of(url) in (*WEB, *OBJECT_STORES, "memory", "local", "sftp", "hdfs")
+    return scheme_of(unchained(url)) in (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")

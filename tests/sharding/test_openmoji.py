@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from dist_t2i.data.openmoji import NOT_NOUNS, TWINS, openmoji_entries, render
 from dist_t2i.data.tokenizer import words
+from dist_t2i.sharding.openmoji import NOT_NOUNS, TWINS, openmoji_entries, render
 
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")

@@ -19,17 +19,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.origins import Origin
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.origins import Origin
+from dist_t2i.sharding.processes import Spread, advance
 
-KINDS = ("exact", "perceptual")
 MAX_BITS, MAX_COLOUR = 3, 10
 _BAND = 16
 """Bits to a band: of four bands, one at least is equal when three bits or fewer differ."""
 _PART = 64
-
-Spread = Callable[[Callable, Sequence[tuple]], list[Any]]
-"""`spread(work, arguments)` is `[work(*a) for a in arguments]`, perhaps in several processes."""
 
 
 def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], spread: Spread) -> list[Item]:
@@ -108,8 +105,6 @@ def _looks(pictures: Sequence[Origin]) -> list[tuple[int, bytes] | None]:
 
 
 def _bytes(picture: Origin) -> bytes | None:
-    from dist_t2i.data.sharding import advance
-
     advance()
     try:
         return picture.read()

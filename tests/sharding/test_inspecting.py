@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from dist_t2i.data.destination import open_place
-from dist_t2i.data.folder import find_items
-from dist_t2i.data.sharding import write_set
 from dist_t2i.data.shards import open_set
-from dist_t2i.data.writer import Options
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import find_items
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.sets import write_set
 from pictures import make_folder, make_set
 from shardtool import contents, shard
 
@@ -70,7 +70,7 @@ def test_what_is_no_set_is_told(tmp_path, command):
     assert done.returncode == 2 and "there is no set" in done.stderr
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     done = shard(command, tmp_path, check=False)
-    assert done.returncode == 2 and "is not that of a set" in done.stderr
+    assert done.returncode == 2 and "is not the manifest of a set" in done.stderr
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dist_t2i.data.captions import clean, read_captions, read_text_file
-from dist_t2i.data.origins import Origin, PictureFile
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import clean, read_captions, read_text_file
+from dist_t2i.sharding.origins import Origin, PictureFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
 MIN_HOLDOUT_PICTURES = 50
@@ -53,13 +53,8 @@ def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[lis
     pairs = _listed(images, captions, problems) if captions else _beside(images, problems)
     found: dict[Path, list[str]] = {}
     for path, where, texts in pairs:
-        held = found.setdefault(path, [])
-        for text in texts:
-            cleaned, problem = clean(text)
-            if problem:
-                problems.append(Problem(where, _relative(path, images), problem))
-            if cleaned and cleaned not in held:
-                held.append(cleaned)
+        for reason in _add_captions(found.setdefault(path, []), texts):
+            problems.append(Problem(where, _relative(path, images), reason))
     for path, held in found.items():
         if not held:
             problems.append(Problem("", _relative(path, images), "picture is left without a caption"))
@@ -87,16 +82,23 @@ def captioned(
 ) -> Item | None:
     """An item with its captions cleaned, each once; None, and a problem listed, when no caption is left."""
     held: list[str] = []
-    for text in texts:
-        cleaned, problem = clean(text)
-        if problem:
-            problems.append(Problem(where, key, problem))
-        if cleaned and cleaned not in held:
-            held.append(cleaned)
+    problems.extend(Problem(where, key, reason) for reason in _add_captions(held, texts))
     if not held:
         problems.append(Problem(where, key, "picture is left without a caption"))
         return None
     return Item(key, picture, held, attributes=attributes)
+
+
+def _add_captions(held: list[str], texts: Iterable[str]) -> list[str]:
+    """Add the captions, cleaned, to those that a picture has, each once; returns what was wrong with them."""
+    problems = []
+    for text in texts:
+        cleaned, problem = clean(text)
+        if problem:
+            problems.append(problem)
+        if cleaned and cleaned not in held:
+            held.append(cleaned)
+    return problems
 
 
 def _relative(path: Path, images: Path) -> str:

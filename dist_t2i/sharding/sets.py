@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import gc
-import multiprocessing
-import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place
-from dist_t2i.data.finishing import finish, put_back
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.writer import (
-    Options,
+from dist_t2i.data.progress import Progress
+from dist_t2i.errors import DataError
+from dist_t2i.sharding.finishing import finish, put_back
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.processes import advance, in_processes
+from dist_t2i.sharding.writer import (
     Planned,
     count_reasons,
     finished,
@@ -27,37 +26,9 @@ from dist_t2i.data.writer import (
     reserve,
     write_shard,
 )
-from dist_t2i.errors import DataError
 
-Elsewhere = Callable[[Place, Sequence[Planned], Options, "Progress"], dict[str, dict[str, Any]]]
+Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
 """Writes shards on other machines and returns their results by name."""
-_counter: Any = None
-
-
-class Progress:
-    """One line: pictures done, rate, time left. In place on a terminal; every ten seconds elsewhere."""
-
-    def __init__(self, total: int, unit: str = "pictures") -> None:
-        self.total, self.unit = total, unit
-        self._start = self._last = time.monotonic()
-        self._live = sys.stderr.isatty()
-
-    def show(self, done: int, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self._last < (0.2 if self._live else 10.0):
-            return
-        self._last = now
-        rate = done / max(now - self._start, 1e-3)
-        left = (self.total - done) / rate if rate else 0.0
-        text = f"{done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, {_clock(left)} left"
-        print(f"\r{text}\x1b[K" if self._live else text, end="\n" if last or not self._live else "", file=sys.stderr)
-        sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def write_set(
@@ -127,68 +98,6 @@ def write_here(
     show = progress.show if progress else lambda done: None
     written = in_processes(_write_one, [(place, shard, options) for shard in shards], options.processes, show)
     return {shard.name: result for shard, result in zip(shards, written, strict=True)}
-
-
-def in_processes(
-    work: Callable, arguments: Sequence[tuple], processes: int, show: Callable[[int], None] = lambda done: None
-) -> list[Any]:
-    """`[work(*a) for a in arguments]`, in several processes; `show` hears how often `advance` was called in them.
-
-    Raises DataError when a process is killed.
-    """
-    global _counter
-    if processes <= 1 or len(arguments) <= 1:
-        _counter = _Count(show)
-        return [work(*one) for one in arguments]
-    # A client of an object store has threads, and a fork of a process that has them hangs (see apart.py).
-    forks = sys.platform == "linux" and not {"obstore", "fsspec"} & sys.modules.keys()
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-    counter = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(arguments)), context, _start_process, (counter,))
-    waiting = {pool.submit(work, *one): number for number, one in enumerate(arguments)}
-    results: list[Any] = [None] * len(arguments)
-    try:
-        while waiting:
-            done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                results[waiting.pop(future)] = future.result()
-            show(counter.value)
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            raise DataError(
-                "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
-            ) from error
-        raise
-    pool.shutdown()  # a process that comes too late for any work must still find what it was started with
-    return results
-
-
-class _Count:
-    """Counts in one process what `multiprocessing.Value` counts in several."""
-
-    def __init__(self, show: Callable[[int], None]) -> None:
-        self.value, self._show = 0, show
-
-    def add(self) -> None:
-        self.value += 1
-        if not self.value & 15:
-            self._show(self.value)
-
-
-def _start_process(counter: Any) -> None:
-    global _counter
-    _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def advance() -> None:
-    """One more picture is done; called by the work that `in_processes` runs."""
-    if isinstance(_counter, _Count):
-        _counter.add()
-    elif _counter is not None:
-        with _counter.get_lock():
-            _counter.value += 1
 
 
 def _write_one(place: Place, shard: Planned, options: Options) -> dict[str, Any]:

@@ -17,20 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place, write_aside
-from dist_t2i.data.folder import Item, Problem
-from dist_t2i.data.origins import DownloadError
-from dist_t2i.data.preparing import Options, prepare
-from dist_t2i.data.shards import FORMAT, VERSION
+from dist_t2i.data.destination import WORK, Place
+from dist_t2i.data.manifest import FORMAT, VERSION
 from dist_t2i.data.tarindex import Member, ShardIndex
-from dist_t2i.data.tarwriter import TarWriter
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.folder import Item, Problem
+from dist_t2i.sharding.origins import DownloadError
+from dist_t2i.sharding.preparing import Options, prepare
+from dist_t2i.sharding.tarwriter import TarWriter
 
 _ROOM = 3 * 1024
 """Bytes that a sample takes in a tar beside those of its picture, roughly."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
-
-__all__ = ["Options", "Planned", "finished", "plan_hash", "plan_shards", "reserve", "write_aside", "write_shard"]
 
 
 @dataclass
@@ -237,7 +235,7 @@ def forget(place: Place, planned: Sequence[Planned]) -> None:
 
 
 def accepted(planned: Sequence[Planned], results: Sequence[dict[str, Any]], split: str) -> list[Item]:
-    """The items of a split that were written."""
+    """The items of a split that were written; results come in the order of the plan."""
     found: list[Item] = []
     for shard, result in zip(planned, results, strict=True):
         if shard.split == split:
@@ -247,4 +245,5 @@ def accepted(planned: Sequence[Planned], results: Sequence[dict[str, Any]], spli
 
 
 def count_reasons(problems: Sequence[dict[str, Any]]) -> Counter[str]:
+    """How many lines of bad_samples.jsonl give each reason."""
     return Counter(problem["reason"] for problem in problems)

@@ -133,4 +133,5 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
+        """Of all bytes so far, in hexadecimal."""
         return self._digest.hexdigest()

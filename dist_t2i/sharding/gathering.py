@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.data import coco, cub, duplicates, flowers, openmoji, tables, webdatasets
-from dist_t2i.data.captions import Columns
-from dist_t2i.data.folder import Item, Problem, find_items
-from dist_t2i.data.sharding import Progress, in_processes
-from dist_t2i.data.writer import Options
+from dist_t2i.data.progress import Progress
+from dist_t2i.sharding import coco, duplicates, openmoji, tables, webdatasets
+from dist_t2i.sharding.captions import Columns
+from dist_t2i.sharding.cub import CUB
+from dist_t2i.sharding.flowers import FLOWERS
+from dist_t2i.sharding.folder import Item, Problem, find_items
+from dist_t2i.sharding.preparing import Options
+from dist_t2i.sharding.processes import Spread, in_processes
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
 """Items, what was wrong with others, and what the manifest says about the set."""
@@ -31,7 +34,7 @@ def gather(chosen: argparse.Namespace) -> Gathered:
     return items, problems, about
 
 
-def spreader(processes: int, total: int, unit: str = "pictures") -> Callable[[Callable, Sequence[tuple]], list[Any]]:
+def spreader(processes: int, total: int, unit: str = "pictures") -> Spread:
     """`in_processes` with a line of progress."""
 
     def spread(work: Callable, arguments: Sequence[tuple]) -> list[Any]:
@@ -51,10 +54,10 @@ def _of_source(chosen: argparse.Namespace) -> Gathered:
         year = coco.year_of(chosen.root, 2014 if chosen.karpathy else chosen.year)
         return *coco.coco_items(chosen.root, year, chosen.karpathy), coco.about(year, bool(chosen.karpathy))
     if chosen.source in ("cub", "flowers"):
-        module, find = (cub, cub.cub_items) if chosen.source == "cub" else (flowers, flowers.flowers_items)
-        items, problems, source = find(chosen.root, chosen.texts, chosen.train_classes, chosen.test_classes)
+        found = CUB if chosen.source == "cub" else FLOWERS
+        items, problems, source = found.items(chosen.root, chosen.texts, chosen.train_classes, chosen.test_classes)
         print(f"classes are split by {source}", file=sys.stderr)
-        return items, problems, module.about()
+        return items, problems, found.about
     if chosen.source == "webdataset":
         return _tars(chosen)
     return _tables(chosen)
@@ -81,6 +84,7 @@ def _tars(chosen: argparse.Namespace) -> Gathered:
 
 
 def options_of(chosen: argparse.Namespace, about: dict[str, Any]) -> Options:
+    """How the set is written, as the arguments say."""
     return Options(
         size=chosen.size,
         format=chosen.format,

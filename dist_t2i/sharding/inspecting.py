@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place, place_of
-from dist_t2i.data.finishing import fingerprint
-from dist_t2i.data.report import contact_sheet, index_name, some_samples
-from dist_t2i.data.shards import FORMAT, VERSION
+from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.tarindex import ShardIndex
-from dist_t2i.data.tarwriter import crc32
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.finishing import fingerprint
+from dist_t2i.sharding.processes import Spread, advance
+from dist_t2i.sharding.report import contact_sheet, index_name, some_samples
+from dist_t2i.sharding.tarwriter import crc32
 
 _MAX_LISTED = 20
 
@@ -23,16 +24,11 @@ def read_set(url: str) -> tuple[Place, dict[str, Any]]:
     """The folder of a set and its manifest. Raises DataError when there is none that can be read."""
     place = open_place(url.removesuffix("/manifest.json"))
     try:
-        manifest = json.loads(place.read("manifest.json"))
+        return place, parse_manifest(place.read("manifest.json"), place.file_url("manifest.json"))
     except FileNotFoundError as error:
         raise DataError(f"{url}: there is no set (no manifest.json); write one with tools/shard.py") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(f"cannot read the manifest of {url}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{url}: manifest.json is not that of a set that tools/shard.py wrote")
-    if manifest.get("version") != VERSION:
-        raise DataError(f"{url}: format version {manifest.get('version')} is not {VERSION}; write the set again")
-    return place, manifest
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -55,32 +51,19 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
     place, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
-    rows = [
-        (
-            name,
-            f"{part['samples']:,}",
-            len(part["shards"]),
-            f"{part['bytes'] / 1e6:,.1f}",
-            f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-            " to ".join(map(str, part.get("short_side") or ["not looked at"])),
-            f"{part['captions']['count']:,}",
-            f"{part['captions']['words']['mean']} / {part['captions']['words']['max']}",
-            f"{part['captions']['tokens']['mean']} / {part['captions']['tokens']['p99']} / {part['captions']['tokens']['max']}",
-        )
-        for name, part in manifest["splits"].items()
-    ]
-    head = ["split", "pictures", "shards", "MB", "KB each", "short side", "captions"]
-    head += ["words, mean / max", "tokens, mean / 99% / max"]
+    tokenizer = manifest["tokenizer"]
+    said = manifest["splits"][split]["captions"].get("frequent_words", ())
     lines = [
         f"{manifest.get('name', 'a set')}, {place}",
         f"fingerprint {manifest['fingerprint']}, image size {manifest.get('image_size') or 'as they were'}",
-        f"tokenizer of {manifest['tokenizer']['vocabulary']:,} tokens, {manifest['tokenizer']['known_words']:,} words",
+        f"tokenizer of {tokenizer['vocabulary']:,} tokens, {tokenizer['known_words']:,} words",
         "",
-        table(head, rows),
+        _split_table(manifest["splits"]),
         "",
+        f"frequent words of {split}: {' '.join(said)}",
+        "",
+        _bad_samples(place, manifest),
     ]
-    said = manifest["splits"][split]["captions"].get("frequent_words", ())
-    lines += [f"frequent words of {split}: {' '.join(said)}", "", _bad_samples(place, manifest)]
     if sheet:
         try:
             samples = some_samples(place, manifest, split)
@@ -91,6 +74,29 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
         lines += ["", f"contact sheet: {sheet}"]
         lines += [f"  {sample.key}: {' | '.join(sample.captions)}" for sample in samples[:12]]
     return "\n".join(lines)
+
+
+def _split_table(splits: Mapping[str, Any]) -> str:
+    head = ["split", "pictures", "shards", "MB", "KB each", "short side", "captions"]
+    head += ["words, mean / max", "tokens, mean / 99% / max"]
+    rows = []
+    for name, part in splits.items():
+        captions = part["captions"]
+        words, tokens = captions["words"], captions["tokens"]
+        rows.append(
+            (
+                name,
+                f"{part['samples']:,}",
+                len(part["shards"]),
+                f"{part['bytes'] / 1e6:,.1f}",
+                f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
+                " to ".join(map(str, part.get("short_side") or ["not looked at"])),
+                f"{captions['count']:,}",
+                f"{words['mean']} / {words['max']}",
+                f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
+            )
+        )
+    return table(head, rows)
 
 
 def _bad_samples(place: Place, manifest: dict[str, Any]) -> str:
@@ -109,7 +115,6 @@ def _bad_samples(place: Place, manifest: dict[str, Any]) -> str:
 
 Difference = tuple[str, str, str, str]
 """File, what was compared, what the set says, what was found."""
-Spread = Callable[[Callable, Sequence[tuple]], list[Any]]
 
 
 def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
@@ -138,8 +143,6 @@ def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
 
 def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     """What differs in one shard and its index."""
-    from dist_t2i.data.sharding import advance
-
     advance()
     name = shard["name"]
     differs: list[Difference] = []
@@ -175,19 +178,19 @@ def _read_through(place: Place, name: str, index: ShardIndex | None) -> tuple[in
         for member in index.members(row)  # type: ignore[union-attr]
     ]
     spans.sort()
-    digest, at, place_in, crc = hashlib.sha256(), 0, 0, 0
+    digest, at, number, crc = hashlib.sha256(), 0, 0, 0
     wrong = []
     for chunk in place.chunks(name):
         digest.update(chunk)
         view, end = memoryview(chunk), at + len(chunk)
-        while place_in < len(spans) and spans[place_in][0] < end:
-            offset, size, expected, key = spans[place_in]
+        while number < len(spans) and spans[number][0] < end:
+            offset, size, expected, key = spans[number]
             crc = crc32(view[max(0, offset - at) : max(0, offset + size - at)], crc)
             if offset + size > end:
                 break
             if expected >= 0 and crc != expected:
                 wrong.append((key, expected, crc))
-            place_in, crc = place_in + 1, 0
+            number, crc = number + 1, 0
         at = end
-    wrong.extend((key, expected, crc) for _, _, expected, key in spans[place_in:])
+    wrong.extend((key, expected, crc) for _, _, expected, key in spans[number:])
     return at, digest.hexdigest(), wrong

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dist_t2i.data.captions import decode_text, read_text_file
-from dist_t2i.data.folder import Item, Problem, captioned
-from dist_t2i.data.origins import PictureFile
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import decode_text, read_text_file
+from dist_t2i.sharding.folder import Item, Problem, captioned
+from dist_t2i.sharding.origins import PictureFile
 
 TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclasses.txt"
 
@@ -62,9 +64,8 @@ def class_split(
         raise DataError(f"{train} and {test} both name {', '.join(both[:5])}: no class may be in two splits")
     if neither := [name for name in classes if name not in {*trained, *tested}]:
         raise DataError(f"neither {train} nor {test} names {', '.join(neither[:5])} ({len(neither)} classes)")
-    return dict.fromkeys(trained, "train") | dict.fromkeys(
-        tested, "test"
-    ), f"{train or 'the rest'} and {test or 'the rest'}"
+    splits = dict.fromkeys(trained, "train") | dict.fromkeys(tested, "test")
+    return splits, f"{train or 'the rest'} and {test or 'the rest'}"
 
 
 def _number(name: str) -> int:
@@ -89,7 +90,59 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     return named
 
 
-def text_items(
+@dataclass(frozen=True)
+class ClassSet:
+    """A set whose pictures are of classes, with the texts of Reed et al. (2016); what tells one such set from another."""
+
+    about: dict[str, Any]
+    """What the manifest says: name, licence, credit."""
+    layout: str
+    """The folders as people have them, shown when they are not there."""
+    images: tuple[str, ...]
+    """Where the pictures may lie in the set's folder; the first that is there counts."""
+    texts: tuple[str, ...]
+    """Where the captions may lie."""
+    hold_out_every: int
+    """Without lists of classes, those whose number this divides are the split `test`."""
+    nested: bool
+    """Whether the pictures of a class have a folder of their own, as its texts always have."""
+
+    def items(
+        self, root: Path, texts: Path | None, train: Path | None, test: Path | None
+    ) -> tuple[list[Item], list[Problem], str]:
+        """The pictures with their captions, sorted by key; problems; and where the split comes from.
+
+        Args:
+            texts: the folder of the captions, if it is not one of those in `root`.
+            train, test: lists of classes; see `class_split`.
+
+        Raises: DataError when the layout is another one, or the lists of classes do not fit it.
+        """
+        images = first_folder(root, self.images, self.layout)
+        texts = texts or first_folder(root, self.texts, self.layout)
+        if not texts.is_dir():
+            raise DataError(f"--texts {texts}: there is no such folder. What is expected:\n{self.layout}")
+        classes = self._classes(images, texts)
+        folders = (root, texts.parent, images.parent)
+        split, source = class_split(classes, folders, train, test, lambda number: number % self.hold_out_every == 0)
+        problems: list[Problem] = []
+
+        def picture_of(name: str, stem: str) -> Path:
+            return (images / name if self.nested else images) / f"{stem}.jpg"
+
+        items = list(_text_items(classes, texts, picture_of, split, problems))
+        return sorted(items, key=lambda item: item.key), problems, source
+
+    def _classes(self, images: Path, texts: Path) -> list[str]:
+        if self.nested:
+            return sorted(path.name for path in images.iterdir() if path.is_dir())
+        classes = sorted(path.name for path in texts.iterdir() if path.is_dir() and path.name.startswith("class_"))
+        if not classes:
+            raise DataError(f"{texts} has no folders class_00001 ... What is expected:\n{self.layout}")
+        return classes
+
+
+def _text_items(
     classes: Iterable[str],
     texts: Path,
     picture_of: Callable[[str, str], Path],

@@ -1,9 +1,6 @@
 """Existing tars, as webdataset and img2dataset write them, sharded anew: filtered, shrunk, with nothing in them run."""
 
-import io
 import json
-import pickle
-import tarfile
 
 import pytest
 import webdataset
@@ -11,15 +8,7 @@ import webdataset
 from dist_t2i.data.shards import open_set
 from pictures import encoded, make_set, picture
 from shardtool import captions_by_key, contents, problems, reasons, shard
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+from tars import harmful_pickle, write_tar
 
 
 def old_tars(folder, count=3, each=6):
@@ -90,13 +79,8 @@ def test_damaged_tars_give_what_is_whole(tmp_path):
 
 def test_odd_members_are_listed_and_nothing_is_run(tmp_path):
     ran = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(ran), "w"))
-
     image = encoded(picture(1))
-    members = [("a.png", image), ("a.txt", b"one\ntwo\n"), ("a.pyd", pickle.dumps(Evil()))]
+    members = [("a.png", image), ("a.txt", b"one\ntwo\n"), ("a.pyd", harmful_pickle(ran))]
     members += [("b.png", image), ("c.txt", b"alone"), ("d.png", image), ("d.json", b"{"), ("e.png", image)]
     members += [
         ("e.json", json.dumps({"captions": ["x", 3]}).encode()),

@@ -30,10 +30,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_t2i.data.folder import Item
-from dist_t2i.data.origins import Drawing
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
+from dist_t2i.sharding.folder import Item
+from dist_t2i.sharding.origins import Drawing
 
 LICENCE = "CC BY-SA 4.0"
 CREDIT = (
@@ -41,7 +41,6 @@ CREDIT = (
     "Licence: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Rasterised on white; names and aliases "
     "from the Python package `emoji`."
 )
-SPLITS = ("train", "test-combinations", "test-nouns")
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")

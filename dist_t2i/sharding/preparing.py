@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.data.decode import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
-from dist_t2i.data.headers import kind_of, measure
+from dist_t2i.sharding.headers import kind_of, measure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-FORMATS = ("jpg", "webp", "png")
-CHECKS = ("header", "decode")
 
 
 @dataclass(frozen=True)
@@ -23,11 +20,11 @@ class Options:
     size: int = 0
     """Larger pictures are shrunk to this short side, in pixels; 0 keeps their bytes."""
     format: str = ""
-    """Re-encode every picture as one of `FORMATS`; "" does so only with those that change, or that no reader knows."""
+    """Re-encode every picture as `jpg`, `webp` or `png`; "" does so only with those that change, or that no reader knows."""
     quality: int = 95
     """Of the JPEGs and WebPs that are encoded."""
     check: str = "header"
-    """One of `CHECKS`: what is done to see that a picture is whole."""
+    """How a picture is seen to be whole: by its `header` and end, or by a `decode` of every pixel."""
     min_side: int = 0
     """Pictures with a shorter side, in pixels, are left out."""
     max_aspect: float = 0.0

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dist_t2i.data.captions import decode_text
-from dist_t2i.data.destination import open_place, scheme_of
-from dist_t2i.data.folder import Item, Problem, captioned, hold_out
-from dist_t2i.data.origins import TarPart
+from dist_t2i.data.destination import open_place
 from dist_t2i.data.shards import PICTURES
-from dist_t2i.data.tarindex import UNSAFE
+from dist_t2i.data.tarindex import UNSAFE, key_and_extension
+from dist_t2i.data.urls import is_local, unchained
 from dist_t2i.errors import DataError
+from dist_t2i.sharding.captions import decode_text
+from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
+from dist_t2i.sharding.origins import TarPart
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
 _MAX_TEXT = 2**24
@@ -47,7 +48,7 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         for one in braceexpand.braceexpand(pattern):
-            if scheme_of(one) not in ("", "file"):
+            if not is_local(unchained(one)):
                 found.append(one)
                 continue
             path = one.removeprefix("file://")
@@ -66,7 +67,7 @@ def look_into(url: str) -> Found:
     found = Found(url)
     short = url.rpartition("/")[2]
     try:
-        if scheme_of(url) in ("", "file"):
+        if is_local(url):
             path = url.removeprefix("file://")
             status = os.stat(path)
             with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -99,15 +100,14 @@ class _Stream:
 
 
 def _members(tar: tarfile.TarFile, url: str, end: int | None, version: str, remote: bool, found: Found) -> None:
+    """Take up the members of a tar that has `end` bytes, if that is known."""
     short = url.rpartition("/")[2]
     unsafe = 0
     for info in tar:
-        folder, slash, name = info.name.rpartition("/")
-        base, dot, extension = name.partition(".")
-        kind = extension.lower()
-        if not info.isfile() or not dot or not base:
+        named = key_and_extension(info.name)
+        if not info.isfile() or named is None:
             continue
-        key = folder + slash + base
+        key, kind = named
         if kind.rpartition(".")[2] in UNSAFE:
             unsafe += 1
         elif end is not None and info.offset_data + info.size > end:
