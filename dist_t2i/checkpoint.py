@@ -28,7 +28,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,39 @@ def save(
         raise CheckpointError(
             f"checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
             "Earlier checkpoints are untouched. Free space or mend the permissions."
+        ) from error
+    return target
+
+
+def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
+    """Commit a checkpoint that comes from elsewhere and make it the newest; returns its folder.
+
+    `fill(folder)` puts it there, whole and checked; what it raises leaves the run as it was. A damaged one of the same
+    `images` is replaced. Raises CheckpointError when it cannot be written, and Superseded as `save` does.
+    """
+    root = claim.root
+    target = root / f"images-{images:09d}"
+    try:
+        staging = claim.staging()
+        try:
+            fill(staging)
+            for path in (*staging.iterdir(), staging):
+                _sync(path)
+            os.chmod(staging, 0o755 & ~_umask())
+            if target.exists():
+                claim.remove(target)
+            claim.commit(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _sync(root)
+        _point_latest(claim, target.name)
+    except OSError as error:
+        if claim.broken():
+            raise claim.error() from error
+        raise CheckpointError(
+            f"the checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
+            "Free space or mend the permissions."
         ) from error
     return target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,11 +37,14 @@ def max_over_ranks(number: int) -> int:
     return int(moved)
 
 
-def on_main(function: Callable[[], T]) -> T:
+def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """`function()` on rank 0, its result on every rank. Collective.
 
-    A UserError of rank 0 is raised on all ranks, with `told_by_main` set on the others, so that it is shown once.
+    A UserError of rank 0 is raised on all ranks, with `told_by_main` set on the others, so that it is shown once. `slow`
+    runs it in a thread, for what may take longer than the others wait in a collective (10 minutes).
     """
+    if slow:
+        function = _waited_for(function)
     said: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -54,3 +58,30 @@ def on_main(function: Callable[[], T]) -> T:
         problem.told_by_main = dist.get_rank() != 0
         raise problem
     return result
+
+
+def _waited_for(function: Callable[[], T]) -> Callable[[], T]:
+    """Runs `function` on rank 0 while all ranks meet every now and then; returns what then gives its result."""
+    outcome: list[Callable[[], T]] = []
+
+    def run() -> None:
+        try:
+            result = function()
+            outcome.append(lambda: result)
+        except BaseException as error:
+            failure = error
+
+            def fail() -> T:
+                raise failure
+
+            outcome.append(fail)
+
+    thread = threading.Thread(target=run, daemon=True) if dist.get_rank() == 0 else None
+    if thread is not None:
+        thread.start()
+    going_on = 1
+    while going_on:
+        if thread is not None:
+            thread.join(0.5)
+        going_on = max_over_ranks(int(thread is not None and thread.is_alive()))
+    return lambda: outcome[0]()

@@ -230,6 +230,9 @@ class CheckpointConfig:
     """Checkpoints kept, newest first; at least 1."""
     keep_every_images: int = 0
     """Besides the last ones, keep a checkpoint each time this many images have passed; 0 keeps none."""
+    mirror: str = ""
+    """Folder or URL (`s3://bucket/runs/mine`) that a process beside rank 0 copies checkpoints to, and that a run whose
+    folder is lost goes on from; empty: none. One run, one mirror. Credentials come from the environment."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ import math
 import typing
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from dist_t2i.config import Config
 from dist_t2i.configschema import build, flatten, keys, value_of
-from dist_t2i.errors import ConfigError
+from dist_t2i.data.storage import OBJECT_STORES
+from dist_t2i.data.urls import scheme_of, unchained
+from dist_t2i.errors import ConfigError, DataError
 
 Finding = tuple[tuple[str, ...], str]
 """The keys involved, the one to change first, and what is wrong with a remedy."""
@@ -116,6 +119,7 @@ def _combinations(config: Config) -> Iterator[Finding]:
     yield from _text(config)
     yield from _sizes(config)
     yield from _engines(config)
+    yield from _mirror(config)
     if config.train.global_batch % 2:
         why = "each row's wrong caption is its neighbour's, so rows come in pairs"
         yield ("train.global_batch",), f"must be even ({why}), is {config.train.global_batch}"
@@ -198,6 +202,32 @@ def _engines(config: Config) -> Iterator[Finding]:
                 ("engine.offload", f"engine.{network}_stage"),
                 f"{engine.offload} needs ZeRO: set engine.{network}_stage to 1, 2 or 3, or engine.offload to none",
             )
+
+
+def _mirror(config: Config) -> Iterator[Finding]:
+    url, key = config.checkpoint.mirror, ("checkpoint.mirror",)
+    if not url:
+        return
+    try:
+        scheme, parts = scheme_of(unchained(url)), urlsplit(url)
+        password = parts.password
+    except (DataError, ValueError) as error:
+        yield key, str(error)
+        return
+    if password:
+        yield key, "must not hold a password, since the configuration is kept in the run folder: use the environment"
+    elif scheme in ("http", "https"):
+        yield key, f"a web server can only be read, so {url} cannot be written to: use object storage or a folder"
+    elif scheme and scheme not in (*OBJECT_STORES, "file") and scheme not in _file_systems():
+        yield key, f"no library knows {scheme}://: use a folder, s3://, gs://, az://, or another scheme of fsspec's"
+    elif scheme in OBJECT_STORES and not parts.netloc:
+        yield key, f"names no bucket, is {url}: expected {scheme}://bucket/folder"
+
+
+def _file_systems() -> frozenset[str]:
+    from fsspec.registry import known_implementations, registry
+
+    return frozenset(known_implementations) | frozenset(registry)
 
 
 def check_world(config: Config, world_size: int) -> int:

@@ -141,20 +141,40 @@ def _free_port() -> int:
 
 def _settle_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not env.get("OMP_NUM_THREADS") or _is_torchruns_default(env):
+    if not env.get("OMP_NUM_THREADS") or _is_torchruns_default(env, rank):
         env["OMP_NUM_THREADS"] = str(max(1, cores // rank.local_world_size))
     if not has_gpu(env):
         env.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerator that it cannot find
-    if env.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
+    if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
+        # gloo would take what this machine's own name resolves to: nothing, or 127.0.1.1, where no other machine finds it
+        env["GLOO_SOCKET_IFNAME"] = interface
     binaries = str(Path(sys.executable).parent)  # not resolved: a venv's python is a link
     if binaries not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # ninja, for what DeepSpeed compiles (offload)
 
 
-def _is_torchruns_default(env: Mapping[str, str]) -> bool:
-    """torchrun writes OMP_NUM_THREADS=1 where the user has said nothing."""
-    return bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address (its own included); None when that is unknown."""
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as unsent:
+            unsent.connect(target)  # sends nothing: the kernel picks the route
+            own = unsent.getsockname()[0]
+        interfaces = psutil.net_if_addrs()
+    except OSError:
+        return None
+    for name, addresses in interfaces.items():
+        if any(known.address.partition("%")[0] == own for known in addresses):
+            return name
+    return None
+
+
+def _is_torchruns_default(env: Mapping[str, str], rank: Rank) -> bool:
+    """torchrun writes OMP_NUM_THREADS=1 where the user has said nothing and it starts several ranks."""
+    several = rank.local_world_size > 1
+    return several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
 
 
 def has_gpu(env: Mapping[str, str] = os.environ) -> bool:

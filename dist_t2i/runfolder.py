@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_t2i import checkpoint, configfile, environment, metricsfile
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import Config
 from dist_t2i.configrules import refuse_changes
-from dist_t2i.data.shards import ShardSet
 from dist_t2i.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from dist_t2i.data.shards import ShardSet
 
 
 def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> Claim:
@@ -67,6 +70,10 @@ def _check_same_run(
 def cut_bad_samples(file: Path, images: int) -> None:
     """Drop the records of bad_samples.jsonl beyond `images` seen: they come again; rank 0 only."""
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["position"] < images]
-        metricsfile.replace_text(file, "".join(kept))
+        metricsfile.replace_text(file, bad_samples_before(file, images))
+
+
+def bad_samples_before(file: Path, images: int) -> str:
+    """The records of bad_samples.jsonl up to `images` seen, as they stand there."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["position"] < images)

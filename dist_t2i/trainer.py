@@ -28,6 +28,7 @@ from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
 from dist_t2i.launch import Rank, has_gpu
 from dist_t2i.meter import Meter
+from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
@@ -56,11 +57,13 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
     try:
         trainer = Trainer(config, device, allow_changes, watchdog)
         with trainer.closing():
-            return trainer.run(stop)
+            status = trainer.run(stop)
     finally:
         watchdog.stop()
         with contextlib.suppress(Exception):  # the peers may be gone, and another error is on its way
             dist.destroy_process_group()
+    trainer.mirroring.finish(status, stop)  # the other ranks need not wait
+    return status
 
 
 class Trainer:
@@ -75,8 +78,11 @@ class Trainer:
         self.reporter = Reporter(self.folder, config, main=self.main)
         self.data = open_data(config.data)
         warn = self.reporter.warn
+        self.mirroring = Mirroring(config, self.reporter, main=self.main, allow_changes=allow_changes)
         self.claim: Claim | None = None
+        on_main(lambda: self.mirroring.look(self.data.fingerprint), slow=True)
         on_main(lambda: self._claim(allow_changes))
+        on_main(lambda: self.mirroring.restore(self.claim), slow=True)
         frozen = None
         if config.text.mode == "frozen":
             frozen = load_frozen(config.text, self.data.tokenizer, config.data.max_tokens)
@@ -111,9 +117,11 @@ class Trainer:
         try:
             yield
         except Superseded:
+            self.mirroring.close()
             raise  # nothing in the folder is this process's to change
         except BaseException as error:
             self.reporter.close("failed", "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            self.mirroring.close()
             raise
         finally:
             self.stream.close()
@@ -127,6 +135,7 @@ class Trainer:
         c, total = self.config, self.config.train.total_images
         self.reporter.start(self.images, self.last.folder if self.last else None)
         self._greet()
+        self.mirroring.offer(self.images if self.last else None)
         if self.images == 0:
             self._samples()
         while True:
@@ -165,6 +174,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Numbers that are not finite end the run here, before a checkpoint could keep them."""
+        self.mirroring.tell()
         values = self.meter.take(mean_over_ranks)
         if not values:
             return
@@ -243,6 +253,7 @@ class Trainer:
         self.failed_saves, self.save_again_at = 0, -1
         self.last = Checkpoint(folder, {"images": self.images})
         self.reporter.saved(self.images, folder)
+        self.mirroring.offer(self.images)
 
     def _write(self, files: dict, state: dict, *, patience: float) -> tuple[Path | None, str]:
         """Rank 0: commit a checkpoint. With `patience` (seconds), tries again so long, and raises CheckpointError then;

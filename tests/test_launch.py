@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_t2i.errors import LaunchError
-from dist_t2i.launch import has_gpu, job_port, prepare
+from dist_t2i.launch import has_gpu, interface_towards, job_port, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -65,6 +65,22 @@ def test_threads_are_shared_between_the_ranks_of_a_machine():
     env |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}  # torchrun's default, not the user's wish
     prepare(env)
     assert int(env["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_one_thread_that_the_user_asks_for_stays_where_torchrun_has_said_nothing():
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    env |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
+    prepare(env)
+    assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_ranks_talk_over_the_interface_that_leads_to_the_first():
+    for address in ("127.0.0.1", "127.0.0.7", "localhost"):
+        env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": address}
+        prepare(env)
+        assert interface_towards(address) == env["GLOO_SOCKET_IFNAME"]
+        assert Path("/sys/class/net", env["GLOO_SOCKET_IFNAME"], "flags").read_text() == "0x9\n", "up, and loopback"
+    assert interface_towards("no.such.name.invalid") is None
 
 
 def test_srun_tells_the_rank_and_an_address_that_is_given_is_kept():

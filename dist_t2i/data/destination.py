@@ -12,8 +12,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_t2i.data.storage import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
 from dist_t2i.data.urls import scheme_of, unchained
@@ -21,8 +22,12 @@ from dist_t2i.data.urls import scheme_of, unchained
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""
 _CHUNK = 2**20
-_PATIENCE = 3600
+_PATIENCE = 3600.0
 """Seconds that a file may take to come or go."""
+_PART = 8 * 2**20
+"""Bytes of a file's part that travels by itself, at least."""
+_PARTS = 9000
+"""Parts that a file may have, at most (S3 takes 10,000)."""
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -32,14 +37,18 @@ def write_aside(path: Path, data: bytes) -> None:
     os.replace(aside, path)
 
 
-def open_place(url: str | Path) -> Place:
-    """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way."""
+def open_place(url: str | Path, *, seconds: float | None = None) -> Place:
+    """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way.
+
+    An object store is given `seconds` for each request and hardly tries again by itself; by default an hour, with many
+    tries.
+    """
     text = str(url)
     scheme = scheme_of(unchained(text))
     if scheme in ("", "file"):
         return LocalPlace(text.removeprefix("file://"))
     if scheme in OBJECT_STORES:
-        return ObjectPlace(text.rstrip("/"))
+        return ObjectPlace(text.rstrip("/"), seconds)
     return FsspecPlace(text.rstrip("/"))
 
 
@@ -98,12 +107,20 @@ class Place:
         """Put a file from `staging` here; it is gone from there afterwards."""
         raise NotImplementedError
 
+    def put(self, file: BinaryIO, name: str) -> None:
+        """Put an open file here, from where it stands to its end; the folder that `name` may have is made."""
+        raise NotImplementedError
+
     def rename(self, old: str, new: str) -> None:
         """Give a file another name; one that has it already is replaced."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
         """No error when there is none."""
+        raise NotImplementedError
+
+    def remove_folder(self, name: str) -> None:
+        """Everything below `name`; no error when there is nothing."""
         raise NotImplementedError
 
     def names(self) -> list[str]:
@@ -165,11 +182,25 @@ class LocalPlace(Place):
     def upload(self, source: Path, name: str) -> None:
         os.replace(source, self.path / name)
 
+    def put(self, file: BinaryIO, name: str) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.part")
+        with open(aside, "wb") as copy:
+            shutil.copyfileobj(file, copy, _CHUNK)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.replace(aside, path)
+
     def rename(self, old: str, new: str) -> None:
         os.replace(self.path / old, self.path / new)
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        if (self.path / name).exists():
+            shutil.rmtree(self.path / name)
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
@@ -183,21 +214,34 @@ class LocalPlace(Place):
                 os.close(descriptor)
 
 
+def _left(file: BinaryIO) -> int:
+    """Bytes from where a file stands to its end."""
+    start = file.tell()
+    end = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    return end - start
+
+
 class ObjectPlace(Place):
     """A prefix in S3, Google Cloud Storage or Azure (credentials from the usual environment variables), or on a web
     server, which can only be read."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)
+        self._seconds = seconds
         self._store: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_store": None}  # a connection belongs to its process
+        return {"url": self.url, "_seconds": self._seconds, "_store": None}  # a connection belongs to its process
 
     @property
     def store(self) -> Any:
         if self._store is None:
-            self._store = open_store(self.url, FROM_ENVIRONMENT, {"timeout": f"{_PATIENCE}s"})
+            retry: Any = None
+            if self._seconds:
+                retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
+            limits = {"timeout": f"{self._seconds or _PATIENCE}s"}
+            self._store = open_store(self.url, FROM_ENVIRONMENT, limits, retry)
         return self._store
 
     def read(self, name: str) -> bytes:
@@ -232,6 +276,14 @@ class ObjectPlace(Place):
             obstore.put(self.store, name, source, max_concurrency=4)
         source.unlink()
 
+    def put(self, file: BinaryIO, name: str) -> None:
+        import obstore
+
+        size = _left(file)
+        content = file if size > _PART else file.read()  # in one request
+        with storage_errors(self.file_url(name)):
+            obstore.put(self.store, name, content, chunk_size=max(_PART, size // _PARTS + 1), max_concurrency=4)
+
     def rename(self, old: str, new: str) -> None:
         import obstore
 
@@ -244,6 +296,13 @@ class ObjectPlace(Place):
 
         with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             obstore.delete(self.store, name)
+
+    def remove_folder(self, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
+            for listed in obstore.list(self.store, f"{name.rstrip('/')}/"):
+                obstore.delete(self.store, [entry["path"] for entry in listed])
 
     def names(self) -> list[str]:
         import obstore
@@ -305,6 +364,14 @@ class FsspecPlace(Place):
             system.mv(f"{path}.part", path)
         source.unlink()
 
+    def put(self, file: BinaryIO, name: str) -> None:
+        system, path = self._at(name)
+        with storage_errors(self.file_url(name)):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with system.open(f"{path}.part", "wb") as copy:
+                shutil.copyfileobj(file, copy, _CHUNK)
+            system.mv(f"{path}.part", path)
+
     def rename(self, old: str, new: str) -> None:
         system, path = self._at(old)
         with storage_errors(self.file_url(old)):
@@ -314,6 +381,11 @@ class FsspecPlace(Place):
         system, path = self._at(name)
         with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
             system.rm_file(path)
+
+    def remove_folder(self, name: str) -> None:
+        system, path = self._at(name)
+        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
+            system.rm(path, recursive=True)
 
     def names(self) -> list[str]:
         system, root = self._system

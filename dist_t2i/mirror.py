@@ -1,0 +1,169 @@
+"""The processes that talk to a mirror of checkpoints; `mirrorstore.py` says what lies there.
+
+    python -m dist_t2i.mirror look URL                    whose it is and which checkpoints it has
+    python -m dist_t2i.mirror fetch URL IMAGES FOLDER     one of them
+    python -m dist_t2i.mirror follow URL RUN              what a training run starts: uploads what stdin names
+
+The training process starts them (`mirroring.py`) because it must not have clients of object stores itself: it forks
+loader workers later. Answers and events are JSON lines on stdout. `follow` reads images seen from stdin, a line a
+checkpoint, uploads the newest of those that wait, tries again until it succeeds, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_t2i.checkpoint import Retention, open_checkpoint
+from dist_t2i.data.apart import end_with
+from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.mirrorstore import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
+from dist_t2i.preempt import ignore_stop_signals
+
+
+def look(url: str, patience: float) -> dict[str, Any]:
+    """`identity` (None: nobody's), `strange` (what is wrong when it is nobody's), `images` (newest first)."""
+    store = MirrorStore(url, patience, LOOK_SECONDS)
+    identity = store.identity()
+    return {
+        "identity": dataclasses.asdict(identity) if identity else None,
+        "strange": [] if identity else store.unnamed(),
+        "images": store.newest(),
+    }
+
+
+def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) -> dict[str, Any]:
+    """An empty answer, or `damaged`: why this checkpoint cannot be had, although the mirror answers.
+
+    Checksums are only compared with `check`: a training run does that itself.
+    """
+    try:
+        MirrorStore(url, patience).fetch(images, folder)
+        if check:
+            open_checkpoint(folder)
+    except CheckpointError as error:
+        return {"damaged": str(error)}
+    return {}
+
+
+def follow(url: str, run: Path, keep: Retention, damaged: list[int], *, allow_changes: bool) -> int:
+    """Uploads until stdin ends. Events: `uploaded` images, `failing` and `works` (once each time), `refused`, `skipped`."""
+    store, wanted, failing = MirrorStore(url), _Wanted(), False
+    claimed, waits = False, pauses()
+    while True:
+        try:
+            if not claimed:
+                store.claim(run, damaged=damaged, allow_changes=allow_changes)
+                claimed = True
+            images = wanted.newest()
+            with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile: a newer one is on its way
+                store.push(run, images, keep)
+            wanted.done(images)
+            if failing:
+                tell("works")
+            failing, waits = False, pauses()
+            tell("uploaded", images=images)
+        except LocalDamage as error:
+            wanted.done(images)
+            tell("skipped", images=images, problem=str(error))
+        except (Refused, UserError) as error:
+            tell("refused", problem=str(error))
+            return 0
+        except (Unreachable, OSError) as error:
+            if not failing:
+                tell("failing", problem=str(error))
+            failing = True
+            time.sleep(next(waits))
+
+
+class _Wanted:
+    """The newest checkpoint asked for on stdin. The process ends with the input: its parent has ended."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._images: int | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def newest(self) -> int:
+        """Images seen of the checkpoint to upload; waits until there is one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._images is not None)
+            assert self._images is not None
+            return self._images
+
+    def done(self, images: int) -> None:
+        with self._changed:
+            if self._images == images:
+                self._images = None
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            with self._changed:
+                self._images = int(line)
+                self._changed.notify()
+        os._exit(0)
+
+
+def tell(event: str, **more: Any) -> None:
+    """One line on stdout."""
+    print(json.dumps({"event": event, **more}), flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="mirror", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("look", "fetch", "follow"):
+        command = commands.add_parser(name)
+        command.add_argument("url")
+        command.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
+        command.add_argument("--patience", type=float, default=30.0, help="seconds that the mirror may not answer")
+        if name == "fetch":
+            command.add_argument("images", type=int)
+            command.add_argument("folder", type=Path)
+        if name == "follow":
+            command.add_argument("run", type=Path)
+            command.add_argument("--keep-last", type=int, default=2)
+            command.add_argument("--keep-every-images", type=int, default=0)
+            command.add_argument("--damaged", type=int, nargs="*", default=[], help="images seen of known bad ones")
+            command.add_argument("--allow-changes", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Returns the exit status: 0 unless this program is at fault."""
+    options = parse()
+    if options.parent:
+        end_with(options.parent)
+        ignore_stop_signals()
+        os.nice(10)  # the steps of the training come first
+    if options.command == "follow":
+        keep = Retention(options.keep_last, options.keep_every_images)
+        return follow(options.url, options.run, keep, options.damaged, allow_changes=options.allow_changes)
+    try:
+        if options.command == "look":
+            answer = look(options.url, options.patience)
+        else:
+            answer = fetch(options.url, options.images, options.folder, options.patience, check=not options.parent)
+    except Unreachable as error:
+        answer = {"unreachable": str(error)}
+    except UserError as error:
+        answer = {"mistake": str(error)}
+    except OSError as error:  # of this machine: a full disk
+        answer = {"mistake": f"{error.filename or options.url}: {error.strerror or error}"}
+    print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
