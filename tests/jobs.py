@@ -77,12 +77,16 @@ class Job(Run):
     def running(self) -> bool:
         return self.slurm_state() == "RUNNING"
 
-    def slurm_state(self) -> str:
-        found = re.search(r"JobState=(\S+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))
+    def shown(self, name: str) -> str:
+        """A field of `scontrol show job`, such as JobState; "" when there is none."""
+        found = re.search(rf" {name}=(\S+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))
         return found[1] if found else ""
 
+    def slurm_state(self) -> str:
+        return self.shown("JobState")
+
     def restarts(self) -> int:
-        return int(re.findall(r"Restarts=(\d+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))[0])
+        return int(self.shown("Restarts"))
 
     def wait_restart(self, number: int, seconds: float = 90) -> None:
         self.wait_for(lambda: self.restarts() == number and self.running(), f"restart {number}", seconds)
@@ -135,18 +139,37 @@ class Job(Run):
         """Reports (one a step) that had to be done again after a resume."""
         return sum(int(count) for count in re.findall(r"metrics.jsonl: (\d+) reports beyond", self.log()))
 
-    def assert_equals(self, whole: Job, tolerance: float = 0.0) -> None:
-        """It ended like the run that nothing disturbed: every loss, and every tensor at its last checkpoint."""
-        ours = self.losses()
-        assert sorted(ours) == [images for images in sorted(whole.losses()) if images <= max(ours)], self.story()
-        total = max(ours)
+    # ---- compared with the run that nothing disturbed ----------------------------------------------------------------
+
+    def comes_back(self, disturb: Callable[[], object], whole: Job, *, lost: bool = False) -> None:
+        """Train a little, disturb it, and see the next attempt train on by itself, every loss so far as in the whole run.
+        Unless something may be `lost`, it goes on at the very step."""
+        number, redone = self.restarts(), self.steps_lost()
+        self.wait_images(self.images() + 24)
+        disturb()
+        self.wait_restart(number + 1)
+        self.wait_for(lambda: len(self.attempts("begin")) == number + 2, "the next attempt")
+        begun = self.attempts("begin")[-1]
+        self.wait_for(lambda: self.metrics()[-1]["time"] > begun["time"], "its first step")
+        assert lost or self.steps_lost() == redone, self.story()
+        self.assert_losses(whole)
+
+    def assert_losses(self, whole: Job, tolerance: float = 0.0) -> None:
+        """Every loss so far is that of the whole run, and none is missing."""
+        ours, theirs = self.losses(), whole.losses()
+        assert sorted(ours) == [images for images in sorted(theirs) if images <= max(ours)], self.story()
         for images, values in ours.items():
-            expected = whole.losses()[images]
             for name, value in values.items():
+                expected = theirs[images][name]
                 if tolerance == 0:
-                    assert value == expected[name], (images, name)
+                    assert value == expected, (images, name)
                 elif name != "fake/std":  # a spread within one micro-batch, whose rows change with the world size
-                    assert abs(value - expected[name]) <= tolerance * max(1, abs(expected[name])), (images, name)
+                    assert abs(value - expected) <= tolerance * max(1, abs(expected)), (images, name)
+
+    def assert_equals(self, whole: Job, tolerance: float = 0.0) -> None:
+        """It ended as the whole run was there: every loss, and every tensor of its last checkpoint."""
+        self.assert_losses(whole, tolerance)
+        total = max(self.losses())
         mine, theirs = self.tensors(total), whole.tensors(total)
         assert set(mine) == set(theirs)
         for name, tensor in theirs.items():

@@ -1,79 +1,102 @@
 """What a job survives: real signals, kills and lost nodes in a real Slurm of four nodes, ZeRO-2 on gloo.
 
-Every row is compared with the run that nothing disturbed.
+Two runs, on four nodes and on two, meet one event after the other; after each one, all losses so far are compared with
+those of the run that nothing disturbed, and at the end every tensor is.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
+import psutil
 import pytest
 
-from jobs import LOCAL, STEP, Job
+from jobs import LOCAL, Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-TOTAL = 200
-ONLY_AT_THE_END = f"checkpoint.every_images={TOTAL}"
+AT_STOPS_ONLY = "checkpoint.every_images=100000"
+OFTEN = "checkpoint.every_images=40"
 
 
-def undisturbed(job: Job, whole: Job, *, attempts: int) -> None:
-    """It came to its end in so many attempts, no step done twice, with the numbers of the whole run."""
-    job.wait_end()
-    assert len(job.attempts("begin")) == attempts, job.story()
-    assert job.steps_lost() == 0, job.story()
-    job.assert_equals(whole)
+# ---- four nodes: asked to stop ---------------------------------------------------------------------------------------
 
 
-# ---- asked to stop ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run4(cluster, data, projects, whole4, tmp_path_factory) -> Job:
+    """Steps of most of a second: Slurm looks at its clock every half minute only."""
+    folder = tmp_path_factory.mktemp("run4")
+    profile = folder / "profile.yaml"
+    profile.write_text(LOCAL.read_text().replace("signal_seconds: 60", "signal_seconds: 110"))
+    overrides = ("train.total_images=640", AT_STOPS_ONLY)
+    run = Job(cluster, folder / "run", data, *overrides, nodes=4, project=projects("time.sleep(0.7)"))
+    return run.submit("--profile", str(profile))
 
 
-def test_usr2_by_the_user(cluster, job, whole4):
-    run = job(ONLY_AT_THE_END, nodes=4).submit()
-    run.wait_images(40)
-    cluster.command("scancel", "--signal=USR2", run.id)
-    run.wait_restart(1)
-    undisturbed(run, whole4, attempts=2)
-    first = run.attempts("end")[0]
-    assert first["status"] == 75 and first["verdict"] == "requeued"
-    assert 40 <= first["images"] == run.attempts("begin")[1]["images"] < TOTAL
+def test_usr2_by_the_user(cluster, run4, whole4):
+    run4.comes_back(lambda: cluster.command("scancel", "--signal=USR2", run4.id), whole4)
+    (ended,) = run4.attempts("end")
+    assert ended["status"] == 75 and ended["verdict"] == "requeued"
+    assert 24 <= ended["images"] == run4.attempts("begin")[1]["images"]
 
 
-def test_the_time_limit(cluster, job, projects, whole4, tmp_path):
-    """Slurm tells of it in time, when it looks at its clock: every half minute."""
-    profile = tmp_path / "profile.yaml"
-    profile.write_text(LOCAL.read_text().replace("signal_seconds: 60", "signal_seconds: 50"))
-    slower = projects("dist_t2i/trainer.py", STEP, f"{STEP}        time.sleep(0.5)\n")
-    run = job("checkpoint.every_images=600", nodes=4, images=600, project=slower).submit("--profile", str(profile))
-    run.wait_images(16)
-    cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=1")
-    run.wait_for(lambda: run.restarts() == 1, "the end of the minute")
-    cluster.command("scontrol", "update", f"JobId={run.id}", "TimeLimit=60")
-    undisturbed(run, whole4, attempts=2)
-    assert "SIGUSR2: saving" in run.log()
+def test_the_time_limit(cluster, run4, whole4):
+    """Cut to a minute or two from now, of which the job is told 110 s before."""
+
+    def cut_short() -> None:
+        number = run4.restarts()
+        hours, minutes, _ = run4.shown("RunTime").split(":")
+        limit = int(hours) * 60 + int(minutes) + 2
+        cluster.command("scontrol", "update", f"JobId={run4.id}", f"TimeLimit={limit}")
+        run4.wait_for(lambda: run4.restarts() == number + 1, "the notice")
+        cluster.command("scontrol", "update", f"JobId={run4.id}", "TimeLimit=60")
+
+    run4.comes_back(cut_short, whole4)
+    assert run4.attempts("end")[-1]["status"] == 75 and run4.log().count("SIGUSR2: saving") == 2
 
 
-def test_preemption_by_term_with_grace(cluster, job, whole2):
-    run = job(ONLY_AT_THE_END).submit()
-    run.wait_images(40)
-    push_out(cluster)
-    undisturbed(run, whole2, attempts=2)
-    assert run.restarts() == 1
+def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
+    """... with two nodes, and then with four again: the same losses within round-off."""
+    run4.wait_images(run4.images() + 16)
+    assert "saves a checkpoint" in run4.tool("cancel", str(run4.folder))
+    run4.wait_end("CANCELLED")
+    saved = run4.images()
+    assert f"images-{saved:09d}" in run4.checkpoints()
+    time.sleep(12)  # longer than a requeued job waits
+    assert run4.slurm_state() == "CANCELLED" and run4.status()["state"] == "cancelled"
+    run4.resume("--nodes", "2")
+    run4.wait_images(saved + 40)
+    run4.tool("cancel", str(run4.folder))
+    run4.wait_end("CANCELLED")
+    run4.resume("--nodes", "4")
+    run4.wait_end()
+    assert [begin["ranks"] for begin in run4.attempts("begin")][-3:] == [4, 2, 4]
+    assert run4.steps_lost() == 0
+    run4.assert_equals(whole4, tolerance=1e-5)
 
 
-def test_preemption_by_the_user_signal(cluster, job, whole2):
-    cluster.settings["SlurmctldParameters"] = "preempt_send_user_signal"
-    cluster.conf.write_text(cluster.configuration())
-    cluster.command("scontrol", "reconfigure")
+# ---- two nodes: pushed out, killed, lost, stopped --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run2(cluster, data, slow, whole2, tmp_path_factory) -> Job:
+    overrides = ("train.total_images=960", OFTEN, "train.hang_seconds=10")
+    return Job(cluster, tmp_path_factory.mktemp("run2") / "run", data, *overrides, nodes=2, project=slow).submit()
+
+
+def test_preemption_by_term_with_grace(cluster, run2, whole2):
+    run2.comes_back(lambda: push_out(cluster), whole2)
+    assert "SIGTERM: saving" in run2.log()
+
+
+def test_preemption_by_the_user_signal(cluster, run2, whole2):
+    reconfigure(cluster, SlurmctldParameters="preempt_send_user_signal")
     try:
-        run = job(ONLY_AT_THE_END).submit()
-        run.wait_images(40)
-        push_out(cluster)
-        undisturbed(run, whole2, attempts=2)
-        assert "SIGUSR2: saving" in run.log() and run.restarts() == 1
+        run2.comes_back(lambda: push_out(cluster), whole2)
+        assert "SIGUSR2: saving" in run2.log()
     finally:
-        del cluster.settings["SlurmctldParameters"]
-        cluster.conf.write_text(cluster.configuration())
-        cluster.command("scontrol", "reconfigure")
+        reconfigure(cluster, SlurmctldParameters="")
 
 
 def push_out(cluster) -> None:
@@ -81,29 +104,96 @@ def push_out(cluster) -> None:
     cluster.command("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
-def test_requeued_by_hand(cluster, job, whole2):
-    run = job().submit()
-    run.wait_images(40)
-    cluster.command("scontrol", "requeue", run.id)
-    run.wait_restart(1)
-    undisturbed(run, whole2, attempts=2)
+def reconfigure(cluster, **settings: str) -> None:
+    for name, value in settings.items():
+        if value:
+            cluster.settings[name] = value
+        else:
+            cluster.settings.pop(name, None)
+    cluster.conf.write_text(cluster.configuration())
+    cluster.command("scontrol", "reconfigure")
 
 
-def test_cancelled_stays_cancelled_and_can_be_resumed(cluster, job, whole4):
-    """... with two nodes, and then with four again: the same losses within round-off."""
-    run = job(ONLY_AT_THE_END, nodes=4).submit()
-    run.wait_images(40)
-    assert "saves a checkpoint" in run.tool("cancel", str(run.folder))
-    run.wait_end("CANCELLED")
-    (saved,) = run.checkpoints()
-    time.sleep(12)  # longer than a requeued job waits
-    assert run.slurm_state() == "CANCELLED" and run.status()["state"] == "cancelled"
-    run.resume("--nodes", "2")
-    run.wait_images(int(saved.removeprefix("images-")) + 40)
-    run.tool("cancel", str(run.folder))
-    run.wait_end("CANCELLED")
-    run.resume("--nodes", "4")
-    run.wait_end()
-    assert [begin["ranks"] for begin in run.attempts("begin")] == [4, 2, 4]
-    assert run.steps_lost() == 0
-    run.assert_equals(whole4, tolerance=1e-5)
+def test_requeued_by_hand(cluster, run2, whole2):
+    run2.comes_back(lambda: cluster.command("scontrol", "requeue", run2.id), whole2)
+
+
+def test_a_killed_rank(run2, whole2):
+    run2.comes_back(lambda: os.kill(run2.rank_pid(1), signal.SIGKILL), whole2, lost=True)
+    ended = run2.attempts("end")[-1]
+    assert ended["verdict"] == "requeued" and "task 1: Killed" in ended["reason"], ended
+    assert run2.attempts("begin")[-1]["images"] == ended["images"] and ended["images"] % 40 == 0
+
+
+def test_a_stopped_rank(run2, whole2):
+    """SIGSTOP: no handler, no exit, no word. The other rank's watchdog names it."""
+    stopped, seconds = run2.rank_pid(1), []
+
+    def stop() -> None:
+        ends, begin = len(run2.attempts("end")), time.monotonic()
+        os.kill(stopped, signal.SIGSTOP)
+        run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=60)
+        seconds.append(time.monotonic() - begin)
+
+    run2.comes_back(stop, whole2, lost=True)
+    ended = run2.attempts("end")[-1]
+    assert ended["reason"].startswith("hung: rank 1 on n") and ended["status"] == 77, ended
+    assert f"rank 1 (process {stopped}" in run2.log() and "gives no sign of life" in run2.log()
+    assert seconds[0] < 10 + 3 + 6 + 20, "hang_seconds, three looks at the others, KillWait, and a loaded machine"
+
+
+def test_a_lost_node(cluster, run2, whole2):
+    """slurmd, slurmstepd and rank gone at once: the job goes on on other nodes."""
+    node = cluster.command("scontrol", "show", "hostnames", nodes_of(run2)).split()[1]
+
+    def lose() -> None:
+        for pids in cluster.node_processes(node).values():
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+    try:
+        run2.comes_back(lose, whole2, lost=True)
+        assert node not in cluster.command("scontrol", "show", "hostnames", nodes_of(run2)).split()
+    finally:
+        cluster.start_node(node)
+
+
+def nodes_of(run: Job) -> str:
+    return run.cluster.command("squeue", "-h", "-j", run.id, "-o", "%N").strip()
+
+
+def test_after_all_that_it_is_the_run_that_nothing_disturbed(run2, whole2):
+    run2.wait_end()
+    run2.assert_equals(whole2)
+
+
+# ---- one node: an orphan ---------------------------------------------------------------------------------------------
+
+
+def test_an_orphan_can_never_commit(cluster, job, whole1):
+    """slurmd is killed and the rank lives on: Slurm starts the job elsewhere; the orphan, late, changes nothing."""
+    run = job(OFTEN, nodes=1).submit()
+    run.wait_images(48)
+    node, orphan = nodes_of(run), run.rank_pid(0)
+    os.kill(cluster.node_processes(node)["slurmd"][0], signal.SIGKILL)
+    os.kill(orphan, signal.SIGSTOP)  # busy elsewhere, until the new attempt has begun
+    try:
+        run.wait_restart(1)
+        run.wait_for(lambda: len(claims(run)) == 1 and claims(run)[0].split(".")[3] != str(orphan), "the new claim")
+        os.kill(orphan, signal.SIGCONT)
+        run.wait_for(lambda: gone(orphan), "the orphan's end")
+        assert f"this process, process {orphan}" in run.log() and "was taken over by" in run.log()
+        run.wait_end()
+        run.assert_equals(whole1)
+        verdicts = {(end["restart"], end["verdict"]) for end in run.attempts("end")}
+        assert verdicts == {(0, "superseded"), (1, "finished")}, verdicts
+    finally:
+        cluster.start_node(node)
+
+
+def claims(run: Job) -> list[str]:
+    return [folder.name for folder in (run.folder / "checkpoints").glob(".claim-*")]
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -1,0 +1,40 @@
+"""A checkpoint folder that is full, and one that is read-only for a while: real file systems under a real job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_and_a_read_only_one(job, whole2):
+    """Training goes on, says so, and saves when it can."""
+    run = job("checkpoint.every_images=40", images=480)
+    checkpoints = run.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(checkpoints)], check=True)
+    try:
+        run.submit()
+        run.wait_for(lambda: "images-000000040" in run.checkpoints(), "the first checkpoint")
+        filler = checkpoints / "filler"
+        with filler.open("wb") as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(1 << 20))
+                file.flush()
+        run.wait_for(lambda: "No space left on device" in run.log(), "the warning")
+        assert "Training goes on; the next try is at" in run.log()
+        filler.unlink()
+        run.wait_for(lambda: "images saved, after" in run.log(), "the next one")
+        subprocess.run(["mount", "-o", "remount,ro", str(checkpoints)], check=True)
+        run.wait_for(lambda: "Read-only file system" in run.log(), "the warning")
+        subprocess.run(["mount", "-o", "remount,rw", str(checkpoints)], check=True)
+        run.wait_for(lambda: run.log().count("images saved, after") == 2, "the one after that")
+        run.wait_end()
+        assert len(run.attempts("begin")) == 1
+        run.assert_equals(whole2)
+    finally:
+        subprocess.run(["umount", "-l", str(checkpoints)], check=True)
