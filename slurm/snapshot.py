@@ -40,6 +40,14 @@ def take(run: Path) -> Path:
     return target
 
 
+def keep(run: Path) -> bool:
+    """Whether `run` has a copy from before: its own, or that of the array of seeds that it was submitted in. Raises OSError."""
+    mine, arrays = run / CODE, run.parent / CODE
+    if not mine.is_dir() and arrays.is_dir():
+        shutil.copytree(arrays, mine)
+    return mine.is_dir()
+
+
 def _files() -> list[Path]:
     """The project's files: those that git tracks or would add; without git, those of the known folders."""
     listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS)

@@ -59,12 +59,12 @@ class State:
 
     @property
     def interruptions(self) -> tuple[int, int]:
-        """Attempts that ended and were followed by another: by a stop or by Slurm, and by a failure."""
+        """Attempts that were followed by another, or wait for it: ended by a stop or by Slurm, and by a failure."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
         begins = [entry for entry in self.attempts if entry["event"] == "begin"]
-        over = begins[:-1] if self.queue == "RUNNING" or self.word == "finished" else begins
+        over = begins if self.word in ("queued", "failed") else begins[:-1]
         failed = sum(bool(ended.get((one["job"], one["restart"]), {}).get("kind")) for one in over)
-        return max(0, len(over) - failed - (self.word in ("cancelled", "failed") and failed == 0)), failed
+        return len(over) - failed, failed
 
     @property
     def word(self) -> str:
@@ -105,12 +105,13 @@ def submitted(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / FOLDER / JOB} cannot be read: {error}") from None
 
 
-def runs_under(folder: Path) -> list[Path]:
-    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none."""
+def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
+    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none, unless that
+    is `missing_ok`."""
     if (folder / FOLDER / JOB).exists():
         return [folder]
     seeds = [path for path in folder.glob("seed-*") if (path / FOLDER / JOB).exists()]
-    if not seeds:
+    if not seeds and not missing_ok:
         submitted(folder)
     return sorted(seeds, key=lambda path: int(path.name.removeprefix("seed-")))
 

@@ -190,7 +190,7 @@ class Submission:
         """Write what the job needs into the run folder; an earlier copy of the code stays if asked. Raises UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (keep_code and self.code.is_dir()):
+            if not (keep_code and snapshot.keep(self.run)):
                 snapshot.take(self.run)
             for run, config in self._runs():
                 (run / FOLDER).mkdir(parents=True, exist_ok=True)

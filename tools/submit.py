@@ -160,9 +160,7 @@ def _queue(submission: Submission, chosen: argparse.Namespace, *, keep_code: boo
 
 
 def _refuse_if_live(run: Path) -> None:
-    if not (run / FOLDER).is_dir():
-        return
-    for one in status.runs_under(run) if any(run.glob(f"**/{FOLDER}/job.json")) else []:
+    for one in status.runs_under(run, missing_ok=True):
         state = status.look(one)
         if state.live:
             raise SubmitError(f"{one} is {state.word} as job {state.job}: cancel that first, or choose another --name")

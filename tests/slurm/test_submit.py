@@ -209,6 +209,9 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     assert about["revision"] and (run.folder / "code" / "slurm" / "rank.py").exists()
     assert run.tool("status", str(run.folder)).count("finished, job") == 2
     assert "is not in the queue (finished)" in run.tool("cancel", str(folders[0]))
+    run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
+    assert state(run, folders[0]) == "finished" and (folders[0] / "checkpoints/images-000000024").is_dir()
+    assert (folders[0] / "code" / "slurm" / "rank.py").read_bytes() == (run.folder / "code/slurm/rank.py").read_bytes()
 
 
 def state(run: Job, folder: Path) -> str:
