@@ -45,7 +45,8 @@ _SLOW_SECONDS = 600.0
 def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> int:
     """Train until `train.total_images` are seen or a signal asks to stop; returns the exit status (see preempt.py).
 
-    `stop` is the flag that a caller has installed already, to lose no signal while this package was imported. The run folder may hold a checkpoint of the same run, which is then gone on from. Raises UserError.
+    The run folder may hold a checkpoint of the same run, which is then gone on from. `stop` is the flag that a caller has
+    installed already, to lose no signal while this package was imported. Raises UserError.
     """
     device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":
@@ -214,6 +215,7 @@ class Trainer:
         )
 
     def _end(self, reason: str) -> int:
+        self.watchdog.stop()  # the ranks part here, and one that has ended gives no sign of life
         if self.images >= self.config.train.total_images:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return FINISHED
