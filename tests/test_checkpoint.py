@@ -138,23 +138,36 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
 
 
 KILLED = """
-import os, signal, sys, threading, torch
+import json, os, signal, sys, torch
 from pathlib import Path
 from dist_t2i import checkpoint
 from dist_t2i.claim import claim
-run, moment = Path(sys.argv[1]), int(sys.argv[2])
-count = 0
-def trace(event, arguments):
-    global count
-    if event in ("open", "os.rename", "os.mkdir", "os.listdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
-        if str(run) in str(arguments[0]):
-            count += 1
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(trace)
-files = {"generator": {"w": torch.full((1000,), 3.0)}}
-checkpoint.save(claim(run / "checkpoints"), 300, files, {}, keep=checkpoint.Retention(last=1))
-print(count)
+
+def die_at(moment, run):
+    count = 0
+    def trace(event, arguments):
+        nonlocal count
+        if event in ("open", "os.rename", "os.mkdir", "os.listdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"):
+            if str(run) in str(arguments[0]):
+                count += 1
+                if count == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(trace)
+    files = {"generator": {"w": torch.full((1000,), 3.0)}}
+    checkpoint.save(claim(run / "checkpoints"), 300, files, {}, keep=checkpoint.Retention(last=1))
+    return count
+
+ended = []
+for moment, folder in json.loads(sys.argv[1]):
+    reading, writing = os.pipe()
+    child = os.fork()  # a process for each, without importing torch for each
+    if not child:
+        os.write(writing, str(die_at(moment, Path(folder))).encode())
+        os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    ended.append([os.waitstatus_to_exitcode(status), os.read(reading, 20).decode()])
+print(json.dumps(ended))
 """
 
 
@@ -162,20 +175,23 @@ def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
     """SIGKILL before the n-th open, rename, mkdir, remove of a save, for every n: old or new, never in between."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def run(folder, moment):
-        save(folder, 100)
-        save(folder, 200)
-        command = [sys.executable, "-c", KILLED, str(folder), str(moment)]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
+    def run(*moments):
+        folders = [tmp_path / str(moment) for moment in moments]
+        for folder in folders:
+            save(folder, 100)
+            save(folder, 200)
+        wanted = json.dumps([[moment, str(folder)] for moment, folder in zip(moments, folders, strict=True)])
+        done = subprocess.run([sys.executable, "-c", KILLED, wanted], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
-    whole = run(tmp_path / "whole", -1)
-    assert whole.returncode == 0, whole.stderr
-    operations = int(whole.stdout)
-    assert operations > 10
+    ((status, operations),) = run(-1)
+    assert status == 0 and int(operations) > 10
+    moments = range(1, int(operations) + 1)
+    assert [status for status, _ in run(*moments)] == [-signal.SIGKILL] * len(moments)
     outcomes = set()
-    for moment in range(1, operations + 1, max(1, operations // 12)):
+    for moment in moments:
         folder = tmp_path / str(moment)
-        assert run(folder, moment).returncode == -signal.SIGKILL
         for committed in checkpoint.committed(folder):
             checkpoint.open_checkpoint(committed)
         found = checkpoint.load_latest(folder)
