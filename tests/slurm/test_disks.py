@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
@@ -10,13 +9,14 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 def test_a_full_disk_and_a_read_only_one(job, whole2):
     """Training goes on, says so, and saves when it can."""
     run = job("checkpoint.every_images=40", images=480)
     checkpoints = run.folder / "checkpoints"
     checkpoints.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(checkpoints)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(checkpoints)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root and a kernel that allows it")
     try:
         run.submit()
         run.wait_for(lambda: "images-000000040" in run.checkpoints(), "the first checkpoint")
