@@ -23,12 +23,13 @@ one whose run was taken over by another process can change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,28 +95,17 @@ def save(
     """
     root = claim.root
     target = root / f"images-{images:09d}"
-    try:
+    with _errors_of_writing(claim, images):
         if target.exists() and not _intact(target):
             claim.remove(target)
         if not target.exists():
-            staging = claim.staging()
-            try:
+            with _staged(claim) as staging:
                 _write(staging, files, {"format": FORMAT, "images": images, **state})
                 claim.commit(staging, target)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
             _sync(root)
         _point_latest(claim, target.name)
         for folder in keep.expired([_images(p) for p in committed(root.parent)]):
             claim.remove(root / f"images-{folder:09d}")
-    except OSError as error:
-        if claim.broken():
-            raise claim.error() from error
-        raise CheckpointError(
-            f"checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
-            "Earlier checkpoints are untouched. Free space or mend the permissions."
-        ) from error
     return target
 
 
@@ -127,9 +117,8 @@ def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
     """
     root = claim.root
     target = root / f"images-{images:09d}"
-    try:
-        staging = claim.staging()
-        try:
+    with _errors_of_writing(claim, images):
+        with _staged(claim) as staging:
             fill(staging)
             for path in (*staging.iterdir(), staging):
                 _sync(path)
@@ -137,18 +126,8 @@ def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
             if target.exists():
                 claim.remove(target)
             claim.commit(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
         _sync(root)
         _point_latest(claim, target.name)
-    except OSError as error:
-        if claim.broken():
-            raise claim.error() from error
-        raise CheckpointError(
-            f"the checkpoint at {images:,} images could not be written to {root}: {error.strerror or error}.\n"
-            "Free space or mend the permissions."
-        ) from error
     return target
 
 
@@ -213,6 +192,30 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 # ---- the steps of a save ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _staged(claim: Claim) -> Iterator[Path]:
+    """A staging folder, to be committed inside; gone when that fails."""
+    staging = claim.staging()
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _errors_of_writing(claim: Claim, images: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if claim.broken():
+            raise claim.error() from error
+        raise CheckpointError(
+            f"checkpoint at {images:,} images could not be written to {claim.root}: {error.strerror or error}.\n"
+            "Earlier checkpoints are untouched. Free space or mend the permissions."
+        ) from error
 
 
 def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
