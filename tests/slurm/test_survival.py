@@ -123,10 +123,13 @@ def test_requeued_by_hand(cluster, run2, whole2):
 
 
 def test_a_killed_rank(run2, whole2):
+    killed = run2.attempts("begin")[-1]
     run2.comes_back(lambda: os.kill(run2.rank_pid(1), signal.SIGKILL), whole2, lost=True)
     ended = run2.attempts("end")[-1]
     assert ended["verdict"] == "requeued" and "task 1: Killed" in ended["reason"], ended
-    assert run2.attempts("begin")[-1]["images"] == ended["images"] and ended["images"] % 40 == 0
+    # The newest checkpoint is a regular one, or still the one that the killed attempt itself began from.
+    assert ended["images"] % 40 == 0 or ended["images"] == killed["images"], (killed, ended)
+    assert run2.attempts("begin")[-1]["images"] == ended["images"]
 
 
 def test_a_stopped_rank(run2, whole2):
