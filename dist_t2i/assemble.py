@@ -9,17 +9,24 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_t2i.average import Average
+from dist_t2i.beginning import begin_with
 from dist_t2i.config import Config
 from dist_t2i.configrules import check_world
 from dist_t2i.engine import EngineSpec, NetworkEngine
 from dist_t2i.gan import Gan
+from dist_t2i.modelfiles import ModelFiles
 from dist_t2i.networks import build_networks
 
 
 def assemble(
-    config: Config, vocab_size: int, device: torch.device, frozen: nn.Module | None = None
+    config: Config,
+    vocab_size: int,
+    device: torch.device,
+    frozen: nn.Module | None = None,
+    beginning: ModelFiles | None = None,
 ) -> tuple[Gan, Average]:
-    """The networks with fresh weights (a function of `train.seed`) under their engines, on every rank alike.
+    """The networks with fresh weights (a function of `train.seed`) or those of `beginning` under their engines, on every
+    rank alike.
 
     `config.engine.precision` is a concrete one; `frozen` is the given encoder of text.mode=frozen. Raises ConfigError when
     the batch does not divide among the ranks. Collective; the process group must exist.
@@ -27,6 +34,8 @@ def assemble(
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
     networks = build_networks(config, vocab_size, frozen.to(device) if frozen is not None else None)
+    if beginning is not None:
+        begin_with(networks, beginning)
     average = Average(networks, config.ema, device)
     rates, stages, uses = config.optimizer, config.engine, config.engine.accumulation
     scales = dict.fromkeys(("text_g", "text_d", "text"), rates.text_lr_scale)

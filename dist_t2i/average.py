@@ -56,8 +56,10 @@ class Average:
                     parameter.copy_(state[name])
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, lengths: Tensor, noise: Tensor, condition_noise: Tensor) -> Generated:
+    def generate(
+        self, tokens: Tensor, lengths: Tensor, noise: Tensor, condition_noise: Tensor, pictures: Tensor | None = None
+    ) -> Generated:
         """Pictures [B, 3, H, W] for B captions; rank 0 only. Shapes as `GeneratorSide.forward` has them."""
         encoder = self._text or self._frozen
         text = encoder(tokens, lengths) if encoder is not None else None
-        return self._generator(noise, condition_noise, tokens, lengths, text)
+        return self._generator(noise, condition_noise, tokens, lengths, text, pictures)

@@ -116,6 +116,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class EditConfig:
+    """Changing a given picture as a text says; `width` turns it on."""
+
+    width: int = 0
+    """Channels of the encoder of the source picture, at every scale; 0: pictures are made from texts alone."""
+    init: str = ""
+    """Run folder or exported model whose weights the run begins with; empty: fresh ones. Read at the start only."""
+    own: float = 0.3
+    """Share of the pictures whose source is the picture itself, which must come back then."""
+    none: float = 0.1
+    """Share of the pictures without a source, made from their text alone. All others are made from the picture of another
+    sample with a near caption."""
+    words: int = 4
+    """Two captions are near when they agree but for one run of so many words."""
+
+
+@dataclass(frozen=True)
 class LossConfig:
     mismatched: float = 0.5
     """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
@@ -136,6 +153,11 @@ class LossConfig:
     of other pictures. They pull where all pictures look alike, such as a plain ground."""
     region_temperature: float = 0.1
     """Temperature of the InfoNCE losses on regions."""
+    reconstruction: float = 10.0
+    """Weight of G's mean absolute error (pixels in [-1, 1]) where a picture is its own source; only with `edit.width`."""
+    edit_target: float = 0.0
+    """The same where the source is another sample's picture. For sets in which pictures with near captions agree pixel by
+    pixel but for what the captions say, such as drawings; elsewhere 0."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
@@ -263,6 +285,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -68,6 +68,9 @@ _RANGES = {
     "model.discriminator.channels": _COUNT,
     "model.discriminator.blocks": _COUNT,
     "model.discriminator.embedding": _COUNT,
+    "edit.own": _SHARE,
+    "edit.none": _SHARE,
+    "edit.words": _COUNT,
     "loss.mismatched": _SHARE,
     "loss.temperature": _POSITIVE,
     "loss.penalty_every": _COUNT,
@@ -118,6 +121,7 @@ def _combinations(config: Config) -> Iterator[Finding]:
     yield from _data(config)
     yield from _text(config)
     yield from _sizes(config)
+    yield from _edit(config)
     yield from _engines(config)
     yield from _mirror(config)
     if config.train.global_batch % 2:
@@ -186,6 +190,14 @@ def _sizes(config: Config) -> Iterator[Finding]:
                 f"{', '.join(map(str, sides))} must be among the scales that model.discriminator.channels computes: "
                 f"{', '.join(map(str, computed))}",
             )
+
+
+def _edit(config: Config) -> Iterator[Finding]:
+    edit = config.edit
+    if edit.init and not edit.width:
+        yield ("edit.init", "edit.width"), "is only read where pictures are edited: set edit.width as well, such as 48"
+    if edit.own + edit.none > 1:
+        yield ("edit.own", "edit.none"), f"is {edit.own:g}, more than edit.none={edit.none:g} leaves of 1"
 
 
 def _engines(config: Config) -> Iterator[Finding]:
@@ -269,6 +281,7 @@ _FREE = (
     "data.region",
     "data.anonymous",
     "train.hang_seconds",
+    "edit.init",  # where the weights came from that a run began with
     "engine.accumulation",
     "engine.generator_stage",
     "engine.discriminator_stage",

@@ -126,6 +126,7 @@ def published(config: Config) -> Config:
         run=dataclasses.replace(config.run, folder="", name=""),
         data=dataclasses.replace(config.data, train=""),
         text=text,
+        edit=dataclasses.replace(config.edit, init=""),
     )
 
 

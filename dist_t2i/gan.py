@@ -7,6 +7,10 @@
     G adversarial                                             D(G(z, S_G), S_D as a constant)  G, S_G
     G alignment: InfoNCE of fakes with S_D, and with reals    align(G(z, S_G))                 G, S_G
     conditioning augmentation KL                              S_G                              G, S_G
+    G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
+
+Where pictures are edited (edit.width), G is the generator with its encoder of the source picture, and all that is said
+of fakes is said of edits: they are judged against their new caption and its real picture.
 
 With one micro-batch a step nothing is computed twice: the fakes of the D step carry the graph that the G step follows,
 and the G step compares them with the embeddings that the D step made of real pictures and captions (one D update old:
@@ -46,6 +50,8 @@ class MicroBatch:
     draws: Draws
     real: Tensor
     """[m, 3, H, W] in [-1, 1], augmented"""
+    source: Tensor | None = None
+    """[m, 3, H, W] in [-1, 1], where pictures are edited"""
     text_g: OwnText = field(default_factory=OwnText)
     fake: Generated | None = None
     sentence: Tensor | None = None
@@ -242,8 +248,22 @@ class Gan:
             regions = losses.region_info_nce(e["regions"], r["regions"], weights.region_temperature, same, self._places)
             over_batch = over_batch + weights.g_alignment_regions * regions
             terms["loss/g_alignment_regions"] = regions
+        if micro.source is not None:
+            terms |= self._pixel_errors(micro)
+            over_rows = over_rows + weights.reconstruction * terms["loss/g_reconstruction"]
+            over_rows = over_rows + weights.edit_target * terms["loss/g_edit_target"]
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)
         return over_rows + fakes.share * over_batch
+
+    def _pixel_errors(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """How far edits are from the real pictures of their captions: where that was the source, and where another was."""
+        wanted, batch = _pixels(micro.batch.images, micro.fake.images.dtype), micro.batch
+        own = batch.source_ids == batch.image_ids
+        other = ~own & (batch.source_ids >= 0)
+        return {
+            "loss/g_reconstruction": losses.pixel_error(micro.fake.images, wanted, own),
+            "loss/g_edit_target": losses.pixel_error(micro.fake.images, wanted, other),
+        }
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
@@ -251,8 +271,9 @@ class Gan:
         device = self.discriminator.device
         draws = Draws(*(t.to(device) for t in draw(self.config, batch.positions)))
         batch = batch.to(device)
-        real = batch.images.to(dtype=self.discriminator.dtype, memory_format=torch.channels_last).div(127.5).sub(1.0)
-        return MicroBatch(index, batch, draws, augment(real, draws.augmentation, self.config.augment))
+        real = augment(_pixels(batch.images, self.discriminator.dtype), draws.augmentation, self.config.augment)
+        source = _pixels(batch.sources, self.generator.dtype) if self.config.edit.width else None
+        return MicroBatch(index, batch, draws, real, source)
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
         """A fake as D sees it: shifted, coloured and cut like the real picture of its caption."""
@@ -269,9 +290,9 @@ class Gan:
         micro.text_g = self._text(micro, self.generator)
         noise, condition_noise, _ = micro.draws
         dtype, batch = self.generator.dtype, micro.batch
-        micro.fake = self.generator.module(
-            noise.to(dtype), condition_noise.to(dtype), batch.tokens, batch.lengths, micro.text_g.embedding
-        )
+        text = (batch.tokens, batch.lengths, micro.text_g.embedding)
+        sources = () if micro.source is None else (micro.source, batch.source_ids >= 0)
+        micro.fake = self.generator.module(noise.to(dtype), condition_noise.to(dtype), *text, *sources)
 
     @torch.no_grad()
     def _embed_real(self, micro: MicroBatch) -> Embeddings:
@@ -287,6 +308,11 @@ class Gan:
         for name, value in terms.items():
             mean = value.detach().float() / rows.micro_batches
             self._metrics[name] = self._metrics[name] + mean if name in self._metrics else mean
+
+
+def _pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [m, 3, H, W] as the networks see it, in [-1, 1]."""
+    return images.to(dtype=dtype, memory_format=torch.channels_last).div(127.5).sub(1.0)
 
 
 def _embed(d: Discriminator, features: Features, sentence: Tensor | None) -> Embeddings:

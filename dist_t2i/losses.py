@@ -84,6 +84,12 @@ def kl_condition(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
+def pixel_error(images: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Mean absolute error of pictures [B, 3, H, W], row i of it times weights[i]; a mean over all B rows."""
+    rows = (images.float() - wanted.float()).abs().mean(dim=(1, 2, 3))
+    return (rows * weights).mean()
+
+
 def row_means(logits: Tensor) -> Tensor:
     """One fp32 logit a picture, [B]: its only one, or the mean of its places [B, L]."""
     return logits.float().reshape(len(logits), -1).mean(1)

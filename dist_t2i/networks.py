@@ -5,6 +5,7 @@
     shared      generator               discriminator               text          -
     frozen      generator               discriminator               -             a frozen encoder
 
+Where pictures are edited (edit.width), the generator's engine owns the encoder of the source picture, `source`, as well.
 The names in this table are the prefixes of the parameters in checkpoints and exported models.
 """
 
@@ -19,24 +20,37 @@ from torch import Tensor, nn
 from dist_t2i.config import Config
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
+from dist_t2i.models.source import SourceEncoder
 from dist_t2i.models.text import TextEmbedding, build_text_encoder
 
 
 class GeneratorSide(nn.Module):
-    """The generator, and S_G where it is the generator's own."""
+    """The generator, S_G where it is the generator's own, and the encoder of source pictures where they are edited."""
 
-    def __init__(self, generator: Generator, text_g: nn.Module | None):
+    def __init__(self, generator: Generator, text_g: nn.Module | None, source: SourceEncoder | None = None):
         super().__init__()
         self.generator = generator
         self.text_g = text_g
+        self.source = source
 
     def forward(
-        self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None
+        self,
+        noise: Tensor,
+        condition_noise: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        text: TextEmbedding | None,
+        pictures: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Generated:
-        """Pictures for B captions; `text` replaces the own encoder's embedding (shared and frozen text)."""
+        """Pictures for B captions; `text` replaces the own encoder's embedding (shared and frozen text). `pictures` and
+        `given` are the source pictures, see `SourceEncoder`."""
         if self.text_g is not None:
             text = self.text_g(tokens, lengths)
-        return self.generator(noise, text.sentence, text.words, text.mask, condition_noise)
+        if pictures is None:
+            return self.generator(noise, text.sentence, text.words, text.mask, condition_noise)
+        guide = self.source(pictures, given)
+        return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
 
 
 class DiscriminatorSide(nn.Module):
@@ -90,9 +104,11 @@ def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = N
     width = frozen.width if frozen is not None else config.text.embedding
     generator = Generator(config.model.generator, config.data.image_size, width)
     discriminator = Discriminator(config.model.discriminator, config.data.image_size, width)
-    return Networks(
-        GeneratorSide(generator, encoder() if dual else None),
-        DiscriminatorSide(discriminator, encoder() if dual else None),
-        TextSide(encoder()) if config.text.mode == "shared" else None,
-        frozen,
-    )
+    generator_side = GeneratorSide(generator, encoder() if dual else None)
+    discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
+    text = TextSide(encoder()) if config.text.mode == "shared" else None
+    if config.edit.width:  # last: whoever edits nothing draws the same weights
+        generator_side.source = SourceEncoder(
+            config.edit.width, config.model.generator.channels, config.data.image_size
+        )
+    return Networks(generator_side, discriminator_side, text, frozen)

@@ -1,4 +1,4 @@
-"""Using a trained model: `load(path)`, then `.generate`, `.embed_text`, `.embed_image`, `.score`.
+"""Using a trained model: `load(path)`, then `.generate`, `.edit`, `.embed_text`, `.embed_image`, `.score`.
 
 Guarantee: a picture is a function of (weights, prompt, seed, index), bit for bit, whatever else is asked for in the
 same call. Each picture's noise has a generator of its own, seeded by (seed, index); every text is encoded by itself; and
@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dist_t2i.data.decode import PictureError, square, to_rgb, upright
+from dist_t2i.data.decode import FORMATS, PictureError, decode, square, to_rgb, upright
 from dist_t2i.draws import mix
 from dist_t2i.errors import UserError
 from dist_t2i.modelfiles import ModelFiles, read_model
@@ -58,6 +58,8 @@ class Parts(NamedTuple):
     discriminator: Discriminator
     text_d: nn.Module
     """S_D: the encoder whose sentences pictures are compared with."""
+    source: nn.Module | None = None
+    """The encoder of pictures that are to be changed, of a model that was trained to edit."""
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> TextToImage:
@@ -119,22 +121,80 @@ class TextToImage:
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
             raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
-        if truncation is None:
-            truncation = self.config.model.generator.truncation
-        _check_truncation(truncation)
+        noise, widths = self._noises(noise_seeds, truncation)
         if not prompts:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         generator = self._parts.generator
-        widths = (generator.noise_width, generator.condition_width)
-        noise = torch.stack([_noise(seed, sum(widths)) for seed in noise_seeds]) * truncation
         text = self._encode(self._parts.text_g, prompts)
 
         def draw(noise: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
-            images = generator(z, sentence, words, mask, condition_noise).images
-            return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            return _bytes(generator(z, sentence, words, mask, condition_noise).images)
 
         return self._by_chunks(draw, noise, *text)
+
+    # ---- text and picture to picture ---------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        image: Image | str | Path,
+        text: str,
+        strength: float = 1.0,
+        seed: int = 0,
+        truncation: float | None = None,
+    ) -> Image:
+        """A picture changed to what a text says of it, and otherwise left as it is: RGB, of the model's size.
+
+        `image` is a PIL image or a file of any size and format that training reads: transparency on white, the central
+        square, resized. `text` says what the picture shall show, all of it and not only the change, as a caption would.
+        `strength` 0 gives the source back exactly and 1 the whole edit; between, every pixel goes that share of its way
+        (our reading). `seed` and `truncation` are as in `generate`; for most edits another seed changes little.
+
+        Warns as `generate` does. Raises UserError when the model was not trained to edit, PromptError for arguments that
+        cannot be used.
+        """
+        from PIL import Image
+
+        source = self._pixels(image, "image")
+        self._warn(check_texts([text], "text"))
+        noise_seeds = [mix(_whole(seed, "seed"), 0, _PURPOSE)]
+        pixels = self.sample_edits(source[None], [text], noise_seeds, strength, truncation)
+        return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+
+    def sample_edits(
+        self,
+        sources: Tensor,
+        texts: Sequence[str],
+        noise_seeds: Sequence[int],
+        strength: float = 1.0,
+        truncation: float | None = None,
+    ) -> Tensor:
+        """Source i, uint8 [N, 3, H, W] at the model's size, edited as text i says. What `edit` is made of.
+
+        Returns uint8 [N, 3, H, W] on the CPU; warns of nothing. Raises UserError, PromptError.
+        """
+        encoder = self._parts.source
+        if encoder is None:
+            raise UserError(
+                f"{self.files.folder}: this model was trained to draw, not to edit (its edit.width is 0); train one that "
+                "edits from it: configs/edit-openmoji.yaml shows how"
+            )
+        texts, strength = check_texts(texts, "texts"), _share(strength, "strength")
+        if not len(sources) == len(texts) == len(noise_seeds):
+            raise PromptError(
+                f"{len(sources)} sources, {len(texts)} texts, {len(noise_seeds)} noise seeds: give as many"
+            )
+        noise, widths = self._noises(noise_seeds, truncation)
+        if not len(sources):
+            return sources
+
+        def draw(noise: Tensor, source: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+            z, condition_noise = noise.split(widths, dim=1)
+            pictures = source.float().div(127.5).sub(1.0).contiguous(memory_format=torch.channels_last)
+            images = self._parts.generator(z, sentence, words, mask, condition_noise, encoder(pictures)).images
+            return _bytes(pictures + strength * (images - pictures))
+
+        return self._by_chunks(draw, noise, sources, *self._encode(self._parts.text_g, texts))
 
     # ---- embeddings --------------------------------------------------------------------------------------------------
 
@@ -156,7 +216,7 @@ class TextToImage:
         """
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise PromptError(f"images must be a list of PIL images, got {_kind(images)}")
-        pixels = [self._pixels(image, number) for number, image in enumerate(images)]
+        pixels = [self._pixels(image, f"images[{number}]") for number, image in enumerate(images)]
         discriminator = self._parts.discriminator
         if not pixels:
             return torch.empty(0, self.config.model.discriminator.embedding)
@@ -178,6 +238,14 @@ class TextToImage:
         return images @ self._by_chunks(self._parts.discriminator.align_text, sentences).T
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    def _noises(self, seeds: Sequence[int], truncation: float | None) -> tuple[Tensor, tuple[int, int]]:
+        """The noise of rows with these seeds, and the widths of its two parts. Raises PromptError."""
+        truncation = self.config.model.generator.truncation if truncation is None else truncation
+        _check_truncation(truncation)
+        widths = (self._parts.generator.noise_width, self._parts.generator.condition_width)
+        rows = [_noise(seed, sum(widths)) for seed in seeds]
+        return torch.stack(rows) * truncation if rows else torch.empty(0, sum(widths)), widths
 
     @torch.no_grad()
     def _encode(self, encoder: nn.Module, texts: Sequence[str]) -> TextEmbedding:
@@ -202,15 +270,26 @@ class TextToImage:
             results.append(result[: len(rows[0]) - start])
         return torch.cat(results)
 
-    def _pixels(self, image: Image, number: int) -> Tensor:
+    def _pixels(self, image: Image | str | Path, name: str) -> Tensor:
+        """A PIL image or a picture file as training sees it: uint8 [3, H, W] at the model's size. Raises PromptError."""
         from PIL import Image as PIL
 
+        if isinstance(image, (str, Path)) and name == "image":
+            return self._file(Path(image))
         if not isinstance(image, PIL.Image):
-            raise PromptError(f"images[{number}] must be a PIL image (PIL.Image.open reads a file), got {_kind(image)}")
+            raise PromptError(f"{name} must be a PIL image (PIL.Image.open reads a file), got {_kind(image)}")
         try:
             return square(numpy.array(to_rgb(upright(image))), self.image_size)
         except (PictureError, OSError) as error:
-            raise PromptError(f"images[{number}] cannot be used: it {error}") from None
+            raise PromptError(f"{name} cannot be used: it {error}") from None
+
+    def _file(self, path: Path) -> Tensor:
+        try:
+            return square(decode(path.read_bytes(), self.image_size), self.image_size)
+        except OSError as error:
+            raise PromptError(f"cannot read the picture {path}: {error.strerror or error}") from None
+        except PictureError as error:
+            raise PromptError(f"the picture {path} cannot be used: it {error}; {', '.join(FORMATS)} are read") from None
 
     def _warn(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):
@@ -245,7 +324,10 @@ def build_parts(files: ModelFiles, device: torch.device) -> Parts:
         names = ("text.", "text.") if config.text.mode == "shared" else ("text_g.", "text_d.")
         text_g = fill(encoders[0], files.generator, names[0], where)
         text_d = fill(encoders[1], files.discriminator, names[1], where)
-    modules = (module.eval().requires_grad_(False) for module in (generator, text_g, discriminator, text_d))
+    found = [generator, text_g, discriminator, text_d]
+    if networks.generator.source is not None:
+        found.append(fill(networks.generator.source, files.generator, "source.", where))
+    modules = (module.eval().requires_grad_(False) for module in found)
     return Parts(*(module.to(device, memory_format=torch.channels_last) for module in modules))
 
 
@@ -269,6 +351,17 @@ def _whole(value: int, name: str, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)) or (least is not None and value < least):
         raise PromptError(f"{name} must be a whole number{'' if least is None else f' from {least} up'}, got {value!r}")
     return int(value)
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as uint8."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _share(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PromptError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return float(value)
 
 
 def _check_truncation(value: float) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dist_t2i.average import Average
 from dist_t2i.config import Config
 from dist_t2i.data.decode import PictureError, decode, square
+from dist_t2i.data.neighbours import Neighbours, read_captions
 from dist_t2i.data.shards import BadSample, Samples, ShardSet
 from dist_t2i.draws import mix
 from dist_t2i.errors import DataError
@@ -22,10 +23,15 @@ _PREFERRED = ("test-combinations", "test", "train")
 
 
 class SampleSheet:
-    """Rows of captions with their pictures. Held-out pictures stand beside, where the captions come from the set."""
+    """Rows of captions with their pictures. Held-out pictures stand beside, where the captions come from the set.
+
+    Where pictures are edited, and the captions come from the set, each row shows first the picture that its others are
+    made from: one of the same split with a near caption, or the caption's own.
+    """
 
     def __init__(self, config: Config, data: ShardSet, device: torch.device):
         self._config, self._device = config, device
+        self._sources: list[np.ndarray] = []
         self._real: list = [None] * len(config.report.sample_prompts)
         captions = list(config.report.sample_prompts)
         if not captions:
@@ -36,18 +42,23 @@ class SampleSheet:
             chosen = [one for share in shares if (one := self._first_usable(samples, share)) is not None]
             if not chosen:
                 raise DataError(f"{data.folder}: no sample of split {split!r} that the grid would show can be used")
-            captions = [caption for caption, _ in chosen]
-            self._real = [picture for _, picture in chosen]
+            captions = [caption for _, caption, _ in chosen]
+            self._real = [picture for _, _, picture in chosen]
+            if config.edit.width:
+                near = Neighbours(read_captions(data.shards(split)), config.edit.words)
+                numbers = [near.pick(number, mix(config.train.seed, number)) for number, _, _ in chosen]
+                found = [self._first_usable(samples, range(number, number + 1)) for number in numbers]
+                self._sources = [one[2] if one else own[2] for one, own in zip(found, chosen, strict=True)]
         self.captions = captions
         self._tokens, self._lengths = data.tokenizer.encode(captions, config.data.max_tokens)
 
-    def _first_usable(self, samples: Samples, share: range) -> tuple[str, np.ndarray] | None:
-        """Caption and picture of a grid's row: the first of its share of the samples that can be used. Bad ones are the
+    def _first_usable(self, samples: Samples, share: range) -> tuple[int, str, np.ndarray] | None:
+        """Number, caption and picture of a grid's row: the first of its share of the samples that can be used. Bad ones are the
         stream's to count; the grid looks at a few, and then goes without the row."""
         for number in share[:_TRIES]:
             try:
                 sample = samples[number]
-                return sample.captions[0], self._as_trained(sample.image_bytes)
+                return number, sample.captions[0], self._as_trained(sample.image_bytes)
             except (BadSample, PictureError):
                 continue
         return None
@@ -61,13 +72,18 @@ class SampleSheet:
         """One row a caption, `PER_CAPTION` pictures each, the same noise in every row."""
         widths = self._config.model.generator.noise, self._config.model.generator.condition
         columns: list[Tensor] = []
-        for column in range(PER_CAPTION):
+        sources = []
+        if self._sources:
+            shown = torch.from_numpy(np.stack(self._sources)).permute(0, 3, 1, 2)
+            sources = [shown.float().div(127.5).sub(1.0)]
+            columns += sources
+        for column in range(len(columns), PER_CAPTION):
             generator = torch.Generator().manual_seed(mix(self._config.train.seed, column, 3))
             drawn = torch.randn(1, sum(widths), generator=generator) * self._config.model.generator.truncation
             noise, condition = drawn.split(widths, dim=1)
             count = len(self.captions)
-            inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1))
-            columns.append(average.generate(*(x.to(self._device) for x in inputs)).images)
+            inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1), *sources)
+            columns.append(average.generate(*(x.to(self._device) for x in inputs)).images.cpu())
         pictures = torch.stack(columns, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         grid = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
         return [

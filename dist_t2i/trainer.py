@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from dist_t2i import checkpoint, runfolder
 from dist_t2i.assemble import assemble
+from dist_t2i.beginning import read_beginning
 from dist_t2i.checkpoint import Checkpoint, Retention
 from dist_t2i.claim import Claim, Superseded
 from dist_t2i.collective import max_over_ranks, mean_over_ranks, on_main
@@ -87,8 +88,9 @@ class Trainer:
         frozen = None
         if config.text.mode == "frozen":
             frozen = load_frozen(config.text, self.data.tokenizer, config.data.max_tokens)
-        self.gan, self.average = assemble(config, self.data.tokenizer.vocab_size, device, frozen)
         self.last = checkpoint.load_latest(self.folder, warn=warn if self.main else lambda message: None)
+        beginning = None if self.last else read_beginning(config, self.data.tokenizer)
+        self.gan, self.average = assemble(config, self.data.tokenizer.vocab_size, device, frozen, beginning)
         self.images = self._restore(self.last) if self.last else 0
         self.sheet = SampleSheet(config, self.data, device) if self.main else None
         self.meter, self.health = Meter(), Health()

@@ -33,6 +33,10 @@ class Batch:
     """int64 [m], position in the global stream."""
     captions: list[str]
     keys: list[str]
+    sources: torch.Tensor | None = None
+    """uint8 [m, 3, H, W], the pictures that these ones are edits of; only where `edit` is configured."""
+    source_ids: torch.Tensor | None = None
+    """int64 [m], as `image_ids`; -1 where there is none (its row of `sources` is black)."""
 
     def __len__(self) -> int:
         return len(self.keys)

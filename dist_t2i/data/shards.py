@@ -122,8 +122,11 @@ class Shards:
             raise DataError(f"{about.url}: its index has {len(index)} samples, the manifest says {about.samples}")
         return open_shard(about.url, self.options, about.identity), index
 
-    def read(self, shard: int, row: int) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, extension -> bytes. Raises BadSample, DataError."""
+    def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
+        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` those extensions, where some are named).
+
+        Raises BadSample, DataError.
+        """
         if shard in self._broken:
             raise BadSample(self.name(shard), str(row), self._broken[shard])
         try:
@@ -131,7 +134,7 @@ class Shards:
         except OSError as error:
             self._broken[shard] = f"shard is unreadable: {reason_of(error)}"
             raise BadSample(self.name(shard), str(row), self._broken[shard]) from error
-        members = index.members(row)
+        members = [member for member in index.members(row) if not only or member.extension in only]
         sample: dict[str, Any] = {"__key__": index.keys[row], "__url__": self.url(shard)}
         try:
             return sample | _contents(file, members)
@@ -162,6 +165,8 @@ def _span(members: Sequence[Member]) -> tuple[int, int]:
 
 def _contents(file: ShardFile, members: Sequence[Member]) -> dict[str, bytes]:
     """Extension -> bytes of a sample, from one read. Raises _Wrong when a checksum differs, OSError."""
+    if not members:
+        return {}
     first, size = _span(members)
     data = memoryview(file.read(first, size))
     if len(data) < size:

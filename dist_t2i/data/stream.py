@@ -8,6 +8,8 @@ for any number of ranks, workers and restarts. Stopping is dropping the stream, 
 
 A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following shards),
 recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
+
+Where `edit` is configured, each sample has a source picture beside it (neighbours.py), which your stages do not see.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from dist_t2i.data.batch import SMALL_BYTES, Batch, caption_id
 from dist_t2i.data.decode import PictureError, Scratch, decode, square
 from dist_t2i.data.lists import open_data
 from dist_t2i.data.mixture import Mixture
+from dist_t2i.data.neighbours import NONE, SourceChoice, source_choice
 from dist_t2i.data.order import Order, draw, rows_of_rank
 from dist_t2i.data.readahead import ReadAhead
 from dist_t2i.data.shards import BadSample, Shards, ShardSet, captions_of, picture_of
@@ -98,6 +101,8 @@ class Source:
         self.shards, self.order, self.plan = shards, order, plan
         self.first, self.step = first, step
         self.strict = False
+        self.choice: SourceChoice | None = None
+        """Which picture each sample is an edit of."""
         self.bad: list[BadRecord] = []
         self._starts = numpy.cumsum([0, *shards.sizes])
 
@@ -158,7 +163,21 @@ class Source:
 
     def _read(self, position: int, shard: int, row: int) -> dict[str, Any]:
         place = {"__position__": position, "__row__": (shard, row), "__id__": int(self._starts[shard]) + row}
-        return self.shards.read(shard, row) | place
+        sample = self.shards.read(shard, row) | place
+        return sample if self.choice is None else sample | {"__source__": self._source(sample, self.choice)}
+
+    def _source(self, sample: dict[str, Any], choice: SourceChoice) -> dict[str, Any] | None:
+        """The sample whose picture this one is an edit of: perhaps itself (also where another cannot be read), or None."""
+        number = choice(sample["__id__"], sample["__position__"])
+        if number in (NONE, sample["__id__"]):
+            return None if number == NONE else sample
+        shard = int(numpy.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[shard])
+        try:
+            other = self.shards.read(shard, row)
+        except BadSample:  # counted where it is a sample of its own
+            return sample
+        return other | {"__position__": sample["__position__"], "__row__": (shard, row), "__id__": number}
 
 
 class Decode:
@@ -169,6 +188,7 @@ class Decode:
     ) -> None:
         self.source, self.before = source, before
         self._slots = Slots(source.plan.rows, config.data.image_size, shared)
+        self._source_slots = Slots(source.plan.rows, config.data.image_size, shared) if config.edit.width else None
         self._scratch = Scratch()
         self.size, self.crop, self.seed = config.data.image_size, config.data.crop, config.train.seed
         fits = samples * 3 * self.size**2 <= REMEMBERED_BYTES
@@ -206,7 +226,32 @@ class Decode:
             if self._remembered is not None:
                 self._remembered[where] = slot.clone(), captions
         self._slots.taken()
-        return sample | {"image": slot, "images": self._slots.images, "captions": captions}
+        decoded = sample | {"image": slot, "images": self._slots.images, "captions": captions}
+        return decoded if self._source_slots is None else decoded | self._source(decoded, self._source_slots)
+
+    def _source(self, sample: dict[str, Any], slots: Slots) -> dict[str, Any]:
+        """The picture that this one is an edit of, cut out at the same place; its own where the other does not decode."""
+        source, slot = sample["__source__"], slots.next()
+        number = NONE if source is None else source["__id__"]
+        if number == NONE:
+            slot.zero_()
+        elif number == sample["__id__"] or not self._other_picture(source, slot):
+            number = sample["__id__"]
+            slot.copy_(sample["image"])
+        slots.taken()
+        return {"source": slot, "sources": slots.images, "source_id": number}
+
+    def _other_picture(self, source: dict[str, Any], slot: torch.Tensor) -> bool:
+        """Whether a neighbour's picture could be put into the slot."""
+        where, known = source["__row__"], self._remembered
+        if known is not None and where in known:
+            slot.copy_(known[where][0])
+            return True
+        try:
+            self._picture(source, slot)
+        except BadSample:
+            return False
+        return True
 
     def _picture(self, sample: dict[str, Any], slot: torch.Tensor) -> None:
         _, data = picture_of(sample)
@@ -266,7 +311,8 @@ class Choose:
             position, captions = sample["__position__"], sample["captions"]
             sample["caption"] = captions[draw(self.seed, position, _CAPTION) % len(captions)]
             if self.flip and draw(self.seed, position, _FLIP) & 1:
-                sample["image"].copy_(sample["image"].flip(-1))
+                for picture in (sample["image"], *([sample["source"]] if "source" in sample else [])):
+                    picture.copy_(picture.flip(-1))
             yield sample
 
 
@@ -305,7 +351,14 @@ class Collate:
             positions=torch.tensor([sample["__position__"] for sample in samples]),
             captions=captions,
             keys=[sample["__key__"] for sample in samples],
+            **self._sources(samples),
         )
+
+    def _sources(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "sources" not in samples[0]:
+            return {}
+        ids = torch.tensor([sample["source_id"] for sample in samples])
+        return {"sources": samples[0]["sources"], "source_ids": ids}
 
 
 def order_of(shards: Shards, config: Config) -> Order | Mixture:
@@ -321,9 +374,16 @@ class Pipeline(torch.utils.data.IterableDataset):
     """The pipeline of one worker; yields (Batch, records of replaced samples), or one Failure and nothing more."""
 
     def __init__(
-        self, shards: Shards, plan: Plan, config: Config, tokenizer: Tokenizer, stages: Sequence[Stage]
+        self,
+        shards: Shards,
+        plan: Plan,
+        config: Config,
+        tokenizer: Tokenizer,
+        stages: Sequence[Stage],
+        choice: SourceChoice | None = None,
     ) -> None:
         self.shards, self.plan, self.config, self.tokenizer, self.stages = shards, plan, config, tokenizer, list(stages)
+        self.choice = choice
         self.first = 0
         self.lane = 0, 1
         """Which worker of how many this is; set before each is started."""
@@ -334,7 +394,7 @@ class Pipeline(torch.utils.data.IterableDataset):
         data = self.config.data
         order = order_of(self.shards, self.config)
         source = Source(self.shards, order, self.plan, self.first + worker, workers)
-        source.strict = data.on_bad == "strict"
+        source.strict, source.choice = data.on_bad == "strict", self.choice
         return iter(
             webdataset.DataPipeline(
                 source,
@@ -445,5 +505,6 @@ def open_stream(
             f"{config.engine.accumulation} micro-batches: a multiple of {2 * parts}"
         )
     plan = Plan(rank, world_size, batch, config.engine.accumulation, start_images)
-    pipeline = Pipeline(shards, plan, config, tokenizer, stages)
+    choice = source_choice(shards, config) if config.edit.width else None
+    pipeline = Pipeline(shards, plan, config, tokenizer, stages, choice)
     return Stream(pipeline, config, -(-samples // world_size), os.fspath(bad_file) if bad_file else None)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from dist_t2i.config import GeneratorConfig
 from dist_t2i.models.blocks import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
+from dist_t2i.models.source import SourceGuide
 
 
 class Generated(NamedTuple):
     """Pictures, and the distribution that conditioning augmentation drew their condition from."""
 
     images: Tensor
-    """[B, 3, H, W] in [-1, 1]."""
+    """[B, 3, H, W] in [-1, 1]; a little beyond where a source picture is changed."""
     mean: Tensor
     """[B, C]"""
     log_variance: Tensor
@@ -136,11 +137,17 @@ class Generator(nn.Module):
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(
-        self, noise: Tensor, sentence: Tensor, words: Tensor, mask: Tensor, condition_noise: Tensor
+        self,
+        noise: Tensor,
+        sentence: Tensor,
+        words: Tensor,
+        mask: Tensor,
+        condition_noise: Tensor,
+        source: SourceGuide | None = None,
     ) -> Generated:
         """noise [B, Z], sentence [B, E], words [B, T, E], mask bool [B, T], condition_noise [B, C] -> `Generated`.
 
-        This generator reads the sentence only; words and mask are there for generators that attend to words.
+        `source` is what source pictures tell, where they are to be changed. This generator reads the sentence only; words and mask are there for generators that attend to words.
         """
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
@@ -150,7 +157,9 @@ class Generator(nn.Module):
             x = self.upsamples[i - 1](x) if i else x
             size = str(x.shape[-1])
             x = self.layouts[size](x, condition) if size in self.layouts else x
+            x = x if source is None else source.add(x)
             for block in blocks:
                 x = block(x, condition)
-        x = self.last(activate(self.last_modulation(x, condition)))
-        return Generated(torch.tanh(x), mean, log_variance)
+        last = activate(self.last_modulation(x, condition))
+        images = torch.tanh(self.last(last))
+        return Generated(images if source is None else source.blend(last, images), mean, log_variance)
