@@ -70,7 +70,7 @@ license: {_hub_licence(about.licence)}
     model = dist_t2i.load("this/folder")
     pictures = model.generate([{json.dumps(example, ensure_ascii=False)}], seed=0)
     pictures[0].save("picture.png")
-
+{_edit(files, example)}
 `model.embed_text(texts, which="g" or "d")`, `model.embed_image(pictures)` and `model.score(pictures, texts)` give the
 embeddings and how well pictures and texts agree in the model's own opinion. Loading runs no code from this folder
 (safetensors, JSON, YAML) and needs no DeepSpeed.
@@ -91,6 +91,13 @@ setting. SHA-256 of the weights: {files.sha256()}
 It draws what its training captions describe, at {size} pixels; words that it never saw are named in a warning and
 otherwise ignored or misread. It was not filtered or tested for use in products.
 """
+
+
+def _edit(files: ModelFiles, example: str) -> str:
+    """The line of code for a model that changes pictures, too."""
+    if not files.config.edit.width:
+        return ""
+    return f'    model.edit("your/picture.png", {json.dumps(example, ensure_ascii=False)}).save("edit.png")\n'
 
 
 def _hub_licence(licence: str) -> str:

@@ -44,8 +44,11 @@ def config(*overrides: str) -> Config:
     return configfile.loads("", [*SMALL, *overrides])
 
 
-def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0, words: Tokenizer | None = None) -> Path:
-    """A run folder with one committed checkpoint, as the trainer leaves it."""
+def write_run(
+    run: Path, *overrides: str, images: int = 64, seed: int = 0, words: Tokenizer | None = None, stir: str = ""
+) -> Path:
+    """A run folder with one committed checkpoint, as the trainer leaves it. What begins at zero among the parameters
+    whose names begin with `stir` is random, where one is given."""
     from dist_t2i.frozentext import load_frozen
 
     cfg, words = config(*overrides), words or tokenizer()
@@ -56,6 +59,9 @@ def write_run(run: Path, *overrides: str, images: int = 64, seed: int = 0, words
     frozen = load_frozen(cfg.text, words, cfg.data.max_tokens) if cfg.text.mode == "frozen" else None
     networks = build_networks(cfg, words.vocab_size, frozen)
     ema = dict(networks.generator.state_dict())
+    for name, value in ema.items():
+        if stir and name.startswith(stir) and not value.any():
+            value.normal_(std=0.1)
     files = {"generator": ema, "discriminator": networks.discriminator.state_dict()}
     if networks.text is not None:
         files["text"] = networks.text.state_dict()

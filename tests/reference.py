@@ -74,7 +74,7 @@ class Reference:
         """D's step, then G's, on a whole batch at `images` seen; returns the losses by the names of their metrics."""
         c = self.config
         draws = draw(c, batch.positions)
-        real = augment(batch.images.float() / 127.5 - 1, draws.augmentation, c.augment)
+        real = augment(self._pixels(batch.images), draws.augmentation, c.augment)
         seen = Seen(batch, images, draws, real, losses.same_pairs(batch.image_ids, batch.caption_ids))
 
         self._zero()
@@ -154,6 +154,8 @@ class Reference:
             total = total + w.g_alignment_regions * losses.region_info_nce(
                 d.align_regions(ff), real.regions, w.region_temperature, seen.same, places
             )
+        if self.config.edit.width:
+            total = total + self._pixel_errors(seen, out)
         return total, {
             "loss/g_adversarial": g_loss.item(),
             "loss/g_alignment_text": to_text.item(),
@@ -165,8 +167,23 @@ class Reference:
         """The fakes, augmented, and all that G put out."""
         text = self._encode(self.nets.generator.text_g, seen.batch)
         noise, condition_noise = seen.draws.noise, seen.draws.condition_noise
-        out = self.nets.generator.generator(noise, text.sentence, text.words, text.mask, condition_noise)
+        guide = []
+        if self.config.edit.width:
+            guide = [self.nets.generator.source(self._pixels(seen.batch.sources), seen.batch.source_ids >= 0)]
+        out = self.nets.generator.generator(noise, text.sentence, text.words, text.mask, condition_noise, *guide)
         return augment(out.images, seen.draws.augmentation, self.config.augment), out
+
+    @staticmethod
+    def _pixels(images):
+        return images.float() / 127.5 - 1
+
+    def _pixel_errors(self, seen, out):
+        """Weighted errors of edits: of those whose source was the real picture itself, and another one."""
+        w, batch = self.config.loss, seen.batch
+        errors = (out.images - self._pixels(batch.images)).abs().flatten(1).mean(1)
+        own = torch.tensor([int(a) == int(b) for a, b in zip(batch.source_ids, batch.image_ids, strict=True)])
+        other = ~own & (batch.source_ids != -1)
+        return w.reconstruction * (errors * own).mean() + w.edit_target * (errors * other).mean()
 
     def _text_gradient(self):
         """Of the shared encoder, which both losses train; none when there is no such encoder."""

@@ -67,7 +67,15 @@ def synthetic_rows(first: int, count: int):
         positions=torch.arange(first, first + count),
         captions=[str(int(i)) for i in ids],
         keys=[str(int(i)) for i in ids],
+        **synthetic_sources(torch.stack(images), ids, first),
     )
+
+
+def synthetic_sources(images, ids, first: int) -> dict:
+    """By position: the picture itself, none, or a darker one that passes for another's."""
+    kind = (first + torch.arange(len(ids))) % 3
+    shown = torch.stack([image * (k != 1) // (1 + (k == 2)) for image, k in zip(images, kind, strict=True)])
+    return {"sources": shown.to(torch.uint8), "source_ids": torch.where(kind == 1, -1, ids + 100 * (kind == 2))}
 
 
 def micro_batches(images: int, accumulation: int, rank: int, world_size: int):
@@ -164,6 +172,8 @@ CASES = {
         2, 1, loss__region_negatives=3, model__discriminator__regions=(8, 4), engine__accumulation=2
     ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
+    "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
+    "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),
     "clipped": _stages(0, 0, optimizer__weight_decay=0.1),
     "offloaded": _stages(2, 2, engine__offload="cpu"),
 }

@@ -26,14 +26,14 @@ TABLE = {
 OVERRIDES = {"loss__penalty_every": 1, "model__discriminator__patches": 8, "loss__mismatched": 0.37}
 
 
-def flows(mode: str, penalty: str = "r1") -> dict:
+def flows(mode: str, penalty: str = "r1", **more) -> dict:
     """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
     import torch
 
     from dist_t2i.gan import Gan
     from test_equivalence import build_gan, frozen_encoder, micro_batches, tiny_config
 
-    config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode)
+    config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode, **more)
     built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
     found: dict = {"gradients": {}, "changed": {}, "all": set()}
 
@@ -153,3 +153,18 @@ def test_both_sides_train_every_parameter_of_a_shared_encoder():
 def test_other_penalties_shape_the_discriminator_alone(penalty):
     (flow,) = run_ranks(1, flows, "dual", penalty)
     assert modules(flow["gradients"]["loss/d_penalty"]) == {"discriminator"}
+
+
+def edit_flows() -> dict:
+    return flows("dual", edit__width=8, loss__edit_target=1.0)
+
+
+def test_the_encoder_of_source_pictures_is_the_generators():
+    """No loss of D's reaches it; all of G's do, but for that of the conditioning, which it takes no part in."""
+    (flow,) = run_ranks(1, edit_flows)
+    g_side = G_SIDE | {"source"}
+    table = {name: g_side if reached == G_SIDE and name != "loss/kl" else reached for name, reached in TABLE.items()}
+    for loss, reached in (table | {"loss/g_reconstruction": g_side, "loss/g_edit_target": g_side}).items():
+        assert modules(flow["gradients"][loss]) == reached, loss
+    of_d = {n for n in flow["all"] if modules([n]) <= D_SIDE}
+    assert flow["changed"]["d"] == of_d and modules(flow["changed"]["g"]) == g_side

@@ -1,0 +1,62 @@
+"""The source picture's way into a generator: silent at first, row by row, and able to give the source back."""
+
+import pytest
+import torch
+
+from dist_t2i.config import GeneratorConfig
+from dist_t2i.models.generator import Generator
+from dist_t2i.models.source import KEEP_GAIN, SourceEncoder
+
+CHANNELS = (12, 8, 8)
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    config = GeneratorConfig(noise=4, condition=4, channels=CHANNELS, layout=256)
+    return Generator(config, 32, 6), SourceEncoder(8, CHANNELS, 32)
+
+
+def inputs(rows=3):
+    torch.manual_seed(1)
+    return (
+        torch.randn(rows, 4),
+        torch.randn(rows, 6),
+        torch.randn(rows, 1, 6),
+        torch.ones(rows, 1),
+        torch.randn(rows, 4),
+    )
+
+
+def trained(source):
+    """As if training had moved the layers that begin at zero."""
+    for layer in (*source.into, source.keep.conv):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    return source
+
+
+def test_a_fresh_encoder_disturbs_nothing(networks):
+    generator, source = networks
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    assert torch.equal(generator(*inputs(), source(pictures)).images, generator(*inputs()).images)
+
+
+def test_rows_without_a_source_are_drawn_from_text_alone(networks):
+    generator, source = networks
+    trained(source)
+    pictures, alone = torch.rand(3, 3, 32, 32) * 2 - 1, generator(*inputs()).images
+    given = torch.tensor([True, False, True])
+    images = generator(*inputs(), source(pictures, given)).images
+    assert torch.allclose(images[1], alone[1], atol=1e-6)
+    assert not torch.allclose(images[0], alone[0], atol=1e-2)
+    others = torch.cat([pictures[:1], pictures[:1], pictures[2:]])
+    assert torch.equal(images[0], generator(*inputs(), source(others, given)).images[0])
+
+
+def test_all_kept_is_the_source(networks):
+    generator, source = networks
+    trained(source)
+    torch.nn.init.zeros_(source.keep.conv.weight)
+    torch.nn.init.constant_(source.keep.conv.bias, 1 / KEEP_GAIN)
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    assert torch.allclose(generator(*inputs(), source(pictures)).images, pictures, atol=1e-6)
