@@ -328,7 +328,7 @@ def build_parts(files: ModelFiles, device: torch.device) -> Parts:
     if networks.generator.source is not None:
         found.append(fill(networks.generator.source, files.generator, "source.", where))
     modules = (module.eval().requires_grad_(False) for module in found)
-    return Parts(*(module.to(device, memory_format=torch.channels_last) for module in modules))
+    return Parts(*(module.to(device) for module in modules))
 
 
 def check_texts(texts: Sequence[str], name: str) -> list[str]:

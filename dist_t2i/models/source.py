@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, convolution, patch_size
+from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, Convolution, convolution, patch_size
 from dist_t2i.models.discriminator import DiscriminatorBlock, Downsample
 
 KEEP_GAIN = 4.0
 """Factor on the kept shares, so that they learn faster than other layers: they have far to go from 0."""
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+def _zero(layer: Convolution) -> Convolution:
     nn.init.zeros_(layer.weight)
     return layer
 
