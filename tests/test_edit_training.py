@@ -57,8 +57,8 @@ def test_it_begins_with_the_models_weights(data, base, tmp_path):
     given, got = checkpoint.load_latest(base), run.tensors(8)
     for file, engine in (("ema", "generator"), ("discriminator", "discriminator")):
         for name, value in given.tensors(file).items():
-            assert torch.equal(got[f"{engine}/{name}"], value), name
-    assert got["generator/source.stem.weight"].any() and not got["generator/source.keep.conv.weight"].any()
+            assert torch.allclose(got[f"{engine}/{name}"], value, rtol=0, atol=1e-20), name
+    assert got["generator/source.stem.weight"].any() and got["generator/source.keep.conv.weight"].abs().max() < 1e-20
 
 
 def test_resumed_is_bitwise_the_whole_run_and_needs_the_model_no_more(whole, data, tmp_path):

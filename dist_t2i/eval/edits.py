@@ -108,6 +108,7 @@ def evaluate_edits(
         raise UserError(f"{base.files.folder} draws at {base.image_size} px, but the edits have {model.image_size} px")
     library = Library(data, protocol, model.image_size)
     judge = judge or load_features(protocol.features, model.device)
+    features = Remembered(judge)
     parts, rows = {}, []
     for kind, find, score in KINDS:
         cases = find(library)
@@ -118,7 +119,7 @@ def evaluate_edits(
         if len(cases) < 2:
             continue
         say(f"{kind}: {len(cases)} edits")
-        found = answer(cases, model, base, library, protocol, judge)
+        found = answer(cases, model, base, library, protocol, features)
         parts[kind] = SplitScores(len(cases), tuple(score(found, library, protocol, judge.name)))
         rows += grid_rows(found, 8) if kind != OWN else []
     about = manifest(model, data, protocol, judge) | {"base_weights_sha256": base.files.sha256()}
@@ -159,6 +160,21 @@ class Library:
         return torch.stack([self._decoded[caption] for caption in captions])
 
 
+class Remembered:
+    """A judge that looks at each picture once: most are a source here and a target there."""
+
+    def __init__(self, judge: FeatureNetwork) -> None:
+        self._judge, self._known = judge, {}
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> features [N, D]."""
+        names = [picture.contiguous().numpy().tobytes() for picture in pictures]
+        fresh = {name: i for i, name in enumerate(names) if name not in self._known}
+        if fresh:
+            self._known.update(zip(fresh, self._judge(pictures[list(fresh.values())]), strict=True))
+        return torch.stack([self._known[name] for name in names])
+
+
 def tone_cases(library: Library) -> list[Case]:
     """Light to dark and dark to light, between held-out pictures."""
     held_out = set(library.held_out)
@@ -197,7 +213,7 @@ def answer(
     base: TextToImage,
     library: Library,
     protocol: EditProtocol,
-    judge: FeatureNetwork,
+    judge: Remembered,
 ) -> Answers:
     """All answers to the cases. An edit and its rival from scratch have the same noise."""
     texts = [case.text for case in cases]

@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, Convolution, convolution, patch_size
 from dist_t2i.models.discriminator import DiscriminatorBlock, Downsample
 
-KEEP_GAIN = 4.0
-"""Factor on the kept shares, so that they learn faster than other layers: they have far to go from 0."""
-
 
 def _zero(layer: Convolution) -> Convolution:
     nn.init.zeros_(layer.weight)
@@ -60,7 +57,7 @@ class Keep(nn.Module):
 
     def forward(self, last: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 3, patch * H, patch * W]."""
-        return KEEP_GAIN * self.shuffle(self.conv(last))
+        return self.shuffle(self.conv(last))
 
 
 class SourceEncoder(nn.Module):

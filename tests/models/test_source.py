@@ -5,7 +5,7 @@ import torch
 
 from dist_t2i.config import GeneratorConfig
 from dist_t2i.models.generator import Generator
-from dist_t2i.models.source import KEEP_GAIN, SourceEncoder
+from dist_t2i.models.source import SourceEncoder
 
 CHANNELS = (12, 8, 8)
 
@@ -57,6 +57,6 @@ def test_all_kept_is_the_source(networks):
     generator, source = networks
     trained(source)
     torch.nn.init.zeros_(source.keep.conv.weight)
-    torch.nn.init.constant_(source.keep.conv.bias, 1 / KEEP_GAIN)
+    torch.nn.init.ones_(source.keep.conv.bias)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     assert torch.allclose(generator(*inputs(), source(pictures)).images, pictures, atol=1e-6)
