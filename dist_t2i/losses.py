@@ -84,9 +84,9 @@ def kl_condition(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
-def pixel_error(images: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Mean absolute error of pictures [B, 3, H, W], row i of it times weights[i]; a mean over all B rows."""
-    rows = (images.float() - wanted.float()).abs().mean(dim=(1, 2, 3))
+def pixel_error(images: Tensor, wanted: Tensor, weights: Tensor, power: int = 1) -> Tensor:
+    """Mean absolute error (or that `power` of it) of pictures [B, 3, H, W], row i times weights[i]; a mean over all B rows."""
+    rows = (images.float() - wanted.float()).abs().pow(power).mean(dim=(1, 2, 3))
     return (rows * weights).mean()
 
 

@@ -180,10 +180,11 @@ class Reference:
     def _pixel_errors(self, seen, out):
         """Weighted errors of edits: of those whose source was the real picture itself, and another one."""
         w, batch = self.config.loss, seen.batch
-        errors = (out.images - self._pixels(batch.images)).abs().flatten(1).mean(1)
+        difference = (out.images - self._pixels(batch.images)).flatten(1)
+        errors, squares = difference.abs().mean(1), difference.square().mean(1)
         own = torch.tensor([int(a) == int(b) for a, b in zip(batch.source_ids, batch.image_ids, strict=True)])
         other = ~own & (batch.source_ids != -1)
-        return w.reconstruction * (errors * own).mean() + w.edit_target * (errors * other).mean()
+        return w.reconstruction * (errors * own).mean() + w.edit_target * (squares * other).mean()
 
     def _text_gradient(self):
         """Of the shared encoder, which both losses train; none when there is no such encoder."""
