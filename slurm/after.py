@@ -61,23 +61,25 @@ def main() -> int:
         images=attempts.newest_checkpoint(chosen.run),
     )
     print(f"job {job}, attempt {restart + 1}: {verdict}{': ' if reason else ''}{reason}", flush=True)
-    if verdict == "requeued" and not requeue(job):
-        print(f"Slurm did not queue job {job} again: scontrol requeue {job}", flush=True)
+    if verdict == "requeued" and not requeue(known_as(job)):
+        print(f"Slurm did not queue job {job} again: scontrol requeue {known_as(job)}", flush=True)
         return chosen.status
     return chosen.status if verdict == "given up" else 0
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
     """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
-    state, current = job_state(job)
+    state, current = job_state(known_as(job))
     if status == SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
     if status == 0:
         return "finished", "", ""
     if state not in ("RUNNING", ""):
         return "ended by Slurm", state, ""
-    if status == STOPPED or status in _BEFORE_HANDLERS:
+    if status == STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
+    elif status in _BEFORE_HANDLERS:
+        reason, kind = "stopped by a signal before it had begun", ""
     else:
         reason, kind = cause(run, status, log, job, restart)
     before, images = fruitless(run), attempts.newest_checkpoint(run)
@@ -124,6 +126,12 @@ def said_by_srun(log: Path | None) -> str:
     except OSError:
         return ""
     return f" ({found[-1].strip()})" if found else ""
+
+
+def known_as(job: str) -> str:
+    """What Slurm's commands call this job: one task of an array has the array's own number, which means all of them there."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else job
 
 
 def job_state(job: str) -> tuple[str, int | None]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,37 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
     assert state(run, folders[0]) == "finished" and (folders[0] / "checkpoints/images-000000024").is_dir()
     assert (folders[0] / "code" / "slurm" / "rank.py").read_bytes() == (run.folder / "code/slurm/rank.py").read_bytes()
+
+
+TWO_TASKS = """#!/bin/bash
+#SBATCH --array=0-1 --output=/dev/null --requeue
+[ "$SLURM_JOB_ID" = "$SLURM_ARRAY_JOB_ID" ] || exec sleep 100
+[ -z "$SLURM_RESTART_COUNT" ] || exec sleep 100
+until [ "$(squeue -h -t RUNNING -j "$SLURM_ARRAY_JOB_ID" -o %i | wc -l)" = 2 ]; do sleep 0.1; done
+"""
+
+
+@pytest.mark.slurm
+def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
+    """One of the tasks has the array's own number, by which Slurm's commands would mean all of them."""
+    after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75\n"
+    (tmp_path / "job.sh").write_text(TWO_TASKS + after)
+    (array,) = re.findall(r"\d+", cluster.command("sbatch", str(tmp_path / "job.sh")))
+    try:
+        shown = wait_for_restart(cluster, array)
+    finally:
+        cluster.command("scancel", array)
+    restarts = {job: int(count) for job, count in re.findall(r"JobId=(\d+) .*? Restarts=(\d+)", shown)}
+    assert restarts.pop(array) == 1 and list(restarts.values()) == [0], shown
+
+
+def wait_for_restart(cluster: LocalSlurm, array: str) -> str:
+    """What Slurm shows of the tasks as soon as one of them was queued again."""
+    end = time.monotonic() + 60
+    while "Restarts=1" not in (shown := cluster.command("scontrol", "-o", "show", "job", array)):
+        assert time.monotonic() < end, shown
+        time.sleep(0.1)
+    return shown
 
 
 def state(run: Job, folder: Path) -> str:
