@@ -276,7 +276,7 @@ def _mounts(box: Container, run: Path) -> list[str]:
 
 def _expanding(value: str) -> str:
     """A value for the shell in which only variables are filled in."""
-    return '"' + re.sub(r'(["\\`])', r"\\\1", value.replace("$(", "\\$(")) + '"'
+    return '"' + re.sub(r'(["\\`])', r"\\\1", value).replace("$(", "\\$(") + '"'
 
 
 def _reason(text: str) -> str:

@@ -123,7 +123,7 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     profile = tmp_path / "profile.yaml"
     profile.write_text(
         "gpus_per_node: 2\nmodules: [cuda/12.6, nccl]\nscratch: /scratch/$USER\ninterface: ib0\n"
-        'environment: {NOTE: "a $HOME `b` \\"c\\""}\ncontainer: {image: /img/x.sif, mounts: [/data]}\n'
+        'environment: {NOTE: "a $HOME `b` \\"c\\" $(d) ${NONE:-$(e)}"}\ncontainer: {image: /img/x.sif, mounts: [/data]}\n'
         "sbatch: {mail-type: FAIL}\nsrun: [--mpi=none]\n"
     )
     words = ("--nodes", "3", "--config", str(config), "--profile", str(profile), "--dry-run", "--time", "2d")
@@ -139,7 +139,7 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     assert "--mpi=none" in script and "--kill-on-bad-exit=1" in script
     (export,) = re.findall(r"export NOTE=.*", script)
     said = subprocess.run(["bash", "-c", f'{export}; printf %s "$NOTE"'], capture_output=True, text=True).stdout
-    assert said == f'a {os.environ["HOME"]} `b` "c"'
+    assert said == f'a {os.environ["HOME"]} `b` "c" $(d) $(e)', "variables are filled in, and nothing is run"
     profile.write_text(profile.read_text().replace("image:", "runtime: pyxis, image:"))
     script = submit(*words).stdout
     assert "--container-image=/img/x.sif" in script and "--container-mounts=/data:/data," in script
