@@ -112,6 +112,7 @@ class Submission:
             "exclusive": profile.exclusive,
             "dependency": self.dependency,
         }
+        _refuse_what_breaks_lines({**given, **profile.sbatch}, self.run)
         executor.update_parameters(
             **{name: value for name, value in given.items() if value},
             wckey=None,
@@ -264,6 +265,18 @@ class _Executor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         return 2
+
+
+def _refuse_what_breaks_lines(options: dict[str, Any], run: Path) -> None:
+    """A line break ends an `#SBATCH` line, and the shell runs what comes after it; Slurm fills in `%j` within paths.
+
+    Raises SubmitError.
+    """
+    for name, value in options.items():
+        if "\n" in str(value):
+            raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
+    if any(character in str(run) for character in "\n%\\"):
+        raise SubmitError(f"run folder {str(run)!r}: Slurm's logs cannot lie there; choose one without % and backslash")
 
 
 def _in_folder(config: Config, run: Path) -> Config:

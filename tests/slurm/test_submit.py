@@ -146,6 +146,29 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     assert re.search(r"\n python3|^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
 
 
+def test_odd_names_stay_what_they_are(tmp_path, config):
+    """Within the script, and in a shell that runs it; what could not is refused."""
+    run = tmp_path / "it's a \"run\" $(HOME) ünï"
+    script = submit("--config", str(config), "--name", 'a "näme"', f"run.folder={run}", "--dry-run").stdout
+    assert "#SBATCH --job-name='a \"näme\"'\n" in script
+    teardown = script.partition("# teardown")[2].replace(sys.executable, "printf '%s\\n'")
+    said = subprocess.run(["bash", "-c", teardown], capture_output=True, text=True).stdout
+    assert said.splitlines()[:3] == [f"{run}/code/slurm/after.py", "--run", str(run)]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--name", "a\ntouch b"], "has a line break"),
+        (["run.name=a\ntouch b"], "has a line break"),
+        (["run.folder=/tmp/50%j"], "choose one without %"),
+    ],
+)
+def test_what_would_break_the_script(config, words, problem):
+    done = submit("--config", str(config), *words, "--dry-run")
+    assert done.returncode == 2 and problem in done.stderr and not done.stdout, done.stdout + done.stderr
+
+
 # ---- before anything is queued ---------------------------------------------------------------------------------------
 
 
