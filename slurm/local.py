@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import os
+import pwd
+import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -84,6 +86,8 @@ class LocalSlurm:
 
     def up(self) -> None:
         """Start it and wait until every node is idle. Raises UserError saying what stands in the way."""
+        if not self.nodes:
+            raise UserError("--nodes: a cluster has at least one")
         missing = missing_programs()
         if missing:
             raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
@@ -95,6 +99,8 @@ class LocalSlurm:
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
         ports = _free_ports(len(self.nodes) + 1)
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
+        # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
+        self._first_job = 1000 * (1 + secrets.randbelow(60_000)) + 1
         self.conf.write_text(self.configuration())
         self._start("slurmctld", "-D", "-f", str(self.conf))
         for node in self.nodes:
@@ -103,8 +109,8 @@ class LocalSlurm:
 
     def down(self) -> None:
         """End the jobs and stop the daemons; whatever they have started and left behind is killed."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
-            self.command("scancel", "--user", getpass.getuser(), timeout=10)
+        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # whatever a daemon still answers
+            self.command("scancel", "--user", _user(), timeout=10)
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
         daemons = self._daemons()
         _end(daemons, signal.SIGTERM)
@@ -114,7 +120,7 @@ class LocalSlurm:
         _end(self.leftovers(), signal.SIGKILL)
 
     def running(self) -> bool:
-        """Whether its controller runs."""
+        """Whether any of its daemons runs."""
         return any(_alive(pid) for pid in self._daemons())
 
     def start_node(self, node: str) -> None:
@@ -158,18 +164,19 @@ class LocalSlurm:
 
     def configuration(self) -> str:
         """The text of slurm.conf."""
-        host, user = socket.gethostname().split(".")[0], getpass.getuser()
-        places = {
+        host, user = socket.gethostname().split(".")[0], _user()
+        places = {  # in quotes: a path may have spaces
             "SlurmctldHost": f"{host}(127.0.0.1)",
             "SlurmctldPort": str(self._ports["slurmctld"]),
             "SlurmUser": user,
             "SlurmdUser": user,
-            "StateSaveLocation": f"{self.folder}/state",
-            "SlurmdSpoolDir": f"{self.folder}/spool/%n",
-            "SlurmctldLogFile": f"{self.folder}/log/slurmctld.log",
-            "SlurmdLogFile": f"{self.folder}/log/%n.log",
-            "SlurmctldPidFile": f"{self.folder}/pid/slurmctld.pid",
-            "SlurmdPidFile": f"{self.folder}/pid/%n.pid",
+            "FirstJobId": str(self._first_job),
+            "StateSaveLocation": f'"{self.folder}/state"',
+            "SlurmdSpoolDir": f'"{self.folder}/spool/%n"',
+            "SlurmctldLogFile": f'"{self.folder}/log/slurmctld.log"',
+            "SlurmdLogFile": f'"{self.folder}/log/%n.log"',
+            "SlurmctldPidFile": f'"{self.folder}/pid/slurmctld.pid"',
+            "SlurmdPidFile": f'"{self.folder}/pid/%n.pid"',
         }
         lines = [f"{name}={value}" for name, value in {**_SETTINGS, **places, **self.settings}.items()]
         cores, memory = max(4, os.cpu_count() or 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
@@ -231,6 +238,14 @@ class LocalSlurm:
             time.sleep(0.1)
 
 
+def _user() -> str:
+    """Whose processes these are, whatever the environment says (`runuser` and containers leave another's name in it)."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
+
+
 def _free_ports(count: int) -> list[int]:
     listeners = [socket.socket() for _ in range(count)]
     try:
@@ -281,7 +296,7 @@ def default_folder() -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: for `run`, the command's own."""
+    """Returns the exit status; `run` does not return, and has the command's own."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -290,13 +305,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("up", "run", "down"))
     parser.add_argument("command", nargs=argparse.REMAINDER, help="of `run`")
     chosen = parser.parse_args(arguments)
-    if chosen.action == "up" and chosen.command:  # options after the word: `up --nodes 2`
-        chosen = parser.parse_args([*chosen.command, "up"])
+    if chosen.action != "run" and chosen.command:  # options after the word: `up --nodes 2`
+        chosen = parser.parse_args([*chosen.command, chosen.action], namespace=chosen)
     cluster = LocalSlurm(chosen.folder, nodes=chosen.nodes)
     if chosen.action == "up":
         cluster.up()
         print(f"Slurm is up: {len(cluster.nodes)} nodes, partitions low (default) and high. In this shell:")
-        print(f"export SLURM_CONF={cluster.conf}")
+        print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
         return 0
     if chosen.action == "down":
         was = cluster.running()
@@ -307,7 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("run what? Such as: python -m slurm.local run squeue")
     if not cluster.running():
         raise UserError("Slurm is not up: python -m slurm.local up")
-    return subprocess.run(chosen.command, env=cluster.environment).returncode
+    program = shutil.which(chosen.command[0], path=_search_path())
+    if program is None:
+        raise UserError(f"there is no program {chosen.command[0]} to run")
+    os.execve(program, chosen.command, cluster.environment)  # its signals and exit status are its own
 
 
 if __name__ == "__main__":

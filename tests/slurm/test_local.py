@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from ranks import ROOT
 from runs import CONFIG
+from slurm.local import LocalSlurm
 
 pytestmark = pytest.mark.slurm
 
@@ -69,9 +71,39 @@ def test_what_is_wrong_is_said(cluster, home):
     for more, said in (
         (["run", "squeue"], "Slurm is not up: python -m slurm.local up"),
         (["run"], "run what?"),
+        (["up", "--nodes", "0"], "at least one"),
     ):
         done = run([*words, *more], home)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
+    """Options may stand after the word; the user is who runs it, not who the environment names; job numbers do not come
+    again, or `cancel` of an older run would end a job of this cluster."""
+    words, where = [sys.executable, "-m", "slurm.local"], ["--folder", str(tmp_path / "my cluster")]
+    env = home | {"USER": "nobody", "LOGNAME": "nobody"}
+    assert run([*words, "up", "--nodes", "1", *where], env).returncode == 0
+    try:
+        assert not (tmp_path / "cache").exists()
+        said = run([*words, *where, "run", "sbatch", "--parsable", "--wrap", "true", "-o", "/dev/null"], env)
+        assert said.returncode == 0 and int(said.stdout) > 1000, said.stderr
+        assert run([*words, *where, "run", "bash", "-c", "exit 7"], env).returncode == 7
+        nothing = run([*words, *where, "run", "no-such-program"], env)
+        assert nothing.returncode == 2 and "there is no program no-such-program" in nothing.stderr
+    finally:
+        assert run([*words, "down", *where], env).stdout == "Slurm is down\n"
+
+
+def test_what_does_not_answer_is_ended_all_the_same(cluster, tmp_path, monkeypatch):
+    """A job on a node that hangs never leaves the queue."""
+    monkeypatch.setattr("slurm.local._DOWN_SECONDS", 2.0)
+    one = LocalSlurm(tmp_path / "one", nodes=1)
+    one.up()
+    one.command("sbatch", "-o", "/dev/null", "--wrap", "sleep 100")
+    wait_for(lambda: "RUNNING" in one.command("squeue", "-h", "-o", "%T"), 20)
+    os.kill(one.node_processes("n1")["slurmd"][0], signal.SIGSTOP)
+    one.down()
+    assert not one.running() and one.leftovers() == []
 
 
 def test_where_slurm_is_missing_it_says_what_to_install(home, tmp_path):

@@ -148,7 +148,7 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
 
 def test_odd_names_stay_what_they_are(tmp_path, config):
     """Within the script, and in a shell that runs it; what could not is refused."""
-    run = tmp_path / "it's a \"run\" $(HOME) ünï"
+    run = tmp_path / 'it\'s a "run" $(HOME) ünï'
     script = submit("--config", str(config), "--name", 'a "näme"', f"run.folder={run}", "--dry-run").stdout
     assert "#SBATCH --job-name='a \"näme\"'\n" in script
     teardown = script.partition("# teardown")[2].replace(sys.executable, "printf '%s\\n'")
