@@ -153,8 +153,7 @@ def _ask(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout
-        away = re.search(r"contact|connect|timed out|communication", done.stderr, re.IGNORECASE)
-        if not away or time.monotonic() > end:
+        if not attempts.AWAY.search(done.stderr) or time.monotonic() > end:
             print(done.stderr.strip(), file=sys.stderr, flush=True)
             return None
         time.sleep(2.0)
