@@ -184,16 +184,17 @@ def test_what_would_break_the_script(config, words, problem):
         (["--time", "soon"], "is not a time"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
         (["--local", "--nodes", "2"], "--local runs one node"),
+        (["--local", "--dry-run"], "--local has none"),
     ],
 )
 @pytest.mark.slurm
 def test_nothing_is_queued_when_something_is_wrong(cluster, config, tmp_path, words, problem):
-    before = cluster.command("squeue", "-h")
+    before = cluster.command("squeue", "-h", "-o", "%i")
     given = [] if "--profile" in words else ["--profile", str(PROFILES[0].with_name("local.yaml"))]
     done = submit("--config", str(config), *given, *words, env=cluster.environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert problem in done.stderr and done.stderr.startswith("error: "), done.stderr
-    assert not (tmp_path / "run").exists() and cluster.command("squeue", "-h") == before
+    assert not (tmp_path / "run").exists() and cluster.command("squeue", "-h", "-o", "%i") == before
 
 
 def test_without_slurm_it_says_what_to_do(config):
@@ -222,6 +223,8 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     assert re.search(r"queued as job (\d+)_0, \1_1", said)
     again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
     assert "cancel that first" in again
+    here = run.tool("--local", "--config", str(run.config), *run.overrides, status=2)
+    assert "cancel that first" in here, "it would replace the code that the job starts again from"
     folders = [run.folder / "seed-5", run.folder / "seed-6"]
     run.wait_for(lambda: all(state(run, folder) == "finished" for folder in folders), "both seeds")
     weights = [(folder / "checkpoints/images-000000016/generator.safetensors").read_bytes() for folder in folders]
@@ -233,6 +236,7 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     assert about["revision"] and (run.folder / "code" / "slurm" / "rank.py").exists()
     assert run.tool("status", str(run.folder)).count("finished, job") == 2
     assert "is not in the queue (finished)" in run.tool("cancel", str(folders[0]))
+    assert "--nodes 0: " in run.tool("resume", str(folders[0]), "--nodes", "0", status=2)
     run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
     assert state(run, folders[0]) == "finished" and (folders[0] / "checkpoints/images-000000024").is_dir()
     assert (folders[0] / "code" / "slurm" / "rank.py").read_bytes() == (run.folder / "code/slurm/rank.py").read_bytes()
