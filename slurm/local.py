@@ -6,8 +6,9 @@
 
 Two partitions: jobs in `high` push out those in `low` (the default one), which get SIGTERM and 20 seconds, and are queued
 again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`), but no
-root, no munge daemon and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Every
-user of the machine can talk to it, as the user it runs as: use it on a machine that you trust.
+root and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Its ports can be reached
+from other machines, as Slurm's daemons listen everywhere, but it only listens to the user who started it: that is seen
+to by a munged of its own, whose socket nobody else can open.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 _UP_SECONDS = 60.0
 """How long the nodes may take until all of them are idle."""
@@ -38,9 +40,8 @@ _DOWN_SECONDS = 20.0
 
 _SETTINGS = {
     "ClusterName": "local",
-    "AuthType": "auth/none",
-    "CredType": "cred/none",
-    "AuthInfo": "cred_expire=5",  # a requeued job waits for twice this and a little: 10 s instead of 121
+    "AuthType": "auth/munge",
+    "CredType": "cred/munge",
     "SlurmdParameters": "config_overrides",
     "ProctrackType": "proctrack/pgid",
     "TaskPlugin": "task/none",
@@ -101,7 +102,10 @@ class LocalSlurm:
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
         # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
         self._first_job = 1000 * (1 + secrets.randbelow(60_000)) + 1
+        self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
+        files = [f"--{name}-file={self._keys / name}" for name in ("key", "log", "pid", "seed")]
+        self._start("munged", "--foreground", "--force", f"--socket={self._keys}/socket", *files)
         self._start("slurmctld", "-D", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
@@ -112,12 +116,14 @@ class LocalSlurm:
         with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # whatever a daemon still answers
             self.command("scancel", "--user", _user(), timeout=10)
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
-        daemons = self._daemons()
-        _end(daemons, signal.SIGTERM)
-        with contextlib.suppress(UserError):
-            self._await(lambda: not any(_alive(pid) for pid in daemons), _DOWN_SECONDS)
-        _end(daemons, signal.SIGKILL)
+        for programs in ("slurm*", "munged"):  # the others cannot end in order without it
+            daemons = self._daemons(programs)
+            _end(daemons, signal.SIGTERM)
+            with contextlib.suppress(UserError):
+                self._await(lambda pids=daemons: not any(_alive(pid) for pid in pids), _DOWN_SECONDS)
+            _end(daemons, signal.SIGKILL)
         _end(self.leftovers(), signal.SIGKILL)
+        shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
 
     def running(self) -> bool:
         """Whether any of its daemons runs."""
@@ -171,6 +177,8 @@ class LocalSlurm:
             "SlurmUser": user,
             "SlurmdUser": user,
             "FirstJobId": str(self._first_job),
+            # A requeued job waits for twice `cred_expire` and a little: 10 s instead of 121.
+            "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
             "StateSaveLocation": f'"{self.folder}/state"',
             "SlurmdSpoolDir": f'"{self.folder}/spool/%n"',
             "SlurmctldLogFile": f'"{self.folder}/log/slurmctld.log"',
@@ -204,9 +212,18 @@ class LocalSlurm:
             )
         (self.folder / "run" / name).write_text(str(daemon.pid))
 
-    def _daemons(self) -> list[int]:
+    def _new_keys(self) -> Path:
+        """A folder for munged's socket and secret that only this user can enter; elsewhere, as sockets want short paths."""
+        folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
+        (folder / "key").touch(mode=0o600)
+        (folder / "key").write_bytes(secrets.token_bytes(128))
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        return folder
+
+    def _daemons(self, programs: str = "*") -> list[int]:
         found = []
-        for file in (self.folder / "run").glob("slurm*"):
+        for file in (self.folder / "run").glob(programs):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
                 if _alive(pid) and _runs(pid, file.name.partition("-")[0]):

@@ -94,6 +94,19 @@ def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
         assert run([*words, "down", *where], env).stdout == "Slurm is down\n"
 
 
+def test_nobody_else_is_heard(cluster, tmp_path):
+    """The daemons' ports can be reached from everywhere; what they take orders by is a secret of who started them."""
+    assert cluster.command("sbatch", "--test-only", "-o", "/dev/null", "--wrap", "true") == ""
+    folder = (cluster.folder / "keys").resolve()
+    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "key").stat().st_mode & 0o777 == 0o600
+    conf = cluster.conf.read_text().replace("auth/munge", "auth/none").replace("cred/munge", "cred/none")
+    (tmp_path / "cgroup.conf").touch()
+    (tmp_path / "slurm.conf").write_text(re.sub(r"socket=[^,]*,", "", conf))
+    env = cluster.environment | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = run(["sbatch", "--test-only", "-o", "/dev/null", "--wrap", "true"], env)
+    assert done.returncode != 0 and "to start at" not in done.stderr, done.stderr
+
+
 def test_what_does_not_answer_is_ended_all_the_same(cluster, tmp_path, monkeypatch):
     """A job on a node that hangs never leaves the queue."""
     monkeypatch.setattr("slurm.local._DOWN_SECONDS", 2.0)
