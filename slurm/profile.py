@@ -41,7 +41,7 @@ class Profile:
     account: str = ""
     qos: str = ""
     time: str = "24h"
-    """Time limit of one attempt: `90m`, `24h`, `2d`, or Slurm's `1-12:00:00`."""
+    """Time limit of one attempt: `90m`, `24h`, `2d`, or as Slurm takes it, in quotes: `"12:00:00"`, `"1-12"`."""
     gpus_per_node: int = 0
     tasks_per_node: int = 0
     """Ranks per node; 0: one per GPU, or one."""
@@ -127,7 +127,8 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
     try:
         return convert(value, type_)
     except ValueError as error:
-        problems.append(f"{key}: expected {expected(type_)}, got {error}")
+        quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
+        problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
         return None
 
 
@@ -155,18 +156,21 @@ def _contradictions(profile: Profile) -> list[str]:
 
 
 def minutes(text: str) -> int:
-    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, a number of minutes, or Slurm's
-    `[D-]HH:MM[:SS]`. Raises ConfigError."""
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip())
-    slurm = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?", text.strip())
-    if text.strip().isdigit():
+    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, or as Slurm takes it: a number of minutes, `MM:SS`,
+    `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ConfigError."""
+    text = text.strip()
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
+    slurm = re.fullmatch(r"(\d+)-(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?|(?:(\d+):)?(\d+):(\d{1,2})", text)
+    if text.isdecimal():
         found = int(text)
-    elif units and text.strip():
+    elif units and text:
         days, hours, rest = (int(part or 0) for part in units.groups())
         found = days * 1440 + hours * 60 + rest
     elif slurm:
-        days, hours, rest, seconds = (int(part or 0) for part in slurm.groups())
-        found = days * 1440 + hours * 60 + rest + (seconds > 0)
+        days, hours, rest, seconds, *short = (int(part or 0) for part in slurm.groups())
+        if not slurm[1]:
+            hours, rest, seconds = short
+        found = days * 1440 + hours * 60 + rest + -(-seconds // 60)
     else:
         raise ConfigError(f"{text!r} is not a time: write 90m, 24h, 2d, or 1-12:00:00")
     if found <= 0:

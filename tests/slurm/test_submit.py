@@ -40,13 +40,16 @@ def config(tmp_path, data) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90m", 90), ("24h", 1440), ("2d", 2880), ("1d12h", 2160), ("45", 45), ("1-12:00:00", 2160), ("00:30:30", 31)],
+    [
+        *[("90m", 90), ("24h", 1440), ("2d", 2880), ("1d12h", 2160), ("45", 45), ("1-12:00:00", 2160)],
+        *[("00:30:30", 31), ("30:00", 30), ("90:01", 91), ("12:00:00", 720), ("2-0", 2880), ("1-12:30", 2190)],
+    ],
 )
 def test_times(text, minutes):
     assert profiles.minutes(text) == minutes
 
 
-@pytest.mark.parametrize("text", ["", "soon", "0", "24 hours", "-5"])
+@pytest.mark.parametrize("text", ["", "soon", "0", "24 hours", "-5", "1:2:3:4", "1-", "²"])
 def test_what_is_not_a_time(text):
     with pytest.raises(ConfigError, match="write 90m" if text != "0" else "at least a minute"):
         profiles.minutes(text)
@@ -66,6 +69,7 @@ def test_every_problem_of_a_profile_is_named(tmp_path):
     ("text", "problem"),
     [
         ("signal_seconds: 5", "at least 10"),
+        ("time: 12:00:00", "put it in quotes"),
         ("time: soon", "is not a time"),
         ("environment: {2X: 1}", "not the name of an environment variable"),
         ("container: {mounts: [/data]}", "there is no container.image"),
