@@ -123,6 +123,8 @@ class LocalSlurm:
                 self._await(lambda pids=daemons: not any(_alive(pid) for pid in pids), _DOWN_SECONDS)
             _end(daemons, signal.SIGKILL)
         _end(self.leftovers(), signal.SIGKILL)
+        with contextlib.suppress(UserError):
+            self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
         shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
 
     def running(self) -> bool:

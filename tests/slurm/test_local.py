@@ -40,7 +40,7 @@ def test_the_readmes_four_lines(cluster, home, slow, data, tmp_path):
     up, submit, push, down = (shlex.split(line.split("#")[0]) for line in block.splitlines())
     (slow / "configs" / "pictures64.yaml").write_text(CONFIG)
     submit = [word for word in submit if not word.startswith("data.train=")] + [f"data.train={data}"]
-    submit += [f"run.folder={tmp_path / 'run'}", "train.total_images=160"]
+    submit += [f"run.folder={tmp_path / 'run'}", "train.total_images=320"]
     look = [*down[:-1], "run", *shlex.split(f"python tools/submit.py status {tmp_path / 'run'}")]
     try:
         begun = run(up, home, slow)
@@ -52,7 +52,7 @@ def test_the_readmes_four_lines(cluster, home, slow, data, tmp_path):
         assert run(push, home, slow).returncode == 0
         wait_for(lambda: "preempted or stopped once" in run(look, home, slow).stdout, 120)
         wait_for(lambda: "finished" in run(look, home, slow).stdout, 120)
-        assert "160 of 160 images" in run(look, home, slow).stdout
+        assert "320 of 320 images" in run(look, home, slow).stdout
     finally:
         ended = run(down, home, slow)
     assert ended.stdout == "Slurm is down\n"
