@@ -24,7 +24,7 @@ from dist_t2i.config import Config
 from dist_t2i.configschema import build
 from dist_t2i.data.destination import open_place
 from dist_t2i.errors import CheckpointError, ConfigError
-from dist_t2i.mirroring import Mirroring
+from dist_t2i.mirroring import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.preempt import FINISHED, STOPPED
 from faultproxy import FaultProxy
 from faults import Stall, Status
@@ -349,7 +349,7 @@ def test_a_mirror_out_of_reach(small, proxy, capsys):
         own.wait(lambda: own.told("fails:"))
         began = time.monotonic()
         own.mirror.finish(FINISHED, SimpleNamespace(requested=True))
-        assert time.monotonic() - began < 3 and own.told("lacks the checkpoint at 100 images")
+        assert time.monotonic() - began < FINISH_SECONDS / 10 and own.told("lacks the checkpoint at 100 images")
 
 
 @pytest.mark.parametrize(("status", "times"), [(403, 2), (503, 4)])  # the client itself tries 503 three times
@@ -380,7 +380,7 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
     assert run.told("the mirror's process has ended") == 1 and mirrored(server) == [200, 300]
     began = time.monotonic()
     run.finish(STOPPED)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < STOP_SECONDS
 
 
 def test_by_hand(small, tmp_path):
