@@ -327,6 +327,13 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.action != "run" and chosen.command:  # options after the word: `up --nodes 2`
         chosen = parser.parse_args([*chosen.command, chosen.action], namespace=chosen)
     cluster = LocalSlurm(chosen.folder, nodes=chosen.nodes)
+    try:
+        return _act(chosen, cluster)
+    except OSError as error:
+        raise UserError(f"{error.filename or cluster.folder}: {error.strerror or error}") from error
+
+
+def _act(chosen: argparse.Namespace, cluster: LocalSlurm) -> int:
     if chosen.action == "up":
         cluster.up()
         print(f"Slurm is up: {len(cluster.nodes)} nodes, partitions low (default) and high. In this shell:")

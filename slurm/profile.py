@@ -63,7 +63,8 @@ class Profile:
     scratch: str = ""
     """Folder on each node's own disk, for the shard cache."""
     python: str = ""
-    """Python of the environment on the nodes; empty: the one that submits."""
+    """Python of the environment on the nodes; empty: the one that submits. With a container it only runs what decides at
+    the end, outside of the image: 3.7 or newer; empty: `python3`."""
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch by name, such as `mail-type: FAIL`."""
@@ -84,12 +85,9 @@ def load(path: Path) -> Profile:
         raise ConfigError(f"the profile {path} is not YAML: {' '.join(str(error).split())}") from None
     problems: list[str] = []
     profile = _section({} if found is None else found, Profile, "", problems)
-    if not problems:
-        problems += _contradictions(profile)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
-    return profile
+        raise _error(str(path), problems)
+    return check(profile, str(path))
 
 
 def from_plain(found: dict[str, Any]) -> Profile:
@@ -99,6 +97,18 @@ def from_plain(found: dict[str, Any]) -> Profile:
     if problems:
         raise ConfigError("the profile of the run cannot be read: " + "; ".join(problems), problems)
     return profile
+
+
+def check(profile: Profile, source: str = "the profile") -> Profile:
+    """The profile, if its values can be. Raises ConfigError that names every problem."""
+    if problems := _contradictions(profile):
+        raise _error(source, problems)
+    return profile
+
+
+def _error(source: str, problems: list[str]) -> ConfigError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
 
 
 def _section(found: Any, section: type, prefix: str, problems: list[str]) -> Any:

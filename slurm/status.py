@@ -116,11 +116,11 @@ def submitted(run: Path) -> dict[str, Any]:
     """RUN/slurm/job.json. Raises UserError when the run was not submitted."""
     try:
         found = json.loads((run / FOLDER / JOB).read_text(encoding="utf-8"))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         seeds = _seeds(run)
         hint = f"; it is an array: name one of its runs, such as {seeds[0]}" if seeds else ""
         raise UserError(f"{run} is not a submitted run: there is no {FOLDER}/{JOB} in it{hint}") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{run / FOLDER / JOB} cannot be read: {error}") from None
     needed = ("job", "logs", "nodes", "ranks", "profile")
     missing = [name for name in needed if not isinstance(found, dict) or name not in found]
@@ -132,9 +132,10 @@ def submitted(run: Path) -> dict[str, Any]:
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
     """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none, unless that
     is `missing_ok`."""
-    if (folder / FOLDER / JOB).exists():
-        return [folder]
-    seeds = _seeds(folder)
+    try:
+        seeds = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     if not seeds and not missing_ok:
         submitted(folder)
     return seeds

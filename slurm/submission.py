@@ -80,6 +80,8 @@ class Submission:
 
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")
+        if self.seeds < 0:
+            raise UserError(f"--array-seeds {self.seeds}: how many runs, or 0 for one that is no array")
         check_world(self.config, self.ranks)
         data = open_data(self.config.data)
         about = data.manifest["splits"]["train"]
@@ -164,7 +166,8 @@ class Submission:
             run += f"/seed-$(({self.config.train.seed} + ${{SLURM_ARRAY_TASK_ID:-0}}))"
         if self.seeds > 1:
             log = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-        python = "python3" if self.profile.container.image else self._python()
+        outside = shlex.quote(self.profile.python or "python3")
+        python = outside if self.profile.container.image else self._python()
         after = f"{python} {shlex.quote(str(self.code / 'slurm' / 'after.py'))}"
         logs = f"{shlex.quote(str(self.folder))}/{log}_0_log.out"
         return [

@@ -147,8 +147,7 @@ def _profile(chosen: argparse.Namespace, base: profiles.Profile) -> profiles.Pro
     profile = profiles.load(chosen.profile) if chosen.profile else base
     given = {name: getattr(chosen, name) for name in ("gpus_per_node", "time", "partition", "account", "qos")}
     profile = dataclasses.replace(profile, **{name: value for name, value in given.items() if value is not None})
-    profiles.minutes(profile.time)
-    return profile
+    return profiles.check(profile, "the profile, with the options given")
 
 
 def _queue(submission: Submission, chosen: argparse.Namespace, *, keep_code: bool = False) -> int:

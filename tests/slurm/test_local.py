@@ -72,6 +72,7 @@ def test_what_is_wrong_is_said(cluster, home):
         (["run", "squeue"], "Slurm is not up: python -m slurm.local up"),
         (["run"], "run what?"),
         (["up", "--nodes", "0"], "at least one"),
+        (["up", "--folder", "/proc/nowhere"], "/proc/nowhere"),
     ):
         done = run([*words, *more], home)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -84,6 +84,28 @@ def test_a_damaged_note_is_named(tmp_path, text):
         status.submitted(tmp_path / "run")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "resume"])
+def test_a_folder_of_somebody_else(tmp_path, action):
+    """No traceback. As the user nobody, in a process that has imported what it needs."""
+    note(tmp_path / "mine" / "run")
+    (tmp_path / "mine").chmod(0o700)
+    words = ["submit.py", action, str(tmp_path / "mine" / "run")]
+    code = f"import os, sys, runpy; sys.argv[:] = {words!r}; sys.path[0] = {str(ROOT)!r}; import tools.submit as tool; "
+    code += "tool.need_slurm = lambda: None; os.setuid(65534); sys.exit(tool.run_command(tool.main))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_accounting_is_asked_where_the_controller_has_forgotten(tmp_path, monkeypatch):
+    """In place of an accounting database, which takes a database server, a program that says what sacct would."""
+    sacct = tmp_path / "sacct"
+    sacct.write_text('#!/bin/sh\n[ "$*" = "-n -X -P -j 12 -o State" ] && echo "CANCELLED by 1000"\n')
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert status.ask_slurm("12") == ("CANCELLED", "")
+
+
 def test_a_reader_that_has_seen_enough(tmp_path):
     run = note(tmp_path / "run")
     (run / "slurm" / "12_0_log.out").write_text("a line\n" * 100_000)
@@ -98,7 +120,7 @@ def test_a_reader_that_has_seen_enough(tmp_path):
 @pytest.mark.slurm
 def test_a_controller_that_is_away(cluster, tmp_path):
     """Nobody is told that a job is not there, because nobody can know."""
-    one = LocalSlurm(tmp_path / "one", nodes=1, settings={"MessageTimeout": "3"})
+    one = LocalSlurm(tmp_path / "one", nodes=1, settings={"MessageTimeout": "2"})
     one.up()
     try:
         run = note(tmp_path / "run", "1")

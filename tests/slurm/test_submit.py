@@ -147,7 +147,10 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     profile.write_text(profile.read_text().replace("image:", "runtime: pyxis, image:"))
     script = submit(*words).stdout
     assert "--container-image=/img/x.sif" in script and "--container-mounts=/data:/data," in script
-    assert re.search(r"\n python3|^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
+    assert re.search(r"^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
+    profile.write_text(profile.read_text() + "python: /opt/my python\n")
+    script = submit(*words).stdout
+    assert re.search(r"^'/opt/my python' /", script, re.MULTILINE) and " python3 -u /" in script
 
 
 def test_odd_names_stay_what_they_are(tmp_path, config):
@@ -186,6 +189,8 @@ def test_what_would_break_the_script(config, words, problem):
         (["--partition", "nope"], "invalid partition"),
         (["--nodes", "99", "train.global_batch=396"], "node"),
         (["--time", "soon"], "is not a time"),
+        (["--gpus-per-node", "-2"], "gpus_per_node: at least 0"),
+        (["--array-seeds", "-1"], "--array-seeds -1"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
         (["--local", "--nodes", "2"], "--local runs one node"),
         (["--local", "--dry-run"], "--local has none"),
