@@ -239,15 +239,17 @@ def test_a_checkpoint_damaged_here_is_not_mirrored(small, server):
     assert mirrored(server) == [200], "what was begun is swept"
 
 
-@pytest.mark.parametrize("damage", ["cut", "record", "marker", "no marker"])
+@pytest.mark.parametrize("damage", ["cut", "record", "marker", "another marker", "no marker"])
 def test_a_damaged_one_is_passed_over_with_a_word(small, server, damage):
     run = small("run", checkpoint__keep_last=3).begin()
     run.upload(100, 200)
     run.mirror.close()
-    name = {"record": "run/metrics.jsonl", "marker": "state.json", "no marker": "state.json"}
-    key = f"runs/mine/checkpoints/images-000000200/{name.get(damage, 'generator.safetensors')}"
+    name = {"record": "run/metrics.jsonl", "cut": "generator.safetensors"}
+    key = f"runs/mine/checkpoints/images-000000200/{name.get(damage, 'state.json')}"
     data = server.get(key)
-    if damage == "no marker":
+    if damage == "another marker":
+        server.put(key, data.replace(b'"images": 200', b'"images": 300'))
+    elif damage == "no marker":
         server.delete(key)
     else:
         server.put(key, data[: len(data) // 2] if damage in ("cut", "marker") else flip(data))
