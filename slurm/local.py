@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
@@ -106,10 +106,11 @@ class LocalSlurm:
         self.conf.write_text(self.configuration())
         files = [f"--{name}-file={self._keys / name}" for name in ("key", "log", "pid", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={self._keys}/socket", *files)
+        self._await_or_down((self._keys / "socket").is_socket)
         self._start("slurmctld", "-D", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
-        self._await_idle()
+        self._await_or_down(self._idle)
 
     def down(self) -> None:
         """End the jobs and stop the daemons; whatever they have started and left behind is killed."""
@@ -219,6 +220,7 @@ class LocalSlurm:
         folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
         (folder / "key").touch(mode=0o600)
         (folder / "key").write_bytes(secrets.token_bytes(128))
+        shutil.rmtree(link.resolve(), ignore_errors=True)  # of one that was not taken down
         link.unlink(missing_ok=True)
         link.symlink_to(folder)
         return folder
@@ -235,21 +237,21 @@ class LocalSlurm:
     def _spool(self, node: str) -> str:
         return str(self.folder / "spool" / node)
 
-    def _await_idle(self) -> None:
-        def idle() -> bool:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                return self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.nodes)
-            return False
+    def _idle(self) -> bool:
+        with contextlib.suppress(subprocess.SubprocessError):
+            return self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.nodes)
+        return False
 
+    def _await_or_down(self, condition: Callable[[], bool]) -> None:
         try:
-            self._await(idle, _UP_SECONDS)
+            self._await(condition, _UP_SECONDS)
         except UserError as error:
             self.down()
             logs = "".join(file.read_text(errors="replace")[-1500:] for file in (self.folder / "log").iterdir())
             raise UserError(f"Slurm's daemons did not come up ({error}). What they say:\n{logs}") from None
 
     @staticmethod
-    def _await(condition, seconds: float) -> None:
+    def _await(condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
