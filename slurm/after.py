@@ -49,21 +49,14 @@ def main() -> int:
     chosen = parser.parse_args()
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     verdict, reason, kind = decide(chosen.run, chosen.status, chosen.log, job, restart)
-    attempts.note(
-        chosen.run,
-        event="end",
-        job=job,
-        restart=restart,
-        status=chosen.status,
-        verdict=verdict,
-        reason=reason,
-        kind=kind,
-        images=attempts.newest_checkpoint(chosen.run),
-    )
+    entry = {"event": "end", "job": job, "restart": restart, "status": chosen.status, "kind": kind}
+    entry["images"] = attempts.newest_checkpoint(chosen.run)
+    attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
     print(f"job {job}, attempt {restart + 1}: {verdict}{': ' if reason else ''}{reason}", flush=True)
     if verdict == "requeued" and not requeue(known_as(job)):
-        print(f"Slurm did not queue job {job} again: scontrol requeue {known_as(job)}", flush=True)
-        return chosen.status
+        verdict, reason = "given up", f"Slurm did not queue it again (scontrol requeue {known_as(job)}); {reason}"
+        attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
+        print(reason, flush=True)
     return chosen.status if verdict == "given up" else 0
 
 

@@ -273,6 +273,18 @@ def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
     assert restarts.pop(array) == 1 and list(restarts.values()) == [0], shown
 
 
+@pytest.mark.slurm
+def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
+    """`status` says so, and what it had ended of."""
+    after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75"
+    said = cluster.command(
+        "sbatch", "-W", "--parsable", "--no-requeue", "-o", "/dev/null", "--wrap", f"{after} || true"
+    )
+    first, last = (json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines())
+    assert first["verdict"] == "requeued" and last["verdict"] == "given up" and last["job"] == said.strip()
+    assert last["reason"].startswith("Slurm did not queue it again") and "checkpoint saved" in last["reason"]
+
+
 def wait_for_restart(cluster: LocalSlurm, array: str) -> str:
     """What Slurm shows of the tasks as soon as one of them was queued again."""
     end = time.monotonic() + 60
