@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
@@ -121,7 +122,7 @@ class LocalSlurm:
             daemons = self._daemons(programs)
             _end(daemons, signal.SIGTERM)
             with contextlib.suppress(UserError):
-                self._await(lambda pids=daemons: not any(_alive(pid) for pid in pids), _DOWN_SECONDS)
+                self._await(partial(_all_ended, daemons), _DOWN_SECONDS)
             _end(daemons, signal.SIGKILL)
         _end(self.leftovers(), signal.SIGKILL)
         with contextlib.suppress(UserError):
@@ -285,6 +286,10 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def _all_ended(pids: list[int]) -> bool:
+    return not any(_alive(pid) for pid in pids)
 
 
 def _runs(pid: int, program: str) -> bool:

@@ -228,12 +228,14 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     twice."""
     run = Job(cluster, tmp_path / "run", data, "train.total_images=16", nodes=1)
     words = ("--nodes", "1", "--config", str(run.config), "--profile", str(PROFILES[0].with_name("local.yaml")))
-    said = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides)
+    first = cluster.command("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 600").strip()
+    said = run.tool(*words, "--array-seeds", "2", "--dependency", f"afterany:{first}", "train.seed=5", *run.overrides)
     assert re.search(r"queued as job (\d+)_0, \1_1", said)
     again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
     assert "cancel that first" in again
     here = run.tool("--local", "--config", str(run.config), *run.overrides, status=2)
     assert "cancel that first" in here, "it would replace the code that the job starts again from"
+    cluster.command("scancel", first)
     folders = [run.folder / "seed-5", run.folder / "seed-6"]
     run.wait_for(lambda: all(state(run, folder) == "finished" for folder in folders), "both seeds")
     weights = [(folder / "checkpoints/images-000000016/generator.safetensors").read_bytes() for folder in folders]
