@@ -95,7 +95,7 @@ class LocalSlurm:
             raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
         if self.running():
             raise UserError(f"it is up already, in {self.folder}; `down` stops it")
-        for name in ("state", "spool", "log", "pid", "run"):
+        for name in ("state", "log", "pid", "run"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
@@ -184,7 +184,7 @@ class LocalSlurm:
             # A requeued job waits for twice `cred_expire` and a little: 10 s instead of 121.
             "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
             "StateSaveLocation": f'"{self.folder}/state"',
-            "SlurmdSpoolDir": f'"{self.folder}/spool/%n"',
+            "SlurmdSpoolDir": f"{self._keys}/spool/%n",
             "SlurmctldLogFile": f'"{self.folder}/log/slurmctld.log"',
             "SlurmdLogFile": f'"{self.folder}/log/%n.log"',
             "SlurmctldPidFile": f'"{self.folder}/pid/slurmctld.pid"',
@@ -217,8 +217,9 @@ class LocalSlurm:
         (self.folder / "run" / name).write_text(str(daemon.pid))
 
     def _new_keys(self) -> Path:
-        """A folder for munged's socket and secret that only this user can enter; elsewhere, as sockets want short paths."""
+        """A folder for sockets and munged's secret that only this user can enter; elsewhere, as sockets want short paths."""
         folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
+        (folder / "spool").mkdir()
         (folder / "key").touch(mode=0o600)
         (folder / "key").write_bytes(secrets.token_bytes(128))
         shutil.rmtree(link.resolve(), ignore_errors=True)  # of one that was not taken down
@@ -236,7 +237,7 @@ class LocalSlurm:
         return found
 
     def _spool(self, node: str) -> str:
-        return str(self.folder / "spool" / node)
+        return str((self.folder / "keys").resolve() / "spool" / node)
 
     def _idle(self) -> bool:
         with contextlib.suppress(subprocess.SubprocessError):

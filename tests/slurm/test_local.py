@@ -81,12 +81,12 @@ def test_what_is_wrong_is_said(cluster, home):
 def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
     """Options may stand after the word; the user is who runs it, not who the environment names; job numbers do not come
     again, or `cancel` of an older run would end a job of this cluster."""
-    words, where = [sys.executable, "-m", "slurm.local"], ["--folder", str(tmp_path / "my cluster")]
+    words, where = [sys.executable, "-m", "slurm.local"], ["--folder", str(tmp_path / "my cluster" / ("long" * 10))]
     env = home | {"USER": "nobody", "LOGNAME": "nobody"}
     assert run([*words, "up", "--nodes", "1", *where], env).returncode == 0
     try:
         assert not (tmp_path / "cache").exists()
-        said = run([*words, *where, "run", "sbatch", "--parsable", "--wrap", "true", "-o", "/dev/null"], env)
+        said = run([*words, *where, "run", "sbatch", "-W", "--parsable", "--wrap", "true", "-o", "/dev/null"], env)
         assert said.returncode == 0 and int(said.stdout) > 1000, said.stderr
         assert run([*words, *where, "run", "bash", "-c", "exit 7"], env).returncode == 7
         nothing = run([*words, *where, "run", "no-such-program"], env)
