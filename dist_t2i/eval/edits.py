@@ -126,7 +126,7 @@ def evaluate_edits(
         say(f"{kind}: {len(cases)} edits")
         found = answer(cases, model, base, library, protocol, remembered)
         parts[kind] = SplitScores(len(cases), tuple(score(found, library, protocol, judge.name)))
-        rows += grid_rows(found, 8) if kind != OWN else []
+        rows += grid_rows(found, 6) if kind != OWN else []
     about = manifest(model, data, protocol, judge) | {"base_weights_sha256": base.files.sha256()}
     title = "source, edit, true target, drawn from scratch; names: of the target, was that of the source"
     return Scores(dataclasses.asdict(protocol), about, parts), draw_grid(rows, title=title, tile=64, columns=2)
