@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dist_t2i.models.options import DiscriminatorConfig, GeneratorConfig
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -67,46 +69,6 @@ class TextConfig:
     """Attention heads; transformer only."""
     frozen: str = ""
     """`mode: frozen` only: an exported folder whose encoder is reused, or a .safetensors table of caption vectors."""
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    noise: int = 64
-    """Width of the noise vector z."""
-    truncation: float = 1.0
-    """Factor on all noise where pictures are made and scored, not in training: below 1 they are more typical and less
-    varied. Whoever makes pictures may ask for another."""
-    condition: int = 128
-    """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
-    channels: tuple[int, ...] = (256, 256, 128, 64)
-    """Channels at 4, 8, 16, ... pixels, up to the last scale that is computed; the rest is pixel shuffle."""
-    blocks: int = 1
-    """Residual blocks per scale."""
-    detail: int = 8
-    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 goes
-    straight to colours. Unused when full resolution is a computed scale."""
-    layout: int = 2048
-    """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
-    least 4): a cheap memory of where things are. 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    channels: tuple[int, ...] = (64, 128, 256, 256)
-    """Channels from the finest computed scale down to 4 pixels."""
-    blocks: int = 1
-    """Residual blocks per scale."""
-    embedding: int = 256
-    """Width of the alignment space: images and S_D sentences are compared there."""
-    condition: Literal["projection", "joint"] = "projection"
-    """How the adversarial branch reads S_D: projection (Miyato & Koyama 2018) or a perceptron on both."""
-    regions: tuple[int, ...] = (8,)
-    """Sides, in positions, of the maps that are aligned region by region; empty aligns whole pictures only."""
-    patches: int = 0
-    """Side, in positions, of the map where realism and caption are judged place by place as well; 0 judges whole
-    pictures only."""
-    region_embedding: int = 64
-    """Width of the space in which regions are compared."""
 
 
 @dataclass(frozen=True)

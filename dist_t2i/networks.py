@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dist_t2i.config import Config
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
+from dist_t2i.models.registry import build_generator
 from dist_t2i.models.text import TextEmbedding, build_text_encoder
 
 
@@ -88,7 +89,7 @@ def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = N
         return build_text_encoder(config.text, vocab_size, config.data.max_tokens)
 
     width = frozen.width if frozen is not None else config.text.embedding
-    generator = Generator(config.model.generator, config.data.image_size, width)
+    generator = build_generator(config.model.generator, config.data.image_size, width)
     discriminator = Discriminator(config.model.discriminator, config.data.image_size, width)
     return Networks(
         GeneratorSide(generator, encoder() if dual else None),

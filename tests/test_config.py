@@ -163,6 +163,31 @@ def test_unknown_keys_get_the_nearest_match(wrong: str, hint: str):
     assert hint in problems(wrong)
 
 
+def test_a_section_with_kinds_may_be_given_as_the_kind_alone():
+    in_short = loads("model: {generator: plain}")
+    assert in_short == loads("model: {generator: {kind: plain}}") == loads("", ["model.generator=plain"])
+    kept = loads("model: {generator: {noise: 5}}", ["model.generator=plain"])
+    assert (kept.model.generator.kind, kept.model.generator.noise) == ("plain", 5)
+    assert loads(dump(in_short)) == in_short
+    assert "line 1: model.generator.kind: given twice" in problems("model: {generator: {kind: plain, kind: plain}}")
+    assert "discriminator is a section" in problems("model: {discriminator: plain}")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "place"),
+    [
+        ("model:\n  generator: plane\n", (), "line 2"),
+        ("model: {generator: {kind: plane}}", (), "line 1"),
+        ("", ("model.generator=plane",), "override 'model.generator=plane'"),
+    ],
+)
+def test_an_unknown_kind_gets_the_nearest_match(text: str, overrides: tuple[str, ...], place: str):
+    report = problems(text, *overrides)
+    assert report.startswith(f"{place}: model.generator.kind: expected one of plain")
+    assert report.endswith("got the text 'plane'; did you mean plain?")
+    assert "got the number 3" in problems("model: {generator: 3}")
+
+
 def test_a_merge_key_may_be_overridden_but_a_repeated_key_is_a_mistake():
     text = "data: &base {image_size: 128, workers: 3}\n"
     assert loads(text + "text: {}").data.workers == 3

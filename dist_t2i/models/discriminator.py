@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.config import DiscriminatorConfig
 from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
+from dist_t2i.models.options import DiscriminatorConfig
 
 
 class Features(NamedTuple):

@@ -1,10 +1,14 @@
 """The generator: sizes by configuration, no hidden randomness, rows apart."""
 
+import typing
+
 import pytest
 import torch
 
-from dist_t2i.config import GeneratorConfig
+from dist_t2i.configschema import field_types
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
+from dist_t2i.models.options import GeneratorConfig
+from dist_t2i.models.registry import GENERATORS
 
 TEXT = 24
 
@@ -30,6 +34,10 @@ def test_any_size_is_reached_by_scales_and_pixel_shuffle(image_size, blocks):
     assert images.shape == (2, 3, image_size, image_size)
     assert images.abs().max() <= 1 and images.std() > 0.05
     assert mean.shape == log_variance.shape == (2, 12)
+
+
+def test_every_kind_that_can_be_asked_for_is_registered():
+    assert typing.get_args(field_types(GeneratorConfig)["kind"]) == tuple(GENERATORS)
 
 
 def test_scales_that_do_not_divide_the_size_are_refused():

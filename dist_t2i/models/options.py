@@ -1,0 +1,86 @@
+"""What the networks can be told: the sections of the configuration that belong to them, and the rules within each.
+
+A kind of generator adds its name to `GeneratorConfig.kind` and, where it has settings of its own, a section of that name;
+what it is, is in `registry.py`. Nothing here imports torch: `--help-config` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Problem = tuple[tuple[str, ...], str]
+"""Keys of the section, the one to change first, and what is wrong with a remedy."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    kind: Literal["plain"] = "plain"
+    """Which generator (docs/models.md). `model.generator: KIND` is short for it."""
+    noise: int = 64
+    """Width of the noise vector z."""
+    truncation: float = 1.0
+    """Factor on all noise where pictures are made and scored, not in training: below 1 they are more typical and less
+    varied. Whoever makes pictures may ask for another."""
+    condition: int = 128
+    """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
+    channels: tuple[int, ...] = (256, 256, 128, 64)
+    """Channels at 4, 8, 16, ... pixels, up to the last scale that is computed; the rest is pixel shuffle."""
+    blocks: int = 1
+    """Residual blocks per scale."""
+    detail: int = 8
+    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 goes
+    straight to colours. Unused when full resolution is a computed scale."""
+    layout: int = 2048
+    """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
+    least 4): a cheap memory of where things are. 0 leaves it out."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot work, whatever the rest of the configuration says."""
+        for kind in dataclasses.fields(self):
+            section = getattr(self, kind.name)
+            if not dataclasses.is_dataclass(section) or kind.name == self.kind:
+                continue
+            for option in dataclasses.fields(section):
+                if getattr(section, option.name) != option.default:
+                    yield (
+                        (f"{kind.name}.{option.name}", "kind"),
+                        f"is only read by the generator {kind.name}, but model.generator.kind is {self.kind}: "
+                        f"set model.generator.kind={kind.name} or leave this out",
+                    )
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    """Channels from the finest computed scale down to 4 pixels."""
+    blocks: int = 1
+    """Residual blocks per scale."""
+    embedding: int = 256
+    """Width of the alignment space: images and S_D sentences are compared there."""
+    condition: Literal["projection", "joint"] = "projection"
+    """How the adversarial branch reads S_D: projection (Miyato & Koyama 2018) or a perceptron on both."""
+    regions: tuple[int, ...] = (8,)
+    """Sides, in positions, of the maps that are aligned region by region; empty aligns whole pictures only."""
+    patches: int = 0
+    """Side, in positions, of the map where realism and caption are judged place by place as well; 0 judges whole
+    pictures only."""
+    region_embedding: int = 64
+    """Width of the space in which regions are compared."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What cannot work, whatever the rest of the configuration says."""
+        computed = [4 * 2**scale for scale in range(len(self.channels))]
+        for name, sides in (("regions", self.regions), ("patches", (self.patches,) if self.patches else ())):
+            if not set(sides) <= set(computed):
+                yield (name, "channels"), not_computed("discriminator", sides, computed)
+
+
+def not_computed(network: str, sides: tuple[int, ...], computed: list[int]) -> str:
+    """What is wrong with maps of these sides, some of which the network does not compute."""
+    return (
+        f"{', '.join(map(str, sides))} must be among the scales that model.{network}.channels computes: "
+        f"{', '.join(map(str, computed))}"
+    )
