@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_t2i.models.options import DiscriminatorConfig, GeneratorConfig
+from dist_t2i.models.options import AlignmentConfig, DiscriminatorConfig, GeneratorConfig
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(AlignmentConfig):
     mismatched: float = 0.5
     """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
-    d_alignment: float = 1.0
-    """Weight of D's InfoNCE between real pictures and their captions."""
-    d_alignment_regions: float = 1.0
-    """The same for the positions of D's region maps (0 when there are none)."""
-    g_alignment_text: float = 1.0
-    """Weight of G's InfoNCE between its pictures and S_D of their captions."""
-    g_alignment_image: float = 1.0
-    """Weight of G's InfoNCE between its pictures and the real pictures of the same captions."""
-    g_alignment_regions: float = 1.0
-    """The same, position by position of D's region maps (0 when there are none)."""
-    temperature: float = 0.1
-    """Temperature of the InfoNCE losses on whole pictures and sentences."""
-    region_negatives: int = 0
-    """Other places of its map with which each position of a fake's region map is contrasted as well, besides the same place
-    of other pictures. They pull where all pictures look alike, such as a plain ground."""
-    region_temperature: float = 0.1
-    """Temperature of the InfoNCE losses on regions."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"

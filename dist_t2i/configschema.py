@@ -45,8 +45,10 @@ def keys() -> dict[str, Key]:
 
 
 def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
-    docs = _docs(inspect.getmodule(type(section))).get(type(section).__name__, {})
-    for name, type_ in field_types(section.__class__).items():
+    docs: dict[str, str] = {}
+    for type_ in reversed(type(section).__mro__[:-1]):
+        docs |= _docs(inspect.getmodule(type_)).get(type_.__name__, {})
+    for name, type_ in field_types(type(section)).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             _collect(value, f"{prefix}{name}.", found)

@@ -52,9 +52,9 @@ class DiscriminatorSide(nn.Module):
         """`function(self)`: all that a loss needs of this side happens in one forward call, as ZeRO's hooks expect."""
         return function(self)
 
-    def sentence(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> Tensor:
-        """S_D sentences [B, E]; `text` replaces the own encoder's embedding."""
-        return (self.text_d(tokens, lengths) if self.text_d is not None else text).sentence
+    def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
+        """S_D of B captions; `text` is the embedding where there is no own encoder."""
+        return self.text_d(tokens, lengths) if self.text_d is not None else text
 
 
 class TextSide(nn.Module):

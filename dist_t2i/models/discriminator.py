@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_t2i.models.alignment import Embeddings
 from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
 from dist_t2i.models.options import DiscriminatorConfig
+from dist_t2i.models.text import TextEmbedding
 
 
 class Features(NamedTuple):
@@ -169,6 +171,20 @@ class Discriminator(nn.Module):
     def align_region_text(self, sentence: Tensor) -> Tensor:
         """S_D sentences [B, E] -> unit vectors [B, A'] in the space of the regions."""
         return F.normalize(self.region_text_projection(sentence).float(), dim=1)
+
+    def embed_pictures(self, features: Features) -> Embeddings:
+        """What the alignments compare of B pictures: `image` and, with region maps, `regions`."""
+        embeddings = {"image": self.align_image(features)}
+        if self.region_sizes:
+            embeddings["regions"] = self.align_regions(features)
+        return embeddings
+
+    def embed_captions(self, text: TextEmbedding) -> Embeddings:
+        """What the alignments compare of B captions, read by S_D: `text` and, with region maps, `region_text`."""
+        embeddings = {"text": self.align_text(text.sentence)}
+        if self.region_sizes:
+            embeddings["region_text"] = self.align_region_text(text.sentence)
+        return embeddings
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:
         """images [B, 3, H, W], sentence [B, E] -> adversarial logits [B]."""

@@ -78,6 +78,29 @@ class DiscriminatorConfig:
                 yield (name, "channels"), not_computed("discriminator", sides, computed)
 
 
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Weights, by the names of `alignment.py`'s terms, and temperatures of the contrasts; the head of section `loss`."""
+
+    d_alignment: float = 1.0
+    """Weight of D's InfoNCE between real pictures and their captions."""
+    d_alignment_regions: float = 1.0
+    """The same for the positions of D's region maps (0 when there are none)."""
+    g_alignment_text: float = 1.0
+    """Weight of G's InfoNCE between its pictures and S_D of their captions."""
+    g_alignment_image: float = 1.0
+    """Weight of G's InfoNCE between its pictures and the real pictures of the same captions."""
+    g_alignment_regions: float = 1.0
+    """The same, position by position of D's region maps (0 when there are none)."""
+    temperature: float = 0.1
+    """Temperature of the InfoNCE losses on whole pictures and sentences."""
+    region_negatives: int = 0
+    """Other places of its map with which each position of a fake's region map is contrasted as well, besides the same place
+    of other pictures. They pull where all pictures look alike, such as a plain ground."""
+    region_temperature: float = 0.1
+    """Temperature of the InfoNCE losses on regions."""
+
+
 def not_computed(network: str, sides: tuple[int, ...], computed: list[int]) -> str:
     """What is wrong with maps of these sides, some of which the network does not compute."""
     return (
