@@ -35,6 +35,8 @@ def discriminator_terms(e: Embeddings, loss: AlignmentConfig, negatives: Negativ
     if "regions" in e and loss.d_alignment_regions:
         regions, text = e["regions"], e["region_text"]
         terms["d_alignment_regions"] = losses.region_info_nce(regions, text, loss.region_temperature, same)
+    if "words" in e and loss.d_alignment_words:
+        terms["d_alignment_words"] = _words(e, e, loss, same)
     return terms
 
 
@@ -50,4 +52,12 @@ def generator_terms(
     if "regions" in fake and loss.g_alignment_regions:
         regions = fake["regions"], real["regions"]
         terms["g_alignment_regions"] = losses.region_info_nce(*regions, loss.region_temperature, same, places)
+    if "words" in real and loss.g_alignment_words:
+        terms["g_alignment_words"] = _words(fake, real, loss, same)
     return terms
+
+
+def _words(pictures: Embeddings, captions: Embeddings, loss: AlignmentConfig, same: Tensor) -> Tensor:
+    words, mask = captions["words"], captions["word_mask"]
+    temperature, sharpness = loss.word_temperature, loss.word_sharpness
+    return losses.word_info_nce(pictures["word_regions"], words, mask, temperature, same, sharpness)

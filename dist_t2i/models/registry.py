@@ -10,10 +10,11 @@ in which row i of the pictures depends on row i of the inputs alone, and on no o
 
 from __future__ import annotations
 
+from dist_t2i.models.attn import AttnGenerator
 from dist_t2i.models.generator import Generator
 from dist_t2i.models.options import GeneratorConfig
 
-GENERATORS: dict[str, type[Generator]] = {"plain": Generator}
+GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "attn": AttnGenerator}
 
 
 def build_generator(config: GeneratorConfig, image_size: int, text_width: int) -> Generator:

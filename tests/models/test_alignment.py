@@ -13,7 +13,7 @@ from dist_t2i.models.options import DiscriminatorConfig
 from dist_t2i.models.text import TextEmbedding
 
 TEXT, ROWS = 24, 4
-EVERYTHING = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "region_embedding": 6}
+EVERYTHING = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "words": 8, "region_embedding": 6}
 
 
 def embedded(**changes) -> tuple[dict, dict]:
@@ -39,14 +39,14 @@ def test_every_term_is_a_scalar_with_a_weight_of_its_name():
     assert all(value.shape == () and value.requires_grad for value in found.values())
 
 
-@pytest.mark.parametrize(("kind", "off"), [("regions", {"regions": ()})])
+@pytest.mark.parametrize(("kind", "off"), [("regions", {"regions": ()}), ("words", {"words": 0})])
 def test_an_alignment_is_left_out_without_its_embeddings_or_its_weight(kind, off):
     names = {f"d_alignment_{kind}", f"g_alignment_{kind}"}
     both = embedded()
     assert set(terms(*both)) - set(terms(*both, **dict.fromkeys(names, 0.0))) == names
     without = embedded(**off)
     assert set(terms(*both)) - set(terms(*without)) == names
-    assert not any(kind.removesuffix("s") in name for part in without for name in part)
+    assert not any(re.match(rf"{kind.removesuffix('s')}(s|_)", name) for part in without for name in part)
 
 
 def test_every_embedding_has_one_row_a_picture():
