@@ -48,7 +48,7 @@ def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
     docs: dict[str, str] = {}
     for type_ in reversed(type(section).__mro__[:-1]):
         docs |= _docs(inspect.getmodule(type_)).get(type_.__name__, {})
-    for name, type_ in field_types(type(section)).items():
+    for name, type_ in field_types(section.__class__).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             _collect(value, f"{prefix}{name}.", found)

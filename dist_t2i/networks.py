@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class DiscriminatorSide(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
         """S_D of B captions; `text` is the embedding where there is no own encoder."""
-        return self.text_d(tokens, lengths) if self.text_d is not None else text
+        return self.text_d(tokens, lengths) if self.text_d is not None else cast(TextEmbedding, text)
 
 
 class TextSide(nn.Module):
