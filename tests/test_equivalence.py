@@ -171,6 +171,14 @@ CASES = {
     "other places as negatives": _stages(
         2, 1, loss__region_negatives=3, model__discriminator__regions=(8, 4), engine__accumulation=2
     ),
+    "words read and aligned, shared text, two micro-batches": _stages(
+        3,
+        2,
+        text__mode="shared",
+        model__generator__kind="attn",
+        model__discriminator__words=8,
+        engine__accumulation=2,
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
     "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),
