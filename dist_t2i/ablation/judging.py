@@ -1,7 +1,7 @@
 """The scores of the runs of an ablation, each computed once: an independent judge's, and the model's own opinion.
 
-    OUT/features/HASH.safetensors      what the judge saw in pictures that are asked for again, such as the real ones
-    OUT/ARM/seed-N/ablation.json       a run's scores, with hashes of all that they depend on
+OUT/features/HASH.safetensors      what the judge saw in pictures that are asked for again, such as the real ones
+OUT/ARM/seed-N/ablation.json       a run's scores, with hashes of all that they depend on
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dist_t2i import metricsfile
 from dist_t2i.ablation.plan import Evaluation
-from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.features import FeatureNetwork, load_features
 from dist_t2i.eval.protocol import PROTOCOLS, Protocol, evaluate, generate
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 FILE = "ablation.json"
 OWN = "own_recall_at_1"
 """Key of the model's own opinion."""
+METRICS = ("kid", "recall_at_1", "recall_at_5", "tone_order")
+"""Keys of what an independent judge, or none, says."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,25 @@ class RememberingJudge(FeatureNetwork):
         return found
 
 
-def protocol_of(chosen: Evaluation) -> Protocol:
-    """The protocol that an ablation names, cut to its splits and seeds. Raises UserError."""
+def problems_of(chosen: Evaluation, decides: Sequence[str]) -> list[str]:
+    """What is wrong with how an ablation is to be judged, before anything is trained."""
+    problems = []
     if chosen.protocol not in PROTOCOLS:
-        raise UserError(f"evaluation.protocol: no {chosen.protocol!r}; there are {', '.join(PROTOCOLS)}")
+        problems.append(f"evaluation.protocol: no {chosen.protocol!r}; there are {', '.join(PROTOCOLS)}")
+    for key in decides:
+        if key == OWN:
+            problems.append(f"decides: {key} is the model's own opinion: every arm is its own judge there")
+        elif key not in METRICS:
+            problems.append(f"decides: no metric {key!r}; there are {', '.join(METRICS)}")
+    if not decides:
+        problems.append("decides: names no metric: a verdict needs at least one, such as recall_at_1")
+    return problems
+
+
+def protocol_of(chosen: Evaluation) -> Protocol:
+    """The protocol that an ablation names, cut to its splits and seeds."""
     protocol = PROTOCOLS[chosen.protocol]
-    return dataclasses.replace(
-        protocol, splits=chosen.splits or protocol.splits, seeds=chosen.seeds or protocol.seeds
-    )
+    return dataclasses.replace(protocol, splits=chosen.splits or protocol.splits, seeds=chosen.seeds or protocol.seeds)
 
 
 class Judging:
@@ -158,7 +170,7 @@ def own_recall(model: TextToImage, data: ShardSet, split: str, protocol: Protoco
         hits.append(metrics.recall_at(1, ranks, len(captions), protocol.gallery))
     found = torch.cat(hits)
     weights = metrics.bootstrap_weights(range(len(captions)), protocol.resamples)
-    low, high = metrics.interval(metrics.weighted_mean(found, weights))
+    low, high = metrics.interval(torch.as_tensor(metrics.weighted_mean(found, weights)))
     shown = min(protocol.gallery, len(captions))
     name = f"R@1 of {shown} captions (own D and S_D, no independent judge)"
     return Score(OWN, name, found.mean().item(), low, high, "higher", {"chance": 1 / shown})

@@ -151,12 +151,12 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
         raise ConfigError(f"the ablation {path} is not YAML: {' '.join(str(error).split())}") from None
     problems: list[str] = []
     plan: Plan = read_section({} if found is None else found, Plan, "", problems, "an ablation")
-    given = {"seeds": seeds, "images": images}
     plan = dataclasses.replace(
         plan,
         name=plan.name or path.stem.removeprefix("ablation-"),
         reference=plan.reference or next(iter(plan.arms), ""),
-        **{name: value for name, value in given.items() if value is not None},
+        seeds=plan.seeds if seeds is None else seeds,
+        images=plan.images if images is None else images,
     )
     problems += _contradictions(plan)
     if plan.base and plan.arms and not any(line.startswith("base:") for line in problems):
@@ -170,6 +170,8 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
 
 
 def _contradictions(plan: Plan) -> list[str]:
+    from dist_t2i.ablation import judging  # it brings torch along
+
     problems = []
     if not plan.base:
         problems.append("base: missing: the configuration file that the arms share, such as configs/openmoji32.yaml")
@@ -190,9 +192,7 @@ def _contradictions(plan: Plan) -> list[str]:
         problems.append(f"images: at least 1, is {plan.images}")
     if plan.source not in SOURCES:
         problems.append(f"source: openmoji or nothing, is {plan.source}")
-    if not plan.decides:
-        problems.append("decides: names no metric: a verdict needs at least one, such as recall_at_1")
-    return problems
+    return problems + judging.problems_of(plan.evaluation, plan.decides)
 
 
 def _said_once(problems: list[str], arms: int) -> list[str]:

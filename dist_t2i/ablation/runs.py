@@ -1,9 +1,9 @@
 """The runs of an ablation: which are done, which have to go on, and training them, one or several at a time.
 
-    OUT/ARM/seed-N/            a run folder as every run has one
-    OUT/ARM/seed-N.yaml        its configuration, before it begins
-    OUT/ARM/seed-N.log         what it said, where several train at a time
-    OUT/sentences.safetensors  caption vectors of the set, where an arm reads them
+OUT/ARM/seed-N/            a run folder as every run has one
+OUT/ARM/seed-N.yaml        its configuration, before it begins
+OUT/ARM/seed-N.log         what it said, where several train at a time
+OUT/sentences.safetensors  caption vectors of the set, where an arm reads them
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], s
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-    waiting, live, failed = list(left.items()), {}, {}
+    waiting, failed = list(left.items()), {}
+    live: dict[tuple[str, int], tuple[subprocess.Popen, float]] = {}
     with _stopping(live) as asked:
         while live or (waiting and not asked):
             while waiting and len(live) < jobs and not asked:
