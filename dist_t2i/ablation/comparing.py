@@ -94,7 +94,7 @@ def t_quantile(probability: float, freedom: int) -> float:
     low, high = 0.0, 1.0
     while (1 + _within(high, freedom)) / 2 < probability:
         high *= 2
-    for _ in range(200):
+    while high - low > 1e-12 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if (1 + _within(middle, freedom)) / 2 < probability else (low, middle)
     return high
@@ -117,12 +117,18 @@ def _within(t: float, freedom: int) -> float:
 def seeds_needed(gain: Estimate, most: int = 1000) -> int | None:
     """Seeds with which an interval around a difference as large as this would leave out 0, at this spread; None: more
     than `most`, or no spread is known."""
-    if gain.n < 2 or gain.mean == 0:
+    if gain.n < 2 or gain.mean == 0 or _reach(gain.sd, most) > abs(gain.mean):
         return None
-    for n in range(2, most + 1):
-        if t_quantile((1 + LEVEL) / 2, n - 1) * gain.sd / math.sqrt(n) < abs(gain.mean):
-            return n
-    return None
+    low, high = 1, most  # the interval shrinks with every seed, so halving finds the first that is enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _reach(gain.sd, middle) <= abs(gain.mean) else (middle, high)
+    return high
+
+
+def _reach(sd: float, n: int) -> float:
+    """Half the width of the interval of n values."""
+    return t_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

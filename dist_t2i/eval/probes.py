@@ -48,7 +48,7 @@ def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tens
         optimizer.zero_grad()
         value = F.cross_entropy(rows @ weight + bias, labels) + decay / 2 * weight.square().sum()
         value.backward()
-        return float(value)
+        return value.item()
 
     optimizer.step(loss)
     return weight.detach(), bias.detach()
