@@ -140,7 +140,7 @@ def all_done_on_slurm(plan: Plan, configs: Configs, out: Path, chosen: argparse.
             continue
         job = Submission(
             folder,
-            plan.config(arm, 0, out.absolute()),
+            plan.config(arm, 0, out),
             profile,
             nodes=chosen.nodes,
             name=f"{plan.name}-{arm}",

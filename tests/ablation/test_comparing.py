@@ -10,7 +10,14 @@ from dist_t2i.ablation.comparing import Measure, difference, estimate, seeds_nee
 
 @pytest.mark.parametrize(
     ("probability", "freedom", "value"),  # from the tables of Abramowitz & Stegun (26.10)
-    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 4, 2.776), (0.975, 9, 2.262), (0.975, 30, 2.042), (0.995, 5, 4.032)],
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 4, 2.776),
+        (0.975, 9, 2.262),
+        (0.975, 30, 2.042),
+        (0.995, 5, 4.032),
+    ],
 )
 def test_students_t(probability, freedom, value):
     assert t_quantile(probability, freedom) == pytest.approx(value, abs=6e-4)

@@ -78,7 +78,9 @@ def test_a_page_for_every_text_mode(mode, toned, tmp_path, monkeypatch, capsys):
     if mode == "frozen":
         from safetensors.torch import save_file
 
-        captions = [data.samples(split)[i].captions[0] for split in data.splits for i in range(len(data.samples(split)))]
+        captions = [
+            data.samples(split)[i].captions[0] for split in data.splits for i in range(len(data.samples(split)))
+        ]
         table = tmp_path / "table.safetensors"
         random = torch.randn(len(captions), 8, generator=torch.Generator().manual_seed(0))
         save_file({"vectors": random}, table, metadata={"captions": json.dumps(captions)})
@@ -90,7 +92,10 @@ def test_a_page_for_every_text_mode(mode, toned, tmp_path, monkeypatch, capsys):
     names = {"dual": ["S_G", "S_D"], "shared": ["shared"], "frozen": ["given"]}[mode]
     assert found["embeddings"] == names and (found["cka"] is None) == (len(names) == 1)
     (tone,) = (one for one in found["probes"] if one["name"] == "skin tone")
-    assert set(tone["accuracy"]) == {*names, "bag of words", "untrained encoder"} and tone["classes"] == ["dark", "light"]
+    assert set(tone["accuracy"]) == {*names, "bag of words", "untrained encoder"} and tone["classes"] == [
+        "dark",
+        "light",
+    ]
     assert tone["accuracy"]["bag of words"][0] == 1.0 and 0 <= tone["chance"] <= 1
     for value, low, high in tone["accuracy"].values():
         assert 0 <= low <= value <= high <= 1

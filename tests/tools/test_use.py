@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "run")
 
 
-@pytest.mark.parametrize("name", ["sample.py", "export.py", "evaluate.py", "demo.py"])
+@pytest.mark.parametrize("name", ["sample.py", "export.py", "evaluate.py", "demo.py", "ablate.py", "embeddings.py"])
 def test_help_is_quick(name):
     start = time.monotonic()
     assert command(name, "--help").returncode == 0
