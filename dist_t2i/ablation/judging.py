@@ -108,7 +108,7 @@ class Judging:
         judge = self._loaded(model)
         started = time.monotonic()
         found = evaluate(model, self.data, self.protocol, say=lambda line: None, judge=judge)
-        scores = found.as_json()
+        scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
         for split, about in scores["splits"].items():
             about["scores"].append(dataclasses.asdict(own_recall(model, self.data, split, self.protocol)))
         scores["seconds"] = time.monotonic() - started
