@@ -51,7 +51,8 @@ _NOTE = (
     "Multinomial logistic regression on sentence vectors, learned from training captions, scored on {split}; 95% bootstrap "
     "intervals over held-out captions (those that differ by skin tone alone are drawn together). Chance: always the most "
     "frequent class. The words are in the captions, so compare with the bag of words (all that is said) and with an "
-    "encoder of the same kind that was never trained (what its architecture passes on by itself)."
+    "encoder of the same kind that was never trained (what its architecture passes on by itself). The share of variance says "
+    "how much of the embedding is about the property (omega squared: about 0 where it is not)."
 )
 
 
@@ -60,14 +61,24 @@ def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
     names = list(study.probes[0].accuracy)
     rows = []
     for one in study.probes:
-        cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in one.accuracy.values()]
+        cells = [_cell(one, name) for name in names]
         rows.append([one.name, str(len(one.classes)), f"{one.train:,} / {one.test:,}", f"{one.chance:.3f}", *cells])
     return ["property", "classes", "captions learned from / scored", "chance", *names], rows
 
 
+def _cell(one: Probe, name: str) -> str:
+    value, low, high = one.accuracy[name]
+    share = one.share[name]
+    return f"{value:.3f} ({low:.3f} to {high:.3f})" + ("" if share is None else f"; {share:.1%} of variance")
+
+
 def _probe_table(study: Study) -> str:
     heads, rows = probe_rows(study)
-    return webpage.table(heads, rows, "Held-out accuracy of linear probes (95% interval)")
+    return webpage.table(
+        heads,
+        rows,
+        "Held-out accuracy of linear probes (95% interval), and the share of variance that the classes make",
+    )
 
 
 def _neighbours(name: str, found: Any) -> str:

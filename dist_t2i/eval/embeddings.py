@@ -11,6 +11,7 @@ splits, on a fifth of the captions by their hash). Which there are depends on th
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 MOST = 4000
 """Captions looked at, of each side."""
+MANY = 20
+"""Of a property with more classes, only those that held-out captions have."""
 GENDERS = {
     "male": frozenset("man men boy father prince king mr he".split()),
     "female": frozenset("woman women girl mother princess queen mrs she".split()),
@@ -67,6 +70,8 @@ class Probe:
     """What always saying the most frequent class of the training captions gets."""
     accuracy: Mapping[str, tuple[float, float, float]]
     """Embedding or baseline -> value, and its 95% bootstrap interval over groups of held-out captions."""
+    share: Mapping[str, float | None]
+    """Embedding or baseline -> how much of its variance over the held-out captions the classes account for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,11 @@ class Study:
             "probes": [
                 {
                     **{"name": one.name, "classes": list(one.classes), "train": one.train, "test": one.test},
-                    **{"chance": one.chance, "accuracy": {name: list(v) for name, v in one.accuracy.items()}},
+                    **{
+                        "chance": one.chance,
+                        "variance_share": dict(one.share),
+                        "accuracy": {name: list(v) for name, v in one.accuracy.items()},
+                    },
                 }
                 for one in self.probes
             ],
@@ -222,6 +231,8 @@ def run_probe(
     """
     known = Counter(label for label in train if label)
     classes = sorted(label for label, count in known.items() if count >= 2)
+    if len(classes) > MANY:
+        classes = [label for label in classes if label in set(test)]
     index = {label: i for i, label in enumerate(classes)}
     learn = torch.tensor([i for i, label in enumerate(train) if label in index], dtype=torch.long)
     ask = torch.tensor([i for i, label in enumerate(test) if label in index], dtype=torch.long)
@@ -229,14 +240,16 @@ def run_probe(
         return None
     wanted, truth = (torch.tensor([index[side[i]] for i in rows]) for side, rows in ((train, learn), (test, ask)))
     weights = metrics.bootstrap_weights([_group(texts[i]) for i in ask])
-    found = {}
+    found, shares = {}, {}
     for space, (rows, held) in spaces.items():
         right = (probes.probe(rows[learn], wanted, held[ask], len(classes)) == truth).double()
         low, high = metrics.interval(torch.as_tensor(metrics.weighted_mean(right, weights)))
         found[space] = (right.mean().item(), low, high)
+        share = probes.explained(held[ask], truth)
+        shares[space] = None if math.isnan(share) else share
     most = index[max(classes, key=lambda label: known[label])]
     chance = (truth == most).double().mean().item()
-    return Probe(name, tuple(classes), len(learn), len(ask), chance, found)
+    return Probe(name, tuple(classes), len(learn), len(ask), chance, found, shares)
 
 
 def _group(caption: str) -> str:

@@ -40,6 +40,18 @@ def test_nearest_and_plane():
     assert torch.cdist(places, places) == pytest.approx(torch.cdist(vectors.double(), vectors.double()), abs=1e-6)
 
 
+def test_explained_variance():
+    random = torch.Generator().manual_seed(4)
+    labels = torch.arange(60) % 20
+    noise = torch.randn(60, 8, generator=random)
+    assert abs(probes.explained(noise, labels)) < 0.15  # the plain ratio would be a third
+    centres = torch.randn(20, 8, generator=random)
+    assert probes.explained(centres[labels], labels) == pytest.approx(1)
+    mixed = centres[labels] - centres[labels].mean(0) + noise
+    assert 0.3 < probes.explained(mixed, labels) < 0.7
+    assert torch.tensor(probes.explained(noise[:20], labels[:20])).isnan()
+
+
 def test_alike_does_not_mind_rotation_and_scale():
     a = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
     turned, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)))
