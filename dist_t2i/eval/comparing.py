@@ -36,7 +36,9 @@ def differences(a: Found, b: Found) -> list[str]:
             lines.append(f"{key}: {what} of {names[0]} differ ({', '.join(rules) or 'in what they list'})")
         elif isinstance(values[0], dict) and isinstance(values[1], dict):
             shared = values[0].keys() & values[1].keys()
-            lines += [f"{key}: {what} of {split} differ" for split in sorted(shared) if values[0][split] != values[1][split]]
+            lines += [
+                f"{key}: {what} of {split} differ" for split in sorted(shared) if values[0][split] != values[1][split]
+            ]
         elif values[0] != values[1]:
             lines.append(f"{key}: {what} differ ({_short(values[0])} and {_short(values[1])})")
     return lines
@@ -58,12 +60,12 @@ def remarks(a: Found, b: Found) -> list[str]:
 def pairs(a: Found, b: Found) -> Iterator[tuple[str, str, Found | None, Found | None, str]]:
     """(split, name, score of a, score of b, why this one may not be compared) for every score that either has."""
     for split in dict.fromkeys([*a["splits"], *b["splits"]]):
-        mine, yours = (
-            {score["key"]: score for score in s["splits"].get(split, {}).get("scores", [])} for s in (a, b)
-        )
+        mine, yours = ({score["key"]: score for score in s["splits"].get(split, {}).get("scores", [])} for s in (a, b))
         for key in dict.fromkeys([*mine, *yours]):
             one, other = mine.get(key), yours.get(key)
-            name = (one or other or {})["name"].partition(" (")[0] if key == "tone_order" else (one or other or {})["name"]
+            name = (
+                (one or other or {})["name"].partition(" (")[0] if key == "tone_order" else (one or other or {})["name"]
+            )
             yield split, name, one, other, _objection(a, b, one, other)
 
 
@@ -75,7 +77,9 @@ def _objection(a: Found, b: Found, one: Found | None, other: Found | None) -> st
         return ""  # every model's own opinion is by its own weights: said by its name
     judges = [s["manifest"]["judges"].get(network, {}) for s in (a, b)]
     if judges[0].get("weights_sha256") != judges[1].get("weights_sha256"):
-        return "the judges' weights_sha256 differ: " + " and ".join(_short(judge.get("weights_sha256")) for judge in judges)
+        return "the judges' weights_sha256 differ: " + " and ".join(
+            _short(judge.get("weights_sha256")) for judge in judges
+        )
     return ""
 
 

@@ -164,10 +164,10 @@ def efficientnet_lite0(device: torch.device, source: str | None = None) -> Featu
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module = PooledFeatures(fold_batch_norms(network.eval())).requires_grad_(False)
     module = module.to(device=device, memory_format=torch.channels_last)
-    published = {"kid": "KID (EfficientNet-Lite0)"}  # as docs/evaluation.md defines it; without the judge, it is not KID
-    return FeatureNetwork(
-        "EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published
-    )
+    published = {
+        "kid": "KID (EfficientNet-Lite0)"
+    }  # as docs/evaluation.md defines it; without the judge, it is not KID
+    return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:

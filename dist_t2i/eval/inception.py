@@ -59,7 +59,9 @@ def _torchvision() -> Iterator[None]:
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]  # of an import that failed halfway
-        names = ["torchvision"] + [f"torchvision.{n}" for n in ("datasets", "transforms", "transforms.functional", "models")]
+        names = ["torchvision"] + [
+            f"torchvision.{n}" for n in ("datasets", "transforms", "transforms.functional", "models")
+        ]
         absent = {name: _Absent(name) for name in names}
         for name in names[1:]:
             parent, _, leaf = name.rpartition(".")
@@ -146,7 +148,9 @@ def load_network(path: Path) -> nn.Module:
         torch.save(state, plain)
         plain.seek(0)
         module = torch_fidelity("feature_extractor_inceptionv3")
-        network: nn.Module = module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=plain)
+        network: nn.Module = module.FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=plain
+        )
         return network
     except UserError:
         raise

@@ -22,6 +22,7 @@ from dist_t2i.eval.selection import Chosen, choose, has_listed, splits_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from dist_t2i.data.shards import ShardSet
     from dist_t2i.pipeline import TextToImage
@@ -44,11 +45,13 @@ def evaluate(
     judges: Mapping[str, FeatureNetwork] | None = None,
     ranks: Ranks = ALONE,
     chosen: Mapping[str, Chosen] | None = None,
+    seen: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Scores:
     """The scores of a model on the held-out splits of a set, on every rank; `say` gets a line of progress now and then.
 
     Without `judges`, the protocol's are loaded; a metric whose judge is not among them is left out, and the manifest says
-    so. `chosen`: what `choose_all` gave, where it was asked before. Collective.
+    so. `chosen`: what `choose_all` gave, where it was asked before. `seen` (split -> an empty dictionary at first) keeps
+    what the judges made of the real pictures for the next call. Collective.
     Raises UserError when the set has no such split, too few pictures, or not those that the protocol lists. Takes about
     0.1 s a picture and seed on one core at 32 px, nearly all of it in the judge.
     """
@@ -62,7 +65,7 @@ def evaluate(
         if ranks.main:
             named = ", ".join(judge.name for judge in used.values())
             say(f"{split}: {len(rows)} pictures, captions x seeds: {_made(rows, protocol):,}; judged by {named}")
-        measured = measure(model, rows, protocol, used, ranks)
+        measured = measure(model, rows, protocol, used, ranks, seen[split] if seen else None)
         if measured is not None:
             if split == next(iter(chosen)):
                 say("all pictures are judged; computing the metrics and their intervals")

@@ -124,7 +124,9 @@ def captions_sha256(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) ->
 
 def captions_text(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:
     """A list of captions as a file: `split <tab> key <tab> caption` a line, blanks of a caption as single spaces."""
-    lines = [f"{split}\t{key}\t{' '.join(caption.split())}\n" for split, rows in captions.items() for key, caption in rows]
+    lines = [
+        f"{split}\t{key}\t{' '.join(caption.split())}\n" for split, rows in captions.items() for key, caption in rows
+    ]
     return "".join(lines)
 
 
@@ -159,8 +161,10 @@ def load_protocol(name: str | Path) -> Protocol:
 def _read(path: Path) -> Protocol:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a protocol that can be read ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a protocol is a list of `key: value` lines")
     types = field_types(Protocol)

@@ -24,6 +24,8 @@ _NAMES = {
     "random": "random pixels",
 }
 _HALVES = "one half of the real pictures against the other"
+_PARTS = {"retrieval": ("recall-at-1", "recall-at-5"), "precision-recall": ("precision", "recall")}
+"""Metrics that give several scores."""
 _CUTS = 20
 """Ways to cut the real pictures in two that the floor is averaged over; 1 where a value takes seconds."""
 
@@ -48,24 +50,38 @@ class Case:
     def costly_weights(self) -> Tensor:
         return self.weights[: self.protocol.costly_resamples]
 
-    def key(self, metric: str) -> str:
-        """The machine name of a score: plain for the offline judge, with the network for others."""
-        plain = metric.replace("-", "_")
-        return plain if self.network == "efficientnet-lite0" else f"{plain}_{self.network.replace('-', '_')}"
-
     def score(
         self,
         metric: str,
         value: float,
         ends: tuple[float, float],
-        better: str,
         floor: dict[str, float],
         ceiling: dict[str, float],
         name: str = "",
     ) -> Score:
         low, high = ends
         name = name or self.judge.called(metric)
-        return Score(self.key(metric), name, value, low, high, better, floor, ceiling, self.network)
+        key = key_of(metric, self.network)
+        return Score(key, name, value, low, high, better_of(key), floor, ceiling, self.network)
+
+
+def keys_of(protocol: Protocol) -> list[str]:
+    """Machine names of the scores that a protocol may give."""
+    found = []
+    for metric, network in protocol.wanted:
+        found += [key_of(part, network or "efficientnet-lite0") for part in _PARTS.get(metric, (metric,))]
+    return found
+
+
+def better_of(key: str) -> str:
+    """`lower` for distances, `higher` for everything else."""
+    return "lower" if key.startswith(("kid", "fid")) else "higher"
+
+
+def key_of(metric: str, network: str) -> str:
+    """The machine name of a score: plain for the offline judge, with the network for others."""
+    plain = metric.replace("-", "_")
+    return plain if network == "efficientnet-lite0" else f"{plain}_{network.replace('-', '_')}"
 
 
 def scores_of(measured: Measured, protocol: Protocol, judges: dict[str, FeatureNetwork]) -> tuple[Score, ...]:
@@ -113,7 +129,7 @@ def kid_scores(case: Case) -> list[Score]:
     floor = {_HALVES: halves(real, distance, _CUTS if scaled else 1)}
     floor |= {_NAMES[copy]: distance(case.features.real[copy], real) for copy in ("mirrored",)}
     ceiling = {_NAMES[c]: distance(case.features.real[c], real) for c in ("noisy", "blurred", "shrunk", "random")}
-    return [case.score("kid", value, ends, "lower", floor, ceiling)]
+    return [case.score("kid", value, ends, floor, ceiling)]
 
 
 def subset_kid(a: Tensor, b: Tensor, protocol: Protocol) -> float:
@@ -135,7 +151,7 @@ def fid_scores(case: Case) -> list[Score]:
     floor = {_HALVES: halves(real, metrics.frechet, 1)}
     floor |= {_NAMES["mirrored"]: metrics.frechet(case.features.real["mirrored"], real)}
     ceiling = {_NAMES[copy]: metrics.frechet(case.features.real[copy], real) for copy in ("noisy", "random")}
-    return [case.score("fid", value, metrics.around(value, torch.tensor(resampled)), "lower", floor, ceiling)]
+    return [case.score("fid", value, metrics.around(value, torch.tensor(resampled)), floor, ceiling)]
 
 
 def fidelity_frechet(a: Tensor, b: Tensor) -> float:
@@ -165,7 +181,7 @@ def inception_scores(case: Case) -> list[Score]:
     floor = {"all pictures alike": 1.0, _NAMES["random"]: score(case.features.real["random"])}
     ceiling = {_NAMES["real"]: score(case.real)}
     ends = metrics.around(value, torch.tensor(resampled))
-    return [case.score("inception-score", value, ends, "higher", floor, ceiling)]
+    return [case.score("inception-score", value, ends, floor, ceiling)]
 
 
 def precision_recall_scores(case: Case) -> list[Score]:
@@ -183,7 +199,7 @@ def precision_recall_scores(case: Case) -> list[Score]:
     ):
         ends = metrics.interval(metrics.weighted_mean(hits.flatten(), weights))
         floor = {_NAMES["random"]: low.mean().item()}
-        found.append(case.score(metric, hits.mean().item(), ends, "higher", floor, ceiling))
+        found.append(case.score(metric, hits.mean().item(), ends, floor, ceiling))
     return found
 
 
@@ -208,7 +224,7 @@ def retrieval_scores(case: Case) -> list[Score]:
         ceiling = {_NAMES["mirrored"]: hits(ends["mirrored"]).mean().item()}
         name = f"R@{k} of {shown} ({case.judge.name})"
         value = per_query.mean().item()
-        found.append(case.score(f"recall-at-{k}", value, (low, high), "higher", floor, ceiling, name))
+        found.append(case.score(f"recall-at-{k}", value, (low, high), floor, ceiling, name))
     return found
 
 
@@ -223,7 +239,7 @@ def clip_scores(case: Case) -> list[Score]:
         _NAMES["random"]: metrics.clip_score(case.features.real["random"], texts[0]).mean().item(),
     }
     ceiling = {_NAMES["real"]: metrics.clip_score(case.real, texts[0]).mean().item()}
-    return [case.score("clip-score", hits.mean().item(), ends, "higher", floor, ceiling)]
+    return [case.score("clip-score", hits.mean().item(), ends, floor, ceiling)]
 
 
 def r_precision_scores(case: Case) -> list[Score]:
@@ -243,7 +259,7 @@ def r_precision_scores(case: Case) -> list[Score]:
     floor = {"chance": 1 / shown, _NAMES["random"]: hits(case.features.real["random"], 0).mean().item()}
     ceiling = {_NAMES["real"]: hits(case.real, 0).mean().item()}
     name = case.judge.called("r-precision").replace("R-precision", f"R-precision, 1 of {shown}", 1)
-    return [case.score("r-precision", found.mean().item(), ends, "higher", floor, ceiling, name)]
+    return [case.score("r-precision", found.mean().item(), ends, floor, ceiling, name)]
 
 
 def _texts(case: Case) -> Tensor:

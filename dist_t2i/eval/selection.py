@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from dist_t2i.data.decode import PictureError, decode, square
 from dist_t2i.data.shards import BadSample, Sample, Samples, ShardSet
 from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.rules import Protocol
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Chosen:
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
+    kept: Tensor | None = None
+    """uint8 [N, 3, size, size], where all of them were read before."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -40,10 +41,16 @@ class Chosen:
 
         Raises UserError when it cannot be used: a protocol with a picture less is another protocol.
         """
+        if self.kept is not None:
+            return self.kept[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
         except PictureError as error:
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
+
+    def loaded(self, size: int) -> Chosen:
+        """The same with all pictures in memory."""
+        return replace(self, kept=torch.stack([self.picture(row, size) for row in range(len(self))]))
 
 
 def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
@@ -73,7 +80,10 @@ def choose(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
         found = [_read(samples, split, numbers[row]) for row in chunk]
-        return [(sample.key, _captions(sample, split, protocol, wanted.get(numbers[row]))) for row, sample in zip(chunk, found, strict=True)]
+        return [
+            (sample.key, _captions(sample, split, protocol, wanted.get(numbers[row])))
+            for row, sample in zip(chunk, found, strict=True)
+        ]
 
     rows = [row for part in ranks.map(len(numbers), read) for row in part]
     return Chosen(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
