@@ -11,6 +11,7 @@ docs/evaluation.md has the protocols, the metrics, and how to supply the weights
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,12 @@ from dist_t2i.errors import UserError, run_command
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.eval.features import FeatureNetwork
+    from dist_t2i.eval.ranks import Ranks
     from dist_t2i.eval.rules import Protocol
     from dist_t2i.eval.selection import Chosen
+    from dist_t2i.pipeline import TextToImage
 
 _NETWORKS = ("efficientnet", "inception", "clip")
 
@@ -78,46 +83,41 @@ def main() -> int:
         return captions(chosen)
     from dist_t2i import launch
 
-    rank = launch.prepare()  # before torch is imported
+    environment = dict(os.environ)
+    rank = launch.prepare(environment)
+    if rank.world_size > 1:
+        os.environ.update(environment)  # before torch is imported
     from dist_t2i.eval.ranks import Ranks
 
     ranks = Ranks.join(rank.rank, rank.world_size)
     try:
-        return evaluation(chosen, ranks, rank.local_rank)
-    except UserError as error:
-        error.told_by_main = error.told_by_main or not ranks.main  # all ranks come to the same errors
-        raise
-    finally:
+        evaluation(chosen, ranks, rank.local_rank)
+    except UserError:  # of all ranks together
         ranks.leave()
+        raise
+    ranks.leave()
+    return 0
 
 
-def evaluation(chosen: argparse.Namespace, ranks, local_rank: int) -> int:
-    from dist_t2i.data.lists import open_data
-    from dist_t2i.eval.protocol import choose_all, evaluate, load_judges, protocol_for
-    from dist_t2i.eval.rules import load_protocol
+def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
+    """Scores to a file and to the terminal. Collective; a UserError is raised on all ranks."""
+    from dist_t2i.eval.protocol import choose_all, evaluate, load_judges
     from dist_t2i.eval.scores import table
-    from dist_t2i.modelfiles import read_model
-    from dist_t2i.pipeline import TextToImage
 
-    protocol = load_protocol(chosen.protocol) if chosen.protocol else None
-    sources = _sources(chosen.weights, chosen.without)
-    files = read_model(chosen.run, ema=protocol is None or protocol.ema)
-    model = TextToImage(files, _device(chosen.device, local_rank, ranks.world))
-    if not (chosen.data or model.config.data.train):
-        raise UserError(f"{chosen.run} does not say what it was trained on; name a set with --data")
-    data = open_data(replace(model.config.data, train=chosen.data or model.config.data.train))
-    protocol = protocol or protocol_for(data)
+    model, data, protocol, sources = ranks.all(lambda: opened(chosen, local_rank, ranks.world))
     rows = choose_all(data, protocol, ranks)
     ranks.from_main(lambda: keep_captions(chosen.run, protocol, rows))
-    judges: dict = {}
+    judges: dict[str, FeatureNetwork] = {}
 
     def load() -> None:
         judges.update(load_judges(protocol, model.device, sources, chosen.without))
 
     ranks.from_main(load)  # first one of them, which may have to download
-    if not ranks.main:
-        load()
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    ranks.all(lambda: None if ranks.main else load())
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     scores = evaluate(model, data, protocol, say=say, judges=judges, ranks=ranks, chosen=rows)
     out = chosen.out or chosen.run / "scores.json"
 
@@ -133,15 +133,41 @@ def evaluation(chosen: argparse.Namespace, ranks, local_rank: int) -> int:
         if left_out := scores.manifest["left_out"]:
             print(f"left out: {', '.join(left_out)}")
         print(f"written to {out}")
-    return 0
+
+
+def opened(
+    chosen: argparse.Namespace, local_rank: int, world: int
+) -> tuple[TextToImage, ShardSet, Protocol, dict[str, str]]:
+    """The model, the set, the protocol, and where weights come from, as the command line says."""
+    from dist_t2i.data.lists import open_data
+    from dist_t2i.eval.protocol import protocol_for
+    from dist_t2i.eval.rules import load_protocol
+    from dist_t2i.modelfiles import read_model
+    from dist_t2i.pipeline import TextToImage
+
+    protocol = load_protocol(chosen.protocol) if chosen.protocol else None
+    sources = _sources(chosen.weights, chosen.without)
+    files = read_model(chosen.run, ema=protocol is None or protocol.ema)
+    if not (chosen.data or files.config.data.train):
+        raise UserError(f"{chosen.run} does not say what it was trained on; name a set with --data")
+    data = open_data(replace(files.config.data, train=chosen.data or files.config.data.train))
+    model = TextToImage(files, _device(chosen.device, local_rank, world))
+    return model, data, protocol or protocol_for(data), sources
 
 
 def _device(asked: str | None, local_rank: int, world: int) -> str | None:
-    """With several ranks on GPUs, each has its own."""
-    if asked or world == 1:
-        return asked
+    """What was asked for, if it is there; with several ranks on GPUs, each has its own."""
     import torch
 
+    if asked:
+        try:
+            torch.empty(0, device=asked)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--device {asked}: cannot be used ({reason}); try cpu") from None
+        return asked
+    if world == 1:
+        return None
     return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 

@@ -60,28 +60,30 @@ def evaluate(
     if "own" in {network for _, network in protocol.wanted}:
         judges.setdefault("own", own_judge(model))
     used = {name: judge for name, judge in judges.items() if name in {network for _, network in protocol.wanted}}
-    found, references = {}, {}
+    measured = {}
     for split, rows in chosen.items():
         if ranks.main:
             named = ", ".join(judge.name for judge in used.values())
             say(f"{split}: {len(rows)} pictures, captions x seeds: {_made(rows, protocol):,}; judged by {named}")
-        measured = measure(model, rows, protocol, used, ranks, seen[split] if seen else None)
-        if measured is not None:
-            if split == next(iter(chosen)):
-                say("all pictures are judged; computing the metrics and their intervals")
-            found[split] = SplitScores(len(rows), scores_of(measured, protocol, used))
-            references[split] = measured.reference_sha256
+        measured[split] = measure(model, rows, protocol, used, ranks, seen[split] if seen else None)
 
     def scores() -> Scores:
+        say("all pictures are judged; computing the metrics and their intervals")
+        parts = {split: part for split, part in measured.items() if part is not None}
+        found = {
+            split: SplitScores(len(part.captions), scores_of(part, protocol, used)) for split, part in parts.items()
+        }
         about = manifest(model, data, protocol, used, chosen)
-        return Scores(dataclasses.asdict(protocol), {**about, "reference_sha256": references}, found)
+        about["reference_sha256"] = {split: part.reference_sha256 for split, part in parts.items()}
+        return Scores(dataclasses.asdict(protocol), about, found)
 
     return ranks.from_main(scores)
 
 
 def choose_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Chosen]:
     """Split -> its pictures and captions. Collective. Raises UserError."""
-    return {split: choose(data, split, protocol, ranks) for split in splits_of(data, protocol)}
+    splits = ranks.all(lambda: splits_of(data, protocol))
+    return {split: choose(data, split, protocol, ranks) for split in splits}
 
 
 def _made(rows: Chosen, protocol: Protocol) -> int:

@@ -96,6 +96,16 @@ class Ranks:
             torch.distributed.broadcast_object_list(said, src=0)
         return said[0]
 
+    def all(self, function: Callable[[], T]) -> T:
+        """`function()` on every rank, each with its own result. Collective; errors as in `collect`."""
+        problem: UserError | None = None
+        try:
+            result = function()
+        except UserError as error:
+            problem = error
+        self._raise_first(problem)
+        return result
+
     def _raise_first(self, problem: UserError | None) -> None:
         problems: list = [problem]
         if self.world > 1:

@@ -65,6 +65,21 @@ def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
 
 def choose(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE) -> Chosen:
     """The pictures and captions of a split. Collective. Raises UserError when there are too few, or not those listed."""
+    samples, numbers, wanted = ranks.all(lambda: _found(data, split, protocol))
+
+    def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
+        found = [_read(samples, split, numbers[row]) for row in chunk]
+        return [
+            (sample.key, _captions(sample, split, protocol, wanted.get(numbers[row])))
+            for row, sample in zip(chunk, found, strict=True)
+        ]
+
+    rows = [row for part in ranks.map(len(numbers), read) for row in part]
+    return Chosen(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
+
+
+def _found(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
+    """The split, the numbers of the pictures in it, and number -> caption where these are listed."""
     samples = data.samples(split)
     if protocol.captions == "listed":
         listed = protocol.listed().get(split, [])
@@ -77,16 +92,7 @@ def choose(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
             f"{data.folder}: {split} has {len(numbers):,} pictures, too few for protocol {protocol.name}, which needs "
             f"{protocol.min_pictures:,}; hold out more, or take another protocol"
         )
-
-    def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
-        found = [_read(samples, split, numbers[row]) for row in chunk]
-        return [
-            (sample.key, _captions(sample, split, protocol, wanted.get(numbers[row])))
-            for row, sample in zip(chunk, found, strict=True)
-        ]
-
-    rows = [row for part in ranks.map(len(numbers), read) for row in part]
-    return Chosen(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
+    return samples, numbers, wanted
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:
