@@ -40,7 +40,7 @@ from dist_t2i.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 LATEST = "latest"
 NAME = re.compile(r"images-(\d{9,})")

@@ -86,7 +86,10 @@ def deepspeed_config(spec: EngineSpec, config: Config, world_size: int, paramete
         "stage": spec.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "contiguous_gradients": spec.stage >= 2,
+        # One all-reduce of the bucket as it is: DeepSpeed's "scatter" is an all-reduce, too, with two more copies.
+        "reduce_scatter": False,
+        # A copy more, which only a GPU's allocator is thankful for.
+        "contiguous_gradients": spec.stage >= 2 and torch.cuda.is_available(),
         "overlap_comm": False,
     }
     if spec.stage == 3:
@@ -150,8 +153,6 @@ class NetworkEngine:
             config=deepspeed_config(spec, config, self.world_size, parameters),
             dist_init_required=False,
         )
-        if self.stage == 0:  # at the others parameters are views of flat buffers, and moving them would break the tie
-            self.module.to(memory_format=torch.channels_last)
         self._parameters = dict(self.module.named_parameters())
         self._gradient_norm = 0.0
         self._create_optimizer_state()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from dist_t2i.config import Config
 
-FORMAT = 1
+FORMAT = 2
 ABOUT = "model.json"
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"

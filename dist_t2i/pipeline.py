@@ -260,7 +260,7 @@ def build_parts(files: ModelFiles, device: torch.device) -> Parts:
         text_g = fill(encoders[0], files.generator, names[0], where)
         text_d = fill(encoders[1], files.discriminator, names[1], where)
     modules = (module.eval().requires_grad_(False) for module in (generator, text_g, discriminator, text_d))
-    return Parts(*(module.to(device, memory_format=torch.channels_last) for module in modules))
+    return Parts(*(module.to(device) for module in modules))
 
 
 def check_texts(texts: Sequence[str], name: str) -> list[str]:

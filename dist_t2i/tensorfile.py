@@ -62,7 +62,11 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    fp32 = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    # Copied, because a tensor within a mapped file begins anywhere, and with its alignment the last bits of a product change.
+    fp32 = {
+        name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        for name, value in given.items()
+    }
     module.load_state_dict(fp32, assign=True)
     return module
 

@@ -165,7 +165,7 @@ class PlainEngine:
         from dist_t2i.engine import DTYPES
 
         self.name, self.device, self.dtype = name, device, DTYPES[config.engine.precision]
-        self.bare = module.to(device, self.dtype, memory_format=torch.channels_last)
+        self.bare = module.to(device, self.dtype)
         self._wrapped = torch.nn.parallel.DistributedDataParallel(self.bare) if dist.get_world_size() > 1 else self.bare
         self._frozen = False
         self._optimizer = torch.optim.AdamW(
