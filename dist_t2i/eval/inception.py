@@ -9,6 +9,7 @@ torch-fidelity is imported, and go away again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import sys
@@ -113,8 +114,8 @@ def inception_legacy(device: torch.device, source: str | None = None) -> Feature
 
 def _inception(device: torch.device, source: str | None, resize: str) -> FeatureNetwork:
     path = weights_file("inception", source, URL)
-    network = load_network(path)
     sha256 = file_sha256(path)
+    network = _kept(path, sha256)
     published = _PUBLISHED[resize] if sha256 == FID_SHA256 else {}
     label = "InceptionV3" if published else f"InceptionV3, weights sha256 {sha256[:8]}…"
     return FeatureNetwork(
@@ -130,6 +131,12 @@ def _inception(device: torch.device, source: str | None, resize: str) -> Feature
         classifier=network.fc.weight.detach().clone(),
         scaled=False,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(path: Path, sha256: str) -> nn.Module:
+    """The two ways to resize share one network."""
+    return load_network(path)
 
 
 def load_network(path: Path) -> nn.Module:

@@ -229,14 +229,14 @@ def tone_pair(caption: str) -> tuple[str, str] | None:
 
 
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:
-    """1 where picture i of `light` is brighter than picture i of `dark`, else 0: float64 [N], from `brightness` [N].
+    """1 where picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
 
     Both are made from one noise and from captions that differ in the tone alone, so what differs is the skin, and
     the mean luma of the whole picture orders it. On real OpenMoji pairs at 32 px that is right 331 times of 331, and
     stays right for 99.7% under strong noise; picking skin pixels by their colour errs on 3, and on 30% under noise
     (hair and clothes have skin colours too).
     """
-    return (light > dark).double()
+    return (brightness(light) > brightness(dark)).double()
 
 
 def brightness(images: Tensor) -> Tensor:

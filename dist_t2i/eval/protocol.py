@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.eval.features import FeatureNetwork, load_features, own_judge
 from dist_t2i.eval.measure import measure
 from dist_t2i.eval.ranks import ALONE, Ranks
-from dist_t2i.eval.rules import Protocol, captions_sha256, load_protocol
+from dist_t2i.eval.rules import Protocol, captions_sha256, load_protocol, rules_sha256
 from dist_t2i.eval.scores import Scores, SplitScores
 from dist_t2i.eval.scoring import scores_of
 from dist_t2i.eval.selection import Chosen, choose, has_listed, splits_of
@@ -73,8 +73,14 @@ def evaluate(
         found = {
             split: SplitScores(len(part.captions), scores_of(part, protocol, used)) for split, part in parts.items()
         }
-        about = manifest(model, data, protocol, used, chosen)
-        about["reference_sha256"] = {split: part.reference_sha256 for split, part in parts.items()}
+        about = manifest(model, data, protocol, used) | {
+            "truncation": model.config.model.generator.truncation
+            if protocol.truncation is None
+            else protocol.truncation,
+            "captions_sha256": captions_hash(chosen),
+            "reference_sha256": {split: part.reference_sha256 for split, part in parts.items()},
+            "left_out": [f"{metric}/{network}" for metric, network in protocol.wanted if network not in {"", *used}],
+        }
         return Scores(dataclasses.asdict(protocol), about, found)
 
     return ranks.from_main(scores)
@@ -117,31 +123,22 @@ def captions_hash(chosen: Mapping[str, Chosen]) -> str:
 # ---- what the numbers depend on --------------------------------------------------------------------------------------
 
 
-def manifest(
-    model: TextToImage,
-    data: ShardSet,
-    protocol: Protocol,
-    judges: Mapping[str, FeatureNetwork],
-    chosen: Mapping[str, Chosen],
-) -> dict[str, Any]:
-    """Hashes and versions that two scores must share (but for the weights) to be compared; see comparing.py."""
+def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[str, FeatureNetwork]) -> dict[str, Any]:
+    """Hashes and versions that two scores by a protocol (a dataclass of rules) share, or by which they differ; see
+    comparing.py."""
     from dist_t2i import environment
 
     about = environment.describe()
-    asked = [entry for entry, (_, network) in zip(protocol.metrics, protocol.wanted, strict=True) if network]
     return {
         "weights_sha256": model.files.sha256(),
         "images_seen": model.images_seen,
         "image_size": model.image_size,
-        "truncation": model.config.model.generator.truncation if protocol.truncation is None else protocol.truncation,
         "data_fingerprint": data.fingerprint,
-        "protocol_sha256": protocol.sha256,
-        "captions_sha256": captions_hash(chosen),
+        "protocol_sha256": rules_sha256(protocol),
         "judges": {
             name: {"name": judge.name, "weights_sha256": judge.weights_sha256, "side": judge.side}
             for name, judge in judges.items()
         },
-        "left_out": [entry for entry in asked if entry.partition("/")[2] not in judges],
         "packages": about["packages"],
         "code": {**about["code"], "sha256": code_sha256()},
         "device": str(model.device),

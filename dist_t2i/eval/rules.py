@@ -91,7 +91,7 @@ class Protocol:
     @property
     def sha256(self) -> str:
         """Hash of all rules, the list's hash among them."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return rules_sha256(self)
 
     @property
     def wanted(self) -> tuple[tuple[str, str], ...]:
@@ -115,6 +115,11 @@ class Protocol:
                 "put the file back, or give the protocol another version"
             )
         return found
+
+
+def rules_sha256(rules: Any) -> str:
+    """Hash of all fields of a dataclass of rules."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode()).hexdigest()
 
 
 def captions_sha256(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:

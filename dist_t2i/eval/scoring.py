@@ -268,19 +268,22 @@ def _texts(case: Case) -> Tensor:
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
-    """How often a caption in light skin tone comes out brighter than the same one in dark, from the same noise."""
+    """How often a caption in light skin tone comes out brighter than the same one in dark, from the same noise.
+
+    As `metrics.tone_order` has it, from the brightness of pictures that are gone.
+    """
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
     if len(pairs) < 2:
         return []
     rows = torch.tensor([[row[light], row[dark]] for light, dark in pairs])
-    right = torch.cat([metrics.tone_order(made[rows[:, 0]], made[rows[:, 1]]) for made in measured.luma])
+    right = torch.cat([(made[rows[:, 0]] > made[rows[:, 1]]).double() for made in measured.luma])
     weights = metrics.bootstrap_weights(range(len(pairs)), protocol.resamples)
     low, high = metrics.interval(metrics.weighted_mean(right, weights))
     real = measured.real_luma
     known = rows[(rows < len(real)).all(1)]
     ceiling = {}
     if len(known):
-        ceiling[_NAMES["real"]] = metrics.tone_order(real[known[:, 0]], real[known[:, 1]]).mean().item()
+        ceiling[_NAMES["real"]] = (real[known[:, 0]] > real[known[:, 1]]).double().mean().item()
     name = f"skin tones in order ({int(right.sum())} of {len(right)} pairs)"
     return [Score("tone_order", name, right.mean().item(), low, high, "higher", {"chance": 0.5}, ceiling)]
 

@@ -10,7 +10,7 @@ from dist_t2i.data.storage import StorageOptions
 from dist_t2i.data.urls import is_local, local_path
 from dist_t2i.errors import DataError, UserError
 
-_DOWNLOAD = StorageOptions(retry_seconds=20.0, stall_seconds=20.0)
+_DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 
 
 def variable(network: str) -> str:

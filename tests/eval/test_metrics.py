@@ -118,10 +118,9 @@ def test_tone_order_compares_brightness():
     grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
     darker = grey.clone()
     darker[0, :, 0, 0] = 90
-    bright, dim = metrics.brightness(grey), metrics.brightness(darker)
-    assert metrics.tone_order(bright, dim).tolist() == [1.0]
-    assert metrics.tone_order(dim, bright).tolist() == [0.0]
-    assert metrics.tone_order(bright, bright).tolist() == [0.0]
+    assert metrics.tone_order(grey, darker).tolist() == [1.0]
+    assert metrics.tone_order(darker, grey).tolist() == [0.0]
+    assert metrics.tone_order(grey, grey).tolist() == [0.0]
     assert metrics.brightness(grey).item() == pytest.approx(100)
 
 

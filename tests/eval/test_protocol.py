@@ -140,8 +140,7 @@ def test_the_manifest_says_what_the_numbers_depend_on(scores, model, data):
     assert len(scores.manifest["code"]["sha256"]) == len(scores.manifest["captions_sha256"]) == 64
     assert scores.manifest["left_out"] == []
     other = Protocol("test", seeds=(0, 2), resamples=50)
-    rows = {"test": choose(data, "test", other)}
-    assert manifest(model, data, other, JUDGES, rows)["protocol_sha256"] != scores.manifest["protocol_sha256"]
+    assert manifest(model, data, other, JUDGES)["protocol_sha256"] != scores.manifest["protocol_sha256"]
 
 
 def test_what_no_judge_is_there_for_is_left_out_and_said(model, data):
