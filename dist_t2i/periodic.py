@@ -78,16 +78,16 @@ class Periodic:
     def scores(self, folder: Path, generator: Mapping, discriminator: Mapping, images: int) -> dict[str, float]:
         """`eval/SPLIT/SCORE` -> value of these weights (fp32, as checkpoints name them); the scores are kept in the run."""
         files = ModelFiles(folder, self._config, self._words, generator, discriminator, images, self._frozen)
-        model = TextToImage(files, self._device)
-        found = evaluate(
-            model,
-            self._data,
-            self._protocol,
-            say=lambda line: None,
-            judges=self._judges,
-            chosen=self._chosen,
-            seen=self._seen,
-        )
+        with torch.random.fork_rng(devices=[]):
+            found = evaluate(
+                TextToImage(files, self._device),
+                self._data,
+                self._protocol,
+                say=lambda line: None,
+                judges=self._judges,
+                chosen=self._chosen,
+                seen=self._seen,
+            )
         try:
             (folder / FOLDER).mkdir(exist_ok=True)
             found.save(folder / FOLDER / f"images-{images:09d}.json")

@@ -112,9 +112,17 @@ class Trainer:
             )
 
     def _periodic(self, device: torch.device) -> Periodic:
-        periodic = Periodic(self.config, self.data, device, self.reporter.warn)
-        on_main(periodic.prepare, slow=True)
-        return periodic
+        def made() -> Periodic:
+            return Periodic(self.config, self.data, device, self.reporter.warn)
+
+        mine: list[Periodic] = []
+
+        def prepare() -> None:
+            mine.append(made())
+            mine[0].prepare()
+
+        on_main(prepare, slow=True)
+        return mine[0] if mine else made()
 
     def _claim(self, allow_changes: bool) -> None:
         def warn(message: str) -> None:

@@ -71,7 +71,9 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without", action="append", default=[], metavar="NETWORK", help="leave out what inception or clip judges"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the scores go (default: DIR/scores.json)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the scores go (default: scores.json in the run folder)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
@@ -106,7 +108,8 @@ def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> Non
 
     model, data, protocol, sources = ranks.all(lambda: opened(chosen, local_rank, ranks.world))
     rows = choose_all(data, protocol, ranks)
-    ranks.from_main(lambda: keep_captions(chosen.run, protocol, rows))
+    run = model.files.folder
+    ranks.from_main(lambda: keep_captions(run, protocol, rows))
     judges: dict[str, FeatureNetwork] = {}
 
     def load() -> None:
@@ -119,7 +122,9 @@ def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> Non
         print(line, file=sys.stderr, flush=True)
 
     scores = evaluate(model, data, protocol, say=say, judges=judges, ranks=ranks, chosen=rows)
-    out = chosen.out or chosen.run / "scores.json"
+    out = chosen.out or run / (
+        "scores.json" if chosen.run.samefile(run) else f"scores-{chosen.run.resolve().name}.json"
+    )
 
     def write() -> None:
         try:
