@@ -18,6 +18,7 @@ _PANELS = (
     ("images per second", r"images_per_second", False),
     ("evaluation: distances", r"eval/.*/[kf]id.*", False),
     ("evaluation: shares", r"eval/.*/(r_)?(recall|precision|tone).*", False),
+    ("evaluation: scores", r"eval/.*/(clip|inception)_score.*", False),
     ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
 )
 """Title, the metrics shown, and whether the axis is logarithmic."""
