@@ -138,10 +138,11 @@ def _scores(scores: Mapping[str, Any]) -> str:
         cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
         parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     rules = scores["protocol"]
+    judges = ", ".join(judge["name"] for judge in scores["manifest"]["judges"].values())
     note = (
         f"Protocol {rules['name']} version {rules['version']}: {len(rules['seeds'])} drawings a caption; R@k: is the real "
-        "picture among the k nearest, of 100? Judged by EfficientNet-Lite0, an ImageNet classifier that had no part in "
-        "training: its KID is not comparable with KID or FID by Inception features."
+        f"picture among the k nearest, of {rules['gallery']}? Judges: {judges}. EfficientNet-Lite0 is an ImageNet "
+        "classifier that had no part in training: its KID is not comparable with KID or FID by Inception features."
     )
     return "".join(parts) + f"</table><p class=note>{text(note)}</p>"
 

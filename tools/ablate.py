@@ -165,8 +165,9 @@ def report(
     from dist_t2i.ablation import judging
     from dist_t2i.ablation import report as reports
     from dist_t2i.ablation.runs import is_finished
+    from dist_t2i.eval.rules import load_protocol
 
-    protocol = judging.protocol_of(plan.evaluation)
+    protocol = load_protocol(plan.protocol)
     judge = judging.Judging(data, protocol, out, say)
     done = {key: config for key, config in configs.items() if is_finished(config)}
     empty = [arm for arm in plan.arms if not any(name == arm for name, _ in done)]
@@ -234,7 +235,10 @@ def facts(
     judged = [one["seconds"] for one in scores.values()]
     seen = [images_seen(Path(config.run.folder)) for config in done.values()]
     spent = time.monotonic() - STARTED + sum(one["seconds"] for one in calls(out))
-    manifest = next(iter(scores.values()))["manifest"]
+    judges = next(iter(scores.values()))["manifest"]["judges"]
+    judged_by = ", ".join(
+        f"{j['name']} (weights `{j['weights_sha256'][:12]}`)" for n, j in judges.items() if n != "own"
+    )
     rules = next(iter(scores.values()))["protocol"]
     facts = {
         "command": "`" + shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]) + "`",
@@ -245,8 +249,7 @@ def facts(
         "versions": ", ".join(f"{name} {version}" for name, version in about["packages"].items()),
         "data": f"{data.manifest.get('name', '')}, fingerprint `{data.fingerprint}`",
         "protocol": f"{rules['name']} version {rules['version']}, splits {', '.join(rules['splits']) or 'all held-out'}, "
-        f"{len(rules['seeds'])} pictures a caption, judged by {manifest['judge']['name']} "
-        f"(weights `{manifest['judge']['weights_sha256'][:12]}`)",
+        f"{len(rules['seeds'])} pictures a caption, judged by {judged_by}",
         "pictures": str(data.manifest.get("credit", "")),
     }
     return {name: value for name, value in facts.items() if value}

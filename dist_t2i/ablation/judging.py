@@ -15,32 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dist_t2i import metricsfile
-from dist_t2i.ablation.plan import Evaluation
-from dist_t2i.eval import metrics
-from dist_t2i.eval.features import FeatureNetwork, load_features
-from dist_t2i.eval.protocol import PROTOCOLS, Protocol, evaluate, generate
-from dist_t2i.eval.scores import Score
+from dist_t2i.errors import UserError
+from dist_t2i.eval.features import FeatureNetwork
+from dist_t2i.eval.protocol import Protocol, evaluate, load_judges, load_protocol
+from dist_t2i.eval.scoring import keys_of
 
 if TYPE_CHECKING:
     from dist_t2i.data.shards import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 FILE = "ablation.json"
-OWN = "own_recall_at_1"
-"""Key of the model's own opinion."""
-METRICS = ("kid", "recall_at_1", "recall_at_5", "tone_order")
-"""Keys of what an independent judge, or none, says."""
+OWN = "_own"
+"""End of the keys of what the model's own D and S_D say."""
 
 
 @dataclass(frozen=True)
 class RememberingJudge(FeatureNetwork):
     """A judge that looks at the same pictures once: features are kept in a folder, by the hash of the pixels."""
 
-    folder: Path
+    folder: Path = Path()
 
     @classmethod
     def of(cls, judge: FeatureNetwork, folder: Path) -> RememberingJudge:
@@ -63,25 +59,19 @@ class RememberingJudge(FeatureNetwork):
         return found
 
 
-def problems_of(chosen: Evaluation, decides: Sequence[str]) -> list[str]:
+def problems_of(protocol: str, decides: Sequence[str]) -> list[str]:
     """What is wrong with how an ablation is to be judged, before anything is trained."""
-    problems = []
-    if chosen.protocol not in PROTOCOLS:
-        problems.append(f"evaluation.protocol: no {chosen.protocol!r}; there are {', '.join(PROTOCOLS)}")
+    try:
+        known = keys_of(load_protocol(protocol))
+    except UserError as error:
+        return [f"protocol: {error}"]
+    problems = [] if decides else ["decides: names no metric: a verdict needs at least one, such as recall_at_1"]
     for key in decides:
-        if key == OWN:
+        if key not in known:
+            problems.append(f"decides: no metric {key!r}; {protocol} gives {', '.join(known)}")
+        elif key.endswith(OWN):
             problems.append(f"decides: {key} is the model's own opinion: every arm is its own judge there")
-        elif key not in METRICS:
-            problems.append(f"decides: no metric {key!r}; there are {', '.join(METRICS)}")
-    if not decides:
-        problems.append("decides: names no metric: a verdict needs at least one, such as recall_at_1")
     return problems
-
-
-def protocol_of(chosen: Evaluation) -> Protocol:
-    """The protocol that an ablation names, cut to its splits and seeds."""
-    protocol = PROTOCOLS[chosen.protocol]
-    return dataclasses.replace(protocol, splits=chosen.splits or protocol.splits, seeds=chosen.seeds or protocol.seeds)
 
 
 class Judging:
@@ -89,13 +79,12 @@ class Judging:
 
     def __init__(self, data: ShardSet, protocol: Protocol, out: Path, say: Callable[[str], None]) -> None:
         self.data, self.protocol, self.out, self.say = data, protocol, out, say
-        self._judge: RememberingJudge | None = None
+        self.judges: dict[str, FeatureNetwork] = {}
+        """The independent ones that the protocol asks for, by network; loaded when they are first needed."""
 
     def scores(self, run: Path) -> dict[str, Any]:
-        """As in scores.json, with the model's own opinion added: those that are kept if they are about this model, this set
-        and this protocol, else new ones. Raises UserError.
-
-        `seconds` is how long it took, `parameters` counts those of each network.
+        """As in scores.json: those that are kept if they are about this model, this set and this protocol, else new ones.
+        Raises UserError. `seconds` is how long it took, `parameters` counts those of each network.
         """
         from dist_t2i.pipeline import load
 
@@ -105,12 +94,12 @@ class Judging:
         if kept.get("key") == key:
             return kept["scores"]
         self.say(f"scores of {run}")
-        judge = self._loaded(model)
+        if not self.judges:
+            loaded = load_judges(self.protocol, model.device)
+            self.judges = {name: RememberingJudge.of(one, self.out / "features") for name, one in loaded.items()}
         started = time.monotonic()
-        found = evaluate(model, self.data, self.protocol, say=lambda line: None, judge=judge)
+        found = evaluate(model, self.data, self.protocol, say=lambda line: None, judges=self.judges)
         scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
-        for split, about in scores["splits"].items():
-            about["scores"].append(dataclasses.asdict(own_recall(model, self.data, split, self.protocol)))
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
         metricsfile.replace_text(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
@@ -120,14 +109,8 @@ class Judging:
         return {
             "weights": model.files.sha256(),
             "data": self.data.fingerprint,
-            "protocol": json.loads(json.dumps(dataclasses.asdict(self.protocol))),
+            "protocol": self.protocol.sha256,
         }
-
-    def _loaded(self, model: TextToImage) -> RememberingJudge:
-        if self._judge is None:
-            plain = load_features(self.protocol.features, model.device)
-            self._judge = RememberingJudge.of(plain, self.out / "features")
-        return self._judge
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,29 +134,6 @@ def parameters(model: TextToImage) -> dict[str, int]:
                 encoders[name] = tensor.numel()  # a shared encoder is in both files, as `text.*`
     counted["text"] = sum(encoders.values())
     return counted
-
-
-def own_recall(model: TextToImage, data: ShardSet, split: str, protocol: Protocol) -> Score:
-    """How often the model's own D and S_D find a generated picture's caption first among 100 of the split.
-
-    R-precision (Xu et al. 2018, AttnGAN, sec. 4) has this form, but is judged by a network that had no part in the
-    training; this one was trained to agree. It says how well the two networks understand each other, and nothing that
-    could be compared from model to model.
-    """
-    samples = data.samples(split)
-    captions = [samples[i].captions[0] for i in range(min(protocol.max_pictures, len(samples)))]
-    hits = []
-    for seed in protocol.seeds:
-        pictures = generate(model, captions, seed, protocol)
-        nearness = model.score(as_images(pictures), captions).double()
-        ranks = (nearness >= nearness.diagonal()[:, None]).sum(1) - 1
-        hits.append(metrics.recall_at(1, ranks, len(captions), protocol.gallery))
-    found = torch.cat(hits)
-    weights = metrics.bootstrap_weights(range(len(captions)), protocol.resamples)
-    low, high = metrics.interval(torch.as_tensor(metrics.weighted_mean(found, weights)))
-    shown = min(protocol.gallery, len(captions))
-    name = f"R@1 of {shown} captions (own D and S_D, no independent judge)"
-    return Score(OWN, name, found.mean().item(), low, high, "higher", {"chance": 1 / shown})
 
 
 def as_images(pictures: Tensor) -> list:

@@ -34,17 +34,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How runs are scored: a protocol, or part of one."""
-
-    protocol: str = "openmoji"
-    splits: tuple[str, ...] = ()
-    """Held-out splits; empty: the protocol's."""
-    seeds: tuple[int, ...] = ()
-    """Seeds of the noise; empty: the protocol's."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """An ablation."""
 
@@ -67,7 +56,8 @@ class Plan:
     """Metrics that the verdict is about, on the first split; the others are reported."""
     prompts: int = 10
     """Rows of the sample grid."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    protocol: str = "held-out"
+    """By which runs are scored: its name, or a .yaml file."""
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def label(self, arm: str) -> str:
@@ -192,7 +182,7 @@ def _contradictions(plan: Plan) -> list[str]:
         problems.append(f"images: at least 1, is {plan.images}")
     if plan.source not in SOURCES:
         problems.append(f"source: openmoji or nothing, is {plan.source}")
-    return problems + judging.problems_of(plan.evaluation, plan.decides)
+    return problems + judging.problems_of(plan.protocol, plan.decides)
 
 
 def _said_once(problems: list[str], arms: int) -> list[str]:

@@ -112,7 +112,7 @@ def findings(
         missing=missing,
         made=made or {},
         manifest={
-            "judge": manifest["judge"],
+            "judges": {name: one for name, one in manifest["judges"].items() if name != "own"},
             "data_fingerprint": manifest["data_fingerprint"],
             "protocol": next(iter(scores.values()))["protocol"],
         },
@@ -171,7 +171,9 @@ def difference_table(found: Findings, split: str) -> Table:
         if one.measure.split != split:
             continue
         span = f"{one.gain.low:+.3f} to {one.gain.high:+.3f}" if one.gain.n > 1 else "one seed: none"
-        decides = "yes" if one in found.deciding(one.arm) else "no (own judge)" if one.measure.key == OWN else "no"
+        decides = (
+            "yes" if one in found.deciding(one.arm) else "no (own judge)" if one.measure.key.endswith(OWN) else "no"
+        )
         says = {"better": f"{reference} better", "worse": f"{reference} worse", "nothing": "nothing"}[one.says]
         says += ", also with all counted" if one.sure else ""
         rows.append([found.plan.label(one.arm), one.measure.name, f"{one.gain.mean:+.3f}", span, says, decides])

@@ -1,5 +1,6 @@
-"""Scores that are computed once, and the model's own opinion."""
+"""Scores that are computed once."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from safetensors.torch import load_file
 
 import dist_t2i
 from dist_t2i.ablation import judging
-from dist_t2i.ablation.plan import Evaluation
 from dist_t2i.data.shards import open_set
 from dist_t2i.eval.features import FeatureNetwork
+from dist_t2i.eval.rules import load_protocol
 from models_on_disk import write_run, write_tone_set
 
 
@@ -47,26 +48,14 @@ def data(tmp_path_factory):
     return open_set(write_tone_set(tmp_path_factory.mktemp("sets") / "set"))
 
 
-@pytest.mark.parametrize("mode", ["dual", "shared"])
-def test_the_own_opinion_is_the_rank_of_the_own_caption(mode, data, tmp_path):
-    run = write_run(tmp_path / "run", f"data.train={data.folder}", f"text.mode={mode}", words=data.tokenizer)
-    model, protocol = dist_t2i.load(run, "cpu"), judging.protocol_of(Evaluation("held-out", seeds=(0,)))
-    score = judging.own_recall(model, data, "test", protocol)
-    captions = [data.samples("test")[i].captions[0] for i in range(len(data.samples("test")))]
-    nearness = model.score(judging.as_images(judging.generate(model, captions, 0, protocol)), captions)
-    first = [bool((row.argmax() == i) and (row == row.max()).sum() == 1) for i, row in enumerate(nearness)]
-    assert score.key == judging.OWN and score.value == pytest.approx(sum(first) / len(captions))
-    assert score.floor["chance"] == pytest.approx(1 / len(captions))
-
-
 def test_scores_are_kept_until_something_changes(data, tmp_path):
     run = write_run(tmp_path / "run", f"data.train={data.folder}", words=data.tokenizer)
     told = []
 
     def scores(seeds):
-        protocol = judging.protocol_of(Evaluation("held-out", seeds=seeds))
+        protocol = dataclasses.replace(load_protocol("openmoji-ablation"), splits=(), seeds=seeds)
         one = judging.Judging(data, protocol, tmp_path, told.append)
-        one._judge = judging.RememberingJudge.of(JUDGE, tmp_path / "features")
+        one.judges = {"efficientnet-lite0": judging.RememberingJudge.of(JUDGE, tmp_path / "features")}
         return one.scores(run)
 
     first = scores((0,))

@@ -14,7 +14,7 @@ base: base.yaml
 data: a/set
 seeds: 2
 overrides: [train.global_batch=8]
-evaluation: {protocol: held-out}
+protocol: held-out
 arms:
   dual:
   shared: {label: one for both, overrides: [text.mode=shared]}
@@ -57,8 +57,8 @@ bas: x
 base: base.yaml
 seeds: many
 reference: twin
-decides: [fid, own_recall_at_1]
-evaluation: {protocol: coco}
+decides: [fid, r_precision_own]
+protocol: held-out
 arms:
   dual: {overrides: [text.mode=dul]}
   sha/red: {lable: x, overrides: [data.image_size=33, data.sizes=2]}
@@ -68,15 +68,14 @@ arms:
         plans.load(file)
     said = str(caught.value)
     for part in (
-        "11 problems",
+        "10 problems",
         "bas: unknown key; did you mean base?",
         "seeds: expected a whole number",
         "arms.sha/red: becomes a folder",
         "arms.sha/red.lable: unknown key; did you mean arms.sha/red.label?",
         "reference: twin is none of the arms",
         "decides: no metric 'fid'",
-        "decides: own_recall_at_1 is the model's own opinion",
-        "evaluation.protocol: no 'coco'",
+        "decides: r_precision_own is the model's own opinion",
         "arms.dual: override 'text.mode=dul'",
         "arms.sha/red: override 'data.sizes=2': data.sizes: unknown key",
     ):
@@ -92,6 +91,7 @@ arms:
         ("base: base.yaml\narms: {a: , b: {overrides: [text.mode=frozen]}}", "frozen needs text.frozen"),
         ("base: base.yaml\noverrides: [train.global_batch=3]\narms: {a: , b: }", "1 problem"),
         ("base: base.yaml\nseeds: 0\narms: {a: , b: }", "seeds: at least 1"),
+        ("base: base.yaml\nprotocol: coco\narms: {a: , b: }", "protocol: no protocol 'coco'"),
         ("arms: [", "is not YAML"),
         ("- a", "expected `key: value` lines"),
     ],

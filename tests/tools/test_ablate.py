@@ -1,5 +1,6 @@
 """An ablation as a command at a size that takes seconds: really trained, interrupted, gone on with, and looked at again."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from dist_t2i.ablation import judging
+from dist_t2i.eval.rules import load_protocol
 from models_on_disk import write_tone_set
 from ranks import ROOT
 from runs import environment
@@ -35,7 +38,7 @@ data: DATA
 images: 800
 seeds: 2
 prompts: 3
-evaluation: {protocol: held-out, seeds: [0]}
+protocol: PROTOCOL
 decides: [kid, recall_at_1]
 arms:
   dual:
@@ -51,10 +54,16 @@ arms:
 
 @pytest.fixture
 def plan(tmp_path):
-    data = write_tone_set(tmp_path / "set", roles=8)
+    write_tone_set(tmp_path / "set", roles=8)
     (tmp_path / "base.yaml").write_text(BASE)
     path = tmp_path / "ablation-tiny.yaml"
-    path.write_text(PLAN.replace("BASE", str(tmp_path / "base.yaml")).replace("DATA", str(data)))
+    rules = {**dataclasses.asdict(load_protocol("openmoji-ablation")), "name": "tiny", "splits": [], "seeds": [0]}
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(rules))))
+    names = {"BASE": "base.yaml", "DATA": "set", "PROTOCOL": "protocol.yaml"}
+    text = PLAN
+    for name, file in names.items():
+        text = text.replace(name, str(tmp_path / file))
+    path.write_text(text)
     return path
 
 
@@ -111,7 +120,7 @@ def check_table(out):
         for seed in (0, 1)
     }
     found = {one["key"]: one for one in table["measures"]}
-    assert {"kid", "recall_at_1", "recall_at_5", judging.OWN} <= set(found)
+    assert {"kid", "recall_at_1", "recall_at_5", "r_precision_own"} <= set(found)
     for key, one in found.items():
         for arm in ("dual", "frozen"):
             scores = [runs[arm, seed]["splits"]["test"]["scores"] for seed in (0, 1)]
@@ -124,7 +133,7 @@ def check_table(out):
         values = found[one["metric"]]["values"]
         gains = [sign * (values["dual"][seed] - values["frozen"][seed]) for seed in ("0", "1")]
         assert one["gain"]["mean"] == pytest.approx(statistics.mean(gains)) and one["gain"]["n"] == 2
-    assert "no independent judge" in found[judging.OWN]["name"]
+    assert "not independent" in found["r_precision_own"]["name"]
     counts = table["parameters"]
     assert counts["dual"]["text"] > 0 == counts["frozen"]["text"]
     assert any(change.startswith("loss.d_alignment_regions: 0.0") for change in table["changes"]["frozen"])
