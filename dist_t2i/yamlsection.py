@@ -39,7 +39,8 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
     try:
         return convert(value, type_)
     except ValueError as error:
-        problems.append(f"{key}: expected {expected(type_)}, got {error}")
+        quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
+        problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
         return None
 
 

