@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MOST = 4000
 """Captions looked at, of each side."""
+LEARNED = 1000
+"""Captions that a probe learns from at most, evenly spread."""
 MANY = 20
 """Of a property with more classes, only those that held-out captions have."""
 GENDERS = {
@@ -235,6 +237,7 @@ def run_probe(
         classes = [label for label in classes if label in set(test)]
     index = {label: i for i, label in enumerate(classes)}
     learn = torch.tensor([i for i, label in enumerate(train) if label in index], dtype=torch.long)
+    learn = learn[:: -(-len(learn) // LEARNED) or 1]
     ask = torch.tensor([i for i, label in enumerate(test) if label in index], dtype=torch.long)
     if len(classes) < 2 or len(learn) < 20 or len(ask) < 8:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_t2i.data.tokenizer import words
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-3, 1e-2, 1e-1)
 """Weight decays that a probe chooses from."""
 
 
@@ -43,7 +43,7 @@ def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
 def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
     weight = torch.zeros(rows.shape[1], classes, dtype=torch.double, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss() -> float:
         optimizer.zero_grad()
