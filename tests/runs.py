@@ -62,6 +62,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
+def whole_lines(file: Path) -> list[dict]:
+    """A file with a JSON object on each line; one that is being written at this moment is left out."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 class Run:
     """A run in `folder` on the set `data`; `start` begins or goes on, as the same command does for a user."""
 
@@ -103,7 +108,7 @@ class Run:
         return self.folder.with_suffix(".out").read_text(errors="replace")[-5000:]
 
     def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return whole_lines(self.folder / "metrics.jsonl")
 
     def losses(self) -> dict[int, dict[str, float]]:
         """What the losses, logits and gradient norms were, by images seen."""

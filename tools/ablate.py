@@ -135,7 +135,7 @@ def all_done_on_slurm(plan: Plan, configs: Configs, out: Path, chosen: argparse.
     for arm in left:
         folder = (out / arm).absolute()
         states = [status.look(run) for run in status.runs_under(folder, missing_ok=True)]
-        if any(state.live for state in states):
+        if any(state.live or state.silent for state in states):
             say("\n".join(status.describe(state) for state in states))
             continue
         job = Submission(
