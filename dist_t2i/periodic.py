@@ -58,7 +58,9 @@ class Periodic:
                 f"{', '.join(keys_of(self._protocol))}"
             )
         if not self._protocol.ema:
-            raise UserError(f"eval.protocol: {self._protocol.name} says `ema: false`, but training scores the moving average")
+            raise UserError(
+                f"eval.protocol: {self._protocol.name} says `ema: false`, but training scores the moving average"
+            )
         self._data, self._words = data, data.tokenizer
         self.best: Best | None = None
         self._before: Best | None = None
