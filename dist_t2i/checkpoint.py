@@ -184,16 +184,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint with every file's size and SHA-256 checked. Raises CheckpointError naming the file that differs."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        listed = state["files"]
         if state["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {state['format']}, but this version reads format {FORMAT}.")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = {name: (about["bytes"], about["sha256"]) for name, about in state["files"].items()}
+        images = int(state["images"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
-    for name, expected in listed.items():
+    if NAME.fullmatch(folder.name) and images != _images(folder):
+        raise CheckpointError(f"{folder / STATE}: damaged, it is of {images:,} images.")
+    for name, (size, sha256) in listed.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing.")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != sha256:
             raise CheckpointError(f"{path}: does not have the size and checksum it was saved with.")
     return Checkpoint(folder, state)
 

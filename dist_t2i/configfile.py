@@ -27,7 +27,7 @@ from dist_t2i.errors import ConfigError
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain scalars."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}  # type: ignore[misc]
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(node.value).replace("_", "")
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or our reader would take for something else than a text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {  # type: ignore[misc]
         k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 

@@ -126,7 +126,8 @@ class Mirroring:
         if "damaged" in answer:
             raise _Damaged(answer["damaged"])
         try:
-            checkpoint.open_checkpoint(staging)
+            if checkpoint.open_checkpoint(staging).images != images:
+                raise CheckpointError(f"{staging / checkpoint.STATE}: damaged, it is not of {images:,} images.")
         except CheckpointError as error:
             raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
         for name in RECORD_FILES:

@@ -105,7 +105,7 @@ class Watchdog:
             "time": time.time(),
             "stacks": self._stacks(),
         }
-        with contextlib.suppress(OSError):  # a full disk: the others then take this rank for silent only if it hangs
+        with contextlib.suppress(OSError):  # a full disk: `_accuse` sees that files prove nothing then
             self.folder.mkdir(parents=True, exist_ok=True)
             metricsfile.replace_text(self._file(self.rank), json.dumps(said, indent=1) + "\n")
 
@@ -139,6 +139,8 @@ class Watchdog:
         if self._state is not state:
             return
         verdict = judge(before, self._read(), self.world_size)
+        if any(one["rank"] == self.rank for one in verdict["guilty"] if verdict["silent"]):
+            verdict = {"guilty": [], "silent": False, "waiting": []}  # files cannot be written now, by nobody
         if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
             return  # something that takes long, and everybody lives
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}

@@ -49,35 +49,30 @@ def main() -> int:
     chosen = parser.parse_args()
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     verdict, reason, kind = decide(chosen.run, chosen.status, chosen.log, job, restart)
-    attempts.note(
-        chosen.run,
-        event="end",
-        job=job,
-        restart=restart,
-        status=chosen.status,
-        verdict=verdict,
-        reason=reason,
-        kind=kind,
-        images=attempts.newest_checkpoint(chosen.run),
-    )
+    entry = {"event": "end", "job": job, "restart": restart, "status": chosen.status, "kind": kind}
+    entry["images"] = attempts.newest_checkpoint(chosen.run)
+    attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
     print(f"job {job}, attempt {restart + 1}: {verdict}{': ' if reason else ''}{reason}", flush=True)
-    if verdict == "requeued" and not requeue(job):
-        print(f"Slurm did not queue job {job} again: scontrol requeue {job}", flush=True)
-        return chosen.status
+    if verdict == "requeued" and not requeue(known_as(job)):
+        verdict, reason = "given up", f"Slurm did not queue it again (scontrol requeue {known_as(job)}); {reason}"
+        attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
+        print(reason, flush=True)
     return chosen.status if verdict == "given up" else 0
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
     """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
-    state, current = job_state(job)
+    state, current = job_state(known_as(job))
     if status == SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
     if status == 0:
         return "finished", "", ""
     if state not in ("RUNNING", ""):
         return "ended by Slurm", state, ""
-    if status == STOPPED or status in _BEFORE_HANDLERS:
+    if status == STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
+    elif status in _BEFORE_HANDLERS:
+        reason, kind = "stopped by a signal before it had begun", ""
     else:
         reason, kind = cause(run, status, log, job, restart)
     before, images = fruitless(run), attempts.newest_checkpoint(run)
@@ -126,6 +121,12 @@ def said_by_srun(log: Path | None) -> str:
     return f" ({found[-1].strip()})" if found else ""
 
 
+def known_as(job: str) -> str:
+    """What Slurm's commands call this job: one task of an array has the array's own number, which means all of them there."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else job
+
+
 def job_state(job: str) -> tuple[str, int | None]:
     """Such as RUNNING, COMPLETING, CANCELLED, and how often it was started again; "" and None when Slurm does not say."""
     said = _ask("scontrol", "-o", "show", "job", job) or ""
@@ -145,8 +146,7 @@ def _ask(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout
-        away = re.search(r"contact|connect|timed out|communication", done.stderr, re.IGNORECASE)
-        if not away or time.monotonic() > end:
+        if not attempts.AWAY.search(done.stderr) or time.monotonic() > end:
             print(done.stderr.strip(), file=sys.stderr, flush=True)
             return None
         time.sleep(2.0)

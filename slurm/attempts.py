@@ -25,6 +25,8 @@ _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I
 )
 """Messages of ranks that have only lost another one."""
+AWAY = re.compile(r"contact|connect|timed out|communication", re.IGNORECASE)
+"""What Slurm's commands say when their controller is away."""
 
 
 def note(run: Path, **entry: object) -> None:

@@ -6,28 +6,33 @@
 
 Two partitions: jobs in `high` push out those in `low` (the default one), which get SIGTERM and 20 seconds, and are queued
 again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`), but no
-root, no munge daemon and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Every
-user of the machine can talk to it, as the user it runs as: use it on a machine that you trust.
+root and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Its ports can be reached
+from other machines, as Slurm's daemons listen everywhere, but it only listens to the user who started it: that is seen
+to by a munged of its own, whose socket nobody else can open.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import os
+import pwd
+import secrets
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 _UP_SECONDS = 60.0
 """How long the nodes may take until all of them are idle."""
@@ -36,9 +41,8 @@ _DOWN_SECONDS = 20.0
 
 _SETTINGS = {
     "ClusterName": "local",
-    "AuthType": "auth/none",
-    "CredType": "cred/none",
-    "AuthInfo": "cred_expire=5",  # a requeued job waits for twice this and a little: 10 s instead of 121
+    "AuthType": "auth/munge",
+    "CredType": "cred/munge",
     "SlurmdParameters": "config_overrides",
     "ProctrackType": "proctrack/pgid",
     "TaskPlugin": "task/none",
@@ -84,37 +88,49 @@ class LocalSlurm:
 
     def up(self) -> None:
         """Start it and wait until every node is idle. Raises UserError saying what stands in the way."""
+        if not self.nodes:
+            raise UserError("--nodes: a cluster has at least one")
         missing = missing_programs()
         if missing:
             raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
         if self.running():
             raise UserError(f"it is up already, in {self.folder}; `down` stops it")
-        for name in ("state", "spool", "log", "pid", "run"):
+        for name in ("state", "log", "pid", "run"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
         ports = _free_ports(len(self.nodes) + 1)
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
+        # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
+        self._first_job = 1000 * (1 + secrets.randbelow(60_000)) + 1
+        self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
+        files = [f"--{name}-file={self._keys / name}" for name in ("key", "log", "pid", "seed")]
+        self._start("munged", "--foreground", "--force", f"--socket={self._keys}/socket", *files)
+        self._await_or_down((self._keys / "socket").is_socket)
         self._start("slurmctld", "-D", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
-        self._await_idle()
+        self._await_or_down(self._idle)
 
     def down(self) -> None:
         """End the jobs and stop the daemons; whatever they have started and left behind is killed."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
-            self.command("scancel", "--user", getpass.getuser(), timeout=10)
+        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # whatever a daemon still answers
+            self.command("scancel", "--user", _user(), timeout=10)
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
-        daemons = self._daemons()
-        _end(daemons, signal.SIGTERM)
-        with contextlib.suppress(UserError):
-            self._await(lambda: not any(_alive(pid) for pid in daemons), _DOWN_SECONDS)
-        _end(daemons, signal.SIGKILL)
+        for programs in ("slurm*", "munged"):  # the others cannot end in order without it
+            daemons = self._daemons(programs)
+            _end(daemons, signal.SIGTERM)
+            with contextlib.suppress(UserError):
+                self._await(partial(_all_ended, daemons), _DOWN_SECONDS)
+            _end(daemons, signal.SIGKILL)
         _end(self.leftovers(), signal.SIGKILL)
+        with contextlib.suppress(UserError):
+            self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
+        shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
 
     def running(self) -> bool:
-        """Whether its controller runs."""
+        """Whether any of its daemons runs."""
         return any(_alive(pid) for pid in self._daemons())
 
     def start_node(self, node: str) -> None:
@@ -158,18 +174,21 @@ class LocalSlurm:
 
     def configuration(self) -> str:
         """The text of slurm.conf."""
-        host, user = socket.gethostname().split(".")[0], getpass.getuser()
-        places = {
+        host, user = socket.gethostname().split(".")[0], _user()
+        places = {  # in quotes: a path may have spaces
             "SlurmctldHost": f"{host}(127.0.0.1)",
             "SlurmctldPort": str(self._ports["slurmctld"]),
             "SlurmUser": user,
             "SlurmdUser": user,
-            "StateSaveLocation": f"{self.folder}/state",
-            "SlurmdSpoolDir": f"{self.folder}/spool/%n",
-            "SlurmctldLogFile": f"{self.folder}/log/slurmctld.log",
-            "SlurmdLogFile": f"{self.folder}/log/%n.log",
-            "SlurmctldPidFile": f"{self.folder}/pid/slurmctld.pid",
-            "SlurmdPidFile": f"{self.folder}/pid/%n.pid",
+            "FirstJobId": str(self._first_job),
+            # A requeued job waits for twice `cred_expire` and a little: 10 s instead of 121.
+            "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
+            "StateSaveLocation": f'"{self.folder}/state"',
+            "SlurmdSpoolDir": f"{self._keys}/spool/%n",
+            "SlurmctldLogFile": f'"{self.folder}/log/slurmctld.log"',
+            "SlurmdLogFile": f'"{self.folder}/log/%n.log"',
+            "SlurmctldPidFile": f'"{self.folder}/pid/slurmctld.pid"',
+            "SlurmdPidFile": f'"{self.folder}/pid/%n.pid"',
         }
         lines = [f"{name}={value}" for name, value in {**_SETTINGS, **places, **self.settings}.items()]
         cores, memory = max(4, os.cpu_count() or 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
@@ -197,9 +216,20 @@ class LocalSlurm:
             )
         (self.folder / "run" / name).write_text(str(daemon.pid))
 
-    def _daemons(self) -> list[int]:
+    def _new_keys(self) -> Path:
+        """A folder for sockets and munged's secret that only this user can enter; elsewhere, as sockets want short paths."""
+        folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
+        (folder / "spool").mkdir()
+        (folder / "key").touch(mode=0o600)
+        (folder / "key").write_bytes(secrets.token_bytes(128))
+        shutil.rmtree(link.resolve(), ignore_errors=True)  # of one that was not taken down
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        return folder
+
+    def _daemons(self, programs: str = "*") -> list[int]:
         found = []
-        for file in (self.folder / "run").glob("slurm*"):
+        for file in (self.folder / "run").glob(programs):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
                 if _alive(pid) and _runs(pid, file.name.partition("-")[0]):
@@ -207,28 +237,36 @@ class LocalSlurm:
         return found
 
     def _spool(self, node: str) -> str:
-        return str(self.folder / "spool" / node)
+        return str((self.folder / "keys").resolve() / "spool" / node)
 
-    def _await_idle(self) -> None:
-        def idle() -> bool:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                return self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.nodes)
-            return False
+    def _idle(self) -> bool:
+        with contextlib.suppress(subprocess.SubprocessError):
+            return self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.nodes)
+        return False
 
+    def _await_or_down(self, condition: Callable[[], bool]) -> None:
         try:
-            self._await(idle, _UP_SECONDS)
+            self._await(condition, _UP_SECONDS)
         except UserError as error:
             self.down()
             logs = "".join(file.read_text(errors="replace")[-1500:] for file in (self.folder / "log").iterdir())
             raise UserError(f"Slurm's daemons did not come up ({error}). What they say:\n{logs}") from None
 
     @staticmethod
-    def _await(condition, seconds: float) -> None:
+    def _await(condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
                 raise UserError(f"not within {seconds:.0f} seconds")
             time.sleep(0.1)
+
+
+def _user() -> str:
+    """Whose processes these are, whatever the environment says (`runuser` and containers leave another's name in it)."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
 
 
 def _free_ports(count: int) -> list[int]:
@@ -249,6 +287,10 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def _all_ended(pids: list[int]) -> bool:
+    return not any(_alive(pid) for pid in pids)
 
 
 def _runs(pid: int, program: str) -> bool:
@@ -281,7 +323,7 @@ def default_folder() -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: for `run`, the command's own."""
+    """Returns the exit status; `run` does not return, and has the command's own."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -290,13 +332,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("up", "run", "down"))
     parser.add_argument("command", nargs=argparse.REMAINDER, help="of `run`")
     chosen = parser.parse_args(arguments)
-    if chosen.action == "up" and chosen.command:  # options after the word: `up --nodes 2`
-        chosen = parser.parse_args([*chosen.command, "up"])
+    if chosen.action != "run" and chosen.command:  # options after the word: `up --nodes 2`
+        chosen = parser.parse_args([*chosen.command, chosen.action], namespace=chosen)
     cluster = LocalSlurm(chosen.folder, nodes=chosen.nodes)
+    try:
+        return _act(chosen, cluster)
+    except OSError as error:
+        raise UserError(f"{error.filename or cluster.folder}: {error.strerror or error}") from error
+
+
+def _act(chosen: argparse.Namespace, cluster: LocalSlurm) -> int:
     if chosen.action == "up":
         cluster.up()
         print(f"Slurm is up: {len(cluster.nodes)} nodes, partitions low (default) and high. In this shell:")
-        print(f"export SLURM_CONF={cluster.conf}")
+        print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
         return 0
     if chosen.action == "down":
         was = cluster.running()
@@ -307,7 +356,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("run what? Such as: python -m slurm.local run squeue")
     if not cluster.running():
         raise UserError("Slurm is not up: python -m slurm.local up")
-    return subprocess.run(chosen.command, env=cluster.environment).returncode
+    program = shutil.which(chosen.command[0], path=_search_path())
+    if program is None:
+        raise UserError(f"there is no program {chosen.command[0]} to run")
+    os.execve(program, chosen.command, cluster.environment)  # its signals and exit status are its own
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Profile:
     account: str = ""
     qos: str = ""
     time: str = "24h"
-    """Time limit of one attempt: `90m`, `24h`, `2d`, or Slurm's `1-12:00:00`."""
+    """Time limit of one attempt: `90m`, `24h`, `2d`, or as Slurm takes it, in quotes: `"12:00:00"`, `"1-12"`."""
     gpus_per_node: int = 0
     tasks_per_node: int = 0
     """Ranks per node; 0: one per GPU, or one."""
@@ -63,7 +63,8 @@ class Profile:
     scratch: str = ""
     """Folder on each node's own disk, for the shard cache."""
     python: str = ""
-    """Python of the environment on the nodes; empty: the one that submits."""
+    """Python of the environment on the nodes; empty: the one that submits. With a container it only runs what decides at
+    the end, outside of the image: 3.7 or newer; empty: `python3`."""
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch by name, such as `mail-type: FAIL`."""
@@ -84,12 +85,9 @@ def load(path: Path) -> Profile:
         raise ConfigError(f"the profile {path} is not YAML: {' '.join(str(error).split())}") from None
     problems: list[str] = []
     profile = _section({} if found is None else found, Profile, "", problems)
-    if not problems:
-        problems += _contradictions(profile)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
-    return profile
+        raise _error(str(path), problems)
+    return check(profile, str(path))
 
 
 def from_plain(found: dict[str, Any]) -> Profile:
@@ -99,6 +97,18 @@ def from_plain(found: dict[str, Any]) -> Profile:
     if problems:
         raise ConfigError("the profile of the run cannot be read: " + "; ".join(problems), problems)
     return profile
+
+
+def check(profile: Profile, source: str = "the profile") -> Profile:
+    """The profile, if its values can be. Raises ConfigError that names every problem."""
+    if problems := _contradictions(profile):
+        raise _error(source, problems)
+    return profile
+
+
+def _error(source: str, problems: list[str]) -> ConfigError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
 
 
 def _section(found: Any, section: type, prefix: str, problems: list[str]) -> Any:
@@ -127,7 +137,8 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
     try:
         return convert(value, type_)
     except ValueError as error:
-        problems.append(f"{key}: expected {expected(type_)}, got {error}")
+        quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
+        problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
         return None
 
 
@@ -155,18 +166,21 @@ def _contradictions(profile: Profile) -> list[str]:
 
 
 def minutes(text: str) -> int:
-    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, a number of minutes, or Slurm's
-    `[D-]HH:MM[:SS]`. Raises ConfigError."""
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text.strip())
-    slurm = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?", text.strip())
-    if text.strip().isdigit():
+    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, or as Slurm takes it: a number of minutes, `MM:SS`,
+    `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ConfigError."""
+    text = text.strip()
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
+    slurm = re.fullmatch(r"(\d+)-(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?|(?:(\d+):)?(\d+):(\d{1,2})", text)
+    if text.isdecimal():
         found = int(text)
-    elif units and text.strip():
+    elif units and text:
         days, hours, rest = (int(part or 0) for part in units.groups())
         found = days * 1440 + hours * 60 + rest
     elif slurm:
-        days, hours, rest, seconds = (int(part or 0) for part in slurm.groups())
-        found = days * 1440 + hours * 60 + rest + (seconds > 0)
+        days, hours, rest, seconds, *short = (int(part or 0) for part in slurm.groups())
+        if not slurm[1]:
+            hours, rest, seconds = short
+        found = days * 1440 + hours * 60 + rest + -(-seconds // 60)
     else:
         raise ConfigError(f"{text!r} is not a time: write 90m, 24h, 2d, or 1-12:00:00")
     if found <= 0:

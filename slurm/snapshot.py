@@ -8,6 +8,7 @@ RUN/code.diff        what differed
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -18,6 +19,8 @@ from dist_t2i.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "code"
+MARKS = ("slurm/rank.py", "slurm/after.py", "dist_t2i/train.py")
+"""What a job starts of a copy: one without them is none."""
 _PARTS = ("dist_t2i", "slurm", "tools", "configs", "pyproject.toml")
 
 
@@ -34,7 +37,7 @@ def take(run: Path) -> Path:
         aside.rename(target)
         about = {**git_state(ROOT), "copied": time.strftime("%Y-%m-%d %H:%M:%S"), "from": str(ROOT)}
         (run / "code.json").write_text(json.dumps(about, indent=1) + "\n")
-        (run / "code.diff").write_text(_git("diff", "HEAD") or "")
+        (run / "code.diff").write_bytes(os.fsencode(_git("diff", "HEAD") or ""))
     except OSError as error:
         raise UserError(f"the code cannot be copied to {target}: {error.strerror or error}") from error
     return target
@@ -43,9 +46,14 @@ def take(run: Path) -> Path:
 def keep(run: Path) -> bool:
     """Whether `run` has a copy from before: its own, or that of the array of seeds that it was submitted in. Raises OSError."""
     mine, arrays = run / CODE, run.parent / CODE
-    if not mine.is_dir() and arrays.is_dir():
-        shutil.copytree(arrays, mine)
-    return mine.is_dir()
+    if not _is_copy(mine) and run.name.startswith("seed-") and _is_copy(arrays):
+        shutil.copytree(arrays, mine, dirs_exist_ok=True)
+    return _is_copy(mine)
+
+
+def _is_copy(folder: Path) -> bool:
+    """Whether it is the code: `code` is the name of many folders, and a copy may have been swept in part."""
+    return all((folder / part).is_file() for part in MARKS)
 
 
 def _files() -> list[Path]:
@@ -60,14 +68,15 @@ def _files() -> list[Path]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None outside of a checkout."""
+    """What git prints, whatever its encoding (`os.fsencode` gives the bytes); None outside of a checkout."""
+
+    def said(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True)
+        return os.fsdecode(done.stdout)
+
     try:
-        top = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
-        )
-        if Path(top.stdout.strip()).resolve() != ROOT:
+        if Path(said("rev-parse", "--show-toplevel").removesuffix("\n")).resolve() != ROOT:
             return None  # a checkout around us, not ours
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        return said(*arguments)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout

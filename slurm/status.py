@@ -29,6 +29,10 @@ _LIVE = {
 }
 
 
+class _Silent(Exception):
+    """Slurm's controller does not answer."""
+
+
 @dataclass(frozen=True)
 class State:
     """A submitted run at this moment. `queue` is Slurm's word for the job, "" when it does not know it (any more)."""
@@ -42,6 +46,10 @@ class State:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: int = -1
     """Images seen at the last committed checkpoint; -1 without one."""
+    submitted: float = 0.0
+    """Unix time of the latest submission."""
+    silent: bool = False
+    """Whether Slurm is here and does not answer: the job may be in any state."""
 
     @property
     def live(self) -> bool:
@@ -67,20 +75,29 @@ class State:
         return len(over) - failed, failed
 
     @property
+    def _just_finished(self) -> bool:
+        """Whether the progress file says so, and was written by the latest attempt: one that goes on begins with an older one's."""
+        begins = [entry["time"] for entry in self.attempts if entry["event"] == "begin"]
+        newest = max([self.submitted, *begins])
+        return self.progress.get("state") == "finished" and self.progress.get("updated", 0.0) >= newest
+
+    @property
     def word(self) -> str:
-        """One of queued, running, finished, failed, cancelled, stopped, gone."""
+        """One of queued, running, finished, failed, cancelled, stopped, gone, unknown."""
         last = self.ends[-1] if self.ends else {}
-        if self.queue in ("RUNNING", "COMPLETING") and self.progress.get("state") != "finished":
-            return "running"
-        if self.live and self.queue != "RUNNING":
+        if self.live and self.queue not in ("RUNNING", "COMPLETING"):
             return "queued"
-        if self.progress.get("state") == "finished":
+        if self._just_finished:
             return "finished"
+        if self.live:
+            return "running"
         if self.queue == "CANCELLED" or (last.get("verdict") == "ended by Slurm" and last.get("reason") == "CANCELLED"):
             return "cancelled"
         if last.get("verdict") == "given up" or self.queue in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
             return "failed"
-        return "stopped" if self.progress.get("state") == "stopped" else "gone"
+        if self.progress.get("state") in ("finished", "stopped"):
+            return str(self.progress["state"])
+        return "unknown" if self.silent else "gone"
 
     @property
     def why(self) -> str:
@@ -98,37 +115,63 @@ class State:
 def submitted(run: Path) -> dict[str, Any]:
     """RUN/slurm/job.json. Raises UserError when the run was not submitted."""
     try:
-        return json.loads((run / FOLDER / JOB).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{run} is not a submitted run: there is no {FOLDER}/{JOB} in it") from None
-    except ValueError as error:
+        found = json.loads((run / FOLDER / JOB).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        seeds = _seeds(run)
+        hint = f"; it is an array: name one of its runs, such as {seeds[0]}" if seeds else ""
+        raise UserError(f"{run} is not a submitted run: there is no {FOLDER}/{JOB} in it{hint}") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{run / FOLDER / JOB} cannot be read: {error}") from None
+    needed = ("job", "logs", "nodes", "ranks", "profile")
+    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise UserError(f"{run / FOLDER / JOB} lacks {', '.join(missing)}: submit the run again with --config")
+    return found
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
     """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none, unless that
     is `missing_ok`."""
-    if (folder / FOLDER / JOB).exists():
-        return [folder]
-    seeds = [path for path in folder.glob("seed-*") if (path / FOLDER / JOB).exists()]
+    try:
+        seeds = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     if not seeds and not missing_ok:
         submitted(folder)
-    return sorted(seeds, key=lambda path: int(path.name.removeprefix("seed-")))
+    return seeds
+
+
+def _seeds(folder: Path) -> list[Path]:
+    """The submitted runs of an array of seeds, by seed."""
+    named = {path: re.fullmatch(r"seed-(-?\d+)", path.name) for path in folder.glob("seed-*")}
+    seeds = {path: int(match[1]) for path, match in named.items() if match and (path / FOLDER / JOB).exists()}
+    return sorted(seeds, key=lambda path: seeds[path])
 
 
 def look(run: Path) -> State:
     """The state of a submitted run now. Raises UserError when it was not submitted."""
-    job = submitted(run)["job"]
-    queue, where = ask_slurm(job)
+    about = submitted(run)
+    queue, where, silent = "", "", False
+    try:
+        queue, where = ask_slurm(about["job"])
+    except _Silent:
+        silent = True
     try:
         progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         progress = {}
-    return State(run, job, queue, where, progress, attempts.read(run), attempts.newest_checkpoint(run))
+    return State(
+        *(run, about["job"], queue, where, progress, attempts.read(run), attempts.newest_checkpoint(run)),
+        submitted=about.get("submitted", 0.0),
+        silent=silent,
+    )
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state and where it runs or why it waits, from squeue, else scontrol, else sacct; empty when none knows."""
+    """A job's state and where it runs or why it waits, from squeue, else scontrol, else sacct; empty when none knows it.
+
+    Raises _Silent when the controller is away.
+    """
     said = _output("squeue", "-h", "-j", job, "-o", "%T|%R")
     if said:
         state, _, where = said.splitlines()[0].partition("|")
@@ -146,8 +189,10 @@ def _output(*command: str) -> str:
         return ""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except subprocess.SubprocessError:
-        return ""
+    except subprocess.TimeoutExpired:
+        raise _Silent from None
+    if done.returncode and attempts.AWAY.search(done.stderr):
+        raise _Silent
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -159,6 +204,8 @@ def describe(state: State) -> str:
     elif state.word == "queued":
         head += f" ({state.where or state.queue})"
     lines = [head + (f" because {state.why}" if state.why else "")]
+    if state.silent:
+        lines.append("  Slurm does not answer: this is what the run folder says, and the job may be in any state")
     seen = state.progress
     if seen:
         lines.append(f"  {_progress(seen, running=state.word == 'running')}")

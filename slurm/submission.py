@@ -80,6 +80,8 @@ class Submission:
 
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")
+        if self.seeds < 0:
+            raise UserError(f"--array-seeds {self.seeds}: how many runs, or 0 for one that is no array")
         check_world(self.config, self.ranks)
         data = open_data(self.config.data)
         about = data.manifest["splits"]["train"]
@@ -112,6 +114,7 @@ class Submission:
             "exclusive": profile.exclusive,
             "dependency": self.dependency,
         }
+        _refuse_what_breaks_lines({**given, **profile.sbatch}, self.run)
         executor.update_parameters(
             **{name: value for name, value in given.items() if value},
             wckey=None,
@@ -163,7 +166,8 @@ class Submission:
             run += f"/seed-$(({self.config.train.seed} + ${{SLURM_ARRAY_TASK_ID:-0}}))"
         if self.seeds > 1:
             log = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-        python = "python3" if self.profile.container.image else self._python()
+        outside = shlex.quote(self.profile.python or "python3")
+        python = outside if self.profile.container.image else self._python()
         after = f"{python} {shlex.quote(str(self.code / 'slurm' / 'after.py'))}"
         logs = f"{shlex.quote(str(self.folder))}/{log}_0_log.out"
         return [
@@ -266,6 +270,18 @@ class _Executor(submitit.SlurmExecutor):
         return 2
 
 
+def _refuse_what_breaks_lines(options: dict[str, Any], run: Path) -> None:
+    """A line break ends an `#SBATCH` line, and the shell runs what comes after it; Slurm fills in `%j` within paths.
+
+    Raises SubmitError.
+    """
+    for name, value in options.items():
+        if "\n" in str(value):
+            raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
+    if any(character in str(run) for character in "\n%\\"):
+        raise SubmitError(f"run folder {str(run)!r}: Slurm's logs cannot lie there; choose one without % and backslash")
+
+
 def _in_folder(config: Config, run: Path) -> Config:
     return replace(config, run=replace(config.run, folder=str(run)))
 
@@ -276,7 +292,7 @@ def _mounts(box: Container, run: Path) -> list[str]:
 
 def _expanding(value: str) -> str:
     """A value for the shell in which only variables are filled in."""
-    return '"' + re.sub(r'(["\\`])', r"\\\1", value.replace("$(", "\\$(")) + '"'
+    return '"' + re.sub(r'(["\\`])', r"\\\1", value).replace("$(", "\\$(") + '"'
 
 
 def _reason(text: str) -> str:

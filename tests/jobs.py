@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ranks import ROOT
-from runs import Run
+from runs import Run, whole_lines
 from slurm.local import LocalSlurm
 
 STAGES = ("engine.generator_stage=2", "engine.discriminator_stage=2", "optimizer.decay=constant")
@@ -35,7 +35,7 @@ class Job(Run):
         """`python tools/submit.py ...`; what it prints. Its exit status must be `status`, unless that is None."""
         command = [sys.executable, str(self.project / "tools" / "submit.py"), *words]
         done = subprocess.run(
-            command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=120
+            command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=300
         )
         assert status in (None, done.returncode), done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
@@ -59,7 +59,7 @@ class Job(Run):
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.story()}"
@@ -71,7 +71,7 @@ class Job(Run):
         lines = self.metrics() if file.exists() else []
         return lines[-1]["images"] if lines else 0
 
-    def wait_images(self, images: int, seconds: float = 120) -> None:
+    def wait_images(self, images: int, seconds: float = 180) -> None:
         self.wait_for(lambda: self.images() >= images and self.running(), f"{images} images", seconds)
 
     def running(self) -> bool:
@@ -88,10 +88,10 @@ class Job(Run):
     def restarts(self) -> int:
         return int(self.shown("Restarts"))
 
-    def wait_restart(self, number: int, seconds: float = 90) -> None:
+    def wait_restart(self, number: int, seconds: float = 180) -> None:
         self.wait_for(lambda: self.restarts() == number and self.running(), f"restart {number}", seconds)
 
-    def wait_end(self, state: str = "COMPLETED", seconds: float = 180) -> None:
+    def wait_end(self, state: str = "COMPLETED", seconds: float = 300) -> None:
         """Until the job has left Slurm's hands, in that state."""
         live = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
         self.wait_for(lambda: self.slurm_state() not in live, "the end", seconds)
@@ -100,8 +100,7 @@ class Job(Run):
     # ---- what there is to see ----------------------------------------------------------------------------------------
 
     def attempts(self, event: str) -> list[dict]:
-        lines = (self.folder / "attempts.jsonl").read_text().splitlines()
-        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+        return [entry for entry in whole_lines(self.folder / "attempts.jsonl") if entry["event"] == event]
 
     def log(self, rank: int = 0) -> str:
         return "".join(

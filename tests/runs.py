@@ -11,9 +11,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from prefork import Program, Started
 from ranks import ROOT, free_port
 
 TRAIN = ROOT / "dist_t2i" / "train.py"
+_TRAINING = Program(TRAIN, "torch._dynamo", "deepspeed", "dist_t2i.trainer", "dist_t2i.data.stream", "tokenizers")
+"""Imports take most of these runs' processor time; the tests of launching start train.py as it is."""
 BATCH = 8
 
 # A wide epsilon keeps AdamW from turning round-off in tiny gradients into whole steps, so that runs of another world size
@@ -62,6 +65,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
+def whole_lines(file: Path) -> list[dict]:
+    """A file with a JSON object on each line; one that is being written at this moment is left out."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 class Run:
     """A run in `folder` on the set `data`; `start` begins or goes on, as the same command does for a user."""
 
@@ -74,17 +82,16 @@ class Run:
     def command(self, *overrides: str) -> list[str]:
         return [str(TRAIN), "--config", str(self.config), *self.overrides, *overrides]
 
-    def start(self, *overrides: str, ranks: int = 1) -> list[subprocess.Popen]:
+    def start(self, *overrides: str, ranks: int = 1) -> list[Started]:
         """One process a rank, not waited for. Output is in the folder's `.out` file."""
         port = str(free_port())
-        out = self.folder.with_suffix(".out").open("ab")
         processes = []
         for rank in range(ranks):
             given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
             env = environment(MASTER_ADDR="127.0.0.1", **given) if ranks > 1 else environment()
-            command = [sys.executable, "-W", "ignore", *self.command(*overrides)]
-            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=ROOT))
-        out.close()
+            _, *arguments = self.command(*overrides)
+            output = self.folder.with_suffix(".out")
+            processes.append(_TRAINING.start(*arguments, environment=env, cwd=ROOT, output=output))
         return processes
 
     def train(self, *overrides: str, ranks: int = 1, timeout: float = 240) -> int:
@@ -103,7 +110,7 @@ class Run:
         return self.folder.with_suffix(".out").read_text(errors="replace")[-5000:]
 
     def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return whole_lines(self.folder / "metrics.jsonl")
 
     def losses(self) -> dict[int, dict[str, float]]:
         """What the losses, logits and gradient norms were, by images seen."""

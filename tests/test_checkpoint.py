@@ -96,6 +96,17 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
     assert checkpoint.load_latest(tmp_path).images == 200, "a damaged one is replaced when the run comes there again"
 
 
+def test_a_flipped_bit_in_the_marker_is_no_other_checkpoint(tmp_path):
+    """Wherever it is: the checkpoint is passed over, or is the one that its folder says."""
+    save(tmp_path, 100)
+    marker = save(tmp_path, 200) / "state.json"
+    good = marker.read_bytes()
+    for position in range(len(good)):
+        marker.write_bytes(good[:position] + bytes([good[position] ^ 2]) + good[position + 1 :])
+        found = checkpoint.load_latest(tmp_path)
+        assert found.images == int(found.folder.name.removeprefix("images-")), (position, marker.read_bytes())
+
+
 def test_all_damaged_is_an_error(tmp_path):
     (save(tmp_path, 100) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -250,11 +249,9 @@ def test_the_reference_lists_every_key_with_its_default():
     assert "global_batch: 64    (a whole number)" in text
 
 
-def test_the_reference_needs_no_torch_and_no_time():
+def test_the_reference_needs_no_torch():
     code = "import sys; from dist_t2i.configschema import reference; reference(); assert 'torch' not in sys.modules"
-    begin = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert time.monotonic() - begin < 2.0
 
 
 # ---- world size and resume -------------------------------------------------------------------------------------------

@@ -79,6 +79,22 @@ def test_what_takes_long_excuses_nobody_who_is_silent(tmp_path):
     assert json.loads((tmp_path / "ranks" / "hang.json").read_text())["guilty"][0]["rank"] == 1
 
 
+def test_a_disk_that_takes_no_files_makes_nobody_silent(tmp_path):
+    """The last checkpoint waits for minutes for room; the files of the ranks, on the same disk, stand still meanwhile."""
+    ended = []
+    (tmp_path / "ranks").write_text("in the way: no file can be written below")
+    dog = Watchdog(tmp_path, 0, 2, 1.0, end=ended.append).start()
+    dog.doing("writing a checkpoint", 8, extra=3600)
+    time.sleep(6.0)
+    assert ended == []
+    dog.doing("training step", 8)
+    end = time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        time.sleep(0.1)
+    dog.stop()
+    assert ended[0] == HUNG, "a step that takes too long is a hang all the same"
+
+
 def test_zero_seconds_watch_nothing(tmp_path):
     dog = Watchdog(tmp_path, 0, 1, 0.0).start()
     dog.doing("training step", 8)

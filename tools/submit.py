@@ -16,10 +16,12 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -92,7 +94,13 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     chosen = parse(sys.argv[1:])
     action = {"submit": submit, "status": show, "logs": logs, "cancel": cancel, "resume": resume}[chosen.action]
-    return action(chosen)
+    try:
+        result = action(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `logs RUN | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result
 
 
 # ---- submit and resume -----------------------------------------------------------------------------------------------
@@ -113,6 +121,8 @@ def submit(chosen: argparse.Namespace) -> int:
         allow_changes=chosen.allow_changes,
     )
     if chosen.local:
+        if chosen.dry_run:
+            raise UserError("--dry-run prints a batch script, and --local has none")
         return _train_here(submission)
     return _queue(submission, chosen)
 
@@ -125,7 +135,7 @@ def resume(chosen: argparse.Namespace) -> int:
         run,
         configfile.load(run / FOLDER / "config.yaml", chosen.overrides),
         _profile(chosen, base),
-        nodes=chosen.nodes or before["nodes"],
+        nodes=before["nodes"] if chosen.nodes is None else chosen.nodes,
         name=run.name,
         dependency=chosen.dependency,
         allow_changes=chosen.allow_changes,
@@ -137,8 +147,7 @@ def _profile(chosen: argparse.Namespace, base: profiles.Profile) -> profiles.Pro
     profile = profiles.load(chosen.profile) if chosen.profile else base
     given = {name: getattr(chosen, name) for name in ("gpus_per_node", "time", "partition", "account", "qos")}
     profile = dataclasses.replace(profile, **{name: value for name, value in given.items() if value is not None})
-    profiles.minutes(profile.time)
-    return profile
+    return profiles.check(profile, "the profile, with the options given")
 
 
 def _queue(submission: Submission, chosen: argparse.Namespace, *, keep_code: bool = False) -> int:
@@ -146,24 +155,34 @@ def _queue(submission: Submission, chosen: argparse.Namespace, *, keep_code: boo
         print(submission.script())
         return 0
     need_slurm()
-    _refuse_if_live(submission.run)
+    _refuse_if_live(submission.run, _seen)
     print(f"data: {submission.check()}")
     print(f"Slurm: {submission.test()}")
     submission.prepare(keep_code=keep_code)
     jobs = submission.submit()
-    run = _shown(submission.run)
+    run = shlex.quote(_shown(submission.run))
     print(f"run folder: {run}")
     print(f"queued as job {', '.join(jobs)}: {submission.nodes} nodes, {submission.ranks} ranks")
-    here = "python tools/submit.py"
+    here = f"python {shlex.quote(sys.argv[0])}"
     print(f"follow it:  {here} logs {run} -f\nsee it:     {here} status {run}\nend it:     {here} cancel {run}")
     return _follow(submission.run, 0) if chosen.follow and not submission.seeds else 0
 
 
-def _refuse_if_live(run: Path) -> None:
+def _refuse_if_live(run: Path, look: Callable[[Path], status.State]) -> None:
     for one in status.runs_under(run, missing_ok=True):
-        state = status.look(one)
+        state = look(one)
         if state.live:
             raise SubmitError(f"{one} is {state.word} as job {state.job}: cancel that first, or choose another --name")
+
+
+def _seen(run: Path) -> status.State:
+    """Its state by Slurm's own word. Raises SubmitError when Slurm does not answer."""
+    state = status.look(run)
+    if state.silent:
+        raise SubmitError(
+            f"Slurm does not answer, so it cannot be told whether job {state.job} of {run} is in the queue"
+        )
+    return state
 
 
 def _train_here(submission: Submission) -> int:
@@ -171,6 +190,7 @@ def _train_here(submission: Submission) -> int:
 
     if submission.nodes != 1 or submission.seeds:
         raise UserError("--local runs one node on this machine: leave out --nodes and --array-seeds")
+    _refuse_if_live(submission.run, status.look)  # where Slurm does not answer, there may be none any more
     print(f"data: {submission.check()}")
     submission.prepare()
     launcher = ["--num_gpus", str(submission.ranks)]
@@ -216,7 +236,7 @@ def logs(chosen: argparse.Namespace) -> int:
 def cancel(chosen: argparse.Namespace) -> int:
     need_slurm()
     for run in status.runs_under(chosen.run):
-        state = status.look(run)
+        state = _seen(run)
         if not state.live:
             print(f"{run}: job {state.job} is not in the queue ({state.word})")
             continue
@@ -248,7 +268,8 @@ def _follow(run: Path, rank: int) -> int:
             if not live:
                 break
             if time.monotonic() > asked + 5:
-                asked, live = time.monotonic(), status.look(run).live
+                state = status.look(run)
+                asked, live = time.monotonic(), state.live or state.silent
             time.sleep(0.5)
     except KeyboardInterrupt:
         print("\nthe job goes on", file=sys.stderr)

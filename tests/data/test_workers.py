@@ -112,7 +112,7 @@ def test_close_ends_the_workers_quickly(small):
     stream.close()
     stream.close()
     wait_until(lambda: not any(map(running, workers)), 2)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5, "less than torch waits for a worker that does not end"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -29,12 +30,16 @@ def test_a_full_disk_and_a_read_only_one(job, whole2):
         assert "Training goes on; the next try is at" in run.log()
         filler.unlink()
         run.wait_for(lambda: "images saved, after" in run.log(), "the next one")
-        subprocess.run(["mount", "-o", "remount,ro", str(checkpoints)], check=True)
+        run.wait_for(lambda: remount("ro", checkpoints), "a moment in which nothing is being written")
         run.wait_for(lambda: "Read-only file system" in run.log(), "the warning")
-        subprocess.run(["mount", "-o", "remount,rw", str(checkpoints)], check=True)
+        assert remount("rw", checkpoints)
         run.wait_for(lambda: run.log().count("images saved, after") == 2, "the one after that")
         run.wait_end()
         assert len(run.attempts("begin")) == 1
         run.assert_equals(whole2)
     finally:
         subprocess.run(["umount", "-l", str(checkpoints)], check=True)
+
+
+def remount(how: str, folder: Path) -> bool:
+    return subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], capture_output=True).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from ranks import ROOT
 from runs import CONFIG
+from slurm.local import LocalSlurm
 
 pytestmark = pytest.mark.slurm
 
@@ -38,7 +40,7 @@ def test_the_readmes_four_lines(cluster, home, slow, data, tmp_path):
     up, submit, push, down = (shlex.split(line.split("#")[0]) for line in block.splitlines())
     (slow / "configs" / "pictures64.yaml").write_text(CONFIG)
     submit = [word for word in submit if not word.startswith("data.train=")] + [f"data.train={data}"]
-    submit += [f"run.folder={tmp_path / 'run'}", "train.total_images=160"]
+    submit += [f"run.folder={tmp_path / 'run'}", "train.total_images=320"]
     look = [*down[:-1], "run", *shlex.split(f"python tools/submit.py status {tmp_path / 'run'}")]
     try:
         begun = run(up, home, slow)
@@ -50,7 +52,7 @@ def test_the_readmes_four_lines(cluster, home, slow, data, tmp_path):
         assert run(push, home, slow).returncode == 0
         wait_for(lambda: "preempted or stopped once" in run(look, home, slow).stdout, 120)
         wait_for(lambda: "finished" in run(look, home, slow).stdout, 120)
-        assert "160 of 160 images" in run(look, home, slow).stdout
+        assert "320 of 320 images" in run(look, home, slow).stdout
     finally:
         ended = run(down, home, slow)
     assert ended.stdout == "Slurm is down\n"
@@ -69,9 +71,53 @@ def test_what_is_wrong_is_said(cluster, home):
     for more, said in (
         (["run", "squeue"], "Slurm is not up: python -m slurm.local up"),
         (["run"], "run what?"),
+        (["up", "--nodes", "0"], "at least one"),
+        (["up", "--folder", "/proc/nowhere"], "/proc/nowhere"),
     ):
         done = run([*words, *more], home)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
+    """Options may stand after the word; the user is who runs it, not who the environment names; job numbers do not come
+    again, or `cancel` of an older run would end a job of this cluster."""
+    words, where = [sys.executable, "-m", "slurm.local"], ["--folder", str(tmp_path / "my cluster" / ("long" * 10))]
+    env = home | {"USER": "nobody", "LOGNAME": "nobody"}
+    assert run([*words, "up", "--nodes", "1", *where], env).returncode == 0
+    try:
+        assert not (tmp_path / "cache").exists()
+        said = run([*words, *where, "run", "sbatch", "-W", "--parsable", "--wrap", "true", "-o", "/dev/null"], env)
+        assert said.returncode == 0 and int(said.stdout) > 1000, said.stderr
+        assert run([*words, *where, "run", "bash", "-c", "exit 7"], env).returncode == 7
+        nothing = run([*words, *where, "run", "no-such-program"], env)
+        assert nothing.returncode == 2 and "there is no program no-such-program" in nothing.stderr
+    finally:
+        assert run([*words, "down", *where], env).stdout == "Slurm is down\n"
+
+
+def test_nobody_else_is_heard(cluster, tmp_path):
+    """The daemons' ports can be reached from everywhere; what they take orders by is a secret of who started them."""
+    assert cluster.command("sbatch", "--test-only", "-o", "/dev/null", "--wrap", "true") == ""
+    folder = (cluster.folder / "keys").resolve()
+    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "key").stat().st_mode & 0o777 == 0o600
+    conf = cluster.conf.read_text().replace("auth/munge", "auth/none").replace("cred/munge", "cred/none")
+    (tmp_path / "cgroup.conf").touch()
+    (tmp_path / "slurm.conf").write_text(re.sub(r"socket=[^,]*,", "", conf))
+    env = cluster.environment | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = run(["sbatch", "--test-only", "-o", "/dev/null", "--wrap", "true"], env)
+    assert done.returncode != 0 and "to start at" not in done.stderr, done.stderr
+
+
+def test_what_does_not_answer_is_ended_all_the_same(cluster, tmp_path, monkeypatch):
+    """A job on a node that hangs never leaves the queue."""
+    monkeypatch.setattr("slurm.local._DOWN_SECONDS", 2.0)
+    one = LocalSlurm(tmp_path / "one", nodes=1)
+    one.up()
+    one.command("sbatch", "-o", "/dev/null", "--wrap", "sleep 100")
+    wait_for(lambda: "RUNNING" in one.command("squeue", "-h", "-o", "%T"), 20)
+    os.kill(one.node_processes("n1")["slurmd"][0], signal.SIGSTOP)
+    one.down()
+    assert not one.running() and one.leftovers() == []
 
 
 def test_where_slurm_is_missing_it_says_what_to_install(home, tmp_path):

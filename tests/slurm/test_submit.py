@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,16 @@ def config(tmp_path, data) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90m", 90), ("24h", 1440), ("2d", 2880), ("1d12h", 2160), ("45", 45), ("1-12:00:00", 2160), ("00:30:30", 31)],
+    [
+        *[("90m", 90), ("24h", 1440), ("2d", 2880), ("1d12h", 2160), ("45", 45), ("1-12:00:00", 2160)],
+        *[("00:30:30", 31), ("30:00", 30), ("90:01", 91), ("12:00:00", 720), ("2-0", 2880), ("1-12:30", 2190)],
+    ],
 )
 def test_times(text, minutes):
     assert profiles.minutes(text) == minutes
 
 
-@pytest.mark.parametrize("text", ["", "soon", "0", "24 hours", "-5"])
+@pytest.mark.parametrize("text", ["", "soon", "0", "24 hours", "-5", "1:2:3:4", "1-", "²"])
 def test_what_is_not_a_time(text):
     with pytest.raises(ConfigError, match="write 90m" if text != "0" else "at least a minute"):
         profiles.minutes(text)
@@ -65,6 +69,7 @@ def test_every_problem_of_a_profile_is_named(tmp_path):
     ("text", "problem"),
     [
         ("signal_seconds: 5", "at least 10"),
+        ("time: 12:00:00", "put it in quotes"),
         ("time: soon", "is not a time"),
         ("environment: {2X: 1}", "not the name of an environment variable"),
         ("container: {mounts: [/data]}", "there is no container.image"),
@@ -122,7 +127,7 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     profile = tmp_path / "profile.yaml"
     profile.write_text(
         "gpus_per_node: 2\nmodules: [cuda/12.6, nccl]\nscratch: /scratch/$USER\ninterface: ib0\n"
-        'environment: {NOTE: "a $HOME `b` \\"c\\""}\ncontainer: {image: /img/x.sif, mounts: [/data]}\n'
+        'environment: {NOTE: "a $HOME `b` \\"c\\" $(d) ${NONE:-$(e)}"}\ncontainer: {image: /img/x.sif, mounts: [/data]}\n'
         "sbatch: {mail-type: FAIL}\nsrun: [--mpi=none]\n"
     )
     words = ("--nodes", "3", "--config", str(config), "--profile", str(profile), "--dry-run", "--time", "2d")
@@ -138,11 +143,37 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
     assert "--mpi=none" in script and "--kill-on-bad-exit=1" in script
     (export,) = re.findall(r"export NOTE=.*", script)
     said = subprocess.run(["bash", "-c", f'{export}; printf %s "$NOTE"'], capture_output=True, text=True).stdout
-    assert said == f'a {os.environ["HOME"]} `b` "c"'
+    assert said == f'a {os.environ["HOME"]} `b` "c" $(d) $(e)', "variables are filled in, and nothing is run"
     profile.write_text(profile.read_text().replace("image:", "runtime: pyxis, image:"))
     script = submit(*words).stdout
     assert "--container-image=/img/x.sif" in script and "--container-mounts=/data:/data," in script
-    assert re.search(r"\n python3|^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
+    assert re.search(r"^python3 /", script, re.MULTILINE), "what decides at the end runs outside"
+    profile.write_text(profile.read_text() + "python: /opt/my python\n")
+    script = submit(*words).stdout
+    assert re.search(r"^'/opt/my python' /", script, re.MULTILINE) and " python3 -u /" in script
+
+
+def test_odd_names_stay_what_they_are(tmp_path, config):
+    """Within the script, and in a shell that runs it; what could not is refused."""
+    run = tmp_path / 'it\'s a "run" $(HOME) ünï'
+    script = submit("--config", str(config), "--name", 'a "näme"', f"run.folder={run}", "--dry-run").stdout
+    assert "#SBATCH --job-name='a \"näme\"'\n" in script
+    teardown = script.partition("# teardown")[2].replace(sys.executable, "printf '%s\\n'")
+    said = subprocess.run(["bash", "-c", teardown], capture_output=True, text=True).stdout
+    assert said.splitlines()[:3] == [f"{run}/code/slurm/after.py", "--run", str(run)]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--name", "a\ntouch b"], "has a line break"),
+        (["run.name=a\ntouch b"], "has a line break"),
+        (["run.folder=/tmp/50%j"], "choose one without %"),
+    ],
+)
+def test_what_would_break_the_script(config, words, problem):
+    done = submit("--config", str(config), *words, "--dry-run")
+    assert done.returncode == 2 and problem in done.stderr and not done.stdout, done.stdout + done.stderr
 
 
 # ---- before anything is queued ---------------------------------------------------------------------------------------
@@ -158,18 +189,21 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
         (["--partition", "nope"], "invalid partition"),
         (["--nodes", "99", "train.global_batch=396"], "node"),
         (["--time", "soon"], "is not a time"),
+        (["--gpus-per-node", "-2"], "gpus_per_node: at least 0"),
+        (["--array-seeds", "-1"], "--array-seeds -1"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
         (["--local", "--nodes", "2"], "--local runs one node"),
+        (["--local", "--dry-run"], "--local has none"),
     ],
 )
 @pytest.mark.slurm
 def test_nothing_is_queued_when_something_is_wrong(cluster, config, tmp_path, words, problem):
-    before = cluster.command("squeue", "-h")
+    before = cluster.command("squeue", "-h", "-o", "%i")
     given = [] if "--profile" in words else ["--profile", str(PROFILES[0].with_name("local.yaml"))]
     done = submit("--config", str(config), *given, *words, env=cluster.environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert problem in done.stderr and done.stderr.startswith("error: "), done.stderr
-    assert not (tmp_path / "run").exists() and cluster.command("squeue", "-h") == before
+    assert not (tmp_path / "run").exists() and cluster.command("squeue", "-h", "-o", "%i") == before
 
 
 def test_without_slurm_it_says_what_to_do(config):
@@ -194,10 +228,14 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     twice."""
     run = Job(cluster, tmp_path / "run", data, "train.total_images=16", nodes=1)
     words = ("--nodes", "1", "--config", str(run.config), "--profile", str(PROFILES[0].with_name("local.yaml")))
-    said = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides)
+    first = cluster.command("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 600").strip()
+    said = run.tool(*words, "--array-seeds", "2", "--dependency", f"afterany:{first}", "train.seed=5", *run.overrides)
     assert re.search(r"queued as job (\d+)_0, \1_1", said)
     again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
     assert "cancel that first" in again
+    here = run.tool("--local", "--config", str(run.config), *run.overrides, status=2)
+    assert "cancel that first" in here, "it would replace the code that the job starts again from"
+    cluster.command("scancel", first)
     folders = [run.folder / "seed-5", run.folder / "seed-6"]
     run.wait_for(lambda: all(state(run, folder) == "finished" for folder in folders), "both seeds")
     weights = [(folder / "checkpoints/images-000000016/generator.safetensors").read_bytes() for folder in folders]
@@ -209,9 +247,53 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     assert about["revision"] and (run.folder / "code" / "slurm" / "rank.py").exists()
     assert run.tool("status", str(run.folder)).count("finished, job") == 2
     assert "is not in the queue (finished)" in run.tool("cancel", str(folders[0]))
+    assert "--nodes 0: " in run.tool("resume", str(folders[0]), "--nodes", "0", status=2)
     run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
     assert state(run, folders[0]) == "finished" and (folders[0] / "checkpoints/images-000000024").is_dir()
     assert (folders[0] / "code" / "slurm" / "rank.py").read_bytes() == (run.folder / "code/slurm/rank.py").read_bytes()
+
+
+TWO_TASKS = """#!/bin/bash
+#SBATCH --array=0-1 --output=/dev/null --requeue
+[ "$SLURM_JOB_ID" = "$SLURM_ARRAY_JOB_ID" ] || exec sleep 100
+[ -z "$SLURM_RESTART_COUNT" ] || exec sleep 100
+until [ "$(squeue -h -t RUNNING -j "$SLURM_ARRAY_JOB_ID" -o %i | wc -l)" = 2 ]; do sleep 0.1; done
+"""
+
+
+@pytest.mark.slurm
+def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
+    """One of the tasks has the array's own number, by which Slurm's commands would mean all of them."""
+    after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75\n"
+    (tmp_path / "job.sh").write_text(TWO_TASKS + after)
+    (array,) = re.findall(r"\d+", cluster.command("sbatch", str(tmp_path / "job.sh")))
+    try:
+        shown = wait_for_restart(cluster, array)
+    finally:
+        cluster.command("scancel", array)
+    restarts = {job: int(count) for job, count in re.findall(r"JobId=(\d+) .*? Restarts=(\d+)", shown)}
+    assert restarts.pop(array) == 1 and list(restarts.values()) == [0], shown
+
+
+@pytest.mark.slurm
+def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
+    """`status` says so, and what it had ended of."""
+    after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75"
+    said = cluster.command(
+        "sbatch", "-W", "--parsable", "--no-requeue", "-o", "/dev/null", "--wrap", f"{after} || true"
+    )
+    first, last = (json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines())
+    assert first["verdict"] == "requeued" and last["verdict"] == "given up" and last["job"] == said.strip()
+    assert last["reason"].startswith("Slurm did not queue it again") and "checkpoint saved" in last["reason"]
+
+
+def wait_for_restart(cluster: LocalSlurm, array: str) -> str:
+    """What Slurm shows of the tasks as soon as one of them was queued again."""
+    end = time.monotonic() + 60
+    while "Restarts=1" not in (shown := cluster.command("scontrol", "-o", "show", "job", array)):
+        assert time.monotonic() < end, shown
+        time.sleep(0.1)
+    return shown
 
 
 def state(run: Job, folder: Path) -> str:

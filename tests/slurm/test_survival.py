@@ -6,6 +6,7 @@ those of the run that nothing disturbed, and at the end every tensor is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -53,7 +54,7 @@ def test_the_time_limit(cluster, run4, whole4):
         cluster.command("scontrol", "update", f"JobId={run4.id}", "TimeLimit=60")
 
     run4.comes_back(cut_short, whole4)
-    assert run4.attempts("end")[-1]["status"] == 75 and run4.log().count("SIGUSR2: saving") == 2
+    assert run4.attempts("end")[-1]["status"] == 75 and run4.log().count("stopped by SIGUSR2") == 2
 
 
 def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
@@ -91,14 +92,14 @@ def run2(cluster, data, slow, whole2, tmp_path_factory) -> Job:
 
 def test_preemption_by_term_with_grace(cluster, run2, whole2):
     run2.comes_back(lambda: push_out(cluster), whole2)
-    assert "SIGTERM: saving" in run2.log()
+    assert "stopped by SIGTERM" in run2.log()
 
 
 def test_preemption_by_the_user_signal(cluster, run2, whole2):
     reconfigure(cluster, SlurmctldParameters="preempt_send_user_signal")
     try:
         run2.comes_back(lambda: push_out(cluster), whole2)
-        assert "SIGUSR2: saving" in run2.log()
+        assert "stopped by SIGUSR2" in run2.log()
     finally:
         reconfigure(cluster, SlurmctldParameters="")
 
@@ -134,19 +135,18 @@ def test_a_killed_rank(run2, whole2):
 
 def test_a_stopped_rank(run2, whole2):
     """SIGSTOP: no handler, no exit, no word. The other rank's watchdog names it."""
-    stopped, seconds = run2.rank_pid(1), []
+    stopped = run2.rank_pid(1)
 
     def stop() -> None:
-        ends, begin = len(run2.attempts("end")), time.monotonic()
+        ends = len(run2.attempts("end"))
         os.kill(stopped, signal.SIGSTOP)
-        run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=60)
-        seconds.append(time.monotonic() - begin)
+        # hang_seconds, three looks at the others and KillWait are 19 seconds; the rest is for a loaded machine
+        run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=90)
 
     run2.comes_back(stop, whole2, lost=True)
     ended = run2.attempts("end")[-1]
     assert ended["reason"].startswith("hung: rank 1 on n") and ended["status"] == 77, ended
     assert f"rank 1 (process {stopped}" in run2.log() and "gives no sign of life" in run2.log()
-    assert seconds[0] < 10 + 3 + 6 + 20, "hang_seconds, three looks at the others, KillWait, and a loaded machine"
 
 
 def test_a_lost_node(cluster, run2, whole2):
@@ -156,7 +156,8 @@ def test_a_lost_node(cluster, run2, whole2):
     def lose() -> None:
         for pids in cluster.node_processes(node).values():
             for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may end of the death of the one before
+                    os.kill(pid, signal.SIGKILL)
 
     try:
         run2.comes_back(lose, whole2, lost=True)
@@ -192,6 +193,7 @@ def test_an_orphan_can_never_commit(cluster, job, whole1):
         assert f"this process, process {orphan}" in run.log() and "was taken over by" in run.log()
         run.wait_end()
         run.assert_equals(whole1)
+        run.wait_for(lambda: len(run.attempts("end")) == 2, "the last word of the orphan's attempt")
         verdicts = {(end["restart"], end["verdict"]) for end in run.attempts("end")}
         assert verdicts == {(0, "superseded"), (1, "finished")}, verdicts
     finally:
