@@ -131,8 +131,8 @@ class RemoteFile:
             self.size = answer.size if answer.size >= 0 else self.size
         if answer.size >= 0:
             stop = answer.size if stop is None else min(stop, answer.size)
-        for block in answer.bytes:
-            held += block
+        for data in answer.bytes:
+            held += data
         if stop is not None and start + len(held) > stop:
             del held[stop - start :]
         return stop
