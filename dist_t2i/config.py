@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dist_t2i.models.options import AlignmentConfig, DiscriminatorConfig, GeneratorConfig
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -70,72 +72,15 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
-    noise: int = 64
-    """Width of the noise vector z."""
-    truncation: float = 1.0
-    """Factor on all noise where pictures are made and scored, not in training: below 1 they are more typical and less
-    varied. Whoever makes pictures may ask for another."""
-    condition: int = 128
-    """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
-    channels: tuple[int, ...] = (256, 256, 128, 64)
-    """Channels at 4, 8, 16, ... pixels, up to the last scale that is computed; the rest is pixel shuffle."""
-    blocks: int = 1
-    """Residual blocks per scale."""
-    detail: int = 8
-    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 goes
-    straight to colours. Unused when full resolution is a computed scale."""
-    layout: int = 2048
-    """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
-    least 4): a cheap memory of where things are. 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    channels: tuple[int, ...] = (64, 128, 256, 256)
-    """Channels from the finest computed scale down to 4 pixels."""
-    blocks: int = 1
-    """Residual blocks per scale."""
-    embedding: int = 256
-    """Width of the alignment space: images and S_D sentences are compared there."""
-    condition: Literal["projection", "joint"] = "projection"
-    """How the adversarial branch reads S_D: projection (Miyato & Koyama 2018) or a perceptron on both."""
-    regions: tuple[int, ...] = (8,)
-    """Sides, in positions, of the maps that are aligned region by region; empty aligns whole pictures only."""
-    patches: int = 0
-    """Side, in positions, of the map where realism and caption are judged place by place as well; 0 judges whole
-    pictures only."""
-    region_embedding: int = 64
-    """Width of the space in which regions are compared."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(AlignmentConfig):
     mismatched: float = 0.5
     """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
-    d_alignment: float = 1.0
-    """Weight of D's InfoNCE between real pictures and their captions."""
-    d_alignment_regions: float = 1.0
-    """The same for the positions of D's region maps (0 when there are none)."""
-    g_alignment_text: float = 1.0
-    """Weight of G's InfoNCE between its pictures and S_D of their captions."""
-    g_alignment_image: float = 1.0
-    """Weight of G's InfoNCE between its pictures and the real pictures of the same captions."""
-    g_alignment_regions: float = 1.0
-    """The same, position by position of D's region maps (0 when there are none)."""
-    temperature: float = 0.1
-    """Temperature of the InfoNCE losses on whole pictures and sentences."""
-    region_negatives: int = 0
-    """Other places of its map with which each position of a fake's region map is contrasted as well, besides the same place
-    of other pictures. They pull where all pictures look alike, such as a plain ground."""
-    region_temperature: float = 0.1
-    """Temperature of the InfoNCE losses on regions."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"

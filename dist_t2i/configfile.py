@@ -27,7 +27,7 @@ from dist_t2i.errors import ConfigError
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain scalars."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}  # type: ignore[misc]
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(node.value).replace("_", "")
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or our reader would take for something else than a text."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {  # type: ignore[misc]
         k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
@@ -89,6 +89,9 @@ class _Reading:
         """Take the keys of one mapping node; `where` replaces the line number (overrides have none)."""
         if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
             return  # `data:` with nothing beneath it
+        if isinstance(node, yaml.ScalarNode) and "kind" in field_types(section):
+            self.entry(loader, node, section, prefix, "kind", where or _line(node), where)
+            return  # `generator: attn` is short for `generator: {kind: attn}`
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a configuration"
             self.refuse(where or _line(node), "", f"{name} is a section: expected `key: value` lines beneath it")
@@ -118,7 +121,7 @@ class _Reading:
         try:
             self.values[key] = convert(raw, type_)
         except ValueError as error:
-            self.refuse(where, key, f"expected {expected(type_)}, got {error}")
+            self.refuse(where, key, f"expected {expected(type_)}, got {error}{_nearest_choice(raw, type_)}")
         self.where[key] = where
 
     def override(self, text: str) -> None:
@@ -254,6 +257,14 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
         return f"; did you mean {anywhere[0]}?"
     known = ", ".join(field_types(section))
     return f"; {prefix.rstrip('.') or 'the file'} has {known}"
+
+
+def _nearest_choice(raw: Any, type_: Any) -> str:
+    """`; did you mean bf16?` where one of a few texts was expected and `raw` is close to one."""
+    if typing.get_origin(type_) is not Literal or not isinstance(raw, str):
+        return ""
+    near = difflib.get_close_matches(raw, [str(choice) for choice in typing.get_args(type_)], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def convert(value: Any, type_: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_t2i.config import Config
-from dist_t2i.configschema import build, flatten, keys, value_of
+from dist_t2i.configschema import build, flatten, keys, sections, value_of
 from dist_t2i.data.storage import OBJECT_STORES
 from dist_t2i.data.urls import scheme_of, unchained
 from dist_t2i.errors import ConfigError, DataError
@@ -118,6 +118,7 @@ def _combinations(config: Config) -> Iterator[Finding]:
     yield from _data(config)
     yield from _text(config)
     yield from _sizes(config)
+    yield from _declared(config)
     yield from _engines(config)
     yield from _mirror(config)
     if config.train.global_batch % 2:
@@ -177,15 +178,13 @@ def _sizes(config: Config) -> Iterator[Finding]:
                 (key, "data.image_size"),
                 f"{len(channels)} scales reach {last} pixels, beyond data.image_size={size}: at most {scales} numbers",
             )
-    judge = config.model.discriminator
-    computed = [4 * 2**scale for scale in range(len(judge.channels))]
-    for name, sides in (("regions", judge.regions), ("patches", (judge.patches,) if judge.patches else ())):
-        if not set(sides) <= set(computed):
-            yield (
-                (f"model.discriminator.{name}", "model.discriminator.channels"),
-                f"{', '.join(map(str, sides))} must be among the scales that model.discriminator.channels computes: "
-                f"{', '.join(map(str, computed))}",
-            )
+
+
+def _declared(config: Config) -> Iterator[Finding]:
+    """What sections say of themselves (`problems` of those in models/options.py)."""
+    for prefix, section in sections(config):
+        for names, text in section.problems() if hasattr(section, "problems") else ():
+            yield tuple(prefix + name for name in names), text
 
 
 def _engines(config: Config) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """What the keys of a configuration are: dotted names, types, defaults, and the documentation written beneath each.
 
-The documentation is read from the source of `config.py` (strings are not kept at run time), so that it is written
+The documentation is read from the source of the sections (strings are not kept at run time), so that it is written
 once. Nothing here imports torch: `--help-config` answers at once.
 """
 
@@ -13,10 +13,9 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from dist_t2i import config as config_module
 from dist_t2i.config import Config
 
 
@@ -46,7 +45,9 @@ def keys() -> dict[str, Key]:
 
 
 def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
-    docs = _docs().get(type(section).__name__, {})
+    docs: dict[str, str] = {}
+    for type_ in reversed(type(section).__mro__[:-1]):
+        docs |= _docs(inspect.getmodule(type_)).get(type_.__name__, {})
     for name, type_ in field_types(section.__class__).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
@@ -55,11 +56,24 @@ def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
             found[prefix + name] = Key(prefix + name, type_, value, docs.get(name, ""))
 
 
+def sections(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every section of a configuration with the prefix of its keys, such as `model.generator.`, outer ones first."""
+    yield from _sections(config, "")
+
+
+def _sections(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    yield prefix, section
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _sections(value, f"{prefix}{field.name}.")
+
+
 @functools.cache
-def _docs() -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the string beneath the field."""
+def _docs(module: Any) -> dict[str, dict[str, str]]:
+    """Class name -> field name -> the string beneath the field, for the classes of a module."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    for node in ast.parse(inspect.getsource(module)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         fields = docs.setdefault(node.name, {})

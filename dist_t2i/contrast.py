@@ -16,9 +16,7 @@ from torch import Tensor
 
 from dist_t2i.data.batch import Batch
 from dist_t2i.losses import same_pairs
-
-Embeddings = dict[str, Tensor]
-"""Tensors with one row a picture, by name."""
+from dist_t2i.models.alignment import Embeddings
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_t2i import losses
-from dist_t2i.config import Config
-from dist_t2i.contrast import Embeddings, GlobalRows, RowIds
+from dist_t2i.config import Config, LossConfig
+from dist_t2i.contrast import GlobalRows, RowIds
 from dist_t2i.data.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.engine import NetworkEngine
+from dist_t2i.models.alignment import Embeddings, Negatives, discriminator_terms, generator_terms
 from dist_t2i.models.augment import augment
 from dist_t2i.models.discriminator import Discriminator, Features
 from dist_t2i.models.generator import Generated
@@ -77,7 +78,6 @@ class Gan:
         self.config = config
         self.generator, self.discriminator, self.text, self.frozen = generator, discriminator, text, frozen
         self._metrics: dict[str, Tensor] = {}
-        self._places: Tensor | None = None
 
     @property
     def engines(self) -> list[NetworkEngine]:
@@ -90,19 +90,19 @@ class Gan:
         Returns metrics as fp32 scalars: this rank's mean over its rows, and global gradient norms. Collective.
         """
         self._metrics = {}
-        same = RowIds([batch.to(self.generator.device) for batch in batches]).same
+        negatives = self._negatives(batches, images)
         micros = [self._prepare(index, batch) for index, batch in enumerate(batches)]
-        real = self._discriminator_step(micros, same, images, rate_scale)
-        places = draw_places(self.config, images)
-        self._places = None if places is None else places.to(self.generator.device)
-        self._generator_step(micros, same, real, rate_scale)
+        real = self._discriminator_step(micros, negatives, images, rate_scale)
+        self._generator_step(micros, negatives, real, rate_scale)
         for engine in self.engines:
             self._metrics[f"grad/{engine.name}"] = torch.tensor(engine.gradient_norm)
         return self._metrics
 
     # ---- the discriminator and S_D -----------------------------------------------------------------------------------
 
-    def _discriminator_step(self, micros: list[MicroBatch], same: Tensor, images: int, rate_scale: float) -> GlobalRows:
+    def _discriminator_step(
+        self, micros: list[MicroBatch], negatives: Negatives, images: int, rate_scale: float
+    ) -> GlobalRows:
         """Updates D and S_D. Returns the embeddings of all real pictures and captions of the global batch."""
         kind = self._penalty_kind(images)
         rows = GlobalRows(len(micros))
@@ -117,7 +117,7 @@ class Gan:
             micro.sentence = judged.sentence.detach()
             if single:
                 rows.put(0, judged.embeddings)
-            self.discriminator.backward(self._discriminator_loss(micro, judged, rows, same))
+            self.discriminator.backward(self._discriminator_loss(micro, judged, rows, negatives))
             text.carry(self.discriminator, rate_scale)
             self.discriminator.step(rate_scale)
         return rows
@@ -131,7 +131,8 @@ class Gan:
         """All that D's losses need of one micro-batch, from one pass through D's trunk."""
         d, real = side.discriminator, micro.real
         fake = self._augment(micro.fake.images.detach(), micro)
-        sentence = side.sentence(micro.batch.tokens, micro.batch.lengths, text.embedding)
+        encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
+        sentence = encoded.sentence
         if kind in ("r1", "ma_gp"):  # apart, so that the second derivative does not drag the fakes along
             real = real.detach().requires_grad_(True)
             real_features, fake_features = d.features(real), d.features(fake)
@@ -143,7 +144,7 @@ class Gan:
             fake=d.adversarial(fake_features, sentence),
             mismatched=d.adversarial(real_features, _swap_partners(sentence)),
             sentence=sentence,
-            embeddings=_embed(d, real_features, sentence),
+            embeddings={**d.embed_pictures(real_features), **d.embed_captions(encoded)},
             penalty=self._penalty(kind, d, micro, real, real_features, sentence.detach()),
         )
 
@@ -163,20 +164,15 @@ class Gan:
         perturbed = d.adversarial(d.features(real + sigma * pixels), sentence)
         return losses.fd_r1(d.adversarial(features, sentence), perturbed, sigma)
 
-    def _discriminator_loss(self, micro: MicroBatch, judged: Judged, rows: GlobalRows, same: Tensor) -> Tensor:
+    def _discriminator_loss(self, micro: MicroBatch, judged: Judged, rows: GlobalRows, negatives: Negatives) -> Tensor:
         weights = self.config.loss
         # A wrong caption that is right by chance is no negative: its logit is put where the hinge is flat.
         right = _right_by_chance(micro.batch).view(-1, *[1] * (judged.mismatched.dim() - 1))
         mismatched = judged.mismatched.masked_fill(right, -1.0)
         adversarial = losses.hinge_d(judged.real, judged.fake, mismatched, weights.mismatched)
-        e = rows.with_own(micro.index, judged.embeddings)
-        alignment = losses.info_nce(e["image"], e["text"], weights.temperature, same)
-        terms = {"loss/d_adversarial": adversarial, "loss/d_alignment": alignment}
-        over_rows, over_batch = adversarial, weights.d_alignment * alignment
-        if "regions" in e and weights.d_alignment_regions:
-            regions = losses.region_info_nce(e["regions"], e["region_text"], weights.region_temperature, same)
-            over_batch = over_batch + weights.d_alignment_regions * regions
-            terms["loss/d_alignment_regions"] = regions
+        alignment = discriminator_terms(rows.with_own(micro.index, judged.embeddings), weights, negatives)
+        terms = {"loss/d_adversarial": adversarial, **_named(alignment)}
+        over_rows, over_batch = adversarial, _weighted(alignment, weights)
         if judged.penalty.requires_grad:
             over_rows = over_rows + penalty_scale(0, weights) * judged.penalty
             terms["loss/d_penalty"] = judged.penalty
@@ -186,7 +182,9 @@ class Gan:
 
     # ---- the generator and S_G ---------------------------------------------------------------------------------------
 
-    def _generator_step(self, micros: list[MicroBatch], same: Tensor, real: GlobalRows, rate_scale: float) -> None:
+    def _generator_step(
+        self, micros: list[MicroBatch], negatives: Negatives, real: GlobalRows, rate_scale: float
+    ) -> None:
         fakes = GlobalRows(len(micros))
         single = len(micros) == 1
         with self.discriminator.frozen():
@@ -199,7 +197,7 @@ class Gan:
                 logits, embeddings = self._judge_fake(micro)
                 if single:
                     fakes.put(0, embeddings)
-                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real, same))
+                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real, negatives))
                 micro.text_g.carry(self.generator, rate_scale)
                 self.generator.step(rate_scale)
                 micro.fake = None
@@ -210,7 +208,7 @@ class Gan:
 
         def judge(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
             features = side.discriminator.features(fake)
-            return side.discriminator.adversarial(features, micro.sentence), _embed(side.discriminator, features, None)
+            return side.discriminator.adversarial(features, micro.sentence), side.discriminator.embed_pictures(features)
 
         return self.discriminator.module(judge)
 
@@ -221,27 +219,15 @@ class Gan:
         embeddings: Embeddings,
         fakes: GlobalRows,
         real: GlobalRows,
-        same: Tensor,
+        negatives: Negatives,
     ) -> Tensor:
         weights = self.config.loss
-        e, r = fakes.with_own(micro.index, embeddings), real.constants
         adversarial = losses.hinge_g(logits)
         kl = losses.kl_condition(micro.fake.mean, micro.fake.log_variance)
-        to_text = losses.info_nce(e["image"], r["text"], weights.temperature, same)
-        to_image = losses.info_nce(e["image"], r["image"], weights.temperature, same)
-        over_rows = adversarial + weights.kl * kl
-        over_batch = weights.g_alignment_text * to_text + weights.g_alignment_image * to_image
-        terms = {
-            "loss/g_adversarial": adversarial,
-            "loss/g_alignment_text": to_text,
-            "loss/g_alignment_image": to_image,
-            "loss/kl": kl,
-            "fake/std": micro.fake.images.detach().float().std(dim=0, correction=0).mean(),
-        }
-        if "regions" in e and weights.g_alignment_regions:
-            regions = losses.region_info_nce(e["regions"], r["regions"], weights.region_temperature, same, self._places)
-            over_batch = over_batch + weights.g_alignment_regions * regions
-            terms["loss/g_alignment_regions"] = regions
+        alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, negatives)
+        over_rows, over_batch = adversarial + weights.kl * kl, _weighted(alignment, weights)
+        std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
+        terms = {"loss/g_adversarial": adversarial, **_named(alignment), "loss/kl": kl, "fake/std": std}
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)
         return over_rows + fakes.share * over_batch
 
@@ -253,6 +239,12 @@ class Gan:
         batch = batch.to(device)
         real = batch.images.to(dtype=self.discriminator.dtype, memory_format=torch.channels_last).div(127.5).sub(1.0)
         return MicroBatch(index, batch, draws, augment(real, draws.augmentation, self.config.augment))
+
+    def _negatives(self, batches: Sequence[Batch], images: int) -> Negatives:
+        """What the rows of this step are contrasted with. Collective."""
+        places, device = draw_places(self.config, images), self.generator.device
+        same = RowIds([batch.to(device) for batch in batches]).same
+        return Negatives(same, None if places is None else places.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
         """A fake as D sees it: shifted, coloured and cut like the real picture of its caption."""
@@ -278,8 +270,8 @@ class Gan:
         text = self._text(micro, self.discriminator)
 
         def embed(side: DiscriminatorSide) -> Embeddings:
-            sentence = side.sentence(micro.batch.tokens, micro.batch.lengths, text.embedding)
-            return _embed(side.discriminator, side.discriminator.features(micro.real), sentence)
+            d, encoded = side.discriminator, side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
+            return {**d.embed_pictures(d.features(micro.real)), **d.embed_captions(encoded)}
 
         return self.discriminator.module(embed)
 
@@ -289,16 +281,14 @@ class Gan:
             self._metrics[name] = self._metrics[name] + mean if name in self._metrics else mean
 
 
-def _embed(d: Discriminator, features: Features, sentence: Tensor | None) -> Embeddings:
-    """The embeddings that InfoNCE compares: `image` [m, A] and `regions` [m, P, A'], with `sentence` also `text`s."""
-    embeddings = {"image": d.align_image(features)}
-    if sentence is not None:
-        embeddings["text"] = d.align_text(sentence)
-    if d.region_sizes:
-        embeddings["regions"] = d.align_regions(features)
-        if sentence is not None:
-            embeddings["region_text"] = d.align_region_text(sentence)
-    return embeddings
+def _named(alignment: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms by the names of their metrics."""
+    return {f"loss/{name}": value for name, value in alignment.items()}
+
+
+def _weighted(alignment: dict[str, Tensor], weights: LossConfig) -> Tensor:
+    """The sum of the terms, each with the weight of its name."""
+    return sum(getattr(weights, name) * value for name, value in alignment.items())
 
 
 def _swap_partners(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses as pure functions of logits, embeddings and gradients; always computed and returned in fp32.
 
-Legend of shapes: B batch, E embedding width, P positions of region maps, L logits a picture, H W pixels. Every loss is
-a scalar, a mean over rows.
+Legend of shapes: B batch, E embedding width, P positions of region maps, T words, L logits a picture, H W pixels. Every
+loss is a scalar, a mean over rows.
 """
 
 from __future__ import annotations
@@ -71,6 +71,27 @@ def region_info_nce(
     b = b.float().t() if b.dim() == 2 else b.float().permute(1, 2, 0).contiguous()
     further = None if elsewhere is None else torch.cat([a @ b[places] for places in elsewhere], dim=2) / temperature
     return _contrast(a @ b / temperature, same, further)
+
+
+def word_info_nce(
+    regions: Tensor, words: Tensor, mask: Tensor, temperature: float, same: Tensor | None = None, sharpness: float = 5.0
+) -> Tensor:
+    """`info_nce` of pictures and captions whose likeness is counted word by word (AttnGAN, sec. 3.2: DAMSM).
+
+    regions: unit vectors [B, P, E] of pictures; words: unit vectors [B, T, E] of captions; mask bool [B, T]: True at a
+    caption's own words, one or more. Each word looks for its regions of a picture (softmax of sharpness * cosine) and is
+    compared with their mean by a cosine R; caption and picture are alike as far as log(sum over words of exp(sharpness *
+    R)) / sharpness says (eq. 10). As in XMC-GAN (Zhang et al. 2021, sec. 3.3) the words do not compete for a region first.
+
+    Memory: a few times B * P * N floats, N words in all B captions.
+    """
+    regions, own = regions.float(), words.float()[mask]  # [N, E]: one caption's words after the other's
+    cosines = regions @ own.t()
+    found = (sharpness * cosines).softmax(dim=1).transpose(1, 2) @ regions  # [B, N, E]
+    agreement = F.cosine_similarity(found, own, dim=2)
+    by_caption = agreement.new_full((len(regions), *mask.shape), float("-inf"))
+    by_caption[:, mask] = sharpness * agreement
+    return _contrast(by_caption.logsumexp(dim=2) / (sharpness * temperature), same)
 
 
 def same_pairs(image_ids: Tensor, caption_ids: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from dist_t2i.config import Config
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
+from dist_t2i.models.registry import build_generator
 from dist_t2i.models.text import TextEmbedding, build_text_encoder
 
 
@@ -51,9 +52,9 @@ class DiscriminatorSide(nn.Module):
         """`function(self)`: all that a loss needs of this side happens in one forward call, as ZeRO's hooks expect."""
         return function(self)
 
-    def sentence(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> Tensor:
-        """S_D sentences [B, E]; `text` replaces the own encoder's embedding."""
-        return (self.text_d(tokens, lengths) if self.text_d is not None else text).sentence
+    def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
+        """S_D of B captions; `text` is the embedding where there is no own encoder."""
+        return self.text_d(tokens, lengths) if self.text_d is not None else cast(TextEmbedding, text)
 
 
 class TextSide(nn.Module):
@@ -88,7 +89,7 @@ def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = N
         return build_text_encoder(config.text, vocab_size, config.data.max_tokens)
 
     width = frozen.width if frozen is not None else config.text.embedding
-    generator = Generator(config.model.generator, config.data.image_size, width)
+    generator = build_generator(config.model.generator, config.data.image_size, width)
     discriminator = Discriminator(config.model.discriminator, config.data.image_size, width)
     return Networks(
         GeneratorSide(generator, encoder() if dual else None),

@@ -29,21 +29,29 @@ class Program:
     """A Python program, and the modules that are imported for it; none of them may start threads."""
 
     def __init__(self, path: Path, *modules: str) -> None:
-        self._command = [sys.executable, __file__, str(path), *modules]
+        self._command = [sys.executable, "-W", "ignore", __file__, str(path), *modules]
         self._server: subprocess.Popen[str] | None = None
         self._folder = Path()
         self._count = 0
 
     def start(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        output: Path | None = None,
     ) -> Started:
-        """Run it. The environment is that of the tests, and the folder theirs, unless others are given."""
+        """Run it. The environment is that of the tests, and the folder theirs, unless others are given.
+
+        `output` is a file that all it says is appended to, instead of what `communicate` gives.
+        """
         server = self._running()
         self._count += 1
         place = self._folder / str(self._count)
+        files = [str(output)] * 2 if output else [f"{place}.out", f"{place}.err"]
         request = {"arguments": arguments, "environment": dict(environment or os.environ), "place": str(place)}
         assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request | {"cwd": os.fspath(cwd or os.getcwd())}) + "\n")
+        server.stdin.write(json.dumps(request | {"files": files, "cwd": os.fspath(cwd or os.getcwd())}) + "\n")
         server.stdin.flush()
         return Started(int(server.stdout.readline()), place)
 
@@ -97,11 +105,15 @@ class Started:
         self.wait(timeout)
         return self._said(".out"), self._said(".err")
 
-    def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+    def send_signal(self, number: int) -> None:
+        """Signal it, if it still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        self.send_signal(signal.SIGKILL)
 
     def _said(self, suffix: str) -> str:
         return self._place.with_suffix(suffix).read_text(errors="replace")
@@ -130,9 +142,8 @@ def _serve() -> dict[str, Any]:
 
 def _become(program: str, request: dict[str, Any]) -> None:
     """Take on what the request says: folder, environment, arguments, files for the output."""
-    files = ("/dev/null", f"{request['place']}.out", f"{request['place']}.err")
-    for number, name in enumerate(files):
-        descriptor = os.open(name, os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for number, name in enumerate(["/dev/null", *request["files"]]):
+        descriptor = os.open(name, os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request["cwd"])
@@ -144,8 +155,9 @@ def _become(program: str, request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    for module in sys.argv[2:]:
-        importlib.import_module(module)
+    with contextlib.redirect_stdout(sys.stderr):  # some say something when they are imported
+        for module in sys.argv[2:]:
+            importlib.import_module(module)
     request = _serve()
     program = sys.argv[1]
     _become(program, request)

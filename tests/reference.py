@@ -32,12 +32,14 @@ class Seen(NamedTuple):
 
 class Embedded(NamedTuple):
     """Captions (their sentence of S_D, its embedding) and real pictures (their embedding, that of their regions, if any)
-    as D's step saw them, detached."""
+    as D's step saw them, detached; the captions' words with what is no padding, if they are aligned."""
 
     sentence: torch.Tensor
     text: torch.Tensor
     image: torch.Tensor
     regions: torch.Tensor | None
+    words: torch.Tensor | None
+    mask: torch.Tensor
 
 
 class Reference:
@@ -97,7 +99,7 @@ class Reference:
     def _d_losses(self, seen):
         """The total, what G's step needs of the real pictures, and the single losses."""
         w, d = self.config.loss, self.nets.discriminator.discriminator
-        sent_d = self._encode(self.nets.discriminator.text_d, seen.batch).sentence
+        sent_d, word_d, mask = self._encode(self.nets.discriminator.text_d, seen.batch)
         with torch.no_grad():
             fake = self._fake(seen)[0]
         x = seen.real.clone().requires_grad_(True)
@@ -111,9 +113,13 @@ class Reference:
             total = total + w.d_alignment_regions * losses.region_info_nce(
                 regions_x, d.align_region_text(sent_d), w.region_temperature, seen.same
             )
+        words = d.align_words(word_d) if d.word_size else None
+        if words is not None:
+            total = total + w.d_alignment_words * self._words(d.align_word_regions(fx), words, mask, seen)
         if seen.images // self.config.train.global_batch % w.penalty_every == 0 and w.penalty != "none":
             total = total + w.penalty_weight * w.penalty_every * self._penalty(seen, x, fx, sent_d)
-        embedded = Embedded(*(None if one is None else one.detach() for one in (sent_d, align_t, align_x, regions_x)))
+        parts = sent_d, align_t, align_x, regions_x, words, mask
+        embedded = Embedded(*(None if one is None else one.detach() for one in parts))
         return total, embedded, {"loss/d_adversarial": d_loss.item(), "loss/d_alignment": d_alignment.item()}
 
     def _hinge(self, fx, ff, sent_d, same):
@@ -154,12 +160,18 @@ class Reference:
             total = total + w.g_alignment_regions * losses.region_info_nce(
                 d.align_regions(ff), real.regions, w.region_temperature, seen.same, places
             )
+        if real.words is not None:
+            total = total + w.g_alignment_words * self._words(d.align_word_regions(ff), real.words, real.mask, seen)
         return total, {
             "loss/g_adversarial": g_loss.item(),
             "loss/g_alignment_text": to_text.item(),
             "loss/g_alignment_image": to_image.item(),
             "loss/kl": kl.item(),
         }
+
+    def _words(self, regions, words, mask, seen):
+        w = self.config.loss
+        return losses.word_info_nce(regions, words, mask, w.word_temperature, seen.same, w.word_sharpness)
 
     def _fake(self, seen):
         """The fakes, augmented, and all that G put out."""

@@ -116,6 +116,24 @@ def test_every_mistake_is_in_one_report():
             "8, 12 must be among the scales that model.discriminator.channels",
         ),
         ("model: {discriminator: {channels: [8, 8], patches: 16}}", "patches: 16 must be among"),
+        ("model: {discriminator: {channels: [8, 8], words: 16, regions: []}}", "words: 16 must be among the scales"),
+        (
+            "model: {generator: {attn: {heads: 2}}}",
+            "model.generator.attn.heads: is only read by the generator attn, but model.generator.kind is plain",
+        ),
+        (
+            "model: {generator: {kind: attn, attn: {scales: [8, 12]}}}",
+            "model.generator.attn.scales: 8, 12 must be among the scales that model.generator.channels computes: 4, 8",
+        ),
+        ("model: {generator: {kind: attn, attn: {scales: []}}}", "attn.scales: the list must be among the scales"),
+        ("model: {generator: {kind: attn, attn: {heads: 3}}}", "attn.width: must be a multiple of attn.heads=3, is 32"),
+        ("model: {generator: {kind: attn, attn: {heads: 0}}}", "attn.width: must be a multiple of attn.heads=0"),
+        (
+            "model: {generator: {kind: attn, channels: [64, 30]}}",
+            "attn.heads: must divide the 30 channels of the map of side 8, is 4",
+        ),
+        ("model: {generator: {kind: attn, attn: {scale: [8]}}}", "did you mean model.generator.attn.scales?"),
+        ("loss: {word_sharpness: 0}", "loss.word_sharpness: must be above 0, is 0"),
         ("text: {embedding: 255}", "must be even"),
         ("text: {encoder: transformer, embedding: 250}", "must be a multiple of text.heads=4, is 250"),
         ("train: {global_batch: 63}", "must be even"),
@@ -160,6 +178,31 @@ def test_combinations_that_work(text: str):
 )
 def test_unknown_keys_get_the_nearest_match(wrong: str, hint: str):
     assert hint in problems(wrong)
+
+
+def test_a_section_with_kinds_may_be_given_as_the_kind_alone():
+    in_short = loads("model: {generator: plain}")
+    assert in_short == loads("model: {generator: {kind: plain}}") == loads("", ["model.generator=plain"])
+    kept = loads("model: {generator: {noise: 5}}", ["model.generator=plain"])
+    assert (kept.model.generator.kind, kept.model.generator.noise) == ("plain", 5)
+    assert loads(dump(in_short)) == in_short
+    assert "line 1: model.generator.kind: given twice" in problems("model: {generator: {kind: plain, kind: plain}}")
+    assert "discriminator is a section" in problems("model: {discriminator: plain}")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "place"),
+    [
+        ("model:\n  generator: plane\n", (), "line 2"),
+        ("model: {generator: {kind: plane}}", (), "line 1"),
+        ("", ("model.generator=plane",), "override 'model.generator=plane'"),
+    ],
+)
+def test_an_unknown_kind_gets_the_nearest_match(text: str, overrides: tuple[str, ...], place: str):
+    report = problems(text, *overrides)
+    assert report.startswith(f"{place}: model.generator.kind: expected one of plain")
+    assert report.endswith("got the text 'plane'; did you mean plain?")
+    assert "got the number 3" in problems("model: {generator: 3}")
 
 
 def test_a_merge_key_may_be_overridden_but_a_repeated_key_is_a_mistake():

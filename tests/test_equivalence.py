@@ -163,6 +163,14 @@ CASES = {
     "other places as negatives": _stages(
         2, 1, loss__region_negatives=3, model__discriminator__regions=(8, 4), engine__accumulation=2
     ),
+    "words read and aligned, shared text, two micro-batches": _stages(
+        3,
+        2,
+        text__mode="shared",
+        model__generator__kind="attn",
+        model__discriminator__words=8,
+        engine__accumulation=2,
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "clipped": _stages(0, 0, optimizer__weight_decay=0.1),
     "offloaded": _stages(2, 2, engine__offload="cpu"),

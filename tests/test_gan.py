@@ -1,4 +1,7 @@
-"""The table of gradient flows (dist_t2i/gan.py), parameter by parameter, in every text mode."""
+"""The table of gradient flows (dist_t2i/gan.py), parameter by parameter, in every text mode, without and with words.
+
+With words: the generator attends to S_G's, and D's alignment branch aligns S_D's.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,41 @@ TABLE = {
     "loss/d_adversarial": D_SIDE,
     "loss/d_alignment": D_SIDE,
     "loss/d_alignment_regions": D_SIDE,
+    "loss/d_alignment_words": D_SIDE,
     "loss/d_penalty": {"discriminator"},
     "loss/g_adversarial": G_SIDE,
     "loss/g_alignment_text": G_SIDE,
     "loss/g_alignment_image": G_SIDE,
     "loss/g_alignment_regions": G_SIDE,
+    "loss/g_alignment_words": G_SIDE,
     "loss/kl": G_SIDE,
 }
 """Which modules a loss changes (text.mode=dual); it must change every one of them, and nothing else."""
 
 # An uneven share of wrong captions: with a half, the gradient of the last bias can cancel to zero.
 OVERRIDES = {"loss__penalty_every": 1, "model__discriminator__patches": 8, "loss__mismatched": 0.37}
+WORDS = {"model__generator__kind": "attn", "model__discriminator__words": 8}
+CASES = [(mode, words) for mode in ("dual", "shared", "frozen") for words in ("", "words")]
+"""(text.mode, whether words are read and aligned)"""
 
 
-def flows(mode: str, penalty: str = "r1") -> dict:
+def expected_table(words: str) -> dict[str, set[str]]:
+    return {loss: allowed for loss, allowed in TABLE.items() if words or not loss.endswith("_words")}
+
+
+def flows_of_cases() -> dict:
+    """`flows` of every case, in one process: starting one takes longer than a case."""
+    return {case: flows(*case) for case in CASES}
+
+
+def flows(mode: str, words: str, penalty: str = "r1") -> dict:
     """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
     import torch
 
     from dist_t2i.gan import Gan
     from test_equivalence import build_gan, frozen_encoder, micro_batches, tiny_config
 
-    config = tiny_config(**OVERRIDES, loss__penalty=penalty, text__mode=mode)
+    config = tiny_config(**OVERRIDES, **(WORDS if words else {}), loss__penalty=penalty, text__mode=mode)
     built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
     found: dict = {"gradients": {}, "changed": {}, "all": set()}
 
@@ -75,29 +92,41 @@ def flows(mode: str, penalty: str = "r1") -> dict:
 
 @pytest.fixture(scope="module")
 def found():
-    """The flows of every mode."""
-    return {mode: run_ranks(1, flows, mode)[0] for mode in ("dual", "shared", "frozen")}
+    """The flows of every case."""
+    return run_ranks(1, flows_of_cases)[0]
 
 
 def modules(names) -> set[str]:
     return {name.split(".", 1)[0] for name in names}
 
 
-@pytest.mark.parametrize("loss", TABLE)
-def test_dual_each_loss_reaches_its_modules_and_no_parameter_else(found, loss):
-    reached = found["dual"]["gradients"][loss]
+@pytest.mark.parametrize(("words", "loss"), [(w, loss) for w in ("", "words") for loss in expected_table(w)])
+def test_dual_each_loss_reaches_its_modules_and_no_parameter_else(found, words, loss):
+    reached = found["dual", words]["gradients"][loss]
     assert modules(reached) == TABLE[loss]
+    attention = {name for name in found["dual", words]["all"] if name.startswith("generator.attentions.")}
+    assert bool(attention) == bool(words)
+    if "generator" in TABLE[loss] and loss != "loss/kl":
+        assert attention <= reached
 
 
-def test_dual_kl_reaches_only_the_augmentation_of_the_generator(found):
-    reached = found["dual"]["gradients"]["loss/kl"]
+def test_dual_words_are_aligned_by_their_own_projections(found):
+    flow = found["dual", "words"]["gradients"]
+    own = {name for name in flow["loss/d_alignment_words"] if "projection" in name}
+    assert {name.split(".")[1] for name in own} == {"word_projection", "word_region_projection"}
+    assert not any(own & reached for loss, reached in flow.items() if loss not in ("loss/d_alignment_words", "loss/d"))
+
+
+@pytest.mark.parametrize("words", ["", "words"])
+def test_dual_kl_reaches_only_the_augmentation_of_the_generator(found, words):
+    reached = found["dual", words]["gradients"]["loss/kl"]
     inside = {name for name in reached if name.startswith("generator.")}
     assert inside and all(name.startswith("generator.augmentation.") for name in inside)
 
 
-@pytest.mark.parametrize("mode", ["dual", "shared", "frozen"])
-def test_every_parameter_is_trained_by_the_half_step_that_owns_it_alone(found, mode):
-    flow = found[mode]
+@pytest.mark.parametrize(("mode", "words"), CASES)
+def test_every_parameter_is_trained_by_the_half_step_that_owns_it_alone(found, mode, words):
+    flow = found[mode, words]
     of_d = {n for n in flow["all"] if modules([n]) <= D_SIDE}
     of_g = {n for n in flow["all"] if modules([n]) <= G_SIDE}
     assert flow["changed"]["d"] == of_d
@@ -108,12 +137,13 @@ def test_every_parameter_is_trained_by_the_half_step_that_owns_it_alone(found, m
         assert {"text_d", "text_g"} <= modules(flow["all"])
 
 
-@pytest.mark.parametrize("mode", ["shared", "frozen"])
-def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode):
-    for loss, allowed in TABLE.items():
-        reached = modules(found[mode]["gradients"][loss])
-        assert reached <= {name for name in allowed if not name.startswith("text")}, loss
-    assert found[mode]["frozen moved"] == []
+@pytest.mark.parametrize(("mode", "words"), [case for case in CASES if case[0] != "dual"])
+def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode, words):
+    flow = found[mode, words]
+    for loss, allowed in expected_table(words).items():
+        reached = modules(flow["gradients"][loss])
+        assert reached and reached <= {name for name in allowed if not name.startswith("text")}, loss
+    assert flow["frozen moved"] == []
 
 
 def shared_gradients() -> dict:
@@ -122,7 +152,7 @@ def shared_gradients() -> dict:
     from dist_t2i import textflow
     from test_equivalence import build_gan, micro_batches, tiny_config
 
-    config = tiny_config(**OVERRIDES, text__mode="shared")
+    config = tiny_config(**OVERRIDES, **WORDS, text__mode="shared")
     carry, change = textflow.SharedText.carry, {}
     for withheld in ("nothing", "generator", "discriminator"):
 
@@ -151,5 +181,5 @@ def test_both_sides_train_every_parameter_of_a_shared_encoder():
 
 @pytest.mark.parametrize("penalty", ["ma_gp", "fd_r1"])
 def test_other_penalties_shape_the_discriminator_alone(penalty):
-    (flow,) = run_ranks(1, flows, "dual", penalty)
+    (flow,) = run_ranks(1, flows, "dual", "", penalty)
     assert modules(flow["gradients"]["loss/d_penalty"]) == {"discriminator"}

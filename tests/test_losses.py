@@ -41,6 +41,7 @@ def test_losses_are_fp32_whatever_comes_in():
         losses.hinge_g(half),
         losses.info_nce(pairs, pairs, 0.1),
         losses.region_info_nce(units(4, 2, 3).half(), pairs.half(), 0.1),
+        losses.word_info_nce(units(4, 2, 3).half(), units(4, 2, 3).bfloat16(), torch.ones(4, 2).bool(), 0.1),
         losses.kl_condition(half, half),
         losses.fd_r1(half, half, 0.1),
     ]
@@ -131,6 +132,40 @@ def test_other_places_pull_where_all_pictures_are_alike():
     assert alone[:, 0].abs().max() < 1e-7
     (pulled,) = torch.autograd.grad(losses.region_info_nce(fake, real, 0.5, None, torch.tensor([[1, 0]])), fake)
     assert (pulled[:, 0] @ ground < -0.01).all()
+
+
+def test_words_by_the_formulas_of_the_paper():
+    """Caption by caption, word by word, as AttnGAN, sec. 3.2 writes it (without the words' competition for regions)."""
+    regions, words, sharpness = units(4, 6, 5, seed=1), units(4, 3, 5, seed=2), 5.0
+    lengths = [3, 1, 2, 2]
+    mask = torch.arange(3) < torch.tensor(lengths)[:, None]
+    same = torch.eye(4, dtype=torch.bool)
+    same[1, 2] = same[2, 1] = True
+    alike = torch.zeros(4, 4, dtype=torch.double)
+    for picture in range(4):
+        for caption, length in enumerate(lengths):
+            r = []
+            for word in words[caption, :length]:
+                attention = (sharpness * (regions[picture] @ word)).softmax(0)
+                r.append(F.cosine_similarity(attention @ regions[picture], word, dim=0))
+            alike[picture, caption] = torch.stack(r).mul(sharpness).exp().sum().log() / sharpness
+    rows = []
+    for scores in (alike / 0.1, alike.T / 0.1):
+        for i in range(4):
+            kept = [j for j in range(4) if j == i or not same[i, j]]
+            rows.append(torch.logsumexp(scores[i, kept], 0) - scores[i, i])
+    found = losses.word_info_nce(regions, words, mask, 0.1, same, sharpness)
+    torch.testing.assert_close(found, torch.stack(rows).mean().float(), rtol=1e-5, atol=1e-6)
+    rubbish = torch.where(mask[:, :, None], words, 7.0)
+    assert losses.word_info_nce(regions, rubbish, mask, 0.1, same, sharpness).equal(found), "padding is not looked at"
+
+
+def test_words_have_finite_gradients_that_padding_does_not_get():
+    regions, words = units(3, 4, 5, seed=1).requires_grad_(True), units(3, 2, 5, seed=2).requires_grad_(True)
+    mask = torch.tensor([[True, False], [True, True], [True, False]])
+    losses.word_info_nce(regions, words, mask, 0.1).backward()
+    assert regions.grad.isfinite().all() and regions.grad.abs().sum(2).gt(0).all()
+    assert words.grad.isfinite().all() and words.grad.abs().sum(2).gt(0).equal(mask)
 
 
 def test_same_pairs_by_picture_or_text():

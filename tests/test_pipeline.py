@@ -91,6 +91,24 @@ def test_every_text_mode_loads_from_a_run_and_from_its_export(tmp_path, mode):
     assert loaded[0].images_seen == loaded[1].images_seen == 64
 
 
+ATTN = ["model.generator=attn", "model.generator.attn.scales=4,8", "model.discriminator.words=4"]
+
+
+def test_a_generator_that_attends_to_words_does_all_that_the_other_does(tmp_path):
+    run = write_run(tmp_path / "run", *ATTN)
+    loaded = [dist_t2i.load(run, "cpu"), dist_t2i.load(export(run, tmp_path / "export"), "cpu")]
+    together = [model.generate(PROMPTS, seed=2, images_per_prompt=2) for model in loaded]
+    assert [data(p) for p in together[0]] == [data(p) for p in together[1]]
+    scores = [model.score(together[0], PROMPTS) for model in loaded]
+    assert torch.equal(*scores) and scores[0].shape == (10, 5)
+    for model, chunk in zip(loaded, (1, 4), strict=True):  # padded chunks, as on a GPU
+        model._chunk = chunk
+        together = [data(p) for p in model.generate(PROMPTS, seed=2, images_per_prompt=2)]
+        for i, prompt in enumerate(PROMPTS):
+            alone = model.generate([prompt], seed=2, images_per_prompt=2)
+            assert [data(p) for p in alone] == together[2 * i : 2 * i + 2]
+
+
 def test_frozen_encoder_is_the_sources_s_d(tmp_path):
     model = dist_t2i.load(mode_run(tmp_path, "encoder"), "cpu")
     source = dist_t2i.load(tmp_path / "given", "cpu")

@@ -1,7 +1,7 @@
 """Score a trained model by a frozen protocol, every number with interval, floor and ceiling; or compare two scores.
 
 python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    (RUN may be an exported folder, or a checkpoint's)
-torchrun --nproc-per-node 4 tools/evaluate.py --run RUN ...          the same numbers, sooner
+torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...          the same numbers, sooner
 python tools/evaluate.py compare A.json B.json                       side by side, or why not
 python tools/evaluate.py captions --data SET --protocol NAME         the list of captions that a protocol draws from a set
 

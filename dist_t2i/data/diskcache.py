@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -58,6 +59,7 @@ class ChunkCache:
         self._open: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._lock = threading.Lock()
         self._works = self.limit > 0
+        self._fill_seconds = math.inf
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
@@ -81,6 +83,11 @@ class ChunkCache:
     def works(self) -> bool:
         """Whether chunks can be kept."""
         return self._works
+
+    @property
+    def fill_seconds(self) -> float:
+        """How long this process last took to fetch a whole chunk; infinite before the first one."""
+        return self._fill_seconds
 
     def path(self, key: str, number: int) -> Path:
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
@@ -137,6 +144,7 @@ class ChunkCache:
                     return path.exists()
                 if path.exists():
                     return True
+                begun = time.monotonic()
                 try:
                     data = fetch()
                 except Exception as error:  # not the disk's: an OSError of a connection is one of these
@@ -146,6 +154,8 @@ class ChunkCache:
                     file.truncate()
                     file.write(data)
                 os.rename(part, path)
+                if len(data) == CHUNK:
+                    self._fill_seconds = time.monotonic() - begun
                 return True
         except _FetchError as error:
             raise error.cause from error.cause

@@ -12,7 +12,17 @@ import sys
 import threading
 import time
 
-from dist_t2i.data.storage import Changed, Client, Gone, Short, StorageError, StorageOptions, client_of
+from dist_t2i.data.storage import (
+    BLOCK,
+    LARGE_BLOCK,
+    Changed,
+    Client,
+    Gone,
+    Short,
+    StorageError,
+    StorageOptions,
+    client_of,
+)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 GONE_SECONDS = 3.0
@@ -89,10 +99,11 @@ class RemoteFile:
         held = bytearray()
         # After a read that failed for good, others try once: they would all wait for nothing.
         patience = Patience(self.url, self.options.retry_seconds if self._patient else 0.0)
+        block = LARGE_BLOCK
         while True:
             before = len(held)
             try:
-                stop = self._once(held, start, stop)
+                stop = self._once(held, start, stop, block)
                 if stop is None or start + len(held) >= stop:
                     self._patient = True
                     return bytes(held)
@@ -104,6 +115,7 @@ class RemoteFile:
             except Changed:
                 self._forget(held)
             except StorageError as error:
+                block = BLOCK  # where connections break, every byte that came counts
                 patience.gained(len(held) - before)
                 try:
                     patience.wait(error)
@@ -111,16 +123,16 @@ class RemoteFile:
                     self._patient = False
                     raise
 
-    def _once(self, held: bytearray, start: int, stop: int | None) -> int | None:
+    def _once(self, held: bytearray, start: int, stop: int | None, block: int) -> int | None:
         """One request for what is missing, added to `held`. Returns where the bytes end, once that is known."""
-        answer = self._get().fetch(start + len(held), stop, self._tag)
+        answer = self._get().fetch(start + len(held), stop, self._tag, block)
         with self._lock:
             self._tag = self._tag or answer.tag
             self.size = answer.size if answer.size >= 0 else self.size
         if answer.size >= 0:
             stop = answer.size if stop is None else min(stop, answer.size)
-        for block in answer.bytes:
-            held += block
+        for data in answer.bytes:
+            held += data
         if stop is not None and start + len(held) > stop:
             del held[stop - start :]
         return stop

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from dist_t2i.data.apart import apart, may_have_clients
 from dist_t2i.data.diskcache import CHUNK, ChunkCache, key_of
 from dist_t2i.data.remote import RemoteFile
-from dist_t2i.data.storage import StorageOptions
+from dist_t2i.data.storage import StorageError, StorageOptions
 from dist_t2i.data.urls import is_local, local_path
 
 
@@ -59,8 +61,13 @@ class LocalFile:
         self.close()
 
 
+QUICK = 0.25
+"""Seconds. Where a whole chunk comes in less, a reader gets it, or waits for whoever is getting it: its other samples will
+be wanted, too, and a request for each costs the processor six times as much a byte. Else it asks for its sample alone."""
+
+
 class CachedFile:
-    """An object, parts of which are kept. What is not there is read over the network, as much as is asked for."""
+    """An object, parts of which are kept. What is not there is read over the network, by the chunk where that is quick."""
 
     def __init__(self, remote: RemoteFile, cache: ChunkCache, version: str) -> None:
         self.remote, self.cache = remote, cache
@@ -72,11 +79,22 @@ class CachedFile:
         parts = []
         for number in self.chunks(offset, size):
             begin, end = max(offset, number * CHUNK), min(offset + size, (number + 1) * CHUNK)
-            part = self.cache.read(self.key, number, begin - number * CHUNK, end - begin)
+            part = self._part(number, begin - number * CHUNK, end - begin)
             if part is None or len(part) < end - begin:
                 return self.remote.read(offset, size)
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _part(self, number: int, offset: int, size: int) -> bytes | None:
+        """Bytes of a chunk; None when it is not kept and does not come quickly."""
+        part = self.cache.read(self.key, number, offset, size)
+        if part is not None or self.cache.fill_seconds > QUICK:
+            return part
+        end = time.monotonic() + QUICK
+        with contextlib.suppress(StorageError):  # reading the sample alone meets it again, and tells it
+            while not self.fill(number) and self.cache.works and time.monotonic() < end:
+                time.sleep(0.002)
+        return self.cache.read(self.key, number, offset, size)
 
     @staticmethod
     def chunks(offset: int, size: int) -> range:

@@ -22,8 +22,8 @@ from dist_t2i.data.urls import checked, scheme_of
 from dist_t2i.errors import DataError
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
-BLOCK = 2**16
-"""Bytes that a client hands on at a time, at least; what is lost when a connection breaks."""
+BLOCK, LARGE_BLOCK = 2**16, 2**20
+"""Bytes that a client hands on at a time, at least; what is lost when a connection breaks. Large ones cost less."""
 CONNECT_SECONDS = 5
 
 
@@ -88,9 +88,9 @@ class Blocks(NamedTuple):
 class Client(Protocol):
     """One object, by its URL."""
 
-    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
-        """The bytes [start, stop), to the end with None, of the object that still has `tag`. Raises StorageError, also
-        while the bytes are read."""
+    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
+        """The bytes [start, stop), to the end with None, of the object that still has `tag`, at least `block` of them at
+        a time. Raises StorageError, also while the bytes are read."""
         ...
 
 
@@ -110,7 +110,7 @@ class ObstoreClient:
         self._store = _store(f"{parts.scheme}://{parts.netloc}", options)
         self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
-    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
         import obstore
 
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
@@ -121,7 +121,7 @@ class ObstoreClient:
         first = result.range[0]
         if first != start:
             raise StorageError("the server sent another range than the one asked for")
-        return Blocks(result.meta["size"], result.meta.get("e_tag") or "", _blocks(result.stream(BLOCK)))
+        return Blocks(result.meta["size"], result.meta.get("e_tag") or "", _blocks(result.stream(block)))
 
 
 def _blocks(stream: Iterator[Any]) -> Iterator[Any]:
@@ -135,7 +135,7 @@ class FsspecClient:
     def __init__(self, url: str) -> None:
         self._system, self._path = open_system(url)
 
-    def fetch(self, start: int, stop: int | None, tag: str) -> Blocks:
+    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
         with storage_errors():
             about = self._system.info(self._path)
             now = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")

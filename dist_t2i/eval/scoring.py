@@ -121,7 +121,7 @@ def kid_scores(case: Case) -> list[Score]:
     fakes, real, scaled = case.features.fake, case.real, case.judge.scaled
 
     def distance(a: Tensor, b: Tensor) -> float:
-        return metrics.kid(a, b, scaled=scaled) if scaled else subset_kid(a, b, case.protocol)
+        return float(metrics.kid(a, b)) if scaled else subset_kid(a, b, case.protocol)
 
     value = sum(distance(fake, real) for fake in fakes) / len(fakes)
     resampled = torch.stack([metrics.kid(fake, real, case.weights, scaled=scaled) for fake in fakes]).mean(0)

@@ -5,6 +5,7 @@ Legend of shapes: B batch, C channels, H W pixels, E text width, A alignment wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.config import DiscriminatorConfig
+from dist_t2i.models.alignment import Embeddings
 from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
+from dist_t2i.models.options import DiscriminatorConfig
+from dist_t2i.models.text import TextEmbedding
 
 
 class Features(NamedTuple):
@@ -25,16 +28,20 @@ class Features(NamedTuple):
     """One [B, C, H, W] for every size in `regions`, as configured."""
     patches: Tensor | None = None
     """[B, P, C], what is judged place by place; None when only whole pictures are."""
+    words: Tensor | None = None
+    """[B, C, H, W], what words are aligned with; None when only sentences are."""
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
-        patches = None if self.patches is None else self.patches[start:stop]
-        return Features(self.pooled[start:stop], tuple(x[start:stop] for x in self.maps), patches)
+        return self._each(lambda x: x[start:stop])
 
     def detach(self) -> Features:
         """The same values without their graph."""
-        patches = None if self.patches is None else self.patches.detach()
-        return Features(self.pooled.detach(), tuple(x.detach() for x in self.maps), patches)
+        return self._each(Tensor.detach)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Features:
+        patches, words = (None if x is None else function(x) for x in (self.patches, self.words))
+        return Features(function(self.pooled), tuple(map(function, self.maps)), patches, words)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -89,7 +96,7 @@ class Discriminator(nn.Module):
     is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features beside
     sentence), for the whole picture and, where `patches` is configured, place by place. The alignment branch puts
     pictures, S_D sentences and, where `regions` are configured, the positions of region maps into spaces where InfoNCE
-    compares them. Our reading of the paper's two branches.
+    compares them; where `words` are, S_D's words and the positions of a map as well. Our reading of the two branches.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):
@@ -97,10 +104,13 @@ class Discriminator(nn.Module):
         channels, width = config.channels, config.embedding
         patch = patch_size(channels, image_size)
         sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
-        for name, wanted in (("regions", config.regions), ("patches", (config.patches,) if config.patches else ())):
+        single = {
+            name: (side,) if side else () for name, side in (("patches", config.patches), ("words", config.words))
+        }
+        for name, wanted in {"regions": config.regions, **single}.items():
             if not set(wanted) <= set(sizes):
                 raise ValueError(f"discriminator.{name} {wanted} are not all computed scales ({sizes})")
-        self.region_sizes, self.patch_size = config.regions, config.patches
+        self.region_sizes, self.patch_size, self.word_size = config.regions, config.patches, config.words
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
@@ -120,6 +130,10 @@ class Discriminator(nn.Module):
         )
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
         self.patch_judge = PatchJudge(channel_of[config.patches], text_width) if config.patches else None
+        self.word_projection = linear(text_width, config.region_embedding) if config.words else None
+        self.word_region_projection = (
+            convolution(channel_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
+        )
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
@@ -134,7 +148,7 @@ class Discriminator(nn.Module):
             judged[x.shape[-1]] = x
         places = None if self.patch_judge is None else self.patch_judge.embed(judged[self.patch_size])
         pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
-        return Features(pooled, tuple(maps[size] for size in self.region_sizes), places)
+        return Features(pooled, tuple(maps[size] for size in self.region_sizes), places, judged.get(self.word_size))
 
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
         """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits.
@@ -169,6 +183,32 @@ class Discriminator(nn.Module):
     def align_region_text(self, sentence: Tensor) -> Tensor:
         """S_D sentences [B, E] -> unit vectors [B, A'] in the space of the regions."""
         return F.normalize(self.region_text_projection(sentence).float(), dim=1)
+
+    def align_words(self, words: Tensor) -> Tensor:
+        """S_D words [B, T, E] -> unit vectors [B, T, A'] in the space of the positions that they may speak of."""
+        return F.normalize(self.word_projection(words).float(), dim=2)
+
+    def align_word_regions(self, features: Features) -> Tensor:
+        """Features of B pictures -> a unit vector for each position of the map of the words, [B, P, A']."""
+        return F.normalize(self.word_region_projection(features.words).flatten(2).transpose(1, 2).float(), dim=2)
+
+    def embed_pictures(self, features: Features) -> Embeddings:
+        """What the alignments compare of B pictures: `image` and, where they are configured, `regions`, `word_regions`."""
+        embeddings = {"image": self.align_image(features)}
+        if self.region_sizes:
+            embeddings["regions"] = self.align_regions(features)
+        if self.word_size:
+            embeddings["word_regions"] = self.align_word_regions(features)
+        return embeddings
+
+    def embed_captions(self, text: TextEmbedding) -> Embeddings:
+        """What they compare of B captions, read by S_D: `text`, and with these `region_text`, `words` and `word_mask`."""
+        embeddings = {"text": self.align_text(text.sentence)}
+        if self.region_sizes:
+            embeddings["region_text"] = self.align_region_text(text.sentence)
+        if self.word_size:
+            embeddings["words"], embeddings["word_mask"] = self.align_words(text.words), text.mask
+        return embeddings
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:
         """images [B, 3, H, W], sentence [B, E] -> adversarial logits [B]."""

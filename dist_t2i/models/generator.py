@@ -1,4 +1,4 @@
-"""The generator: noise and a sentence in, a picture out, in one stage.
+"""The plain generator: noise and a sentence in, a picture out, in one stage. Other kinds build on it (registry.py).
 
 Legend of shapes: B batch, Z noise, E text width, C channels or condition width, H W pixels.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.config import GeneratorConfig
 from dist_t2i.models.blocks import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
+from dist_t2i.models.options import GeneratorConfig
 
 
 class Generated(NamedTuple):
@@ -120,7 +120,7 @@ class Generator(nn.Module):
         super().__init__()
         width = config.noise + config.condition
         channels = config.channels
-        sizes = [(FIRST_SIZE * 2**i, c) for i, c in enumerate(channels)][1:]
+        self.channels_of = {str(FIRST_SIZE * 2**i): c for i, c in enumerate(channels)}
         self.augmentation = ConditionAugmentation(text_width, config.condition)
         self.first = linear(width, channels[0] * FIRST_SIZE**2)
         self.upsamples = nn.ModuleList(Upsample(a, b) for a, b in pairwise(channels))
@@ -128,7 +128,11 @@ class Generator(nn.Module):
             nn.ModuleList(GeneratorBlock(c, width) for _ in range(config.blocks)) for c in channels
         )
         self.layouts = nn.ModuleDict(
-            {str(size): Layout(width, c, size, config.layout) for size, c in sizes if config.layout >= 4 * size**2}
+            {
+                size: Layout(width, c, int(size), config.layout)
+                for size, c in self.channels_of.items()
+                if int(size) > FIRST_SIZE and config.layout >= 4 * int(size) ** 2
+            }
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
@@ -140,7 +144,7 @@ class Generator(nn.Module):
     ) -> Generated:
         """noise [B, Z], sentence [B, E], words [B, T, E], mask bool [B, T], condition_noise [B, C] -> `Generated`.
 
-        This generator reads the sentence only; words and mask are there for generators that attend to words.
+        This generator reads the sentence only; others read the words as well.
         """
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
@@ -150,7 +154,12 @@ class Generator(nn.Module):
             x = self.upsamples[i - 1](x) if i else x
             size = str(x.shape[-1])
             x = self.layouts[size](x, condition) if size in self.layouts else x
+            x = self.read_words(x, words, mask)
             for block in blocks:
                 x = block(x, condition)
         x = self.last(activate(self.last_modulation(x, condition)))
         return Generated(torch.tanh(x), mean, log_variance)
+
+    def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """The map [B, C, H, W] that a scale's blocks begin with, from words [B, T, E], mask bool [B, T]: here, x itself."""
+        return x

@@ -81,7 +81,7 @@ def test_legacy_numbers_are_torch_fidelitys(weights):
         feature_extractor_weights_path=str(weights),
         cuda=False,
         batch_size=5,
-        dataloader_num_workers=0,
+        dataloader_num_workers=1,
         cache=False,
         verbose=False,
         **options,

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import dist_t2i
 from dist_t2i.data.shards import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import comparing, metrics, scoring
+from dist_t2i.eval import ranks as ranks_module
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.measure import Features, generate, group_of
 from dist_t2i.eval.protocol import evaluate, manifest, protocol_for
@@ -112,14 +115,17 @@ def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
 def scored_on_a_rank(run, folder):
     """On each of several ranks: the values of all scores."""
     torch.distributed.init_process_group("gloo")
+    ranks_module.CHUNK = 5
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
     found = scored(dist_t2i.load(run, "cpu"), open_set(folder), ranks=ranks)
     return found.as_json()
 
 
 @pytest.mark.slow
-def test_four_ranks_give_the_numbers_of_one(scores, model, data, tmp_path):
-    """More ranks than chunks, too: the set has one chunk of captions, the tone pairs another."""
+def test_four_ranks_give_the_numbers_of_one(scores, model, data, monkeypatch):
+    """With chunks of five rows, so that every rank has some, one fewer than the others."""
+    here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
     everywhere = run_ranks(4, scored_on_a_rank, model.files.folder, data.folder)
     for found in everywhere:
         assert found["splits"].keys() == scores.splits.keys()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_t2i.config import DiscriminatorConfig
 from dist_t2i.models.discriminator import Discriminator
+from dist_t2i.models.options import DiscriminatorConfig
 
 TEXT = 24
 
@@ -100,6 +100,24 @@ def test_regions_must_be_computed_scales():
     with pytest.raises(ValueError, match=r"regions \(32,\) are not all computed scales"):
         build(regions=(32,))
     assert build(regions=()).region_text_projection is None
+    with pytest.raises(ValueError, match=r"words \(32,\) are not all computed scales"):
+        build(words=32)
+
+
+def test_words_are_aligned_with_the_positions_of_a_map_of_their_own():
+    d, plain = build(words=8), build()
+    images, _ = inputs()
+    features = d.features(images)
+    regions, words = d.align_word_regions(features), d.align_words(torch.randn(4, 5, TEXT))
+    assert regions.shape == (4, 64, 6) and words.shape == (4, 5, 6)
+    for unit in (regions, words):
+        torch.testing.assert_close(unit.norm(dim=-1), torch.ones(unit.shape[:-1]))
+    torch.testing.assert_close(d.align_word_regions(features.rows(2, 4)), regions[2:])
+    assert not features.detach().words.requires_grad
+    assert plain.features(images).words is None
+    extra = {name for name, _ in d.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert {name.split(".")[0] for name in extra} == {"word_projection", "word_region_projection"}
+    assert all(d.state_dict()[name].equal(value) for name, value in plain.state_dict().items())
 
 
 def test_second_derivative_exists_for_r1():

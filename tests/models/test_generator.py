@@ -1,35 +1,47 @@
-"""The generator: sizes by configuration, no hidden randomness, rows apart."""
+"""The generators: sizes by configuration, no hidden randomness, rows apart, and what words do to `attn`."""
+
+import typing
 
 import pytest
 import torch
 
-from dist_t2i.config import GeneratorConfig
+from dist_t2i.configschema import field_types
+from dist_t2i.models.attn import WordAttention
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
+from dist_t2i.models.options import AttnConfig, GeneratorConfig
+from dist_t2i.models.registry import GENERATORS, build_generator
 
 TEXT = 24
+KINDS = pytest.mark.parametrize("kind", GENERATORS)
 
 
 def build(image_size: int = 32, **changes) -> Generator:
     torch.manual_seed(0)
     settings = {"noise": 8, "condition": 12, "channels": (16, 12, 8), "layout": 1024} | changes
-    return Generator(GeneratorConfig(**settings), image_size, TEXT)
+    return build_generator(GeneratorConfig(**settings), image_size, TEXT)
 
 
 def inputs(generator: Generator, rows: int = 4) -> tuple[torch.Tensor, ...]:
     random = torch.Generator().manual_seed(1)
     normal = [torch.randn(rows, n, generator=random) for n in (generator.noise_width, TEXT, generator.condition_width)]
     noise, sentence, condition_noise = normal
-    return noise, sentence, torch.zeros(rows, 5, TEXT), torch.ones(rows, 5, dtype=torch.bool), condition_noise
+    mask = torch.arange(5) < torch.arange(rows)[:, None] % 5 + 1  # 1, 2, 3, ... words
+    return noise, sentence, torch.randn(rows, 5, TEXT, generator=random) * mask[:, :, None], mask, condition_noise
 
 
+@KINDS
 @pytest.mark.parametrize("image_size", [16, 32, 64, 256])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_any_size_is_reached_by_scales_and_pixel_shuffle(image_size, blocks):
-    generator = build(image_size, blocks=blocks)
+def test_any_size_is_reached_by_scales_and_pixel_shuffle(kind, image_size, blocks):
+    generator = build(image_size, kind=kind, blocks=blocks)
     images, mean, log_variance = generator(*inputs(generator, rows=2))
     assert images.shape == (2, 3, image_size, image_size)
     assert images.abs().max() <= 1 and images.std() > 0.05
     assert mean.shape == log_variance.shape == (2, 12)
+
+
+def test_every_kind_that_can_be_asked_for_is_registered():
+    assert typing.get_args(field_types(GeneratorConfig)["kind"]) == tuple(GENERATORS)
 
 
 def test_scales_that_do_not_divide_the_size_are_refused():
@@ -37,8 +49,9 @@ def test_scales_that_do_not_divide_the_size_are_refused():
         build(40)
 
 
-def test_output_is_a_function_of_the_inputs_and_rows_are_apart():
-    generator = build()
+@KINDS
+def test_output_is_a_function_of_the_inputs_and_rows_are_apart(kind):
+    generator = build(kind=kind)
     everything = inputs(generator)
     images = generator(*everything).images
     assert generator(*everything).images.equal(images)
@@ -55,13 +68,16 @@ def test_condition_augmentation_is_mean_plus_scaled_noise():
     assert log_variance.eq(INITIAL_LOG_VARIANCE).all(), "fresh networks hear the text, not the noise"
 
 
-def test_every_input_and_parameter_matters():
-    generator = build()
+@KINDS
+def test_every_input_and_parameter_matters(kind):
+    generator = build(kind=kind)
     noise, sentence, words, mask, condition_noise = inputs(generator)
-    for x in (noise, sentence, condition_noise):
+    for x in (noise, sentence, words, condition_noise):
         x.requires_grad_(True)
     generator(noise, sentence, words, mask, condition_noise).images.square().sum().backward()
     assert all(x.grad.abs().sum(1).gt(0).all() for x in (noise, sentence, condition_noise))
+    heard = torch.zeros_like(mask) if words.grad is None else words.grad.abs().sum(2) > 0
+    assert heard.equal(mask if kind == "attn" else torch.zeros_like(mask)), "its own words, never padding"
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in generator.parameters())
 
 
@@ -69,6 +85,44 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
     assert set(build(layout=1024).layouts) == {"8", "16"}
     assert set(build(layout=512).layouts) == {"8"}
     assert len(build(layout=0).layouts) == 0
+
+
+def test_the_plain_generator_is_what_it_was_before_there_were_others():
+    """Names, order and values of its parameters, which runs and exported models rely on."""
+    names = [name for name, _ in build().named_parameters()]
+    assert [n for n, _ in build(kind="attn").named_parameters() if not n.startswith("attentions.")] == names
+    assert names[:4] == ["augmentation.statistics.weight", "augmentation.statistics.bias", "first.weight", "first.bias"]
+    plain, attn = build().state_dict(), build(kind="attn").state_dict()
+    assert all(attn[name].equal(value) for name, value in plain.items()), "drawn before the attention's"
+
+
+def test_padding_gets_no_attention_whatever_is_in_it():
+    generator = build(kind="attn", attn=AttnConfig(scales=(4, 8, 16)))
+    noise, sentence, words, mask, condition_noise = inputs(generator)
+    images = generator(noise, sentence, words, mask, condition_noise).images
+    rubbish = words.masked_fill(~mask[:, :, None], 100.0)
+    assert generator(noise, sentence, rubbish, mask, condition_noise).images.equal(images)
+    shares = generator.attentions["8"].attention(torch.randn(4, 64, 12), rubbish, mask)
+    assert shares.sum(dim=3).allclose(torch.ones(4, 4, 64)) and not shares.masked_select(~mask[:, None, None]).any()
+
+
+def test_attention_is_where_it_was_asked_for():
+    assert set(build(kind="attn").attentions) == {"8"}
+    assert set(build(kind="attn", attn=AttnConfig(scales=(16, 4), heads=2)).attentions) == {"4", "16"}
+
+
+def test_positions_read_the_words_they_look_for():
+    """One head, one word that matches the queries: that word's value is what a position gets."""
+    attention = WordAttention(channels=2, text_width=3, width=2, heads=1)
+    with torch.no_grad():
+        attention.query.weight.copy_(torch.eye(2) * 30)
+        attention.key.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        attention.value.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+    words = torch.eye(3)[None]
+    x = torch.zeros(1, 2, 1, 2)
+    x[0, 0, 0, 0] = x[0, 1, 0, 1] = 1.0  # the first position looks for the first word, the second for the second
+    found = (attention(x, words, torch.ones(1, 3, dtype=torch.bool)) - x)[0, :, 0].T
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(words, (3,))[0, :2, :2])
 
 
 def test_a_fresh_pixel_shuffle_makes_no_checkerboard():

@@ -138,7 +138,7 @@ def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_p
     given = ["--run", run, "--protocol", tmp_path / "own.yaml", "--device", "cpu", "--out"]
     done = command("evaluate.py", *given, one)
     assert done.returncode == 0 and "own S_D: not independent" in done.stdout, done.stderr
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "--"]
     again = subprocess.run(
         [*ranks, *map(str, [TOOLS / "evaluate.py", *given, four])], capture_output=True, text=True, timeout=120
     )
