@@ -29,8 +29,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def save(
                 claim.commit(staging, target)
             _sync(root)
         _point_latest(claim, target.name)
-        for folder in keep.expired([_images(p) for p in committed(root.parent)]):
+        for folder in keep.with_best(state).expired([_images(p) for p in committed(root.parent)]):
             claim.remove(root / f"images-{folder:09d}")
     return target
 
@@ -133,15 +133,22 @@ def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last `last`, and those that are the first past each multiple of `every_images`."""
+    """Which checkpoints stay: the last `last`, those that are the first past each multiple of `every_images`, and `best`."""
 
     last: int = 2
     every_images: int = 0
+    best: int = -1
+    """Images seen of the one with the best scores; -1: none is known."""
+
+    def with_best(self, state: Mapping[str, Any]) -> Retention:
+        """The same, with the best one that a checkpoint's state names (periodic.py)."""
+        best = (state.get("evaluation") or {}).get("best")
+        return replace(self, best=int(best["images"])) if best else self
 
     def expired(self, images: Iterable[int]) -> list[int]:
         """Of checkpoints at these image counts (ascending), the ones to delete."""
         ordered = sorted(images)
-        kept = set(ordered[-max(1, self.last) :])
+        kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
             milestones: set[int] = set()
             for count in ordered:

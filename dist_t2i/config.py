@@ -218,6 +218,20 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Scores during training (see docs/evaluation.md)."""
+
+    every_images: int = 0
+    """Images between two evaluations of the moving average, on rank 0; there is one at the end as well. 0: none."""
+    protocol: str = "quick"
+    """Protocol by name, or a .yaml file; a small one, since training waits."""
+    data: str = ""
+    """Set with the held-out split; empty: that of data.train."""
+    metric: str = "kid"
+    """The score by which the best checkpoint is kept, on the protocol's first split."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     folder: str = ""
     """Where the run lives; empty: runs/<name of the config file>."""
@@ -240,3 +254,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

@@ -169,6 +169,11 @@ def loads(text: str, overrides: Sequence[str] = (), source: str = "configuration
     return _load(text, source, overrides)
 
 
+def parse(text: str) -> Any:
+    """Plain data from YAML, with numbers and texts as in a configuration. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def check(config: Config) -> None:
     """Raise `ConfigError` if a value is out of range or a combination cannot work."""
     problems = [f"{found[0]}: {text}" for found, text in problems_of(config)]

@@ -267,6 +267,7 @@ def check_world(config: Config, world_size: int) -> int:
 _FREE = (
     "run.",
     "report.",
+    "eval.",
     "checkpoint.",
     "data.train",  # the set may have moved; its fingerprint is compared instead
     "data.workers",

@@ -16,6 +16,9 @@ _PANELS = (
     ("logits", r"logit/.*", False),
     ("gradient norms", r"grad/.*", True),
     ("images per second", r"images_per_second", False),
+    ("evaluation: distances", r"eval/.*/[kf]id.*", False),
+    ("evaluation: shares", r"eval/.*/(r_)?(recall|precision|tone).*", False),
+    ("evaluation: scores", r"eval/.*/(clip|inception)_score.*", False),
     ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
 )
 """Title, the metrics shown, and whether the axis is logarithmic."""
@@ -60,7 +63,13 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], title: str, series: Seq
             continue
         images, values = zip(*points, strict=True)
         line = axes.plot(images, values, alpha=0.25 if len(values) > 40 else 1.0, linewidth=1)[0]
-        label = name.removeprefix("loss/").removeprefix("logit/").removeprefix("grad/").replace("_", " ")
+        label = (
+            name.removeprefix("loss/")
+            .removeprefix("logit/")
+            .removeprefix("grad/")
+            .removeprefix("eval/")
+            .replace("_", " ")
+        )
         if len(values) > 40:
             axes.plot(images, smooth(values), color=line.get_color(), linewidth=1.5, label=label)
         else:

@@ -147,8 +147,10 @@ def _plain(tensors) -> dict:
 
 def _scores(files: ModelFiles) -> dict[str, Any] | None:
     """scores.json of the folder, if it was made with exactly these weights."""
+    from dist_t2i.eval.scores import read_scores
+
     try:
-        scores = json.loads((files.folder / SCORES).read_text(encoding="utf-8"))
-        return scores if scores["manifest"]["weights_sha256"] == files.sha256() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        scores = read_scores(files.folder / SCORES)
+    except UserError:
         return None
+    return scores if scores["manifest"]["weights_sha256"] == files.sha256() else None

@@ -24,10 +24,18 @@ class GridRow:
     real: np.ndarray | Image.Image | None = None
 
 
-def draw_grid(rows: Sequence[GridRow], *, title: str = "", tile: int = 128, columns: int | None = None) -> Image.Image:
+def draw_grid(
+    rows: Sequence[GridRow],
+    *,
+    title: str = "",
+    tile: int = 128,
+    columns: int | None = None,
+    headings: Sequence[str] = (),
+) -> Image.Image:
     """A picture of all rows; small pictures are enlarged to `tile` pixels without smoothing.
 
-    `columns` rows stand side by side; by default two blocks once there are more than eight rows.
+    `columns` rows stand side by side; by default two blocks once there are more than eight rows. `headings` stand above
+    the generated pictures of a row, one each.
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
     tile = max(tile, *(_picture(picture).width for row in rows for picture in row.generated)) if rows else tile
@@ -35,10 +43,16 @@ def draw_grid(rows: Sequence[GridRow], *, title: str = "", tile: int = 128, colu
     width = _TEXT_WIDTH + pictures * (tile + _GAP) + 2 * _GAP
     lines = -(-len(rows) // blocks)
     top = _GAP + (_FONT_SIZE + 3 * _GAP if title else 0)
+    above, top = top, top + (2 * (_FONT_SIZE + 4) + _GAP if headings else 0)
     grid = Image.new("RGB", (width * blocks, top + lines * (tile + _GAP)), _PAPER)
     draw, font = ImageDraw.Draw(grid), load_font(_FONT_SIZE)
     if title:
         draw.text((_GAP, _GAP), title, _INK, font)
+    shift = _TEXT_WIDTH + any(row.real is not None for row in rows) * (tile + _GAP)
+    for block in range(blocks):
+        for column, heading in enumerate(headings):
+            corner = block * width + _GAP + shift + column * (tile + _GAP), above
+            draw.multiline_text(corner, wrap(heading, tile, 2, font), _INK, font, spacing=4)
     for index, row in enumerate(rows):
         block, line = divmod(index, lines)
         _draw_row(grid, draw, font, row, (block * width + _GAP, top + line * (tile + _GAP)), tile)

@@ -219,6 +219,9 @@ class MirrorStore:
         """
         assert self._whole is not None, "claim first"
         self._still_ours()
+        keep = keep.with_best(
+            json.loads((checkpoint.folder_of(run) / _name(images) / STATE).read_text(encoding="utf-8"))
+        )
         if images not in keep.expired({*self._whole, images}):
             with ExitStack() as stack:
                 self._upload(_Source(run, images, stack))

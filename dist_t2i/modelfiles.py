@@ -40,6 +40,8 @@ TOKENIZER = "tokenizer.json"
 GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
 FROZEN = "frozen.safetensors"
+STATE = "state.json"
+"""What a folder of a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +73,35 @@ class ModelFiles:
         return digest.hexdigest()
 
 
-def read_model(path: str | Path) -> ModelFiles:
-    """The model in a run folder (its newest intact checkpoint) or in an exported folder. Raises UserError."""
+def read_model(path: str | Path, *, ema: bool = True) -> ModelFiles:
+    """The model in a run folder (its newest intact checkpoint), in one checkpoint of it (RUN/checkpoints/images-...), or in
+    an exported folder; with `ema=False` the generator's weights as they are, not their average. Raises UserError.
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         raise UserError(f"{folder} is {what}; give a run folder or an exported model (a folder with {ABOUT})")
     if (folder / ABOUT).is_file():
+        if not ema:
+            raise UserError(f"{folder}: an exported model holds the averaged weights only; give the run's folder")
         return read_export(folder)
     if (folder / CONFIG).is_file():
-        return read_run(folder)
+        return read_run(folder, ema=ema)
+    if (folder / STATE).is_file() and (folder.parents[1] / CONFIG).is_file():
+        return read_run(folder.parents[1], ema=ema, at=folder)
     raise UserError(f"{folder} holds neither a run ({CONFIG}, checkpoints) nor an exported model ({ABOUT})")
 
 
-def read_run(run: Path) -> ModelFiles:
-    """The newest intact checkpoint of a run. Raises UserError when there is none yet, or the folder is not a run's."""
+def read_run(run: Path, *, ema: bool = True, at: Path | None = None) -> ModelFiles:
+    """The newest intact checkpoint of a run, or the one in the folder `at`. Raises UserError when there is none yet, or the
+    folder is not a run's."""
     from dist_t2i import checkpoint
 
     config = configfile.load(run / CONFIG)
-    saved = checkpoint.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
+    if at is not None:
+        saved: checkpoint.Checkpoint | None = checkpoint.open_checkpoint(at)
+    else:
+        saved = checkpoint.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
     if saved is None:
         raise UserError(f"{run}: no checkpoint yet; let the run save one (a stopped run does), then try again")
     tokenizer = Tokenizer.load(run / TOKENIZER)
@@ -97,7 +109,10 @@ def read_run(run: Path) -> ModelFiles:
     if config.text.mode == "shared":
         discriminator = discriminator | saved.tensors("text")
     frozen = frozen_source(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
-    return ModelFiles(run, config, tokenizer, saved.tensors("ema"), discriminator, saved.images, frozen)
+    generator = saved.tensors("ema" if ema else "generator")
+    if not ema and config.text.mode == "shared":
+        generator = generator | saved.tensors("text")
+    return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen)
 
 
 def read_export(folder: Path) -> ModelFiles:

@@ -217,25 +217,28 @@ class TextToImage:
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise PromptError(f"images must be a list of PIL images, got {_kind(images)}")
         pixels = [self._pixels(image, f"images[{number}]") for number, image in enumerate(images)]
-        discriminator = self._parts.discriminator
         if not pixels:
             return torch.empty(0, self.config.model.discriminator.embedding)
+        encoder = self.image_encoder()
+        return self._by_chunks(lambda pixels: encoder(pixels.float().div(127.5).sub(1.0)), torch.stack(pixels))
 
-        def embed(pixels: Tensor) -> Tensor:
-            real = pixels.float().div(127.5).sub(1.0)
-            return discriminator.align_image(discriminator.features(real))
+    def image_encoder(self) -> nn.Module:
+        """The network behind `embed_image`, on the device: pictures [B, 3, H, W] in [-1, 1] to unit vectors [B, A]."""
+        return ImageEncoder(self._parts.discriminator)
 
-        return self._by_chunks(embed, torch.stack(pixels))
+    def embed_aligned(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors of a list of texts in the alignment space (by S_D), float32 [N, A] on the CPU. Raises PromptError."""
+        sentences = self.embed_text(texts, which="d")
+        if not len(sentences):
+            return torch.empty(0, self.config.model.discriminator.embedding)
+        return self._by_chunks(self._parts.discriminator.align_text, sentences)
 
     def score(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
         """How well each picture fits each text, float32 [images, texts]: cosines (-1 to 1) in the alignment space.
 
         It is the model's own opinion (D's and S_D's), not an independent judge's. Raises PromptError.
         """
-        images, sentences = self.embed_image(images), self.embed_text(texts, which="d")
-        if not len(sentences):
-            return torch.empty(len(images), 0)
-        return images @ self._by_chunks(self._parts.discriminator.align_text, sentences).T
+        return self.embed_image(images) @ self.embed_aligned(texts).T
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
@@ -304,6 +307,17 @@ class TextToImage:
                 warnings.warn("an empty prompt: the picture follows chance", PromptWarning, stacklevel=3)
             elif len(self.tokenizer.ids(prompt)) > limit:
                 warnings.warn(f"{shown} was cut after {limit} tokens", PromptWarning, stacklevel=3)
+
+
+class ImageEncoder(nn.Module):
+    """The discriminator's trunk and alignment branch: pictures [B, 3, H, W] in [-1, 1] to unit vectors [B, A]."""
+
+    def __init__(self, discriminator: Discriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.discriminator.align_image(self.discriminator.features(images))
 
 
 def build_parts(files: ModelFiles, device: torch.device) -> Parts:

@@ -1,7 +1,8 @@
 """What a run tells: the progress line, log.txt, metrics.jsonl, progress.json, sample grids, curves and W&B.
 
     RUN/log.txt         what was said, with times
-    RUN/metrics.jsonl   a line a report: images, step, time, losses, logits, gradient norms, rates, memory
+    RUN/metrics.jsonl   a line a report: images, step, time, losses, logits, gradient norms, rates, memory; and one an
+                        evaluation: images, step, time, eval/SPLIT/SCORE
     RUN/progress.json   where the run is now, for whoever asks from outside
     RUN/samples/images-000123456.png
     RUN/curves.png
@@ -113,6 +114,18 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(images, {**self._values, "step": step})
         self.tick(images)
+
+    def evaluated(self, images: int, step: int, values: Mapping[str, float], *, best: bool) -> None:
+        """Scores of the weights at `images`: a line of their own in metrics.jsonl, and in W&B."""
+        if not self._main:
+            return
+        with self._writing():
+            line = {"images": images, "step": step, "time": round(time.time(), 3), **values}
+            metricsfile.append(self.folder / "metrics.jsonl", line)
+        if self._wandb is not None:
+            self._wandb.log(images, {**values, "step": step})
+        told = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        self.say(f"evaluated at {images:,} images: {told}{'; the best so far' if best else ''}")
 
     def samples(self, images: int, rows: Sequence[GridRow]) -> Path | None:
         """Draw a sample grid and the curves; the grid's path on rank 0, if it could be written."""

@@ -53,11 +53,8 @@ def _check_same_run(
     before = configfile.load(folder / "config.yaml", [])
     for line in refuse_changes(before, config, allow=allow_changes):
         warn(f"going on with another configuration: {line}")
-    try:
-        known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # an older attempt was killed before it wrote this
-    if known != data.fingerprint:
+    known = fingerprint_of(folder)
+    if known is not None and known != data.fingerprint:
         message = f"{data.folder} is not the set that the run {folder} was begun with (its fingerprint differs)"
         if not allow_changes:
             raise CheckpointError(
@@ -65,6 +62,14 @@ def _check_same_run(
                 "--allow-changes."
             )
         warn(message)
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """Of the set that a run was begun with; None where an attempt was killed before it wrote that."""
+    try:
+        return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def cut_bad_samples(file: Path, images: int) -> None:

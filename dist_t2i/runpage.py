@@ -5,11 +5,7 @@ RUN/report/index.html holds its pictures itself, loads nothing from elsewhere, a
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.modelcard import SetAbout
+from dist_t2i.webpage import file, img, text, write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +66,7 @@ def write_page(
     """
     name = str(run)
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{text(title)}</h1>",
         "<p>One pass through a small network makes each picture. It learned from captioned pictures alone, its two text "
         "embeddings included: nothing in it was pretrained.</p>",
         *(_prompts(split, chosen) for split, chosen in rows.items()),
@@ -79,22 +76,14 @@ def write_page(
         _made(command, facts, config),
         _credit(about),
         "<h2>Go on</h2><pre>"
-        + _text(
+        + text(
             f'python tools/sample.py --run {name} "woman astronaut dark skin tone" --out grid.png\n'
             f"python tools/export.py --run {name} --out model\n"
             f"python tools/evaluate.py --run {name}"
         )
         + "</pre>",
     ]
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_text(title)}</title>{_STYLE}{''.join(body)}</html>"
-    )
-    path = run / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(".index.html.part")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return write(run / "report" / "index.html", title, body)
 
 
 def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
@@ -112,10 +101,10 @@ def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
     heading, note = told.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not picked."))
     cards = []
     for row in rows:
-        generated = "".join(_img(picture, "drawn by the model") for picture in row.generated)
-        real = f"<span class=real>{_img(row.real, 'the real picture')}</span>"
-        cards.append(f"<figure>{real}{generated}<figcaption>{_text(row.caption)}</figcaption></figure>")
-    return f"<h2>{_text(heading)}</h2><p>{_text(note)}</p><div class=cards>{''.join(cards)}</div>"
+        generated = "".join(img(picture, "drawn by the model") for picture in row.generated)
+        real = f"<span class=real>{img(row.real, 'the real picture')}</span>"
+        cards.append(f"<figure>{real}{generated}<figcaption>{text(row.caption)}</figcaption></figure>")
+    return f"<h2>{text(heading)}</h2><p>{text(note)}</p><div class=cards>{''.join(cards)}</div>"
 
 
 def _history(run: Path) -> str:
@@ -129,7 +118,7 @@ def _history(run: Path) -> str:
     for path in grids:
         images = int(re.sub(r"\D", "", path.stem))
         label = f"after {images:,} images"
-        figures.append(f"<figure class=step><figcaption>{label}</figcaption>{_file(path, label)}</figure>")
+        figures.append(f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>")
     last = len(grids) - 1
     slider = f'<input id=when type=range min=0 max={last} value={last} aria-label="when in training">'
     return f"<h2>How it learned</h2><p>Drag to go back in training.</p>{slider}{''.join(figures)}{_SLIDER}"
@@ -141,33 +130,34 @@ def _scores(scores: Mapping[str, Any]) -> str:
         if split != shown:
             parts.append("</table>" if shown else "")
             parts.append(
-                f"<table><caption>{_text(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
+                f"<table><caption>{text(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
                 "model (95% interval over captions)</th><th>better</th><th>floor</th><th>ceiling</th></tr>"
             )
             shown = split
-        cells = [_text(name), f"<b>{_text(value)}</b>", _text(better)]
-        cells += [_text(end).replace("; ", "<br>") for end in (floor, ceiling)]
+        cells = [text(name), f"<b>{text(value)}</b>", text(better)]
+        cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
         parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     rules = scores["protocol"]
+    judges = ", ".join(judge["name"] for judge in scores["manifest"]["judges"].values())
     note = (
         f"Protocol {rules['name']} version {rules['version']}: {len(rules['seeds'])} drawings a caption; R@k: is the real "
-        "picture among the k nearest, of 100? Judged by EfficientNet-Lite0, an ImageNet classifier that had no part in "
-        "training: its KID is not comparable with KID or FID by Inception features."
+        f"picture among the k nearest, of {rules['gallery']}? Judges: {judges}. EfficientNet-Lite0 is an ImageNet "
+        "classifier that had no part in training: its KID is not comparable with KID or FID by Inception features."
     )
-    return "".join(parts) + f"</table><p class=note>{_text(note)}</p>"
+    return "".join(parts) + f"</table><p class=note>{text(note)}</p>"
 
 
 def _made(command: str, facts: Mapping[str, str], config: str) -> str:
-    listed = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
+    listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
     return (
-        f"<h2>How it was made</h2><pre>{_text(command)}</pre><dl>{listed}</dl>"
-        f"<details><summary>Configuration</summary><pre>{_text(config)}</pre></details>"
+        f"<h2>How it was made</h2><pre>{text(command)}</pre><dl>{listed}</dl>"
+        f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>"
     )
 
 
 def _credit(about: SetAbout) -> str:
     said = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
-    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', _text(said))
+    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', text(said))
     return f"<h2>Pictures</h2><p>{linked}</p>" if said else ""
 
 
@@ -194,37 +184,8 @@ def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
 
 
 def _picture_section(heading: str, path: Path) -> str:
-    return f"<h2>{_text(heading)}</h2>{_file(path, heading)}" if path.is_file() else ""
+    return f"<h2>{text(heading)}</h2>{file(path, heading)}" if path.is_file() else ""
 
-
-def _file(path: Path, label: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img class=wide alt="{_text(label)}" src="data:image/png;base64,{data}">'
-
-
-def _img(image: Image, label: str) -> str:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    data = base64.b64encode(out.getvalue()).decode()
-    return f'<img alt="{_text(label)}" src="data:image/png;base64,{data}">'
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
-
-
-_STYLE = """<meta name=viewport content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}a{color:#1a5fb4}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}
-.cards figure{margin:0}.cards img{width:60px;height:60px;image-rendering:pixelated;margin-right:4px;vertical-align:top}
-.real img{outline:2px solid #3c823c;margin-right:10px}figcaption{color:#555;font-size:.9rem}
-.step{margin:0}.wide{max-width:100%}input[type=range]{width:100%}
-table{border-collapse:collapse;margin:1rem 0;font-size:.92rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
-td,th{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}th{background:#f5f5f5}
-pre{background:#f5f5f5;padding:.8rem;overflow-x:auto;font-size:.85rem}.note{color:#555;font-size:.9rem}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem}dt{color:#555}dd{margin:0;overflow-wrap:anywhere}
-</style>"""
 
 _SLIDER = """<script>
 const when=document.getElementById('when'),steps=document.querySelectorAll('.step');

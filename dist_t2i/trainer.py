@@ -31,6 +31,7 @@ from dist_t2i.launch import Rank, has_gpu
 from dist_t2i.meter import Meter
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
+from dist_t2i.periodic import Periodic
 from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
 from dist_t2i.samples import SampleSheet
@@ -39,6 +40,8 @@ from dist_t2i.watchdog import Watchdog
 
 _LAST_SAVE_SECONDS = 300.0
 """How long the last checkpoint of a run is tried again when the disk is full or gone."""
+_EVALUATION_SECONDS = 3600.0
+"""How much longer than a step an evaluation may take before it counts as hung."""
 _SLOW_SECONDS = 600.0
 """How much longer than a step a sample grid or a checkpoint may take before it counts as hung."""
 
@@ -91,6 +94,8 @@ class Trainer:
         self.last = checkpoint.load_latest(self.folder, warn=warn if self.main else lambda message: None)
         beginning = None if self.last else read_beginning(config, self.data.tokenizer)
         self.gan, self.average = assemble(config, self.data.tokenizer.vocab_size, device, frozen, beginning)
+        self.evaluated: dict | None = None  # which checkpoint is the best: kept on, also while nothing is evaluated
+        self.periodic = self._periodic(device) if config.eval.every_images else None
         self.images = self._restore(self.last) if self.last else 0
         self.sheet = SampleSheet(config, self.data, device) if self.main else None
         self.meter, self.health = Meter(), Health()
@@ -107,6 +112,19 @@ class Trainer:
                 bad_file=bad_file,
                 data_set=self.data,
             )
+
+    def _periodic(self, device: torch.device) -> Periodic:
+        def made() -> Periodic:
+            return Periodic(self.config, self.data, device, self.reporter.warn)
+
+        mine: list[Periodic] = []
+
+        def prepare() -> None:
+            mine.append(made())
+            mine[0].prepare()
+
+        on_main(prepare, slow=True)
+        return mine[0] if mine else made()
 
     def _claim(self, allow_changes: bool) -> None:
         def warn(message: str) -> None:
@@ -148,7 +166,10 @@ class Trainer:
             if reason == TAKEN_OVER:
                 self._leave()
             ending = bool(reason) or self.images >= total
-            saving = ending or self._due(c.checkpoint.every_images) or self.images == self.save_again_at
+            best = (
+                not reason and self._evaluate()
+            )  # a run that must stop does so at once, and evaluates when it goes on
+            saving = ending or best or self._due(c.checkpoint.every_images) or self.images == self.save_again_at
             if saving or self._due(c.report.every_steps * self.batch):
                 self._report()  # before the save: it is what stops numbers that are not finite
             if (self.images > 0 and self._due(c.report.sample_every_images)) or self.images >= total:
@@ -202,6 +223,24 @@ class Trainer:
             if self.sheet is not None:
                 self.reporter.samples(self.images, self.sheet.rows(self.average))
 
+    def _evaluate(self) -> bool:
+        """Collective. Scores the moving average where that is due; whether it is the best so far."""
+        periodic, at_end = self.periodic, self.images >= self.config.train.total_images
+        if periodic is None or periodic.done(self.images) or not (self._due(self.config.eval.every_images) or at_end):
+            return False
+        self.watchdog.doing("evaluating", self.images, extra=_EVALUATION_SECONDS)
+        with self.meter.paused():
+            others = [engine for engine in self.gan.engines if engine is not self.gan.generator]
+            weights = {name: value for engine in others for name, value in engine.weights().items()}
+
+            def scores() -> dict[str, float]:
+                return periodic.scores(self.folder, self.average.state(), weights, self.images)
+
+            found = on_main(scores, slow=dist.get_world_size() > 1)
+        best = periodic.take(self.images, found)
+        self.reporter.evaluated(self.images, self.images // self.batch, found, best=best)
+        return best
+
     def _greet(self) -> None:
         world, device = dist.get_world_size(), self.gan.generator.device
         counts = ", ".join(
@@ -243,9 +282,15 @@ class Trainer:
                 "seed": self.config.train.seed,
                 "world_size": dist.get_world_size(),
             }
+            if self.periodic is not None:
+                self.evaluated = self.periodic.state()
+            if self.evaluated:
+                state["evaluation"] = self.evaluated
             folder, problem = on_main(lambda: self._write(files, state, patience=_LAST_SAVE_SECONDS if must else 0))
         if folder is None:
             self.failed_saves += 1
+            if self.periodic is not None:
+                self.periodic.unsaved(self.images)
             self.save_again_at = self.images + self._pause_before_saving_again()
             if self.main:
                 self.reporter.warn(f"{problem} Training goes on; the next try is at {self.save_again_at:,} images.")
@@ -304,4 +349,7 @@ class Trainer:
                 last.tensors(engine.name), last.tensors(f"optimizer-{engine.name}"), last.state["counters"][engine.name]
             )
         self.average.load(last.tensors("ema"))
+        self.evaluated = last.state.get("evaluation")
+        if self.periodic is not None:
+            self.periodic.load(self.evaluated)
         return last.images

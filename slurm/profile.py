@@ -6,19 +6,15 @@ environment variables of the job (`/scratch/$USER/$SLURM_JOB_ID`); they are fill
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from dist_t2i.configfile import convert
-from dist_t2i.configschema import expected, field_types
 from dist_t2i.errors import ConfigError
+from dist_t2i.yamlsection import read_section
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def load(path: Path) -> Profile:
     except yaml.YAMLError as error:
         raise ConfigError(f"the profile {path} is not YAML: {' '.join(str(error).split())}") from None
     problems: list[str] = []
-    profile = _section({} if found is None else found, Profile, "", problems)
+    profile = read_section({} if found is None else found, Profile, "", problems, "a profile")
     if problems:
         raise _error(str(path), problems)
     return check(profile, str(path))
@@ -93,7 +89,7 @@ def load(path: Path) -> Profile:
 def from_plain(found: dict[str, Any]) -> Profile:
     """A profile from what `dataclasses.asdict` made of one, through JSON. Raises ConfigError."""
     problems: list[str] = []
-    profile = _section(found, Profile, "", problems)
+    profile = read_section(found, Profile, "", problems, "a profile")
     if problems:
         raise ConfigError("the profile of the run cannot be read: " + "; ".join(problems), problems)
     return profile
@@ -109,41 +105,6 @@ def check(profile: Profile, source: str = "the profile") -> Profile:
 def _error(source: str, problems: list[str]) -> ConfigError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
-
-
-def _section(found: Any, section: type, prefix: str, problems: list[str]) -> Any:
-    if not isinstance(found, dict):
-        problems.append(f"{prefix.rstrip('.') or 'a profile'}: expected `key: value` lines")
-        return section()
-    known, values = field_types(section), {}
-    for name, value in found.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
-            problems.append(f"{prefix}{name}: unknown key; {hint}")
-        elif dataclasses.is_dataclass(known[name]):
-            values[name] = _section(value, typing.cast(type, known[name]), f"{prefix}{name}.", problems)
-        elif value is not None:
-            values[name] = _value(f"{prefix}{name}", value, known[name], problems)
-    return section(**{name: value for name, value in values.items() if value is not None})
-
-
-def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
-    if typing.get_origin(type_) is dict:
-        if isinstance(value, dict) and all(isinstance(one, (str, int, float)) for one in value.values()):
-            return {str(name): _text(one) for name, one in value.items()}
-        problems.append(f"{key}: expected `name: value` lines")
-        return None
-    try:
-        return convert(value, type_)
-    except ValueError as error:
-        quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
-        problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
-        return None
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _contradictions(profile: Profile) -> list[str]:

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
@@ -25,6 +26,18 @@ def picture(number: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
     image = Image.new("RGB", size, colour(number))
     image.paste((0, 0, 0), (0, 0, size[0] // 4, size[1]))
     return image
+
+
+def shapes(n: int = 12, side: int = 32) -> torch.Tensor:
+    """Coloured rectangles, different ones on every picture: uint8 [n, 3, side, side]."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((n, 3, side, side), 255, dtype=torch.uint8)
+    for image in images:
+        for _ in range(3):
+            top, left = torch.randint(side - 8, (2,), generator=generator).tolist()
+            colour = torch.randint(256, (3, 1, 1), generator=generator)
+            image[:, top : top + 8, left : left + 8] = colour.to(torch.uint8)
+    return images
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

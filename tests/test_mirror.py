@@ -100,16 +100,17 @@ class Small:
         self._claim = self._claim or claim(self.folder / "checkpoints")
         return self._claim
 
-    def save(self, images: int, size: int = 1000) -> Path:
+    def save(self, images: int, size: int = 1000, best: int | None = None) -> Path:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"images": images, "loss/d": images / 3}) + "\n")
         files = {"generator": {"w": torch.full((size,), float(images))}, "ema": {"w": torch.ones(3)}}
         keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
-        return checkpoint.save(self.claim, images, files, {"seed": 1}, keep=keep)
+        state = {"seed": 1} | ({"evaluation": {"best": {"images": best, "value": 0.5}}} if best else {})
+        return checkpoint.save(self.claim, images, files, state, keep=keep)
 
-    def upload(self, *images: int) -> None:
+    def upload(self, *images: int, best: int | None = None) -> None:
         for count in images:
-            self.save(count)
+            self.save(count, best=best)
             self.mirror.offer(count)
             self.wait(lambda: not self.mirror.waiting)
 
@@ -167,6 +168,14 @@ def test_what_goes_up_is_what_comes_down(small, tmp_path, where):
     assert (second.folder / "checkpoints" / "latest").read_text() == "images-000000200\n"
     second.upload(300)
     assert small("third", url).begin().checkpoints() == [300]
+
+
+def test_the_best_checkpoint_stays_there_as_it_does_in_the_run(small, tmp_path):
+    url = str(tmp_path / "mirror")
+    run = small("run", url, checkpoint__keep_last=1).begin()
+    run.upload(100, 200, 300, best=200)
+    there = sorted(int(path.name[7:]) for path in (tmp_path / "mirror" / "checkpoints").glob("images-*"))
+    assert run.checkpoints() == there == [200, 300]
 
 
 def test_a_copy_of_the_mirror_is_a_run_folder(small, tmp_path):

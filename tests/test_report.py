@@ -307,6 +307,21 @@ def test_a_run_folder_after_a_stop_and_a_resume(tmp_path: Path):
     assert (run / "curves.png").stat().st_size > 1000
 
 
+def test_scores_are_lines_of_their_own_and_panels_of_the_curves(tmp_path: Path):
+    reporter = report_run(tmp_path, 0, 100)
+    without = Image.open(tmp_path / "curves.png").height
+    scores = {"eval/test/kid": 0.5, "eval/test/recall_at_1": 0.25, "eval/test/tone_order": 1.0}
+    for images in (200, 300):
+        reporter.evaluated(images, images // 10, scores, best=images == 200)
+    entries = metricsfile.read(tmp_path / "metrics.jsonl")
+    assert [entry["images"] for entry in entries] == [100, 200, 300]
+    assert entries[1].keys() == {"images", "step", "time", *scores} and "loss/d" not in entries[1]
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").height > without
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("evaluated at") == 2 and log.count("test/kid 0.500") == 2 and log.count("the best so far") == 1
+
+
 def test_progress_tells_where_the_run_is(tmp_path: Path):
     reporter = Reporter(tmp_path, loads("train: {total_images: 1000}"), main=True, stream=io.StringIO())
     reporter.start(0)

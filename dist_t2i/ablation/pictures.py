@@ -1,0 +1,78 @@
+"""An ablation as pictures: the arms side by side on the same prompts and noise, and every seed of every metric as a dot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_t2i.ablation.comparing import Measure
+from dist_t2i.ablation.judging import as_images
+from dist_t2i.ablation.plan import Plan, run_folder
+from dist_t2i.grid import GridRow, draw_grid, save_grid
+
+if TYPE_CHECKING:
+    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.eval.protocol import Protocol
+
+
+def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Protocol, out: Path) -> list[GridRow]:
+    """A row a held-out caption, spread evenly over the split: the real picture, then one of each arm's run of that seed."""
+    from dist_t2i.eval.measure import generate
+    from dist_t2i.pipeline import load
+
+    samples = data.samples(split)
+    count = min(plan.prompts, len(samples))
+    chosen = [samples[i * len(samples) // count] for i in range(count)]
+    captions = [sample.captions[0] for sample in chosen]
+    columns = []
+    for arm in plan.arms:
+        model = load(run_folder(out, arm, seed))
+        columns.append(as_images(generate(model, captions, protocol.seeds[0], protocol)))
+    size = model.image_size
+    return [
+        GridRow(caption, [column[row] for column in columns], sample.image.convert("RGB").resize((size, size)))
+        for row, (caption, sample) in enumerate(zip(captions, chosen, strict=True))
+    ]
+
+
+def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> Path:
+    """The rows as a PNG, with the arms' names above their columns."""
+    save_grid(draw_grid(rows, title=title, tile=96, columns=1, headings=[plan.label(arm) for arm in plan.arms]), path)
+    return path
+
+
+def draw_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
+    """One panel a metric: a dot for each run, a bar for the mean and its interval. Raises ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(measures), 0.5 * len(plan.arms) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (axes, measure) in enumerate(
+        zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
+    ):
+        _panel(axes, plan, measure, first=number == 0)
+    aside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(aside, format="png", dpi=90)
+    os.replace(aside, path)
+    return path
+
+
+def _panel(axes: Any, plan: Plan, measure: Measure, *, first: bool) -> None:
+    names = [arm for arm in plan.arms if measure.values[arm]]
+    for row, arm in enumerate(names):
+        values = list(measure.values[arm].values())
+        found = measure.estimate(arm)
+        axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.45, markersize=5)
+        if found.n > 1:
+            axes.plot([found.low, found.high], [row, row], color="black", linewidth=1.2)
+        axes.plot([found.mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
+    axes.set_yticks(range(len(names)), [plan.label(arm) for arm in names] if first else [""] * len(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    name = measure.name.split(" (")
+    axes.set_title(name[0], fontsize=10)
+    axes.set_xlabel(f"{measure.better} is better", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.2)

