@@ -97,12 +97,17 @@ def measure(
 ) -> Measured | None:
     """The features that the protocol's metrics need, on rank 0; None elsewhere. Collective.
 
-    `references_seen` keeps what the real pictures gave, for the next measurement of the same ones by the same judges.
+    `references_seen` keeps what the real pictures gave, for the next measurement of the same ones by the same judges. What
+    the model itself sees in them is never kept: it has learned meanwhile.
     """
     wanted = _wanted(protocol, judges)
-    real = {} if references_seen is None else references_seen
-    if not real:
-        real.update(ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, judges, wanted)))
+    kept = {} if references_seen is None else references_seen
+    others, own = ({name: j for name, j in judges.items() if (name == "own") is mine} for mine in (False, True))
+    if not kept:
+        kept.update(ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, others, wanted)))
+    real = dict(kept)
+    if own:
+        real |= ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, own, wanted))
     fake = ranks.collect(len(chosen), lambda rows: _fake_chunk(model, chosen, rows, protocol, judges, wanted))
     firsts = [row[0] for row in chosen.captions]
     pairs = sorted({pair for caption in firsts if (pair := metrics.tone_pair(caption))})
@@ -142,7 +147,7 @@ def _real_chunk(
         "luma": metrics.brightness(pictures),
         "digest": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
     }
-    copies = {copy for needed, _ in wanted.values() for copy in needed}
+    copies = {copy for name in judges for copy in wanted[name][0]}
     for copy in (name for name in _COPIES if name in copies):
         changed = _COPIES[copy](pictures, rows.start)
         for name, judge in judges.items():

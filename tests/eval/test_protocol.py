@@ -112,6 +112,16 @@ def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
     assert scored(model, data, seen=seen).splits == scores.splits
 
 
+def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_path):
+    """Nor its own of an earlier day: between two evaluations of a run it learns."""
+    seen = {"test": {}}
+    runs = [write_run(tmp_path / str(seed), seed=seed, words=data.tokenizer) for seed in (1, 2)]
+    first, second = (dist_t2i.load(run, "cpu") for run in runs)
+    before = scored(first, data, seen=seen)
+    after = scored(second, data, seen=seen)
+    assert after.splits == scored(second, data).splits != before.splits
+
+
 def scored_on_a_rank(run, folder):
     """On each of several ranks: the values of all scores."""
     torch.distributed.init_process_group("gloo")
