@@ -65,7 +65,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        # Where somebody has used a client here before us (a notebook, say), a fork would take its locks along.
+        fork = sys.platform == "linux" and "obstore" not in sys.modules
+        context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self._pipe, other = context.Pipe()
         with signals_blocked():
             self._process = context.Process(target=_serve, args=(other, os.getpid()), daemon=True, name="reader")
