@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import os
 import pwd
+import re
 import secrets
 import shlex
 import shutil
@@ -169,7 +170,13 @@ class LocalSlurm:
 
     def command(self, *words: str, timeout: float = 60.0) -> str:
         """What one of Slurm's commands prints. Raises subprocess.CalledProcessError, with its stderr, when it fails."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=True)
+        for _ in range(5):
+            done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout)
+            # munged refuses a credential that it sees twice, or too late, as on a busy machine: nothing was done.
+            if not done.returncode or not re.search("authentication|munge", done.stderr, re.IGNORECASE):
+                break
+            time.sleep(0.5)
+        done.check_returncode()
         return done.stdout
 
     def configuration(self) -> str:
