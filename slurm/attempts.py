@@ -25,8 +25,9 @@ _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I
 )
 """Messages of ranks that have only lost another one."""
-AWAY = re.compile(r"contact|connect|timed out|communication", re.IGNORECASE)
-"""What Slurm's commands say when their controller is away."""
+AWAY = re.compile(r"contact|connect|timed out|communication|authentication|munge", re.IGNORECASE)
+"""What Slurm's commands say when their controller is away, or refuses a credential that took too long or came twice, as on a
+busy machine: nothing was done."""
 
 
 def note(run: Path, **entry: object) -> None:
