@@ -49,6 +49,8 @@ class Program:
         self._count += 1
         place = self._folder / str(self._count)
         files = [str(output)] * 2 if output else [f"{place}.out", f"{place}.err"]
+        for file in files:
+            Path(file).touch()  # as Popen's are: there, if empty, before the program has said a word
         request = {"arguments": arguments, "environment": dict(environment or os.environ), "place": str(place)}
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request | {"files": files, "cwd": os.fspath(cwd or os.getcwd())}) + "\n")
