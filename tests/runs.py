@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -68,6 +72,24 @@ def environment(**more: str) -> dict[str, str]:
 def whole_lines(file: Path) -> list[dict]:
     """A file with a JSON object on each line; one that is being written at this moment is left out."""
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def progress(folder: Path) -> dict:
+    """The run's progress file; nothing while there is none yet."""
+    try:
+        return json.loads((folder / "progress.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> None:
+    """Until the condition holds; fails with the process's output when it ends before that, or time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            pytest.fail(f"it never came so far:\n{process.communicate(timeout=60)[0]}")
+        time.sleep(0.1)
 
 
 class Run:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
 import runpy
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from dist_t2i.errors import run_command
 from dist_t2i.eval.rules import load_protocol
 from models_on_disk import write_tone_set
 from ranks import ROOT
-from runs import environment
+from runs import environment, progress, wait_for
 
 TOOL = ROOT / "tools" / "ablate.py"
 BASE = """
@@ -173,19 +171,3 @@ def test_mistakes_are_told_before_anything_is_trained(plan, tmp_path, monkeypatc
     plan.write_text(plan.read_text().replace(str(tmp_path / "set"), str(tmp_path / "nothing")))
     assert inside(monkeypatch, plan, out) == 2
     assert "tools/shard.py" in capsys.readouterr().err
-
-
-def progress(run):
-    try:
-        return json.loads((run / "progress.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def wait_for(condition, process, seconds=180):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            os.kill(process.pid, signal.SIGTERM) if process.poll() is None else None
-            pytest.fail(f"it never came so far:\n{process.communicate(timeout=60)[0]}")
-        time.sleep(0.1)

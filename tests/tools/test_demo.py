@@ -1,13 +1,10 @@
 """The demo as a newcomer meets it, at a size that takes seconds: interrupted, gone on with, finished, looked at again."""
 
 import argparse
-import json
-import os
 import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +12,7 @@ import pytest
 
 from dist_t2i import configfile
 from models_on_disk import write_tone_set
+from runs import progress, wait_for
 
 TOOL = Path(__file__).parents[2] / "tools" / "demo.py"
 CONFIG = """
@@ -105,19 +103,3 @@ def processes(folder):
     """How many processes have this folder on their command line."""
     lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
     return sum(any(str(folder) in part for part in line) for line in lines)
-
-
-def progress(run):
-    try:
-        return json.loads((run / "progress.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def wait_for(condition, process, seconds=180):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            os.kill(process.pid, signal.SIGTERM) if process.poll() is None else None
-            pytest.fail(f"it never came so far:\n{process.communicate(timeout=60)[0]}")
-        time.sleep(0.2)
