@@ -129,7 +129,7 @@ def test_seeds_and_windows_matter(small, reference):
 def test_remembered_pictures_are_the_decoded_ones(small, monkeypatch):
     config = config_for(small)
     first = rows(read(small, config, 12)[0])
-    monkeypatch.setattr("dist_t2i.data.stream.REMEMBERED_BYTES", 0)
+    monkeypatch.setattr("dist_t2i.data.decoding.REMEMBERED_BYTES", 0)
     assert rows(read(small, config, 12)[0]) == first
 
 
