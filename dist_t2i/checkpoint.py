@@ -8,7 +8,7 @@
         text.safetensors            `text.*` (text.mode=shared only)
         ema.safetensors             the moving average of the generator and the encoder that it reads
         optimizer-*.safetensors     AdamW's moments, one file per network
-        state.json                  images seen, counters, and the size and SHA-256 of every other file
+        state.json                  images seen, counters, the size and SHA-256 of every other file, and its own
       .claim-*/                     of the process that may commit, see claim.py: what is being written or deleted
 
 Tensors are gathered before they are written, so a checkpoint knows nothing of world size, ZeRO stage or precision, and
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 STATE = "state.json"
 LATEST = "latest"
+_SEAL = "sha256"
 NAME = re.compile(r"images-(\d{9,})")
 
 
@@ -183,9 +184,10 @@ def load_latest(run: Path, *, warn=lambda message: None) -> Checkpoint | None:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint with every file's size and SHA-256 checked. Raises CheckpointError naming the file that differs."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {state['format']}, but this version reads format {FORMAT}.")
+        data = (folder / STATE).read_bytes()
+        if (version := json.loads(data)["format"]) != FORMAT:
+            raise CheckpointError(f"{folder}: format {version}, but this version reads format {FORMAT}.")
+        state = unseal(data)
         listed = {name: (about["bytes"], about["sha256"]) for name, about in state["files"].items()}
         images = int(state["images"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -199,6 +201,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if path.stat().st_size != size or _sha256(path) != sha256:
             raise CheckpointError(f"{path}: does not have the size and checksum it was saved with.")
     return Checkpoint(folder, state)
+
+
+def seal(state: Mapping[str, Any]) -> bytes:
+    """`state` as state.json holds it: with the SHA-256 of all it says."""
+    return json.dumps({**state, _SEAL: _state_sha256(json.loads(json.dumps(state)))}, indent=1).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """What `seal` was given. Raises ValueError when it is not what was written."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or found.pop(_SEAL, None) != _state_sha256(found):
+        raise ValueError("it does not have the checksum it was saved with")
+    return found
+
+
+def _state_sha256(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 # ---- the steps of a save ---------------------------------------------------------------------------------------------
@@ -237,7 +256,7 @@ def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, 
         data = to_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata={"format": "pt"})
         _write_synced(staging / name, data)
         listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _write_synced(staging / STATE, json.dumps({**state, "files": listed}, indent=1).encode())
+    _write_synced(staging / STATE, seal({**state, "files": listed}))
     _sync(staging)
     os.chmod(staging, 0o755 & ~_umask())
 

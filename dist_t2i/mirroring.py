@@ -25,7 +25,7 @@ from dist_t2i.claim import Claim
 from dist_t2i.config import Config
 from dist_t2i.data.destination import open_place
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, to_json, without_records
+from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.preempt import FINISHED, StopFlag, signals_blocked
 from dist_t2i.report import Reporter
 
@@ -135,7 +135,7 @@ class Mirroring:
                 metricsfile.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / RECORDS, ignore_errors=True)
         marker = without_records((staging / checkpoint.STATE).read_bytes())
-        (staging / checkpoint.STATE).write_bytes(to_json(marker))
+        (staging / checkpoint.STATE).write_bytes(checkpoint.seal(marker))
 
     def _refuse_inside(self) -> None:
         place, own = open_place(self.url).path, self._folder.resolve()

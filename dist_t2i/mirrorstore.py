@@ -219,9 +219,7 @@ class MirrorStore:
         """
         assert self._whole is not None, "claim first"
         self._still_ours()
-        keep = keep.with_best(
-            json.loads((checkpoint.folder_of(run) / _name(images) / STATE).read_text(encoding="utf-8"))
-        )
+        keep = keep.with_best(_saved(checkpoint.folder_of(run) / _name(images)))
         if images not in keep.expired({*self._whole, images}):
             with ExitStack() as stack:
                 self._upload(_Source(run, images, stack))
@@ -282,11 +280,11 @@ class _Source:
     def __init__(self, run: Path, images: int, stack: ExitStack) -> None:
         self.images = images
         folder = checkpoint.folder_of(run) / _name(images)
-        self.saved: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        self.saved = _saved(folder)
         self._opened = {name: stack.enter_context((folder / name).open("rb")) for name in self.saved["files"]}
         self._records = {RECORDS + name: text.encode() for name, text in records(run, images).items()}
         listed = {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in self._records.items()}
-        self.marker = to_json({**self.saved, "files": {**self.saved["files"], **listed}})
+        self.marker = checkpoint.seal({**self.saved, "files": {**self.saved["files"], **listed}})
 
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
         """Name and content of each, checked. Raises LocalDamage."""
@@ -297,6 +295,14 @@ class _Source:
             yield name, file
         for name, data in self._records.items():
             yield name, io.BytesIO(data)
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """The state of a committed checkpoint. Raises LocalDamage."""
+    try:
+        return checkpoint.unseal((folder / STATE).read_bytes())
+    except ValueError as error:
+        raise LocalDamage(f"{folder / STATE}: {error}") from error
 
 
 def records(run: Path, images: int) -> dict[str, str]:
@@ -312,13 +318,8 @@ def records(run: Path, images: int) -> dict[str, str]:
 
 def without_records(state: bytes) -> dict[str, Any]:
     """The marker as it is in the run folder. Raises ValueError and the like when it is none."""
-    found = json.loads(state)
+    found = checkpoint.unseal(state)
     return {**found, "files": {name: about for name, about in found["files"].items() if not name.startswith(RECORDS)}}
-
-
-def to_json(state: dict[str, Any]) -> bytes:
-    """A marker as `checkpoint.save` writes it."""
-    return json.dumps(state, indent=1).encode()
 
 
 def strangers(url: str, lines: list[str]) -> str:

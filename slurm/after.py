@@ -6,7 +6,8 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| anything, but by Slurm's books the job does not run any more (`scancel`, `scontrol requeue`), or a later attempt does | is Slurm's business |
+| anything, but by Slurm's books the job does not run any more (`scancel`, `scontrol requeue`), or a later attempt does, \
+or `submit.py cancel` is about to end it | is Slurm's business |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Deciding here, and not in a rank, keeps it apart from whatever has happened to the ranks; asking Slurm for the job's
@@ -57,6 +58,9 @@ def main() -> int:
         verdict, reason = "given up", f"Slurm did not queue it again (scontrol requeue {known_as(job)}); {reason}"
         attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
         print(reason, flush=True)
+    elif verdict == "requeued" and attempts.is_cancelled(chosen.run, known_as(job)):
+        _ask("scancel", known_as(job))  # it came between the look above and the requeue, which has undone it
+        attempts.note(chosen.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
     return chosen.status if verdict == "given up" else 0
 
 
@@ -69,6 +73,8 @@ def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> 
         return "finished", "", ""
     if state not in ("RUNNING", ""):
         return "ended by Slurm", state, ""
+    if attempts.is_cancelled(run, known_as(job)):
+        return "ended by Slurm", "CANCELLED", ""
     if status == STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     elif status in _BEFORE_HANDLERS:

@@ -4,8 +4,10 @@ An attempt is one start of a Slurm job: the first, and one more each time the jo
 
     {"event": "begin", "job": "12", "restart": 0, "time": ..., "nodes": 4, "ranks": 4, "images": 0}
     {"event": "end", "job": "12", "restart": 0, "time": ..., "status": 75, "verdict": "requeued", "images": 640, ...}
+    {"event": "cancel", "job": "12", "time": ...}
 
-`begin` comes from rank 0, `end` from the end of the batch script (after.py); a begin without an end was cut off by Slurm,
+`begin` comes from rank 0, `end` from the end of the batch script (after.py), `cancel` from whoever is about to cancel the
+job, and `cancel failed` when Slurm would not; a begin without an end was cut off by Slurm,
 or with its node. A rank that fails leaves RUN/failures/JOB.RESTART.rank-RANK.json.
 
 Python's own library only: the end of the batch script runs outside of containers and virtual environments.
@@ -54,6 +56,14 @@ def read(run: Path) -> list[dict]:
         if isinstance(entry, dict) and "event" in entry:
             found.append(entry)
     return found
+
+
+def is_cancelled(run: Path, job: str) -> bool:
+    """Whether someone has set out to cancel the job, by the name that Slurm's commands have for it."""
+    said = [
+        entry["event"] for entry in read(run) if str(entry["event"]).startswith("cancel") and entry.get("job") == job
+    ]
+    return said[-1:] == ["cancel"]
 
 
 def newest_checkpoint(run: Path) -> int:

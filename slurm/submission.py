@@ -202,14 +202,22 @@ class Submission:
         except OSError as error:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
-    def submit(self) -> list[str]:
-        """Queue it; the job ids, one a run. Raises SubmitError."""
+    def submit(self, *, keep_code: bool = False) -> list[str]:
+        """`prepare` and queue it; the job ids, one a run.
+
+        Raises UserError; what an earlier submission had configured is put back then.
+        """
         need_slurm()
+        files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
+        before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
+        self.prepare(keep_code=keep_code)
         jobs = [TrainJob(str(run), arguments(run, self.allow_changes)) for run, _ in self._runs()]
         executor = self._executor()
         try:
             queued = executor.map_array(TrainJob.__call__, jobs) if self.seeds > 1 else [executor.submit(jobs[0])]
         except submitit.core.utils.FailedJobError as error:
+            for file, text in before.items():
+                metricsfile.replace_text(file, text)
             raise SubmitError(f"Slurm did not take the job: {_reason(str(error))}") from error
         for (run, _), job in zip(self._runs(), queued, strict=True):
             self._note(run, str(job.job_id))
@@ -219,6 +227,7 @@ class Submission:
         said = {
             "job": job,
             "logs": str(self.folder),
+            "name": self.name,
             "nodes": self.nodes,
             "ranks": self.ranks,
             "submitted": time.time(),

@@ -148,7 +148,6 @@ def all_done_on_slurm(plan: Plan, configs: Configs, out: Path, chosen: argparse.
         )
         job.check()
         job.test()
-        job.prepare()
         say(f"{arm}: {plan.seeds} seeds queued as {', '.join(job.submit())}")
     if left:
         say("the same command shows how they are doing, and writes the table when they are done")

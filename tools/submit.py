@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dist_t2i import configfile
 from dist_t2i.errors import UserError, run_command
+from slurm import attempts, status
 from slurm import profile as profiles
-from slurm import status
 from slurm.submission import FOLDER, Submission, SubmitError, need_slurm
 
 ACTIONS = ("status", "logs", "cancel", "resume")
@@ -120,6 +120,8 @@ def submit(chosen: argparse.Namespace) -> int:
         seeds=chosen.array_seeds,
         allow_changes=chosen.allow_changes,
     )
+    if chosen.follow and chosen.array_seeds:
+        raise UserError("--follow shows one run, and --array-seeds starts several: follow one with logs RUN/seed-N -f")
     if chosen.local:
         if chosen.dry_run:
             raise UserError("--dry-run prints a batch script, and --local has none")
@@ -136,7 +138,7 @@ def resume(chosen: argparse.Namespace) -> int:
         configfile.load(run / FOLDER / "config.yaml", chosen.overrides),
         _profile(chosen, base),
         nodes=before["nodes"] if chosen.nodes is None else chosen.nodes,
-        name=run.name,
+        name=before.get("name") or run.name,
         dependency=chosen.dependency,
         allow_changes=chosen.allow_changes,
     )
@@ -158,14 +160,13 @@ def _queue(submission: Submission, chosen: argparse.Namespace, *, keep_code: boo
     _refuse_if_live(submission.run, _seen)
     print(f"data: {submission.check()}")
     print(f"Slurm: {submission.test()}")
-    submission.prepare(keep_code=keep_code)
-    jobs = submission.submit()
+    jobs = submission.submit(keep_code=keep_code)
     run = shlex.quote(_shown(submission.run))
     print(f"run folder: {run}")
     print(f"queued as job {', '.join(jobs)}: {submission.nodes} nodes, {submission.ranks} ranks")
     here = f"python {shlex.quote(sys.argv[0])}"
     print(f"follow it:  {here} logs {run} -f\nsee it:     {here} status {run}\nend it:     {here} cancel {run}")
-    return _follow(submission.run, 0) if chosen.follow and not submission.seeds else 0
+    return _follow(submission.run, 0) if chosen.follow else 0
 
 
 def _refuse_if_live(run: Path, look: Callable[[Path], status.State]) -> None:
@@ -240,8 +241,10 @@ def cancel(chosen: argparse.Namespace) -> int:
         if not state.live:
             print(f"{run}: job {state.job} is not in the queue ({state.word})")
             continue
+        attempts.note(run, event="cancel", job=state.job)  # first: a job that ends just now must not come back
         done = subprocess.run(["scancel", state.job], capture_output=True, text=True)
         if done.returncode:
+            attempts.note(run, event="cancel failed", job=state.job)
             raise SubmitError(f"scancel {state.job}: {done.stderr.strip()}")
         print(f"{run}: job {state.job} cancelled; a running one saves a checkpoint as it ends")
     return 0

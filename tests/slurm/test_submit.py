@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from dist_t2i.errors import ConfigError
 from jobs import Job
 from ranks import ROOT
 from runs import CONFIG
+from slurm import attempts
 from slurm import profile as profiles
 from slurm.local import LocalSlurm
 
@@ -191,6 +193,7 @@ def test_what_would_break_the_script(config, words, problem):
         (["--time", "soon"], "is not a time"),
         (["--gpus-per-node", "-2"], "gpus_per_node: at least 0"),
         (["--array-seeds", "-1"], "--array-seeds -1"),
+        (["--array-seeds", "2", "--follow"], "--follow shows one run"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
         (["--local", "--nodes", "2"], "--local runs one node"),
         (["--local", "--dry-run"], "--local has none"),
@@ -248,7 +251,10 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     assert run.tool("status", str(run.folder)).count("finished, job") == 2
     assert "is not in the queue (finished)" in run.tool("cancel", str(folders[0]))
     assert "--nodes 0: " in run.tool("resume", str(folders[0]), "--nodes", "0", status=2)
-    run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
+    refused_resume(cluster, tmp_path, folders[0])
+    said = run.tool("resume", str(folders[0]), "train.total_images=24", "--follow")
+    (job,) = re.findall(r"queued as job (\d+):", said)
+    assert " JobName=run " in cluster.command("scontrol", "-o", "show", "job", job), "the name of the array"
     assert state(run, folders[0]) == "finished" and (folders[0] / "checkpoints/images-000000024").is_dir()
     assert (folders[0] / "code" / "slurm" / "rank.py").read_bytes() == (run.folder / "code/slurm/rank.py").read_bytes()
 
@@ -285,6 +291,53 @@ def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
     first, last = (json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines())
     assert first["verdict"] == "requeued" and last["verdict"] == "given up" and last["job"] == said.strip()
     assert last["reason"].startswith("Slurm did not queue it again") and "checkpoint saved" in last["reason"]
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("moment", ["before the end of the script looks", "between its look and the requeue"])
+def test_cancelled_at_the_last_moment(cluster, tmp_path, moment):
+    """A job that its user cancels just when it is queued again does not come back."""
+    note = f'{json.dumps({"event": "cancel"})[:-1]}, "job": "\'$SLURM_JOB_ID\'", "time": 0}}'
+    cancel = f"echo '{note}' >>{tmp_path}/attempts.jsonl; {shutil.which('scancel')} $SLURM_JOB_ID"
+    with_it = f'case "$1" in requeue) {cancel};; esac\n' if moment.startswith("between") else ""
+    program(tmp_path / "bin" / "scontrol", f'{with_it}exec {shutil.which("scontrol")} "$@"\n')
+    first = "" if with_it else f"{cancel.partition(';')[0]}\n"
+    after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75\n"
+    script = (
+        f"#!/bin/bash\n#SBATCH --requeue --output={tmp_path}/said\nexport PATH={tmp_path}/bin:$PATH\n{first}{after}"
+    )
+    (tmp_path / "job.sh").write_text(script)
+    job, end = cluster.command("sbatch", "--parsable", str(tmp_path / "job.sh")).strip(), time.monotonic() + 60
+    while not (ends := cancelled_ends(tmp_path)) or not re.search(
+        "JobState=(CANCELLED|COMPLETED) ", shown := cluster.command("scontrol", "-o", "show", "job", job)
+    ):
+        assert time.monotonic() < end, f"{ends}\n{cluster.command('scontrol', '-o', 'show', 'job', job)}"
+        time.sleep(0.1)
+    assert len(ends) == 1 and ("Restarts=1" in shown) == bool(with_it), shown
+
+
+def refused_resume(cluster: LocalSlurm, folder: Path, run: Path) -> None:
+    """Slurm goes away between the check of the script and the submission of it: the run stays as it was."""
+    refusing = (
+        'case "$*" in *--test-only*) exec {} "$@";; esac\necho "sbatch: error: Unable to contact slurm" >&2; exit 1\n'
+    )
+    program(folder / "bin" / "sbatch", refusing.format(shutil.which("sbatch")))
+    environment = {**cluster.environment, "PATH": f"{folder / 'bin'}:{cluster.environment['PATH']}"}
+    before = {file: file.read_bytes() for file in (run / "slurm").glob("*") if file.suffix in (".yaml", ".json")}
+    done = submit("resume", str(run), "train.total_images=64", env=environment)
+    assert done.returncode == 2 and "Slurm did not take the job: Unable to contact" in done.stderr, done.stderr
+    assert len(before) == 2 and all(file.read_bytes() == content for file, content in before.items())
+
+
+def cancelled_ends(run: Path) -> list[dict]:
+    """Attempts that ended because the job was cancelled."""
+    return [entry for entry in attempts.read(run) if entry.get("reason") == "CANCELLED"]
+
+
+def program(file: Path, lines: str) -> None:
+    file.parent.mkdir()
+    file.write_text(f"#!/bin/bash\n{lines}")
+    file.chmod(0o755)
 
 
 def wait_for_restart(cluster: LocalSlurm, array: str) -> str:
