@@ -55,7 +55,7 @@ class Program:
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request | {"files": files, "cwd": os.fspath(cwd or os.getcwd())}) + "\n")
         server.stdin.flush()
-        return Started(int(server.stdout.readline()), place)
+        return Started(int(server.stdout.readline()), place, *map(Path, files))
 
     def _running(self) -> subprocess.Popen[str]:
         if self._server is None or self._server.poll() is not None:
@@ -74,8 +74,8 @@ class Program:
 class Started:
     """A program that runs, or has run: as much of `subprocess.Popen` as tests need."""
 
-    def __init__(self, pid: int, place: Path) -> None:
-        self.pid, self._place = pid, place
+    def __init__(self, pid: int, place: Path, out: Path, err: Path) -> None:
+        self.pid, self._place, self._out, self._err = pid, place, out, err
         self.returncode: int | None = None
 
     def __enter__(self) -> Started:
@@ -93,19 +93,19 @@ class Started:
                 self.returncode = int(self._place.with_suffix(".status").read_text())
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """Its exit status. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > end:
-                raise TimeoutError(f"process {self.pid} runs on after {timeout} seconds: {self._said('.err')[-2000:]}")
+                raise TimeoutError(f"process {self.pid} runs on after {timeout} seconds: {_text(self._err)[-2000:]}")
             time.sleep(0.005)
         return status
 
-    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Its output and its errors, once it has ended. Raises TimeoutError."""
         self.wait(timeout)
-        return self._said(".out"), self._said(".err")
+        return _text(self._out), _text(self._err)
 
     def send_signal(self, number: int) -> None:
         """Signal it, if it still runs."""
@@ -117,8 +117,9 @@ class Started:
         """SIGKILL, if it still runs."""
         self.send_signal(signal.SIGKILL)
 
-    def _said(self, suffix: str) -> str:
-        return self._place.with_suffix(suffix).read_text(errors="replace")
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace")
 
 
 def _serve() -> dict[str, Any]:

@@ -88,7 +88,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], secon
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.terminate()
-            pytest.fail(f"it never came so far:\n{process.communicate(timeout=60)[0]}")
+            pytest.fail(f"it never came so far:\n{process.communicate(timeout=300)[0]}")
         time.sleep(0.1)
 
 

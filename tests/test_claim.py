@@ -146,6 +146,6 @@ def test_one_that_is_about_to_end_is_waited_for(tmp_path):
     process = holder(tmp_path / "checkpoints", 1.0)
     try:
         save(claim(tmp_path / "checkpoints"), 100)
-        assert process.wait(5) == 0
+        assert process.wait(240) == 0
     finally:
         process.kill()

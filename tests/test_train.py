@@ -185,7 +185,7 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, data):
             assert process.poll() is None and time.monotonic() < deadline, run.output()
             time.sleep(0.02)
         filler.unlink()
-        assert process.wait(120) == 0, run.output()
+        assert process.wait(240) == 0, run.output()
         assert "Training goes on" in run.output()
         assert run.checkpoints()[-1] == "images-000000160"
     finally:

@@ -30,6 +30,6 @@ def test_a_process_that_has_used_a_client_of_its_own_reads_too(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(AFTER_A_CLIENT)
     command = [sys.executable, "-W", "ignore", str(program)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT)})
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines()[0] == "a client was used" and "the connection was refused" in said.stdout

@@ -51,7 +51,7 @@ class Store:
     def read(self, work: Path, **config: Any) -> tuple[dict[str, Any], str]:
         """What tests/programs/stream.py prints, and its stderr."""
         with self.start(work, **config) as process:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "Traceback" not in err, err
         return json.loads(out), err
@@ -164,7 +164,7 @@ def test_the_server_gone_and_back(mended: Store, tmp_path: Path):
         mended.server.stop()
         time.sleep(3)
         mended.server.start()
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert mended.account("the server gone and back", json.loads(out), tmp_path) == 0
 
@@ -175,7 +175,7 @@ def test_connection_refused(mended: Store, tmp_path: Path):
         time.sleep(1.5)
         with mended.proxy.down():
             time.sleep(4)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert mended.account("connection refused", json.loads(out), tmp_path) == 0
 
@@ -320,7 +320,7 @@ def test_a_worker_killed_with_kill_9(mended: Store, tmp_path: Path):
             time.sleep(0.05)
         time.sleep(1.0)
         workers[-1].kill()
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "a data loader worker was killed" in err
     assert mended.account("a worker killed with -9", json.loads(out), tmp_path) == 0
@@ -364,7 +364,7 @@ def test_any_world_and_worker_count_goes_on_anywhere(
     places = {"start": start, "images": count, "world_size": world_size, "data__workers": workers}
     ranks = [store.start(tmp_path, **places, rank=rank, data__cache=cache) for rank in range(world_size)]
     for process in ranks:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         told = json.loads(out)
         assert told["bad"] == {} and told["error"] == "", "a machine so slow that reads were given up on"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 
 
 def run(words: list[str], env: dict, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

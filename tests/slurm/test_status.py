@@ -114,7 +114,7 @@ def test_a_reader_that_has_seen_enough(tmp_path):
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "a line\n"
         process.stdout.close()
-        assert process.stderr.read() == "" and process.wait(30) == 0
+        assert process.stderr.read() == "" and process.wait(240) == 0
 
 
 @pytest.mark.slurm

@@ -67,14 +67,14 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
     early = start()
     wait_for(lambda: processes(tmp_path) > 1, early)
     early.send_signal(signal.SIGTERM)
-    said, _ = early.communicate(timeout=120)
+    said, _ = early.communicate(timeout=300)
     assert early.returncode == 130 and "the same command" in said, said
     assert not run.exists() and processes(tmp_path) == 0
 
     first = start()
     wait_for(lambda: progress(run).get("images", 0) > 0, first)
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=300)
     assert first.returncode == 130 and "the same command goes on" in said, said
     stopped = progress(run)
     assert stopped["state"] == "stopped" and stopped["checkpoint"]
@@ -93,7 +93,7 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
 
     scores, written = (run / "scores.json").read_bytes(), (run / "report" / "index.html").stat().st_mtime_ns
     third = start()
-    said, _ = third.communicate(timeout=120)
+    said, _ = third.communicate(timeout=300)
     assert third.returncode == 0 and "finished earlier" in said, said
     assert (run / "scores.json").read_bytes() == scores
     assert (run / "report" / "index.html").stat().st_mtime_ns > written

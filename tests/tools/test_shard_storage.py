@@ -23,7 +23,7 @@ def test_indexed_and_verified(tmp_path: Path):
 
         def shard(*arguments: object, status: int = 0) -> str:
             command = [sys.executable, str(ROOT / "tools" / "shard.py"), *map(str, arguments)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == status and "Traceback" not in done.stderr, done.stdout + done.stderr
             return done.stdout
 

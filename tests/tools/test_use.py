@@ -140,7 +140,7 @@ def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_p
     assert done.returncode == 0 and "own S_D: not independent" in done.stdout, done.stderr
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "--"]
     again = subprocess.run(
-        [*ranks, *map(str, [TOOLS / "evaluate.py", *given, four])], capture_output=True, text=True, timeout=120
+        [*ranks, *map(str, [TOOLS / "evaluate.py", *given, four])], capture_output=True, text=True, timeout=300
     )
     assert again.returncode == 0 and again.stdout.count("written to") == 1, again.stderr
     a, b = (json.loads(path.read_text()) for path in (one, four))
