@@ -14,14 +14,15 @@ from dist_t2i.sharding.flowers import FLOWERS
 Parser = argparse.ArgumentParser
 FORMS = ("jsonl", "csv", "tsv", "parquet")
 SHARED = """What cannot be used is counted and listed in OUT/report.html and OUT/bad_samples.jsonl; the rest goes on.
-Interrupted, the same command goes on where it stopped: shards whose checksums hold are kept."""
+Interrupted, the same command goes on where it stopped: shards whose checksums hold are kept. With --retry-failed,
+pictures that could not be downloaded or read are tried again."""
 _FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
 or a .csv or .tsv file with the columns image and caption; paths are relative to --images, or to the file's own
 folder. A picture may come in many lines, a caption with many pictures. Without --captions, the captions of a.png are
 the lines of a.txt beside it. Captions beyond 1,000 characters are cut."""
 _TABLE = """Tables with a picture and a caption (or, in JSONL and Parquet, a list of captions) a row. A picture is a path,
 relative to --images or else to its table, or a URL: http(s)://, s3://, gs://, az://. Downloads are tried three times
-when that may help; what does not come is listed. Columns: url, image, file_name, path ... and captions, caption, text,
+when that may help; what does not come is listed, and --retry-failed asks for it later. Columns: url, image, file_name, path ... and captions, caption, text,
 description, or those named."""
 _TARS = """Tars that webdataset, img2dataset or this tool wrote: pictures (jpg, jpeg, png, webp) with captions in json
 ("captions" or "caption") or txt beside them, local paths, folders, globs, URLs; braces count: train-{00000..00591}.tar.
@@ -170,6 +171,11 @@ def _output(source: Parser, samples: int) -> None:
         required=True,
         metavar="URL",
         help="new folder for the set: a path, s3://, gs://, az://, any fsspec URL",
+    )
+    group.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="of an earlier run's shards, write those again in which a picture could not be downloaded or read",
     )
     group.add_argument("--shard-samples", type=positive, default=samples, help="at most (default: %(default)s)")
     group.add_argument("--shard-mb", type=float, default=512.0, help="at most, in MB (default: %(default)s)")

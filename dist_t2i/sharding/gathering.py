@@ -97,5 +97,6 @@ def options_of(chosen: argparse.Namespace, about: dict[str, Any]) -> Options:
         vocabulary=chosen.vocabulary,
         processes=chosen.processes,
         threads=getattr(chosen, "threads", 1),
+        retry_failed=chosen.retry_failed,
         about=about,
     )

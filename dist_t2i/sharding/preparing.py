@@ -35,6 +35,8 @@ class Options:
     processes: int = 1
     threads: int = 16
     """Downloads at once in each process."""
+    retry_failed: bool = False
+    """Write again the shards in which a picture could not be read."""
     about: dict[str, Any] = field(default_factory=dict)
     """Goes into the manifest: name, licence, credit."""
 

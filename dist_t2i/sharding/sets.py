@@ -77,13 +77,18 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     """The results of all shards in order; those that are whole already are kept."""
     kept = in_processes(finished, [(place, shard) for shard in planned], options.processes)
-    results = {shard.name: result for shard, result in zip(planned, kept, strict=True) if result}
+    whole = {shard.name: result for shard, result in zip(planned, kept, strict=True) if result}
+    failed = {name for name, result in whole.items() if result.get("unread")}
+    results = {name: result for name, result in whole.items() if not (options.retry_failed and name in failed)}
     missing = [shard for shard in planned if shard.name not in results]
     if missing:
         place.remove("manifest.json")
-        put_back(place, results)
+        put_back(place, whole)
     if results:
         print(f"{len(results)} of {len(planned)} shards are there already", file=sys.stderr)
+    if failed and not options.retry_failed:
+        unread = sum(results[name]["unread"] for name in failed)
+        print(f"{unread:,} pictures could not be read before; --retry-failed tries them again", file=sys.stderr)
     if missing:
         progress = Progress(sum(len(shard.items) for shard in missing))
         results.update((elsewhere or write_here)(place, missing, options, progress))

@@ -101,7 +101,7 @@ def write_shard(
     """Write one shard and its index; returns (and keeps in WORK) what came of it. Raises OSError when it cannot write."""
     aside = place.staging / f"{shard.name}.tar.part"
     keys, members, problems, rejected, sides = [], [], [], [], []
-    captions = 0
+    captions = unread = 0
     with TarWriter(aside, round(shard.megabytes * 1e6) + len(shard.items) * _ROOM if shard.megabytes else 0) as tar:
         for number, (item, data) in enumerate(_readings(shard.items, options.threads)):
             advance()
@@ -112,6 +112,7 @@ def write_shard(
             except (OSError, ValueError) as error:
                 problems.append(asdict(Problem("", item.key, _reason(item, error))))
                 rejected.append(number)
+                unread += isinstance(error, OSError)
                 continue
             text = _json(item)
             keys.append(item.key)
@@ -132,6 +133,7 @@ def write_shard(
         "captions": captions,
         "problems": problems,
         "rejected": rejected,
+        "unread": unread,
         "sides": [min(sides, default=0), max(sides, default=0)],
     }
     place.upload(aside, f"{shard.name}.tar")

@@ -19,7 +19,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked = []
+        self.asked, self.mended = [], False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -32,7 +32,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.partition("?")[0]
         self.server.asked.append(name)
         data = encoded(picture(sum(map(ord, name))))
-        if name.startswith("/dead") or (name.startswith("/flaky") and self.server.asked.count(name) < 3):
+        dead = name.startswith("/dead") and not self.server.mended
+        if dead or (name.startswith("/flaky") and self.server.asked.count(name) < 3):
             self.send_error(503)
         elif name.startswith("/none"):
             self.send_error(404)
@@ -104,6 +105,22 @@ def test_what_cannot_be_downloaded_is_tried_again_or_listed(tmp_path, server):
     }
     assert server.asked.count("/dead.png") == 3 and server.asked.count("/none.png") == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_could_not_be_downloaded_is_asked_for_again(tmp_path, server):
+    """In shards of two, of which some are empty at first and those behind them have other numbers; the others stay."""
+    names = [f"{'dead' if number in (0, 3, 4, 9, 10) else 'p'}{number:02d}.png" for number in range(12)]
+    table = write_table(tmp_path / "t.jsonl", "jsonl", [(f"{server.url}/{name}", f"this is {name}") for name in names])
+    words = ("jsonl", table, "--shard-samples", 2, "--holdout", 0)
+    shard(*words, "--out", tmp_path / "set")
+    assert len(captions_by_key(tmp_path / "set")) == 7 and not (tmp_path / "set" / "train-00005.tar").exists()
+    said, asked = shard(*words, "--out", tmp_path / "set").stderr, len(server.asked)
+    assert "5 pictures could not be read before; --retry-failed tries them again" in said
+    server.mended = True
+    said = shard(*words, "--out", tmp_path / "set", "--retry-failed").stderr
+    assert "shards are there already" in said and 5 <= len(server.asked) - asked < 12
+    shard(*words, "--out", tmp_path / "whole")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole") and reasons(tmp_path / "set") == set()
 
 
 def test_several_tables_of_paths(tmp_path):
