@@ -109,7 +109,8 @@ def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack
     tables = []
     for number in options.tables:
         for place in options.places:
-            table = {"table": number, "place": place, "rows": measured(options, sets, server, number == 1, place)}
+            rows, failed = measured(options, sets, server, number == 1, place)
+            table = {"table": number, "place": place, "rows": rows, "failed": failed}
             tables.append(table)
             print_table(table, options)
     return tables
@@ -128,20 +129,34 @@ def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
         yield server
 
 
-def measured(options: argparse.Namespace, sets: Sets, server: Any, fast: bool, place: str) -> dict[str, Any]:
-    """Loader -> list of what each round measured, the memory run last."""
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in [*options.loaders, "decoder"]}
+Rows = dict[str, list[dict[str, float]]]
+
+
+def measured(
+    options: argparse.Namespace, sets: Sets, server: Any, fast: bool, place: str
+) -> tuple[Rows, dict[str, str]]:
+    """Loader -> list of what each round measured, the memory run last; and peer -> why it failed."""
+    rows: Rows = {name: [] for name in [*options.loaders, "decoder"]}
+    failed: dict[str, str] = {}
     for number in range(options.rounds + 1):
         memory = number == options.rounds
         names = list(rows)[number % len(rows) :] + list(rows)[: number % len(rows)]  # no loader always follows another
         for name in names:
             if name == "decoder" and memory:
                 continue
-            with tempfile.TemporaryDirectory(prefix="bench-cache-", dir=sets.folder) as cache:
-                order = order_of(name, sets, server, fast, place, cache)
-                rows[name].append(probe.run(order, server.environment if server else {}, memory=memory))
+            try:
+                with tempfile.TemporaryDirectory(prefix="bench-cache-", dir=sets.folder) as cache:
+                    order = order_of(name, sets, server, fast, place, cache)
+                    rows[name].append(probe.run(order, server.environment if server else {}, memory=memory))
+            except probe.ProbeError as error:
+                if name in ("dist_t2i", "decoder"):
+                    raise
+                failed[name] = f"failed in round {number + 1}: {str(error).strip().splitlines()[-1]}"
+                del rows[name]
+                print(f"{place}: {name} {failed[name]}", file=sys.stderr, flush=True)
+                continue
             print(f"{place} round {number + 1}: {name} {rows[name][-1]['rate']:.0f}", file=sys.stderr, flush=True)
-    return rows
+    return rows, failed
 
 
 def order_of(name: str, sets: Sets, server: Any, fast: bool, place: str, cache: str) -> dict[str, Any]:
@@ -190,6 +205,8 @@ def print_table(table: dict[str, Any], options: argparse.Namespace) -> None:
         label = f"{name} {version(name)}" if name != "decoder" else "the decoder alone"
         rest = f"{row['first']:15.2f}{row['cpu']:12.2f}{row['memory']:15.0f}" if name != "decoder" else ""
         print(f"{label:28}{row['rate']:9.0f}{row['peer']:16.3f}{row['decoder']:11.3f}{rest}", flush=True)
+    for name, why in table["failed"].items():
+        print(f"{name} {version(name)}: {why}", flush=True)
 
 
 def version(name: str) -> str:
