@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dist_t2i import checkpoint, configfile, metricsfile
@@ -62,7 +63,10 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
         if not (run / "config.yaml").exists():
             continue
         try:
-            refuse_changes(configfile.load(run / "config.yaml"), config)
+            kept = configfile.load(run / "config.yaml")
+            if config.engine.precision == "auto":  # a run notes what that was where it began
+                config = replace(config, engine=replace(config.engine, precision=kept.engine.precision))
+            refuse_changes(kept, config)
         except ConfigError as error:
             problems += [f"{run}: {line}" for line in error.problems or [str(error)]]
         known = fingerprint_of(run)

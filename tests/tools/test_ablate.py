@@ -29,7 +29,6 @@ model:
   discriminator: {channels: [8, 16], embedding: 16, regions: [8], region_embedding: 8}
 train: {global_batch: 8}
 report: {every_steps: 4}
-engine: {precision: fp32}
 """
 PLAN = """
 name: tiny
