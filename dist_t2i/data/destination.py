@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +61,7 @@ def place_of(place: Place, name: str) -> tuple[Place, str]:
     return open_place(folder or "/"), last
 
 
-class Place:
+class Place(ABC):
     """Files by name in one folder. All methods raise OSError (FileNotFoundError) when they fail. Picklable."""
 
     path: Path | None = None
@@ -87,48 +88,49 @@ class Place:
         """Remove what was being written and never arrived."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """The whole file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on, fewer where the file ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunks(self, name: str) -> Iterator[bytes]:
         """The file from start to end, about a megabyte at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Make or replace a file; readers see the old one, or the whole new one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def upload(self, source: Path, name: str) -> None:
         """Put a file from `staging` here; it is gone from there afterwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, file: BinaryIO, name: str) -> None:
         """Put an open file here, from where it stands to its end; the folder that `name` may have is made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rename(self, old: str, new: str) -> None:
         """Give a file another name; one that has it already is replaced."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """No error when there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove_folder(self, name: str) -> None:
         """Everything below `name`; no error when there is nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self) -> list[str]:
         """The files and folders that lie here, sorted; none when the folder is not there."""
-        raise NotImplementedError
 
     def settle(self, names: list[str]) -> None:
         """Return once these files would survive a power cut."""
+        return  # an object store answers no sooner
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file, which must hold a byte."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ _FIRST_READ = 2**18
 _OPEN_FILES, _OPEN_PLACES = 64, 16
 
 
-class Origin:
+class Origin(ABC):
     """One picture, unread. All methods raise OSError."""
 
     __slots__ = ()
@@ -32,13 +33,13 @@ class Origin:
         """Whether it is far away, so that several should be read at once."""
         return False
 
+    @abstractmethod
     def known(self) -> tuple[int, str]:
         """What is known before it is read: its bytes (0 when they are not), and a text that changes when it does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self) -> bytes:
         """Its bytes as they are stored: a JPEG, a PNG, ..."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
