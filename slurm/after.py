@@ -59,8 +59,9 @@ def main() -> int:
         attempts.note(chosen.run, **entry, verdict=verdict, reason=reason)
         print(reason, flush=True)
     elif verdict == "requeued" and attempts.is_cancelled(chosen.run, known_as(job)):
-        _ask("scancel", known_as(job))  # it came between the look above and the requeue, which has undone it
+        # It came between the look above and the requeue, which has undone it.
         attempts.note(chosen.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
+        _ask("scancel", known_as(job))
     return chosen.status if verdict == "given up" else 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from prefork import Program
 from ranks import ROOT
 from runs import Run, whole_lines
 from slurm.local import LocalSlurm
@@ -20,6 +21,17 @@ STAGES = ("engine.generator_stage=2", "engine.discriminator_stage=2", "optimizer
 STEP = "        self.images += self.batch\n"
 """Where bugs are put into copies of trainer.py: in a step."""
 LOCAL = ROOT / "slurm" / "profiles" / "local.yaml"
+
+
+_SUBMIT = Program(ROOT / "tools" / "submit.py", "slurm.submission", "slurm.status", "dist_t2i.data.lists")
+
+
+def submit(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python tools/submit.py ...` of this checkout, and what came of it."""
+    with _SUBMIT.start(*words, environment=env, cwd=ROOT) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 class Job(Run):

@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 
 from dist_t2i.errors import UserError
+from jobs import submit
 from ranks import ROOT
 from slurm import status
 from slurm.local import LocalSlurm
 from slurm.status import State
-
-
-def submit(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "submit.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=env)
 
 
 def note(run: Path, job: str = "12", **more: object) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_t2i.errors import ConfigError
-from jobs import Job
+from jobs import Job, submit
 from ranks import ROOT
 from runs import CONFIG
 from slurm import attempts
@@ -22,11 +22,6 @@ from slurm import profile as profiles
 from slurm.local import LocalSlurm
 
 PROFILES = sorted((ROOT / "slurm" / "profiles").glob("*.yaml"))
-
-
-def submit(*words: str, env: dict | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "submit.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, env=env)
 
 
 @pytest.fixture
@@ -299,12 +294,13 @@ def test_cancelled_at_the_last_moment(cluster, tmp_path, moment):
     """A job that its user cancels just when it is queued again does not come back."""
     note = f'{json.dumps({"event": "cancel"})[:-1]}, "job": "\'$SLURM_JOB_ID\'", "time": 0}}'
     cancel = f"echo '{note}' >>{tmp_path}/attempts.jsonl; {shutil.which('scancel')} $SLURM_JOB_ID"
-    with_it = f'case "$1" in requeue) {cancel};; esac\n' if moment.startswith("between") else ""
+    with_it = f'trap "" TERM\ncase "$1" in requeue) {cancel};; esac\n' if moment.startswith("between") else ""
     program(tmp_path / "bin" / "scontrol", f'{with_it}exec {shutil.which("scontrol")} "$@"\n')
     first = "" if with_it else f"{cancel.partition(';')[0]}\n"
     after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75\n"
     script = (
-        f"#!/bin/bash\n#SBATCH --requeue --output={tmp_path}/said\nexport PATH={tmp_path}/bin:$PATH\n{first}{after}"
+        f"#!/bin/bash\n#SBATCH --requeue --output={tmp_path}/said\nexport PATH={tmp_path}/bin:$PATH\n"
+        f"trap : USR2 TERM\n{first}{after}"  # as in every script of `Submission`
     )
     (tmp_path / "job.sh").write_text(script)
     job, end = cluster.command("sbatch", "--parsable", str(tmp_path / "job.sh")).strip(), time.monotonic() + 60
