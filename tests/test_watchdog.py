@@ -113,7 +113,7 @@ def test_a_stopped_rank_ends_the_run_and_the_same_command_goes_on(tmp_path):
             assert time.monotonic() < end and processes[0].poll() is None, run.output()
             time.sleep(0.1)
         os.kill(processes[1].pid, signal.SIGSTOP)
-        assert processes[0].wait(240) == HUNG, run.output()
+        assert processes[0].wait(60) == HUNG, run.output()
         assert f"rank 1 (process {processes[1].pid}" in run.output() and "gives no sign of life" in run.output()
     finally:
         for process in processes:

@@ -141,7 +141,7 @@ def test_a_stopped_rank(run2, whole2):
         ends = len(run2.attempts("end"))
         os.kill(stopped, signal.SIGSTOP)
         # hang_seconds, three looks at the others and KillWait are 19 seconds; the rest is for a loaded machine
-        run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=180)
+        run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=90)
 
     run2.comes_back(stop, whole2, lost=True)
     ended = run2.attempts("end")[-1]
