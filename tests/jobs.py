@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,21 @@ def submit(*words: str, env: dict[str, str] | None = None) -> subprocess.Complet
         out, err = process.communicate(timeout=300)
     assert process.returncode is not None
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def new_user(folder: Path) -> dict[str, str]:
+    """The environment of somebody with nothing in the cache and no SLURM_CONF."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**kept, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": path}
+
+
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Waits until the condition holds, which may take a program's start to find out."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(1.0)
 
 
 class Job(Run):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scenarios import SCENARIOS, Beside
 
 from jobs import STEP, Job
 from ranks import ROOT
@@ -30,8 +30,7 @@ def cluster(tmp_path_factory, request):
         pytest.skip(message)
     slurm = LocalSlurm(tmp_path_factory.mktemp("cluster"), settings=SETTINGS)
     slurm.up()
-    if any("test_unattended" in item.nodeid for item in request.session.items):
-        request.getfixturevalue("unattended")  # begins beside the tests that come before
+    request.getfixturevalue("beside")  # begins beside the tests that need hands
     yield slurm
     slurm.down()
     assert slurm.leftovers() == [], "processes outlived the cluster"
@@ -42,31 +41,6 @@ def data(tmp_path_factory) -> Path:
     from runs import make_set
 
     return make_set(tmp_path_factory.mktemp("set"))
-
-
-def _undisturbed(cluster, data, folder: Path, nodes: int, images: int) -> Job:
-    overrides = (f"train.total_images={images}", "checkpoint.every_images=40")
-    run = Job(cluster, folder / "run", data, *overrides, nodes=nodes).submit()
-    run.wait_end()
-    return run
-
-
-@pytest.fixture(scope="session")
-def whole4(cluster, data, tmp_path_factory) -> Job:
-    """The run on four nodes that nothing disturbs."""
-    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole4"), 4, 640)
-
-
-@pytest.fixture(scope="session")
-def whole2(cluster, data, tmp_path_factory) -> Job:
-    """The run on two nodes that nothing disturbs."""
-    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole2"), 2, 960)
-
-
-@pytest.fixture(scope="session")
-def whole1(cluster, data, tmp_path_factory) -> Job:
-    """The run on one node that nothing disturbs."""
-    return _undisturbed(cluster, data, tmp_path_factory.mktemp("whole1"), 1, 200)
 
 
 @pytest.fixture(scope="session")
@@ -105,20 +79,30 @@ def job(cluster, data, slow, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def unattended(tmp_path_factory, data, projects, slow) -> Iterator[dict[str, Future[Job]]]:
-    """Jobs that need no hand, one after the other on a Slurm of their own while other tests run, see test_unattended."""
-    from test_unattended import SCENARIOS
-
+def beside(request, tmp_path_factory, data, projects, slow) -> Iterator[Beside]:
+    """Runs the scenarios that the chosen tests ask for."""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
     slurm = LocalSlurm(tmp_path_factory.mktemp("beside"), settings=SETTINGS)
     slurm.up()
-    pool = ThreadPoolExecutor(1)
+    running = Beside(slurm, tmp_path_factory.mktemp, data, projects, slow)
     try:
-        yield {
-            scenario.__name__: pool.submit(
-                scenario, slurm, tmp_path_factory.mktemp(scenario.__name__), data, projects, slow
-            )
-            for scenario in SCENARIOS
-        }
+        for scenario in SCENARIOS:
+            if scenario.__name__ in wanted:
+                running.begin(scenario)
+        yield running
     finally:
-        pool.shutdown(cancel_futures=True, wait=False)
+        running.stop()
         slurm.down()
+
+
+def _of(name: str):
+    @pytest.fixture(scope="session", name=name)
+    def came_of(cluster, beside):
+        """What came of the scenario of this name; `cluster` for its check that Slurm is there."""
+        return beside.ended(name)
+
+    return came_of
+
+
+for _scenario in SCENARIOS:
+    globals()[f"_{_scenario.__name__}"] = _of(_scenario.__name__)

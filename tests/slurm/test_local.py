@@ -1,20 +1,18 @@
-"""Slurm on one machine, as the README shows it, and what it says when something is wrong."""
+"""Slurm on one machine: what it takes, and what it says when something is wrong."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from jobs import new_user, until
 from ranks import ROOT
-from runs import CONFIG
 from slurm.local import LocalSlurm
 
 pytestmark = pytest.mark.slurm
@@ -26,44 +24,8 @@ def run(words: list[str], env: dict, cwd: Path = ROOT) -> subprocess.CompletedPr
 
 @pytest.fixture
 def home(tmp_path) -> dict[str, str]:
-    """A new user: nothing in the cache, no SLURM_CONF."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**kept, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": path}
 
-
-@pytest.mark.slow
-def test_the_readmes_four_lines(cluster, home, slow, data, tmp_path):
-    """Up, submit, push it out and see it come back, down. `cluster` only for its check that Slurm is there."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```sh\n(python -m slurm\.local up\n.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    up, submit, push, down = (shlex.split(line.split("#")[0]) for line in block.splitlines())
-    (slow / "configs" / "pictures64.yaml").write_text(CONFIG)
-    submit = [word for word in submit if not word.startswith("data.train=")] + [f"data.train={data}"]
-    submit += [f"run.folder={tmp_path / 'run'}", "train.total_images=320"]
-    look = [*down[:-1], "run", *shlex.split(f"python tools/submit.py status {tmp_path / 'run'}")]
-    try:
-        begun = run(up, home, slow)
-        assert begun.returncode == 0 and "export SLURM_CONF=" in begun.stdout, begun.stderr
-        assert "it is up already" in run(up, home, slow).stderr
-        queued = run(submit, home, slow)
-        assert queued.returncode == 0 and "queued as job 1" not in queued.stderr, queued.stderr
-        wait_for(lambda: " images/s" in run(look, home, slow).stdout, 90)
-        assert run(push, home, slow).returncode == 0
-        wait_for(lambda: "preempted or stopped once" in run(look, home, slow).stdout, 120)
-        wait_for(lambda: "finished" in run(look, home, slow).stdout, 120)
-        assert "320 of 320 images" in run(look, home, slow).stdout
-    finally:
-        ended = run(down, home, slow)
-    assert ended.stdout == "Slurm is down\n"
-    assert "Slurm was not up" in run(down, home, slow).stdout
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(1.0)
+    return new_user(tmp_path)
 
 
 def test_what_is_wrong_is_said(cluster, home):
@@ -114,7 +76,7 @@ def test_what_does_not_answer_is_ended_all_the_same(cluster, tmp_path, monkeypat
     one = LocalSlurm(tmp_path / "one", nodes=1)
     one.up()
     one.command("sbatch", "-o", "/dev/null", "--wrap", "sleep 100")
-    wait_for(lambda: "RUNNING" in one.command("squeue", "-h", "-o", "%T"), 20)
+    until(lambda: "RUNNING" in one.command("squeue", "-h", "-o", "%T"))
     os.kill(one.node_processes("n1")["slurmd"][0], signal.SIGSTOP)
     one.down()
     assert not one.running() and one.leftovers() == []

@@ -1,0 +1,224 @@
+"""Jobs that need no hand while they run: what undisturbed runs make, what a defect leads to, ten random events in a row.
+
+They take minutes in which the machine mostly waits. So each runs beside the tests, one after the other, on a Slurm of
+its own (`Beside`); the fixture of its name gives what came of it. A scenario is called with that Slurm, a folder of its
+own, the set, the maker of copies of the project (`projects`) and the copy with slow steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jobs import LOCAL, Job, new_user, until
+from models_on_disk import write_tone_set
+from ranks import ROOT
+from runs import CONFIG
+from slurm.local import LocalSlurm
+
+OFTEN = "checkpoint.every_images=40"
+
+
+class Beside:
+    """Runs scenarios one after the other. `tools` are what each is called with after the Slurm and its folder."""
+
+    def __init__(self, slurm: LocalSlurm, make_folder: Callable[[str], Path], *tools: object) -> None:
+        self._slurm, self._make_folder, self._tools = slurm, make_folder, tools
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: dict[str, Future] = {}
+
+    def begin(self, scenario: Callable) -> None:
+        folder = self._make_folder(scenario.__name__)
+        self._begun[scenario.__name__] = self._pool.submit(scenario, self._slurm, folder, *self._tools)
+
+    def ended(self, name: str):
+        """What the scenario of that name returned; raises what it raised."""
+        return self._begun[name].result(timeout=1000)
+
+    def stop(self) -> None:
+        self._pool.shutdown(cancel_futures=True, wait=False)
+
+
+# ---- undisturbed runs, which others are compared with ----------------------------------------------------------------
+
+
+def _undisturbed(slurm: LocalSlurm, folder: Path, data: Path, nodes: int, images: int) -> Job:
+    run = Job(slurm, folder / "run", data, f"train.total_images={images}", OFTEN, nodes=nodes).submit()
+    run.wait_end()
+    return run
+
+
+def whole1(slurm, folder, data, projects, slow) -> Job:
+    """One node."""
+    return _undisturbed(slurm, folder, data, 1, 200)
+
+
+def whole2(slurm, folder, data, projects, slow) -> Job:
+    """Two nodes."""
+    return _undisturbed(slurm, folder, data, 2, 960)
+
+
+def whole4(slurm, folder, data, projects, slow) -> Job:
+    """Four nodes."""
+    return _undisturbed(slurm, folder, data, 4, 640)
+
+
+# ---- what a job gives up on, and what it gets out of by itself -------------------------------------------------------
+
+
+def _job(slurm: LocalSlurm, folder: Path, data: Path, project: Path, *overrides: str, nodes: int, images: int) -> Job:
+    total = f"train.total_images={images}"
+    return Job(slurm, folder / "run", data, total, *overrides, nodes=nodes, project=project)
+
+
+def crash(slurm, folder, data, projects, slow) -> Job:
+    """A defect that comes at the same step every time."""
+    bug = projects("if self.images == 56: raise ValueError('the 7th step cannot be')")
+    run = _job(slurm, folder, data, bug, OFTEN, nodes=1, images=200).submit()
+    run.wait_end("FAILED")
+    return run
+
+
+def bad_data(slurm, folder, data, projects, slow) -> Job:
+    """A set that is damaged after it was checked, beyond data.max_bad_fraction."""
+    broken = folder / "broken"
+    shutil.copytree(data, broken)
+    run = _job(slurm, folder, data, slow, OFTEN, nodes=1, images=200)
+    run.overrides = [one for one in run.overrides if not one.startswith("data.train")] + [f"data.train={broken}"]
+    run.submit()
+    for shard in broken.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        for start in range(512, len(content) - 512, 512):
+            if content[start : start + 4] == b"\x89PNG":
+                content[start : start + 4] = b"\0\0\0\0"
+        shard.write_bytes(content)
+    run.wait_end("FAILED")
+    return run
+
+
+def stuck(slurm, folder, data, projects, slow) -> Job:
+    """A defect in which rank 1 never comes to the collective, once."""
+    mark = folder / "stuck"
+    bug = projects(
+        f"if self.images == 80 and dist.get_rank() == 1 and not Path({str(mark)!r}).exists():",
+        f"    Path({str(mark)!r}).touch()",
+        "    time.sleep(1000)",
+    )
+    run = _job(slurm, folder, data, bug, OFTEN, "train.hang_seconds=10", nodes=2, images=200).submit()
+    run.wait_end()
+    return run
+
+
+def random_events(slurm, folder, data, projects, slow) -> Job:
+    """Ten of them, each after a little training."""
+    chance = random.Random(int(os.environ.get("DIST_T2I_SEED", "7")))
+    overrides = ("checkpoint.every_images=16", "train.hang_seconds=10")
+    run = _job(slurm, folder, data, slow, *overrides, nodes=2, images=480).submit()
+    events = {
+        "usr2": lambda: slurm.command("scancel", "--signal=USR2", run.id),
+        "term": lambda: slurm.command("scancel", "--signal=TERM", run.id),
+        "requeue": lambda: slurm.command("scontrol", "requeue", run.id),
+        "kill": lambda: os.kill(run.rank_pid(chance.randrange(2)), signal.SIGKILL),
+        "stop": lambda: os.kill(run.rank_pid(chance.randrange(2)), signal.SIGSTOP),
+        "preempt": lambda: slurm.command(
+            "sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true"
+        ),
+    }
+    happened = []
+    for number in range(10):
+        before = run.images() if number else 0
+        run.wait_images(min(before + chance.choice([8, 16, 24, 32]), 472))
+        happened.append(chance.choice(list(events)))
+        events[happened[-1]]()
+        run.wait_restart(number + 1)
+    run.wait_end()
+    assert len(set(happened)) >= 4, happened
+    return run
+
+
+# ---- more than one job -----------------------------------------------------------------------------------------------
+
+
+def the_readmes_four_lines(slurm, folder, data, projects, slow) -> None:
+    """Up, submit, push it out and see it come back, down, by a new user: nothing in the cache, no SLURM_CONF."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(python -m slurm\.local up\n.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    up, submit, push, down = (shlex.split(line.split("#")[0]) for line in block.splitlines())
+    (slow / "configs" / "pictures64.yaml").write_text(CONFIG)
+    submit = [word for word in submit if not word.startswith("data.train=")] + [f"data.train={data}"]
+    submit += [f"run.folder={folder / 'run'}", "train.total_images=320"]
+    look = [*down[:-1], "run", *shlex.split(f"python tools/submit.py status {folder / 'run'}")]
+    user = new_user(folder)
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=user, cwd=slow, capture_output=True, text=True, timeout=300)
+
+    try:
+        begun = run(up)
+        assert begun.returncode == 0 and "export SLURM_CONF=" in begun.stdout, begun.stderr
+        assert "it is up already" in run(up).stderr
+        queued = run(submit)
+        assert queued.returncode == 0 and "queued as job 1" not in queued.stderr, queued.stderr
+        until(lambda: " images/s" in run(look).stdout)
+        assert run(push).returncode == 0
+        until(lambda: "preempted or stopped once" in run(look).stdout)
+        until(lambda: "finished" in run(look).stdout)
+        assert "320 of 320 images" in run(look).stdout
+    finally:
+        ended = run(down)
+    assert ended.stdout == "Slurm is down\n"
+    assert "Slurm was not up" in run(down).stdout
+
+
+PLAN = """
+name: tiny
+base: BASE
+data: DATA
+images: 16
+seeds: 2
+protocol: quick
+arms: {dual: , shared: {overrides: [text.mode=shared]}}
+"""
+
+
+def ablation(slurm, folder, data, projects, slow) -> Path:
+    """Two arms of two seeds, as arrays: queued, looked at, and read when they are done."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (folder / "base.yaml").write_text(CONFIG)
+    tones = write_tone_set(folder / "set", roles=8)
+    plan, out = folder / "ablation-tiny.yaml", folder / "out"
+    plan.write_text(PLAN.replace("BASE", str(folder / "base.yaml")).replace("DATA", str(tones)))
+
+    def ablate() -> str:
+        command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--config", str(plan), "--out", str(out)]
+        command += ["--slurm-profile", str(LOCAL)]
+        done = subprocess.run(command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+        return done.stdout
+
+    def finished() -> int:
+        states = [json.loads(path.read_text())["state"] for path in out.glob("*/seed-*/progress.json")]
+        return states.count("finished")
+
+    said = ablate()
+    assert "dual: 2 seeds queued as " in said and "shared: 2 seeds queued as " in said
+    assert "seed-1" in ablate()  # how they are doing, or the scores of what is done already
+    until(lambda: finished() == 4)
+    assert str(out / "table.md") in ablate()
+    return out
+
+
+SCENARIOS = (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck, random_events)
+"""In the order in which tests ask for them."""
