@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_t2i.configschema import field_types
-from dist_t2i.models.attn import WordAttention
+from dist_t2i.models.attention import WordAttention
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
 from dist_t2i.models.options import AttnConfig, GeneratorConfig
 from dist_t2i.models.registry import GENERATORS, build_generator
