@@ -101,9 +101,10 @@ class LossConfig(AlignmentConfig):
     reconstruction: float = 10.0
     """Weight of G's mean absolute error (pixels in [-1, 1]) where a picture is its own source; only with `edit.width`."""
     edit_target: float = 0.0
-    """The same for the mean squared error where the source is another sample's picture: squared, since most pixels agree
-    with the source, and copying it has the least absolute error for long. For sets in which pictures with near captions
-    agree pixel by pixel but for what the captions say, such as drawings; elsewhere 0."""
+    """Weight of the squared distance of G's picture to the true one, as a share of the source's, where the source is another
+    sample's picture (`losses.way_left`). Squared, since most pixels agree with the source, and copying it has the least
+    absolute error for long. For sets in which pictures with near captions agree pixel by pixel but for what the captions
+    say, such as drawings; elsewhere 0."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"

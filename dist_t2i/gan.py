@@ -248,7 +248,7 @@ class Gan:
         other = ~own & (batch.source_ids >= 0)
         return {
             "loss/g_reconstruction": losses.pixel_error(micro.fake.images, wanted, own),
-            "loss/g_edit_target": losses.pixel_error(micro.fake.images, wanted, other, power=2),
+            "loss/g_edit_target": losses.way_left(micro.fake.images, micro.source, wanted, other),
         }
 
     # ---- pieces ------------------------------------------------------------------------------------------------------

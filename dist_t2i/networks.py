@@ -50,7 +50,7 @@ class GeneratorSide(nn.Module):
             text = self.text_g(tokens, lengths)
         if pictures is None:
             return self.generator(noise, text.sentence, text.words, text.mask, condition_noise)
-        guide = self.source(pictures, given)
+        guide = self.source(pictures, text, given)
         return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
 
 
@@ -110,6 +110,6 @@ def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = N
     text = TextSide(encoder()) if config.text.mode == "shared" else None
     if config.edit.width:  # last: whoever edits nothing draws the same weights
         generator_side.source = SourceEncoder(
-            config.edit.width, config.model.generator.channels, config.data.image_size
+            config.edit.width, config.model.generator.channels, config.data.image_size, width
         )
     return Networks(generator_side, discriminator_side, text, frozen)

@@ -191,7 +191,8 @@ class TextToImage:
         def draw(noise: Tensor, source: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
             pictures = source.float().div(127.5).sub(1.0).contiguous(memory_format=torch.channels_last)
-            images = self._parts.generator(z, sentence, words, mask, condition_noise, encoder(pictures)).images
+            guide = encoder(pictures, TextEmbedding(sentence, words, mask))
+            images = self._parts.generator(z, sentence, words, mask, condition_noise, guide).images
             return _bytes(pictures + strength * (images - pictures))
 
         return self._by_chunks(draw, noise, sources, *self._encode(self._parts.text_g, texts))

@@ -181,7 +181,8 @@ class Reference:
         noise, condition_noise = seen.draws.noise, seen.draws.condition_noise
         guide = []
         if self.config.edit.width:
-            guide = [self.nets.generator.source(self._pixels(seen.batch.sources), seen.batch.source_ids >= 0)]
+            sources, given = self._pixels(seen.batch.sources), seen.batch.source_ids >= 0
+            guide = [self.nets.generator.source(sources, text, given)]
         out = self.nets.generator.generator(noise, text.sentence, text.words, text.mask, condition_noise, *guide)
         return augment(out.images, seen.draws.augmentation, self.config.augment), out
 
@@ -194,9 +195,11 @@ class Reference:
         w, batch = self.config.loss, seen.batch
         difference = (out.images - self._pixels(batch.images)).flatten(1)
         errors, squares = difference.abs().mean(1), difference.square().mean(1)
+        way = (self._pixels(batch.sources) - self._pixels(batch.images)).square().flatten(1).mean(1)
+        left = squares / way.clamp_min(losses.LEAST_WAY)
         own = torch.tensor([int(a) == int(b) for a, b in zip(batch.source_ids, batch.image_ids, strict=True)])
         other = ~own & (batch.source_ids != -1)
-        return w.reconstruction * (errors * own).mean() + w.edit_target * (squares * other).mean()
+        return w.reconstruction * (errors * own).mean() + w.edit_target * (left * other).mean()
 
     def _text_gradient(self):
         """Of the shared encoder, which both losses train; none when there is no such encoder."""

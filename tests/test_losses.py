@@ -218,3 +218,16 @@ def test_finite_difference_tends_to_r1():
         ours = losses.fd_r1(plain, critic(images + 1e-2 * noise)[:, 0], 1e-2)
     assert estimate.item() == pytest.approx(exact.item(), rel=0.05)
     assert ours.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_pixel_error_and_way_left():
+    """By hand: three rows of one value each; the last one does not count."""
+    source, wanted = torch.zeros(3, 3, 2, 2), torch.full((3, 3, 2, 2), 0.8)
+    images = torch.stack([torch.full((3, 2, 2), value) for value in (0.4, 0.8, 7.0)])
+    rows = torch.tensor([True, True, False])
+    assert losses.pixel_error(images, wanted, rows) == pytest.approx(0.4 / 3)
+    assert losses.way_left(images, source, wanted, rows) == pytest.approx(0.25 / 3)
+    assert losses.way_left(source, source, wanted, rows) == pytest.approx(2 / 3), "copies have it all before them"
+    near = source + 0.8 - 0.01  # hardly a change: it counts as one of LEAST_WAY
+    expected = 0.4**2 / losses.LEAST_WAY / 3
+    assert losses.way_left(images[:1].expand(3, -1, -1, -1), near, wanted, rows[[0, 2, 2]]) == pytest.approx(expected)

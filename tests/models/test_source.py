@@ -6,6 +6,7 @@ import torch
 from dist_t2i.config import GeneratorConfig
 from dist_t2i.models.generator import Generator
 from dist_t2i.models.source import SourceEncoder
+from dist_t2i.models.text import TextEmbedding
 
 CHANNELS = (12, 8, 8)
 
@@ -14,7 +15,10 @@ CHANNELS = (12, 8, 8)
 def networks():
     torch.manual_seed(0)
     config = GeneratorConfig(noise=4, condition=4, channels=CHANNELS, layout=256)
-    return Generator(config, 32, 6), SourceEncoder(8, CHANNELS, 32)
+    return Generator(config, 32, 6), SourceEncoder(8, CHANNELS, 32, 6)
+
+
+TEXT = TextEmbedding(torch.linspace(-1, 1, 18).view(3, 6), torch.randn(3, 2, 6), torch.tensor([[True, True]] * 3))
 
 
 def inputs(rows=3):
@@ -38,7 +42,7 @@ def trained(source):
 def test_a_fresh_encoder_disturbs_nothing(networks):
     generator, source = networks
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    assert torch.equal(generator(*inputs(), source(pictures)).images, generator(*inputs()).images)
+    assert torch.equal(generator(*inputs(), source(pictures, TEXT)).images, generator(*inputs()).images)
 
 
 def test_rows_without_a_source_are_drawn_from_text_alone(networks):
@@ -46,17 +50,18 @@ def test_rows_without_a_source_are_drawn_from_text_alone(networks):
     trained(source)
     pictures, alone = torch.rand(3, 3, 32, 32) * 2 - 1, generator(*inputs()).images
     given = torch.tensor([True, False, True])
-    images = generator(*inputs(), source(pictures, given)).images
+    images = generator(*inputs(), source(pictures, TEXT, given)).images
     assert torch.allclose(images[1], alone[1], atol=1e-6)
     assert not torch.allclose(images[0], alone[0], atol=1e-2)
     others = torch.cat([pictures[:1], pictures[:1], pictures[2:]])
-    assert torch.equal(images[0], generator(*inputs(), source(others, given)).images[0])
+    assert torch.equal(images[0], generator(*inputs(), source(others, TEXT, given)).images[0])
 
 
 def test_all_kept_is_the_source(networks):
     generator, source = networks
     trained(source)
     torch.nn.init.zeros_(source.keep.conv.weight)
+    torch.nn.init.constant_(source.repaint.masks.bias, -100.0)
     torch.nn.init.ones_(source.keep.conv.bias)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    assert torch.allclose(generator(*inputs(), source(pictures)).images, pictures, atol=1e-6)
+    assert torch.allclose(generator(*inputs(), source(pictures, TEXT)).images, pictures, atol=1e-6)
