@@ -118,14 +118,20 @@ def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> t
 
 
 def said_by_srun(log: Path | None) -> str:
-    """srun's last word on which task has ended how, such as ` (n2: task 1: Killed)`."""
+    """srun's word on which task of this attempt has ended how, such as ` (n2: task 1: Killed)`.
+
+    A killed task takes the others with it, which exit of a lost connection and may be named first or last.
+    """
     try:
         with open(log or "", "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - 20_000))
-            found = re.findall(r"srun: error: (\S+: tasks? \S+: .+)", file.read().decode(errors="replace"))
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return f" ({found[-1].strip()})" if found else ""
+    attempt = re.split(r"^job \S+, attempt \d+: ", text, flags=re.MULTILINE)[-1]
+    found = re.findall(r"srun: error: (\S+: tasks? \S+: .+)", attempt)
+    killed = [line for line in found if "Exited with exit code" not in line]
+    return f" ({(killed or found)[0].strip()})" if found else ""
 
 
 def known_as(job: str) -> str:

@@ -15,6 +15,7 @@ from dist_t2i.errors import UserError
 from jobs import submit
 from ranks import ROOT
 from slurm import status
+from slurm.after import said_by_srun
 from slurm.local import LocalSlurm
 from slurm.status import State
 
@@ -130,3 +131,20 @@ def test_a_controller_that_is_away(cluster, tmp_path):
         assert said.returncode == 2 and "cannot be told whether job 1" in said.stderr
     finally:
         one.down()
+
+
+@pytest.mark.parametrize("killed_first", [True, False])
+def test_the_task_that_was_killed_is_named_and_not_those_that_it_took_along(tmp_path, killed_first):
+    lines = ["srun: error: n2: task 1: Killed", "srun: error: n1: task 0: Exited with exit code 1"]
+    log = tmp_path / "log"
+    before = "srun: error: n3: task 2: Killed\njob 12, attempt 1: requeued: killed by SIGKILL (n3: task 2: Killed)\n"
+    log.write_text(
+        before + "\n".join(lines if killed_first else lines[::-1]) + "\nsrun: Force Terminated StepId=12.0\n"
+    )
+    assert said_by_srun(log) == " (n2: task 1: Killed)"
+    log.write_text(
+        before + "srun: error: n1: task 0: Exited with exit code 3\nsrun: error: n2: task 1: Exited with exit code 1\n"
+    )
+    assert said_by_srun(log) == " (n1: task 0: Exited with exit code 3)"
+    log.write_text(before)
+    assert said_by_srun(log) == "" and said_by_srun(tmp_path / "none") == ""
