@@ -125,6 +125,7 @@ def test_every_mistake_is_in_one_report():
             "model: {generator: {kind: attn, attn: {scales: [8, 12]}}}",
             "model.generator.attn.scales: 8, 12 must be among the scales that model.generator.channels computes: 4, 8",
         ),
+        ("model: {generator: {colours: 1}}", "model.generator.colours: a picture of one colour shows nothing"),
         ("model: {generator: {kind: attn, attn: {scales: []}}}", "attn.scales: the list must be among the scales"),
         ("model: {generator: {kind: attn, attn: {heads: 3}}}", "attn.width: must be a multiple of attn.heads=3, is 32"),
         ("model: {generator: {kind: attn, attn: {heads: 0}}}", "attn.width: must be a multiple of attn.heads=0"),

@@ -95,19 +95,38 @@ class Layout(nn.Module):
 
 
 class Finish(nn.Module):
-    """From the last map to colours: convolution, pixel shuffle and, through `detail` channels, another convolution."""
+    """From the last map to `outputs` a pixel: convolution, pixel shuffle and, through `detail` channels, another
+    convolution."""
 
-    def __init__(self, channels: int, detail: int, patch: int):
+    def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
-        fresh = convolution(channels, (detail or 3) * patch**2, gain=2**0.5 if detail else 1.0)
+        fresh = convolution(channels, (detail or outputs) * patch**2, gain=2**0.5 if detail else 1.0)
         self.conv = repeat_in_patches(fresh, patch)
         self.shuffle = nn.PixelShuffle(patch)
-        self.smooth = convolution(detail, 3, gain=1.0) if detail else None
+        self.smooth = convolution(detail, outputs, gain=1.0) if detail else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, 3, patch * H, patch * W], unbounded."""
+        """x [B, C, H, W] -> [B, outputs, patch * H, patch * W], unbounded."""
         x = self.shuffle(self.conv(x))
         return x if self.smooth is None else self.smooth(activate(x.contiguous(memory_format=torch.channels_last)))
+
+
+class Colours(nn.Module):
+    """Mixes every pixel from a few colours that the condition gives. Our own, for drawings: a softmax that has made up its
+    mind is flat, where a convolution's output keeps noise that every judge sees."""
+
+    SHARPNESS = 3.0
+    """On the logits, so that fresh shares lean to one colour each."""
+
+    def __init__(self, condition: int, colours: int):
+        super().__init__()
+        self.palette = linear(condition, 3 * colours)
+
+    def forward(self, logits: Tensor, condition: Tensor) -> Tensor:
+        """logits [B, colours, H, W], condition [B, N] -> pictures [B, 3, H, W] in [-1, 1]."""
+        shares = (self.SHARPNESS * logits).float().softmax(dim=1).to(logits.dtype)
+        colours = torch.tanh(self.palette(condition)).unflatten(1, (-1, 3))
+        return torch.einsum("bkhw,bkc->bchw", shares, colours)
 
 
 class Generator(nn.Module):
@@ -137,7 +156,8 @@ class Generator(nn.Module):
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
-        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch)
+        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch, config.colours or 3)
+        self.colours = Colours(width, config.colours) if config.colours else None
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(
@@ -167,7 +187,8 @@ class Generator(nn.Module):
             for block in blocks:
                 x = block(x, condition)
         last = activate(self.last_modulation(x, condition))
-        images = torch.tanh(self.last(last))
+        drawn = self.last(last)
+        images = torch.tanh(drawn) if self.colours is None else self.colours(drawn, condition)
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class GeneratorConfig:
     detail: int = 8
     """Channels at full resolution between the pixel shuffle and the last convolution, which smooths its grid; 0 goes
     straight to colours. Unused when full resolution is a computed scale."""
+    colours: int = 0
+    """How many colours a picture is mixed from, which its condition gives: sharp shares of them at every pixel, so that
+    what is of one colour in drawings is of one colour. 0: every pixel has a colour of its own, as photographs want."""
     layout: int = 2048
     """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
     least 4): a cheap memory of where things are. 0 leaves it out."""
@@ -63,6 +66,8 @@ class GeneratorConfig:
                         f"is only read by the generator {kind.name}, but model.generator.kind is {self.kind}: "
                         f"set model.generator.kind={kind.name} or leave this out",
                     )
+        if self.colours == 1:
+            yield ("colours",), "a picture of one colour shows nothing: at least 2, or 0 for colours pixel by pixel"
         if self.kind == "attn":
             yield from self._attention_problems()
 

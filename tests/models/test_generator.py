@@ -87,6 +87,22 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
     assert len(build(layout=0).layouts) == 0
 
 
+@KINDS
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_pictures_that_are_mixed_from_colours(kind, image_size):
+    """Every pixel lies among the picture's own colours, and is one of them where the shares have made up their mind."""
+    generator = build(image_size, kind=kind, colours=5)
+    images = generator(*inputs(generator)).images
+    assert images.shape == (4, 3, image_size, image_size) and images.abs().max() <= 1 and images.std() > 0.05
+    condition, logits = torch.randn(2, 20), torch.full((2, 5, 4, 4), -50.0)
+    chosen = torch.randint(5, (2, 4, 4))
+    mixed = generator.colours(logits.scatter(1, chosen[:, None], 50.0), condition)
+    palette = torch.tanh(generator.colours.palette(condition)).view(2, 5, 3)
+    assert torch.equal(mixed[1, :, 2, 3], palette[1, chosen[1, 2, 3]])
+    for parameter in generator.colours.parameters():
+        assert torch.autograd.grad(images.square().sum(), parameter, retain_graph=True)[0].abs().sum() > 0
+
+
 def test_the_plain_generator_is_what_it_was_before_there_were_others():
     """Names, order and values of its parameters, which runs and exported models rely on."""
     names = [name for name, _ in build().named_parameters()]
