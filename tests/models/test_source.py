@@ -65,3 +65,22 @@ def test_all_kept_is_the_source(networks):
     torch.nn.init.ones_(source.keep.conv.bias)
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
     assert torch.allclose(generator(*inputs(), source(pictures, TEXT)).images, pictures, atol=1e-6)
+
+
+def test_a_source_is_repainted_with_the_colours_of_the_words(networks):
+    """Where the masks have made up their mind a pixel has a paint's very colour or its own; padding names no colours."""
+    repaint = networks[1].repaint
+    pictures, x = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 8, 16, 16)
+    fresh = repaint(pictures, x, TEXT)
+    assert (fresh - pictures).abs().max() < 0.3 and not torch.equal(fresh, pictures)
+    torch.nn.init.zeros_(repaint.masks.weight)
+    torch.nn.init.constant_(repaint.masks.bias, -100.0)
+    assert torch.equal(repaint(pictures, x, TEXT), pictures)
+    with torch.no_grad():
+        repaint.masks.bias[2] = 100.0
+    colours = repaint.palette(TEXT.words, TEXT.mask)
+    assert torch.equal(repaint(pictures, x, TEXT), colours[:, 2, :, None, None].expand_as(pictures))
+    mask = torch.tensor([[True, False]] * 3)
+    other = torch.cat([TEXT.words[:, :1], torch.full((3, 1, 6), 9.0)], dim=1)
+    assert torch.equal(repaint.palette(TEXT.words, mask), repaint.palette(other, mask))
+    assert not torch.allclose(repaint.palette(TEXT.words, mask), colours)
