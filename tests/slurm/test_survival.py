@@ -60,7 +60,8 @@ def test_the_time_limit(cluster, run4, whole4):
 def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
     """... with two nodes, and then with four again: the same losses within round-off.
 
-    For a few steps each: round-off may put an activation on the other side of its kink, which is no round-off any more.
+    For three steps in all: round-off, some 1e-7 of a loss, puts an activation on the other side of its kink now and then,
+    which is 1e-4 at once and grows.
     """
     run4.wait_images(run4.images() + 16)
     assert "saves a checkpoint" in run4.tool("cancel", str(run4.folder))
@@ -69,16 +70,18 @@ def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
     assert f"images-{saved:09d}" in run4.checkpoints()
     time.sleep(12)  # longer than a requeued job waits
     assert run4.slurm_state() == "CANCELLED" and run4.status()["state"] == "cancelled"
-    run4.resume("--nodes", "2")
-    run4.wait_images(saved + 24)
-    run4.tool("cancel", str(run4.folder))
-    run4.wait_end("CANCELLED")
-    end = -(-(run4.images() + 24) // 40) * 40  # where the whole run has a checkpoint, too
-    run4.resume("--nodes", "4", f"train.total_images={end}")
+    run4.resume("--nodes", "2", f"train.total_images={saved + 16}")
     run4.wait_end()
+    run4.resume("--nodes", "4", f"train.total_images={saved + 24}")
+    run4.wait_end()
+    assert run4.images() == saved + 24
     assert [begin["ranks"] for begin in run4.attempts("begin")][-3:] == [4, 2, 4]
     assert run4.steps_lost() == 0
-    run4.assert_equals(whole4, tolerance=1e-5)
+    run4.assert_losses(whole4, tolerance=1e-3)
+    first, expected = run4.losses()[saved + 8], whole4.losses()[saved + 8]
+    assert all(
+        abs(first[name] - expected[name]) <= 1e-5 * max(1, abs(expected[name])) for name in first if name != "fake/std"
+    )
 
 
 # ---- two nodes: pushed out, killed, lost, stopped --------------------------------------------------------------------
