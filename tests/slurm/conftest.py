@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Beside
+from scenarios import LANES, Beside
 
 from jobs import STEP, Job
 from ranks import ROOT
@@ -80,19 +81,22 @@ def job(cluster, data, slow, tmp_path):
 
 @pytest.fixture(scope="session")
 def beside(request, tmp_path_factory, data, projects, slow) -> Iterator[Beside]:
-    """Runs the scenarios that the chosen tests ask for."""
+    """Runs the scenarios that the chosen tests ask for, those of each lane on a Slurm of its own."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    slurm = LocalSlurm(tmp_path_factory.mktemp("beside"), settings=SETTINGS)
-    slurm.up()
-    running = Beside(slurm, tmp_path_factory.mktemp, data, projects, slow)
+    running = Beside(tmp_path_factory.mktemp, data, projects, slow)
+    clusters = []
     try:
-        for scenario in SCENARIOS:
-            if scenario.__name__ in wanted:
-                running.begin(scenario)
+        for lane in LANES:
+            chosen = [scenario for scenario in lane if scenario.__name__ in wanted]
+            if chosen:
+                clusters.append(LocalSlurm(tmp_path_factory.mktemp("beside"), settings=SETTINGS))
+                clusters[-1].up()
+                running.begin(clusters[-1], chosen)
         yield running
     finally:
         running.stop()
-        slurm.down()
+        for slurm in clusters:
+            slurm.down()
 
 
 def _of(name: str):
@@ -104,5 +108,5 @@ def _of(name: str):
     return came_of
 
 
-for _scenario in SCENARIOS:
+for _scenario in chain(*LANES):
     globals()[f"_{_scenario.__name__}"] = _of(_scenario.__name__)

@@ -1,7 +1,7 @@
 """Jobs that need no hand while they run: what undisturbed runs make, what a defect leads to, ten random events in a row.
 
-They take minutes in which the machine mostly waits. So each runs beside the tests, one after the other, on a Slurm of
-its own (`Beside`); the fixture of its name gives what came of it. A scenario is called with that Slurm, a folder of its
+They take minutes in which the machine mostly waits. So they run beside the tests, in lanes, each lane on a Slurm of its
+own (`Beside`); the fixture of a scenario's name gives what came of it. A scenario is called with that Slurm, a folder of its
 own, the set, the maker of copies of the project (`projects`) and the copy with slow steps.
 """
 
@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,23 +32,27 @@ OFTEN = "checkpoint.every_images=40"
 
 
 class Beside:
-    """Runs scenarios one after the other. `tools` are what each is called with after the Slurm and its folder."""
+    """Runs lanes of scenarios, those of a lane one after the other. `tools` are what each is called with after its Slurm and
+    its folder."""
 
-    def __init__(self, slurm: LocalSlurm, make_folder: Callable[[str], Path], *tools: object) -> None:
-        self._slurm, self._make_folder, self._tools = slurm, make_folder, tools
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, make_folder: Callable[[str], Path], *tools: object) -> None:
+        self._make_folder, self._tools = make_folder, tools
+        self._pools: list[ThreadPoolExecutor] = []
         self._begun: dict[str, Future] = {}
 
-    def begin(self, scenario: Callable) -> None:
-        folder = self._make_folder(scenario.__name__)
-        self._begun[scenario.__name__] = self._pool.submit(scenario, self._slurm, folder, *self._tools)
+    def begin(self, slurm: LocalSlurm, lane: Iterable[Callable]) -> None:
+        self._pools.append(ThreadPoolExecutor(1))
+        for scenario in lane:
+            folder = self._make_folder(scenario.__name__)
+            self._begun[scenario.__name__] = self._pools[-1].submit(scenario, slurm, folder, *self._tools)
 
     def ended(self, name: str):
         """What the scenario of that name returned; raises what it raised."""
         return self._begun[name].result(timeout=1000)
 
     def stop(self) -> None:
-        self._pool.shutdown(cancel_futures=True, wait=False)
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True, wait=False)
 
 
 # ---- undisturbed runs, which others are compared with ----------------------------------------------------------------
@@ -220,5 +224,8 @@ def ablation(slurm, folder, data, projects, slow) -> Path:
     return out
 
 
-SCENARIOS = (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck, random_events)
-"""In the order in which tests ask for them."""
+LANES = (
+    (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck),
+    (random_events,),
+)
+"""Each on a Slurm of its own, in the order in which tests ask for them. Random events push others out, so they are alone."""
