@@ -9,7 +9,7 @@ that a colour can be multiplied: a darker or lighter skin keeps its shading and 
 
 Before that the source is *repainted*, which is our own: the caption's words name colours, and each pixel of the source,
 with what lies around it and the words, says how much of it is to have which. What a text changes of a picture is often
-a colour, and this learns it in a tenth of the steps: through the generator alone, whose features are normalised over
+a colour, and this is a short way to it: through the generator alone, whose features are normalised over
 the whole picture, a skin tone stops half way to the one that was asked for.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
