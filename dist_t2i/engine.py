@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,14 +27,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_t2i.config import Config
-from dist_t2i.errors import ConfigError
+from dist_t2i.errors import ConfigError, LaunchError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def init_distributed(device: torch.device) -> None:
-    """Join the process group (rank, world size and address come from the environment; see launch.py)."""
+    """Join the process group (rank, world size and address come from the environment; see launch.py).
+
+    Raises LaunchError where the port at which rank 0 waits for the others is taken.
+    """
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -42,7 +46,16 @@ def init_distributed(device: torch.device) -> None:
     # Shared-memory collectives for CPU ranks: DeepSpeed would compile them at start-up (a C++ compiler, ninja and 40 s)
     # and gloo does the same work. `tests/test_engine.py` holds that this switch still works.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"port {os.environ['MASTER_PORT']} of this machine, {os.uname().nodename}, at which rank 0 awaits the others, is "
+            "taken by another program (another training?): set MASTER_PORT to a free one (deepspeed --master_port, torchrun "
+            "--master-port); a Slurm job takes another at its next attempt"
+        ) from None
 
 
 def native_precision(device: torch.device) -> str:

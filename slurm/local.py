@@ -103,7 +103,8 @@ class LocalSlurm:
         ports = _free_ports(len(self.nodes) + 1)
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
         # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
-        self._first_job = 1000 * (1 + secrets.randbelow(60_000)) + 1
+        # Nor a round number: from jobs' numbers come the ports of their ranks, and clusters may run side by side.
+        self._first_job = 1000 + secrets.randbelow(60_000_000)
         self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
         files = [f"--{name}-file={self._keys / name}" for name in ("key", "log", "pid", "seed")]

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_t2i.launch import job_port
 from jobs import LOCAL, Job, new_user, until
 from models_on_disk import write_tone_set
 from ranks import ROOT
@@ -122,6 +124,17 @@ def stuck(slurm, folder, data, projects, slow) -> Job:
     )
     run = _job(slurm, folder, data, bug, OFTEN, "train.hang_seconds=10", nodes=2, images=200).submit()
     run.wait_end()
+    return run
+
+
+def taken_port(slurm, folder, data, projects, slow) -> Job:
+    """Another program holds the port at which the ranks of the first attempt meet."""
+    number = int(re.search(r"NEXT_JOB_ID\s*= (\d+)", slurm.command("scontrol", "show", "config"))[1])
+    number += 1  # `sbatch --test-only`, with which submit.py begins, takes one
+    with socket.create_server(("0.0.0.0", job_port({"SLURM_JOB_ID": str(number)}))):
+        run = Job(slurm, folder / "run", data, "train.total_images=40", OFTEN, nodes=2).submit()
+        assert run.id == str(number)
+        run.wait_end()
     return run
 
 
@@ -226,7 +239,7 @@ def ablation(slurm, folder, data, projects, slow) -> Path:
 
 
 LANES = (
-    (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck),
+    (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck, taken_port),
     (random_events,),
 )
 """Each on a Slurm of its own, in the order in which tests ask for them. Random events push others out, so they are alone."""

@@ -50,6 +50,16 @@ def test_a_rank_that_never_comes_to_the_collective(stuck, whole2):
     assert "is not in a collective" in run.log(0) + run.log(1)
 
 
+def test_a_port_that_is_taken(taken_port, whole2):
+    """Said by rank 0, which the others are ended after; the next attempt meets at another."""
+    run = taken_port
+    first, last = run.attempts("end")
+    assert first["verdict"] == "requeued" and first["reason"].startswith("rank 0: LaunchError: port "), first
+    assert "is taken by another program" in first["reason"] and "Traceback" not in run.log(0), run.log(0)
+    assert last["verdict"] == "finished"
+    run.assert_losses(whole2)
+
+
 def test_ten_random_events(random_events, whole2):
     """Whatever comes, in whatever order: the weights are those of the run that nothing disturbed."""
     run = random_events
