@@ -113,6 +113,10 @@ class Job(Run):
     def slurm_state(self) -> str:
         return self.shown("JobState")
 
+    def node_list(self) -> str:
+        """The nodes that it has now, such as n[1-2]."""
+        return self.cluster.command("squeue", "-h", "-j", self.id, "-o", "%N").strip()
+
     def restarts(self) -> int:
         return int(self.shown("Restarts"))
 

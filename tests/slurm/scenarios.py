@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dist_t2i.launch import job_port
@@ -165,6 +166,34 @@ def random_events(slurm, folder, data, projects, slow) -> Job:
     return run
 
 
+def orphan(slurm, folder, data, projects, slow) -> Job:
+    """slurmd is killed and the rank lives on: Slurm starts the job elsewhere; the orphan, late, ends."""
+    run = _job(slurm, folder, data, slow, OFTEN, nodes=1, images=200).submit()
+    run.wait_images(48)
+    node, rank = run.node_list(), run.rank_pid(0)
+    os.kill(slurm.node_processes(node)["slurmd"][0], signal.SIGKILL)
+    os.kill(rank, signal.SIGSTOP)  # busy elsewhere, until the new attempt has begun
+    try:
+        run.wait_restart(1)
+        run.wait_for(lambda: len(claims(run)) == 1 and claims(run)[0].split(".")[3] != str(rank), "the new claim")
+        os.kill(rank, signal.SIGCONT)
+        run.wait_for(lambda: gone(rank), "the orphan's end")
+        assert f"this process, process {rank}" in run.log() and "was taken over by" in run.log()
+        run.wait_end()
+        run.wait_for(lambda: len(run.attempts("end")) == 2, "the last word of the orphan's attempt")
+    finally:
+        slurm.start_node(node)
+    return run
+
+
+def claims(run: Job) -> list[str]:
+    return [folder.name for folder in (run.folder / "checkpoints").glob(".claim-*")]
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 # ---- more than one job -----------------------------------------------------------------------------------------------
 
 
@@ -240,6 +269,6 @@ def ablation(slurm, folder, data, projects, slow) -> Path:
 
 LANES = (
     (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck, taken_port),
-    (random_events,),
+    (random_events, orphan),
 )
 """Each on a Slurm of its own, in the order in which tests ask for them. Random events push others out, so they are alone."""

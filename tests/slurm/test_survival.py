@@ -11,7 +11,6 @@ import os
 import signal
 import time
 
-import psutil
 import pytest
 
 from jobs import LOCAL, Job
@@ -150,7 +149,7 @@ def test_a_stopped_rank(run2, whole2):
 
 def test_a_lost_node(cluster, run2, whole2):
     """slurmd, slurmstepd and rank gone at once: the job goes on on other nodes."""
-    node = cluster.command("scontrol", "show", "hostnames", nodes_of(run2)).split()[1]
+    node = cluster.command("scontrol", "show", "hostnames", run2.node_list()).split()[1]
 
     def lose() -> None:
         for pids in cluster.node_processes(node).values():
@@ -160,48 +159,11 @@ def test_a_lost_node(cluster, run2, whole2):
 
     try:
         run2.comes_back(lose, whole2, lost=True)
-        assert node not in cluster.command("scontrol", "show", "hostnames", nodes_of(run2)).split()
+        assert node not in cluster.command("scontrol", "show", "hostnames", run2.node_list()).split()
     finally:
         cluster.start_node(node)
-
-
-def nodes_of(run: Job) -> str:
-    return run.cluster.command("squeue", "-h", "-j", run.id, "-o", "%N").strip()
 
 
 def test_after_all_that_it_is_the_run_that_nothing_disturbed(run2, whole2):
     run2.wait_end()
     run2.assert_equals(whole2)
-
-
-# ---- one node: an orphan ---------------------------------------------------------------------------------------------
-
-
-def test_an_orphan_can_never_commit(cluster, job, whole1):
-    """slurmd is killed and the rank lives on: Slurm starts the job elsewhere; the orphan, late, changes nothing."""
-    run = job(OFTEN, nodes=1).submit()
-    run.wait_images(48)
-    node, orphan = nodes_of(run), run.rank_pid(0)
-    os.kill(cluster.node_processes(node)["slurmd"][0], signal.SIGKILL)
-    os.kill(orphan, signal.SIGSTOP)  # busy elsewhere, until the new attempt has begun
-    try:
-        run.wait_restart(1)
-        run.wait_for(lambda: len(claims(run)) == 1 and claims(run)[0].split(".")[3] != str(orphan), "the new claim")
-        os.kill(orphan, signal.SIGCONT)
-        run.wait_for(lambda: gone(orphan), "the orphan's end")
-        assert f"this process, process {orphan}" in run.log() and "was taken over by" in run.log()
-        run.wait_end()
-        run.assert_equals(whole1)
-        run.wait_for(lambda: len(run.attempts("end")) == 2, "the last word of the orphan's attempt")
-        verdicts = {(end["restart"], end["verdict"]) for end in run.attempts("end")}
-        assert verdicts == {(0, "superseded"), (1, "finished")}, verdicts
-    finally:
-        cluster.start_node(node)
-
-
-def claims(run: Job) -> list[str]:
-    return [folder.name for folder in (run.folder / "checkpoints").glob(".claim-*")]
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

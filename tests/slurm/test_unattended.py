@@ -65,3 +65,11 @@ def test_ten_random_events(random_events, whole2):
     run = random_events
     assert len(run.attempts("begin")) == 11, run.story()
     run.assert_equals(whole2)
+
+
+def test_an_orphan_can_never_commit(orphan, whole1):
+    """Late, it has changed nothing: the run that took over is the one that nothing disturbed."""
+    run = orphan
+    run.assert_equals(whole1)
+    verdicts = {(end["restart"], end["verdict"]) for end in run.attempts("end")}
+    assert verdicts == {(0, "superseded"), (1, "finished")}, verdicts
