@@ -91,8 +91,10 @@ class Submission:
     # ---- the script --------------------------------------------------------------------------------------------------
 
     def script(self) -> str:
-        """The batch script."""
+        """The batch script; of an array, where there are several seeds."""
         executor = self._executor()
+        if self.seeds > 1:
+            executor.parameters["map_count"] = self.seeds  # as `map_array` does
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def _executor(self) -> _Executor:

@@ -227,8 +227,12 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     run = Job(cluster, tmp_path / "run", data, "train.total_images=16", nodes=1)
     words = ("--nodes", "1", "--config", str(run.config), "--profile", str(PROFILES[0].with_name("local.yaml")))
     first = cluster.command("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 600").strip()
-    said = run.tool(*words, "--array-seeds", "2", "--dependency", f"afterany:{first}", "train.seed=5", *run.overrides)
+    seeds = ("--array-seeds", "2", "--dependency", f"afterany:{first}", "train.seed=5", *run.overrides)
+    shown = run.tool(*words, *seeds, "--dry-run")
+    said = run.tool(*words, *seeds)
     assert re.search(r"queued as job (\d+)_0, \1_1", said)
+    (queued,) = (run.folder / "slurm").glob("*_submission.sh")
+    assert "\n#SBATCH --array=0-1%2\n" in shown and queued.read_text() in shown, "what is shown is what is queued"
     again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
     assert "cancel that first" in again
     here = run.tool("--local", "--config", str(run.config), *run.overrides, status=2)
