@@ -91,7 +91,7 @@ class Job(Run):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.story()}"
-            time.sleep(0.1)
+            time.sleep(0.3)  # each look starts a command of Slurm's, on the cores that the jobs run on
 
     def images(self) -> int:
         """Images seen at the last report."""

@@ -74,12 +74,12 @@ def whole1(slurm, folder, data, projects, slow) -> Job:
 
 def whole2(slurm, folder, data, projects, slow) -> Job:
     """Two nodes."""
-    return _undisturbed(slurm, folder, data, 2, 960)
+    return _undisturbed(slurm, folder, data, 2, 640)
 
 
 def whole4(slurm, folder, data, projects, slow) -> Job:
     """Four nodes."""
-    return _undisturbed(slurm, folder, data, 4, 640)
+    return _undisturbed(slurm, folder, data, 4, 480)
 
 
 # ---- what a job gives up on, and what it gets out of by itself -------------------------------------------------------

@@ -29,7 +29,7 @@ def run4(cluster, data, projects, whole4, tmp_path_factory) -> Job:
     folder = tmp_path_factory.mktemp("run4")
     profile = folder / "profile.yaml"
     profile.write_text(LOCAL.read_text().replace("signal_seconds: 60", "signal_seconds: 110"))
-    overrides = ("train.total_images=640", AT_STOPS_ONLY)
+    overrides = ("train.total_images=480", AT_STOPS_ONLY)
     run = Job(cluster, folder / "run", data, *overrides, nodes=4, project=projects("time.sleep(0.7)"))
     return run.submit("--profile", str(profile))
 
@@ -84,7 +84,7 @@ def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
 
 @pytest.fixture(scope="module")
 def run2(cluster, data, slow, whole2, tmp_path_factory) -> Job:
-    overrides = ("train.total_images=960", OFTEN, "train.hang_seconds=10")
+    overrides = ("train.total_images=640", OFTEN, "train.hang_seconds=10")
     return Job(cluster, tmp_path_factory.mktemp("run2") / "run", data, *overrides, nodes=2, project=slow).submit()
 
 
