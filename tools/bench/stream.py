@@ -1,7 +1,7 @@
 """How fast the training stream is: beside webdataset, litdata, mosaicml-streaming and energon, in one run.
 
     python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
-    bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench,test]"
+    bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench]"
     bench-venv/bin/pip uninstall -y torchvision      unless torch is a CUDA build: it would not load
     bench-venv/bin/python tools/bench/stream.py [--data FOLDER] [--images 4000] [--rounds 5] [--loaders NAME ...]
     bench-venv/bin/python tools/bench/stream.py --resume     first batch after 0, 10% and 90% of 1,000,000 samples
