@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -480,6 +481,16 @@ def mirroring(folder: Path, data: Path, *overrides: str) -> Run:
     return Run(folder, data, f"checkpoint.mirror={URL}", "checkpoint.keep_last=2", "data.retry_seconds=1", *overrides)
 
 
+def uploaders(pid: int) -> list[psutil.Process]:
+    """The processes below this one that upload; children that have ended are none."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
+            if "dist_t2i.mirror" in child.cmdline():
+                found.append(child)
+    return found
+
+
 @pytest.mark.slow
 def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_path, proxy, server):
     """Lost after a stop, lost again when kill -9 struck in mid-upload: in the end it is the run that nothing stopped."""
@@ -496,7 +507,7 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
     (process,) = run.start()
     wait_for(lambda: proxy.seen("*images-000000080/generator.safetensors", "PUT"), process, run)
     assert f"fetching the one at {stopped} images" in run.output()
-    (uploader,) = (child for child in psutil.Process(process.pid).children() if "dist_t2i.mirror" in child.cmdline())
+    (uploader,) = uploaders(process.pid)
     process.kill()
     process.wait()
     assert psutil.wait_procs([uploader], timeout=60)[1] == [], "it ends with the training"

@@ -223,19 +223,32 @@ def _told(error: Exception, name: str) -> StorageError:
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
         return Gone("the object's name cannot be read", name)
     text = str(error)  # of obstore's errors, a nest of Rust structures
-    if re.search(r"\b416\b|range not satisfiable", text, re.IGNORECASE):
+    status = _status(error, text)
+    plain = re.sub(r"\w+://\S+", "", text)  # the object's name may say anything
+    if status == 416 or re.search("range not satisfiable", plain, re.IGNORECASE):
         return Short("the object is shorter than it ought to be", name)
-    reason = next((reason for pattern, reason in _REASONS if re.search(pattern, text, re.IGNORECASE)), "")
+    reason = _STATUSES.get(status) or ("the server failed (5xx)" if 500 <= status < 600 else "")
+    reason = reason or next((reason for pattern, reason in _REASONS if re.search(pattern, plain, re.IGNORECASE)), "")
     if not isinstance(error, known.BaseError):  # each file system has errors of its own
         text = getattr(error, "strerror", None) or f"{type(error).__name__}: {text}"
     return StorageError(reason or " ".join(text.split())[:200], name)
 
 
+def _status(error: Exception, text: str) -> int:
+    """The HTTP status that the server has answered with; 0 when it has not, or nobody says.
+
+    No other number will do: names, ports and the milliseconds that a request took are in the text, too.
+    """
+    given = getattr(error, "status", None)  # of aiohttp's errors, which fsspec passes on
+    found = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # obstore's, botocore's
+    return given if isinstance(given, int) else int(found[1]) if found else 0
+
+
+_STATUSES = {429: "the server is busy (429)", 503: "the server is busy (503)"}
 _REASONS = (
     (r"dns error|failed to lookup|name resolution", "the host's name cannot be resolved"),
     (r"connection refused", "the connection was refused"),
     (r"timed ?out|deadline", "the server did not answer in time"),
-    (r"\b503\b|slow ?down|service unavailable", "the server is busy (503)"),
-    (r"\b5\d\d\b", "the server failed (5xx)"),
+    (r"slow ?down|service unavailable", "the server is busy (503)"),
     (r"reset|broken pipe|closed|incomplete|end of file|eof", "the connection broke"),
 )
