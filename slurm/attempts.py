@@ -72,9 +72,9 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(name[7:]) for name in names if re.fullmatch(r"images-\d+", name)), default=-1)
 
 
-def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, message: str) -> None:
-    """Leave word of what a rank has failed of."""
-    said = {"rank": rank, "kind": kind, "message": message[:4000], "time": time.time()}
+def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, message: str, *, own: bool = False) -> None:
+    """Leave word of what a rank has failed of; of its `own` where that is known, whatever words it uses."""
+    said = {"rank": rank, "kind": kind, "message": message[:4000], "own": own, "time": time.time()}
     try:
         (run / FAILURES).mkdir(exist_ok=True)
         (run / FAILURES / f"{job}.{restart}.rank-{rank:05d}.json").write_text(json.dumps(said) + "\n")
@@ -91,7 +91,7 @@ def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
             found.append(json.loads(file.read_text()))
         except (OSError, ValueError):
             continue
-    own = [one for one in found if not _CONSEQUENCE.search(one["kind"] + " " + one["message"])]
+    own = [one for one in found if one.get("own") or not _CONSEQUENCE.search(one["kind"] + " " + one["message"])]
     if not own:
         return "", ""  # a rank that only lost another one: what became of that one says more
     first = min(own, key=lambda one: one["time"])

@@ -53,7 +53,7 @@ class TrainJob:
             status = error.status
             if not error.told_by_main:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
+                attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error), own=True)
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))

@@ -14,7 +14,7 @@ import pytest
 from dist_t2i.errors import UserError
 from jobs import submit
 from ranks import ROOT
-from slurm import status
+from slurm import attempts, status
 from slurm.after import said_by_srun
 from slurm.local import LocalSlurm
 from slurm.status import State
@@ -131,6 +131,15 @@ def test_a_controller_that_is_away(cluster, tmp_path):
         assert said.returncode == 2 and "cannot be told whether job 1" in said.stderr
     finally:
         one.down()
+
+
+def test_a_connection_that_a_rank_has_trouble_with_itself_is_a_cause(tmp_path):
+    """... and one to a rank that is lost is none."""
+    refused = "s3://bucket/a.tar: the connection was refused"
+    attempts.note_failure(tmp_path, "1", 0, 1, "RuntimeError", "gloo: Connection closed by peer")
+    assert attempts.cause_of_failure(tmp_path, "1", 0) == ("", "")
+    attempts.note_failure(tmp_path, "1", 0, 0, "DataError", refused, own=True)
+    assert attempts.cause_of_failure(tmp_path, "1", 0)[0] == f"rank 0: DataError: {refused}"
 
 
 @pytest.mark.parametrize("killed_first", [True, False])
