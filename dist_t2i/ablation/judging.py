@@ -43,7 +43,7 @@ class RememberingJudge(FeatureNetwork):
         plain = {field.name: getattr(judge, field.name) for field in dataclasses.fields(judge)}
         return cls(**plain, folder=folder)
 
-    def __call__(self, images: Tensor, *, batch: int = 32) -> Tensor:
+    def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
         from safetensors.torch import load_file, save_file
 
         about = f"{self.name} {self.weights_sha256} {self.side} {tuple(images.shape)}"

@@ -74,11 +74,16 @@ class FeatureNetwork:
         return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, *, batch: int = 32) -> Tensor:
-        """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time."""
+    def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
+        """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time.
+
+        By default 32 on a GPU and 4 on a CPU: the maps of more are over 32 MB there, which the C library's allocator takes
+        from the system and gives back each time, so that half of the time goes into page faults.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         device = next(self.module.parameters()).device
+        batch = batch or (4 if device.type == "cpu" else 32)
         rows = [self.module(self.prepare(chunk.to(device))).float().cpu() for chunk in images.split(batch)]
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
