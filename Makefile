@@ -1,5 +1,5 @@
 # make demo      install, then train on OpenMoji for ten minutes and show what came out (BUDGET=3m shortens it)
-# make test      install, then run every test
+# make test      install, then run every test (TESTS=tests/data: some; WORKERS=4: so many processes)
 # make quick     the tests that take seconds
 # make lint      ruff and mypy
 # make install   only install (into .venv; VENV=elsewhere, PYTHON=python3.12)
@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 10m
 TESTS ?=
+WORKERS ?= 2
 
 installed = $(VENV)/installed
 python = $(VENV)/bin/python
@@ -19,7 +20,7 @@ demo: $(installed)
 	@$(python) tools/demo.py --budget $(BUDGET)
 
 test: $(installed)
-	$(python) -m pytest $(TESTS)
+	@WORKERS=$(WORKERS) sh tests/everything.sh $(python) $(TESTS)
 
 quick: $(installed)
 	$(python) -m pytest -m "not slow" $(TESTS)

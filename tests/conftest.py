@@ -1,19 +1,24 @@
 """Puts this folder on sys.path (pytest does, because the file is here), so that all tests share its helper modules."""
 
+import os
 import signal
 
 # A shell starts its background jobs with SIGINT ignored, which every program of the tests would inherit: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests beside each other: threads that wait for each other's core, spinning, take longer than one does alone.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What became of every planned sample under each fault (data/test_faults.py)."""
-    import sys
-
-    faults = sys.modules.get("test_faults") or sys.modules.get("tests.data.test_faults")
-    if faults is None or not faults.TABLE:
+    """What became of every planned sample under each fault (data/test_faults.py), whichever process ran the test."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    told = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    table = [value for report in told for name, value in report.user_properties if name == "fault"]
+    if not table:
         return
     terminalreporter.section("faults between the store and the stream")
     terminalreporter.write_line(f"{'fault':<42}{'planned':>9}{'delivered':>11}{'replaced':>10}{'unaccounted':>13}")
-    for name, *counts in faults.TABLE:
+    for name, *counts in table:
         terminalreporter.write_line(f"{name:<42}{counts[0]:>9}{counts[1]:>11}{counts[2]:>10}{counts[3]:>13}")
