@@ -128,6 +128,20 @@ def effective_stage(stage: int, precision: str) -> int:
     return 1 if stage == 0 and precision != "fp32" else stage
 
 
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """torch.compile gives functions back as they are. At stages 1 to 3 DeepSpeed loads an optimizer that is not used here,
+    Muon, whose functions are decorated with it: loading the compiler for them takes a second of every rank's start."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class NetworkEngine:
     """A network, its AdamW and its ZeRO engine.
 
@@ -160,12 +174,13 @@ class NetworkEngine:
             fused=True,
         )
         parameters = sum(p.numel() for p in module.parameters())
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(spec, config, self.world_size, parameters),
-            dist_init_required=False,
-        )
+        with _without_compiler():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(spec, config, self.world_size, parameters),
+                dist_init_required=False,
+            )
         self._parameters = dict(self.module.named_parameters())
         self._gradient_norm = 0.0
         self._create_optimizer_state()
