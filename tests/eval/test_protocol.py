@@ -125,7 +125,7 @@ def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_pa
 def scored_on_a_rank(run, folder):
     """On each of several ranks: the values of all scores."""
     torch.distributed.init_process_group("gloo")
-    ranks_module.CHUNK = 5
+    ranks_module.CHUNK = 4
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
     found = scored(dist_t2i.load(run, "cpu"), open_set(folder), ranks=ranks)
     return found.as_json()
@@ -133,7 +133,7 @@ def scored_on_a_rank(run, folder):
 
 @pytest.mark.slow
 def test_four_ranks_give_the_numbers_of_one(scores, model, data, monkeypatch):
-    """With chunks of five rows, so that every rank has some, one fewer than the others."""
+    """With chunks of four rows, what a judge sees at a time, so that every rank has some, and not all as many."""
     here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
     everywhere = run_ranks(4, scored_on_a_rank, model.files.folder, data.folder)
