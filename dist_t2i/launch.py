@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import socket
 import subprocess
@@ -118,8 +119,9 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(rank.local_rank), str(rank.local_world_size)
     if rank.world_size == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        if not env.get("MASTER_PORT"):
-            env["MASTER_PORT"] = str(_free_port())
+        env["MASTER_PORT"] = (
+            env.get("MASTER_PORT") or "0"
+        )  # any that is free, found as it is taken: nobody else needs it
     elif not env.get("MASTER_ADDR"):
         raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: the address of rank 0's machine")
     elif not env.get("MASTER_PORT"):
@@ -133,10 +135,30 @@ def job_port(env: Mapping[str, str]) -> int:
     return 20_000 + (job * 37 + step * 11 + restart * 7) % 10_000  # below Linux's ephemeral ports (32768)
 
 
-def _free_port() -> int:
+def free_ports(count: int, apart: int = 0) -> list[int]:
+    """`count` ports of this machine, 12000 to 21999, on which nobody listens; with `apart`, port + apart is free as well.
+
+    Drawn at random, so that programs that look at the same time find others, and below 32768, where Linux begins to
+    give ports to outgoing connections: what was free a moment ago still is. Raises LaunchError where too few are free.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(12_000, 22_000), 10_000):
+        if len(found) == count:
+            break
+        if all(_is_free(number) for number in {port, port + apart}):
+            found.append(port)
+    if len(found) < count:
+        raise LaunchError(f"only {len(found)} of {count} ports are free between 12000 and 22000 on this machine")
+    return found
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def _settle_libraries(env: MutableMapping[str, str], rank: Rank) -> None:

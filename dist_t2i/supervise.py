@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from dist_t2i.errors import TrainingError, UserError
-from dist_t2i.launch import has_gpu
+from dist_t2i.launch import free_ports, has_gpu
 from dist_t2i.preempt import INTERRUPTED, STOPPED
 
 ENTRY = Path(__file__).resolve().parent / "train.py"
@@ -91,7 +91,7 @@ class _Child:
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         # The launcher's own talk is switched off: what matters is said by the run itself.
-        launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_port()}"]
+        launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_ports(1)[0]}"]
         command = [*launcher, *arguments]
         try:
             with open(log, "wb") if log else contextlib.nullcontext() as output:
@@ -179,10 +179,3 @@ class _Child:
             return process if alive else None
         except (psutil.Error, KeyError, TypeError, ValueError):
             return None
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

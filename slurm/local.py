@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
+from dist_t2i.launch import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
@@ -100,7 +101,7 @@ class LocalSlurm:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
-        ports = _free_ports(len(self.nodes) + 1)
+        ports = free_ports(len(self.nodes) + 1)
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
         # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
         # Nor a round number: from jobs' numbers come the ports of their ranks, and clusters may run side by side.
@@ -275,17 +276,6 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(count)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def _alive(pid: int) -> bool:

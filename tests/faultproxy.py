@@ -27,8 +27,9 @@ from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from dist_t2i.launch import free_ports
 from faults import Fault, HangUp
-from storage import environment, free_ports
+from storage import environment
 
 PIECE = 2**18
 """Bytes passed on at a time."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from dist_t2i.launch import free_ports
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    return free_ports(1)[0]
 
 
 def run_ranks(world_size: int, function, *args, timeout: float = 300):

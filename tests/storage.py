@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +15,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dist_t2i.launch import free_ports
 
 READY_SECONDS = 60.0
 """How long the server may take to answer; it takes about one."""
@@ -31,29 +31,6 @@ _PARTS = ("master", "volume", "filer", "s3", "admin")
 
 class StorageError(RuntimeError):
     """The server cannot be had; the message says why and what to do."""
-
-
-def free_ports(count: int, apart: int = 0) -> list[int]:
-    """`count` loopback ports that nobody listens on; with `apart`, port + apart is free as well.
-
-    All below 32768, where no outgoing connection of another program lands: one that is closed for a while stays free.
-    """
-    found: list[int] = []
-    for port in random.sample(range(12_000, 22_000), 10_000):
-        if all(_is_free(number) for number in {port, port + apart}):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise StorageError("no free ports between 12000 and 22000 on this machine")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        try:
-            server.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 class S3Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_t2i.errors import LaunchError
-from dist_t2i.launch import has_gpu, interface_towards, job_port, prepare
+from dist_t2i.launch import free_ports, has_gpu, interface_towards, job_port, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -29,15 +30,24 @@ SLURM = {
 }
 
 
-def test_plain_python_is_one_rank_with_a_free_port():
+def test_plain_python_is_one_rank_at_any_free_port():
     env = {"PATH": "/usr/bin"}
     rank = prepare(env)
     assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size, rank.launcher) == (0, 1, 0, 1, "plain")
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["MASTER_ADDR"]) == ("0", "1", "0", "127.0.0.1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", int(env["MASTER_PORT"])))
+    assert env["MASTER_PORT"] == "0"
     assert int(env["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
     assert env["PATH"].split(":") == [str(BIN), "/usr/bin"]
+
+
+def test_free_ports_lie_where_no_outgoing_connection_does_and_are_free():
+    ports = free_ports(5, apart=10_000)
+    assert len(set(ports)) == 5 and all(port >= 12_000 and port + 10_000 < 32_768 for port in ports)
+    with contextlib.ExitStack() as taken:
+        for port in (*ports, *(port + 10_000 for port in ports)):
+            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+        with pytest.raises(LaunchError, match=r"only [0-9]+ of 10000 ports are free"):
+            free_ports(10_000)
 
 
 def test_what_the_user_has_set_stays():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from dist_t2i.preempt import INTERRUPTED, SAME_PRESS, STOP_SIGNALS, STOPPED, StopFlag, signals_blocked
+from ranks import free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "stoppable.py"
 BIN = Path(sys.executable).parent
@@ -177,12 +177,6 @@ def test_handlers_come_back():
 # ---- under launchers: what `dist_t2i.preempt` documents ----------------------------------------------------------------
 
 
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def _launcher_of(run: Run) -> int:
     return psutil.Process(run.pids[0]).ppid()
 
@@ -199,7 +193,7 @@ def _launcher_of(run: Run) -> int:
     ids=["USR2 to a rank", "Ctrl-C", "TERM to the launcher", "TERM to the command"],
 )
 def test_under_deepspeed_all_ranks_save(act: Callable[[Run], None], status: int, why: str, tmp_path: Path):
-    launcher = (str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", _free_port())
+    launcher = (str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()))
     run = Run(tmp_path, "1.5", launcher=launcher, ranks=2)
     act(run)
     assert run.wait() == status
@@ -208,7 +202,7 @@ def test_under_deepspeed_all_ranks_save(act: Callable[[Run], None], status: int,
 
 @pytest.mark.slow
 def test_under_torchrun_all_ranks_save_although_ctrl_c_arrives_twice(tmp_path: Path):
-    launcher = (str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", _free_port())
+    launcher = (str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()))
     run = Run(tmp_path, "1.5", launcher=launcher, ranks=2)
     run.signal_all(signal.SIGINT)
     assert run.wait() == 1

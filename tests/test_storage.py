@@ -17,7 +17,7 @@ import pytest
 
 from faultproxy import FaultProxy
 from faults import Close, Cut, FlippedBit, Replaced, Reset, Stall, Status, Trickle, WrongLength
-from storage import S3Server, StorageError, free_ports, remove_sockets
+from storage import S3Server, StorageError, remove_sockets
 
 DATA = random.Random(0).randbytes(3_000_000)
 KEY = "set/train 00000.tar"
@@ -147,11 +147,6 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
-
-
-def test_free_ports_stay_out_of_the_way():
-    ports = free_ports(5, apart=10_000)
-    assert len(set(ports)) == 5 and all(port + 10_000 < 32_768 for port in ports)
 
 
 # The proxy without faults

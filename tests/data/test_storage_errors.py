@@ -9,7 +9,7 @@ import pytest
 
 from dist_t2i.data.sources import read_file
 from dist_t2i.data.storage import StorageError, StorageOptions, storage_errors
-from storage import free_ports
+from dist_t2i.launch import free_ports
 
 ONCE = StorageOptions(retry_seconds=0.0)
 

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -58,9 +57,9 @@ def main() -> int:
 
 def run_ranks(ranks: int) -> dict:
     """This command again on each of `ranks` processes; what rank 0 measured."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = str(server.getsockname()[1])
+    from dist_t2i.launch import free_ports
+
+    port = str(free_ports(1)[0])
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
