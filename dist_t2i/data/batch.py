@@ -11,6 +11,8 @@ from typing import Any
 import numpy
 import torch
 
+from dist_t2i.data.buffers import Loan, loan_of
+
 SMALL_BYTES = 2**21
 """Up to so many bytes a tensor comes from a worker through its pipe."""
 
@@ -50,18 +52,26 @@ class Batch:
         return self._with({name: t.pin_memory() for name, t in self._tensors().items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """From a worker, small tensors come quicker as bytes through the pipe than as shared memory of their own."""
+        """From a worker, small tensors come quicker as bytes through the pipe than as shared memory of their own, and
+        those that lie in a buffer come as its number."""
         small = {name: t.numpy() for name, t in self._tensors().items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
-        return vars(self) | small
+        large = {name: t for name, t in self._tensors().items() if name not in small}
+        return vars(self) | small | {name: loan for name, t in large.items() if (loan := loan_of(t))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({k: torch.from_numpy(v) if isinstance(v, numpy.ndarray) else v for k, v in state.items()})
+        vars(self).update({name: _received(value) for name, value in state.items()})
 
     def _with(self, tensors: dict[str, Any]) -> Batch:
         return replace(self, **tensors)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def _received(value: Any) -> Any:
+    if isinstance(value, Loan):
+        return value.tensor()
+    return torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
 
 
 @lru_cache(maxsize=100_000)

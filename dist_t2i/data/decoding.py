@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 
 from dist_t2i.config import Config
 from dist_t2i.data.batch import SMALL_BYTES
+from dist_t2i.data.buffers import Buffers
 from dist_t2i.data.decode import PictureError, Scratch, decode, square
 from dist_t2i.data.neighbours import NONE
 from dist_t2i.data.order import draw
@@ -27,11 +29,18 @@ class Decode:
     """Stage: adds `image` (uint8 [3, S, S]) and `captions`, and draws the crop; replaces what does not decode."""
 
     def __init__(
-        self, source: Source, before: Sequence[Stage], config: Config, samples: int, shared: bool = False
+        self,
+        source: Source,
+        before: Sequence[Stage],
+        config: Config,
+        samples: int,
+        shared: bool = False,
+        buffers: Buffers | None = None,
     ) -> None:
         self.source, self.before = source, before
-        self._slots = Slots(source.plan.rows, config.data.image_size, shared)
-        self._source_slots = Slots(source.plan.rows, config.data.image_size, shared) if config.edit.width else None
+        slots = functools.partial(Slots, source.plan.rows, config.data.image_size, shared, buffers)
+        self._slots = slots()
+        self._source_slots = slots() if config.edit.width else None
         self._scratch = Scratch()
         self.size, self.crop, self.seed = config.data.image_size, config.data.crop, config.train.seed
         fits = samples * 3 * self.size**2 <= REMEMBERED_BYTES
@@ -117,11 +126,13 @@ class Decode:
 class Slots:
     """The memory of one micro-batch after another: every picture is decoded to its final place, and nothing is copied.
 
-    Channels are last in memory, as the networks want them. In a loader worker the memory is shared with the parent.
+    Channels are last in memory, as the networks want them. In a loader worker the memory is shared with the parent: one
+    of the buffers between them where there are any and one is free.
     """
 
-    def __init__(self, rows: int, size: int, shared: bool) -> None:
+    def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._shared = (rows, size, size, 3), shared and rows * size * size * 3 > SMALL_BYTES
+        self._buffers = buffers
         self._taken = rows
         self.images = torch.empty(0)
         """uint8 [m, 3, H, W], the micro-batch that is being filled."""
@@ -130,14 +141,18 @@ class Slots:
         """uint8 [3, H, W], where the next picture goes; the same one again until `taken`."""
         if self._taken == self._shape[0]:
             self._taken = 0
-            memory = torch.empty(self._shape, dtype=torch.uint8) if not self._shared else self._new_shared()
-            self.images = memory.permute(0, 3, 1, 2)
+            self.images = self._memory().view(self._shape).permute(0, 3, 1, 2)
         return self.images[self._taken]
 
     def taken(self) -> None:
         """The slot is filled."""
         self._taken += 1
 
-    def _new_shared(self) -> torch.Tensor:
-        storage = torch.UntypedStorage._new_shared(math.prod(self._shape))
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(self._shape)
+    def _memory(self) -> torch.Tensor:
+        buffer = self._buffers.take() if self._buffers else None
+        if buffer is not None:
+            return buffer
+        size = math.prod(self._shape)
+        if not self._shared:
+            return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from dist_t2i.config import Config
-from dist_t2i.data.batch import Batch, caption_id
+from dist_t2i.data.batch import SMALL_BYTES, Batch, caption_id
+from dist_t2i.data.buffers import Buffers
 from dist_t2i.data.decoding import Decode
 from dist_t2i.data.lists import open_data
 from dist_t2i.data.mixture import Mixture
@@ -126,6 +127,18 @@ class Pipeline(torch.utils.data.IterableDataset):
         self.first = 0
         self.lane = 0, 1
         """Which worker of how many this is; set before each is started."""
+        self.buffers: Buffers | None = None
+        """Memory that it shares with its parent; likewise."""
+
+    def new_buffers(self, waiting: int) -> Buffers | None:
+        """For a worker whose batches may wait, so many, for the parent; None where they are small.
+
+        Each is one more in the making, one in the parent's hands, and two for what it holds meanwhile.
+        """
+        data = self.config.data
+        size = self.plan.rows * data.image_size**2 * 3
+        pictures = 2 if self.config.edit.width else 1
+        return Buffers((waiting + 4) * pictures, size) if size > SMALL_BYTES else None
 
     def stream(self, worker: int, workers: int) -> Iterator[tuple[Batch, list[BadRecord]]]:
         import webdataset
@@ -138,7 +151,7 @@ class Pipeline(torch.utils.data.IterableDataset):
             webdataset.DataPipeline(
                 source,
                 *self.stages,
-                Decode(source, self.stages, self.config, order.samples, shared=data.workers > 0),
+                Decode(source, self.stages, self.config, order.samples, shared=data.workers > 0, buffers=self.buffers),
                 Choose(self.config),
                 Collate(source, self.tokenizer, data.max_tokens),
             )

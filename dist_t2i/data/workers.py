@@ -23,6 +23,9 @@ from dist_t2i.data.apart import end_with, have_clients
 from dist_t2i.errors import DataError
 
 _MAX_RESTARTS = 3
+_WAITING = 4
+"""Batches that a worker may have ready."""
+_FORKS = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ class Lanes:
 
     def __init__(self, loaders: list[torch.utils.data.DataLoader], pipeline: Any) -> None:
         self._iterators = []
+        self._buffers = []  # held here: what a worker sends is looked for in them
         for lane, loader in enumerate(loaders):
             pipeline.lane = lane, len(loaders)
+            pipeline.buffers = pipeline.new_buffers(_WAITING) if _FORKS else None
+            self._buffers.append(pipeline.buffers)
             iterator: Any = iter(loader)
             iterator._worker_result_queue._writer.close()  # before the next fork, which would inherit it
             self._iterators.append(iterator)
@@ -127,9 +133,9 @@ class WorkerPool:
                 self._pipeline,
                 batch_size=None,
                 num_workers=1,
-                prefetch_factor=4,
+                prefetch_factor=_WAITING,
                 worker_init_fn=StartWorker(),
-                multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+                multiprocessing_context="fork" if _FORKS else "spawn",
             )
             for _ in range(self._workers)
         ]
