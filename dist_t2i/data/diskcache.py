@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK = 2**23
 """Bytes."""
@@ -128,10 +129,10 @@ class ChunkCache:
             with contextlib.suppress(OSError):
                 self.path(key, number).unlink()
 
-    def fill(self, key: str, number: int, fetch: Callable[[], bytes]) -> bool:
-        """Keep what `fetch` gives, unless it is there. False when another process is at it, or nothing can be kept.
+    def fill(self, key: str, number: int, size: int, fetch: Callable[[BinaryIO], None]) -> bool:
+        """Keep what `fetch` writes into a file, at most `size` bytes, unless it is there.
 
-        Raises what `fetch` raises.
+        False when another process is at it, or nothing can be kept. Raises what `fetch` raises.
         """
         if not self._works:
             return False
@@ -142,26 +143,28 @@ class ChunkCache:
             with self._part(path) as part:
                 if part is None:
                     return path.exists()
-                if path.exists():
-                    return True
-                begun = time.monotonic()
-                try:
-                    data = fetch()
-                except Exception as error:  # not the disk's: an OSError of a connection is one of these
-                    raise _FetchError(error) from error
-                self._make_room(len(data))
-                with open(part, "r+b") as file:
-                    file.truncate()
-                    file.write(data)
-                os.rename(part, path)
-                if len(data) == CHUNK:
-                    self._fill_seconds = time.monotonic() - begun
+                if not path.exists():
+                    self._fill(path, part, size, fetch)
                 return True
-        except _FetchError as error:
-            raise error.cause from error.cause
-        except OSError as error:
+        except OSError as error:  # those of connections are StorageErrors, which have no number
             self._fail(error)
             return False
+
+    def _fill(self, path: Path, part: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+        begun = time.monotonic()
+        self._make_room(size)
+        try:
+            with open(part, "r+b") as file:
+                file.truncate()
+                fetch(file)
+                whole = file.tell() == CHUNK
+            os.rename(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+        if whole:
+            self._fill_seconds = time.monotonic() - begun
 
     @contextlib.contextmanager
     def _part(self, path: Path) -> Iterator[Path | None]:
@@ -234,12 +237,6 @@ class ChunkCache:
                 os.unlink(path)
             left -= size
         return left
-
-
-class _FetchError(Exception):
-    def __init__(self, cause: BaseException) -> None:
-        super().__init__()
-        self.cause = cause
 
 
 def _remove_if_left(part: str) -> None:

@@ -7,10 +7,12 @@ with (If-Match). It gives up when `retry_seconds` have passed with nothing gaine
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 import threading
 import time
+from typing import BinaryIO
 
 from dist_t2i.data.storage import (
     BLOCK,
@@ -77,11 +79,19 @@ class RemoteFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes there, fewer at the end of the object. Raises StorageError, DataError."""
-        return self._read(offset, offset + size)
+        held = io.BytesIO()
+        self._read(held, offset, offset + size)
+        return held.getvalue()
+
+    def read_into(self, file: BinaryIO, offset: int, size: int) -> None:
+        """As `read`, into an empty file, as the bytes come. Raises what the file raises as well."""
+        self._read(file, offset, offset + size)
 
     def read_all(self) -> bytes:
         """The whole object. Raises StorageError, DataError."""
-        return self._read(0, None)
+        held = io.BytesIO()
+        self._read(held, 0, None)
+        return held.getvalue()
 
     @property
     def tag(self) -> str:
@@ -91,53 +101,52 @@ class RemoteFile:
     def close(self) -> None:
         """Connections belong to the process, not to the file."""
 
-    def _read(self, start: int, stop: int | None) -> bytes:
+    def _read(self, held: BinaryIO, start: int, stop: int | None) -> None:
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:
-                return b""
-        held = bytearray()
+                return
         # After a read that failed for good, others try once: they would all wait for nothing.
         patience = Patience(self.url, self.options.retry_seconds if self._patient else 0.0)
         block = LARGE_BLOCK
         while True:
-            before = len(held)
+            before = held.tell()
             try:
                 stop = self._once(held, start, stop, block)
-                if stop is None or start + len(held) >= stop:
+                if stop is None or start + held.tell() >= stop:
                     self._patient = True
-                    return bytes(held)
+                    return
                 raise StorageError("the connection closed early")
             except Short:
                 with self._lock:
-                    self.size = start + len(held)  # no byte is there, or beyond; where it ends does not matter
-                return bytes(held)
+                    self.size = start + held.tell()  # no byte is there, or beyond; where it ends does not matter
+                return
             except Changed:
                 self._forget(held)
             except StorageError as error:
                 block = BLOCK  # where connections break, every byte that came counts
-                patience.gained(len(held) - before)
+                patience.gained(held.tell() - before)
                 try:
                     patience.wait(error)
                 except StorageError:
                     self._patient = False
                     raise
 
-    def _once(self, held: bytearray, start: int, stop: int | None, block: int) -> int | None:
+    def _once(self, held: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
         """One request for what is missing, added to `held`. Returns where the bytes end, once that is known."""
-        answer = self._get().fetch(start + len(held), stop, self._tag, block)
+        answer = self._get().fetch(start + held.tell(), stop, self._tag, block)
         with self._lock:
             self._tag = self._tag or answer.tag
             self.size = answer.size if answer.size >= 0 else self.size
         if answer.size >= 0:
             stop = answer.size if stop is None else min(stop, answer.size)
         for data in answer.bytes:
-            held += data
-        if stop is not None and start + len(held) > stop:
-            del held[stop - start :]
+            held.write(data)
+        if stop is not None and start + held.tell() > stop:
+            _cut(held, stop - start)
         return stop
 
-    def _forget(self, held: bytearray) -> None:
+    def _forget(self, held: BinaryIO) -> None:
         """The object was replaced: begin anew with the one that is there now, whose checksums will tell if it is fit.
 
         Raises Changed when the version was given, by a manifest: the index beside it is of that one.
@@ -146,10 +155,15 @@ class RemoteFile:
             if self._given:
                 raise Changed("the object was replaced since it was indexed")
             self._tag, self.size = "", -1
-        held.clear()
+        _cut(held, 0)
 
     def _get(self) -> Client:
         with self._lock:
             if self._client is None:
                 self._client = client_of(self.url, self.options)
             return self._client
+
+
+def _cut(held: BinaryIO, size: int) -> None:
+    held.seek(size)
+    held.truncate()

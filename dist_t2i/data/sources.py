@@ -103,7 +103,9 @@ class CachedFile:
 
     def fill(self, number: int) -> bool:
         """Keep a chunk; False when another process is at it or nothing can be kept. Raises StorageError."""
-        return self.cache.fill(self.key, number, lambda: self.remote.read(number * CHUNK, CHUNK))
+        offset = number * CHUNK
+        size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
+        return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, size))
 
     def doubt(self, offset: int, size: int) -> None:
         """Bytes read from here were wrong: keep them no longer."""
