@@ -28,6 +28,8 @@ from typing import BinaryIO
 CHUNK = 2**23
 """Bytes."""
 _KEPT_OPEN = 256
+_LOOK, _LOOK_AGAIN = 0.005, 0.1
+"""Seconds between looks at whether another process has finished a chunk, and until it is asked if it still lives."""
 _ROOM = 0.9
 """Share of the bound that is left full when old chunks go."""
 _NO_ROOM = {
@@ -59,6 +61,7 @@ class ChunkCache:
     def _begin(self) -> None:
         self._open: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._lock = threading.Lock()
+        self._filling: dict[Path, threading.Event] = {}
         self._works = self.limit > 0
         self._fill_seconds = math.inf
         self._pid = os.getpid()
@@ -150,9 +153,21 @@ class ChunkCache:
             self._fail(error)
             return False
 
+    def await_fill(self, key: str, number: int, seconds: float) -> None:
+        """Wait until another thread or process has filled a chunk, or given it up, at most so long."""
+        path = self.path(key, number)
+        here = self._filling.get(path)
+        if here is not None:
+            here.wait(seconds)
+            return
+        end = time.monotonic() + min(seconds, _LOOK_AGAIN)
+        while not os.path.exists(path) and time.monotonic() < end:
+            time.sleep(_LOOK)
+
     def _fill(self, path: Path, part: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
         begun = time.monotonic()
         self._make_room(size)
+        done = self._filling[path] = threading.Event()
         try:
             with open(part, "r+b") as file:
                 file.truncate()
@@ -163,6 +178,9 @@ class ChunkCache:
             with contextlib.suppress(OSError):
                 os.unlink(part)
             raise
+        finally:
+            del self._filling[path]
+            done.set()
         if whole:
             self._fill_seconds = time.monotonic() - begun
 

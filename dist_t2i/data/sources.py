@@ -93,7 +93,7 @@ class CachedFile:
         end = time.monotonic() + QUICK
         with contextlib.suppress(StorageError):  # reading the sample alone meets it again, and tells it
             while not self.fill(number) and self.cache.works and time.monotonic() < end:
-                time.sleep(0.002)
+                self.cache.await_fill(self.key, number, end - time.monotonic())
         return self.cache.read(self.key, number, offset, size)
 
     @staticmethod

@@ -100,7 +100,13 @@ def test_two_at_once_the_second_goes_on(tmp_path):
     begun.wait()
     assert other.fill(key, 0, SIZE, fails("somebody is at it")) is False
     assert other.read(key, 0, 0, 10) is None, "not there before it is whole"
-    go.set()
+    for waiting in (cache, other):  # in the process that fetches, and in another
+        waiting.await_fill(key, 0, 0.02)
+        assert not waiting.has(key, 0), "it waits no longer than it is told to"
+    threading.Timer(0.2, go.set).start()
+    cache.await_fill(key, 0, 60)
+    assert cache.has(key, 0)
+    other.await_fill(key, 0, 60)
     first.join()
     assert other.read(key, 0, 0, 10) == chunk(3)[:10]
 

@@ -127,7 +127,8 @@ def preload(loader: str) -> None:
         peers.stand_in_for_torchvision()
     if loader == "dist_t2i":
         import dist_t2i.data.lists
-        import dist_t2i.data.stream  # noqa: F401
+        import dist_t2i.data.stream
+        import webdataset  # noqa: F401  it imports it when the first stream is opened
     else:
         importlib.import_module(peers.MODULES[loader])
 
