@@ -126,9 +126,10 @@ def preload(loader: str) -> None:
     if loader == "mds":
         peers.stand_in_for_torchvision()
     if loader == "dist_t2i":
+        import webdataset  # noqa: F401  opening the first stream would import it
+
         import dist_t2i.data.lists
-        import dist_t2i.data.stream
-        import webdataset  # noqa: F401  it imports it when the first stream is opened
+        import dist_t2i.data.stream  # noqa: F401
     else:
         importlib.import_module(peers.MODULES[loader])
 
