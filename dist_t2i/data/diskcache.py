@@ -63,7 +63,8 @@ class ChunkCache:
         self._lock = threading.Lock()
         self._filling: dict[Path, threading.Event] = {}
         self._works = self.limit > 0
-        self._fill_seconds = math.inf
+        self.fill_seconds = math.inf
+        """How long this process last took to fetch a whole chunk; infinite before it is known."""
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
@@ -87,11 +88,6 @@ class ChunkCache:
     def works(self) -> bool:
         """Whether chunks can be kept."""
         return self._works
-
-    @property
-    def fill_seconds(self) -> float:
-        """How long this process last took to fetch a whole chunk; infinite before the first one."""
-        return self._fill_seconds
 
     def path(self, key: str, number: int) -> Path:
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
@@ -182,7 +178,7 @@ class ChunkCache:
             del self._filling[path]
             done.set()
         if whole:
-            self._fill_seconds = time.monotonic() - begun
+            self.fill_seconds = time.monotonic() - begun
 
     @contextlib.contextmanager
     def _part(self, path: Path) -> Iterator[Path | None]:

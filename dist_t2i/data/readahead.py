@@ -45,6 +45,7 @@ class ReadAhead:
         """Start the threads. Called once."""
         cache = cache_of(self._shards.options) if self._shards.remote and may_have_clients() else None
         if cache is not None and cache.works:
+            cache.fill_seconds = 0.0  # not known yet; readers that took it for slow would ask for most samples twice
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
             threading.Thread(target=self._until_the_end, args=(cache,), name="read ahead", daemon=True).start()
 

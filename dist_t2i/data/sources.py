@@ -61,7 +61,7 @@ class LocalFile:
         self.close()
 
 
-QUICK = 0.25
+QUICK = 0.5
 """Seconds. Where a whole chunk comes in less, a reader gets it, or waits for whoever is getting it: its other samples will
 be wanted, too, and a request for each costs the processor six times as much a byte. Else it asks for its sample alone."""
 
