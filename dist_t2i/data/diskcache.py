@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import math
 import os
 import sys
 import threading
@@ -63,8 +62,9 @@ class ChunkCache:
         self._lock = threading.Lock()
         self._filling: dict[Path, threading.Event] = {}
         self._works = self.limit > 0
-        self.fill_seconds = math.inf
-        """How long this process last took to fetch a whole chunk; infinite before it is known."""
+        self.fill_seconds = 0.0
+        """How long this process last took to fetch a whole chunk; 0 before it is known: readers that took it for slow would
+        ask for most samples of the first window twice."""
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:

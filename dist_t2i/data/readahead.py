@@ -32,20 +32,15 @@ class Windows(Protocol):
 
 
 class ReadAhead:
-    """Fetches in the background, from `position` on, once `begin` is called; `reached` tells where the reader is. Does
-    nothing without a cache."""
+    """Fetches in the background, from `position` on; `reached` tells where the reader is. Does nothing without a cache."""
 
     def __init__(self, shards: Shards, order: Windows, position: int, turn: float = 0.0) -> None:
         """turn: 0 to 1, where in a window this worker begins, so that workers do not all want the same chunk."""
         self._shards, self._order, self._turn = shards, order, turn
         self._position = position
         self._moved = threading.Condition()
-
-    def begin(self) -> None:
-        """Start the threads. Called once."""
-        cache = cache_of(self._shards.options) if self._shards.remote and may_have_clients() else None
+        cache = cache_of(shards.options) if shards.remote and may_have_clients() else None
         if cache is not None and cache.works:
-            cache.fill_seconds = 0.0  # not known yet; readers that took it for slow would ask for most samples twice
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
             threading.Thread(target=self._until_the_end, args=(cache,), name="read ahead", daemon=True).start()
 

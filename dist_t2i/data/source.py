@@ -28,8 +28,6 @@ Place = tuple[int, int, int]
 _LOOK_AHEAD = 512
 _READERS, _READ_AHEAD = 16, 48
 """Threads that read remote samples, and samples that may wait to be decoded."""
-_FIRST = 64
-"""Samples at the start that come before any reading ahead."""
 _MAX_TRIES = 1_000
 
 
@@ -90,34 +88,26 @@ class Source:
             for place in self._places():
                 yield self._got(place, functools.partial(self._read, *place))
             return
-        start = int(self.plan.positions(self.first)[0])
-        ahead = ReadAhead(self.shards, self.order, start, turn=self.first % self.step / self.step)
         with concurrent.futures.ThreadPoolExecutor(_READERS, "read") as pool:
             waiting: deque[tuple[Place, concurrent.futures.Future]] = deque()
-            for number, place in enumerate(self._places(ahead.reached)):
-                if number == min(self.plan.rows, _FIRST):
-                    # So much is read sample by sample, with nothing beside it: training waits for the first batch.
-                    while waiting:
-                        yield self._taken(waiting)
-                    ahead.begin()
+            for place in self._places():
                 waiting.append((place, pool.submit(self._read, *place)))
                 if len(waiting) > _READ_AHEAD:
-                    yield self._taken(waiting)
+                    place, future = waiting.popleft()
+                    yield self._got(place, future.result)
 
-    def _places(self, reached: Callable[[int], None] = lambda position: None) -> Iterator[Place]:
-        """Position, shard and row of each sample of the plan, endlessly; tells now and then which position it is at."""
+    def _places(self) -> Iterator[Place]:
+        """Position, shard and row of each sample of the plan, endlessly."""
         sequence = self.first
         steps = max(1, _LOOK_AHEAD // self.plan.rows)
+        start = self.plan.positions(sequence)[0]
+        ahead = ReadAhead(self.shards, self.order, int(start), turn=self.first % self.step / self.step)
         while True:
             positions = numpy.concatenate([self.plan.positions(sequence + i * self.step) for i in range(steps)])
-            reached(int(positions[0]))
+            ahead.reached(int(positions[0]))
             for position, shard, row in zip(positions, *self.order.at(positions), strict=True):
                 yield int(position), int(shard), int(row)
             sequence += steps * self.step
-
-    def _taken(self, waiting: deque[tuple[Place, concurrent.futures.Future]]) -> dict[str, Any]:
-        place, future = waiting.popleft()
-        return self._got(place, future.result)
 
     def _got(self, place: Place, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The sample there, or the one that replaces it."""
