@@ -39,6 +39,21 @@ def test_it_compares_loaders_that_read_from_s3(tmp_path):
     assert float(line[3]) == 1.0, "it is the fastest peer"
 
 
+@pytest.mark.slow
+def test_it_starts_deep_in_an_epoch_and_in_sets_of_many_shards(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from tools.bench import deep
+
+    monkeypatch.setattr(deep, "SAMPLES", 200)
+    monkeypatch.setattr(deep, "RESUME_SHARDS", 4)
+    monkeypatch.setattr(deep, "SCALE_SHARDS", 40)
+    found = deep.run(tmp_path, 1, resume=True, scale=True)
+    assert set(found["resume"]) == {"0%", "10%", "90%"} and all(first > 0 for (first,) in found["resume"].values())
+    assert set(found["scale"]) == {"800", "8,000"} and all(row["private"] > 10e6 for (row,) in found["scale"].values())
+    printed = capsys.readouterr().out
+    assert "first batch of 800 samples" in printed and printed.count("\n90%") == 1
+
+
 def test_a_peer_that_is_missing_is_named():
     import importlib.util
 

@@ -39,6 +39,7 @@ def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]
 def one_shard(data: Path) -> Path:
     """A set of SAMPLES small pictures in one shard, made once."""
     from dist_t2i.sharding.folder import Item
+    from dist_t2i.sharding.origins import PictureFile
     from dist_t2i.sharding.preparing import Options
     from dist_t2i.sharding.sets import write_set
 
@@ -51,7 +52,7 @@ def one_shard(data: Path) -> Path:
         for number in range(SAMPLES):
             path = folder / "pictures" / f"{number:06d}.jpg"
             path.write_bytes(small_picture(number))
-            items.append(Item(path.stem, path, [f"a picture with the number {number}"]))
+            items.append(Item(path.stem, PictureFile(str(path)), [f"a picture with the number {number}"]))
         write_set(folder / "set", items, [], Options(shard_samples=SAMPLES))
     return folder / "set"
 
