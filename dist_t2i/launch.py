@@ -119,9 +119,8 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(rank.local_rank), str(rank.local_world_size)
     if rank.world_size == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env["MASTER_PORT"] = (
-            env.get("MASTER_PORT") or "0"
-        )  # any that is free, found as it is taken: nobody else needs it
+        # 0: any port that is free, found as it is taken. Nobody else needs to know it.
+        env["MASTER_PORT"] = env.get("MASTER_PORT") or "0"
     elif not env.get("MASTER_ADDR"):
         raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: the address of rank 0's machine")
     elif not env.get("MASTER_PORT"):

@@ -131,9 +131,9 @@ class Pipeline(torch.utils.data.IterableDataset):
         """Memory that it shares with its parent; likewise."""
 
     def new_buffers(self, waiting: int) -> Buffers | None:
-        """For a worker whose batches may wait, so many, for the parent; None where they are small.
+        """For a worker of which so many batches may wait for the parent; None where batches are small.
 
-        Each is one more in the making, one in the parent's hands, and two for what it holds meanwhile.
+        Four more than wait: one in the making, one in the parent's hands, and two that it may hold meanwhile.
         """
         data = self.config.data
         size = self.plan.rows * data.image_size**2 * 3
