@@ -5,7 +5,8 @@
 For every number of ranks, the same step (dist_t2i/gan.py) runs under plain PyTorch (DistributedDataParallel where there
 are several ranks) and under ZeRO at each stage, in turn, on the same made-up batches. Printed: images/s (median over the
 rounds), the cost relative to plain PyTorch (median of the ratios within a round), milliseconds per phase, and the share
-of a measured matmul peak that the convolutions and matrix products reach.
+of a measured matmul peak that the convolutions and matrix products reach. With --peer, on one rank, DF-GAN's networks and
+step (dfgan.py) take their turn as well, at the same picture size and batch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
 VOCABULARY = 2000
+PEER_STEPS = 3
+"""In a measurement; each takes as long as several of ours."""
 PHASES = ("prepare", "discriminator", "generator", "average")
 
 
@@ -35,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], help="ZeRO stages, of both networks")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn")
     parser.add_argument("--steps", type=int, default=8, help="steps in a measurement; a multiple of the lazy penalty's")
+    parser.add_argument("--peer", action="store_true", help="DF-GAN's step as well, where there is one rank")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -90,6 +94,12 @@ def print_table(table: dict) -> None:
     for name, row in table["rows"].items():
         phases = "  ".join(f"{row['phases'][phase]:13.1f}" for phase in PHASES)
         print(f"{name:14}{row['rate']:9.1f}  {row['cost']:7.3f}  {row['share']:7.1%}  {phases}", flush=True)
+    if peer := table["peer"]:
+        print(
+            f"DF-GAN (generator {peer['generator'] / 1e6:.2f}M, discriminator {peer['discriminator'] / 1e6:.2f}M parameters, "
+            f"fp32): {peer['rate']:.1f} images/s; plain above makes {peer['ratio']:.2f} times that",
+            flush=True,
+        )
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -114,7 +124,12 @@ def measure(options: argparse.Namespace) -> None:
     for subject in subjects.values():
         subject.run(2)
     flops = count_flops(subjects["plain"])
-    rounds = [{kind: subject.run(options.steps) for kind, subject in subjects.items()} for _ in range(options.rounds)]
+    peer = peer_of(config, device) if options.peer and rank.world_size == 1 else None
+    rounds, peer_seconds = [], []
+    for _ in range(options.rounds):
+        rounds.append({kind: subject.run(options.steps) for kind, subject in subjects.items()})
+        if peer:
+            peer_seconds.append(peer.run(PEER_STEPS))
     if rank.rank == 0:
         batch, nets = config.train.global_batch, subjects["plain"].gan
         sizes = {
@@ -144,10 +159,29 @@ def measure(options: argparse.Namespace) -> None:
             "gflop_per_image": flops * dist.get_world_size() / batch / 1e9,
             "peak_gflops": peak / 1e9,
             "rows": rows,
+            "peer": None,
         }
+        if peer:
+            ratios = [seconds / r["plain"][0] for seconds, r in zip(peer_seconds, rounds, strict=True)]
+            generator, discriminator = peer.parameters
+            table["peer"] = {
+                "rate": batch / statistics.median(peer_seconds),
+                "ratio": statistics.median(ratios),
+                "generator": generator,
+                "discriminator": discriminator,
+            }
         print(json.dumps(table))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def peer_of(config, device):
+    """DF-GAN at this configuration's picture size and batch, warm."""
+    from tools.bench.dfgan import Peer
+
+    peer = Peer(config.data.image_size, config.train.global_batch, device)
+    peer.run(1)
+    return peer
 
 
 class PlainEngine:
