@@ -21,6 +21,8 @@ from slurm.local import LocalSlurm
 STAGES = ("engine.generator_stage=2", "engine.discriminator_stage=2", "optimizer.decay=constant")
 STEP = "        self.images += self.batch\n"
 """Where bugs are put into copies of trainer.py: in a step."""
+CALM = ("optimizer.generator_lr=1e-4", "optimizer.discriminator_lr=1e-4")
+"""Steps that leave a difference as small as it is; the usual ones multiply it, up to six times each."""
 LOCAL = ROOT / "slurm" / "profiles" / "local.yaml"
 
 

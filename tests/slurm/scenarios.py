@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from dist_t2i.launch import job_port
-from jobs import LOCAL, Job, new_user, until
+from jobs import CALM, LOCAL, Job, new_user, until
 from models_on_disk import write_tone_set
 from ranks import ROOT
 from runs import CONFIG
@@ -61,25 +61,28 @@ class Beside:
 # ---- undisturbed runs, which others are compared with ----------------------------------------------------------------
 
 
-def _undisturbed(slurm: LocalSlurm, folder: Path, data: Path, nodes: int, images: int) -> Job:
-    run = Job(slurm, folder / "run", data, f"train.total_images={images}", OFTEN, nodes=nodes).submit()
+def _undisturbed(
+    slurm: LocalSlurm, folder: Path, data: Path, *overrides: str, nodes: int, images: int, project: Path = ROOT
+) -> Job:
+    overrides = (f"train.total_images={images}", OFTEN, *overrides)
+    run = Job(slurm, folder / "run", data, *overrides, nodes=nodes, project=project).submit()
     run.wait_end()
     return run
 
 
 def whole1(slurm, folder, data, projects, slow) -> Job:
     """One node."""
-    return _undisturbed(slurm, folder, data, 1, 200)
+    return _undisturbed(slurm, folder, data, nodes=1, images=200)
 
 
 def whole2(slurm, folder, data, projects, slow) -> Job:
     """Two nodes."""
-    return _undisturbed(slurm, folder, data, 2, 640)
+    return _undisturbed(slurm, folder, data, nodes=2, images=640)
 
 
 def whole4(slurm, folder, data, projects, slow) -> Job:
-    """Four nodes."""
-    return _undisturbed(slurm, folder, data, 4, 480)
+    """Four nodes; compared with two nodes as well, so that round-off must stay round-off."""
+    return _undisturbed(slurm, folder, data, *CALM, nodes=4, images=480, project=projects(smooth=True))
 
 
 # ---- what a job gives up on, and what it gets out of by itself -------------------------------------------------------
