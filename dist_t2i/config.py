@@ -131,6 +131,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    generator: Literal["adamw", "muon"] = "adamw"
+    """What steps the generator: `muon` is for its matrices and kernels; its biases and its text encoder stay AdamW's."""
     generator_lr: float = 8e-4
     """Peak learning rate of the generator."""
     discriminator_lr: float = 8e-4
@@ -143,8 +145,10 @@ class OptimizerConfig:
     """Adam's second-moment decay."""
     epsilon: float = 1e-8
     """AdamW's, added to the root of the second moment."""
+    muon_momentum: float = 0.9
+    """Share of its past that Muon's moving average of gradients keeps at each step."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay."""
     warmup_images: int = 2_000
     """The learning rates rise linearly from 0 over this many images; 0 starts at the peak."""
     decay: Literal["constant", "linear", "cosine"] = "linear"

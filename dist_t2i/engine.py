@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from dist_t2i.config import Config
 from dist_t2i.errors import ConfigError, LaunchError
+from dist_t2i.muon import AdamWAndMuon, Layout, Piece
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,6 +89,8 @@ class EngineSpec:
     learning_rate: float
     scales: dict[str, float]
     """Learning-rate scale by the name of a direct child of the module; others get 1."""
+    muon: frozenset[str] = frozenset()
+    """Direct children of the module whose matrices and kernels are Muon's; all else is AdamW's."""
 
 
 def deepspeed_config(spec: EngineSpec, config: Config, world_size: int, parameters: int) -> dict:
@@ -142,8 +144,21 @@ def _without_compiler() -> Iterator[None]:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
+def parameter_groups(module: nn.Module, spec: EngineSpec) -> list[dict]:
+    """The optimizer's groups: the parameters of each child of `module`, Muon's and AdamW's apart."""
+    groups = []
+    for name, child in module.named_children():
+        matrices = [p for p in child.parameters() if name in spec.muon and p.ndim > 1]
+        others = [p for p in child.parameters() if name not in spec.muon or p.ndim < 2]
+        for muon, parameters in ((False, others), (True, matrices)):
+            if parameters:
+                scale = spec.scales.get(name, 1.0)
+                groups.append({"params": parameters, "scale": scale, "name": name, "muon": muon})
+    return groups
+
+
 class NetworkEngine:
-    """A network, its AdamW and its ZeRO engine.
+    """A network, its optimizer (AdamW, and Muon where the specification says so) and its ZeRO engine.
 
     Raises ConfigError where DeepSpeed cannot run what the configuration asks for.
     """
@@ -160,19 +175,20 @@ class NetworkEngine:
         self.world_size = dist.get_world_size()
         spec = EngineSpec(**{**vars(spec), "stage": self.stage})
         module = module.to(device)
-        groups = [
-            {"params": list(child.parameters()), "scale": spec.scales.get(name, 1.0), "name": name}
-            for name, child in module.named_children()
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(
-            groups,
+        optimizer = AdamWAndMuon(
+            parameter_groups(module, spec),
+            momentum=config.optimizer.muon_momentum,
             lr=spec.learning_rate,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
             eps=config.optimizer.epsilon,
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
+        self._moments = {
+            p: ("exp_avg",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         parameters = sum(p.numel() for p in module.parameters())
         with _without_compiler():
             self._engine, *_ = deepspeed.initialize(
@@ -261,14 +277,41 @@ class NetworkEngine:
         return list(self._zero.fp32_groups_flat_partition if masters is None else masters)
 
     def _create_optimizer_state(self) -> None:
-        """AdamW makes its moments in its first step; made here they can be loaded, and all runs begin alike."""
-        for master in self._flat_masters():
+        """The optimizer makes its moments in its first step; made here they can be loaded, and all runs begin alike."""
+        layouts = {}
+        for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             self._base_optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{key: torch.zeros_like(master, memory_format=torch.preserve_format) for key in MOMENTS},
+                **{
+                    key: torch.zeros_like(master, memory_format=torch.preserve_format)
+                    for key in self._moments[parameters[0]]
+                },
             }
+            pieces = tuple(map(self._piece, parameters))
+            layouts[master] = Layout(pieces, self.stage > 0 and self.world_size > 1, self.device)
         if self.stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
+        self._base_optimizer.layout_of = layouts.__getitem__
+
+    def _parameters_of_masters(self) -> list[list[nn.Parameter]]:
+        """Of which parameters each of `_flat_masters` holds this rank's pieces."""
+        if self.stage == 0:
+            return [[parameter] for parameter in self._parameters.values()]
+        return list(self._zero.fp16_groups if self.stage == 3 else self._zero.bit16_groups)
+
+    def _piece(self, parameter: nn.Parameter) -> Piece:
+        """Which part of a parameter this rank's flat master holds, and where."""
+        if self.stage == 0:
+            return Piece(parameter.shape, 0, 0, parameter.numel())
+        if self.stage == 3:
+            _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            first = size * dist.get_rank()  # every rank holds as many, the last ones' end is padding
+            return Piece(parameter.ds_shape, first, offset, min(size, max(0, parameter.ds_numel - first)))
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Piece(parameter.shape, 0, 0, 0)
+        there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Piece(parameter.shape, there.start, here.start, here.numel)
 
     @torch.no_grad()
     def _whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
@@ -323,15 +366,15 @@ class NetworkEngine:
         return {name: self._whole(p, None).to("cpu", copy=True) for name, p in self._parameters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """fp32 CPU copies of AdamW's moments, `NAME.exp_avg` and `NAME.exp_avg_sq`. Collective."""
+        """fp32 CPU copies of the moments, `NAME.exp_avg` and (AdamW's) `NAME.exp_avg_sq`. Collective."""
         return {
             f"{name}.{key}": self._whole(p, key).to("cpu", copy=True)
             for name, p in self._parameters.items()
-            for key in MOMENTS
+            for key in self._moments[p]
         }
 
     def counters(self) -> dict[str, float]:
-        """The engine's scalars: AdamW's step count, and fp16's loss scale with its history."""
+        """The engine's scalars: the optimizer's step count, and fp16's loss scale with its history."""
         steps = next(iter(self._base_optimizer.state.values()))["step"] if self._base_optimizer.state else 0
         counters = {"step": float(steps), "skipped_steps": self.skipped_steps}
         if self.dtype is torch.float16:
@@ -343,7 +386,7 @@ class NetworkEngine:
         """Put back what `weights`, `optimizer_state` and `counters` gave, at any world size, stage or precision."""
         for name, parameter in self._parameters.items():
             self._set_whole(parameter, weights[name], None)
-            for key in MOMENTS:
+            for key in self._moments[parameter]:
                 self._set_whole(parameter, moments[f"{name}.{key}"], key)
         for state in self._base_optimizer.state.values():
             state["step"].fill_(counters["step"])

@@ -42,8 +42,31 @@ class Embedded(NamedTuple):
     mask: torch.Tensor
 
 
+class WithMuon:
+    """AdamW for all but the matrices of `generator`, which take Muon's step, by their singular values in double precision."""
+
+    def __init__(self, adamw, generator, options):
+        self.adamw, self.options = adamw, options
+        self.momentum = {p: torch.zeros_like(p) for p in generator.parameters() if p.ndim > 1}
+
+    def step(self):
+        o = self.options
+        for p, momentum in self.momentum.items():
+            gradient, p.grad = p.grad, None  # AdamW passes over what has no gradient
+            momentum.mul_(o.muon_momentum).add_(gradient, alpha=1 - o.muon_momentum)
+            ahead = (1 - o.muon_momentum) * gradient + o.muon_momentum * momentum
+            u, values, v = torch.linalg.svd(ahead.double().flatten(1), full_matrices=False)
+            values = values / values.square().sum().sqrt()
+            for _ in range(5):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            step = (u * values) @ v * 0.2 * max(u.shape[0], v.shape[1]) ** 0.5
+            with torch.no_grad():
+                p.mul_(1 - o.generator_lr * o.weight_decay).sub_(o.generator_lr * step.view_as(p))
+        self.adamw.step()
+
+
 class Reference:
-    """Single-process training with `torch.optim.AdamW`, one optimizer for each engine of the real thing."""
+    """Single-process training with `torch.optim.AdamW` (and Muon where it is asked for), one optimizer for each engine of the real thing."""
 
     def __init__(self, config, vocab_size, frozen=None):
         torch.manual_seed(config.train.seed)
@@ -59,6 +82,8 @@ class Reference:
             "g": adam(self.nets.generator, o.generator_lr),
             "d": adam(self.nets.discriminator, o.discriminator_lr),
         }
+        if o.generator == "muon":
+            self.optimizers["g"] = WithMuon(self.optimizers["g"], self.nets.generator.generator, o)
         if self.nets.text is not None:
             self.optimizers["t"] = adam(self.nets.text, o.discriminator_lr)
 
@@ -83,18 +108,23 @@ class Reference:
         total, embedded, d_losses = self._d_losses(seen)
         total.backward()
         text_gradients = [self._text_gradient()]
-        self.optimizers["d"].step()
+        self._step("d", self.nets.discriminator)
 
         self._zero()
         total, g_losses = self._g_losses(seen, embedded)
         total.backward()
         text_gradients.append(self._text_gradient())
-        self.optimizers["g"].step()
+        self._step("g", self.nets.generator)
         if "t" in self.optimizers:
             for p, of_d, of_g in zip(self.nets.text.parameters(), *text_gradients, strict=True):
                 p.grad = of_d + of_g
-            self.optimizers["t"].step()
+            self._step("t", self.nets.text)
         return d_losses | g_losses
+
+    def _step(self, name, module):
+        if largest := self.config.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), largest)
+        self.optimizers[name].step()
 
     def _d_losses(self, seen):
         """The total, what G's step needs of the real pictures, and the single losses."""

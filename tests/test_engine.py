@@ -34,7 +34,7 @@ def test_fp16_without_hardware_is_a_configuration_error():
         resolve_precision("fp16", CPU)
 
 
-def round_trips(precision: str) -> list[str]:
+def round_trips(precision: str, optimizer: str) -> list[str]:
     """For every stage: train, take the state, go on; put the state into a fresh gan of each stage, go on; compare."""
     import torch.distributed as dist
 
@@ -51,6 +51,7 @@ def round_trips(precision: str) -> list[str]:
             engine__generator_stage=stage,
             engine__discriminator_stage=stage,
             engine__precision=precision,
+            optimizer__generator=optimizer,
             loss__penalty="none" if stage == 3 else "r1",
             text__mode="shared",
         )
@@ -98,8 +99,9 @@ def round_trips(precision: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_state_goes_out_and_in_bitwise_at_every_stage(precision):
-    for problems in run_ranks(2, round_trips, precision):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_goes_out_and_in_bitwise_at_every_stage(precision, optimizer):
+    for problems in run_ranks(2, round_trips, precision, optimizer):
         assert problems == []
 
 
