@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -291,6 +291,10 @@ _FREE = (
 """Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
 
 
+_FIXED = ("model.", "text.", "edit.width", "data.image_size", "data.max_tokens", "optimizer.generator")
+"""Keys (or sections) that say which tensors a checkpoint has, and of which shapes: no flag lets a run go on with others."""
+
+
 def is_free(key: str, config: Config) -> bool:
     """Whether `key` may change on resume without changing what is trained.
 
@@ -299,7 +303,12 @@ def is_free(key: str, config: Config) -> bool:
     """
     if key == "train.total_images":
         return config.optimizer.decay == "constant"
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in _FREE)
+    return _matches(key, _FREE)
+
+
+def _matches(key: str, listed: Sequence[str]) -> bool:
+    """Whether `key` or its section (with the dot) is listed."""
+    return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
@@ -310,8 +319,21 @@ def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tu
 
 
 def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:
-    """Lines that name the changed keys. Raises `ConfigError` with them unless `allow`; `flag` is how a user allows."""
-    lines = [f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()]
+    """Lines that name the changed keys. Raises `ConfigError` with them unless `allow`; `flag` is how a user allows.
+
+    What is allowed, too, are not other networks or another optimizer: the checkpoint has no weights for them.
+    """
+    changes = {key: f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()}
+    lines = list(changes.values())
+    fixed = [line for key, line in changes.items() if key != "text.frozen" and _matches(key, _FIXED)]
+    if fixed and allow:
+        raise ConfigError(
+            "the checkpoints of this run do not fit another network or optimizer:\n  "
+            + "\n  ".join(fixed)
+            + "\nPut the old "
+            "values back, or start another run (run.folder=...).",
+            fixed,
+        )
     if lines and not allow:
         listed = "".join(f"\n  {line}" for line in lines)
         count = "1 key" if len(lines) == 1 else f"{len(lines)} keys"

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_t2i.config import Config
-from dist_t2i.errors import ConfigError, LaunchError
+from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.muon import AdamWAndMuon, Layout, Piece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -383,7 +383,11 @@ class NetworkEngine:
         return counters
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, float]) -> None:
-        """Put back what `weights`, `optimizer_state` and `counters` gave, at any world size, stage or precision."""
+        """Put back what `weights`, `optimizer_state` and `counters` gave, at any world size, stage or precision.
+
+        Raises CheckpointError where they are of other networks, or of another optimizer.
+        """
+        self._check_fit(weights | moments)
         for name, parameter in self._parameters.items():
             self._set_whole(parameter, weights[name], None)
             for key in self._moments[parameter]:
@@ -394,6 +398,19 @@ class NetworkEngine:
         for name, value in counters.items():
             if name.startswith("scaler.") and self.dtype is torch.float16:
                 setattr(self._zero.loss_scaler, name.removeprefix("scaler."), value)
+
+    def _check_fit(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            shape = tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
+            for key in (name, *(f"{name}.{moment}" for moment in self._moments[parameter])):
+                found = tuple(tensors[key].shape) if key in tensors else "not in the checkpoint"
+                if found != shape:
+                    raise CheckpointError(
+                        f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is "
+                        f"{found}, where it has to be {shape}.\nNetworks and optimizers stay as a run began with them: "
+                        "put the old values of model.*, text.*, edit.* and optimizer.generator back, or start another run "
+                        "(run.folder=...)."
+                    )
 
     def non_finite_groups(self) -> list[str]:
         """Names of the parameter groups (direct children of the module) that hold a NaN or Inf. Collective."""

@@ -332,6 +332,15 @@ def test_only_what_leaves_the_result_alone_may_change_on_resume():
     assert "train.seed: was 0, is now 1" in str(caught.value)
     assert "--allow-changes" in str(caught.value)
     assert len(refuse_changes(old, new, allow=True)) == 5
+    other = [
+        "model.generator.condition=64",
+        "optimizer.generator=muon",
+        "model.generator.truncation=0.5",
+        "loss.kl=0.5",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes(old, loads("", other), allow=True)
+    assert len(caught.value.problems) == 2 and "do not fit another network or optimizer" in str(caught.value)
 
 
 def test_a_run_may_be_prolonged_where_no_schedule_depends_on_its_length():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_t2i.engine import deepspeed_config, effective_stage, native_precision, resolve_precision
-from dist_t2i.errors import ConfigError
+from dist_t2i.errors import CheckpointError, ConfigError
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -126,3 +126,30 @@ def broken_group() -> list[list[str]]:
 def test_the_group_that_is_not_finite_is_named():
     for named in run_ranks(2, broken_group):
         assert named == [["text_d"]] * 4
+
+
+def misfits() -> list[str]:
+    """What loading the state of other networks says: another shape at stage 0, a missing moment at stage 3."""
+    from test_equivalence import build_gan, tiny_config
+
+    said = []
+    for stage, name in ((0, "text_d.embedding.weight"), (3, "text_d.embedding.weight.exp_avg_sq")):
+        stages = {"engine__generator_stage": stage, "engine__discriminator_stage": stage}
+        engine = build_gan(tiny_config(**stages, loss__penalty="none")).discriminator
+        state = engine.weights() | engine.optimizer_state()
+        if stage:
+            del state[name]
+        else:
+            state[name] = torch.zeros(3, 2)
+        try:
+            engine.load_state(state, state, engine.counters())
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.slow
+def test_the_state_of_other_networks_is_refused_by_name():
+    for shape, missing in run_ranks(2, misfits):
+        assert "text_d.embedding.weight of the discriminator's engine is (3, 2), where it has to be (40, 16)" in shape
+        assert "text_d.embedding.weight.exp_avg_sq" in missing and "not in the checkpoint" in missing

@@ -198,6 +198,16 @@ def test_changed_configuration_is_refused_with_the_keys(half, data, tmp_path):
     assert run.train("--allow-changes") == 0, run.output()
 
 
+@pytest.mark.parametrize("other", ["model.generator.condition=12", "optimizer.generator=muon"])
+def test_no_flag_puts_a_checkpoint_into_other_networks(half, data, tmp_path, other):
+    run = copied(half, tmp_path / "run", data)
+    before = (run.folder / "config.yaml").read_bytes()
+    assert run.train(other, "--allow-changes") == 2
+    assert other.partition("=")[0] in run.output() and "Traceback" not in run.output()
+    assert (run.folder / "config.yaml").read_bytes() == before
+    assert run.train() == 0, run.output()
+
+
 def test_a_damaged_checkpoint_is_passed_over(whole, data, tmp_path):
     run = copied(whole, tmp_path / "run", data)
     *_, before, last = run.checkpoints()
