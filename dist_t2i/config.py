@@ -98,6 +98,9 @@ class EditConfig:
 class LossConfig(AlignmentConfig):
     mismatched: float = 0.5
     """Weight of real pictures with a wrong caption among the fakes of D's hinge loss (0 to 1)."""
+    pixels: float = 0.0
+    """Weight of G's mean absolute error (pixels in [-1, 1]) from the real pictures of its captions. For sets in which a caption
+    settles most of the picture, such as drawings; elsewhere 0: what a caption leaves open would become a blur."""
     reconstruction: float = 10.0
     """Weight of G's mean absolute error (pixels in [-1, 1]) where a picture is its own source; only with `edit.width`."""
     edit_target: float = 0.0

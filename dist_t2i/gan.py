@@ -7,6 +7,7 @@
     G adversarial                                             D(G(z, S_G), S_D as a constant)  G, S_G
     G alignment: InfoNCE of fakes with S_D, and with reals    align(G(z, S_G))                 G, S_G
     conditioning augmentation KL                              S_G                              G, S_G
+    G pixels, where loss.pixels says so (our own)             G(z, S_G)                        G, S_G
     G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
 
 Where pictures are edited (edit.width), G is the generator with its encoder of the source picture, and all that is said
@@ -20,7 +21,7 @@ whole global batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -234,22 +235,24 @@ class Gan:
         over_rows, over_batch = adversarial + weights.kl * kl, _weighted(alignment, weights)
         std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
         terms = {"loss/g_adversarial": adversarial, **_named(alignment), "loss/kl": kl, "fake/std": std}
-        if micro.source is not None:
-            terms |= self._pixel_errors(micro)
-            over_rows = over_rows + weights.reconstruction * terms["loss/g_reconstruction"]
-            over_rows = over_rows + weights.edit_target * terms["loss/g_edit_target"]
+        for name, weight, error in self._pixel_errors(micro):
+            terms[name] = error
+            over_rows = over_rows + weight * error
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)
         return over_rows + fakes.share * over_batch
 
-    def _pixel_errors(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """How far edits are from the real pictures of their captions: where that was the source, and where another was."""
-        wanted, batch = _pixels(micro.batch.images, micro.fake.images.dtype), micro.batch
-        own = batch.source_ids == batch.image_ids
-        other = ~own & (batch.source_ids >= 0)
-        return {
-            "loss/g_reconstruction": losses.pixel_error(micro.fake.images, wanted, own),
-            "loss/g_edit_target": losses.way_left(micro.fake.images, micro.source, wanted, other),
-        }
+    def _pixel_errors(self, micro: MicroBatch) -> Iterator[tuple[str, float, Tensor]]:
+        """Name, weight and value of what compares fakes with the real pictures of their captions, pixel by pixel: all of
+        them; edits whose source was the real picture itself; edits whose source was another one."""
+        weights, batch, fake = self.config.loss, micro.batch, micro.fake.images
+        wanted = _pixels(batch.images, fake.dtype)
+        if weights.pixels:
+            yield "loss/g_pixels", weights.pixels, losses.pixel_error(fake, wanted, torch.ones_like(batch.image_ids))
+        if micro.source is not None:
+            own = batch.source_ids == batch.image_ids
+            other = ~own & (batch.source_ids >= 0)
+            yield "loss/g_reconstruction", weights.reconstruction, losses.pixel_error(fake, wanted, own)
+            yield "loss/g_edit_target", weights.edit_target, losses.way_left(fake, micro.source, wanted, other)
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 

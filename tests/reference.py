@@ -190,6 +190,8 @@ class Reference:
             total = total + w.g_alignment_regions * losses.region_info_nce(
                 d.align_regions(ff), real.regions, w.region_temperature, seen.same, places
             )
+        if w.pixels:
+            total = total + w.pixels * (out.images - self._pixels(seen.batch.images)).abs().mean()
         if self.config.edit.width:
             total = total + self._pixel_errors(seen, out)
         if real.words is not None:

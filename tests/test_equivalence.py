@@ -179,6 +179,7 @@ CASES = {
         model__discriminator__words=8,
         engine__accumulation=2,
     ),
+    "pixels, two micro-batches": _stages(2, 1, loss__pixels=3.0, augment__translation=0.2, engine__accumulation=2),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
     "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),

@@ -23,12 +23,18 @@ TABLE = {
     "loss/g_alignment_image": G_SIDE,
     "loss/g_alignment_regions": G_SIDE,
     "loss/g_alignment_words": G_SIDE,
+    "loss/g_pixels": G_SIDE,
     "loss/kl": G_SIDE,
 }
 """Which modules a loss changes (text.mode=dual); it must change every one of them, and nothing else."""
 
 # An uneven share of wrong captions: with a half, the gradient of the last bias can cancel to zero.
-OVERRIDES = {"loss__penalty_every": 1, "model__discriminator__patches": 8, "loss__mismatched": 0.37}
+OVERRIDES = {
+    "loss__penalty_every": 1,
+    "model__discriminator__patches": 8,
+    "loss__mismatched": 0.37,
+    "loss__pixels": 2.0,
+}
 WORDS = {"model__generator__kind": "attn", "model__discriminator__words": 8}
 CASES = [(mode, words) for mode in ("dual", "shared", "frozen") for words in ("", "words")]
 """(text.mode, whether words are read and aligned)"""
