@@ -20,7 +20,7 @@ from pathlib import Path
 from dist_t2i.errors import TrainingError, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-RESERVE = 0.08
+RESERVE = 0.03
 """Share of the budget that sample grids and checkpoints take."""
 GRIDS, CHECKPOINTS = 8, 4
 
