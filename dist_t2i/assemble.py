@@ -40,10 +40,7 @@ def assemble(
     rates, stages, uses = config.optimizer, config.engine, config.engine.accumulation
     scales = dict.fromkeys(("text_g", "text_d", "text"), rates.text_lr_scale)
     common = EngineSpec("", 0, micro_batch, uses, stages.precision, rates.discriminator_lr, scales)
-    muon = frozenset({"generator"} if rates.generator == "muon" else ())
-    generator_spec = replace(
-        common, name="generator", stage=stages.generator_stage, learning_rate=rates.generator_lr, muon=muon
-    )
+    generator_spec = replace(common, name="generator", stage=stages.generator_stage, learning_rate=rates.generator_lr)
     discriminator_spec = replace(common, name="discriminator", stage=stages.discriminator_stage)
     generator = NetworkEngine(networks.generator, generator_spec, config, device)
     discriminator = NetworkEngine(networks.discriminator, discriminator_spec, config, device)

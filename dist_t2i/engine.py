@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dist_t2i.config import Config
 from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
-from dist_t2i.muon import AdamWAndMuon, Layout, Piece
+from dist_t2i.muon import Layout, Piece, build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,8 +89,6 @@ class EngineSpec:
     learning_rate: float
     scales: dict[str, float]
     """Learning-rate scale by the name of a direct child of the module; others get 1."""
-    muon: frozenset[str] = frozenset()
-    """Direct children of the module whose matrices and kernels are Muon's; all else is AdamW's."""
 
 
 def deepspeed_config(spec: EngineSpec, config: Config, world_size: int, parameters: int) -> dict:
@@ -144,21 +142,8 @@ def _without_compiler() -> Iterator[None]:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
-def parameter_groups(module: nn.Module, spec: EngineSpec) -> list[dict]:
-    """The optimizer's groups: the parameters of each child of `module`, Muon's and AdamW's apart."""
-    groups = []
-    for name, child in module.named_children():
-        matrices = [p for p in child.parameters() if name in spec.muon and p.ndim > 1]
-        others = [p for p in child.parameters() if name not in spec.muon or p.ndim < 2]
-        for muon, parameters in ((False, others), (True, matrices)):
-            if parameters:
-                scale = spec.scales.get(name, 1.0)
-                groups.append({"params": parameters, "scale": scale, "name": name, "muon": muon})
-    return groups
-
-
 class NetworkEngine:
-    """A network, its optimizer (AdamW, and Muon where the specification says so) and its ZeRO engine.
+    """A network, its optimizer (AdamW, and Muon where the configuration says so) and its ZeRO engine.
 
     Raises ConfigError where DeepSpeed cannot run what the configuration asks for.
     """
@@ -175,15 +160,7 @@ class NetworkEngine:
         self.world_size = dist.get_world_size()
         spec = EngineSpec(**{**vars(spec), "stage": self.stage})
         module = module.to(device)
-        optimizer = AdamWAndMuon(
-            parameter_groups(module, spec),
-            momentum=config.optimizer.muon_momentum,
-            lr=spec.learning_rate,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            eps=config.optimizer.epsilon,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        optimizer = build_optimizer(module, config.optimizer, spec.learning_rate, spec.scales)
         self._moments = {
             p: ("exp_avg",) if group["muon"] else ("exp_avg", "exp_avg_sq")
             for group in optimizer.param_groups

@@ -12,13 +12,15 @@ together from all ranks' pieces for a moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from dist_t2i.config import OptimizerConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024): repeated, they bring singular values from (0, 1] to about [.7, 1.2]."""
@@ -64,6 +66,11 @@ class Layout:
         return parts
 
 
+def whole_parameter(parameter: Tensor) -> Layout:
+    """The layout of a tensor that is one parameter, whole."""
+    return Layout((Piece(parameter.shape, 0, 0, parameter.numel()),), False, parameter.device)
+
+
 def orthogonalised(matrix: Tensor) -> Tensor:
     """fp32 [M, N] -> [M, N]: the same singular vectors, all singular values near 1; of root mean square near 1 / sqrt(max(M, N)).
 
@@ -89,15 +96,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class AdamWAndMuon(torch.optim.AdamW):
     """AdamW; groups with `muon` true take Muon's step instead, at the same `lr` and `weight_decay`, with the momentum `momentum`.
 
-    A Muon group's state is `exp_avg` alone, the momentum, in the layout of the group's tensors. `layout_of` a
-    tensor must be set before the first step, which is collective where a tensor's parameters are spread over ranks.
+    A Muon group's state is `exp_avg` alone, the momentum, in the layout of the group's tensors. These are whole parameters,
+    unless `layout_of` is set to what says which pieces they hold; a step is collective then where others hold the rest.
     """
-
-    layout_of: Callable[[Tensor], Layout]
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, **adamw: Any):
         super().__init__(groups, **adamw)
         self.momentum = momentum
+        self.layout_of: Callable[[Tensor], Layout] = whole_parameter
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -114,6 +120,8 @@ class AdamWAndMuon(torch.optim.AdamW):
 
     def _muon(self, flat: Tensor, gradient: Tensor, rate: float, decay: float) -> None:
         state = self.state[flat]
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
         state["step"] += 1
         average = state["exp_avg"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp(average, self.momentum).flatten()
@@ -124,3 +132,29 @@ class AdamWAndMuon(torch.optim.AdamW):
                 matrix = whole.view(piece.shape[0], -1)
                 step = orthogonalised(matrix).flatten()[piece.first :][: piece.size].to(target.device)
                 target[piece.offset :][: piece.size].add_(step, alpha=-rate * RMS * max(matrix.shape) ** 0.5)
+
+
+def build_optimizer(
+    module: nn.Module, options: OptimizerConfig, rate: float, scales: Mapping[str, float]
+) -> AdamWAndMuon:
+    """The optimizer of a network whose direct children are the generator, the discriminator, text encoders and the like.
+
+    Each child has a group of its own, with its `name` and the `scale` of its learning rate (`scales`, else 1); where
+    `options.generator` is "muon", the matrices and kernels of the child `generator` are another one, Muon's.
+    """
+    groups = []
+    for name, child in module.named_children():
+        of_muon = [name == "generator" and options.generator == "muon" and p.ndim > 1 for p in child.parameters()]
+        for muon in (False, True):
+            parameters = [p for p, its in zip(child.parameters(), of_muon, strict=True) if its == muon]
+            if parameters:
+                groups.append({"params": parameters, "scale": scales.get(name, 1.0), "name": name, "muon": muon})
+    return AdamWAndMuon(
+        groups,
+        momentum=options.muon_momentum,
+        lr=rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )

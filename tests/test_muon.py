@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_t2i.muon import AdamWAndMuon, Layout, Piece, orthogonalised
+from dist_t2i.muon import AdamWAndMuon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 30), (16, 16)])
@@ -30,8 +30,6 @@ def test_a_step_has_the_size_of_adamws_and_biases_are_adamws():
     bias = torch.nn.Parameter(torch.zeros(32))
     groups = [{"params": [kernel], "muon": True}, {"params": [bias], "muon": False}]
     optimizer = AdamWAndMuon(groups, momentum=0.9, lr=0.1, betas=(0.0, 0.99), weight_decay=0.0)
-    optimizer.state[kernel] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(kernel)}
-    optimizer.layout_of = lambda flat: Layout((Piece(flat.shape, 0, 0, flat.numel()),), False, torch.device("cpu"))
     for parameter in (kernel, bias):
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     optimizer.step()

@@ -196,14 +196,13 @@ class PlainEngine:
         import torch.distributed as dist
 
         from dist_t2i.engine import DTYPES
+        from dist_t2i.muon import build_optimizer
 
         self.name, self.device, self.dtype = name, device, DTYPES[config.engine.precision]
         self.bare = module.to(device, self.dtype)
         self._wrapped = torch.nn.parallel.DistributedDataParallel(self.bare) if dist.get_world_size() > 1 else self.bare
         self._frozen = False
-        self._optimizer = torch.optim.AdamW(
-            self.bare.parameters(), rate, betas=(config.optimizer.beta1, config.optimizer.beta2), fused=True
-        )
+        self._optimizer = build_optimizer(self.bare, config.optimizer, rate, {})
 
     @property
     def module(self):
