@@ -134,8 +134,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    generator: Literal["adamw", "muon"] = "adamw"
-    """What steps the generator: `muon` is for its matrices and kernels; its biases and its text encoder stay AdamW's."""
+    generator_matrices: Literal["adamw", "muon"] = "adamw"
+    """What steps the generator's matrices and kernels; its biases and its text encoder are AdamW's."""
     generator_lr: float = 8e-4
     """Peak learning rate of the generator."""
     discriminator_lr: float = 8e-4

@@ -291,7 +291,7 @@ _FREE = (
 """Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
 
 
-_FIXED = ("model.", "text.", "edit.width", "data.image_size", "data.max_tokens", "optimizer.generator")
+_FIXED = ("model.", "text.", "edit.width", "data.image_size", "data.max_tokens", "optimizer.generator_matrices")
 """Keys (or sections) that say which tensors a checkpoint has, and of which shapes: no flag lets a run go on with others."""
 
 

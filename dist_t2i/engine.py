@@ -385,7 +385,7 @@ class NetworkEngine:
                     raise CheckpointError(
                         f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is "
                         f"{found}, where it has to be {shape}.\nNetworks and optimizers stay as a run began with them: "
-                        "put the old values of model.*, text.*, edit.* and optimizer.generator back, or start another run "
+                        "put the old values of model.*, text.*, edit.* and optimizer.generator_matrices back, or start another run "
                         "(run.folder=...)."
                     )
 

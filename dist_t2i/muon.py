@@ -140,11 +140,13 @@ def build_optimizer(
     """The optimizer of a network whose direct children are the generator, the discriminator, text encoders and the like.
 
     Each child has a group of its own, with its `name` and the `scale` of its learning rate (`scales`, else 1); where
-    `options.generator` is "muon", the matrices and kernels of the child `generator` are another one, Muon's.
+    `options.generator_matrices` is "muon", the matrices and kernels of the child `generator` are another one, Muon's.
     """
     groups = []
     for name, child in module.named_children():
-        of_muon = [name == "generator" and options.generator == "muon" and p.ndim > 1 for p in child.parameters()]
+        of_muon = [
+            name == "generator" and options.generator_matrices == "muon" and p.ndim > 1 for p in child.parameters()
+        ]
         for muon in (False, True):
             parameters = [p for p, its in zip(child.parameters(), of_muon, strict=True) if its == muon]
             if parameters:

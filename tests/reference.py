@@ -82,7 +82,7 @@ class Reference:
             "g": adam(self.nets.generator, o.generator_lr),
             "d": adam(self.nets.discriminator, o.discriminator_lr),
         }
-        if o.generator == "muon":
+        if o.generator_matrices == "muon":
             self.optimizers["g"] = WithMuon(self.optimizers["g"], self.nets.generator.generator, o)
         if self.nets.text is not None:
             self.optimizers["t"] = adam(self.nets.text, o.discriminator_lr)

@@ -334,7 +334,7 @@ def test_only_what_leaves_the_result_alone_may_change_on_resume():
     assert len(refuse_changes(old, new, allow=True)) == 5
     other = [
         "model.generator.condition=64",
-        "optimizer.generator=muon",
+        "optimizer.generator_matrices=muon",
         "model.generator.truncation=0.5",
         "loss.kl=0.5",
     ]

@@ -51,7 +51,7 @@ def round_trips(precision: str, optimizer: str) -> list[str]:
             engine__generator_stage=stage,
             engine__discriminator_stage=stage,
             engine__precision=precision,
-            optimizer__generator=optimizer,
+            optimizer__generator_matrices=optimizer,
             loss__penalty="none" if stage == 3 else "r1",
             text__mode="shared",
         )

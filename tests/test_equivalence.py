@@ -187,15 +187,25 @@ CASES = {
     **{f"clipped, stage {s}": _stages(s, s, optimizer__gradient_clipping=0.5) for s in range(4)},
     "offloaded": _stages(2, 2, engine__offload="cpu"),
     **{
-        f"muon, stage {g}, {a} micro-batch": _stages(g, 1, optimizer__generator="muon", engine__accumulation=a)
+        f"muon, stage {g}, {a} micro-batch": _stages(g, 1, optimizer__generator_matrices="muon", engine__accumulation=a)
         for g in range(4)
         for a in (1, 2)
     },
     "muon, decayed, clipped, edits": _stages(
-        3, 2, optimizer__generator="muon", optimizer__weight_decay=0.1, optimizer__gradient_clipping=0.5, edit__width=8
+        3,
+        2,
+        optimizer__generator_matrices="muon",
+        optimizer__weight_decay=0.1,
+        optimizer__gradient_clipping=0.5,
+        edit__width=8,
     ),
     "muon, offloaded, shared text": _stages(
-        2, 2, optimizer__generator="muon", optimizer__muon_momentum=0.5, engine__offload="cpu", text__mode="shared"
+        2,
+        2,
+        optimizer__generator_matrices="muon",
+        optimizer__muon_momentum=0.5,
+        engine__offload="cpu",
+        text__mode="shared",
     ),
 }
 

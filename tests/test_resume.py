@@ -198,7 +198,7 @@ def test_changed_configuration_is_refused_with_the_keys(half, data, tmp_path):
     assert run.train("--allow-changes") == 0, run.output()
 
 
-@pytest.mark.parametrize("other", ["model.generator.condition=12", "optimizer.generator=muon"])
+@pytest.mark.parametrize("other", ["model.generator.condition=12", "optimizer.generator_matrices=muon"])
 def test_no_flag_puts_a_checkpoint_into_other_networks(half, data, tmp_path, other):
     run = copied(half, tmp_path / "run", data)
     before = (run.folder / "config.yaml").read_bytes()
