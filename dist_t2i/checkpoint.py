@@ -7,7 +7,7 @@
         discriminator.safetensors   `discriminator.*`, `text_d.*`
         text.safetensors            `text.*` (text.mode=shared only)
         ema.safetensors             the moving average of the generator and the encoder that it reads
-        optimizer-*.safetensors     AdamW's moments, one file per network
+        optimizer-*.safetensors     the optimizers' moments, one file per network
         state.json                  images seen, counters, the size and SHA-256 of every other file, and its own
       .claim-*/                     of the process that may commit, see claim.py: what is being written or deleted
 
