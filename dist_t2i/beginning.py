@@ -11,7 +11,7 @@ from dist_t2i.networks import Networks
 from dist_t2i.tensorfile import fill
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
-_OTHER = ("model.generator.truncation",)
+_OTHER = ("model.generator.truncation", "model.generator.colour_sharpness")
 
 
 def read_beginning(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:

@@ -59,9 +59,9 @@ _RANGES = {
     "text.embedding": _Range(2),
     "text.layers": _COUNT,
     "text.heads": _COUNT,
-    "text.dropout": _Range(0, 1, below=True),
     "model.generator.noise": _COUNT,
     "model.generator.truncation": _NOT_NEGATIVE,
+    "model.generator.colour_sharpness": _POSITIVE,
     "model.generator.condition": _COUNT,
     "model.generator.channels": _COUNT,
     "model.generator.blocks": _COUNT,
@@ -287,6 +287,7 @@ _FREE = (
     "engine.discriminator_stage",
     "engine.offload",
     "model.generator.truncation",  # of pictures made, not of training
+    "model.generator.colour_sharpness",  # likewise
 )
 """Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
 

@@ -264,11 +264,11 @@ class NetworkEngine:
                     for key in self._moments[parameters[0]]
                 },
             }
-            pieces = tuple(map(self._piece, parameters))
-            layouts[master] = Layout(pieces, self.stage > 0 and self.world_size > 1, self.device)
+            if self.stage > 0:  # at stage 0 they are whole parameters, which the optimizer takes them for
+                layouts[master] = Layout(tuple(map(self._piece, parameters)), self.world_size > 1, self.device)
+                self._base_optimizer.layout_of = layouts.__getitem__
         if self.stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
-        self._base_optimizer.layout_of = layouts.__getitem__
 
     def _parameters_of_masters(self) -> list[list[nn.Parameter]]:
         """Of which parameters each of `_flat_masters` holds this rank's pieces."""
@@ -277,9 +277,7 @@ class NetworkEngine:
         return list(self._zero.fp16_groups if self.stage == 3 else self._zero.bit16_groups)
 
     def _piece(self, parameter: nn.Parameter) -> Piece:
-        """Which part of a parameter this rank's flat master holds, and where."""
-        if self.stage == 0:
-            return Piece(parameter.shape, 0, 0, parameter.numel())
+        """Which part of a parameter this rank's flat master holds, and where. ZeRO's stages 1 to 3."""
         if self.stage == 3:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()  # every rank holds as many, the last ones' end is padding

@@ -126,6 +126,7 @@ def test_every_mistake_is_in_one_report():
             "model.generator.attn.scales: 8, 12 must be among the scales that model.generator.channels computes: 4, 8",
         ),
         ("model: {generator: {colours: 1}}", "model.generator.colours: a picture of one colour shows nothing"),
+        ("model: {generator: {colour_sharpness: 2}}", "model.generator.colour_sharpness: is of the few colours"),
         ("model: {generator: {kind: attn, attn: {scales: []}}}", "attn.scales: the list must be among the scales"),
         ("model: {generator: {kind: attn, attn: {heads: 3}}}", "attn.width: must be a multiple of attn.heads=3, is 32"),
         ("model: {generator: {kind: attn, attn: {heads: 0}}}", "attn.width: must be a multiple of attn.heads=0"),
@@ -336,11 +337,13 @@ def test_only_what_leaves_the_result_alone_may_change_on_resume():
         "model.generator.condition=64",
         "optimizer.generator_matrices=muon",
         "model.generator.truncation=0.5",
+        "model.generator.colours=8",
+        "model.generator.colour_sharpness=1.5",
         "loss.kl=0.5",
     ]
     with pytest.raises(ConfigError) as caught:
         refuse_changes(old, loads("", other), allow=True)
-    assert len(caught.value.problems) == 2 and "do not fit another network or optimizer" in str(caught.value)
+    assert len(caught.value.problems) == 3 and "do not fit another network or optimizer" in str(caught.value)
 
 
 def test_a_run_may_be_prolonged_where_no_schedule_depends_on_its_length():

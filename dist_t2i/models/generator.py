@@ -118,13 +118,15 @@ class Colours(nn.Module):
     SHARPNESS = 3.0
     """On the logits, so that fresh shares lean to one colour each."""
 
-    def __init__(self, condition: int, colours: int):
+    def __init__(self, condition: int, colours: int, drawn_sharpness: float = 1.0):
         super().__init__()
         self.palette = linear(condition, 3 * colours)
+        self.drawn_sharpness = drawn_sharpness
 
     def forward(self, logits: Tensor, condition: Tensor) -> Tensor:
         """logits [B, colours, H, W], condition [B, N] -> pictures [B, 3, H, W] in [-1, 1]."""
-        shares = (self.SHARPNESS * logits).float().softmax(dim=1).to(logits.dtype)
+        sharpness = self.SHARPNESS * (1.0 if self.training else self.drawn_sharpness)
+        shares = (sharpness * logits).float().softmax(dim=1).to(logits.dtype)
         colours = torch.tanh(self.palette(condition)).unflatten(1, (-1, 3))
         return torch.einsum("bkhw,bkc->bchw", shares, colours)
 
@@ -157,7 +159,7 @@ class Generator(nn.Module):
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
         self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch, config.colours or 3)
-        self.colours = Colours(width, config.colours) if config.colours else None
+        self.colours = Colours(width, config.colours, config.colour_sharpness) if config.colours else None
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(

@@ -48,6 +48,9 @@ class GeneratorConfig:
     colours: int = 0
     """How many colours a picture is mixed from, which its condition gives: sharp shares of them at every pixel, so that
     what is of one colour in drawings is of one colour. 0: every pixel has a colour of its own, as photographs want."""
+    colour_sharpness: float = 1.0
+    """Factor on how decided those shares are where pictures are made and scored, not in training: above 1 the lines are
+    crisper than the weights' average alone draws them."""
     layout: int = 2048
     """Numbers per scale that the condition draws straight into the map (as layout / size^2 channels, where that is at
     least 4): a cheap memory of where things are. 0 leaves it out."""
@@ -68,6 +71,11 @@ class GeneratorConfig:
                     )
         if self.colours == 1:
             yield ("colours",), "a picture of one colour shows nothing: at least 2, or 0 for colours pixel by pixel"
+        if self.colour_sharpness != 1.0 and not self.colours:
+            yield (
+                ("colour_sharpness", "colours"),
+                "is of the few colours that pictures are mixed from: set colours, or leave this out",
+            )
         if self.kind == "attn":
             yield from self._attention_problems()
 

@@ -103,6 +103,15 @@ def test_pictures_that_are_mixed_from_colours(kind, image_size):
         assert torch.autograd.grad(images.square().sum(), parameter, retain_graph=True)[0].abs().sum() > 0
 
 
+def test_drawn_colours_are_more_decided_than_trained_ones():
+    """`colour_sharpness` multiplies the logits of the shares when pictures are drawn (eval mode), never in training."""
+    plain, sharp = (build(colours=5, colour_sharpness=factor).colours for factor in (1.0, 2.0))
+    logits, condition = torch.randn(2, 5, 4, 4), torch.randn(2, 20)
+    assert sharp(logits, condition).equal(plain(logits, condition))
+    drawn = sharp.eval()(logits, condition)
+    assert drawn.equal(plain(2 * logits, condition)) and not drawn.equal(plain.eval()(logits, condition))
+
+
 def test_the_plain_generator_is_what_it_was_before_there_were_others():
     """Names, order and values of its parameters, which runs and exported models rely on."""
     names = [name for name, _ in build().named_parameters()]
