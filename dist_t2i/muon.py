@@ -83,11 +83,11 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     x = matrix if wide else matrix.T
     x = x / x.norm().clamp_min(1e-30)
     for repeats in REPEATS:
-        gram, factors = x @ x.T, None
+        gram, factor, factors = x @ x.T, None, None
         for _ in range(repeats):
+            gram = gram if factor is None else factor @ gram @ factor
             factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal().add_(a)
-            gram = factor @ gram @ factor
             factors = factor if factors is None else factor @ factors
         x = factors @ x
     return x if wide else x.T
