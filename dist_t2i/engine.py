@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_t2i.allocator import keep_freed_memory
 from dist_t2i.config import Config
 from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.muon import Layout, Piece, build_optimizer
@@ -46,6 +47,8 @@ def init_distributed(device: torch.device) -> None:
     # Shared-memory collectives for CPU ranks: DeepSpeed would compile them at start-up (a C++ compiler, ninja and 40 s)
     # and gloo does the same work. `tests/test_engine.py` holds that this switch still works.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     except dist.DistNetworkError as error:

@@ -2,7 +2,8 @@
 
 glibc takes a large array from the system and gives it back when it is freed; the next one's pages are then zeroed by the
 kernel again. A judge on a CPU makes and frees maps of some 20 MB a hundred times a batch, and spent as long in page faults as
-in arithmetic. Measured: EfficientNet-Lite0 on one thread, 19 pictures/s before, 38 after.
+in arithmetic. Measured: EfficientNet-Lite0 on one thread, 19 pictures/s before, 38 after. ZeRO's flat buffers of every step are of
+that kind, too: at a peer's size on two ranks, stages 1 and 2 cost 1.10 and 1.11 times plain PyTorch's step before, 1.03 and 1.09 after.
 """
 
 from __future__ import annotations
