@@ -192,6 +192,11 @@ def test_compared_or_not_and_why(scores, model, data, tmp_path):
         assert line.startswith(key)
         assert "not comparable" in comparing.table(a, other, ("a", "b"))
     other = json.loads(json.dumps(a))
+    other["manifest"]["colour_sharpness"] = 1.4
+    assert not comparing.differences(a, other)
+    (line,) = comparing.remarks(a, other)
+    assert line.startswith("colour_sharpness") and "1.0 and 1.4" in line
+    other = json.loads(json.dumps(a))
     other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
     said = comparing.table(a, other, ("a", "b"))
     assert said.count("judges' weights_sha256 differ") == 6 and not comparing.differences(a, other)
