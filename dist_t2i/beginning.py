@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_t2i.config import Config
+from dist_t2i.configrules import is_free
 from dist_t2i.configschema import flatten
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import ConfigError, UserError
@@ -11,7 +12,6 @@ from dist_t2i.networks import Networks
 from dist_t2i.tensorfile import fill
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
-_OTHER = ("model.generator.truncation", "model.generator.colour_sharpness")
 
 
 def read_beginning(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
@@ -27,7 +27,7 @@ def read_beginning(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
     except UserError as error:
         raise ConfigError(f"edit.init: {error}", [str(error)]) from None
     ours, theirs = flatten(config), flatten(files.config)
-    same = [key for key in ours if key.startswith(_SAME) and key not in _OTHER]
+    same = [key for key in ours if key.startswith(_SAME) and not is_free(key, config)]
     if files.config.edit.width:
         same.append("edit.width")
     lines = [f"{key}: is {ours[key]!r}, there {theirs[key]!r}" for key in same if ours[key] != theirs[key]]
