@@ -1,0 +1,224 @@
+"""Golden curves: what tiny runs report today, committed as `tests/golden/curve_VARIANT.json`.
+
+Each variant trains for 40 steps on one CPU process in fp32, as a user starts a run. What it reports of losses and logits
+in the first ten steps equals the committed numbers within 1e-4, which a change of any one loss weight by 2% breaks.
+
+A change that is meant to move the numbers commits new ones. A person writes them, never a test:
+
+    python tests/workflows/test_golden_curve.py --write
+
+Other processors and thread counts add up in another order. Round-off alone moves the numbers by about 1e-6, but now and
+then it also takes an activation across a kink of a leaky ReLU, and one gradient jumps. Therefore the learning rates rise
+slowly and AdamW's epsilon is wide: such a jump hardly moves the first ten steps. Gradient norms show it at once, so they
+are not compared. After the first ten steps jumps add up: of the other thirty steps, single values say little, and only the
+means of the two totals are compared, loosely.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # pytest finds the helpers by tests/conftest.py, and the package from the project's folder
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from dist_t2i.config import LossConfig  # noqa: E402
+from dist_t2i.configfile import loads  # noqa: E402
+from runs import Run, make_set  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = TESTS / "golden"
+BATCH, STEPS, FIRST = 8, 40, 10
+
+TOLERANCE = 1e-4
+"""Of the first steps: relative to the committed number, or to `SMALLEST` where that is larger."""
+SMALLEST = 0.1
+"""Logits and adversarial losses swing around zero by about 1, where a relative difference has no meaning."""
+LATER_TOLERANCE = 0.2
+"""Of the means of `TOTALS` over the later steps, relative."""
+TOTALS = ("loss/d", "loss/g")
+
+Curve = dict[str, list[Any]]
+"""The values of each metric, step by step; None where a step has none, as between two lazy penalties."""
+
+CONFIG = """
+data: {image_size: 32, workers: 0, max_tokens: 8}
+text: {embedding: 16}
+model:
+  generator: {noise: 8, condition: 8, channels: [16, 12, 8], layout: 256}
+  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8}
+loss: {mismatched: 0.5, penalty_every: 2}
+optimizer: {generator_lr: 8.0e-4, discriminator_lr: 8.0e-4, warmup_images: 3200, decay: constant, epsilon: 0.1}
+train: {global_batch: 8, seed: 0}
+engine: {precision: fp32}
+report: {every_steps: 1, sample_every_images: 1000000}
+checkpoint: {every_images: 1000000}
+"""
+"""Of all variants. The rates do not depend on the length of a run, so ten steps alone are the first ten of forty."""
+
+VARIANTS = {
+    "dual": (
+        "text.mode=dual",
+        "loss.pixels=2",
+        "loss.kl=1",
+        "loss.penalty=r1",
+        "loss.penalty_weight=1",
+    ),
+    "shared": (
+        "text.mode=shared",
+        "loss.penalty=ma_gp",
+        "loss.penalty_weight=0.01",
+    ),
+    "attn": (
+        "model.generator=attn",
+        "model.discriminator.words=8",
+        "loss.penalty=fd_r1",
+        "loss.penalty_weight=1",
+        "loss.penalty_sigma=0.5",
+    ),
+    "edit": (
+        "edit.width=8",
+        "edit.words=1",
+        "edit.own=0.4",
+        "loss.reconstruction=10",
+        "loss.edit_target=5",
+    ),
+}
+
+SEEN_IN = {
+    "loss.mismatched": "dual",
+    "loss.pixels": "dual",
+    "loss.kl": "dual",
+    "loss.penalty_weight": "dual",
+    "loss.d_alignment": "dual",
+    "loss.d_alignment_regions": "shared",
+    "loss.g_alignment_text": "shared",
+    "loss.g_alignment_image": "shared",
+    "loss.temperature": "shared",
+    "loss.d_alignment_words": "attn",
+    "loss.g_alignment_words": "attn",
+    "loss.word_temperature": "attn",
+    "loss.word_sharpness": "attn",
+    "loss.penalty_sigma": "attn",
+    "loss.reconstruction": "edit",
+    "loss.edit_target": "edit",
+    "loss.g_alignment_regions": "edit",
+    "loss.region_temperature": "edit",
+}
+"""The variant that shows a change of a weight (a temperature, a step size) by 2%. Every weight has one."""
+
+NO_WEIGHTS = {"loss.penalty", "loss.penalty_every", "loss.region_negatives"}
+"""Keys that name a choice or a count, which nothing changes by 2%."""
+
+
+def paths(section: Any, name: str) -> Iterator[str]:
+    """The keys of a section of the configuration, and of those inside it."""
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), f"{name}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from paths(value, path)
+        else:
+            yield path
+
+
+LOSS_KEYS = tuple(paths(LossConfig(), "loss"))
+
+
+def run_curve(folder: Path, data: Path, variant: str, *overrides: str, steps: int = STEPS) -> Curve:
+    """Train, and return what the run's metrics.jsonl has of losses and logits."""
+    run = Run(folder, data, *VARIANTS[variant], f"train.total_images={steps * BATCH}", *overrides)
+    run.config.write_text(CONFIG)
+    assert run.train() == 0, run.output()
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    names = sorted({name for line in lines for name in line if name.startswith(("loss/", "logit/"))})
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def committed(variant: str) -> Curve:
+    return json.loads((GOLDEN / f"curve_{variant}.json").read_text())
+
+
+def differences(got: Curve, wanted: Curve) -> list[str]:
+    """Where the first steps are not as committed, in words; an empty list where all are."""
+    found = [f"{name}: only in one of the two" for name in sorted(got.keys() ^ wanted.keys())]
+    for name in sorted(got.keys() & wanted.keys()):
+        for step, (new, old) in enumerate(zip(got[name][:FIRST], wanted[name][:FIRST], strict=True), 1):
+            both = new is not None and old is not None
+            same = abs(new - old) <= TOLERANCE * max(abs(old), SMALLEST) if both else new is old  # never true of NaN
+            if not same:
+                found.append(f"{name}, step {step}: {new}, committed {old}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_curve_is_the_committed_one(variant, data, tmp_path):
+    got, wanted = run_curve(tmp_path / "run", data, variant), committed(variant)
+    assert not differences(got, wanted)
+    later = {name: values[FIRST:] for name, values in got.items()}
+    assert all(math.isfinite(value) for values in later.values() for value in values if value is not None)
+    for name in TOTALS:
+        mean = statistics.fmean(wanted[name][FIRST:])
+        assert statistics.fmean(later[name]) == pytest.approx(mean, rel=LATER_TOLERANCE), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_steps_alone_are_the_first_ten(variant, data, tmp_path):
+    """So whatever the test below finds is the work of the weight."""
+    assert not differences(run_curve(tmp_path / "run", data, variant, steps=FIRST), committed(variant))
+
+
+def test_every_weight_is_seen_in_a_variant():
+    """A new key of section `loss` fails here until it is in `SEEN_IN`, or in `NO_WEIGHTS` with good reason."""
+    assert sorted(LOSS_KEYS) == sorted([*SEEN_IN, *NO_WEIGHTS])
+
+
+@pytest.mark.parametrize("key", [key for key in LOSS_KEYS if key not in NO_WEIGHTS])
+def test_a_weight_changed_by_two_percent_is_seen(key, data, tmp_path):
+    assert key in SEEN_IN, f"no variant is known to show a change of {key}"
+    variant = SEEN_IN[key]
+    weight = functools.reduce(getattr, key.split("."), loads(CONFIG, VARIANTS[variant]))
+    assert weight != 0, f"{key} is off in {variant}"
+    got = run_curve(tmp_path / "run", data, variant, f"{key}={1.02 * weight!r}", steps=FIRST)
+    assert differences(got, committed(variant))
+
+
+def write() -> None:
+    """Train every variant, and overwrite the committed numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_set(Path(folder) / "set")
+        for variant in VARIANTS:
+            curve = run_curve(Path(folder) / variant, data, variant)
+            lines = [f"{json.dumps(name)}: {json.dumps(rounded(values))}" for name, values in curve.items()]
+            file = GOLDEN / f"curve_{variant}.json"
+            file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            print(file)
+
+
+def rounded(values: list[Any]) -> list[Any]:
+    return [None if value is None else float(f"{value:.7g}") for value in values]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The committed numbers of the golden curves.")
+    parser.add_argument("--write", action="store_true", required=True, help="train, and overwrite them")
+    parser.parse_args()
+    write()
