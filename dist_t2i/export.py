@@ -32,7 +32,7 @@ from dist_t2i.modelfiles import (
     read_model,
 )
 from dist_t2i.pipeline import TextToImage
-from dist_t2i.tensorfile import file_sha256
+from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from dist_t2i.config import Config

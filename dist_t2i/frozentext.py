@@ -21,7 +21,7 @@ import torch
 from dist_t2i.config import TextConfig
 from dist_t2i.errors import UserError
 from dist_t2i.models.text import CaptionTable, FrozenText, build_text_encoder
-from dist_t2i.tensorfile import fill, read_metadata, read_tensors
+from dist_t2i.utils.tensors import fill, read_metadata, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

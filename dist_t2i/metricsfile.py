@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from dist_t2i.utils.files import replace_text
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
@@ -49,8 +50,3 @@ def cut(path: Path, images: int) -> int:
     return len(entries) - len(kept)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

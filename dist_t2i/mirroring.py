@@ -26,7 +26,8 @@ from dist_t2i.config import Config
 from dist_t2i.data.destination import open_place
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
-from dist_t2i.preempt import FINISHED, StopFlag, signals_blocked
+from dist_t2i.preempt import FINISHED, StopFlag
+from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.report import Reporter
 
 FINISH_SECONDS = 600.0

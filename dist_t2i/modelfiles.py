@@ -26,7 +26,8 @@ from dist_t2i import configfile
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import UserError
 from dist_t2i.frozentext import FrozenSource, frozen_source
-from dist_t2i.tensorfile import file_sha256, read_tensors
+from dist_t2i.utils.files import file_sha256
+from dist_t2i.utils.tensors import read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -39,10 +39,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dist_t2i.launch import LauncherWatch
+from dist_t2i.utils.processes import STOP_SIGNALS
 
 FINISHED, FAILED, USER, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME_PRESS = 1.0
 """Seconds within which SIGINTs count as one Ctrl-C: launchers repeat what the terminal has already sent."""
 LAUNCHER_GRACE = 30.0
@@ -158,21 +158,5 @@ def _tell(message: str) -> None:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
 
 
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Children created inside start with the stop signals blocked, so that none can kill them before they are set up.
-
-    A signal that comes meanwhile is not lost: another thread takes it, or this one at the end.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_stop_signals() -> None:
-    """In a worker process: leave stopping to the parent, which still needs data until its step boundary."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from typing import TextIO
+from dist_t2i.utils.progress import duration
 
 
 def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
@@ -46,17 +47,6 @@ def _group(values: Mapping[str, float], title: str, names: Mapping[str, str], fo
     return [" ".join([title, *shown] if title else shown)] if shown else []
 
 
-def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `1:02:03`, `3d 04h`."""
-    if seconds != seconds or seconds == float("inf"):
-        return "?"
-    whole = max(0, round(seconds))
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02d}h"
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def line_interval(elapsed: float) -> float:

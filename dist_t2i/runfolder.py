@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_t2i import checkpoint, configfile, environment, metricsfile
+from dist_t2i import checkpoint, configfile, metricsfile
+from dist_t2i.utils import environment
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import Config
 from dist_t2i.configrules import refuse_changes

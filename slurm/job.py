@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_t2i.errors import UserError
-from dist_t2i.preempt import StopFlag, ignore_stop_signals
+from dist_t2i.preempt import StopFlag
+from dist_t2i.utils.processes import ignore_stop_signals
 from slurm import attempts
 
 

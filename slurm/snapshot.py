@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from dist_t2i.environment import git_state
+from dist_t2i.utils.environment import git_state
 from dist_t2i.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import UserError
-from dist_t2i.progressline import duration
+from dist_t2i.utils.progress import duration
 from slurm import attempts
 from slurm.submission import FOLDER, JOB
 

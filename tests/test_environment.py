@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_t2i import environment
+from dist_t2i.utils import environment
 
 
 def test_the_environment_says_what_a_result_depends_on():

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_t2i.preempt import INTERRUPTED, SAME_PRESS, STOP_SIGNALS, STOPPED, StopFlag, signals_blocked
+from dist_t2i.preempt import INTERRUPTED, SAME_PRESS, STOPPED, StopFlag
+from dist_t2i.utils.processes import STOP_SIGNALS, signals_blocked
 from ranks import free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "stoppable.py"

@@ -223,7 +223,7 @@ def facts(
     done: Configs, scores: Mapping[tuple[str, int], Mapping[str, Any]], data: ShardSet, out: Path
 ) -> dict[str, str]:
     """How it was made: command, hardware, hours, revision, data."""
-    from dist_t2i import environment
+    from dist_t2i.utils import environment
     from dist_t2i.ablation.runs import images_seen, seconds_trained
 
     about = environment.describe()

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.preempt import ignore_stop_signals, signals_blocked
+from dist_t2i.utils.processes import ignore_stop_signals, signals_blocked
+from dist_t2i.utils.processes import end_with
 
-_PR_SET_PDEATHSIG = 1
 _pid_with_clients = -1
 _reader: _Reader | None = None
 _lock = threading.Lock()
@@ -37,13 +37,6 @@ def have_clients() -> None:
     _pid_with_clients = os.getpid()
 
 
-def end_with(parent: int) -> None:
-    """The kernel kills this process when `parent` ends. Linux only."""
-    if sys.platform == "linux":
-        # Follows the thread that forked: that is the main one, which ends with the process.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(0)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 from dist_t2i.data.apart import have_clients
 from dist_t2i.data.destination import LocalPlace
 from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
-from dist_t2i.data.progress import Progress
+from dist_t2i.utils.progress import Progress
 from dist_t2i.data.remote import RemoteFile
 from dist_t2i.data.shards import PICTURES, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.sources import LocalFile, reason_of
@@ -34,7 +34,7 @@ from dist_t2i.data.tarreader import read_tar
 from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.data.urls import base_name, is_local, local_path
 from dist_t2i.errors import DataError
-from dist_t2i.preempt import ignore_stop_signals
+from dist_t2i.utils.processes import ignore_stop_signals
 
 VOCABULARY = 4096
 _CAPTIONS = 2_000_000

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from dist_t2i.data.apart import end_with, have_clients
+from dist_t2i.utils.processes import end_with
+from dist_t2i.data.apart import have_clients
 from dist_t2i.errors import DataError
 
 _MAX_RESTARTS = 3

@@ -17,7 +17,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import resizing
 from dist_t2i.eval.features import FeatureNetwork, register
 from dist_t2i.eval.weights import remedy, source_of
-from dist_t2i.tensorfile import file_sha256
+from dist_t2i.utils.files import file_sha256
 
 HUB = "openai/clip-vit-base-patch32"
 KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}

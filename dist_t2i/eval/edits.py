@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_t2i.data.batch import caption_id
 from dist_t2i.data.decode import decode, square
 from dist_t2i.data.neighbours import read_captions
-from dist_t2i.draws import mix
+from dist_t2i.utils.seeds import mix
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.features import FeatureNetwork, load_features

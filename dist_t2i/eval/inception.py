@@ -24,7 +24,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import resizing
 from dist_t2i.eval.features import FeatureNetwork, register
 from dist_t2i.eval.weights import remedy, weights_file
-from dist_t2i.tensorfile import file_sha256
+from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.data.batch import caption_id
-from dist_t2i.draws import mix
+from dist_t2i.utils.seeds import mix
 from dist_t2i.eval import metrics, references
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.ranks import ALONE, Ranks

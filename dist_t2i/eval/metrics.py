@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.data.batch import caption_id
-from dist_t2i.draws import mix
+from dist_t2i.utils.seeds import mix
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 """The Fitzpatrick tones of Unicode, lightest first, as `emoji` names them (followed by "skin tone")."""

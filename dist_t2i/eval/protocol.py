@@ -127,7 +127,7 @@ def captions_hash(chosen: Mapping[str, Chosen]) -> str:
 def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[str, FeatureNetwork]) -> dict[str, Any]:
     """Hashes and versions that two scores by a protocol (a dataclass of rules) share, or by which they differ; see
     comparing.py."""
-    from dist_t2i import environment
+    from dist_t2i.utils import environment
 
     about = environment.describe()
     return {

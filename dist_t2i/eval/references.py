@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_t2i.draws import mix
+from dist_t2i.utils.seeds import mix
 
 
 def mirrored(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import WORK, Place
-from dist_t2i.data.progress import Progress
+from dist_t2i.utils.progress import Progress
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_here

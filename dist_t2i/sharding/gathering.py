@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.data.progress import Progress
+from dist_t2i.utils.progress import Progress
 from dist_t2i.sharding import coco, duplicates, openmoji, tables, webdatasets
 from dist_t2i.sharding.captions import Columns
 from dist_t2i.sharding.cub import CUB

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.destination import Place, open_place
-from dist_t2i.data.progress import Progress
+from dist_t2i.utils.progress import Progress
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import finish, put_back
 from dist_t2i.sharding.folder import Item, Problem

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_t2i.launch import prepare
-from dist_t2i.preempt import STOPPED, StopFlag, ignore_stop_signals, signals_blocked
+from dist_t2i.preempt import STOPPED, StopFlag
+from dist_t2i.utils.processes import ignore_stop_signals, signals_blocked
 
 
 def work(ready: Path) -> None:

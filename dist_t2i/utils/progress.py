@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
 
 
 class Progress:
@@ -31,3 +36,16 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05`, `1:02:03`, `3d 04h`."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -71,10 +71,3 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
     return module
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
