@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from dist_t2i.config import Config
 from dist_t2i.configschema import build, flatten, keys, sections, value_of
-from dist_t2i.data.storage import OBJECT_STORES
-from dist_t2i.data.urls import scheme_of, unchained
+from dist_t2i.storage.clients import OBJECT_STORES
+from dist_t2i.storage.urls import scheme_of, unchained
 from dist_t2i.errors import ConfigError, DataError
 
 Finding = tuple[tuple[str, ...], str]

@@ -16,9 +16,6 @@ from dist_t2i.models.augment import DRAWS
 from dist_t2i.utils.seeds import mix
 
 
-
-
-
 class Draws(NamedTuple):
     """Random numbers of B rows, fp32 on the CPU."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
 from dist_t2i.utils.files import replace_text
 
 
@@ -48,5 +48,3 @@ def cut(path: Path, images: int) -> int:
     if path.exists():
         replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return len(entries) - len(kept)
-
-

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.checkpoint import Retention, open_checkpoint
-from dist_t2i.utils.processes import end_with
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
-from dist_t2i.utils.processes import ignore_stop_signals
+from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 
 def look(url: str, patience: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from dist_t2i.checkpoint import STATE, Retention
 from dist_t2i.config import Config
 from dist_t2i.configfile import loads
 from dist_t2i.configrules import differences
-from dist_t2i.data.destination import Place, open_place
+from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.wandbsink import ID_FILE
 

@@ -35,7 +35,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 from dist_t2i.launch import LauncherWatch
@@ -156,7 +156,3 @@ def _forget_wakeup() -> None:
 def _tell(message: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
-
-
-
-

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from typing import TextIO
+
 from dist_t2i.utils.progress import duration
 
 
@@ -45,8 +46,6 @@ def _group(values: Mapping[str, float], title: str, names: Mapping[str, str], fo
     space = "" if tight else " "
     shown = [f"{short}{space}{form.format(values[name])}" for short, name in names.items() if name in values]
     return [" ".join([title, *shown] if title else shown)] if shown else []
-
-
 
 
 def line_interval(elapsed: float) -> float:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_t2i import checkpoint, configfile, metricsfile
-from dist_t2i.utils import environment
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import Config
 from dist_t2i.configrules import refuse_changes
 from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.utils import environment
 
 if TYPE_CHECKING:
     from dist_t2i.data.shards import ShardSet

@@ -11,9 +11,9 @@ from dist_t2i.config import Config
 from dist_t2i.data.decode import PictureError, decode, square
 from dist_t2i.data.neighbours import Neighbours, read_captions
 from dist_t2i.data.shards import BadSample, Samples, ShardSet
-from dist_t2i.utils.seeds import mix
 from dist_t2i.errors import DataError
 from dist_t2i.grid import GridRow
+from dist_t2i.utils.seeds import mix
 
 ROWS = 8
 PER_CAPTION = 4

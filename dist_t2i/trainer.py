@@ -33,10 +33,10 @@ from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
 from dist_t2i.preempt import FINISHED, STOPPED, TAKEN_OVER, StopFlag
-from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.report import Reporter
 from dist_t2i.samples import SampleSheet
 from dist_t2i.schedule import learning_rate_scale
+from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.watchdog import Watchdog
 
 _LAST_SAVE_SECONDS = 300.0

@@ -14,8 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from dist_t2i.utils.environment import git_state
 from dist_t2i.errors import UserError
+from dist_t2i.utils.environment import git_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "code"

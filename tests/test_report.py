@@ -28,8 +28,8 @@ from dist_t2i.curves import draw_curves, smooth
 from dist_t2i.grid import GridRow, draw_grid, wrap
 from dist_t2i.meter import Meter
 from dist_t2i.progressline import Console, format_line
-from dist_t2i.utils.progress import duration
 from dist_t2i.report import Reporter
+from dist_t2i.utils.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 

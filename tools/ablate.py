@@ -223,8 +223,8 @@ def facts(
     done: Configs, scores: Mapping[tuple[str, int], Mapping[str, Any]], data: ShardSet, out: Path
 ) -> dict[str, str]:
     """How it was made: command, hardware, hours, revision, data."""
-    from dist_t2i.utils import environment
     from dist_t2i.ablation.runs import images_seen, seconds_trained
+    from dist_t2i.utils import environment
 
     about = environment.describe()
     ran = [json.loads((Path(c.run.folder) / "environment.json").read_text(encoding="utf-8")) for c in done.values()]

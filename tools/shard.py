@@ -69,7 +69,7 @@ def index(chosen: argparse.Namespace) -> int:
     from dist_t2i.config import DataConfig
     from dist_t2i.data.indexing import indexed_set
     from dist_t2i.data.lists import storage_of
-    from dist_t2i.data.urls import expand
+    from dist_t2i.storage.urls import expand
 
     found = indexed_set(
         expand(chosen.urls),

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from dist_t2i.data.manifest import parse_manifest
-from dist_t2i.data.sources import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
-from dist_t2i.data.storage import FROM_ENVIRONMENT, Gone, StorageOptions
+from dist_t2i.storage.shard_file import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
+from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
 from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer
-from dist_t2i.data.urls import base_name, beside, checked, is_local, join, parent
+from dist_t2i.storage.urls import base_name, beside, checked, is_local, join, parent
 from dist_t2i.errors import DataError
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from torch import Tensor
 from dist_t2i.data.batch import caption_id
 from dist_t2i.data.decode import decode, square
 from dist_t2i.data.neighbours import read_captions
-from dist_t2i.utils.seeds import mix
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.features import FeatureNetwork, load_features
@@ -29,6 +28,7 @@ from dist_t2i.eval.measure import group_of
 from dist_t2i.eval.protocol import manifest
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.grid import GridRow, draw_grid
+from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dist_t2i.data.batch import caption_id
-from dist_t2i.utils.seeds import mix
 from dist_t2i.eval import metrics, references
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.rules import Protocol
 from dist_t2i.eval.selection import Chosen
+from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
     from dist_t2i.pipeline import TextToImage

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place
+from dist_t2i.storage.folders import WORK, Place
 from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.statistics import caption_statistics
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer

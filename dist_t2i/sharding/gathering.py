@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.utils.progress import Progress
 from dist_t2i.sharding import coco, duplicates, openmoji, tables, webdatasets
 from dist_t2i.sharding.captions import Columns
 from dist_t2i.sharding.cub import CUB
@@ -15,6 +14,7 @@ from dist_t2i.sharding.flowers import FLOWERS
 from dist_t2i.sharding.folder import Item, Problem, find_items
 from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.processes import Spread, in_processes
+from dist_t2i.utils.progress import Progress
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
 """Items, what was wrong with others, and what the manifest says about the set."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.destination import Place, open_place, place_of
+from dist_t2i.storage.folders import Place, open_place, place_of
 from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.errors import DataError

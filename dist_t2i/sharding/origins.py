@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from dist_t2i.data.destination import Place, open_place
-from dist_t2i.data.storage import OBJECT_STORES
-from dist_t2i.data.urls import scheme_of, unchained
+from dist_t2i.storage.folders import Place, open_place
+from dist_t2i.storage.clients import OBJECT_STORES
+from dist_t2i.storage.urls import scheme_of, unchained
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28

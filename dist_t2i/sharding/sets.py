@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.destination import Place, open_place
-from dist_t2i.utils.progress import Progress
+from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import finish, put_back
 from dist_t2i.sharding.folder import Item, Problem
@@ -26,6 +25,7 @@ from dist_t2i.sharding.writer import (
     reserve,
     write_shard,
 )
+from dist_t2i.utils.progress import Progress
 
 Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
 """Writes shards on other machines and returns their results by name."""

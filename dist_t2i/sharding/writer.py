@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.data.destination import WORK, Place
+from dist_t2i.storage.folders import WORK, Place
 from dist_t2i.data.manifest import FORMAT, VERSION
 from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.errors import DataError

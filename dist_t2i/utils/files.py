@@ -1,20 +1,14 @@
 """Files that are written atomically, and their hashes."""
 
 from __future__ import annotations
-import json
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+
 import hashlib
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-import torch
-from dist_t2i.errors import UserError
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     Module = TypeVar("Module", bound=nn.Module)
 

@@ -1,27 +1,13 @@
 """Signals and lifetimes of processes."""
 
 from __future__ import annotations
-import contextlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from types import FrameType
-from dist_t2i.launch import LauncherWatch
-import atexit
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable
-from typing import Any
-from dist_t2i.errors import DataError
 
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 

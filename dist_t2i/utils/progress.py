@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import os
-import sys
-import time
-from collections.abc import Mapping
-from typing import TextIO
 
 
 class Progress:

@@ -1,12 +1,6 @@
 """Random seeds as functions of integers, such as (seed, images seen, purpose)."""
 
 from __future__ import annotations
-from typing import NamedTuple
-import torch
-from torch import Tensor
-from dist_t2i.config import Config
-from dist_t2i.models.augment import DRAWS
-
 
 _MASK = (1 << 64) - 1
 

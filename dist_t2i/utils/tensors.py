@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -69,5 +68,3 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
     }
     module.load_state_dict(fp32, assign=True)
     return module
-
-

@@ -9,8 +9,8 @@ AFTER_A_CLIENT = """
 import obstore
 from obstore.store import from_url
 
-from dist_t2i.data.sources import read_file
-from dist_t2i.data.storage import StorageOptions
+from dist_t2i.storage.shard_file import read_file
+from dist_t2i.storage.clients import StorageOptions
 
 if __name__ == "__main__":
     URL = "http://127.0.0.1:9"

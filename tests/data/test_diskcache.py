@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dist_t2i.data.diskcache import ChunkCache, key_of
+from dist_t2i.storage.chunk_cache import ChunkCache, key_of
 
 SIZE = 1000
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from dist_t2i.data.sources import LocalFile
+from dist_t2i.storage.shard_file import LocalFile
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.sharding.folder import find_items
 from dist_t2i.sharding.preparing import Options

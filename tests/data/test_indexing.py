@@ -13,8 +13,8 @@ import webdataset
 
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.lists import open_data, open_entry
-from dist_t2i.data.sources import LocalFile
-from dist_t2i.data.storage import FROM_ENVIRONMENT
+from dist_t2i.storage.shard_file import LocalFile
+from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.data.stream import open_stream
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.errors import DataError

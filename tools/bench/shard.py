@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def compare(pictures: Path, work: Path, runs: int) -> int:
-    from dist_t2i.data.destination import open_place
+    from dist_t2i.storage.folders import open_place
     from dist_t2i.sharding.folder import find_items
     from dist_t2i.sharding.preparing import Options
     from dist_t2i.sharding.sets import write_here

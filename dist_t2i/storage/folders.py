@@ -17,8 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dist_t2i.data.storage import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
-from dist_t2i.data.urls import scheme_of, unchained
+from dist_t2i.storage.clients import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
+from dist_t2i.storage.urls import scheme_of, unchained
 
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""

@@ -8,18 +8,15 @@ will not fork (loader workers, and that child) have clients.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.utils.processes import ignore_stop_signals, signals_blocked
-from dist_t2i.utils.processes import end_with
+from dist_t2i.utils.processes import end_with, ignore_stop_signals, signals_blocked
 
 _pid_with_clients = -1
 _reader: _Reader | None = None
@@ -35,8 +32,6 @@ def have_clients() -> None:
     """From now on this process has clients of its own; it must not fork processes that need some."""
     global _pid_with_clients
     _pid_with_clients = os.getpid()
-
-
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from dist_t2i.data.urls import checked, scheme_of
+from dist_t2i.storage.urls import checked, scheme_of
 from dist_t2i.errors import DataError
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})

@@ -1,0 +1,1 @@
+"""Reading and writing files wherever they lie: local disks, object stores, web servers."""
