@@ -15,7 +15,7 @@ from dist_t2i.configrules import check_world
 from dist_t2i.engine import EngineSpec, NetworkEngine
 from dist_t2i.gan import Gan
 from dist_t2i.modelfiles import ModelFiles
-from dist_t2i.networks import build_networks
+from dist_t2i.models.networks import build_networks
 
 
 def assemble(

@@ -12,7 +12,7 @@ from dist_t2i.config import EmaConfig
 from dist_t2i.gan import Gan
 from dist_t2i.models.ema import ema_decay, update_ema
 from dist_t2i.models.generator import Generated
-from dist_t2i.networks import Networks
+from dist_t2i.models.networks import Networks
 
 
 class Average:

@@ -8,7 +8,7 @@ from dist_t2i.configschema import flatten
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import ConfigError, UserError
 from dist_t2i.modelfiles import ModelFiles, read_model
-from dist_t2i.networks import Networks
+from dist_t2i.models.networks import Networks
 from dist_t2i.utils.tensors import fill
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")

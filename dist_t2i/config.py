@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_t2i.models.options import AlignmentConfig, DiscriminatorConfig, GeneratorConfig
+from dist_t2i.models.config import AlignmentConfig, DiscriminatorConfig, GeneratorConfig
+from dist_t2i.models.config import AugmentConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,6 @@ class DataConfig:
     """Whether requests go unsigned, for public buckets."""
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    mode: Literal["dual", "shared", "frozen"] = "dual"
-    """`dual`: S_G and S_D apart; `shared`: one encoder that both losses train; `frozen`: a given embedding."""
-    encoder: Literal["lstm", "transformer"] = "lstm"
-    """Architecture of the text encoders."""
-    embedding: int = 256
-    """Width of a sentence or word embedding (both directions of the LSTM together)."""
-    layers: int = 1
-    """Layers of each text encoder."""
-    heads: int = 4
-    """Attention heads; transformer only."""
-    frozen: str = ""
-    """`mode: frozen` only: an exported folder whose encoder is reused, or a .safetensors table of caption vectors."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +107,6 @@ class LossConfig(AlignmentConfig):
     """Step of the finite difference; `fd_r1` only."""
 
 
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Differentiable augmentation (Zhao et al. 2020) of what D sees, real and fake alike."""
-
-    translation: float = 0.125
-    """Largest shift as a share of the side."""
-    color: float = 0.0
-    """Strength of brightness, saturation and contrast jitter, 0 to 1."""
-    cutout: float = 0.0
-    """Side of the square that is blanked, as a share of the picture's."""
 
 
 @dataclass(frozen=True)

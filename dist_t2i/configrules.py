@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from dist_t2i.config import Config
 from dist_t2i.configschema import build, flatten, keys, sections, value_of
+from dist_t2i.errors import ConfigError, DataError
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.urls import scheme_of, unchained
-from dist_t2i.errors import ConfigError, DataError
 
 Finding = tuple[tuple[str, ...], str]
 """The keys involved, the one to change first, and what is wrong with a remedy."""

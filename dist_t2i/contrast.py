@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_t2i.data.batch import Batch
 from dist_t2i.losses import same_pairs
-from dist_t2i.models.alignment import Embeddings
+from dist_t2i.models.discriminator import Embeddings
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.config import Config
-from dist_t2i.models.augment import DRAWS
+from dist_t2i.models.augmentation import DRAWS
 from dist_t2i.utils.seeds import mix
 
 

@@ -34,11 +34,12 @@ from dist_t2i.contrast import GlobalRows, RowIds
 from dist_t2i.data.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.engine import NetworkEngine
-from dist_t2i.models.alignment import Embeddings, Negatives, discriminator_terms, generator_terms
-from dist_t2i.models.augment import augment
+from dist_t2i.models.discriminator import Embeddings
+from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.models.augmentation import augment
 from dist_t2i.models.discriminator import Discriminator, Features
 from dist_t2i.models.generator import Generated
-from dist_t2i.networks import DiscriminatorSide
+from dist_t2i.models.networks import DiscriminatorSide
 from dist_t2i.schedule import penalty_scale
 from dist_t2i.textflow import GivenText, OwnText, SharedText
 

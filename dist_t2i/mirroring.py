@@ -23,11 +23,11 @@ from typing import Any
 from dist_t2i import checkpoint, metricsfile
 from dist_t2i.claim import Claim
 from dist_t2i.config import Config
-from dist_t2i.storage.folders import open_place
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.preempt import FINISHED, StopFlag
 from dist_t2i.report import Reporter
+from dist_t2i.storage.folders import open_place
 from dist_t2i.utils.processes import signals_blocked
 
 FINISH_SECONDS = 600.0

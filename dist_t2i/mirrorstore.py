@@ -34,8 +34,8 @@ from dist_t2i.checkpoint import STATE, Retention
 from dist_t2i.config import Config
 from dist_t2i.configfile import loads
 from dist_t2i.configrules import differences
-from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.errors import CheckpointError, ConfigError
+from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.wandbsink import ID_FILE
 
 T = TypeVar("T")

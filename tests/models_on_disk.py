@@ -11,7 +11,7 @@ from dist_t2i import checkpoint, configfile
 from dist_t2i.claim import claim
 from dist_t2i.config import Config
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
-from dist_t2i.networks import build_networks
+from dist_t2i.models.networks import build_networks
 
 CAPTIONS = (
     "woman pilot light skin tone",

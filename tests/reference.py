@@ -14,9 +14,9 @@ from torch import nn
 from dist_t2i import losses
 from dist_t2i.data.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
-from dist_t2i.models.augment import augment
-from dist_t2i.models.text import TextEmbedding
-from dist_t2i.networks import build_networks
+from dist_t2i.models.augmentation import augment
+from dist_t2i.models.text_encoder import TextEmbedding
+from dist_t2i.models.networks import build_networks
 
 
 class Seen(NamedTuple):

@@ -23,10 +23,10 @@ from dist_t2i.checkpoint import Retention
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import Config
 from dist_t2i.configschema import build
-from dist_t2i.storage.folders import open_place
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.mirroring import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.preempt import FINISHED, STOPPED
+from dist_t2i.storage.folders import open_place
 from faultproxy import FaultProxy
 from faults import Stall, Status
 from ranks import ROOT

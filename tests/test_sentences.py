@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.config import TextConfig
+from dist_t2i.models.config import TextConfig
 from dist_t2i.frozentext import load_frozen
 from models_on_disk import tokenizer
 

@@ -20,19 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.storage.reader_process import have_clients
-from dist_t2i.storage.folders import LocalPlace
 from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
-from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.data.shards import PICTURES, BadSample, ShardSet, captions_of, open_set
-from dist_t2i.storage.shard_file import LocalFile, reason_of
 from dist_t2i.data.statistics import caption_statistics
-from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.data.tarindex import refuse_unsafe
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.data.tokenizer import train_tokenizer
-from dist_t2i.storage.urls import base_name, is_local, local_path
 from dist_t2i.errors import DataError
+from dist_t2i.storage.clients import StorageOptions
+from dist_t2i.storage.folders import LocalPlace
+from dist_t2i.storage.reader_process import have_clients
+from dist_t2i.storage.remote_file import RemoteFile
+from dist_t2i.storage.shard_file import LocalFile, reason_of
+from dist_t2i.storage.urls import base_name, is_local, local_path
 from dist_t2i.utils.processes import ignore_stop_signals
 from dist_t2i.utils.progress import Progress
 

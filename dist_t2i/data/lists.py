@@ -12,9 +12,9 @@ from typing import Any
 from dist_t2i.config import DataConfig
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.shards import ShardSet, open_set
+from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.storage.urls import beside, checked, expand, is_local, join, local_path
-from dist_t2i.errors import DataError
 
 
 def storage_of(data: DataConfig) -> StorageOptions:

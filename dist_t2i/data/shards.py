@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from dist_t2i.data.manifest import parse_manifest
-from dist_t2i.storage.shard_file import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
-from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
 from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer
-from dist_t2i.storage.urls import base_name, beside, checked, is_local, join, parent
 from dist_t2i.errors import DataError
+from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
+from dist_t2i.storage.shard_file import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
+from dist_t2i.storage.urls import base_name, beside, checked, is_local, join, parent
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_t2i.storage.shard_file import ShardFile
 from dist_t2i.data.tarindex import Member, ShardIndex, key_and_extension, refuse_unsafe
+from dist_t2i.storage.shard_file import ShardFile
 
 TEXTS = ("json", "txt")
 _BUFFER = 2**22

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from dist_t2i.storage.reader_process import have_clients
 from dist_t2i.errors import DataError
+from dist_t2i.storage.reader_process import have_clients
 from dist_t2i.utils.processes import end_with
 
 _MAX_RESTARTS = 3

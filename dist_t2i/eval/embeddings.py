@@ -25,7 +25,7 @@ from dist_t2i.data.batch import caption_id
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics, probes
-from dist_t2i.models.text import build_text_encoder
+from dist_t2i.models.text_encoder import build_text_encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

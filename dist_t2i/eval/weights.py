@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dist_t2i.storage.shard_file import read_file, reason_of
-from dist_t2i.storage.clients import StorageOptions
-from dist_t2i.storage.urls import is_local, local_path
 from dist_t2i.errors import DataError, UserError
+from dist_t2i.storage.clients import StorageOptions
+from dist_t2i.storage.shard_file import read_file, reason_of
+from dist_t2i.storage.urls import is_local, local_path
 
 _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dist_t2i import losses
-from dist_t2i.models.options import AlignmentConfig
+from dist_t2i.models.config import AlignmentConfig
+from dist_t2i.models.discriminator import Embeddings
 
-Embeddings = dict[str, Tensor]
-"""Tensors with one row a picture, by name."""
 
 
 class Negatives(NamedTuple):

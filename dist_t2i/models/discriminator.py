@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.alignment import Embeddings
-from dist_t2i.models.blocks import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
-from dist_t2i.models.options import DiscriminatorConfig
-from dist_t2i.models.text import TextEmbedding
+from dist_t2i.models.layers import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
+from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.text_encoder import TextEmbedding
+from dist_t2i.models.layers import DiscriminatorBlock, Downsample
+from typing import NamedTuple
+from torch import Tensor
+from dist_t2i import losses
+from dist_t2i.models.config import AlignmentConfig
 
 
 class Features(NamedTuple):
@@ -44,30 +48,8 @@ class Features(NamedTuple):
         return Features(function(self.pooled), tuple(map(function, self.maps)), patches, words)
 
 
-class DiscriminatorBlock(nn.Module):
-    """A residual block of two 3x3 convolutions."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = convolution(channels, channels)
-        self.conv2 = convolution(channels, channels, gain=1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, C, H, W]."""
-        y = self.conv1(F.leaky_relu(x, SLOPE))
-        return x + self.conv2(activate(y))
 
 
-class Downsample(nn.Module):
-    """Half the side: the four pixels of a square side by side, then a 1x1 convolution; nothing is thrown away."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv = convolution(4 * inputs, outputs, size=1, gain=1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, C', H/2, W/2]."""
-        return self.conv(F.pixel_unshuffle(x, 2))
 
 
 class PatchJudge(nn.Module):
@@ -213,3 +195,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:
         """images [B, 3, H, W], sentence [B, E] -> adversarial logits [B]."""
         return self.adversarial(self.features(images), sentence)
+
+
+Embeddings = dict[str, Tensor]
+"""Tensors with one row a picture, by name."""

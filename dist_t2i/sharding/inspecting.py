@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.storage.folders import Place, open_place, place_of
 from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.errors import DataError
@@ -16,6 +15,7 @@ from dist_t2i.sharding.finishing import fingerprint
 from dist_t2i.sharding.processes import Spread, advance
 from dist_t2i.sharding.report import contact_sheet, index_name, some_samples
 from dist_t2i.sharding.tarwriter import crc32
+from dist_t2i.storage.folders import Place, open_place, place_of
 
 _MAX_LISTED = 20
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.storage.clients import OBJECT_STORES
+from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.storage.urls import scheme_of, unchained
 
 WEB = ("http", "https")

@@ -8,10 +8,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_t2i.storage.folders import Place, place_of
 from dist_t2i.data.shards import BadSample, Sample
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.sharding.writer import count_reasons
+from dist_t2i.storage.folders import Place, place_of
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import finish, put_back
 from dist_t2i.sharding.folder import Item, Problem
@@ -25,6 +24,7 @@ from dist_t2i.sharding.writer import (
     reserve,
     write_shard,
 )
+from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.utils.progress import Progress
 
 Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]

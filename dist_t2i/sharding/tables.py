@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_t2i.storage.folders import open_place
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, rows_of
 from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
 from dist_t2i.sharding.origins import Download, Origin, PictureFile, reachable
+from dist_t2i.storage.folders import open_place
 
 DEFAULT = Columns(("url", *IMAGE_COLUMNS), CAPTION_COLUMNS)
 _BATCH = 10_000

@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dist_t2i.storage.folders import open_place
 from dist_t2i.data.shards import PICTURES
 from dist_t2i.data.tarindex import UNSAFE, key_and_extension
-from dist_t2i.storage.urls import is_local, unchained
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
 from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
 from dist_t2i.sharding.origins import TarPart
+from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.urls import is_local, unchained
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
 _MAX_TEXT = 2**24

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_t2i.storage.folders import WORK, Place
 from dist_t2i.data.manifest import FORMAT, VERSION
 from dist_t2i.data.tarindex import Member, ShardIndex
 from dist_t2i.errors import DataError
@@ -25,6 +24,7 @@ from dist_t2i.sharding.folder import Item, Problem
 from dist_t2i.sharding.origins import DownloadError
 from dist_t2i.sharding.preparing import Options, prepare
 from dist_t2i.sharding.tarwriter import TarWriter
+from dist_t2i.storage.folders import WORK, Place
 
 _ROOM = 3 * 1024
 """Bytes that a sample takes in a tar beside those of its picture, roughly."""

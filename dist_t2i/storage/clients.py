@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from dist_t2i.storage.urls import checked, scheme_of
 from dist_t2i.errors import DataError
+from dist_t2i.storage.urls import checked, scheme_of
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
 BLOCK, LARGE_BLOCK = 2**16, 2**20

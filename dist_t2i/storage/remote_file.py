@@ -14,7 +14,17 @@ import threading
 import time
 from typing import BinaryIO
 
-from dist_t2i.storage.clients import BLOCK, LARGE_BLOCK, Changed, Client, Gone, Short, StorageError, StorageOptions, client_of
+from dist_t2i.storage.clients import (
+    BLOCK,
+    LARGE_BLOCK,
+    Changed,
+    Client,
+    Gone,
+    Short,
+    StorageError,
+    StorageOptions,
+    client_of,
+)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 GONE_SECONDS = 3.0

@@ -8,10 +8,10 @@ import time
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from dist_t2i.storage.reader_process import apart, may_have_clients
 from dist_t2i.storage.chunk_cache import CHUNK, ChunkCache, key_of
-from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.clients import StorageError, StorageOptions
+from dist_t2i.storage.reader_process import apart, may_have_clients
+from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.urls import is_local, local_path
 
 

@@ -13,11 +13,11 @@ import webdataset
 
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.lists import open_data, open_entry
-from dist_t2i.storage.shard_file import LocalFile
-from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.data.stream import open_stream
 from dist_t2i.data.tarreader import read_tar
 from dist_t2i.errors import DataError
+from dist_t2i.storage.clients import FROM_ENVIRONMENT
+from dist_t2i.storage.shard_file import LocalFile
 from pictures import config_for, encoded, make_set, picture
 from ranks import ROOT
 from tars import write_tar

@@ -10,12 +10,12 @@ from PIL import Image
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.lists import open_entry
 from dist_t2i.data.shards import BadSample, Sample, captions_of, open_set
-from dist_t2i.storage.shard_file import LocalFile, open_shard
-from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.data.tarindex import ShardIndex
 from dist_t2i.data.tarreader import read_tar
-from dist_t2i.storage.urls import local_path
 from dist_t2i.errors import DataError
+from dist_t2i.storage.clients import FROM_ENVIRONMENT
+from dist_t2i.storage.shard_file import LocalFile, open_shard
+from dist_t2i.storage.urls import local_path
 from pictures import colour, encoded, make_set, picture
 from tars import harmful_pickle, write_tar
 

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dist_t2i.storage.shard_file import read_file
-from dist_t2i.storage.clients import StorageError, StorageOptions, storage_errors
 from dist_t2i.launch import free_ports
+from dist_t2i.storage.clients import StorageError, StorageOptions, storage_errors
+from dist_t2i.storage.shard_file import read_file
 
 ONCE = StorageOptions(retry_seconds=0.0)
 

@@ -9,8 +9,8 @@ import torch
 from dist_t2i.config import LossConfig
 from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms
 from dist_t2i.models.discriminator import Discriminator
-from dist_t2i.models.options import DiscriminatorConfig
-from dist_t2i.models.text import TextEmbedding
+from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.text_encoder import TextEmbedding
 
 TEXT, ROWS = 24, 4
 EVERYTHING = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "words": 8, "region_embedding": 6}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_t2i.configfile import load
-from dist_t2i.networks import build_networks
+from dist_t2i.models.networks import build_networks
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in FILES if not path.name.startswith("ablation-")]  # those are lists of runs

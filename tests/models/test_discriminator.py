@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_t2i.models.discriminator import Discriminator
-from dist_t2i.models.options import DiscriminatorConfig
+from dist_t2i.models.config import DiscriminatorConfig
 
 TEXT = 24
 

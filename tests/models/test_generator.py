@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dist_t2i.configschema import field_types
-from dist_t2i.models.attention import WordAttention
+from dist_t2i.models.layers import WordAttention
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
-from dist_t2i.models.options import AttnConfig, GeneratorConfig
-from dist_t2i.models.registry import GENERATORS, build_generator
+from dist_t2i.models.config import AttnConfig, GeneratorConfig
+from dist_t2i.models.networks import GENERATORS, build_generator
 
 TEXT = 24
 KINDS = pytest.mark.parametrize("kind", GENERATORS)

@@ -5,8 +5,8 @@ import torch
 
 from dist_t2i.config import GeneratorConfig
 from dist_t2i.models.generator import Generator
-from dist_t2i.models.source import SourceEncoder
-from dist_t2i.models.text import TextEmbedding
+from dist_t2i.models.source_encoder import SourceEncoder
+from dist_t2i.models.text_encoder import TextEmbedding
 
 CHANNELS = (12, 8, 8)
 

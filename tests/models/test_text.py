@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dist_t2i.config import TextConfig
-from dist_t2i.models.text import CaptionTable, FrozenText, build_text_encoder
+from dist_t2i.models.config import TextConfig
+from dist_t2i.models.frozen_text import CaptionTable, FrozenText
+from dist_t2i.models.text_encoder import build_text_encoder
 
 VOCABULARY, TOKENS, WIDTH = 40, 9, 32
 

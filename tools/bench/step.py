@@ -237,7 +237,7 @@ class Subject:
         from dist_t2i.assemble import assemble
         from dist_t2i.average import Average
         from dist_t2i.gan import Gan
-        from dist_t2i.networks import build_networks
+        from dist_t2i.models.networks import build_networks
 
         self.config, self.device, self.images = config, device, 0
         if kind == "plain":

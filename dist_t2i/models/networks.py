@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from dist_t2i.config import Config
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
-from dist_t2i.models.registry import build_generator
-from dist_t2i.models.source import SourceEncoder
-from dist_t2i.models.text import TextEmbedding, build_text_encoder
+from dist_t2i.models.source_encoder import SourceEncoder
+from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
+from dist_t2i.models.attn_generator import AttnGenerator
+from dist_t2i.models.generator import Generator
+from dist_t2i.models.config import GeneratorConfig
 
 
 class GeneratorSide(nn.Module):
@@ -113,3 +115,11 @@ def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = N
             config.edit.width, config.model.generator.channels, config.data.image_size, width
         )
     return Networks(generator_side, discriminator_side, text, frozen)
+
+
+GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "attn": AttnGenerator}
+
+
+def build_generator(config: GeneratorConfig, image_size: int, text_width: int) -> Generator:
+    """The generator that the configuration names, with fresh weights. Raises ValueError for sizes that do not fit."""
+    return GENERATORS[config.kind](config, image_size, text_width)

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 Problem = tuple[tuple[str, ...], str]
 """Keys of the section, the one to change first, and what is wrong with a remedy."""
@@ -172,3 +174,31 @@ def not_computed(network: str, sides: tuple[int, ...], computed: list[int]) -> s
         f"{', '.join(map(str, sides)) or 'the list'} must be among the scales that model.{network}.channels computes: "
         f"{', '.join(map(str, computed))}"
     )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    mode: Literal["dual", "shared", "frozen"] = "dual"
+    """`dual`: S_G and S_D apart; `shared`: one encoder that both losses train; `frozen`: a given embedding."""
+    encoder: Literal["lstm", "transformer"] = "lstm"
+    """Architecture of the text encoders."""
+    embedding: int = 256
+    """Width of a sentence or word embedding (both directions of the LSTM together)."""
+    layers: int = 1
+    """Layers of each text encoder."""
+    heads: int = 4
+    """Attention heads; transformer only."""
+    frozen: str = ""
+    """`mode: frozen` only: an exported folder whose encoder is reused, or a .safetensors table of caption vectors."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Differentiable augmentation (Zhao et al. 2020) of what D sees, real and fake alike."""
+
+    translation: float = 0.125
+    """Largest shift as a share of the side."""
+    color: float = 0.0
+    """Strength of brightness, saturation and contrast jitter, 0 to 1."""
+    cutout: float = 0.0
+    """Side of the square that is blanked, as a share of the picture's."""

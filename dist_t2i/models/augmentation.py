@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_t2i.config import AugmentConfig
+from dist_t2i.models.config import AugmentConfig
 
 DRAWS = 7
 """Random numbers that `augment` needs for each row: shift x, y; brightness, saturation, contrast; cutout x, y."""
