@@ -10,8 +10,8 @@ from torch import nn
 
 from dist_t2i.average import Average
 from dist_t2i.beginning import begin_with
-from dist_t2i.config import Config
-from dist_t2i.configrules import check_world
+from dist_t2i.config.sections import Config
+from dist_t2i.config.validation import check_world
 from dist_t2i.engine import EngineSpec, NetworkEngine
 from dist_t2i.gan import Gan
 from dist_t2i.modelfiles import ModelFiles

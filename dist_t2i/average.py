@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_t2i.config import EmaConfig
+from dist_t2i.config.sections import EmaConfig
 from dist_t2i.gan import Gan
 from dist_t2i.models.ema import ema_decay, update_ema
 from dist_t2i.models.generator import Generated

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.models.augmentation import DRAWS
 from dist_t2i.utils.seeds import mix
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.muon import Layout, Piece, build_optimizer
 from dist_t2i.utils.allocator import keep_freed_memory

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from dist_t2i import configfile
+from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
 from dist_t2i.grid import GridRow, draw_grid, save_grid
 from dist_t2i.modelcard import SetAbout, model_card
@@ -35,7 +35,7 @@ from dist_t2i.pipeline import TextToImage
 from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
-    from dist_t2i.config import Config
+    from dist_t2i.config.sections import Config
 
 SCORES = "scores.json"
 SAMPLES = "samples.png"
@@ -96,7 +96,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
     save_file(_plain(files.discriminator), folder / DISCRIMINATOR)
     if files.frozen is not None:
         save_file(_plain(files.frozen.tensors), folder / FROZEN)
-    (folder / CONFIG).write_text(configfile.dump(config), encoding="utf-8")
+    (folder / CONFIG).write_text(config_files.dump(config), encoding="utf-8")
     files.tokenizer.save(folder / TOKENIZER)
     names = [CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR] + ([FROZEN] if files.frozen else [])
     about: dict[str, Any] = {

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_t2i.models.config import TextConfig
 from dist_t2i.errors import UserError
+from dist_t2i.models.config import TextConfig
 from dist_t2i.models.frozen_text import CaptionTable, FrozenText
 from dist_t2i.models.text_encoder import build_text_encoder
 from dist_t2i.utils.tensors import fill, read_metadata, read_tensors

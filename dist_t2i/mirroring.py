@@ -22,7 +22,7 @@ from typing import Any
 
 from dist_t2i import checkpoint, metricsfile
 from dist_t2i.claim import Claim
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.preempt import FINISHED, StopFlag

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i import configfile
+from dist_t2i.config import files as config_files
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import UserError
 from dist_t2i.frozentext import FrozenSource, frozen_source
@@ -32,7 +32,7 @@ from dist_t2i.utils.tensors import read_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_t2i.config import Config
+    from dist_t2i.config.sections import Config
 
 FORMAT = 2
 ABOUT = "model.json"
@@ -98,7 +98,7 @@ def read_run(run: Path, *, ema: bool = True, at: Path | None = None) -> ModelFil
     folder is not a run's."""
     from dist_t2i import checkpoint
 
-    config = configfile.load(run / CONFIG)
+    config = config_files.load(run / CONFIG)
     if at is not None:
         saved: checkpoint.Checkpoint | None = checkpoint.open_checkpoint(at)
     else:
@@ -122,7 +122,7 @@ def read_export(folder: Path) -> ModelFiles:
     for name, listed in about["files"].items():
         _check_file(folder, name, listed)
     try:
-        config = configfile.load(folder / CONFIG)
+        config = config_files.load(folder / CONFIG)
     except UserError as error:
         made_by = about.get("library", "another version of dist_t2i")
         raise UserError(

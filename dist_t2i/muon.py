@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_t2i.config import OptimizerConfig
+from dist_t2i.config.sections import OptimizerConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024): repeated, they bring singular values from (0, 1] to about [.7, 1.2]."""

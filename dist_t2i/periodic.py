@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.lists import open_entry, storage_of
 from dist_t2i.errors import UserError
 from dist_t2i.eval.protocol import choose_all, evaluate, load_judges

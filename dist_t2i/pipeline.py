@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dist_t2i.data.decode import FORMATS, PictureError, decode, square, to_rgb, upright
 from dist_t2i.errors import UserError
 from dist_t2i.modelfiles import ModelFiles, read_model
-from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
 from dist_t2i.models.networks import build_networks
+from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
 from dist_t2i.utils.seeds import mix
 from dist_t2i.utils.tensors import fill
 

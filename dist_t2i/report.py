@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dist_t2i import metricsfile
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.grid import GridRow, draw_grid, save_grid
 from dist_t2i.progressline import Console, format_line, line_interval
 
@@ -182,7 +182,7 @@ class Reporter:
             self._wandb.close(1 if state == "failed" else 0)
 
     def _open_wandb(self) -> None:
-        from dist_t2i.configschema import flatten
+        from dist_t2i.config.fields import flatten
         from dist_t2i.wandbsink import WandbSink
 
         report = self.config.report

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_t2i import checkpoint, configfile, metricsfile
+from dist_t2i import checkpoint, metricsfile
+from dist_t2i.config import files as config_files
 from dist_t2i.claim import Claim, claim
-from dist_t2i.config import Config
-from dist_t2i.configrules import refuse_changes
+from dist_t2i.config.sections import Config
+from dist_t2i.config.resume import refuse_changes
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.utils import environment
 
@@ -39,7 +40,7 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
         metricsfile.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
         metricsfile.replace_text(folder / "tokenizer.json", data.tokenizer.text)
-        metricsfile.replace_text(folder / "config.yaml", configfile.dump(config))
+        metricsfile.replace_text(folder / "config.yaml", config_files.dump(config))
         return mine
     except OSError as error:
         raise UserError(
@@ -51,7 +52,7 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
 def _check_same_run(
     folder: Path, config: Config, data: ShardSet, allow_changes: bool, warn: Callable[[str], None]
 ) -> None:
-    before = configfile.load(folder / "config.yaml", [])
+    before = config_files.load(folder / "config.yaml", [])
     for line in refuse_changes(before, config, allow=allow_changes):
         warn(f"going on with another configuration: {line}")
     known = fingerprint_of(folder)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.average import Average
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.decode import PictureError, decode, square
 from dist_t2i.data.neighbours import Neighbours, read_captions
 from dist_t2i.data.shards import BadSample, Samples, ShardSet

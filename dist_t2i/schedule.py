@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from dist_t2i.config import LossConfig, OptimizerConfig
+from dist_t2i.config.sections import LossConfig, OptimizerConfig
 
 
 def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: int) -> float:

@@ -46,21 +46,22 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
     """Returns the exit status; `stop` as in trainer.train. Raises UserError."""
     options = parse(arguments)
     if options.help_config:
-        from dist_t2i.configschema import reference
+        from dist_t2i.config.fields import reference
 
         print(reference())
         return 0
-    from dist_t2i import configfile, launch
+    from dist_t2i.config import files as config_files
+    from dist_t2i import launch
 
     rank = launch.prepare()
     try:
         if options.config is None:
             raise UserError("--config FILE is missing, such as --config configs/openmoji64.yaml")
-        config = configfile.load(options.config, options.overrides)
+        config = config_files.load(options.config, options.overrides)
         if not config.run.folder:
             folder = str(Path("runs") / options.config.stem)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
-        from dist_t2i.configrules import check_world
+        from dist_t2i.config.validation import check_world
 
         check_world(config, rank.world_size)
         from dist_t2i.trainer import train

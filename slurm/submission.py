@@ -27,9 +27,10 @@ from typing import Any
 
 import submitit
 
-from dist_t2i import configfile, metricsfile
-from dist_t2i.config import Config
-from dist_t2i.configrules import check_world
+from dist_t2i.config import files as config_files
+from dist_t2i import metricsfile
+from dist_t2i.config.sections import Config
+from dist_t2i.config.validation import check_world
 from dist_t2i.errors import UserError
 from slurm import snapshot
 from slurm.job import TrainJob
@@ -200,7 +201,7 @@ class Submission:
                 snapshot.take(self.run)
             for run, config in self._runs():
                 (run / FOLDER).mkdir(parents=True, exist_ok=True)
-                metricsfile.replace_text(run / FOLDER / "config.yaml", configfile.dump(config))
+                metricsfile.replace_text(run / FOLDER / "config.yaml", config_files.dump(config))
         except OSError as error:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 

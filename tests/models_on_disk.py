@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dist_t2i import checkpoint, configfile
+from dist_t2i import checkpoint
+from dist_t2i.config import files as config_files
 from dist_t2i.claim import claim
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.models.networks import build_networks
 
@@ -41,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 
 def config(*overrides: str) -> Config:
-    return configfile.loads("", [*SMALL, *overrides])
+    return config_files.loads("", [*SMALL, *overrides])
 
 
 def write_run(
@@ -53,7 +54,7 @@ def write_run(
 
     cfg, words = config(*overrides), words or tokenizer()
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(configfile.dump(cfg))
+    (run / "config.yaml").write_text(config_files.dump(cfg))
     words.save(run / "tokenizer.json")
     torch.manual_seed(seed)
     frozen = load_frozen(cfg.text, words, cfg.data.max_tokens) if cfg.text.mode == "frozen" else None

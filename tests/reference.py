@@ -15,8 +15,8 @@ from dist_t2i import losses
 from dist_t2i.data.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.models.augmentation import augment
-from dist_t2i.models.text_encoder import TextEmbedding
 from dist_t2i.models.networks import build_networks
+from dist_t2i.models.text_encoder import TextEmbedding
 
 
 class Seen(NamedTuple):

@@ -13,10 +13,11 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dist_t2i.config import Config
-from dist_t2i.configfile import check, dump, load, loads
-from dist_t2i.configrules import check_world, differences, refuse_changes
-from dist_t2i.configschema import build, flatten, keys, reference, value_of
+from dist_t2i.config.sections import Config
+from dist_t2i.config.files import check, dump, load, loads
+from dist_t2i.config.validation import check_world
+from dist_t2i.config.resume import differences, refuse_changes
+from dist_t2i.config.fields import build, flatten, keys, reference, value_of
 from dist_t2i.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -295,7 +296,7 @@ def test_the_reference_lists_every_key_with_its_default():
 
 
 def test_the_reference_needs_no_torch():
-    code = "import sys; from dist_t2i.configschema import reference; reference(); assert 'torch' not in sys.modules"
+    code = "import sys; from dist_t2i.config.fields import reference; reference(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -18,7 +18,7 @@ PAIRS = [(g, d) for g in range(4) for d in range(4)]
 
 def tiny_config(**overrides):
     """A run of 32 px with region maps; `a__b=c` overrides `a.b`."""
-    from dist_t2i.configfile import build
+    from dist_t2i.config.files import build
 
     values = {
         "data.image_size": 32,

@@ -176,7 +176,7 @@ def test_gpu_detection_agrees_with_torch():
 
 def test_nothing_here_imports_torch():
     code = (
-        "import sys, dist_t2i.launch, dist_t2i.preempt, dist_t2i.errors, dist_t2i.report, dist_t2i.configfile\n"
+        "import sys, dist_t2i.launch, dist_t2i.preempt, dist_t2i.errors, dist_t2i.report, dist_t2i.config.files\n"
         "dist_t2i.launch.prepare(); print([m for m in ('torch', 'deepspeed', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

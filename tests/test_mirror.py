@@ -18,11 +18,12 @@ import psutil
 import pytest
 import torch
 
-from dist_t2i import checkpoint, configfile
+from dist_t2i import checkpoint
+from dist_t2i.config import files as config_files
 from dist_t2i.checkpoint import Retention
 from dist_t2i.claim import Claim, claim
-from dist_t2i.config import Config
-from dist_t2i.configschema import build
+from dist_t2i.config.sections import Config
+from dist_t2i.config.fields import build
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.mirroring import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.preempt import FINISHED, STOPPED
@@ -90,7 +91,7 @@ class Small:
         """As a training run does."""
         self.mirror.look(FINGERPRINT)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(configfile.dump(self.config))
+        (self.folder / "config.yaml").write_text(config_files.dump(self.config))
         (self.folder / "environment.json").write_text(json.dumps({"data": {"fingerprint": FINGERPRINT}}))
         (self.folder / "tokenizer.json").write_text("{}")
         self.mirror.restore(self.claim)
@@ -184,7 +185,7 @@ def test_a_copy_of_the_mirror_is_a_run_folder(small, tmp_path):
     small("run", url).begin().upload(100)
     copy = shutil.copytree(url, tmp_path / "copy")
     assert checkpoint.load_latest(copy).images == 100
-    assert configfile.load(copy / "config.yaml").checkpoint.mirror == url
+    assert config_files.load(copy / "config.yaml").checkpoint.mirror == url
 
 
 def test_retention_is_that_of_the_run(small, server):
@@ -436,12 +437,12 @@ def test_places_take_open_files_and_drop_folders(proxy, tmp_path, url):
 )
 def test_urls_that_cannot_be_a_mirror(url, message):
     with pytest.raises(ConfigError, match=message):
-        configfile.loads("", [f"checkpoint.mirror={url}"])
+        config_files.loads("", [f"checkpoint.mirror={url}"])
 
 
 @pytest.mark.parametrize("url", ["", "backup/mine", "/backup/mine", "file:///backup", URL, "gs://b/p", "sftp://me@h/a"])
 def test_urls_that_can(url):
-    assert configfile.loads("", [f"checkpoint.mirror={url}"]).checkpoint.mirror == url
+    assert config_files.loads("", [f"checkpoint.mirror={url}"]).checkpoint.mirror == url
 
 
 def test_a_mirror_in_the_run_folder_is_refused(small, tmp_path):

@@ -11,7 +11,7 @@ import yaml
 import dist_t2i
 from dist_t2i import checkpoint, modelfiles
 from dist_t2i.checkpoint import Retention
-from dist_t2i.configfile import loads
+from dist_t2i.config.files import loads
 from dist_t2i.data.shards import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval.protocol import evaluate

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageFont
 
 from dist_t2i import metricsfile
-from dist_t2i.configfile import loads
+from dist_t2i.config.files import loads
 from dist_t2i.curves import draw_curves, smooth
 from dist_t2i.grid import GridRow, draw_grid, wrap
 from dist_t2i.meter import Meter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_t2i.config import LossConfig, OptimizerConfig
+from dist_t2i.config.sections import LossConfig, OptimizerConfig
 from dist_t2i.schedule import learning_rate_scale, penalty_scale, warmup
 
 

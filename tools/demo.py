@@ -75,13 +75,13 @@ def main() -> int:
 
 def demo(chosen: argparse.Namespace) -> None:
     """All steps; those that an earlier call finished are passed over."""
-    from dist_t2i import configfile
+    from dist_t2i.config import files as config_files
     from dist_t2i.launch import has_gpu
     from dist_t2i.supervise import train
 
     budget = spelled(chosen.budget)
     config_path = chosen.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
-    size = configfile.load(config_path, chosen.overrides).data.image_size
+    size = config_files.load(config_path, chosen.overrides).data.image_size
     run = chosen.run or Path("runs") / f"demo-{budget}"
     data = chosen.data or Path("data") / f"openmoji{size}"
     say(1, f"Pictures: OpenMoji at {size}x{size} pixels, in {data}")
@@ -121,10 +121,11 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     The number of images goes into the run's configuration: from there on the run is a function of it, and no clock is
     asked again.
     """
-    from dist_t2i import configfile, metricsfile
+    from dist_t2i.config import files as config_files
+    from dist_t2i import metricsfile
     from dist_t2i.supervise import train
 
-    batch = configfile.load(config_path, overrides).train.global_batch
+    batch = config_files.load(config_path, overrides).train.global_batch
     trial, log = run.with_name(f".{run.name}-speed"), run.with_name(f".{run.name}-speed.log")
     shutil.rmtree(trial, ignore_errors=True)
     trial.parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +184,10 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
 
 def images_left(run: Path) -> int:
     """Images that the run has still to see, by its newest checkpoint."""
-    from dist_t2i import checkpoint, configfile
+    from dist_t2i import checkpoint
+    from dist_t2i.config import files as config_files
 
-    total = configfile.load(run / "config.yaml").train.total_images
+    total = config_files.load(run / "config.yaml").train.total_images
     newest = checkpoint.committed(run)
     return max(0, total - int(newest[-1].name.removeprefix("images-"))) if newest else total
 

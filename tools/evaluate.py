@@ -220,7 +220,7 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Chosen]) -> 
 
 def captions(chosen: argparse.Namespace) -> int:
     """Write the list and say its hash."""
-    from dist_t2i.config import DataConfig
+    from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.lists import open_data
     from dist_t2i.eval.protocol import captions_hash, choose_all
     from dist_t2i.eval.rules import captions_text, load_protocol

@@ -66,7 +66,7 @@ def on_cluster(chosen: argparse.Namespace) -> Any:
 
 def index(chosen: argparse.Namespace) -> int:
     """Make a set of tars that stay where they are."""
-    from dist_t2i.config import DataConfig
+    from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.indexing import indexed_set
     from dist_t2i.data.lists import storage_of
     from dist_t2i.storage.urls import expand

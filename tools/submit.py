@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dist_t2i import configfile
+from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError, run_command
 from slurm import attempts, status
 from slurm import profile as profiles
@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def submit(chosen: argparse.Namespace) -> int:
-    config = configfile.load(chosen.config, chosen.overrides)
+    config = config_files.load(chosen.config, chosen.overrides)
     folder = config.run.folder or str(Path("runs") / (chosen.name or chosen.config.stem))
     run = Path(folder).expanduser().absolute()
     submission = Submission(
@@ -135,7 +135,7 @@ def resume(chosen: argparse.Namespace) -> int:
     base = profiles.from_plain(before["profile"])
     submission = Submission(
         run,
-        configfile.load(run / FOLDER / "config.yaml", chosen.overrides),
+        config_files.load(run / FOLDER / "config.yaml", chosen.overrides),
         _profile(chosen, base),
         nodes=before["nodes"] if chosen.nodes is None else chosen.nodes,
         name=before.get("name") or run.name,

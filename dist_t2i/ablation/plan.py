@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from dist_t2i import configfile
-from dist_t2i.config import Config
+from dist_t2i.config import files as config_files
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError
-from dist_t2i.yamlsection import read_section
+from dist_t2i.config.files import read_section
 
 SOURCES = ("", "openmoji")
 
@@ -104,7 +104,7 @@ class Plan:
         given = [f"data.train={self.data}"] if self.data else []
         given += [f"train.total_images={self.images}"] if self.images else []
         table = [f"text.frozen={table_of(out)}"] if self.arms[arm].sentences else []
-        config = configfile.load(self.base, [*given, *self.overrides, *self.arms[arm].overrides, *table])
+        config = config_files.load(self.base, [*given, *self.overrides, *self.arms[arm].overrides, *table])
         if any("checkpoint.every_images" in text for text in self.overrides):
             return config
         # Few enough not to cost, often enough that an interruption loses little; what is drawn comes at the end.
@@ -131,7 +131,7 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
     Raises ConfigError with every problem of the file at once, those of the arms' configurations included.
     """
     try:
-        found = configfile.parse(path.read_text(encoding="utf-8"))
+        found = config_files.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(near) for near in path.parent.glob("ablation*.yaml"))) or "none"
         raise ConfigError(f"no ablation {path}; in that folder there are: {known}") from None

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dist_t2i import checkpoint, configfile, metricsfile
+from dist_t2i import checkpoint, metricsfile
+from dist_t2i.config import files as config_files
 from dist_t2i.ablation.plan import Plan, table_of
-from dist_t2i.config import Config
-from dist_t2i.configrules import refuse_changes
+from dist_t2i.config.sections import Config
+from dist_t2i.config.resume import refuse_changes
 from dist_t2i.data.shards import ShardSet
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.preempt import INTERRUPTED
@@ -63,7 +64,7 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
         if not (run / "config.yaml").exists():
             continue
         try:
-            kept = configfile.load(run / "config.yaml")
+            kept = config_files.load(run / "config.yaml")
             if config.engine.precision == "auto":  # a run notes what that was where it began
                 config = replace(config, engine=replace(config.engine, precision=kept.engine.precision))
             refuse_changes(kept, config)
@@ -123,7 +124,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
     for config in left.values():
         file = config_file(config)
         file.parent.mkdir(parents=True, exist_ok=True)
-        metricsfile.replace_text(file, configfile.dump(config))
+        metricsfile.replace_text(file, config_files.dump(config))
     return _side_by_side(left, jobs, say) if jobs > 1 else _in_turn(left, say)
 
 

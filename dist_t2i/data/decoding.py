@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.batch import SMALL_BYTES
 from dist_t2i.data.buffers import Buffers
 from dist_t2i.data.decode import PictureError, Scratch, decode, square

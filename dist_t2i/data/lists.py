@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.config import DataConfig
+from dist_t2i.config.sections import DataConfig
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.shards import ShardSet, open_set
 from dist_t2i.errors import DataError

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.order import draw
 from dist_t2i.data.shards import BadSample, Shards, captions_of
 from dist_t2i.data.tokenizer import words

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 from dist_t2i.data.batch import SMALL_BYTES, Batch, caption_id
 from dist_t2i.data.buffers import Buffers
 from dist_t2i.data.decoding import Decode

@@ -17,7 +17,6 @@ from dist_t2i.models.config import AlignmentConfig
 from dist_t2i.models.discriminator import Embeddings
 
 
-
 class Negatives(NamedTuple):
     """What the rows of the global batch are contrasted with, and what not."""
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_t2i.models.layers import WordAttention
-from dist_t2i.models.generator import Generator
 from dist_t2i.models.config import GeneratorConfig
+from dist_t2i.models.generator import Generator
+from dist_t2i.models.layers import WordAttention
 
 
 class AttnGenerator(Generator):

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
-from dataclasses import dataclass, field
-from typing import Literal
 
 Problem = tuple[tuple[str, ...], str]
 """Keys of the section, the one to change first, and what is wrong with a remedy."""

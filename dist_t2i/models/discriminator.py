@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.layers import FIRST_SIZE, SLOPE, activate, convolution, linear, patch_size
 from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.layers import (
+    FIRST_SIZE,
+    SLOPE,
+    DiscriminatorBlock,
+    Downsample,
+    activate,
+    convolution,
+    linear,
+    patch_size,
+)
 from dist_t2i.models.text_encoder import TextEmbedding
-from dist_t2i.models.layers import DiscriminatorBlock, Downsample
-from typing import NamedTuple
-from torch import Tensor
-from dist_t2i import losses
-from dist_t2i.models.config import AlignmentConfig
 
 
 class Features(NamedTuple):
@@ -46,10 +50,6 @@ class Features(NamedTuple):
     def _each(self, function: Callable[[Tensor], Tensor]) -> Features:
         patches, words = (None if x is None else function(x) for x in (self.patches, self.words))
         return Features(function(self.pooled), tuple(map(function, self.maps)), patches, words)
-
-
-
-
 
 
 class PatchJudge(nn.Module):

@@ -1,11 +1,10 @@
 """Text encoders that no loss changes (text.mode=frozen)."""
 
 from __future__ import annotations
-from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from dist_t2i.models.config import TextConfig
+
 from dist_t2i.models.text_encoder import TextEmbedding
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.layers import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
 from dist_t2i.models.config import GeneratorConfig
+from dist_t2i.models.layers import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
 from dist_t2i.models.source_encoder import SourceGuide
 
 

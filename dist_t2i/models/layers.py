@@ -8,17 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-import torch.nn.functional as F
-from torch import Tensor, nn
-from collections.abc import Callable
-from itertools import pairwise
-from typing import NamedTuple
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from dist_t2i.models.discriminator import Embeddings
-from dist_t2i.models.config import DiscriminatorConfig
-from dist_t2i.models.text_encoder import TextEmbedding
 
 FIRST_SIZE = 4
 """Side in pixels of the coarsest map of both networks."""

@@ -17,14 +17,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
+from dist_t2i.models.attn_generator import AttnGenerator
+from dist_t2i.models.config import GeneratorConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
 from dist_t2i.models.source_encoder import SourceEncoder
 from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
-from dist_t2i.models.attn_generator import AttnGenerator
-from dist_t2i.models.generator import Generator
-from dist_t2i.models.config import GeneratorConfig
 
 
 class GeneratorSide(nn.Module):

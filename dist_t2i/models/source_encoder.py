@@ -24,9 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.layers import WordAttention
-from dist_t2i.models.layers import FIRST_SIZE, SLOPE, Convolution, activate, convolution, linear, patch_size
-from dist_t2i.models.layers import DiscriminatorBlock, Downsample
+from dist_t2i.models.layers import (
+    FIRST_SIZE,
+    SLOPE,
+    Convolution,
+    DiscriminatorBlock,
+    Downsample,
+    WordAttention,
+    activate,
+    convolution,
+    linear,
+    patch_size,
+)
 from dist_t2i.models.text_encoder import TextEmbedding
 
 

@@ -129,10 +129,6 @@ class TransformerText(nn.Module):
         return TextEmbedding(words.sum(1) / lengths[:, None].to(words.dtype), words, mask)
 
 
-
-
-
-
 def build_text_encoder(text: TextConfig, vocab_size: int, max_tokens: int) -> nn.Module:
     """The encoder that the configuration names, with fresh weights (or, in `mode: frozen`, wrapped by the caller).
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from dist_t2i.config import EditConfig
+from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.batch import SMALL_BYTES
 from dist_t2i.data.stream import open_stream
 from pictures import config_for, make_set

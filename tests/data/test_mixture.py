@@ -71,7 +71,7 @@ def test_a_weighted_stream(tmp_path):
 
 
 def test_weights_without_lists_are_a_mistake_in_the_configuration():
-    from dist_t2i.configfile import loads
+    from dist_t2i.config.files import loads
 
     with pytest.raises(ConfigError, match=r"data\.weights: has 2 numbers for 1 entries of data\.train"):
         loads("data: {train: a, weights: [1, 2]}")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from dist_t2i.config import EditConfig
+from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.neighbours import LARGEST, NONE, Neighbours, SourceChoice, source_choice
 from dist_t2i.data.shards import Shard, Shards, open_set
 from dist_t2i.data.stream import open_stream

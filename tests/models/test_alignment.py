@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_t2i.config import LossConfig
+from dist_t2i.config.sections import LossConfig
 from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms
-from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.text_encoder import TextEmbedding
 
 TEXT, ROWS = 24, 4

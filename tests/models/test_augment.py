@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_t2i.models.config import AugmentConfig
 from dist_t2i.models.augmentation import DRAWS, augment
+from dist_t2i.models.config import AugmentConfig
 
 OFF = {"translation": 0.0, "color": 0.0, "cutout": 0.0}
 STRONG = AugmentConfig(translation=0.25, color=0.5, cutout=0.3)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_t2i.configfile import load
+from dist_t2i.config.files import load
 from dist_t2i.models.networks import build_networks
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.discriminator import Discriminator
 
 TEXT = 24
 

@@ -5,10 +5,10 @@ import typing
 import pytest
 import torch
 
-from dist_t2i.configschema import field_types
-from dist_t2i.models.layers import WordAttention
-from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
+from dist_t2i.config.fields import field_types
 from dist_t2i.models.config import AttnConfig, GeneratorConfig
+from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
+from dist_t2i.models.layers import WordAttention
 from dist_t2i.models.networks import GENERATORS, build_generator
 
 TEXT = 24

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_t2i.configschema import build
+from dist_t2i.config.fields import build
 from dist_t2i.data.lists import open_data
 from dist_t2i.data.stream import open_stream
 from dist_t2i.errors import UserError

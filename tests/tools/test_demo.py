@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_t2i import configfile
+from dist_t2i.config import files as config_files
 from models_on_disk import write_tone_set
 from runs import progress, wait_for
 
@@ -47,7 +47,7 @@ def test_what_is_no_time(demo, text):
 @pytest.mark.parametrize(("rate", "budget", "batch"), [(138.2, 600, 32), (3.0, 5, 64), (5000.0, 3600, 64)])
 def test_a_plan_is_a_run_that_the_configuration_accepts(demo, rate, budget, batch):
     settings = demo["budget_overrides"](rate, budget, batch)
-    planned = configfile.loads("", [*settings, f"train.global_batch={batch}"])
+    planned = config_files.loads("", [*settings, f"train.global_batch={batch}"])
     total = planned.train.total_images
     assert total % batch == 0 and (0.9 * rate * budget < total <= rate * budget or total == 8 * batch)
     assert planned.report.sample_every_images % batch == planned.checkpoint.every_images % batch == 0

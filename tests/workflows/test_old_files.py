@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import dist_t2i
-from dist_t2i import configfile
+from dist_t2i.config import files as config_files
 from dist_t2i.data.shards import open_set
 from dist_t2i.data.stream import open_stream
 from dist_t2i.pipeline import TextToImage
@@ -39,7 +39,7 @@ def old(request, tmp_path):
 
 def streamed(folder: Path) -> list[dict]:
     """The first samples of the set, as the run reads them: key, caption, its tokens, and the sum of the picture's bytes."""
-    config = configfile.load(folder / CONFIG, [f"data.train={folder / 'set'}", "data.workers=0"])
+    config = config_files.load(folder / CONFIG, [f"data.train={folder / 'set'}", "data.workers=0"])
     stream = open_stream(config, open_set(str(folder / "set")).tokenizer)
     rows: list[dict] = []
     try:

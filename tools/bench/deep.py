@@ -120,7 +120,8 @@ def measure_start(order: dict[str, Any]) -> dict[str, float]:
     import numpy
     import psutil
 
-    from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
+    from dist_t2i.config import Config
+    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
     from dist_t2i.data.lists import open_data
     from dist_t2i.data.stream import open_stream, order_of
 

@@ -73,7 +73,8 @@ def collate(samples: list[Any]) -> tuple[torch.Tensor, list[str]]:
 
 def dist_t2i(place: Place, decode: Decode) -> Batches:
     """Ours; it also tokenizes."""
-    from dist_t2i.config import Config, DataConfig, EngineConfig, TrainConfig
+    from dist_t2i.config import Config
+    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
     from dist_t2i.data.lists import open_data
     from dist_t2i.data.stream import open_stream
 

@@ -104,7 +104,8 @@ def print_table(table: dict) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """One rank of one table; rank 0 prints it as JSON."""
-    from dist_t2i import configfile, launch
+    from dist_t2i.config import files as config_files
+    from dist_t2i import launch
 
     rank = launch.prepare()
     import torch
@@ -115,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = torch.device("cuda", rank.local_rank) if launch.has_gpu() else torch.device("cpu")
     init_distributed(device)
-    config = configfile.load(options.config, options.overrides)
+    config = config_files.load(options.config, options.overrides)
     precision = resolve_precision(config.engine.precision, device)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision, accumulation=1))
     peak = matmul_peak(device, precision)

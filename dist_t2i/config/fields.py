@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from dist_t2i.config import Config
+from dist_t2i.config.sections import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_t2i.models.config import AlignmentConfig, DiscriminatorConfig, GeneratorConfig
-from dist_t2i.models.config import AugmentConfig, TextConfig
+from dist_t2i.models.config import AlignmentConfig, AugmentConfig, DiscriminatorConfig, GeneratorConfig, TextConfig
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ class DataConfig:
     """Of the bucket; empty: AWS_REGION."""
     anonymous: bool = False
     """Whether requests go unsigned, for public buckets."""
-
-
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,6 @@ class LossConfig(AlignmentConfig):
     """The penalty is computed on every n-th step and weighted n times (StyleGAN2, sec. 4: lazy regularisation)."""
     penalty_sigma: float = 0.01
     """Step of the finite difference; `fd_r1` only."""
-
-
 
 
 @dataclass(frozen=True)
