@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dist_t2i.config.sections import Config
-from dist_t2i.config.resume import is_free
 from dist_t2i.config.fields import flatten
+from dist_t2i.config.resume import is_free
+from dist_t2i.config.sections import Config
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import ConfigError, UserError
 from dist_t2i.modelfiles import ModelFiles, read_model

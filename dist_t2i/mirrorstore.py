@@ -31,9 +31,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from dist_t2i import checkpoint, metricsfile, runfolder
 from dist_t2i.checkpoint import STATE, Retention
-from dist_t2i.config.sections import Config
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.wandbsink import ID_FILE

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dist_t2i.errors import ConfigError
 from dist_t2i.config.files import read_section
+from dist_t2i.errors import ConfigError
 
 
 @dataclass(frozen=True)

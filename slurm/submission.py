@@ -27,8 +27,8 @@ from typing import Any
 
 import submitit
 
-from dist_t2i.config import files as config_files
 from dist_t2i import metricsfile
+from dist_t2i.config import files as config_files
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.errors import UserError

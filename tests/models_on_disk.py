@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from dist_t2i import checkpoint
-from dist_t2i.config import files as config_files
 from dist_t2i.claim import claim
+from dist_t2i.config import files as config_files
 from dist_t2i.config.sections import Config
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.models.networks import build_networks

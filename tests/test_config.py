@@ -13,11 +13,11 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dist_t2i.config.sections import Config
-from dist_t2i.config.files import check, dump, load, loads
-from dist_t2i.config.validation import check_world
-from dist_t2i.config.resume import differences, refuse_changes
 from dist_t2i.config.fields import build, flatten, keys, reference, value_of
+from dist_t2i.config.files import check, dump, load, loads
+from dist_t2i.config.resume import differences, refuse_changes
+from dist_t2i.config.sections import Config
+from dist_t2i.config.validation import check_world
 from dist_t2i.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from dist_t2i import checkpoint
-from dist_t2i.config import files as config_files
 from dist_t2i.checkpoint import Retention
 from dist_t2i.claim import Claim, claim
-from dist_t2i.config.sections import Config
+from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import build
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.mirroring import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.preempt import FINISHED, STOPPED

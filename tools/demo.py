@@ -121,8 +121,8 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     The number of images goes into the run's configuration: from there on the run is a function of it, and no clock is
     asked again.
     """
-    from dist_t2i.config import files as config_files
     from dist_t2i import metricsfile
+    from dist_t2i.config import files as config_files
     from dist_t2i.supervise import train
 
     batch = config_files.load(config_path, overrides).train.global_batch

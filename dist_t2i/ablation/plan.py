@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 
 from dist_t2i.config import files as config_files
+from dist_t2i.config.files import read_section
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError
-from dist_t2i.config.files import read_section
 
 SOURCES = ("", "openmoji")
 

@@ -13,8 +13,8 @@ from dist_t2i import ablation, webpage
 from dist_t2i.ablation.comparing import Difference, Measure, difference, verdict, weakness
 from dist_t2i.ablation.judging import OWN
 from dist_t2i.ablation.plan import Plan
-from dist_t2i.config.sections import Config
 from dist_t2i.config.resume import differences
+from dist_t2i.config.sections import Config
 
 FORMAT = 1
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]

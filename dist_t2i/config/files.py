@@ -18,15 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_t2i.config.fields import build, expected, field_types, keys
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import problems_of
-from dist_t2i.config.fields import build, expected, field_types, keys
 from dist_t2i.errors import ConfigError
-import dataclasses
-import difflib
-import typing
-from typing import Any
-from dist_t2i.config.fields import expected, field_types
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,18 +1,13 @@
 """Which keys may change when a run is resumed."""
 
 from __future__ import annotations
-import dataclasses
-import math
-import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
-from urllib.parse import urlsplit
-from dist_t2i.config.sections import Config
-from dist_t2i.config.fields import build, flatten, keys, sections, value_of
-from dist_t2i.errors import ConfigError, DataError
-from dist_t2i.storage.clients import OBJECT_STORES
-from dist_t2i.storage.urls import scheme_of, unchained
 
+from collections.abc import Sequence
+from typing import Any
+
+from dist_t2i.config.fields import flatten
+from dist_t2i.config.sections import Config
+from dist_t2i.errors import ConfigError
 
 _FREE = (
     "run.",

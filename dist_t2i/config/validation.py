@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from dist_t2i.config.sections import Config
 from dist_t2i.config.fields import build, flatten, keys, sections, value_of
+from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError, DataError
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.urls import scheme_of, unchained
@@ -263,14 +262,3 @@ def check_world(config: Config, world_size: int) -> int:
 
 
 # ---- across a resume -------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-

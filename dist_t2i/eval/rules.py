@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dist_t2i.config.files import convert
 from dist_t2i.config.fields import expected, field_types
+from dist_t2i.config.files import convert
 from dist_t2i.errors import UserError
 
 FOLDER = Path(__file__).with_name("protocols")
