@@ -32,7 +32,7 @@ from dist_t2i import losses
 from dist_t2i.config import Config
 from dist_t2i.config.sections import LossConfig
 from dist_t2i.contrast import GlobalRows, RowIds
-from dist_t2i.data.batch import Batch
+from dist_t2i.data.stream.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.engine import NetworkEngine
 from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms

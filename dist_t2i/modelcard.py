@@ -40,7 +40,7 @@ class SetAbout:
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}
             return cls(**{**entries, "examples": tuple(entries.get("examples", ()))})
-        from dist_t2i.data.lists import open_data
+        from dist_t2i.data.open_data import open_data
 
         try:
             found = open_data(files.config.data)

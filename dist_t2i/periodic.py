@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_t2i.config.sections import Config
-from dist_t2i.data.lists import open_entry, storage_of
+from dist_t2i.data.open_data import open_entry, storage_of
 from dist_t2i.errors import UserError
 from dist_t2i.eval.protocol import choose_all, evaluate, load_judges
 from dist_t2i.eval.rules import load_protocol
@@ -30,7 +30,7 @@ from dist_t2i.pipeline import TextToImage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
 
 FOLDER = "evaluations"
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dist_t2i.data.decode import FORMATS, PictureError, decode, square, to_rgb, upright
+from dist_t2i.data.images import FORMATS, PictureError, decode, square, to_rgb, upright
 from dist_t2i.errors import UserError
 from dist_t2i.modelfiles import ModelFiles, read_model
 from dist_t2i.models.networks import build_networks

@@ -23,7 +23,7 @@ from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.utils import environment
 
 if TYPE_CHECKING:
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
 
 
 def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> Claim:

@@ -20,7 +20,7 @@ from dist_t2i.webpage import file, img, text, write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 GRIDS = 12

@@ -22,8 +22,8 @@ from dist_t2i.checkpoint import Checkpoint, Retention
 from dist_t2i.claim import Claim, Superseded
 from dist_t2i.collective import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.config.sections import Config
-from dist_t2i.data.lists import open_data
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.open_data import open_data
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.engine import init_distributed, resolve_precision
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen

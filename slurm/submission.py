@@ -77,7 +77,7 @@ class Submission:
 
     def check(self) -> str:
         """Check world size and data; says in a line what the data is. Raises UserError."""
-        from dist_t2i.data.lists import open_data
+        from dist_t2i.data.open_data import open_data
 
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")

@@ -26,7 +26,7 @@ CALM = ("optimizer.generator_lr=1e-4", "optimizer.discriminator_lr=1e-4")
 LOCAL = ROOT / "slurm" / "profiles" / "local.yaml"
 
 
-_SUBMIT = Program(ROOT / "tools" / "submit.py", "slurm.submission", "slurm.status", "dist_t2i.data.lists")
+_SUBMIT = Program(ROOT / "tools" / "submit.py", "slurm.submission", "slurm.status", "dist_t2i.data.open_data")
 
 
 def submit(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_t2i.config import Config
 from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
-from dist_t2i.data.shards import ShardSet, open_set
+from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.sharding.folder import find_items
 from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_set

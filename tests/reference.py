@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_t2i import losses
-from dist_t2i.data.batch import Batch
+from dist_t2i.data.stream.batch import Batch
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.networks import build_networks

@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from prefork import Program
 
 ROOT = Path(__file__).parents[1]

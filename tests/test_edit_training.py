@@ -11,7 +11,7 @@ import yaml
 from dist_t2i import checkpoint
 from dist_t2i.beginning import read_beginning
 from dist_t2i.config.files import loads
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import ConfigError
 from models_on_disk import tokenizer, write_run
 from runs import CONFIG, Run, make_set

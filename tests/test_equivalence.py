@@ -45,7 +45,7 @@ def tiny_config(**overrides):
 
 def synthetic_rows(first: int, count: int):
     """Rows [first, first + count) of an endless made-up stream; some pictures and captions come twice in a batch."""
-    from dist_t2i.data.batch import Batch
+    from dist_t2i.data.stream.batch import Batch
 
     rows = []
     for position in range(first, first + count):

@@ -12,7 +12,7 @@ import dist_t2i
 from dist_t2i import checkpoint, modelfiles
 from dist_t2i.checkpoint import Retention
 from dist_t2i.config.files import loads
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval.protocol import evaluate
 from dist_t2i.eval.rules import Protocol, load_protocol

@@ -27,7 +27,7 @@ from dist_t2i.errors import UserError, run_command
 if TYPE_CHECKING:
     from dist_t2i.ablation.plan import Plan
     from dist_t2i.ablation.runs import Configs
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = time.monotonic()
@@ -103,7 +103,7 @@ def say(text: str) -> None:
 
 def the_set(plan: Plan, configs: Configs) -> ShardSet:
     """The data, made first where the plan says how. Raises UserError."""
-    from dist_t2i.data.lists import open_data
+    from dist_t2i.data.open_data import open_data
 
     config = next(iter(configs.values())).data
     place = Path(str(config.train))

@@ -195,7 +195,7 @@ def images_left(run: Path) -> int:
 def report(run: Path, data: Path, budget: str) -> None:
     """Scores (unless these weights have theirs) and the page; prints where to look."""
     from dist_t2i import runpage
-    from dist_t2i.data.shards import open_set
+    from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.protocol import evaluate, protocol_for
     from dist_t2i.eval.scores import table
     from dist_t2i.modelcard import SetAbout

@@ -78,7 +78,7 @@ def edit(chosen: argparse.Namespace) -> int:
 
 
 def evaluate(chosen: argparse.Namespace) -> int:
-    from dist_t2i.data.lists import open_data
+    from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.edits import evaluate_edits, verdict
     from dist_t2i.eval.scores import table
     from dist_t2i.pipeline import load

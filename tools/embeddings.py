@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parse()
     from dist_t2i import embeddingspage
-    from dist_t2i.data.lists import open_data
+    from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.embeddings import study
     from dist_t2i.pipeline import load
 

@@ -22,7 +22,7 @@ from dist_t2i.errors import UserError, run_command
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.eval.features import FeatureNetwork
     from dist_t2i.eval.ranks import Ranks
     from dist_t2i.eval.rules import Protocol
@@ -144,7 +144,7 @@ def opened(
     chosen: argparse.Namespace, local_rank: int, world: int
 ) -> tuple[TextToImage, ShardSet, Protocol, dict[str, str]]:
     """The model, the set, the protocol, and where weights come from, as the command line says."""
-    from dist_t2i.data.lists import open_data
+    from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.protocol import protocol_for
     from dist_t2i.eval.rules import load_protocol
     from dist_t2i.modelfiles import read_model
@@ -221,7 +221,7 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Chosen]) -> 
 def captions(chosen: argparse.Namespace) -> int:
     """Write the list and say its hash."""
     from dist_t2i.config.sections import DataConfig
-    from dist_t2i.data.lists import open_data
+    from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.protocol import captions_hash, choose_all
     from dist_t2i.eval.rules import captions_text, load_protocol
 

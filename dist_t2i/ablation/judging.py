@@ -24,7 +24,7 @@ from dist_t2i.eval.protocol import Protocol, evaluate, load_judges, load_protoco
 from dist_t2i.eval.scoring import keys_of
 
 if TYPE_CHECKING:
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 FILE = "ablation.json"

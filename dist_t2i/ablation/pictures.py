@@ -13,7 +13,7 @@ from dist_t2i.ablation.plan import Plan, run_folder
 from dist_t2i.grid import GridRow, draw_grid, save_grid
 
 if TYPE_CHECKING:
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.eval.protocol import Protocol
 
 

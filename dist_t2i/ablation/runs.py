@@ -23,7 +23,7 @@ from dist_t2i.ablation.plan import Plan, table_of
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
-from dist_t2i.data.shards import ShardSet
+from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.preempt import INTERRUPTED
 from dist_t2i.runfolder import fingerprint_of

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_t2i.data.batch import caption_id
-from dist_t2i.data.decode import decode, square
-from dist_t2i.data.neighbours import read_captions
+from dist_t2i.data.stream.batch import caption_id
+from dist_t2i.data.images import decode, square
+from dist_t2i.data.stream.edit_pairs import read_captions
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.features import FeatureNetwork, load_features
@@ -33,7 +33,7 @@ from dist_t2i.utils.seeds import mix
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 Say = Callable[[str], None]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_t2i.data.batch import caption_id
+from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics, probes
@@ -30,7 +30,7 @@ from dist_t2i.models.text_encoder import build_text_encoder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 MOST = 4000
@@ -152,7 +152,7 @@ def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = (), se
 
 def gather(data: ShardSet) -> Captions:
     """The captions of the training split, and the first captions of the first held-out one."""
-    from dist_t2i.data.shards import BadSample
+    from dist_t2i.data.shard_set import BadSample
 
     samples = data.samples("train")
     train = [caption for i in range(min(MOST, len(samples))) for caption in samples[i].captions]

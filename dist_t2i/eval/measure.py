@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_t2i.data.batch import caption_id
+from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.eval import metrics, references
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.ranks import ALONE, Ranks

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from dist_t2i.data.batch import caption_id
+from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.utils.seeds import mix
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")

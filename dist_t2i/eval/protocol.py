@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dist_t2i.data.shards import ShardSet
+    from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.pipeline import TextToImage
 
 Say = Callable[[str], None]

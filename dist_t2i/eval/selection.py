@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_t2i.data.decode import PictureError, decode, square
-from dist_t2i.data.shards import BadSample, Sample, Samples, ShardSet
+from dist_t2i.data.images import PictureError, decode, square
+from dist_t2i.data.shard_set import BadSample, Sample, Samples, ShardSet
 from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.rules import Protocol

@@ -116,7 +116,7 @@ def look_of(data: bytes) -> tuple[int, bytes] | None:
     """The difference hash (64 bits) and the mean colours of four quarters (12 bytes); None when it does not decode."""
     from PIL import Image
 
-    from dist_t2i.data.decode import PictureError, decode
+    from dist_t2i.data.images import PictureError, decode
 
     try:
         picture = Image.fromarray(decode(data, at_least=64))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.data.manifest import parse_manifest
-from dist_t2i.data.tarindex import ShardIndex
+from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.finishing import fingerprint
 from dist_t2i.sharding.processes import Spread, advance

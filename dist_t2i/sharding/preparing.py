@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.data.decode import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
+from dist_t2i.data.images import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
 from dist_t2i.sharding.headers import kind_of, measure
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_t2i.data.manifest import FORMAT, VERSION
-from dist_t2i.data.tarindex import Member, ShardIndex
+from dist_t2i.data.shard_index import Member, ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.folder import Item, Problem
 from dist_t2i.sharding.origins import DownloadError

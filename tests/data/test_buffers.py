@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dist_t2i.config.sections import EditConfig
-from dist_t2i.data.batch import SMALL_BYTES
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.stream.batch import SMALL_BYTES
+from dist_t2i.data.stream.stream import open_stream
 from pictures import config_for, make_set
 
 BATCH, SIZE = 32, 160

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_t2i.data.decode import PictureError, decode, jpeg_orientation, open_picture, square, turned
+from dist_t2i.data.images import PictureError, decode, jpeg_orientation, open_picture, square, turned
 from pictures import encoded
 
 RED = (250, 10, 20)

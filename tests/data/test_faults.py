@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.sharding.folder import find_items
 from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.sets import write_set
@@ -32,7 +32,7 @@ from pictures import encoded
 from prefork import Program, Started
 from storage import S3Server, without_aws
 
-PROGRAM = Program(Path(__file__).parents[1] / "programs" / "stream.py", "dist_t2i.data.stream", "webdataset")
+PROGRAM = Program(Path(__file__).parents[1] / "programs" / "stream.py", "dist_t2i.data.stream.stream", "webdataset")
 COUNT, SHARD = 96, 16
 EPOCHS = 2
 TABLE: list[tuple[str, int, int, int, int]] = []

@@ -12,9 +12,9 @@ import pytest
 import webdataset
 
 from dist_t2i.data.indexing import indexed_set
-from dist_t2i.data.lists import open_data, open_entry
-from dist_t2i.data.stream import open_stream
-from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.open_data import open_data, open_entry
+from dist_t2i.data.stream.stream import open_stream
+from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.storage.shard_file import LocalFile

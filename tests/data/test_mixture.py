@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_t2i.data.lists import open_data
-from dist_t2i.data.mixture import CYCLE, Mixture, slots
-from dist_t2i.data.order import Order
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.open_data import open_data
+from dist_t2i.data.stream.mixture import CYCLE, Mixture, slots
+from dist_t2i.data.stream.order import Order
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import ConfigError
 from pictures import config_for, make_set
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dist_t2i.config.sections import EditConfig
-from dist_t2i.data.neighbours import LARGEST, NONE, Neighbours, SourceChoice, source_choice
-from dist_t2i.data.shards import Shard, Shards, open_set
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceChoice, source_choice
+from dist_t2i.data.shard_set import Shard, Shards, open_set
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.folder import find_items
 from dist_t2i.sharding.preparing import Options
@@ -138,9 +138,9 @@ def test_a_source_that_does_not_decode_is_replaced_by_the_picture_itself(data):
     broken = Shards([Shard(s.url, s.samples, s.index_url) for s in data.shards("train")._shards])
     choice = SourceChoice(Neighbours([[f"thing {i // 2}"] for i in range(24)], 1), editing(data, own=0.0, none=0.0))
     assert choice(4, 0) == 5 and choice(5, 17) == 4
-    from dist_t2i.data.decoding import Decode
-    from dist_t2i.data.source import Plan, Source
-    from dist_t2i.data.stream import order_of
+    from dist_t2i.data.stream.decode_stage import Decode
+    from dist_t2i.data.stream.reader import Plan, Source
+    from dist_t2i.data.stream.stream import order_of
 
     config = editing(data, own=0.0, none=0.0)
     source = Source(broken, order_of(broken, config), Plan(0, 1, 8, 1, 0))

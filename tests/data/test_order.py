@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_t2i.data.order import Order, draw, permute, rows_of_rank
+from dist_t2i.data.stream.order import Order, draw, permute, rows_of_rank
 
 SIZES = [7, 1, 30, 12, 25]
 

@@ -8,10 +8,10 @@ import webdataset
 from PIL import Image
 
 from dist_t2i.data.indexing import indexed_set
-from dist_t2i.data.lists import open_entry
-from dist_t2i.data.shards import BadSample, Sample, captions_of, open_set
-from dist_t2i.data.tarindex import ShardIndex
-from dist_t2i.data.tarreader import read_tar
+from dist_t2i.data.open_data import open_entry
+from dist_t2i.data.shard_set import BadSample, Sample, captions_of, open_set
+from dist_t2i.data.shard_index import ShardIndex
+from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.storage.shard_file import LocalFile, open_shard

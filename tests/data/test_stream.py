@@ -10,11 +10,11 @@ import pytest
 import torch
 import webdataset
 
-from dist_t2i.data.batch import caption_id
-from dist_t2i.data.order import Order
-from dist_t2i.data.shards import open_set
-from dist_t2i.data.stream import open_stream
-from dist_t2i.data.tarindex import ShardIndex
+from dist_t2i.data.stream.batch import caption_id
+from dist_t2i.data.stream.order import Order
+from dist_t2i.data.shard_set import open_set
+from dist_t2i.data.stream.stream import open_stream
+from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
 from pictures import colour, config_for, make_set
 from tars import harmful_pickle
@@ -129,7 +129,7 @@ def test_seeds_and_windows_matter(small, reference):
 def test_remembered_pictures_are_the_decoded_ones(small, monkeypatch):
     config = config_for(small)
     first = rows(read(small, config, 12)[0])
-    monkeypatch.setattr("dist_t2i.data.decoding.REMEMBERED_BYTES", 0)
+    monkeypatch.setattr("dist_t2i.data.stream.decode_stage.REMEMBERED_BYTES", 0)
     assert rows(read(small, config, 12)[0]) == first
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_t2i.data.lists import is_list
+from dist_t2i.data.open_data import is_list
 from dist_t2i.errors import DataError
 from dist_t2i.storage.urls import base_name, beside, checked, expand, join, parent, scheme_of
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.stream.stream import open_stream
 from pictures import config_for, make_set
 
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import os, sys, time
-from dist_t2i.data.shards import open_set
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.shard_set import open_set
+from dist_t2i.data.stream.stream import open_stream
 from pictures import config_for
 import signal
 for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):

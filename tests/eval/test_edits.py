@@ -5,7 +5,7 @@ import torch
 from test_protocol import JUDGE
 
 import dist_t2i
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import edits
 from dist_t2i.eval.edits import EditProtocol, evaluate_edits, verdict

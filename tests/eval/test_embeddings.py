@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import run_command
 from dist_t2i.eval import embeddings, probes
 from models_on_disk import write_run, write_tone_set

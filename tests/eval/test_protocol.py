@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dist_t2i
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import comparing, metrics, scoring
 from dist_t2i.eval import ranks as ranks_module

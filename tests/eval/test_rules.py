@@ -8,7 +8,7 @@ import shutil
 import pytest
 import yaml
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import rules
 from dist_t2i.eval.rules import Protocol, load_protocol

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_t2i.config.fields import build
-from dist_t2i.data.lists import open_data
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.open_data import open_data
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import UserError
 
 OWN = {"images": 0, "start": 0, "rank": 0, "world_size": 1, "bad_file": None, "pause": 0.0}

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 from PIL import Image
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.folder import find_items
 from dist_t2i.sharding.preparing import Options

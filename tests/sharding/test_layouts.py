@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from pictures import encoded, picture
 from shardtool import captions_by_key, problems, reasons, shard
 

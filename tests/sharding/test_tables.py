@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from pictures import encoded, make_folder, picture
 from shardtool import captions_by_key, contents, problems, reasons, shard
 

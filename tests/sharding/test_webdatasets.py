@@ -5,7 +5,7 @@ import json
 import pytest
 import webdataset
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from pictures import encoded, make_set, picture
 from shardtool import captions_by_key, contents, problems, reasons, shard
 from tars import harmful_pickle, write_tar

@@ -15,8 +15,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from dist_t2i.data.shards import open_set
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.shard_set import open_set
+from dist_t2i.data.stream.stream import open_stream
 from pictures import colour, config_for, encoded, make_folder, picture
 from shardtool import ROOT, TOOL, captions_by_key, contents, reasons, shard
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_t2i.data.shards import open_set
+from dist_t2i.data.shard_set import open_set
 from pictures import make_folder
 from shardtool import captions_by_key, contents, shard
 from storage import S3Server

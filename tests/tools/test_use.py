@@ -129,7 +129,7 @@ costly_resamples: 20
 @pytest.mark.slow
 def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_path, monkeypatch, capsys):
     """The commands as a user has them: a protocol of one's own, torchrun, compare, captions."""
-    from dist_t2i.data.shards import open_set
+    from dist_t2i.data.shard_set import open_set
 
     data = write_tone_set(tmp_path / "set", roles=60)
     run = write_run(tmp_path / "run", f"data.train={data}", words=open_set(data).tokenizer)

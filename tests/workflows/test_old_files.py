@@ -18,8 +18,8 @@ from PIL import Image
 
 import dist_t2i
 from dist_t2i.config import files as config_files
-from dist_t2i.data.shards import open_set
-from dist_t2i.data.stream import open_stream
+from dist_t2i.data.shard_set import open_set
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.pipeline import TextToImage
 from ranks import ROOT
 from runs import Run, whole_lines

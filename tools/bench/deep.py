@@ -122,8 +122,8 @@ def measure_start(order: dict[str, Any]) -> dict[str, float]:
 
     from dist_t2i.config import Config
     from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
-    from dist_t2i.data.lists import open_data
-    from dist_t2i.data.stream import open_stream, order_of
+    from dist_t2i.data.open_data import open_data
+    from dist_t2i.data.stream.stream import open_stream, order_of
 
     data = DataConfig(train=order["folder"], image_size=256, workers=order["workers"], flip=False)
     config = Config(data=data, train=TrainConfig(global_batch=64), engine=EngineConfig(accumulation=1))

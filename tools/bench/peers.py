@@ -39,7 +39,7 @@ class Place:
 
 def fast(data: bytes) -> torch.Tensor:
     """The decoder that all are given: uint8 [3, SIZE, SIZE]."""
-    from dist_t2i.data.decode import decode, square
+    from dist_t2i.data.images import decode, square
 
     return square(decode(bytes(data), SIZE), SIZE)  # litdata gives a memoryview
 
@@ -75,8 +75,8 @@ def dist_t2i(place: Place, decode: Decode) -> Batches:
     """Ours; it also tokenizes."""
     from dist_t2i.config import Config
     from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
-    from dist_t2i.data.lists import open_data
-    from dist_t2i.data.stream import open_stream
+    from dist_t2i.data.open_data import open_data
+    from dist_t2i.data.stream.stream import open_stream
 
     data = DataConfig(
         train=place.url("set"), image_size=SIZE, workers=place.workers, flip=False, cache=place.cache or "auto"

@@ -128,8 +128,8 @@ def preload(loader: str) -> None:
     if loader == "dist_t2i":
         import webdataset  # noqa: F401  opening the first stream would import it
 
-        import dist_t2i.data.lists
-        import dist_t2i.data.stream  # noqa: F401
+        import dist_t2i.data.open_data
+        import dist_t2i.data.stream.stream  # noqa: F401
     else:
         importlib.import_module(peers.MODULES[loader])
 

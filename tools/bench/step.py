@@ -300,7 +300,7 @@ def made_up_batch(config):
     import torch
     import torch.distributed as dist
 
-    from dist_t2i.data.batch import Batch
+    from dist_t2i.data.stream.batch import Batch
 
     rows = config.train.global_batch // dist.get_world_size()
     first = dist.get_rank() * rows

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-from dist_t2i.data.buffers import Loan, loan_of
+from dist_t2i.data.stream.buffers import Loan, loan_of
 
 SMALL_BYTES = 2**21
 """Up to so many bytes a tensor comes from a worker through its pipe."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_t2i.config.sections import DataConfig
 from dist_t2i.data.indexing import indexed_set
-from dist_t2i.data.shards import ShardSet, open_set
+from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.storage.urls import beside, checked, expand, is_local, join, local_path

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from dist_t2i.data.order import Order, Run, draw, permute
+from dist_t2i.data.stream.order import Order, Run, draw, permute
 
 CYCLE = 4096
 _MIX = 0x4D495854

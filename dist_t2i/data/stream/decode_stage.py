@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from dist_t2i.config.sections import Config
-from dist_t2i.data.batch import SMALL_BYTES
-from dist_t2i.data.buffers import Buffers
-from dist_t2i.data.decode import PictureError, Scratch, decode, square
-from dist_t2i.data.neighbours import NONE
-from dist_t2i.data.order import draw
-from dist_t2i.data.shards import BadSample, captions_of, picture_of
-from dist_t2i.data.source import BadRecord, Source, Stage
+from dist_t2i.data.stream.batch import SMALL_BYTES
+from dist_t2i.data.stream.buffers import Buffers
+from dist_t2i.data.images import PictureError, Scratch, decode, square
+from dist_t2i.data.stream.edit_pairs import NONE
+from dist_t2i.data.stream.order import draw
+from dist_t2i.data.shard_set import BadSample, captions_of, picture_of
+from dist_t2i.data.stream.reader import BadRecord, Source, Stage
 
 REMEMBERED_BYTES = 128 * 2**20
 """A split whose decoded pictures fit in this is decoded once per worker and kept."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_t2i.data.tarindex import Member, ShardIndex, key_and_extension, refuse_unsafe
+from dist_t2i.data.shard_index import Member, ShardIndex, key_and_extension, refuse_unsafe
 from dist_t2i.storage.shard_file import ShardFile
 
 TEXTS = ("json", "txt")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from dist_t2i.data.manifest import parse_manifest
-from dist_t2i.data.tarindex import Member, ShardIndex
+from dist_t2i.data.shard_index import Member, ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
@@ -191,7 +191,7 @@ class Sample:
     @property
     def image(self) -> Image:
         """The picture: RGB, upright, on white, at its own size."""
-        from dist_t2i.data.decode import open_picture
+        from dist_t2i.data.images import open_picture
 
         return open_picture(self.image_bytes)
 

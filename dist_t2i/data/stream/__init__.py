@@ -1,0 +1,1 @@
+"""The stream of batches: an order that is a function of (seed, images seen), read, decoded and batched."""
