@@ -25,7 +25,7 @@ from dist_t2i.claim import Claim
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
-from dist_t2i.preempt import FINISHED, StopFlag
+from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.report import Reporter
 from dist_t2i.storage.folders import open_place
 from dist_t2i.utils.processes import signals_blocked

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dist_t2i.engine import NetworkEngine
+from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.models.text_encoder import TextEmbedding
 
 

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from dist_t2i.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
-    from dist_t2i.preempt import StopFlag
+    from dist_t2i.distributed.preemption import StopFlag
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
         print(reference())
         return 0
-    from dist_t2i import launch
+    from dist_t2i.distributed import launch
     from dist_t2i.config import files as config_files
 
     rank = launch.prepare()

@@ -2,7 +2,7 @@
 
 submitit starts it (one srun task per rank), from the copy of the code in the run folder. submitit's own handling of
 signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Here all ranks
-agree at a step boundary, save together and end (dist_t2i/preempt.py); the end of the batch script decides what then
+agree at a step boundary, save together and end (dist_t2i/distributed/preemption.py); the end of the batch script decides what then
 (after.py).
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_t2i.errors import UserError
-from dist_t2i.preempt import StopFlag
+from dist_t2i.distributed.preemption import StopFlag
 from dist_t2i.utils.processes import ignore_stop_signals
 from slurm import attempts
 

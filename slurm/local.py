@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from dist_t2i.errors import UserError, run_command
-from dist_t2i.launch import free_ports
+from dist_t2i.distributed.launch import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"

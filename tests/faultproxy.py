@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from dist_t2i.launch import free_ports
+from dist_t2i.distributed.launch import free_ports
 from faults import Fault, HangUp
 from storage import environment
 

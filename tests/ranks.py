@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dist_t2i.launch import free_ports
+from dist_t2i.distributed.launch import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 

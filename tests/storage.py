@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.launch import free_ports
+from dist_t2i.distributed.launch import free_ports
 
 READY_SECONDS = 60.0
 """How long the server may take to answer; it takes about one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_t2i.engine import deepspeed_config, effective_stage, native_precision, resolve_precision
+from dist_t2i.distributed.engine import deepspeed_config, effective_stage, native_precision, resolve_precision
 from dist_t2i.errors import CheckpointError, ConfigError
 from ranks import run_ranks
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def test_gradient_clipping_is_always_written():
     """DeepSpeed clips at 1.0 where its configuration says nothing."""
-    from dist_t2i.engine import EngineSpec
+    from dist_t2i.distributed.engine import EngineSpec
     from test_equivalence import tiny_config
 
     for stage in range(4):
@@ -38,7 +38,7 @@ def round_trips(precision: str, optimizer: str) -> list[str]:
     """For every stage: train, take the state, go on; put the state into a fresh gan of each stage, go on; compare."""
     import torch.distributed as dist
 
-    from dist_t2i.engine import DTYPES
+    from dist_t2i.distributed.engine import DTYPES
     from test_equivalence import BATCH, build_gan, micro_batches, tiny_config
 
     if precision == "fp16":  # DeepSpeed refuses it here although torch can emulate it, which is enough for a test

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_t2i.muon import AdamWAndMuon, orthogonalised
+from dist_t2i.distributed.optimizer import AdamWAndMuon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 30), (16, 16)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_t2i.preempt import INTERRUPTED, SAME_PRESS, STOPPED, StopFlag
+from dist_t2i.distributed.preemption import INTERRUPTED, SAME_PRESS, STOPPED, StopFlag
 from dist_t2i.utils.processes import STOP_SIGNALS, signals_blocked
 from ranks import free_port
 
@@ -175,7 +175,7 @@ def test_handlers_come_back():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-# ---- under launchers: what `dist_t2i.preempt` documents ----------------------------------------------------------------
+# ---- under launchers: what `dist_t2i.distributed.preemption` documents ----------------------------------------------------------------
 
 
 def _launcher_of(run: Run) -> int:

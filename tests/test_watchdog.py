@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from dist_t2i.watchdog import HUNG, Watchdog, judge, tell
+from dist_t2i.distributed.watchdog import HUNG, Watchdog, judge, tell
 from runs import Run, make_set
 
 STEP = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}

@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parse()
     from dist_t2i.ablation import plan as plans
-    from dist_t2i.supervise import Interrupted
+    from dist_t2i.distributed.supervisor import Interrupted
 
     plan = plans.load(chosen.config, seeds=chosen.seeds, images=chosen.budget)
     out = chosen.out or Path("runs") / f"ablation-{plan.name}"

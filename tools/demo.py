@@ -60,7 +60,7 @@ def spelled(budget: int) -> str:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.supervise import Interrupted
+    from dist_t2i.distributed.supervisor import Interrupted
 
     os.chdir(ROOT)
     started = time.monotonic()
@@ -76,8 +76,8 @@ def main() -> int:
 def demo(chosen: argparse.Namespace) -> None:
     """All steps; those that an earlier call finished are passed over."""
     from dist_t2i.config import files as config_files
-    from dist_t2i.launch import has_gpu
-    from dist_t2i.supervise import train
+    from dist_t2i.distributed.launch import has_gpu
+    from dist_t2i.distributed.supervisor import train
 
     budget = spelled(chosen.budget)
     config_path = chosen.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
@@ -123,7 +123,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     """
     from dist_t2i import metricsfile
     from dist_t2i.config import files as config_files
-    from dist_t2i.supervise import train
+    from dist_t2i.distributed.supervisor import train
 
     batch = config_files.load(config_path, overrides).train.global_batch
     trial, log = run.with_name(f".{run.name}-speed"), run.with_name(f".{run.name}-speed.log")

@@ -83,7 +83,7 @@ def main() -> int:
         return compare(*chosen.scores)
     if chosen.verb == "captions":
         return captions(chosen)
-    from dist_t2i import launch
+    from dist_t2i.distributed import launch
 
     environment = dict(os.environ)
     rank = launch.prepare(environment)

@@ -187,7 +187,7 @@ def _seen(run: Path) -> status.State:
 
 
 def _train_here(submission: Submission) -> int:
-    from dist_t2i import supervise
+    from dist_t2i.distributed import supervisor
 
     if submission.nodes != 1 or submission.seeds:
         raise UserError("--local runs one node on this machine: leave out --nodes and --array-seeds")
@@ -195,7 +195,7 @@ def _train_here(submission: Submission) -> int:
     print(f"data: {submission.check()}")
     submission.prepare()
     launcher = ["--num_gpus", str(submission.ranks)]
-    supervise.train(
+    supervisor.train(
         submission.run / FOLDER / "config.yaml",
         ["--allow-changes"] * submission.allow_changes,
         submission.run,

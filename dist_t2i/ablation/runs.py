@@ -25,9 +25,9 @@ from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
 from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
-from dist_t2i.preempt import INTERRUPTED
+from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.runfolder import fingerprint_of
-from dist_t2i.supervise import Interrupted, train
+from dist_t2i.distributed.supervisor import Interrupted, train
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]

@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
-from dist_t2i.data.shard_set import PICTURES, BadSample, ShardSet, captions_of, open_set
-from dist_t2i.data.manifest import caption_statistics
+from dist_t2i.data.manifest import FORMAT, VERSION, caption_statistics, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.shard_index import refuse_unsafe
+from dist_t2i.data.shard_set import PICTURES, BadSample, ShardSet, captions_of, open_set
 from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import DataError

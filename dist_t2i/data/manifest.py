@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dist_t2i.data.tokenizer import Tokenizer
-from dist_t2i.errors import DataError
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 from dist_t2i.data.tokenizer import Tokenizer, words
+from dist_t2i.errors import DataError
 
 FORMAT = "dist_t2i set"
 VERSION = 1

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.images import decode, square
+from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.stream.edit_pairs import read_captions
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics

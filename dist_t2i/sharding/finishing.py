@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dist_t2i.data.manifest import FORMAT, VERSION, manifest_bytes, problem_lines, tokenizer_entry
-from dist_t2i.data.manifest import caption_statistics
+from dist_t2i.data.manifest import FORMAT, VERSION, caption_statistics, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.sharding.preparing import Options
 from dist_t2i.sharding.report import write_report

@@ -8,8 +8,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_t2i.data.shard_set import BadSample, Sample
 from dist_t2i.data.shard_index import ShardIndex
+from dist_t2i.data.shard_set import BadSample, Sample
 from dist_t2i.sharding.writer import count_reasons
 from dist_t2i.storage.folders import Place, place_of
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dist_t2i.data.shard_set import PICTURES
 from dist_t2i.data.shard_index import UNSAFE, key_and_extension
+from dist_t2i.data.shard_set import PICTURES
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
 from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_t2i.config.sections import EditConfig
-from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceChoice, source_choice
 from dist_t2i.data.shard_set import Shard, Shards, open_set
+from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceChoice, source_choice
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.folder import find_items

@@ -9,8 +9,8 @@ from PIL import Image
 
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.open_data import open_entry
-from dist_t2i.data.shard_set import BadSample, Sample, captions_of, open_set
 from dist_t2i.data.shard_index import ShardIndex
+from dist_t2i.data.shard_set import BadSample, Sample, captions_of, open_set
 from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT

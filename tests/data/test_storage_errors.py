@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dist_t2i.launch import free_ports
+from dist_t2i.distributed.launch import free_ports
 from dist_t2i.storage.clients import StorageError, StorageOptions, storage_errors
 from dist_t2i.storage.shard_file import read_file
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import webdataset
 
+from dist_t2i.data.shard_index import ShardIndex
+from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.stream.order import Order
-from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.stream.stream import open_stream
-from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
 from pictures import colour, config_for, make_set
 from tars import harmful_pickle

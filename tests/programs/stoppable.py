@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dist_t2i.launch import prepare
-from dist_t2i.preempt import STOPPED, StopFlag
+from dist_t2i.distributed.launch import prepare
+from dist_t2i.distributed.preemption import STOPPED, StopFlag
 from dist_t2i.utils.processes import ignore_stop_signals, signals_blocked
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_t2i.launch import job_port
+from dist_t2i.distributed.launch import job_port
 from jobs import CALM, LOCAL, Job, new_user, until
 from models_on_disk import write_tone_set
 from ranks import ROOT

@@ -61,7 +61,7 @@ def main() -> int:
 
 def run_ranks(ranks: int) -> dict:
     """This command again on each of `ranks` processes; what rank 0 measured."""
-    from dist_t2i.launch import free_ports
+    from dist_t2i.distributed.launch import free_ports
 
     port = str(free_ports(1)[0])
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -104,14 +104,14 @@ def print_table(table: dict) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """One rank of one table; rank 0 prints it as JSON."""
-    from dist_t2i import launch
+    from dist_t2i.distributed import launch
     from dist_t2i.config import files as config_files
 
     rank = launch.prepare()
     import torch
     import torch.distributed as dist
 
-    from dist_t2i.engine import init_distributed, resolve_precision
+    from dist_t2i.distributed.engine import init_distributed, resolve_precision
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = torch.device("cuda", rank.local_rank) if launch.has_gpu() else torch.device("cpu")
@@ -196,8 +196,8 @@ class PlainEngine:
         import torch
         import torch.distributed as dist
 
-        from dist_t2i.engine import DTYPES
-        from dist_t2i.muon import build_optimizer
+        from dist_t2i.distributed.engine import DTYPES
+        from dist_t2i.distributed.optimizer import build_optimizer
 
         self.name, self.device, self.dtype = name, device, DTYPES[config.engine.precision]
         self.bare = module.to(device, self.dtype)
@@ -326,7 +326,7 @@ def matmul_peak(device, precision: str) -> float:
     import torch
     import torch.distributed as dist
 
-    from dist_t2i.engine import DTYPES
+    from dist_t2i.distributed.engine import DTYPES
 
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))

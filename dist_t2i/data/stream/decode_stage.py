@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from dist_t2i.config.sections import Config
+from dist_t2i.data.images import PictureError, Scratch, decode, square
+from dist_t2i.data.shard_set import BadSample, captions_of, picture_of
 from dist_t2i.data.stream.batch import SMALL_BYTES
 from dist_t2i.data.stream.buffers import Buffers
-from dist_t2i.data.images import PictureError, Scratch, decode, square
 from dist_t2i.data.stream.edit_pairs import NONE
 from dist_t2i.data.stream.order import draw
-from dist_t2i.data.shard_set import BadSample, captions_of, picture_of
 from dist_t2i.data.stream.reader import BadRecord, Source, Stage
 
 REMEMBERED_BYTES = 128 * 2**20

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 import numpy
 
 from dist_t2i.config.sections import Config
-from dist_t2i.data.stream.order import draw
 from dist_t2i.data.shard_set import BadSample, Shards, captions_of
+from dist_t2i.data.stream.order import draw
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import DataError
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Protocol
 
-from dist_t2i.data.stream.order import Run
 from dist_t2i.data.shard_set import Shards
+from dist_t2i.data.stream.order import Run
 from dist_t2i.errors import DataError
 from dist_t2i.storage.chunk_cache import CHUNK, ChunkCache
 from dist_t2i.storage.reader_process import may_have_clients

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy
 
-from dist_t2i.data.stream.mixture import Mixture
+from dist_t2i.data.shard_set import BadSample, Shards
 from dist_t2i.data.stream.edit_pairs import NONE, SourceChoice
+from dist_t2i.data.stream.mixture import Mixture
 from dist_t2i.data.stream.order import Order, rows_of_rank
 from dist_t2i.data.stream.prefetch import ReadAhead
-from dist_t2i.data.shard_set import BadSample, Shards
 from dist_t2i.errors import DataError
 
 Stage = Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from dist_t2i.config.sections import Config
+from dist_t2i.data.open_data import open_data
+from dist_t2i.data.shard_set import Shards, ShardSet
 from dist_t2i.data.stream.batch import SMALL_BYTES, Batch, caption_id
 from dist_t2i.data.stream.buffers import Buffers
 from dist_t2i.data.stream.decode_stage import Decode
-from dist_t2i.data.open_data import open_data
-from dist_t2i.data.stream.mixture import Mixture
 from dist_t2i.data.stream.edit_pairs import SourceChoice, source_choice
+from dist_t2i.data.stream.mixture import Mixture
 from dist_t2i.data.stream.order import Order, draw
-from dist_t2i.data.shard_set import Shards, ShardSet
 from dist_t2i.data.stream.reader import BadRecord, Plan, Source, Stage
-from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.data.stream.workers import Failure, WorkerPool
+from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
 
 _CAPTION, _FLIP = 100, 101

@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from dist_t2i.launch import LauncherWatch
+from dist_t2i.distributed.launch import LauncherWatch
 from dist_t2i.utils.processes import STOP_SIGNALS
 
 FINISHED, FAILED, USER, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130

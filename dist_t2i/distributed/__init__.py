@@ -1,0 +1,1 @@
+"""Processes of a run: launching, ZeRO engines, collectives, stopping, hangs."""
