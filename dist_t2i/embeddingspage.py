@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i import metricsfile, webpage
+from dist_t2i.reporting import metrics_log, web_page
 
 if TYPE_CHECKING:
     from dist_t2i.eval.embeddings import Probe, Study
@@ -22,9 +22,9 @@ _THUMBNAILS = 150
 def write(study: Study, out: Path, title: str, credit: str) -> Path:
     """Everything; the page's path. Raises ImportError without matplotlib."""
     out.mkdir(parents=True, exist_ok=True)
-    metricsfile.replace_text(out / "embeddings.json", json.dumps(study.as_json(), indent=1) + "\n")
+    metrics_log.replace_text(out / "embeddings.json", json.dumps(study.as_json(), indent=1) + "\n")
     draw_map(study, out / "map.png")
-    body = [f"<h1>{webpage.text(title)}</h1>"]
+    body = [f"<h1>{web_page.text(title)}</h1>"]
     if study.alike is not None:
         body.append(
             f"<p>S_G (read by the generator) and S_D (read by the discriminator) of the same captions are alike by "
@@ -33,18 +33,18 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
     if study.probes:
         draw_probes(study.probes, out / "probes.png")
         body.append(
-            "<h2>What can be read from them</h2>" + webpage.file(out / "probes.png", "accuracy of linear probes")
+            "<h2>What can be read from them</h2>" + web_page.file(out / "probes.png", "accuracy of linear probes")
         )
-        body += [_probe_table(study), f"<p class=note>{webpage.text(_NOTE.format(split=study.captions.split))}</p>"]
-    body.append("<h2>Where captions lie</h2>" + webpage.file(out / "map.png", "principal components"))
+        body += [_probe_table(study), f"<p class=note>{web_page.text(_NOTE.format(split=study.captions.split))}</p>"]
+    body.append("<h2>Where captions lie</h2>" + web_page.file(out / "map.png", "principal components"))
     body.append(
         "<p class=note>The two principal components of the held-out captions, each embedding by itself; in brackets, the "
         "share of the variance that they hold. What is apart here is apart; what is together here may still be apart in "
         "the other directions.</p>"
     )
     body += [_neighbours(name, found) for name, found in study.neighbours.items()]
-    body.append(f"<p class=note>{webpage.text(credit)}</p>" if credit else "")
-    return webpage.write(out / "index.html", title, body)
+    body.append(f"<p class=note>{web_page.text(credit)}</p>" if credit else "")
+    return web_page.write(out / "index.html", title, body)
 
 
 _NOTE = (
@@ -74,7 +74,7 @@ def _cell(one: Probe, name: str) -> str:
 
 def _probe_table(study: Study) -> str:
     heads, rows = probe_rows(study)
-    return webpage.table(
+    return web_page.table(
         heads,
         rows,
         "Held-out accuracy of linear probes (95% interval), and the share of variance that the classes make",
@@ -83,7 +83,7 @@ def _probe_table(study: Study) -> str:
 
 def _neighbours(name: str, found: Any) -> str:
     rows = [[query, ", ".join(near)] for query, near in found.items()]
-    return f"<h2>Nearest in {webpage.text(name)}</h2>" + webpage.table(["text", "nearest others, nearest first"], rows)
+    return f"<h2>Nearest in {web_page.text(name)}</h2>" + web_page.table(["text", "nearest others, nearest first"], rows)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
-from dist_t2i.grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 from dist_t2i.modelcard import SetAbout, model_card
 from dist_t2i.modelfiles import (
     ABOUT,

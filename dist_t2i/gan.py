@@ -33,8 +33,8 @@ from dist_t2i.config import Config
 from dist_t2i.config.sections import LossConfig
 from dist_t2i.contrast import GlobalRows, RowIds
 from dist_t2i.data.stream.batch import Batch
-from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.distributed.engine import NetworkEngine
+from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
 from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features

@@ -20,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_t2i import checkpoint, metricsfile
+from dist_t2i import checkpoint
+from dist_t2i.reporting import metrics_log
 from dist_t2i.claim import Claim
 from dist_t2i.config.sections import Config
+from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
-from dist_t2i.distributed.preemption import FINISHED, StopFlag
-from dist_t2i.report import Reporter
+from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_place
 from dist_t2i.utils.processes import signals_blocked
 
@@ -133,7 +134,7 @@ class Mirroring:
             raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
         for name in RECORD_FILES:
             if (record := staging / RECORDS / name).exists():
-                metricsfile.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
+                metrics_log.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / RECORDS, ignore_errors=True)
         marker = without_records((staging / checkpoint.STATE).read_bytes())
         (staging / checkpoint.STATE).write_bytes(checkpoint.seal(marker))

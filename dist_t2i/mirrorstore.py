@@ -29,14 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from dist_t2i import checkpoint, metricsfile, runfolder
+from dist_t2i import checkpoint, runfolder
+from dist_t2i.reporting import metrics_log
 from dist_t2i.checkpoint import STATE, Retention
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.storage.folders import Place, open_place
-from dist_t2i.wandbsink import ID_FILE
+from dist_t2i.reporting.wandb_logger import ID_FILE
 
 T = TypeVar("T")
 
@@ -307,7 +308,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 def records(run: Path, images: int) -> dict[str, str]:
     """The run's records as of `images` seen, by file name: what a run that goes on from there continues."""
-    metrics = [entry for entry in metricsfile.read(run / "metrics.jsonl") if entry["images"] <= images]
+    metrics = [entry for entry in metrics_log.read(run / "metrics.jsonl") if entry["images"] <= images]
     found = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics)}
     if (run / "bad_samples.jsonl").exists():
         found["bad_samples.jsonl"] = runfolder.bad_samples_before(run / "bad_samples.jsonl", images)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_t2i import checkpoint, metricsfile
+from dist_t2i import checkpoint
+from dist_t2i.reporting import metrics_log
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
@@ -38,9 +39,9 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
             _check_same_run(folder, config, data, allow_changes, warn)
         mine = claim(checkpoint.folder_of(folder), say=warn)
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
-        metricsfile.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
-        metricsfile.replace_text(folder / "tokenizer.json", data.tokenizer.text)
-        metricsfile.replace_text(folder / "config.yaml", config_files.dump(config))
+        metrics_log.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
+        metrics_log.replace_text(folder / "tokenizer.json", data.tokenizer.text)
+        metrics_log.replace_text(folder / "config.yaml", config_files.dump(config))
         return mine
     except OSError as error:
         raise UserError(
@@ -77,7 +78,7 @@ def fingerprint_of(folder: Path) -> str | None:
 def cut_bad_samples(file: Path, images: int) -> None:
     """Drop the records of bad_samples.jsonl beyond `images` seen: they come again; rank 0 only."""
     if file.exists():
-        metricsfile.replace_text(file, bad_samples_before(file, images))
+        metrics_log.replace_text(file, bad_samples_before(file, images))
 
 
 def bad_samples_before(file: Path, images: int) -> str:

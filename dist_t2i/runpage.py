@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.modelcard import SetAbout
-from dist_t2i.webpage import file, img, text, write
+from dist_t2i.reporting.web_page import file, img, text, write
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
         print(reference())
         return 0
-    from dist_t2i.distributed import launch
     from dist_t2i.config import files as config_files
+    from dist_t2i.distributed import launch
 
     rank = launch.prepare()
     try:

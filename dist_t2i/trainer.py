@@ -20,24 +20,24 @@ from dist_t2i.assemble import assemble
 from dist_t2i.beginning import read_beginning
 from dist_t2i.checkpoint import Checkpoint, Retention
 from dist_t2i.claim import Claim, Superseded
-from dist_t2i.distributed.collectives import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.stream.stream import open_stream
+from dist_t2i.distributed.collectives import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.distributed.engine import init_distributed, resolve_precision
+from dist_t2i.distributed.launch import Rank, has_gpu
+from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopFlag
+from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
-from dist_t2i.distributed.launch import Rank, has_gpu
-from dist_t2i.meter import Meter
+from dist_t2i.reporting.meter import Meter
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
-from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopFlag
-from dist_t2i.report import Reporter
+from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.samples import SampleSheet
 from dist_t2i.schedule import learning_rate_scale
 from dist_t2i.utils.processes import signals_blocked
-from dist_t2i.distributed.watchdog import Watchdog
 
 _LAST_SAVE_SECONDS = 300.0
 """How long the last checkpoint of a run is tried again when the disk is full or gone."""

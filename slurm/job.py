@@ -15,8 +15,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_t2i.errors import UserError
 from dist_t2i.distributed.preemption import StopFlag
+from dist_t2i.errors import UserError
 from dist_t2i.utils.processes import ignore_stop_signals
 from slurm import attempts
 

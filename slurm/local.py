@@ -31,8 +31,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from dist_t2i.errors import UserError, run_command
 from dist_t2i.distributed.launch import free_ports
+from dist_t2i.errors import UserError, run_command
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_t2i.errors import LaunchError
 from dist_t2i.distributed.launch import free_ports, has_gpu, interface_towards, job_port, prepare
+from dist_t2i.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -176,7 +176,7 @@ def test_gpu_detection_agrees_with_torch():
 
 def test_nothing_here_imports_torch():
     code = (
-        "import sys, dist_t2i.distributed.launch, dist_t2i.distributed.preemption, dist_t2i.errors, dist_t2i.report, dist_t2i.config.files\n"
+        "import sys, dist_t2i.distributed.launch, dist_t2i.distributed.preemption, dist_t2i.errors, dist_t2i.reporting.reporter, dist_t2i.config.files\n"
         "dist_t2i.distributed.launch.prepare(); print([m for m in ('torch', 'deepspeed', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -22,13 +22,13 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from dist_t2i import metricsfile
+from dist_t2i.reporting import metrics_log
 from dist_t2i.config.files import loads
-from dist_t2i.curves import draw_curves, smooth
-from dist_t2i.grid import GridRow, draw_grid, wrap
-from dist_t2i.meter import Meter
-from dist_t2i.progressline import Console, format_line
-from dist_t2i.report import Reporter
+from dist_t2i.reporting.curves import draw_curves, smooth
+from dist_t2i.reporting.image_grid import GridRow, draw_grid, wrap
+from dist_t2i.reporting.meter import Meter
+from dist_t2i.reporting.console import Console, format_line
+from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.utils.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +200,7 @@ def test_ranks_share_their_averages_and_nan_is_kept():
 
 def test_metrics_are_one_object_a_line_whatever_the_numbers(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
-    metricsfile.append(file, {"images": 64, "loss/d": math.nan, "loss/g": -math.inf, "x": 1.5})
+    metrics_log.append(file, {"images": 64, "loss/d": math.nan, "loss/g": -math.inf, "x": 1.5})
     line = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert line == {"images": 64, "loss/d": "NaN", "loss/g": "-Infinity", "x": 1.5}
 
@@ -208,13 +208,13 @@ def test_metrics_are_one_object_a_line_whatever_the_numbers(tmp_path: Path):
 def test_on_resume_no_line_is_double(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     for images in range(100, 600, 100):
-        metricsfile.append(file, {"images": images})
+        metrics_log.append(file, {"images": images})
     file.write_text(file.read_text() + '{"images": 600, "los')  # cut by a kill -9
-    assert [entry["images"] for entry in metricsfile.read(file)] == [100, 200, 300, 400, 500]
-    assert metricsfile.cut(file, 300) == 2
-    metricsfile.append(file, {"images": 400})
+    assert [entry["images"] for entry in metrics_log.read(file)] == [100, 200, 300, 400, 500]
+    assert metrics_log.cut(file, 300) == 2
+    metrics_log.append(file, {"images": 400})
     assert [json.loads(line)["images"] for line in file.read_text().splitlines()] == [100, 200, 300, 400]
-    assert metricsfile.cut(tmp_path / "none.jsonl", 10) == 0
+    assert metrics_log.cut(tmp_path / "none.jsonl", 10) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -263,7 +263,7 @@ def test_curves_are_drawn_from_the_metrics(tmp_path: Path):
     metrics, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
     assert not draw_curves(metrics, out)
     for n in range(100):
-        metricsfile.append(metrics, {"images": n * 64, **VALUES, "loss/d": 2 / (n + 1) if n != 50 else math.nan})
+        metrics_log.append(metrics, {"images": n * 64, **VALUES, "loss/d": 2 / (n + 1) if n != 50 else math.nan})
     assert draw_curves(metrics, out, title="a run")
     image = Image.open(out)
     assert image.width >= 1000
@@ -295,7 +295,7 @@ def test_a_run_folder_after_a_stop_and_a_resume(tmp_path: Path):
     first = report_run(run, 0, 500)
     assert first.samples(500, [GridRow("a cat", [picture(1)])]) == run / "samples" / "images-000000500.png"
     report_run(run, 300, 1000, state="finished")
-    images = [entry["images"] for entry in metricsfile.read(run / "metrics.jsonl")]
+    images = [entry["images"] for entry in metrics_log.read(run / "metrics.jsonl")]
     assert images == list(range(100, 1001, 100))
     progress = json.loads((run / "progress.json").read_text())
     assert progress["state"] == "finished"
@@ -314,7 +314,7 @@ def test_scores_are_lines_of_their_own_and_panels_of_the_curves(tmp_path: Path):
     scores = {"eval/test/kid": 0.5, "eval/test/recall_at_1": 0.25, "eval/test/tone_order": 1.0}
     for images in (200, 300):
         reporter.evaluated(images, images // 10, scores, best=images == 200)
-    entries = metricsfile.read(tmp_path / "metrics.jsonl")
+    entries = metrics_log.read(tmp_path / "metrics.jsonl")
     assert [entry["images"] for entry in entries] == [100, 200, 300]
     assert entries[1].keys() == {"images", "step", "time", *scores} and "loss/d" not in entries[1]
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
@@ -361,7 +361,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path):
     (tmp_path / "metrics.jsonl").unlink()  # reading /dev/full never ends
     assert reporter.samples(500, [GridRow("a cat", [picture(1)])]) is None
     reporter.metrics(600, 60, {"loss/d": 1.0, "images_per_second": 50.0})
-    assert [entry["images"] for entry in metricsfile.read(tmp_path / "metrics.jsonl")] == [600]
+    assert [entry["images"] for entry in metrics_log.read(tmp_path / "metrics.jsonl")] == [600]
     warnings = [line for line in stream.getvalue().splitlines() if "warning" in line]
     assert len(warnings) == len(set(warnings)) <= 4
     assert any("No space left on device; training goes on" in line for line in warnings)
@@ -393,7 +393,7 @@ def test_wandb_that_cannot_be_reached_does_not_stop_the_run(tmp_path: Path):
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "progress.json").read_text())["state"] == "finished"
-    assert len(metricsfile.read(tmp_path / "run" / "metrics.jsonl")) == 10
+    assert len(metrics_log.read(tmp_path / "run" / "metrics.jsonl")) == 10
     assert "W&B is out of reach" in (tmp_path / "run" / "log.txt").read_text()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "kept for a later sync"
 
@@ -402,4 +402,4 @@ def test_wandb_that_is_not_installed_is_told_and_done_without(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     report_run(tmp_path / "run", 0, 300, "report.wandb=offline")
     assert "W&B: " in (tmp_path / "run" / "log.txt").read_text()
-    assert len(metricsfile.read(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert len(metrics_log.read(tmp_path / "run" / "metrics.jsonl")) == 3

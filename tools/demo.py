@@ -121,7 +121,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     The number of images goes into the run's configuration: from there on the run is a function of it, and no clock is
     asked again.
     """
-    from dist_t2i import metricsfile
+    from dist_t2i.reporting import metrics_log
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.supervisor import train
 
@@ -137,7 +137,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
 
     def reports() -> list[dict]:
         """After the first one, which warms up: compilers, caches, the first read of the set."""
-        return metricsfile.read(trial / "metrics.jsonl")[1:]
+        return metrics_log.read(trial / "metrics.jsonl")[1:]
 
     def enough() -> bool:
         found = reports()

@@ -105,7 +105,7 @@ def evaluate(chosen: argparse.Namespace) -> int:
 
 
 def _save(picture: Image, path: Path) -> None:
-    from dist_t2i.grid import save_grid
+    from dist_t2i.reporting.image_grid import save_grid
 
     try:
         save_grid(picture, path)

@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.grid import GridRow, draw_grid, save_grid
+    from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
     from dist_t2i.pipeline import PromptWarning, load
 
     model = load(chosen.run, chosen.device)

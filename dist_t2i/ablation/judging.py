@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dist_t2i import metricsfile
+from dist_t2i.reporting import metrics_log
 from dist_t2i.errors import UserError
 from dist_t2i.eval.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol, evaluate, load_judges, load_protocol
@@ -102,7 +102,7 @@ class Judging:
         scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
-        metricsfile.replace_text(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+        metrics_log.replace_text(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
         return scores
 
     def _key(self, model: TextToImage) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.ablation.comparing import Measure
 from dist_t2i.ablation.judging import as_images
 from dist_t2i.ablation.plan import Plan, run_folder
-from dist_t2i.grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_t2i import ablation, webpage
+from dist_t2i import ablation
+from dist_t2i.reporting import web_page
 from dist_t2i.ablation.comparing import Difference, Measure, difference, verdict, weakness
 from dist_t2i.ablation.judging import OWN
 from dist_t2i.ablation.plan import Plan
@@ -262,25 +263,25 @@ def write_page(found: Findings, path: Path, pictures: Mapping[str, Path], credit
     """The same as a page that holds its pictures."""
     splits = list(dict.fromkeys(one.split for one in found.measures))
     verdicts = "".join(f"<li>{_marked(said)}</li>" for said in found.verdicts())
-    body = [f"<h1>Ablation: {webpage.text(found.plan.name)}</h1><h2>What can be said</h2><ul>{verdicts}</ul>"]
-    body.append(f"<p class=note>{webpage.text(weakness(found.seeds))}</p>")
+    body = [f"<h1>Ablation: {web_page.text(found.plan.name)}</h1><h2>What can be said</h2><ul>{verdicts}</ul>"]
+    body.append(f"<p class=note>{web_page.text(weakness(found.seeds))}</p>")
     if found.missing:
-        body.append(f"<p><b>Not all runs are there:</b> {webpage.text('; '.join(found.missing))}.</p>")
+        body.append(f"<p><b>Not all runs are there:</b> {web_page.text('; '.join(found.missing))}.</p>")
     for split in splits:
         for caption, heads, rows in (score_table(found, split), difference_table(found, split)):
-            body.append(webpage.table(heads, rows, caption))
-    body += [f"<h2>{webpage.text(heading)}</h2>{webpage.file(file, heading)}" for heading, file in pictures.items()]
+            body.append(web_page.table(heads, rows, caption))
+    body += [f"<h2>{web_page.text(heading)}</h2>{web_page.file(file, heading)}" for heading, file in pictures.items()]
     caption, heads, rows = arm_table(found)
-    body.append(webpage.table(heads, rows, caption))
+    body.append(web_page.table(heads, rows, caption))
     for split in splits:
         caption, heads, rows = run_table(found, split)
-        body.append(webpage.table(heads, rows, caption))
-    listed = "".join(f"<dt>{webpage.text(n)}</dt><dd>{webpage.text(v)}</dd>" for n, v in found.made.items())
+        body.append(web_page.table(heads, rows, caption))
+    listed = "".join(f"<dt>{web_page.text(n)}</dt><dd>{web_page.text(v)}</dd>" for n, v in found.made.items())
     steps = "".join(f"<li>{_marked(' '.join(step.split()))}</li>" for step in re.split(r"(?m)^\* ", method())[1:])
     body.append(f"<h2>How it is done</h2><ul>{steps}</ul><h2>How it was made</h2><dl>{listed}</dl>")
-    body.append(f"<p class=note>{webpage.text(credit)}</p>" if credit else "")
-    return webpage.write(path, f"Ablation: {found.plan.name}", body)
+    body.append(f"<p class=note>{web_page.text(credit)}</p>" if credit else "")
+    return web_page.write(path, f"Ablation: {found.plan.name}", body)
 
 
 def _marked(said: str) -> str:
-    return re.sub(r"\*(.+?)\*", r"<i>\1</i>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", webpage.text(said)))
+    return re.sub(r"\*(.+?)\*", r"<i>\1</i>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", web_page.text(said)))

@@ -18,16 +18,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dist_t2i import checkpoint, metricsfile
+from dist_t2i import checkpoint
+from dist_t2i.reporting import metrics_log
 from dist_t2i.ablation.plan import Plan, table_of
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
 from dist_t2i.data.shard_set import ShardSet
-from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.distributed.preemption import INTERRUPTED
-from dist_t2i.runfolder import fingerprint_of
 from dist_t2i.distributed.supervisor import Interrupted, train
+from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
+from dist_t2i.runfolder import fingerprint_of
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]
@@ -48,7 +49,7 @@ def is_finished(config: Config) -> bool:
 def seconds_trained(run: Path) -> float:
     """Seconds of training by the run's own reports; starting, sample grids and checkpoints not counted."""
     seconds, before = 0.0, 0
-    for entry in metricsfile.read(run / "metrics.jsonl"):
+    for entry in metrics_log.read(run / "metrics.jsonl"):
         rate = entry.get("images_per_second")
         if isinstance(rate, (int, float)) and rate > 0:
             seconds += (entry["images"] - before) / rate
@@ -124,7 +125,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
     for config in left.values():
         file = config_file(config)
         file.parent.mkdir(parents=True, exist_ok=True)
-        metricsfile.replace_text(file, config_files.dump(config))
+        metrics_log.replace_text(file, config_files.dump(config))
     return _side_by_side(left, jobs, say) if jobs > 1 else _in_turn(left, say)
 
 

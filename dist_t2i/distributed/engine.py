@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_t2i.config.sections import Config
-from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.distributed.optimizer import Layout, Piece, build_optimizer
+from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.utils.allocator import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

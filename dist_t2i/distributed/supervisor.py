@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_t2i.errors import TrainingError, UserError
 from dist_t2i.distributed.launch import free_ports, has_gpu
 from dist_t2i.distributed.preemption import INTERRUPTED, STOPPED
+from dist_t2i.errors import TrainingError, UserError
 
 ENTRY = Path(__file__).resolve().parent / "train.py"
 SAVE_SECONDS = 60.0

@@ -27,7 +27,7 @@ from dist_t2i.eval.features import FeatureNetwork, load_features
 from dist_t2i.eval.measure import group_of
 from dist_t2i.eval.protocol import manifest
 from dist_t2i.eval.scores import Score, Scores, SplitScores
-from dist_t2i.grid import GridRow, draw_grid
+from dist_t2i.reporting.image_grid import GridRow, draw_grid
 from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:

@@ -104,8 +104,8 @@ def print_table(table: dict) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """One rank of one table; rank 0 prints it as JSON."""
-    from dist_t2i.distributed import launch
     from dist_t2i.config import files as config_files
+    from dist_t2i.distributed import launch
 
     rank = launch.prepare()
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i import metricsfile
+from dist_t2i.reporting import metrics_log
 
 _PANELS = (
     ("losses", r"loss/[dg](_adversarial)?", False),
@@ -29,7 +29,7 @@ def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
 
     Raises ImportError without matplotlib (the extras `demo` and `eval` bring it).
     """
-    entries = metricsfile.read(metrics)
+    entries = metrics_log.read(metrics)
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     series = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]
     panels = [(title, shown, log) for (title, _, log), shown in zip(_PANELS, series, strict=True) if shown]

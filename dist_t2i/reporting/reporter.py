@@ -26,13 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dist_t2i import metricsfile
+from dist_t2i.reporting import metrics_log
 from dist_t2i.config.sections import Config
-from dist_t2i.grid import GridRow, draw_grid, save_grid
-from dist_t2i.progressline import Console, format_line, line_interval
+from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.console import Console, format_line, line_interval
 
 if TYPE_CHECKING:
-    from dist_t2i.wandbsink import WandbSink
+    from dist_t2i.reporting.wandb_logger import WandbSink
 
 STATES = ("starting", "training", "stopped", "finished", "failed")
 
@@ -69,7 +69,7 @@ class Reporter:
         dropped = 0
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            dropped = metricsfile.cut(self.folder / "metrics.jsonl", images)
+            dropped = metrics_log.cut(self.folder / "metrics.jsonl", images)
         if dropped:
             self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; they come again")
         if self.config.report.wandb != "disabled":
@@ -110,7 +110,7 @@ class Reporter:
         self._values = {**values, "memory_bytes": memory_bytes()}
         line = {"images": images, "step": step, "time": round(time.time(), 3), **self._values}
         with self._writing():
-            metricsfile.append(self.folder / "metrics.jsonl", line)
+            metrics_log.append(self.folder / "metrics.jsonl", line)
         if self._wandb is not None:
             self._wandb.log(images, {**self._values, "step": step})
         self.tick(images)
@@ -121,7 +121,7 @@ class Reporter:
             return
         with self._writing():
             line = {"images": images, "step": step, "time": round(time.time(), 3), **values}
-            metricsfile.append(self.folder / "metrics.jsonl", line)
+            metrics_log.append(self.folder / "metrics.jsonl", line)
         if self._wandb is not None:
             self._wandb.log(images, {**values, "step": step})
         told = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
@@ -149,7 +149,7 @@ class Reporter:
             return
         self._drawn_at = self._images
         try:
-            from dist_t2i.curves import draw_curves
+            from dist_t2i.reporting.curves import draw_curves
 
             name = self.config.run.name or self.folder.name
             with self._writing():
@@ -183,7 +183,7 @@ class Reporter:
 
     def _open_wandb(self) -> None:
         from dist_t2i.config.fields import flatten
-        from dist_t2i.wandbsink import WandbSink
+        from dist_t2i.reporting.wandb_logger import WandbSink
 
         report = self.config.report
         name = self.config.run.name or self.folder.name
@@ -212,7 +212,7 @@ class Reporter:
             "pid": os.getpid(),
         }
         with self._writing():
-            metricsfile.replace_text(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
+            metrics_log.replace_text(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
