@@ -83,7 +83,9 @@ def _probe_table(study: Study) -> str:
 
 def _neighbours(name: str, found: Any) -> str:
     rows = [[query, ", ".join(near)] for query, near in found.items()]
-    return f"<h2>Nearest in {web_page.text(name)}</h2>" + web_page.table(["text", "nearest others, nearest first"], rows)
+    return f"<h2>Nearest in {web_page.text(name)}</h2>" + web_page.table(
+        ["text", "nearest others, nearest first"], rows
+    )
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

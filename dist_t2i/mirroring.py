@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i import checkpoint
-from dist_t2i.reporting import metrics_log
 from dist_t2i.claim import Claim
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
+from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_place
 from dist_t2i.utils.processes import signals_blocked

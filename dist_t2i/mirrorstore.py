@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from dist_t2i import checkpoint, runfolder
-from dist_t2i.reporting import metrics_log
 from dist_t2i.checkpoint import STATE, Retention
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError
-from dist_t2i.storage.folders import Place, open_place
+from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.wandb_logger import ID_FILE
+from dist_t2i.storage.folders import Place, open_place
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_t2i import checkpoint
-from dist_t2i.reporting import metrics_log
 from dist_t2i.claim import Claim, claim
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.reporting import metrics_log
 from dist_t2i.utils import environment
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopF
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
-from dist_t2i.reporting.meter import Meter
 from dist_t2i.mirroring import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
+from dist_t2i.reporting.meter import Meter
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.samples import SampleSheet
 from dist_t2i.schedule import learning_rate_scale

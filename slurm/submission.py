@@ -27,11 +27,11 @@ from typing import Any
 
 import submitit
 
-from dist_t2i.reporting import metrics_log
 from dist_t2i.config import files as config_files
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.errors import UserError
+from dist_t2i.reporting import metrics_log
 from slurm import snapshot
 from slurm.job import TrainJob
 from slurm.profile import Container, Profile, minutes

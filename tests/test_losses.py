@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_t2i import losses
+from dist_t2i.losses import functional as losses
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -22,12 +22,12 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from dist_t2i.reporting import metrics_log
 from dist_t2i.config.files import loads
+from dist_t2i.reporting import metrics_log
+from dist_t2i.reporting.console import Console, format_line
 from dist_t2i.reporting.curves import draw_curves, smooth
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, wrap
 from dist_t2i.reporting.meter import Meter
-from dist_t2i.reporting.console import Console, format_line
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.utils.progress import duration
 

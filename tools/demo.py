@@ -121,9 +121,9 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     The number of images goes into the run's configuration: from there on the run is a function of it, and no clock is
     asked again.
     """
-    from dist_t2i.reporting import metrics_log
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.supervisor import train
+    from dist_t2i.reporting import metrics_log
 
     batch = config_files.load(config_path, overrides).train.global_batch
     trial, log = run.with_name(f".{run.name}-speed"), run.with_name(f".{run.name}-speed.log")

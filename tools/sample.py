@@ -31,8 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
     from dist_t2i.pipeline import PromptWarning, load
+    from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
     model = load(chosen.run, chosen.device)
     count = chosen.images_per_prompt

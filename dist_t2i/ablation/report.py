@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i import ablation
-from dist_t2i.reporting import web_page
 from dist_t2i.ablation.comparing import Difference, Measure, difference, verdict, weakness
 from dist_t2i.ablation.judging import OWN
 from dist_t2i.ablation.plan import Plan
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
+from dist_t2i.reporting import web_page
 
 FORMAT = 1
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]

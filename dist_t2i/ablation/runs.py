@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_t2i import checkpoint
-from dist_t2i.reporting import metrics_log
 from dist_t2i.ablation.plan import Plan, table_of
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
@@ -28,6 +27,7 @@ from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.distributed.supervisor import Interrupted, train
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
+from dist_t2i.reporting import metrics_log
 from dist_t2i.runfolder import fingerprint_of
 
 Configs = Mapping[tuple[str, int], Config]

@@ -26,10 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from dist_t2i.reporting import metrics_log
 from dist_t2i.config.sections import Config
-from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.console import Console, format_line, line_interval
+from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
 if TYPE_CHECKING:
     from dist_t2i.reporting.wandb_logger import WandbSink

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_t2i.config.sections import LossConfig
-from dist_t2i.models.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
 from dist_t2i.models.config import DiscriminatorConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.text_encoder import TextEmbedding

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dist_t2i import losses
+from dist_t2i.losses import functional as losses
 from dist_t2i.models.config import AlignmentConfig
 from dist_t2i.models.discriminator import Embeddings
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_t2i.data.stream.batch import Batch
-from dist_t2i.losses import same_pairs
+from dist_t2i.losses.functional import same_pairs
 from dist_t2i.models.discriminator import Embeddings
 
 

@@ -1,0 +1,1 @@
+"""Losses as pure functions, and the contrast over the global batch."""
