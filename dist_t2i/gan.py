@@ -28,14 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_t2i.losses import functional as losses
 from dist_t2i.config import Config
 from dist_t2i.config.sections import LossConfig
-from dist_t2i.losses.global_batch import GlobalRows, RowIds
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
+from dist_t2i.losses import functional as losses
 from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.losses.global_batch import GlobalRows, RowIds
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features
 from dist_t2i.models.generator import Generated

@@ -96,13 +96,13 @@ def read_model(path: str | Path, *, ema: bool = True) -> ModelFiles:
 def read_run(run: Path, *, ema: bool = True, at: Path | None = None) -> ModelFiles:
     """The newest intact checkpoint of a run, or the one in the folder `at`. Raises UserError when there is none yet, or the
     folder is not a run's."""
-    from dist_t2i import checkpoint
+    from dist_t2i.checkpoint import store
 
     config = config_files.load(run / CONFIG)
     if at is not None:
-        saved: checkpoint.Checkpoint | None = checkpoint.open_checkpoint(at)
+        saved: store.Checkpoint | None = store.open_checkpoint(at)
     else:
-        saved = checkpoint.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
+        saved = store.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
     if saved is None:
         raise UserError(f"{run}: no checkpoint yet; let the run save one (a stopped run does), then try again")
     tokenizer = Tokenizer.load(run / TOKENIZER)

@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from dist_t2i import checkpoint, runfolder
+from dist_t2i.checkpoint import store, run_folder
 from dist_t2i.assemble import assemble
 from dist_t2i.beginning import read_beginning
-from dist_t2i.checkpoint import Checkpoint, Retention
-from dist_t2i.claim import Claim, Superseded
+from dist_t2i.checkpoint.store import Checkpoint, Retention
+from dist_t2i.checkpoint.lease import Claim, Superseded
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.stream.stream import open_stream
@@ -30,7 +30,7 @@ from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopF
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
-from dist_t2i.mirroring import Mirroring
+from dist_t2i.checkpoint.mirror import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
 from dist_t2i.reporting.meter import Meter
@@ -92,7 +92,7 @@ class Trainer:
         frozen = None
         if config.text.mode == "frozen":
             frozen = load_frozen(config.text, self.data.tokenizer, config.data.max_tokens)
-        self.last = checkpoint.load_latest(self.folder, warn=warn if self.main else lambda message: None)
+        self.last = store.load_latest(self.folder, warn=warn if self.main else lambda message: None)
         beginning = None if self.last else read_beginning(config, self.data.tokenizer)
         self.gan, self.average = assemble(config, self.data.tokenizer.vocab_size, device, frozen, beginning)
         self.evaluated: dict | None = None  # which checkpoint is the best: kept on, also while nothing is evaluated
@@ -102,7 +102,7 @@ class Trainer:
         self.meter, self.health = Meter(), Health()
         self.failed_saves, self.save_again_at = 0, -1  # the same on every rank
         bad_file = self.folder / "bad_samples.jsonl"
-        on_main(lambda: runfolder.cut_bad_samples(bad_file, self.images))
+        on_main(lambda: run_folder.cut_bad_samples(bad_file, self.images))
         with signals_blocked():
             self.stream = open_stream(
                 config,
@@ -131,7 +131,7 @@ class Trainer:
         def warn(message: str) -> None:
             print(f"warning: {message}", flush=True)
 
-        self.claim = runfolder.prepare(self.folder, self.config, self.data, allow_changes=allow_changes, warn=warn)
+        self.claim = run_folder.prepare(self.folder, self.config, self.data, allow_changes=allow_changes, warn=warn)
 
     @contextlib.contextmanager
     def closing(self):
@@ -313,7 +313,7 @@ class Trainer:
         assert self.claim is not None
         while True:
             try:
-                return checkpoint.save(self.claim, self.images, files, state, keep=keep), ""
+                return store.save(self.claim, self.images, files, state, keep=keep), ""
             except CheckpointError as error:
                 if not patience:
                     return None, str(error)

@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from dist_t2i import checkpoint
-from dist_t2i.checkpoint import Retention
-from dist_t2i.claim import claim
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.store import Retention
+from dist_t2i.checkpoint.lease import claim
 from dist_t2i.errors import CheckpointError
 from ranks import ROOT
 
@@ -25,19 +25,19 @@ KEEP = Retention(last=2)
 def save(run, images, keep=KEEP, files=FILES):
     mine = claim(run / "checkpoints")
     try:
-        return checkpoint.save(mine, images, files, {"seed": 1}, keep=keep)
+        return store.save(mine, images, files, {"seed": 1}, keep=keep)
     finally:
         mine.release()
 
 
 def names(run):
-    return [p.name for p in checkpoint.committed(run)]
+    return [p.name for p in store.committed(run)]
 
 
 def test_what_is_saved_is_what_is_read(tmp_path):
     folder = save(tmp_path, 1280)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000001280\n"
-    found = checkpoint.load_latest(tmp_path)
+    found = store.load_latest(tmp_path)
     assert found.folder == folder and found.images == 1280 and found.state["seed"] == 1
     assert torch.equal(found.tensors("generator")["generator.weight"], FILES["generator"]["generator.weight"])
     with pytest.raises(CheckpointError, match=r"text\.safetensors"):
@@ -45,13 +45,13 @@ def test_what_is_saved_is_what_is_read(tmp_path):
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.load_latest(tmp_path) is None
+    assert store.load_latest(tmp_path) is None
 
 
 def test_views_and_non_contiguous_tensors(tmp_path):
     base = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     save(tmp_path, 8, files={"g": {"a": base, "b": base[1:].transpose(0, 1)}})
-    read = checkpoint.load_latest(tmp_path).tensors("g")
+    read = store.load_latest(tmp_path).tensors("g")
     assert torch.equal(read["a"], base) and torch.equal(read["b"], base[1:].transpose(0, 1))
 
 
@@ -90,27 +90,27 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
     else:
         file.write_bytes(data[: len(data) // 2])
     said = []
-    assert checkpoint.load_latest(tmp_path, warn=said.append).images == 100
+    assert store.load_latest(tmp_path, warn=said.append).images == 100
     assert file.name in said[0]
     save(tmp_path, 200)
-    assert checkpoint.load_latest(tmp_path).images == 200, "a damaged one is replaced when the run comes there again"
+    assert store.load_latest(tmp_path).images == 200, "a damaged one is replaced when the run comes there again"
 
 
 def test_a_flipped_bit_in_the_marker_is_noticed(tmp_path):
     """Wherever it is: the checkpoint is passed over, or, for a blank between two words, says the same."""
     save(tmp_path, 100)
     marker = save(tmp_path, 200) / "state.json"
-    good, state = marker.read_bytes(), checkpoint.load_latest(tmp_path).state
+    good, state = marker.read_bytes(), store.load_latest(tmp_path).state
     for position in range(len(good)):
         marker.write_bytes(good[:position] + bytes([good[position] ^ 2]) + good[position + 1 :])
-        found = checkpoint.load_latest(tmp_path)
+        found = store.load_latest(tmp_path)
         assert found.images == 100 or found.state == state, (position, marker.read_bytes())
 
 
 def test_all_damaged_is_an_error(tmp_path):
     (save(tmp_path, 100) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        checkpoint.load_latest(tmp_path)
+        store.load_latest(tmp_path)
 
 
 def test_latest_can_be_pointed_back_and_may_be_lost(tmp_path):
@@ -118,18 +118,18 @@ def test_latest_can_be_pointed_back_and_may_be_lost(tmp_path):
     save(tmp_path, 200)
     latest = tmp_path / "checkpoints" / "latest"
     latest.write_text("images-000000100\n")
-    assert checkpoint.load_latest(tmp_path).images == 100
+    assert store.load_latest(tmp_path).images == 100
     latest.unlink()
-    assert checkpoint.load_latest(tmp_path).images == 200
+    assert store.load_latest(tmp_path).images == 200
 
 
 def test_another_format_says_so(tmp_path):
     state = save(tmp_path, 100) / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "format": 99}))
     with pytest.raises(CheckpointError, match="none of the 1"):
-        checkpoint.load_latest(tmp_path)
+        store.load_latest(tmp_path)
     with pytest.raises(CheckpointError, match="format 99, but this version reads format"):
-        checkpoint.open_checkpoint(state.parent)
+        store.open_checkpoint(state.parent)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
@@ -154,7 +154,7 @@ KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from dist_t2i import checkpoint
-from dist_t2i.claim import claim
+from dist_t2i.checkpoint.lease import claim
 
 def die_at(moment, run):
     count = 0
@@ -205,9 +205,9 @@ def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
     outcomes = set()
     for moment in moments:
         folder = tmp_path / str(moment)
-        for committed in checkpoint.committed(folder):
-            checkpoint.open_checkpoint(committed)
-        found = checkpoint.load_latest(folder)
+        for committed in store.committed(folder):
+            store.open_checkpoint(committed)
+        found = store.load_latest(folder)
         outcomes.add(found.images)
         save(folder, 400)
         assert not list((folder / "checkpoints").glob(".*")), "leftovers of killed saves are swept"

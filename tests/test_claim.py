@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_t2i import checkpoint
-from dist_t2i.checkpoint import Retention
-from dist_t2i.claim import SUPERSEDED, Owner, Superseded, claim
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.store import Retention
+from dist_t2i.checkpoint.lease import SUPERSEDED, Owner, Superseded, claim
 from dist_t2i.errors import UserError
 from ranks import ROOT
 
@@ -21,7 +21,7 @@ FILES = {"generator": {"w": torch.ones(4)}}
 
 
 def save(mine, images):
-    return checkpoint.save(mine, images, FILES, {}, keep=Retention(last=1))
+    return store.save(mine, images, FILES, {}, keep=Retention(last=1))
 
 
 def attempt(monkeypatch, restart: int, job: str = "12") -> None:
@@ -40,7 +40,7 @@ def test_whoever_claims_last_may_commit(tmp_path, monkeypatch):
     with pytest.raises(Superseded, match="attempt 2"):
         save(old, 200)
     assert old.lost() and not new.lost()
-    assert [folder.name for folder in checkpoint.committed(tmp_path)] == ["images-000000100"]
+    assert [folder.name for folder in store.committed(tmp_path)] == ["images-000000100"]
     save(new, 200)
     assert Superseded.status == SUPERSEDED == 76
 
@@ -51,7 +51,7 @@ def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
     attempt(monkeypatch, 0)
     old = claim(tmp_path / "checkpoints")
     save(old, 100)
-    real, overtaken = getattr(checkpoint, moment), []
+    real, overtaken = getattr(store, moment), []
 
     def pause(*arguments):
         if not overtaken:
@@ -62,11 +62,11 @@ def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
                 save(new, images)
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, moment, pause)
+    monkeypatch.setattr(store, moment, pause)
     with pytest.raises(Superseded):
         save(old, 200)
     monkeypatch.undo()
-    assert overtaken and checkpoint.load_latest(tmp_path).images == 400
+    assert overtaken and store.load_latest(tmp_path).images == 400
     assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000400\n"
 
 
@@ -109,7 +109,7 @@ def test_names_of_claims(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from dist_t2i.claim import claim
+from dist_t2i.checkpoint.lease import claim
 claim(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(float(sys.argv[2]))
@@ -128,7 +128,7 @@ def holder(root: Path, seconds: float) -> subprocess.Popen:
 def test_a_running_training_is_not_taken_over_by_accident(tmp_path, monkeypatch):
     process = holder(tmp_path / "checkpoints", 60)
     try:
-        monkeypatch.setattr("dist_t2i.claim._PATIENCE", 0.5)
+        monkeypatch.setattr("dist_t2i.checkpoint.lease._PATIENCE", 0.5)
         said = []
         with pytest.raises(UserError, match=f"is being trained by process {process.pid}") as caught:
             claim(tmp_path / "checkpoints", say=said.append)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dist_t2i import checkpoint
+from dist_t2i.checkpoint import store
 from dist_t2i.beginning import read_beginning
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set
@@ -54,7 +54,7 @@ def test_it_begins_with_the_models_weights(data, base, tmp_path):
     rates = ("optimizer.generator_lr=1e-30", "optimizer.discriminator_lr=1e-30", "train.total_images=8")
     run = Run(tmp_path / "run", data, *EDIT, f"edit.init={base}", *rates)
     assert run.train() == 0, run.output()
-    given, got = checkpoint.load_latest(base), run.tensors(8)
+    given, got = store.load_latest(base), run.tensors(8)
     for file, engine in (("ema", "generator"), ("discriminator", "discriminator")):
         for name, value in given.tensors(file).items():
             assert torch.allclose(got[f"{engine}/{name}"], value, rtol=0, atol=1e-20), name

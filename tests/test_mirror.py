@@ -18,15 +18,15 @@ import psutil
 import pytest
 import torch
 
-from dist_t2i import checkpoint
-from dist_t2i.checkpoint import Retention
-from dist_t2i.claim import Claim, claim
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.store import Retention
+from dist_t2i.checkpoint.lease import Claim, claim
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import build
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, STOPPED
 from dist_t2i.errors import CheckpointError, ConfigError
-from dist_t2i.mirroring import FINISH_SECONDS, STOP_SECONDS, Mirroring
+from dist_t2i.checkpoint.mirror import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.storage.folders import open_place
 from faultproxy import FaultProxy
 from faults import Stall, Status
@@ -108,7 +108,7 @@ class Small:
         files = {"generator": {"w": torch.full((size,), float(images))}, "ema": {"w": torch.ones(3)}}
         keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
         state = {"seed": 1} | ({"evaluation": {"best": {"images": best, "value": 0.5}}} if best else {})
-        return checkpoint.save(self.claim, images, files, state, keep=keep)
+        return store.save(self.claim, images, files, state, keep=keep)
 
     def upload(self, *images: int, best: int | None = None) -> None:
         for count in images:
@@ -127,7 +127,7 @@ class Small:
         self.mirror.finish(status, SimpleNamespace(requested=False))
 
     def checkpoints(self) -> list[int]:
-        return [int(folder.name[7:]) for folder in checkpoint.committed(self.folder)]
+        return [int(folder.name[7:]) for folder in store.committed(self.folder)]
 
     def told(self, text: str) -> int:
         return sum(text in line for line in self.said)
@@ -184,7 +184,7 @@ def test_a_copy_of_the_mirror_is_a_run_folder(small, tmp_path):
     url = str(tmp_path / "mirror")
     small("run", url).begin().upload(100)
     copy = shutil.copytree(url, tmp_path / "copy")
-    assert checkpoint.load_latest(copy).images == 100
+    assert store.load_latest(copy).images == 100
     assert config_files.load(copy / "config.yaml").checkpoint.mirror == url
 
 
@@ -398,14 +398,14 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
 
 def test_by_hand(small, tmp_path):
     def ask(*words: str) -> dict:
-        command = [sys.executable, "-m", "dist_t2i.mirror", *words]
+        command = [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", *words]
         return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     small("run").begin().upload(100, 200)
     found = ask("look", URL)
     assert found["images"] == [200, 100] and found["identity"]["fingerprint"] == FINGERPRINT
     assert ask("fetch", URL, "100", str(tmp_path / "new" / "somewhere")) == {}
-    assert checkpoint.open_checkpoint(tmp_path / "new" / "somewhere").images == 100
+    assert store.open_checkpoint(tmp_path / "new" / "somewhere").images == 100
     assert "missing or unreadable" in ask("fetch", URL, "300", str(tmp_path))["damaged"]
     assert "not chained" in ask("look", "zip://a::s3://b/c")["mistake"]
 
@@ -487,7 +487,7 @@ def uploaders(pid: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
-            if "dist_t2i.mirror" in child.cmdline():
+            if "dist_t2i.checkpoint.mirror_worker" in child.cmdline():
                 found.append(child)
     return found
 

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 import dist_t2i
-from dist_t2i import checkpoint, modelfiles
-from dist_t2i.checkpoint import Retention
+from dist_t2i.checkpoint import store
+from dist_t2i import modelfiles
+from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
@@ -95,7 +96,7 @@ def test_scores_are_logged_and_the_best_checkpoint_survives(whole):
     ]
     saved = sorted({32, 64, TOTAL, *bests})  # every 32 images, at the end, and where the scores were the best so far
     assert whole.checkpoints() == [f"images-{images:09d}" for images in sorted({best, *saved[-2:]})]
-    state = checkpoint.load_latest(whole.folder).state["evaluation"]
+    state = store.load_latest(whole.folder).state["evaluation"]
     assert state["best"] == {"images": best, "value": found[best]["eval/test/kid"]} and state["at"] == TOTAL
     assert "evaluated at 16 images: test/kid" in (whole.folder / "log.txt").read_text()
 
@@ -126,7 +127,7 @@ def test_gone_on_with_it_is_the_run_that_was_not_stopped(whole, data, protocol, 
     shutil.rmtree(run.folder / "checkpoints" / f"images-{TOTAL:09d}")
     assert run.train() == 0, run.output()
     assert scores(run) == scores(whole) and run.checkpoints() == whole.checkpoints()
-    assert checkpoint.load_latest(run.folder).state == checkpoint.load_latest(whole.folder).state
+    assert store.load_latest(run.folder).state == store.load_latest(whole.folder).state
     assert_same(run, whole)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dist_t2i
-from dist_t2i import checkpoint
+from dist_t2i.checkpoint import store
 from dist_t2i.errors import UserError
 from dist_t2i.export import export
 from dist_t2i.pipeline import PromptError, UnknownWordsWarning
@@ -126,7 +126,7 @@ def test_an_export_edits_alike_and_names_no_other_model(run, model, tmp_path):
 
 
 def test_a_run_that_edits_nothing_has_no_new_tensors(tmp_path, run):
-    saved = [checkpoint.load_latest(r).tensors("ema") for r in (write_run(tmp_path / "run"), run)]
+    saved = [store.load_latest(r).tensors("ema") for r in (write_run(tmp_path / "run"), run)]
     new = set(saved[1]) - set(saved[0])
     assert new and all(name.startswith("source.") for name in new) and not set(saved[0]) - set(saved[1])
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])

@@ -170,10 +170,10 @@ def restart(run: Run) -> None:
 
 def assert_intact(run: Run) -> None:
     """Every checkpoint in the folder is whole, and `latest` names one of them."""
-    from dist_t2i import checkpoint
+    from dist_t2i.checkpoint import store
 
-    for folder in checkpoint.committed(run.folder):
-        checkpoint.open_checkpoint(folder)
+    for folder in store.committed(run.folder):
+        store.open_checkpoint(folder)
     latest = run.folder / "checkpoints" / "latest"
     if latest.exists():
         assert latest.read_text().strip() in run.checkpoints()

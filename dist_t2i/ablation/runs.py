@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dist_t2i import checkpoint
+from dist_t2i.checkpoint import store
 from dist_t2i.ablation.plan import Plan, table_of
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
@@ -28,7 +28,7 @@ from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.distributed.supervisor import Interrupted, train
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.reporting import metrics_log
-from dist_t2i.runfolder import fingerprint_of
+from dist_t2i.checkpoint.run_folder import fingerprint_of
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]
@@ -38,7 +38,7 @@ _LOOK = 0.25
 
 def images_seen(run: Path) -> int:
     """At the newest checkpoint; 0 without one."""
-    newest = checkpoint.committed(run)
+    newest = store.committed(run)
     return int(newest[-1].name.removeprefix("images-")) if newest else 0
 
 

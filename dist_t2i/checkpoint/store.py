@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.claim import Claim
+from dist_t2i.checkpoint.lease import Claim
 from dist_t2i.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """The processes that talk to a mirror of checkpoints; `mirrorstore.py` says what lies there.
 
-    python -m dist_t2i.mirror look URL                    whose it is and which checkpoints it has
-    python -m dist_t2i.mirror fetch URL IMAGES FOLDER     one of them
-    python -m dist_t2i.mirror follow URL RUN              what a training run starts: uploads what stdin names
+    python -m dist_t2i.checkpoint.mirror_worker look URL                    whose it is and which checkpoints it has
+    python -m dist_t2i.checkpoint.mirror_worker fetch URL IMAGES FOLDER     one of them
+    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              what a training run starts: uploads what stdin names
 
 The training process starts them (`mirroring.py`) because it must not have clients of object stores itself: it forks
 loader workers later. Answers and events are JSON lines on stdout. `follow` reads images seen from stdin, a line a
@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.checkpoint import Retention, open_checkpoint
+from dist_t2i.checkpoint.store import Retention, open_checkpoint
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.mirrorstore import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
+from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
 from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 

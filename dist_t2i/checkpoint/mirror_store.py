@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from dist_t2i import checkpoint, runfolder
-from dist_t2i.checkpoint import STATE, Retention
+from dist_t2i.checkpoint import store, run_folder
+from dist_t2i.checkpoint.store import STATE, Retention
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
@@ -124,7 +124,7 @@ class MirrorStore:
             names = self._patiently(self._root.names)
         except FileNotFoundError as error:  # an empty prefix is listed as empty: the bucket itself is not there
             raise Unreachable(str(error)) from error
-        return sorted((int(found[1]) for name in names if (found := checkpoint.NAME.fullmatch(name))), reverse=True)
+        return sorted((int(found[1]) for name in names if (found := store.NAME.fullmatch(name))), reverse=True)
 
     def _state(self, images: int) -> bytes | None:
         """The commit marker, None when there is none."""
@@ -220,7 +220,7 @@ class MirrorStore:
         """
         assert self._whole is not None, "claim first"
         self._still_ours()
-        keep = keep.with_best(_saved(checkpoint.folder_of(run) / _name(images)))
+        keep = keep.with_best(_saved(store.folder_of(run) / _name(images)))
         if images not in keep.expired({*self._whole, images}):
             with ExitStack() as stack:
                 self._upload(_Source(run, images, stack))
@@ -280,12 +280,12 @@ class _Source:
 
     def __init__(self, run: Path, images: int, stack: ExitStack) -> None:
         self.images = images
-        folder = checkpoint.folder_of(run) / _name(images)
+        folder = store.folder_of(run) / _name(images)
         self.saved = _saved(folder)
         self._opened = {name: stack.enter_context((folder / name).open("rb")) for name in self.saved["files"]}
         self._records = {RECORDS + name: text.encode() for name, text in records(run, images).items()}
         listed = {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in self._records.items()}
-        self.marker = checkpoint.seal({**self.saved, "files": {**self.saved["files"], **listed}})
+        self.marker = store.seal({**self.saved, "files": {**self.saved["files"], **listed}})
 
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
         """Name and content of each, checked. Raises LocalDamage."""
@@ -301,7 +301,7 @@ class _Source:
 def _saved(folder: Path) -> dict[str, Any]:
     """The state of a committed checkpoint. Raises LocalDamage."""
     try:
-        return checkpoint.unseal((folder / STATE).read_bytes())
+        return store.unseal((folder / STATE).read_bytes())
     except ValueError as error:
         raise LocalDamage(f"{folder / STATE}: {error}") from error
 
@@ -311,7 +311,7 @@ def records(run: Path, images: int) -> dict[str, str]:
     metrics = [entry for entry in metrics_log.read(run / "metrics.jsonl") if entry["images"] <= images]
     found = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics)}
     if (run / "bad_samples.jsonl").exists():
-        found["bad_samples.jsonl"] = runfolder.bad_samples_before(run / "bad_samples.jsonl", images)
+        found["bad_samples.jsonl"] = run_folder.bad_samples_before(run / "bad_samples.jsonl", images)
     if (run / ID_FILE).exists():
         found[ID_FILE] = (run / ID_FILE).read_text(encoding="utf-8")
     return found
@@ -319,7 +319,7 @@ def records(run: Path, images: int) -> dict[str, str]:
 
 def without_records(state: bytes) -> dict[str, Any]:
     """The marker as it is in the run folder. Raises ValueError and the like when it is none."""
-    found = checkpoint.unseal(state)
+    found = store.unseal(state)
     return {**found, "files": {name: about for name, about in found["files"].items() if not name.startswith(RECORDS)}}
 
 

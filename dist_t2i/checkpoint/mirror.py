@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_t2i import checkpoint
-from dist_t2i.claim import Claim
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.lease import Claim
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.mirrorstore import RECORD_FILES, RECORDS, Identity, strangers, without_records
+from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_place
@@ -64,7 +64,7 @@ class Mirroring:
         if not self.url:
             return
         self._refuse_inside()
-        own = bool(checkpoint.committed(self._folder))
+        own = bool(store.committed(self._folder))
         patience = self._config.data.retry_seconds
         found = self._ask("look", self.url, patience=min(patience, _GLANCE) if own else patience)
         if "unreachable" in found:
@@ -94,7 +94,7 @@ class Mirroring:
             have = f"has only older checkpoints (to {own:,} images)" if own >= 0 else "has no intact checkpoint"
             self._say(f"{self._folder} {have}: fetching the one at {images:,} images from {self.url}")
             try:
-                checkpoint.adopt(claim, images, partial(self._fetch, images))
+                store.adopt(claim, images, partial(self._fetch, images))
                 return
             except _Damaged as error:
                 self._damaged.append(images)
@@ -114,9 +114,9 @@ class Mirroring:
         """Images seen of the newest intact checkpoint in the run folder, -1 when there is none."""
         if self._intact is None:
             self._intact = -1
-            for folder in reversed(checkpoint.committed(self._folder)):
+            for folder in reversed(store.committed(self._folder)):
                 with contextlib.suppress(CheckpointError):
-                    self._intact = checkpoint.open_checkpoint(folder).images
+                    self._intact = store.open_checkpoint(folder).images
                     break
         return self._intact
 
@@ -128,16 +128,16 @@ class Mirroring:
         if "damaged" in answer:
             raise _Damaged(answer["damaged"])
         try:
-            if checkpoint.open_checkpoint(staging).images != images:
-                raise CheckpointError(f"{staging / checkpoint.STATE}: damaged, it is not of {images:,} images.")
+            if store.open_checkpoint(staging).images != images:
+                raise CheckpointError(f"{staging / store.STATE}: damaged, it is not of {images:,} images.")
         except CheckpointError as error:
             raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
         for name in RECORD_FILES:
             if (record := staging / RECORDS / name).exists():
                 metrics_log.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / RECORDS, ignore_errors=True)
-        marker = without_records((staging / checkpoint.STATE).read_bytes())
-        (staging / checkpoint.STATE).write_bytes(checkpoint.seal(marker))
+        marker = without_records((staging / store.STATE).read_bytes())
+        (staging / store.STATE).write_bytes(store.seal(marker))
 
     def _refuse_inside(self) -> None:
         place, own = open_place(self.url).path, self._folder.resolve()
@@ -273,7 +273,7 @@ class _Uploader:
 
 
 def _program(command: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dist_t2i.mirror", command, *arguments, "--parent", str(os.getpid())]
+    return [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", command, *arguments, "--parent", str(os.getpid())]
 
 
 def _environment() -> dict[str, str]:

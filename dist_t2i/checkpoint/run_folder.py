@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_t2i import checkpoint
-from dist_t2i.claim import Claim, claim
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.lease import Claim, claim
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
@@ -37,7 +37,7 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
     try:
         if (folder / "config.yaml").exists():
             _check_same_run(folder, config, data, allow_changes, warn)
-        mine = claim(checkpoint.folder_of(folder), say=warn)
+        mine = claim(store.folder_of(folder), say=warn)
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
         metrics_log.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
         metrics_log.replace_text(folder / "tokenizer.json", data.tokenizer.text)

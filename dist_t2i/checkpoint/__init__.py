@@ -1,0 +1,1 @@
+"""Checkpoints: written atomically under a lease, mirrored, resumed."""
