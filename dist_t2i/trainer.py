@@ -15,11 +15,12 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from dist_t2i.checkpoint import store, run_folder
 from dist_t2i.assemble import assemble
 from dist_t2i.beginning import read_beginning
-from dist_t2i.checkpoint.store import Checkpoint, Retention
+from dist_t2i.checkpoint import run_folder, store
 from dist_t2i.checkpoint.lease import Claim, Superseded
+from dist_t2i.checkpoint.mirror import Mirroring
+from dist_t2i.checkpoint.store import Checkpoint, Retention
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.stream.stream import open_stream
@@ -30,7 +31,6 @@ from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopF
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.frozentext import load_frozen
-from dist_t2i.checkpoint.mirror import Mirroring
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
 from dist_t2i.reporting.meter import Meter

@@ -78,9 +78,9 @@ def write_tone_set(folder: Path, roles: int = 24) -> Path:
     import numpy as np
     from PIL import Image
 
-    from dist_t2i.sharding.folder import find_items
-    from dist_t2i.sharding.preparing import Options
-    from dist_t2i.sharding.sets import write_set
+    from dist_t2i.sharding.sources.folder import find_items
+    from dist_t2i.sharding.writing.prepare import Options
+    from dist_t2i.sharding.write_set import write_set
 
     pictures = folder.with_name(f"{folder.name}-pictures")
     pictures.mkdir(parents=True)

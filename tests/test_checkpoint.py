@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.store import Retention
 from dist_t2i.checkpoint.lease import claim
+from dist_t2i.checkpoint.store import Retention
 from dist_t2i.errors import CheckpointError
 from ranks import ROOT
 

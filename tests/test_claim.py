@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.store import Retention
 from dist_t2i.checkpoint.lease import SUPERSEDED, Owner, Superseded, claim
+from dist_t2i.checkpoint.store import Retention
 from dist_t2i.errors import UserError
 from ranks import ROOT
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.store import Retention
 from dist_t2i.checkpoint.lease import Claim, claim
+from dist_t2i.checkpoint.mirror import FINISH_SECONDS, STOP_SECONDS, Mirroring
+from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import build
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, STOPPED
 from dist_t2i.errors import CheckpointError, ConfigError
-from dist_t2i.checkpoint.mirror import FINISH_SECONDS, STOP_SECONDS, Mirroring
 from dist_t2i.storage.folders import open_place
 from faultproxy import FaultProxy
 from faults import Stall, Status

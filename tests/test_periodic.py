@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import dist_t2i
-from dist_t2i.checkpoint import store
 from dist_t2i import modelfiles
+from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from dist_t2i.errors import run_command
-from dist_t2i.sharding.commandline import parse
+from dist_t2i.sharding.cli import parse
 
 
 def main() -> int:
@@ -33,8 +33,8 @@ def main() -> int:
 
 def write(chosen: argparse.Namespace) -> int:
     """Write a set of the chosen source, and say what came of it."""
-    from dist_t2i.sharding.gathering import gather, options_of
-    from dist_t2i.sharding.sets import write_set
+    from dist_t2i.sharding.gather import gather, options_of
+    from dist_t2i.sharding.write_set import write_set
 
     elsewhere = on_cluster(chosen) if chosen.slurm else None
     items, problems, about = gather(chosen)
@@ -49,7 +49,7 @@ def write(chosen: argparse.Namespace) -> int:
 
 def on_cluster(chosen: argparse.Namespace) -> Any:
     """What writes shards by a Slurm array; see `write_set`."""
-    from dist_t2i.sharding.cluster import Cluster
+    from dist_t2i.sharding.slurm_array import Cluster
 
     return Cluster(
         cluster=chosen.slurm_cluster,
@@ -89,7 +89,7 @@ def index(chosen: argparse.Namespace) -> int:
 
 def look(chosen: argparse.Namespace) -> int:
     """Describe a set."""
-    from dist_t2i.sharding.inspecting import describe
+    from dist_t2i.sharding.inspect_set import describe
 
     print(describe(chosen.url, chosen.sheet, chosen.split))
     return 0
@@ -97,8 +97,8 @@ def look(chosen: argparse.Namespace) -> int:
 
 def check(chosen: argparse.Namespace) -> int:
     """Verify a set; 1 when something differs."""
-    from dist_t2i.sharding.gathering import spreader
-    from dist_t2i.sharding.inspecting import read_set, table, verify
+    from dist_t2i.sharding.gather import spreader
+    from dist_t2i.sharding.inspect_set import read_set, table, verify
 
     _, manifest = read_set(chosen.url)
     count = sum(len(part["shards"]) for part in manifest["splits"].values())

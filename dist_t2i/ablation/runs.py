@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dist_t2i.checkpoint import store
 from dist_t2i.ablation.plan import Plan, table_of
+from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint.run_folder import fingerprint_of
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
@@ -28,7 +29,6 @@ from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.distributed.supervisor import Interrupted, train
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.reporting import metrics_log
-from dist_t2i.checkpoint.run_folder import fingerprint_of
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]

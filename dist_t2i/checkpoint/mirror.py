@@ -22,10 +22,10 @@ from typing import Any
 
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import Claim
+from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_place
@@ -273,7 +273,15 @@ class _Uploader:
 
 
 def _program(command: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", command, *arguments, "--parent", str(os.getpid())]
+    return [
+        sys.executable,
+        "-m",
+        "dist_t2i.checkpoint.mirror_worker",
+        command,
+        *arguments,
+        "--parent",
+        str(os.getpid()),
+    ]
 
 
 def _environment() -> dict[str, str]:

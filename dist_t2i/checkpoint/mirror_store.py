@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from dist_t2i.checkpoint import store, run_folder
+from dist_t2i.checkpoint import run_folder, store
 from dist_t2i.checkpoint.store import STATE, Retention
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences

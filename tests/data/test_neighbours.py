@@ -11,9 +11,9 @@ from dist_t2i.data.shard_set import Shard, Shards, open_set
 from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceChoice, source_choice
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.folder import find_items
-from dist_t2i.sharding.preparing import Options
-from dist_t2i.sharding.sets import write_set
+from dist_t2i.sharding.sources.folder import find_items
+from dist_t2i.sharding.writing.prepare import Options
+from dist_t2i.sharding.write_set import write_set
 from pictures import config_for, picture
 
 NAMES = [

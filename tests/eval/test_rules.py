@@ -69,7 +69,7 @@ def test_a_changed_list_of_captions_is_refused(folder):
 
 def test_the_list_is_what_the_package_of_pictures_holds_out():
     pytest.importorskip("emoji")
-    openmoji = pytest.importorskip("dist_t2i.sharding.openmoji")
+    openmoji = pytest.importorskip("dist_t2i.sharding.sources.openmoji")
     held_out = {(e.split, e.key, e.captions[0]) for e in openmoji.openmoji_entries() if e.split != "train"}
     listed = load_protocol("openmoji").listed()
     assert {(split, key, caption) for split, rows in listed.items() for key, caption in rows} == held_out

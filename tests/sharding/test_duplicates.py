@@ -5,7 +5,7 @@ import json
 import numpy
 from PIL import Image
 
-from dist_t2i.sharding.duplicates import MAX_BITS, MAX_COLOUR, look_of
+from dist_t2i.sharding.writing.duplicates import MAX_BITS, MAX_COLOUR, look_of
 from pictures import encoded
 from shardtool import captions_by_key, contents, problems, shard
 

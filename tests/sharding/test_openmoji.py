@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from dist_t2i.data.tokenizer import words
-from dist_t2i.sharding.openmoji import NOT_NOUNS, TWINS, openmoji_entries, render
+from dist_t2i.sharding.sources.openmoji import NOT_NOUNS, TWINS, openmoji_entries
+from dist_t2i.sharding.pictures import render
 
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")

@@ -38,10 +38,10 @@ def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]
 
 def one_shard(data: Path) -> Path:
     """A set of SAMPLES small pictures in one shard, made once."""
-    from dist_t2i.sharding.folder import Item
-    from dist_t2i.sharding.origins import PictureFile
-    from dist_t2i.sharding.preparing import Options
-    from dist_t2i.sharding.sets import write_set
+    from dist_t2i.sharding.items import Item
+    from dist_t2i.sharding.pictures import PictureFile
+    from dist_t2i.sharding.writing.prepare import Options
+    from dist_t2i.sharding.write_set import write_set
 
     folder = data / "small"
     if not (folder / "set" / "manifest.json").exists():

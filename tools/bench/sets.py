@@ -97,9 +97,9 @@ class Sets:
         (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
 
     def _set(self, folder: Path) -> None:
-        from dist_t2i.sharding.folder import find_items
-        from dist_t2i.sharding.preparing import Options
-        from dist_t2i.sharding.sets import write_set
+        from dist_t2i.sharding.sources.folder import find_items
+        from dist_t2i.sharding.writing.prepare import Options
+        from dist_t2i.sharding.write_set import write_set
 
         pictures = self.folder / "pictures"
         items, problems = find_items(pictures, pictures / "captions.jsonl", 0.0)

@@ -101,10 +101,10 @@ def main() -> int:
 
 
 def compare(pictures: Path, work: Path, runs: int) -> int:
-    from dist_t2i.sharding.folder import find_items
-    from dist_t2i.sharding.preparing import Options
-    from dist_t2i.sharding.sets import write_here
-    from dist_t2i.sharding.writer import plan_hash, plan_shards, reserve
+    from dist_t2i.sharding.sources.folder import find_items
+    from dist_t2i.sharding.writing.prepare import Options
+    from dist_t2i.sharding.write_set import write_here
+    from dist_t2i.sharding.writing.shard_writer import plan_hash, plan_shards, reserve
     from dist_t2i.storage.folders import open_place
 
     items, _ = find_items(pictures, work / "captions.jsonl", 0.0)

@@ -19,9 +19,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.sharding.folder import Item, Problem
-from dist_t2i.sharding.origins import Origin
-from dist_t2i.sharding.processes import Spread, advance
+from dist_t2i.sharding.items import Item, Problem
+from dist_t2i.sharding.pictures import Origin
+from dist_t2i.sharding.writing.processes import Spread, advance
 
 MAX_BITS, MAX_COLOUR = 3, 10
 _BAND = 16

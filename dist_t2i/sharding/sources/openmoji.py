@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
-from dist_t2i.sharding.folder import Item
-from dist_t2i.sharding.origins import Drawing
+from dist_t2i.sharding.items import Item
+from dist_t2i.sharding.pictures import Drawing
 
 LICENCE = "CC BY-SA 4.0"
 CREDIT = (
@@ -217,14 +217,3 @@ def openmoji_items(size: int) -> list[Item]:
     ]
 
 
-def render(svg: Path, size: int) -> bytes:
-    """The drawing on white as a PNG of `size` x `size` pixels, RGB. Takes about 2 ms at 64 pixels."""
-    import io
-
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
-    out = io.BytesIO()
-    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(out, "PNG")
-    return out.getvalue()

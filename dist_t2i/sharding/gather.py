@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.sharding import coco, duplicates, openmoji, tables, webdatasets
+from dist_t2i.sharding.sources import coco, openmoji, tables, webdataset_tars
+from dist_t2i.sharding.writing import duplicates
 from dist_t2i.sharding.captions import Columns
-from dist_t2i.sharding.cub import CUB
-from dist_t2i.sharding.flowers import FLOWERS
-from dist_t2i.sharding.folder import Item, Problem, find_items
-from dist_t2i.sharding.preparing import Options
-from dist_t2i.sharding.processes import Spread, in_processes
+from dist_t2i.sharding.sources.class_folders import CUB
+from dist_t2i.sharding.sources.class_folders import FLOWERS
+from dist_t2i.sharding.items import Item, Problem
+from dist_t2i.sharding.sources.folder import find_items
+from dist_t2i.sharding.writing.prepare import Options
+from dist_t2i.sharding.writing.processes import Spread, in_processes
 from dist_t2i.utils.progress import Progress
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
@@ -24,7 +26,7 @@ def gather(chosen: argparse.Namespace) -> Gathered:
     """Raises DataError when the source is not as it should be."""
     items, problems, about = _of_source(chosen)
     if chosen.caption_matches or chosen.caption_excludes:
-        items = webdatasets.filtered(items, problems, chosen.caption_matches, chosen.caption_excludes)
+        items = webdataset_tars.filtered(items, problems, chosen.caption_matches, chosen.caption_excludes)
     if chosen.deduplicate:
         count = len(items)
         print(f"looking for duplicates among {count:,} pictures", file=sys.stderr)
@@ -77,9 +79,9 @@ def _tables(chosen: argparse.Namespace) -> Gathered:
 
 
 def _tars(chosen: argparse.Namespace) -> Gathered:
-    urls = webdatasets.tar_urls(chosen.tars)
-    found = in_processes(webdatasets.look_into, [(url,) for url in urls], chosen.processes)
-    items, problems = webdatasets.webdataset_items(found, chosen.holdout)
+    urls = webdataset_tars.tar_urls(chosen.tars)
+    found = in_processes(webdataset_tars.look_into, [(url,) for url in urls], chosen.processes)
+    items, problems = webdataset_tars.webdataset_items(found, chosen.holdout)
     return items, problems, {"name": chosen.name or urls[0].rpartition("/")[2]}
 
 

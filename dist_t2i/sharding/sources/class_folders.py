@@ -11,8 +11,8 @@ from typing import Any
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text, read_text_file
-from dist_t2i.sharding.folder import Item, Problem, captioned
-from dist_t2i.sharding.origins import PictureFile
+from dist_t2i.sharding.items import Item, Problem, captioned
+from dist_t2i.sharding.pictures import PictureFile
 
 TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclasses.txt"
 
@@ -174,3 +174,42 @@ def _text_items(
             if item:
                 item.split = split[name]
                 yield item
+
+
+_LAYOUT = """  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
+      text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
+      trainvalclasses.txt, testclasses.txt     a class a line: 001.Black_footed_Albatross ...    (optional)
+(CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub; its folder may lie inside DIR as well. With only
+trainclasses.txt and valclasses.txt, both are trained on. Without lists, every fourth class is held out, 004, 008 ...
+200: 150 classes and 50, but not those that published numbers are about. Pickled lists are not read.)"""
+_CREDIT = (
+    "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial research and "
+    "education only; the photographs are their owners'."
+)
+CUB = ClassSet(
+    about={"name": "CUB-200-2011", "licence": "non-commercial research and education", "credit": _CREDIT},
+    layout=_LAYOUT,
+    images=("CUB_200_2011/images", "images"),
+    texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
+    hold_out_every=4,
+    nested=True,
+)
+
+
+_LAYOUT = """  DIR/jpg/image_00001.jpg ... image_08189.jpg
+      text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
+      trainvalclasses.txt, testclasses.txt       a class a line: class_00001 ...    (optional)
+(102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers; its folder may lie inside DIR as well. With only
+trainclasses.txt and valclasses.txt, both are trained on. Without lists, every fifth class is held out, class_00005 ...
+class_00100: 82 classes and 20, but not those that published numbers are about. imagelabels.mat is not needed.)"""
+_CREDIT = (
+    "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are their owners'."
+)
+FLOWERS = ClassSet(
+    about={"name": "Oxford-102 flowers", "licence": "unknown: research use", "credit": _CREDIT},
+    layout=_LAYOUT,
+    images=("jpg", "102flowers/jpg"),
+    texts=("text_c10", "cvpr2016_flowers/text_c10"),
+    hold_out_every=5,
+    nested=False,
+)

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.sharding import coco
-from dist_t2i.sharding.cub import CUB
-from dist_t2i.sharding.flowers import FLOWERS
+from dist_t2i.sharding.sources import coco
+from dist_t2i.sharding.sources.class_folders import CUB
+from dist_t2i.sharding.sources.class_folders import FLOWERS
 
 Parser = argparse.ArgumentParser
 FORMS = ("jsonl", "csv", "tsv", "parquet")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.data.images import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
-from dist_t2i.sharding.headers import kind_of, measure
+from dist_t2i.sharding.writing.headers import kind_of, measure
 
 if TYPE_CHECKING:
     from PIL.Image import Image

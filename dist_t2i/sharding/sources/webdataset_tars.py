@@ -21,8 +21,8 @@ from dist_t2i.data.shard_index import UNSAFE, key_and_extension
 from dist_t2i.data.shard_set import PICTURES
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
-from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
-from dist_t2i.sharding.origins import TarPart
+from dist_t2i.sharding.items import Item, Problem, captioned, hold_out
+from dist_t2i.sharding.pictures import TarPart
 from dist_t2i.storage.folders import open_place
 from dist_t2i.storage.urls import is_local, unchained
 

@@ -11,10 +11,10 @@ from typing import Any
 from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.finishing import fingerprint
-from dist_t2i.sharding.processes import Spread, advance
-from dist_t2i.sharding.report import contact_sheet, index_name, some_samples
-from dist_t2i.sharding.tarwriter import crc32
+from dist_t2i.sharding.writing.finish import fingerprint
+from dist_t2i.sharding.writing.processes import Spread, advance
+from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples
+from dist_t2i.sharding.writing.tar_writer import crc32
 from dist_t2i.storage.folders import Place, open_place, place_of
 
 _MAX_LISTED = 20

@@ -13,6 +13,16 @@ from urllib.parse import quote, urlsplit
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.storage.urls import scheme_of, unchained
+import hashlib
+import importlib.util
+import re
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+from dist_t2i.data.tokenizer import words
+from dist_t2i.errors import UserError
+from dist_t2i.sharding.items import Item
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
@@ -77,7 +87,7 @@ class Drawing(Origin):
         return 0, PictureFile(self.path).known()[1]
 
     def read(self) -> bytes:
-        from dist_t2i.sharding.openmoji import render
+        from dist_t2i.sharding.pictures import render
 
         return render(Path(self.path), self.size)
 
@@ -207,3 +217,16 @@ def _descriptor(path: str) -> int:
 def reachable(url: str) -> bool:
     """Whether pictures are read from URLs of this scheme. Raises DataError for commands and chained file systems."""
     return scheme_of(unchained(url)) in (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
+
+
+def render(svg: Path, size: int) -> bytes:
+    """The drawing on white as a PNG of `size` x `size` pixels, RGB. Takes about 2 ms at 64 pixels."""
+    import io
+
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
+    out = io.BytesIO()
+    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(out, "PNG")
+    return out.getvalue()

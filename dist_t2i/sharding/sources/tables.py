@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, rows_of
-from dist_t2i.sharding.folder import Item, Problem, captioned, hold_out
-from dist_t2i.sharding.origins import Download, Origin, PictureFile, reachable
+from dist_t2i.sharding.items import Item, Problem, captioned, hold_out
+from dist_t2i.sharding.pictures import Download, Origin, PictureFile, reachable
 from dist_t2i.storage.folders import open_place
 
 DEFAULT = Columns(("url", *IMAGE_COLUMNS), CAPTION_COLUMNS)

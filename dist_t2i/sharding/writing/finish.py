@@ -10,9 +10,9 @@ from typing import Any
 
 from dist_t2i.data.manifest import FORMAT, VERSION, caption_statistics, manifest_bytes, problem_lines, tokenizer_entry
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
-from dist_t2i.sharding.preparing import Options
-from dist_t2i.sharding.report import write_report
-from dist_t2i.sharding.writer import Planned, accepted, count_reasons
+from dist_t2i.sharding.writing.prepare import Options
+from dist_t2i.sharding.writing.report import write_report
+from dist_t2i.sharding.writing.shard_writer import Planned, accepted, count_reasons
 from dist_t2i.storage.folders import WORK, Place
 
 SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")

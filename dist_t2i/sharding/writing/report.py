@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.data.shard_set import BadSample, Sample
-from dist_t2i.sharding.writer import count_reasons
+from dist_t2i.sharding.writing.shard_writer import count_reasons
 from dist_t2i.storage.folders import Place, place_of
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96

@@ -20,10 +20,10 @@ from typing import Any
 from dist_t2i.data.manifest import FORMAT, VERSION
 from dist_t2i.data.shard_index import Member, ShardIndex
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.folder import Item, Problem
-from dist_t2i.sharding.origins import DownloadError
-from dist_t2i.sharding.preparing import Options, prepare
-from dist_t2i.sharding.tarwriter import TarWriter
+from dist_t2i.sharding.items import Item, Problem
+from dist_t2i.sharding.pictures import DownloadError
+from dist_t2i.sharding.writing.prepare import Options, prepare
+from dist_t2i.sharding.writing.tar_writer import TarWriter
 from dist_t2i.storage.folders import WORK, Place
 
 _ROOM = 3 * 1024
