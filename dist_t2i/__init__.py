@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_t2i.pipeline import PromptWarning, TextToImage, UnknownWordsWarning, load
+    from dist_t2i.inference.pipeline import PromptWarning, TextToImage, UnknownWordsWarning, load
 
 __all__ = ["PromptWarning", "TextToImage", "UnknownWordsWarning", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from dist_t2i import pipeline
+        from dist_t2i.inference import pipeline
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'dist_t2i' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.distributed.engine import EngineSpec, NetworkEngine
 from dist_t2i.gan import Gan
-from dist_t2i.modelfiles import ModelFiles
+from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.models.networks import build_networks
 
 

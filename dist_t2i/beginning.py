@@ -7,7 +7,7 @@ from dist_t2i.config.resume import is_free
 from dist_t2i.config.sections import Config
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import ConfigError, UserError
-from dist_t2i.modelfiles import ModelFiles, read_model
+from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.models.networks import Networks
 from dist_t2i.utils.tensors import fill
 

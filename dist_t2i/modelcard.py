@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.errors import UserError
 
 if TYPE_CHECKING:
-    from dist_t2i.modelfiles import ModelFiles
+    from dist_t2i.inference.model_files import ModelFiles
 
 _TEXT = {
     "dual": "Two text encoders were trained from scratch with the networks that read them: S_G for the generator,\n"

@@ -23,9 +23,9 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.protocol import choose_all, evaluate, load_judges
 from dist_t2i.eval.rules import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
-from dist_t2i.frozentext import frozen_source
-from dist_t2i.modelfiles import ModelFiles
-from dist_t2i.pipeline import TextToImage
+from dist_t2i.inference.model_files import frozen_source
+from dist_t2i.inference.model_files import ModelFiles
+from dist_t2i.inference.pipeline import TextToImage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 GRIDS = 12
 """Sample grids shown at most, evenly spread over training."""

@@ -30,7 +30,7 @@ from dist_t2i.distributed.launch import Rank, has_gpu
 from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopFlag
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.frozentext import load_frozen
+from dist_t2i.inference.model_files import load_frozen
 from dist_t2i.monitor import Health, check_finite
 from dist_t2i.periodic import Periodic
 from dist_t2i.reporting.meter import Meter

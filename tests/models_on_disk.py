@@ -50,7 +50,7 @@ def write_run(
 ) -> Path:
     """A run folder with one committed checkpoint, as the trainer leaves it. What begins at zero among the parameters
     whose names begin with `stir` is random, where one is given."""
-    from dist_t2i.frozentext import load_frozen
+    from dist_t2i.inference.model_files import load_frozen
 
     cfg, words = config(*overrides), words or tokenizer()
     run.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def write_tone_set(folder: Path, roles: int = 24) -> Path:
     from PIL import Image
 
     from dist_t2i.sharding.sources.folder import find_items
-    from dist_t2i.sharding.writing.prepare import Options
     from dist_t2i.sharding.write_set import write_set
+    from dist_t2i.sharding.writing.prepare import Options
 
     pictures = folder.with_name(f"{folder.name}-pictures")
     pictures.mkdir(parents=True)

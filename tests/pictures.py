@@ -13,8 +13,8 @@ from dist_t2i.config import Config
 from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
 from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.sharding.sources.folder import find_items
-from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.write_set import write_set
+from dist_t2i.sharding.writing.prepare import Options
 
 
 def colour(number: int) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import dist_t2i
-from dist_t2i import modelfiles
+from dist_t2i.inference import model_files
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config.files import loads
@@ -170,6 +170,6 @@ def test_retention_keeps_the_best():
 
 
 def test_weights_as_they_are_instead_of_the_average(whole):
-    averaged, plain = modelfiles.read_model(whole.folder), modelfiles.read_model(whole.folder, ema=False)
+    averaged, plain = model_files.read_model(whole.folder), model_files.read_model(whole.folder, ema=False)
     assert averaged.generator.keys() == plain.generator.keys()
     assert not all(torch.equal(averaged.generator[name], plain.generator[name]) for name in plain.generator)

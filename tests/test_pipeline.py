@@ -14,7 +14,7 @@ import dist_t2i
 from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import UserError
 from dist_t2i.export import export
-from dist_t2i.pipeline import PromptError, PromptWarning, UnknownWordsWarning
+from dist_t2i.inference.pipeline import PromptError, PromptWarning, UnknownWordsWarning
 from models_on_disk import CAPTIONS, write_run
 
 PROMPTS = list(CAPTIONS[:5])

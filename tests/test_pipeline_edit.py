@@ -14,7 +14,7 @@ import dist_t2i
 from dist_t2i.checkpoint import store
 from dist_t2i.errors import UserError
 from dist_t2i.export import export
-from dist_t2i.pipeline import PromptError, UnknownWordsWarning
+from dist_t2i.inference.pipeline import PromptError, UnknownWordsWarning
 from models_on_disk import write_run
 from ranks import ROOT
 from runs import environment

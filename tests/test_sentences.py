@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.frozentext import load_frozen
+from dist_t2i.inference.model_files import load_frozen
 from dist_t2i.models.config import TextConfig
 from models_on_disk import tokenizer
 

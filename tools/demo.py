@@ -199,7 +199,7 @@ def report(run: Path, data: Path, budget: str) -> None:
     from dist_t2i.eval.protocol import evaluate, protocol_for
     from dist_t2i.eval.scores import table
     from dist_t2i.modelcard import SetAbout
-    from dist_t2i.pipeline import load
+    from dist_t2i.inference.pipeline import load
 
     say(4, "Scores, on prompts and pictures that training never saw")
     model, held_out = load(run), open_set(data)

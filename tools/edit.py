@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def edit(chosen: argparse.Namespace) -> int:
-    from dist_t2i.pipeline import PromptWarning, load
+    from dist_t2i.inference.pipeline import PromptWarning, load
 
     model = load(chosen.run, chosen.device)
     with warnings.catch_warnings(record=True) as caught:
@@ -81,7 +81,7 @@ def evaluate(chosen: argparse.Namespace) -> int:
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.edits import evaluate_edits, verdict
     from dist_t2i.eval.scores import table
-    from dist_t2i.pipeline import load
+    from dist_t2i.inference.pipeline import load
 
     model = load(chosen.run, chosen.device)
     name = chosen.base or model.config.edit.init

@@ -29,7 +29,7 @@ def main() -> int:
     from dist_t2i import embeddingspage
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.embeddings import study
-    from dist_t2i.pipeline import load
+    from dist_t2i.inference.pipeline import load
 
     model = load(chosen.run)
     if not (chosen.data or model.config.data.train):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dist_t2i.eval.ranks import Ranks
     from dist_t2i.eval.rules import Protocol
     from dist_t2i.eval.selection import Chosen
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 _NETWORKS = ("efficientnet", "inception", "clip")
 
@@ -147,8 +147,8 @@ def opened(
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.protocol import protocol_for
     from dist_t2i.eval.rules import load_protocol
-    from dist_t2i.modelfiles import read_model
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.model_files import read_model
+    from dist_t2i.inference.pipeline import TextToImage
 
     protocol = load_protocol(chosen.protocol) if chosen.protocol else None
     sources = _sources(chosen.weights, chosen.without)

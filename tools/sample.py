@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.pipeline import PromptWarning, load
+    from dist_t2i.inference.pipeline import PromptWarning, load
     from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
     model = load(chosen.run, chosen.device)

@@ -25,7 +25,7 @@ from dist_t2i.reporting import metrics_log
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 FILE = "ablation.json"
 OWN = "_own"
@@ -86,7 +86,7 @@ class Judging:
         """As in scores.json: those that are kept if they are about this model, this set and this protocol, else new ones.
         Raises UserError. `seconds` is how long it took, `parameters` counts those of each network.
         """
-        from dist_t2i.pipeline import load
+        from dist_t2i.inference.pipeline import load
 
         model = load(run)
         key = self._key(model)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Protocol, out: Path) -> list[GridRow]:
     """A row a held-out caption, spread evenly over the split: the real picture, then one of each arm's run of that seed."""
     from dist_t2i.eval.measure import generate
-    from dist_t2i.pipeline import load
+    from dist_t2i.inference.pipeline import load
 
     samples = data.samples(split)
     count = min(plan.prompts, len(samples))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 Say = Callable[[str], None]
 TONES, GENDERS, OWN = "tone changes", "gender changes", "nothing to change"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 MOST = 4000
 """Captions looked at, of each side."""

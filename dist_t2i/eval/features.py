@@ -27,7 +27,7 @@ from dist_t2i.utils.files import file_sha256
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 _UNPUBLISHED = {
     "kid": "kernel distance",

@@ -19,7 +19,7 @@ from dist_t2i.eval.selection import Chosen
 from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
-    from dist_t2i.pipeline import TextToImage
+    from dist_t2i.inference.pipeline import TextToImage
 
 _COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "real": lambda images, first: images,

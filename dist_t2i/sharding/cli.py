@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.sharding.sources import coco
-from dist_t2i.sharding.sources.class_folders import CUB
-from dist_t2i.sharding.sources.class_folders import FLOWERS
+from dist_t2i.sharding.sources.class_folders import CUB, FLOWERS
 
 Parser = argparse.ArgumentParser
 FORMS = ("jsonl", "csv", "tsv", "parquet")

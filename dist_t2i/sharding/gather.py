@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_t2i.sharding.sources import coco, openmoji, tables, webdataset_tars
-from dist_t2i.sharding.writing import duplicates
 from dist_t2i.sharding.captions import Columns
-from dist_t2i.sharding.sources.class_folders import CUB
-from dist_t2i.sharding.sources.class_folders import FLOWERS
 from dist_t2i.sharding.items import Item, Problem
+from dist_t2i.sharding.sources import coco, openmoji, tables, webdataset_tars
+from dist_t2i.sharding.sources.class_folders import CUB, FLOWERS
 from dist_t2i.sharding.sources.folder import find_items
+from dist_t2i.sharding.writing import duplicates
 from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.processes import Spread, in_processes
 from dist_t2i.utils.progress import Progress

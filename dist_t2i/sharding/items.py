@@ -1,15 +1,14 @@
 """Captioned pictures on their way into a set."""
 
 from __future__ import annotations
+
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any
-from dist_t2i.errors import DataError
-from dist_t2i.sharding.captions import clean, read_captions, read_text_file
-from dist_t2i.sharding.pictures import Origin, PictureFile
+
+from dist_t2i.sharding.captions import clean
+from dist_t2i.sharding.pictures import Origin
 
 
 @dataclass(slots=True)

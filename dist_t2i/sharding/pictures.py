@@ -13,16 +13,6 @@ from urllib.parse import quote, urlsplit
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.storage.urls import scheme_of, unchained
-import hashlib
-import importlib.util
-import re
-from collections import Counter
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
-from dist_t2i.data.tokenizer import words
-from dist_t2i.errors import UserError
-from dist_t2i.sharding.items import Item
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28

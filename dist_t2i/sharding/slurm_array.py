@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.write_set import write_here
+from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.shard_writer import Planned
 from dist_t2i.storage.folders import WORK, Place
 from dist_t2i.utils.progress import Progress

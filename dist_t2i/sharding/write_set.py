@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.writing.finish import finish, put_back
 from dist_t2i.sharding.items import Item, Problem
+from dist_t2i.sharding.writing.finish import finish, put_back
 from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.processes import advance, in_processes
-from dist_t2i.sharding.writing.shard_writer import Planned, count_reasons, finished, forget, plan_hash, plan_shards, reserve, write_shard
+from dist_t2i.sharding.writing.shard_writer import (
+    Planned,
+    count_reasons,
+    finished,
+    forget,
+    plan_hash,
+    plan_shards,
+    reserve,
+    write_shard,
+)
 from dist_t2i.storage.folders import Place, open_place
 from dist_t2i.utils.progress import Progress
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.sharding.sources.folder import find_items
-from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.write_set import write_set
+from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.storage.shard_file import LocalFile
 from faultproxy import FaultProxy
 from faults import Close, FlippedBit, Replaced, Reset, Stall, Status, Trickle, WrongLength

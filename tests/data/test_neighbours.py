@@ -12,8 +12,8 @@ from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceCho
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.sources.folder import find_items
-from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.write_set import write_set
+from dist_t2i.sharding.writing.prepare import Options
 from pictures import config_for, picture
 
 NAMES = [

@@ -9,8 +9,8 @@ from PIL import Image
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.sources.folder import find_items
-from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.write_set import write_set
+from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.storage.folders import open_place
 from pictures import make_folder, make_set
 from shardtool import contents, shard

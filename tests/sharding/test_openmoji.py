@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from dist_t2i.data.tokenizer import words
-from dist_t2i.sharding.sources.openmoji import NOT_NOUNS, TWINS, openmoji_entries
 from dist_t2i.sharding.pictures import render
+from dist_t2i.sharding.sources.openmoji import NOT_NOUNS, TWINS, openmoji_entries
 
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")

@@ -7,8 +7,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from dist_t2i.sharding.writing.headers import kind_of, measure
 from dist_t2i.sharding.pictures import PictureFile
+from dist_t2i.sharding.writing.headers import kind_of, measure
 from dist_t2i.sharding.writing.tar_writer import TarWriter
 from pictures import encoded, picture
 from tars import write_tar

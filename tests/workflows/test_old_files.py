@@ -20,7 +20,7 @@ import dist_t2i
 from dist_t2i.config import files as config_files
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.stream.stream import open_stream
-from dist_t2i.pipeline import TextToImage
+from dist_t2i.inference.pipeline import TextToImage
 from ranks import ROOT
 from runs import Run, whole_lines
 from shardtool import shard
@@ -71,7 +71,7 @@ def picture(model: TextToImage) -> numpy.ndarray:
     return numpy.asarray(model.generate([PROMPT], seed=SEED)[0])
 
 
-@pytest.mark.filterwarnings("error::dist_t2i.pipeline.PromptWarning")
+@pytest.mark.filterwarnings("error::dist_t2i.inference.pipeline.PromptWarning")
 def test_an_exported_model_makes_the_same_picture(old):
     model = dist_t2i.load(old / "export", "cpu")
     expected = numpy.asarray(Image.open(old / "expected.png"), dtype=float)

@@ -40,8 +40,8 @@ def one_shard(data: Path) -> Path:
     """A set of SAMPLES small pictures in one shard, made once."""
     from dist_t2i.sharding.items import Item
     from dist_t2i.sharding.pictures import PictureFile
-    from dist_t2i.sharding.writing.prepare import Options
     from dist_t2i.sharding.write_set import write_set
+    from dist_t2i.sharding.writing.prepare import Options
 
     folder = data / "small"
     if not (folder / "set" / "manifest.json").exists():

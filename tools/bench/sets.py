@@ -98,8 +98,8 @@ class Sets:
 
     def _set(self, folder: Path) -> None:
         from dist_t2i.sharding.sources.folder import find_items
-        from dist_t2i.sharding.writing.prepare import Options
         from dist_t2i.sharding.write_set import write_set
+        from dist_t2i.sharding.writing.prepare import Options
 
         pictures = self.folder / "pictures"
         items, problems = find_items(pictures, pictures / "captions.jsonl", 0.0)

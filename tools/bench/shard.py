@@ -102,8 +102,8 @@ def main() -> int:
 
 def compare(pictures: Path, work: Path, runs: int) -> int:
     from dist_t2i.sharding.sources.folder import find_items
-    from dist_t2i.sharding.writing.prepare import Options
     from dist_t2i.sharding.write_set import write_here
+    from dist_t2i.sharding.writing.prepare import Options
     from dist_t2i.sharding.writing.shard_writer import plan_hash, plan_shards, reserve
     from dist_t2i.storage.folders import open_place
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.items import Item, Problem, captioned
-from dist_t2i.sharding.sources.class_folders import files_of, first_folder
 from dist_t2i.sharding.pictures import PictureFile
+from dist_t2i.sharding.sources.class_folders import files_of, first_folder
 
 LAYOUT = """  DIR/train2014/COCO_train2014_000000000009.jpg ...      (2017: DIR/train2017/000000000009.jpg ...)
       val2014/COCO_val2014_000000000042.jpg ...                  DIR/val2017/000000000139.jpg ...

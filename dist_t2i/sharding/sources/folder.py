@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.captions import clean, read_captions, read_text_file
-from dist_t2i.sharding.pictures import Origin, PictureFile
+from dist_t2i.sharding.captions import read_captions, read_text_file
 from dist_t2i.sharding.items import Item, Problem, _add_captions, hold_out
+from dist_t2i.sharding.pictures import PictureFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
-
-
-
-
 
 
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
@@ -44,14 +38,6 @@ def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[lis
     items = _keyed(images, {path: held for path, held in found.items() if held})
     hold_out(items, holdout)
     return items, problems
-
-
-
-
-
-
-
-
 
 
 def _relative(path: Path, images: Path) -> str:

@@ -215,5 +215,3 @@ def openmoji_items(size: int) -> list[Item]:
         )
         for entry in openmoji_entries()
     ]
-
-

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dist_t2i.data.images import FORMATS, PictureError, decode, square, to_rgb, upright
 from dist_t2i.errors import UserError
-from dist_t2i.modelfiles import ModelFiles, read_model
+from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.models.networks import build_networks
 from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
 from dist_t2i.utils.seeds import mix

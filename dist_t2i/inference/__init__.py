@@ -1,0 +1,1 @@
+"""A trained model: its files, and making pictures with it."""
