@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.reporting import metrics_log, web_page
 
 if TYPE_CHECKING:
-    from dist_t2i.eval.embeddings import Probe, Study
+    from dist_t2i.eval.studies.embeddings import Probe, Study
 
 _COLOURS = ("#f2c9a1", "#d9a066", "#a86b3c", "#70421f", "#3b2110")
 """Of the five skin tones, lightest first; other properties take matplotlib's."""

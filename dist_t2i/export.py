@@ -18,9 +18,19 @@ from safetensors.torch import save_file
 
 from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
-from dist_t2i.modelcard import SetAbout, model_card
-from dist_t2i.inference.model_files import ABOUT, CONFIG, DISCRIMINATOR, FORMAT, FROZEN, GENERATOR, TOKENIZER, ModelFiles, read_model
+from dist_t2i.inference.model_files import (
+    ABOUT,
+    CONFIG,
+    DISCRIMINATOR,
+    FORMAT,
+    FROZEN,
+    GENERATOR,
+    TOKENIZER,
+    ModelFiles,
+    read_model,
+)
 from dist_t2i.inference.pipeline import TextToImage
+from dist_t2i.modelcard import SetAbout, model_card
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 from dist_t2i.utils.files import file_sha256
 

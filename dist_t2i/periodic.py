@@ -20,11 +20,10 @@ import torch
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_entry, storage_of
 from dist_t2i.errors import UserError
-from dist_t2i.eval.protocol import choose_all, evaluate, load_judges
-from dist_t2i.eval.rules import load_protocol
+from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
+from dist_t2i.eval.protocol import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
-from dist_t2i.inference.model_files import frozen_source
-from dist_t2i.inference.model_files import ModelFiles
+from dist_t2i.inference.model_files import ModelFiles, frozen_source
 from dist_t2i.inference.pipeline import TextToImage
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 import dist_t2i
-from dist_t2i.inference import model_files
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
-from dist_t2i.eval.protocol import evaluate
-from dist_t2i.eval.rules import Protocol, load_protocol
+from dist_t2i.eval.evaluate import evaluate
+from dist_t2i.eval.protocol import Protocol, load_protocol
+from dist_t2i.inference import model_files
 from dist_t2i.periodic import Periodic
 from models_on_disk import write_tone_set
 from runs import Run

@@ -164,7 +164,7 @@ def report(
     from dist_t2i.ablation import judging
     from dist_t2i.ablation import report as reports
     from dist_t2i.ablation.runs import is_finished
-    from dist_t2i.eval.rules import load_protocol
+    from dist_t2i.eval.protocol import load_protocol
 
     protocol = load_protocol(plan.protocol)
     judge = judging.Judging(data, protocol, out, say)

@@ -196,10 +196,10 @@ def report(run: Path, data: Path, budget: str) -> None:
     """Scores (unless these weights have theirs) and the page; prints where to look."""
     from dist_t2i import runpage
     from dist_t2i.data.shard_set import open_set
-    from dist_t2i.eval.protocol import evaluate, protocol_for
+    from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import table
-    from dist_t2i.modelcard import SetAbout
     from dist_t2i.inference.pipeline import load
+    from dist_t2i.modelcard import SetAbout
 
     say(4, "Scores, on prompts and pictures that training never saw")
     model, held_out = load(run), open_set(data)

@@ -28,7 +28,7 @@ def main() -> int:
     chosen = parse()
     from dist_t2i import embeddingspage
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.embeddings import study
+    from dist_t2i.eval.studies.embeddings import study
     from dist_t2i.inference.pipeline import load
 
     model = load(chosen.run)

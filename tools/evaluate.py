@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.eval.features import FeatureNetwork
+    from dist_t2i.eval.judges.features import FeatureNetwork
     from dist_t2i.eval.ranks import Ranks
-    from dist_t2i.eval.rules import Protocol
+    from dist_t2i.eval.protocol import Protocol
     from dist_t2i.eval.selection import Chosen
     from dist_t2i.inference.pipeline import TextToImage
 
@@ -103,7 +103,7 @@ def main() -> int:
 
 def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     """Scores to a file and to the terminal. Collective; a UserError is raised on all ranks."""
-    from dist_t2i.eval.protocol import choose_all, evaluate, load_judges
+    from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
     from dist_t2i.eval.scores import table
 
     model, data, protocol, sources = ranks.all(lambda: opened(chosen, local_rank, ranks.world))
@@ -145,8 +145,8 @@ def opened(
 ) -> tuple[TextToImage, ShardSet, Protocol, dict[str, str]]:
     """The model, the set, the protocol, and where weights come from, as the command line says."""
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.protocol import protocol_for
-    from dist_t2i.eval.rules import load_protocol
+    from dist_t2i.eval.evaluate import protocol_for
+    from dist_t2i.eval.protocol import load_protocol
     from dist_t2i.inference.model_files import read_model
     from dist_t2i.inference.pipeline import TextToImage
 
@@ -193,8 +193,8 @@ def _sources(given: list[str], without: list[str]) -> dict[str, str]:
 def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Chosen]) -> None:
     """Beside a run's scores lie the captions they are about, where the protocol does not list them: the next ones must be
     the same. Raises UserError when they are not."""
-    from dist_t2i.eval.protocol import captions_hash
-    from dist_t2i.eval.rules import captions_text
+    from dist_t2i.eval.evaluate import captions_hash
+    from dist_t2i.eval.protocol import captions_text
 
     found = captions_hash(rows)
     if protocol.captions_sha256:
@@ -222,8 +222,8 @@ def captions(chosen: argparse.Namespace) -> int:
     """Write the list and say its hash."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.protocol import captions_hash, choose_all
-    from dist_t2i.eval.rules import captions_text, load_protocol
+    from dist_t2i.eval.evaluate import captions_hash, choose_all
+    from dist_t2i.eval.protocol import captions_text, load_protocol
 
     protocol = load_protocol(chosen.protocol)
     rows = choose_all(open_data(DataConfig(train=chosen.data)), protocol)
@@ -243,7 +243,7 @@ def captions(chosen: argparse.Namespace) -> int:
 
 def compare(first: Path, second: Path) -> int:
     """Both scores side by side; 1 when they cannot be compared."""
-    from dist_t2i.eval.comparing import differences, table
+    from dist_t2i.eval.compare import differences, table
     from dist_t2i.eval.scores import read_scores
 
     a, b = read_scores(first), read_scores(second)

@@ -1,156 +1,206 @@
-"""Following a protocol: from a model and a set to scores that can be compared, with all that they depend on.
+"""Protocols as files: every rule of an evaluation written out, frozen under a name and a version.
 
-`rules.py` says what a protocol fixes, `selection.py` finds its captions, `measure.py` makes and judges the pictures,
-`scoring.py` computes the numbers. Works alone or on several ranks, with the same result.
+    dist_t2i/eval/protocols/
+      openmoji.yaml       one protocol; every key is given, none has a default there
+      openmoji.txt        its captions, where they can be listed: `split <tab> key <tab> caption` a line
+      frozen.json         "NAME VERSION" -> SHA-256 of the rules, the hash of the list among them
+
+Rules that change need another version: a file that does not have the hash its name and version were frozen with is
+refused. A protocol of one's own is a file anywhere; its hash goes with every score all the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from dist_t2i.eval.features import FeatureNetwork, load_features, own_judge
-from dist_t2i.eval.measure import measure
-from dist_t2i.eval.ranks import ALONE, Ranks
-from dist_t2i.eval.rules import Protocol, captions_sha256, load_protocol, rules_sha256
-from dist_t2i.eval.scores import Scores, SplitScores
-from dist_t2i.eval.scoring import scores_of
-from dist_t2i.eval.selection import Chosen, choose, has_listed, splits_of
+import yaml
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from dist_t2i.config.fields import expected, field_types
+from dist_t2i.config.files import convert
+from dist_t2i.errors import UserError
 
-    from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.inference.pipeline import TextToImage
-
-Say = Callable[[str], None]
-
-
-def protocol_for(data: ShardSet) -> Protocol:
-    """The protocol that fits a set: `openmoji` if it holds the pictures that this lists, else `held-out`."""
-    listed = load_protocol("openmoji")
-    return listed if has_listed(data, listed) else load_protocol("held-out")
+FOLDER = Path(__file__).with_name("protocols")
+FROZEN = FOLDER / "frozen.json"
+METRICS = (
+    "kid", "retrieval", "tone-order", "fid", "inception-score", "precision-recall", "clip-score", "r-precision",
+)  # fmt: skip
+NETWORKS = ("efficientnet-lite0", "inception-clean", "inception-legacy", "clip", "own")
+_ONLY = {
+    "inception-score": ("inception-clean", "inception-legacy"),
+    "clip-score": ("clip", "own"),
+    "r-precision": ("clip", "own"),
+    "tone-order": ("",),
+}
+"""Metrics that not every network can judge: those that need classes, or texts, or none at all."""
 
 
-def evaluate(
-    model: TextToImage,
-    data: ShardSet,
-    protocol: Protocol,
-    *,
-    say: Say = print,
-    judges: Mapping[str, FeatureNetwork] | None = None,
-    ranks: Ranks = ALONE,
-    chosen: Mapping[str, Chosen] | None = None,
-    seen: Mapping[str, dict[str, Tensor]] | None = None,
-) -> Scores:
-    """The scores of a model on the held-out splits of a set, on every rank; `say` gets a line of progress now and then.
+@dataclass(frozen=True)
+class Protocol:
+    """The rules of an evaluation."""
 
-    Without `judges`, the protocol's are loaded; a metric whose judge is not among them is left out, and the manifest says
-    so. `chosen`: what `choose_all` gave, where it was asked before. `seen` (split -> an empty dictionary at first) keeps
-    what the judges made of the real pictures for the next call. Collective.
-    Raises UserError when the set has no such split, too few pictures, or not those that the protocol lists. Takes about
-    0.1 s a picture and seed on one core at 32 px, nearly all of it in the judge.
+    name: str
+    version: int = 1
+    splits: tuple[str, ...] = ()
+    """Whose pictures are the reference and whose captions are drawn; empty: every split whose name begins with `test`."""
+    captions: Literal["first", "hash", "listed"] = "first"
+    """Which pictures and captions: `first`: the first `max_pictures` in the set's order, and each one's first captions;
+    `hash`: the pictures with the smallest hash of (protocol, key), and of each a caption that this hash picks;
+    `listed`: those of the committed list beside the protocol."""
+    captions_per_picture: int = 1
+    """So many pictures are made for each picture's first captions, one each, round and round where it has fewer."""
+    captions_sha256: str = ""
+    """Hash of the list of captions; empty where it depends on the set: it is then kept with the run's scores."""
+    min_pictures: int = 4
+    """A split with fewer is refused."""
+    max_pictures: int = 2_000
+    """At most so many of a split."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    """One picture per caption and seed. KID is taken within each seed and averaged, as are the others."""
+    ema: bool = True
+    """Whether the generator's moving average makes the pictures, or its weights as they are."""
+    truncation: float | None = None
+    """Factor on the noise; None: the configuration's."""
+    crop: Literal["centre"] = "centre"
+    """Of real pictures: the largest square in the middle ..."""
+    resize: Literal["bilinear-antialias"] = "bilinear-antialias"
+    """... brought to the size of the model's pictures. How judges resize is part of their names."""
+    metrics: tuple[str, ...] = ("kid/efficientnet-lite0", "retrieval/efficientnet-lite0", "tone-order")
+    """METRIC/NETWORK each: the metrics are those of `METRICS`, the networks those of `NETWORKS`."""
+    gallery: int = 100
+    """Pictures (retrieval) or captions (R-precision) among which the true one is looked for."""
+    neighbours: int = 3
+    """k of precision and recall (Kynkaanniemi et al. 2019, sec. 3)."""
+    kid_subsets: int = 100
+    """KID by Inception is the mean over so many subsets (Binkowski et al. 2018) ..."""
+    kid_subset_size: int = 1_000
+    """... of so many pictures, or of all where there are fewer."""
+    inception_splits: int = 10
+    """Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
+    resamples: int = 1_000
+    """Bootstrap resamples for the intervals."""
+    costly_resamples: int = 20
+    """The same for the Frechet distance, whose resamples take seconds each."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all rules, the list's hash among them."""
+        return rules_sha256(self)
+
+    @property
+    def wanted(self) -> tuple[tuple[str, str], ...]:
+        """(metric, network) in order; the network is "" for tone-order, which needs none."""
+        return tuple((metric, network) for metric, _, network in (entry.partition("/") for entry in self.metrics))
+
+    def listed(self) -> dict[str, list[tuple[str, str]]]:
+        """Split -> (key, caption) of the committed list. Raises UserError when it is not the one that was frozen."""
+        path = FOLDER / f"{self.name}.txt"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: the captions of protocol {self.name} cannot be read ({error.strerror})") from None
+        found: dict[str, list[tuple[str, str]]] = {}
+        for line in text.splitlines():
+            split, key, caption = line.split("\t")
+            found.setdefault(split, []).append((key, caption))
+        if captions_sha256(found) != self.captions_sha256:
+            raise UserError(
+                f"{path}: these are not the captions of {self.name} version {self.version} (their hash differs); "
+                "put the file back, or give the protocol another version"
+            )
+        return found
+
+
+def rules_sha256(rules: Any) -> str:
+    """Hash of all fields of a dataclass of rules."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode()).hexdigest()
+
+
+def captions_sha256(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:
+    """Hash of a list of captions: split -> (key, caption). What `captions_text` writes has this SHA-256."""
+    return hashlib.sha256(captions_text(captions).encode()).hexdigest()
+
+
+def captions_text(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:
+    """A list of captions as a file: `split <tab> key <tab> caption` a line, blanks of a caption as single spaces."""
+    lines = [
+        f"{split}\t{key}\t{' '.join(caption.split())}\n" for split, rows in captions.items() for key, caption in rows
+    ]
+    return "".join(lines)
+
+
+def known_protocols() -> list[str]:
+    """Names of the protocols that the package holds."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str | Path) -> Protocol:
+    """The protocol of that name, or in that .yaml file.
+
+    Raises UserError for an unknown name, a file that is none, and rules that were changed under their old version.
     """
-    chosen = chosen or choose_all(data, protocol, ranks)
-    judges = dict(judges if judges is not None else load_judges(protocol, model.device))
-    if "own" in {network for _, network in protocol.wanted}:
-        judges.setdefault("own", own_judge(model))
-    used = {name: judge for name, judge in judges.items() if name in {network for _, network in protocol.wanted}}
-    measured = {}
-    for split, rows in chosen.items():
-        if ranks.main:
-            named = ", ".join(judge.name for judge in used.values())
-            say(f"{split}: {len(rows)} pictures, captions x seeds: {_made(rows, protocol):,}; judged by {named}")
-        measured[split] = measure(model, rows, protocol, used, ranks, seen[split] if seen else None)
-
-    def scores() -> Scores:
-        say("all pictures are judged; computing the metrics and their intervals")
-        parts = {split: part for split, part in measured.items() if part is not None}
-        found = {
-            split: SplitScores(len(part.captions), scores_of(part, protocol, used)) for split, part in parts.items()
-        }
-        about = manifest(model, data, protocol, used) | {
-            "truncation": model.config.model.generator.truncation
-            if protocol.truncation is None
-            else protocol.truncation,
-            "colour_sharpness": model.config.model.generator.colour_sharpness,
-            "captions_sha256": captions_hash(chosen),
-            "reference_sha256": {split: part.reference_sha256 for split, part in parts.items()},
-            "left_out": [f"{metric}/{network}" for metric, network in protocol.wanted if network not in {"", *used}],
-        }
-        return Scores(dataclasses.asdict(protocol), about, found)
-
-    return ranks.from_main(scores)
+    path = Path(name)
+    packaged = path.suffix not in (".yaml", ".yml")
+    if packaged:
+        path = FOLDER / f"{name}.yaml"
+        if str(name) not in known_protocols():
+            known = ", ".join(known_protocols())
+            raise UserError(f"no protocol {str(name)!r}; there are {known}, or name a .yaml file of your own")
+    protocol = _read(path)
+    frozen = json.loads(FROZEN.read_text(encoding="utf-8")).get(f"{protocol.name} {protocol.version}")
+    if frozen != protocol.sha256 and (frozen or packaged):
+        what = "is not the one that was frozen: its rules were changed" if frozen else "was never frozen"
+        raise UserError(
+            f"{path}: protocol {protocol.name} version {protocol.version} {what}. Scores under one version must stay "
+            f"comparable: put the rules back, or give them another version (hash of these rules: {protocol.sha256})"
+        )
+    return protocol
 
 
-def choose_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Chosen]:
-    """Split -> its pictures and captions. Collective. Raises UserError."""
-    splits = ranks.all(lambda: splits_of(data, protocol))
-    return {split: choose(data, split, protocol, ranks) for split in splits}
+def _read(path: Path) -> Protocol:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a protocol is a list of `key: value` lines")
+    types = field_types(Protocol)
+    problems = [f"{key}: unknown" for key in content if key not in types]
+    problems += [f"{key}: missing (a protocol gives every key)" for key in types if key not in content]
+    values: dict[str, Any] = {}
+    for key in types.keys() & content.keys():
+        try:
+            values[key] = convert(content[key], types[key])
+        except ValueError as error:
+            problems.append(f"{key}: expected {expected(types[key])}, got {error}")
+    if not problems:
+        problems = list(_wrong(Protocol(**values)))
+    if problems:
+        raise UserError(f"{path}: not a protocol: {'; '.join(sorted(problems))}")
+    return Protocol(**values)
 
 
-def _made(rows: Chosen, protocol: Protocol) -> int:
-    return len(rows) * len(rows.captions[0]) * len(protocol.seeds)
-
-
-def load_judges(
-    protocol: Protocol,
-    device: torch.device | str | None = None,
-    sources: Mapping[str, str] | None = None,
-    without: Collection[str] = (),
-) -> dict[str, FeatureNetwork]:
-    """The networks that a protocol names, but the model's own.
-
-    `sources` and `without` go by the network's first word: `inception`, `clip`. Raises UserError when one cannot be had.
-    """
-    names = dict.fromkeys(network for _, network in protocol.wanted if network not in ("", "own"))
-    sources = sources or {}
-    return {
-        name: load_features(name, device, sources.get(name.partition("-")[0]))
-        for name in names
-        if name.partition("-")[0] not in without
-    }
-
-
-def captions_hash(chosen: Mapping[str, Chosen]) -> str:
-    """Hash of the list of captions, as `rules.captions_text` writes it."""
-    return captions_sha256({split: rows.rows() for split, rows in chosen.items()})
-
-
-# ---- what the numbers depend on --------------------------------------------------------------------------------------
-
-
-def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[str, FeatureNetwork]) -> dict[str, Any]:
-    """Hashes and versions that two scores by a protocol (a dataclass of rules) share, or by which they differ; see
-    comparing.py."""
-    from dist_t2i.utils import environment
-
-    about = environment.describe()
-    return {
-        "weights_sha256": model.files.sha256(),
-        "images_seen": model.images_seen,
-        "image_size": model.image_size,
-        "data_fingerprint": data.fingerprint,
-        "protocol_sha256": rules_sha256(protocol),
-        "judges": {
-            name: {"name": judge.name, "weights_sha256": judge.weights_sha256, "side": judge.side}
-            for name, judge in judges.items()
-        },
-        "packages": about["packages"],
-        "code": {**about["code"], "sha256": code_sha256()},
-        "device": str(model.device),
-    }
-
-
-def code_sha256() -> str:
-    """Hash of this package's source files: there is not always a git revision to name."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        digest.update(f"{path.relative_to(root).as_posix()} {len(data := path.read_bytes())}\n".encode())
-        digest.update(data)
-    return digest.hexdigest()
+def _wrong(protocol: Protocol) -> typing.Iterator[str]:
+    for entry, (metric, network) in zip(protocol.metrics, protocol.wanted, strict=True):
+        if metric not in METRICS:
+            yield f"metrics: no metric {metric!r} (in {entry!r}); there are {', '.join(METRICS)}"
+        elif network not in _ONLY.get(metric, NETWORKS):
+            yield f"metrics: {entry!r}: {metric} goes with {' or '.join(_ONLY.get(metric, NETWORKS)) or 'no network'}"
+    if not protocol.metrics:
+        yield "metrics: names none"
+    for key in ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"):
+        if getattr(protocol, key) < 1:
+            yield f"{key}: must be at least 1"
+    for key in ("min_pictures", "gallery", "kid_subset_size", "costly_resamples"):
+        if getattr(protocol, key) < 2:
+            yield f"{key}: must be at least 2"
+    if not protocol.seeds:
+        yield "seeds: names none"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dist_t2i.eval import metrics
-from dist_t2i.eval.features import FeatureNetwork
-from dist_t2i.eval.inception import torch_fidelity
+from dist_t2i.eval.judges.features import FeatureNetwork
+from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 from dist_t2i.eval.measure import Features, Measured, group_of
-from dist_t2i.eval.rules import Protocol
+from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.scores import Score
 
 _NAMES = {

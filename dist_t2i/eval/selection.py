@@ -12,7 +12,7 @@ from dist_t2i.data.images import PictureError, decode, square
 from dist_t2i.data.shard_set import BadSample, Sample, Samples, ShardSet
 from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.ranks import ALONE, Ranks
-from dist_t2i.eval.rules import Protocol
+from dist_t2i.eval.protocol import Protocol
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Nothing here runs code from a file: tensors are safetensors, the rest is JSON an
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -22,22 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dist_t2i.config import files as config_files
 from dist_t2i.data.tokenizer import Tokenizer
-from dist_t2i.errors import UserError
-from dist_t2i.utils.files import file_sha256
-from dist_t2i.utils.tensors import read_tensors
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-import torch
 from dist_t2i.errors import UserError
 from dist_t2i.models.config import TextConfig
 from dist_t2i.models.frozen_text import CaptionTable, FrozenText
 from dist_t2i.models.text_encoder import build_text_encoder
+from dist_t2i.utils.files import file_sha256
 from dist_t2i.utils.tensors import fill, read_metadata, read_tensors
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import dist_t2i
 from dist_t2i.ablation import judging
 from dist_t2i.data.shard_set import open_set
-from dist_t2i.eval.features import FeatureNetwork
-from dist_t2i.eval.rules import load_protocol
+from dist_t2i.eval.judges.features import FeatureNetwork
+from dist_t2i.eval.protocol import load_protocol
 from models_on_disk import write_run, write_tone_set
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import run_command
-from dist_t2i.eval import embeddings, probes
+from dist_t2i.eval.studies import embeddings, probes
 from models_on_disk import write_run, write_tone_set
 from pictures import make_set
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_t2i.eval import metrics
-from dist_t2i.eval.inception import torch_fidelity
-from dist_t2i.eval.rules import Protocol
+from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
+from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.scoring import fidelity_frechet, subset_kid
 
 fidelity = pytest.mark.skipif(not importlib.util.find_spec("torch_fidelity"), reason="needs torch-fidelity")

@@ -11,13 +11,13 @@ import torch
 import dist_t2i
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
-from dist_t2i.eval import comparing, metrics, scoring
+from dist_t2i.eval import compare, metrics, scoring
 from dist_t2i.eval import ranks as ranks_module
-from dist_t2i.eval.features import FeatureNetwork
+from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.measure import Features, generate, group_of
-from dist_t2i.eval.protocol import evaluate, manifest, protocol_for
+from dist_t2i.eval.evaluate import evaluate, manifest, protocol_for
 from dist_t2i.eval.ranks import Ranks
-from dist_t2i.eval.rules import Protocol, load_protocol
+from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scores import markdown, read_scores, table
 from dist_t2i.eval.selection import choose
 from models_on_disk import write_run, write_tone_set
@@ -178,31 +178,31 @@ def test_compared_or_not_and_why(scores, model, data, tmp_path):
     b = json.loads(json.dumps(a))
     b["splits"]["test"]["scores"][0] |= {"value": 0.5, "low": 0.4, "high": 0.6}
     b["manifest"]["code"]["sha256"] = "1" * 64
-    said = comparing.table(a, b, ("a", "b"))
-    assert not comparing.differences(a, b)
+    said = compare.table(a, b, ("a", "b"))
+    assert not compare.differences(a, b)
     assert "0.5 (0.4 to 0.6)" in said and "do not overlap" in said and "note: code" in said
 
     fewer = scored(model, data, Protocol("test", seeds=(0,), resamples=50, metrics=QUICK.metrics)).as_json()
-    (line,) = comparing.differences(a, json.loads(json.dumps(fewer)))
+    (line,) = compare.differences(a, json.loads(json.dumps(fewer)))
     assert line.startswith("protocol_sha256") and "seeds" in line
     for key, value in (("captions_sha256", "1" * 64), ("image_size", 64), ("reference_sha256", {"test": "1"})):
         other = json.loads(json.dumps(a))
         other["manifest"][key] = value
-        (line,) = comparing.differences(a, other)
+        (line,) = compare.differences(a, other)
         assert line.startswith(key)
-        assert "not comparable" in comparing.table(a, other, ("a", "b"))
+        assert "not comparable" in compare.table(a, other, ("a", "b"))
     other = json.loads(json.dumps(a))
     other["manifest"]["colour_sharpness"] = 1.4
-    assert not comparing.differences(a, other)
-    (line,) = comparing.remarks(a, other)
+    assert not compare.differences(a, other)
+    (line,) = compare.remarks(a, other)
     assert line.startswith("colour_sharpness") and "1.0 and 1.4" in line
     other = json.loads(json.dumps(a))
     other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
-    said = comparing.table(a, other, ("a", "b"))
-    assert said.count("judges' weights_sha256 differ") == 6 and not comparing.differences(a, other)
+    said = compare.table(a, other, ("a", "b"))
+    assert said.count("judges' weights_sha256 differ") == 6 and not compare.differences(a, other)
     other = json.loads(json.dumps(a))
     other["protocol"]["version"] = 2
-    assert comparing.differences(a, other) == ["protocol: test version 1 and test version 2"]
+    assert compare.differences(a, other) == ["protocol: test version 1 and test version 2"]
 
 
 def test_files_that_are_no_scores(tmp_path):

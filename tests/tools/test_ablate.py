@@ -15,7 +15,7 @@ from PIL import Image
 
 from dist_t2i.ablation import judging
 from dist_t2i.errors import run_command
-from dist_t2i.eval.rules import load_protocol
+from dist_t2i.eval.protocol import load_protocol
 from models_on_disk import write_tone_set
 from ranks import ROOT
 from runs import environment, progress, wait_for

@@ -24,7 +24,8 @@ from torch import Tensor
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
-from dist_t2i.eval import metrics, probes
+from dist_t2i.eval import metrics
+from dist_t2i.eval.studies import probes
 from dist_t2i.models.text_encoder import build_text_encoder
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval import resizing
+from dist_t2i.eval.judges import resizing
 from dist_t2i.utils.allocator import keep_freed_memory
 from dist_t2i.utils.files import file_sha256
 

@@ -26,7 +26,7 @@ def clean(pixels: Tensor, side: int) -> Tensor:
 
 def legacy(pixels: Tensor, side: int) -> Tensor:
     """The original FID's: TensorFlow 1's bilinear without antialiasing, as torch-fidelity has it."""
-    from dist_t2i.eval.inception import torch_fidelity
+    from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 
     module = torch_fidelity("interpolate_compat_tensorflow")
     return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval import resizing
-from dist_t2i.eval.features import FeatureNetwork, register
-from dist_t2i.eval.weights import remedy, source_of
+from dist_t2i.eval.judges import resizing
+from dist_t2i.eval.judges.features import FeatureNetwork, register
+from dist_t2i.eval.judges.weights import remedy, source_of
 from dist_t2i.utils.files import file_sha256
 
 HUB = "openai/clip-vit-base-patch32"

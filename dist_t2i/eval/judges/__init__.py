@@ -1,0 +1,1 @@
+"""Feature networks that score pictures."""
