@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
         from dist_t2i.config.validation import check_world
 
         check_world(config, rank.world_size)
-        from dist_t2i.trainer import train
+        from dist_t2i.training.trainer import train
 
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:

@@ -1,6 +1,6 @@
 """The method in plain PyTorch: one process, the whole batch at once, no engines, no micro-batches, no cut graphs.
 
-What the two ZeRO engines must reproduce. Written from the table in `dist_t2i.gan`, sharing only the networks, the losses
+What the two ZeRO engines must reproduce. Written from the table in `dist_t2i.training.gan`, sharing only the networks, the losses
 on single terms and the random numbers with it.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_t2i.data.stream.batch import Batch
-from dist_t2i.draws import Draws, draw, draw_pixels, draw_places
+from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
 from dist_t2i.losses import functional as losses
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.networks import build_networks

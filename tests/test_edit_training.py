@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dist_t2i.beginning import read_beginning
+from dist_t2i.training.setup import read_beginning
 from dist_t2i.checkpoint import store
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set

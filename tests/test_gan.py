@@ -1,4 +1,4 @@
-"""The table of gradient flows (dist_t2i/gan.py), parameter by parameter, in every text mode, without and with words.
+"""The table of gradient flows (dist_t2i/training/gan.py), parameter by parameter, in every text mode, without and with words.
 
 With words: the generator attends to S_G's, and D's alignment branch aligns S_D's.
 """
@@ -53,7 +53,7 @@ def flows(mode: str, words: str, penalty: str = "r1", **more) -> dict:
     """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
     import torch
 
-    from dist_t2i.gan import Gan
+    from dist_t2i.training.gan import Gan
     from test_equivalence import build_gan, frozen_encoder, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, **(WORDS if words else {}), loss__penalty=penalty, text__mode=mode, **more)
@@ -155,11 +155,11 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode, w
 def shared_gradients() -> dict:
     """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
 
-    from dist_t2i import textflow
+    from dist_t2i.training import shared_text
     from test_equivalence import build_gan, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, **WORDS, text__mode="shared")
-    carry, change = textflow.SharedText.carry, {}
+    carry, change = shared_text.SharedText.carry, {}
     for withheld in ("nothing", "generator", "discriminator"):
 
         def only(self, source, rate_scale, withheld=withheld):
@@ -169,7 +169,7 @@ def shared_gradients() -> dict:
                         leaf.grad.zero_()
             carry(self, source, rate_scale)
 
-        textflow.SharedText.carry = only
+        shared_text.SharedText.carry = only
         gan = build_gan(config)
         before = {n: p.detach().clone() for n, p in gan.text.module.named_parameters()}
         gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)

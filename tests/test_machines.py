@@ -123,7 +123,7 @@ def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_pa
     finally:
         end(launchers)
     assert 0 < int(run.checkpoints()[-1][7:]) < 80
-    assert "dist_t2i/trainer.py" not in run.output(), "torchrun shows a traceback of its own, and no other"
+    assert "dist_t2i/training/trainer.py" not in run.output(), "torchrun shows a traceback of its own, and no other"
     launchers = machines.start("deepspeed", run)
     try:
         assert [launcher.wait(240) for launcher in launchers] == [0, 0], run.output()

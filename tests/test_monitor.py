@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dist_t2i.errors import TrainingError
-from dist_t2i.monitor import Health, check_finite
+from dist_t2i.training.health import Health, check_finite
 
 FINE = {
     "loss/d": 1.2,

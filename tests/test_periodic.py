@@ -17,7 +17,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.inference import model_files
-from dist_t2i.periodic import Periodic
+from dist_t2i.training.validation import Periodic
 from models_on_disk import write_tone_set
 from runs import Run
 

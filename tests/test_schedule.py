@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dist_t2i.config.sections import LossConfig, OptimizerConfig
-from dist_t2i.schedule import learning_rate_scale, penalty_scale, warmup
+from dist_t2i.training.schedule import learning_rate_scale, penalty_scale, warmup
 
 
 def test_warmup_rises_to_one_and_stays():

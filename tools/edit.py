@@ -79,8 +79,8 @@ def edit(chosen: argparse.Namespace) -> int:
 
 def evaluate(chosen: argparse.Namespace) -> int:
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.studies.edits import evaluate_edits, verdict
     from dist_t2i.eval.scores import table
+    from dist_t2i.eval.studies.edits import evaluate_edits, verdict
     from dist_t2i.inference.pipeline import load
 
     model = load(chosen.run, chosen.device)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.eval.judges.features import FeatureNetwork
-    from dist_t2i.eval.ranks import Ranks
     from dist_t2i.eval.protocol import Protocol
+    from dist_t2i.eval.ranks import Ranks
     from dist_t2i.eval.selection import Chosen
     from dist_t2i.inference.pipeline import TextToImage
 

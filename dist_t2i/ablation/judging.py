@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.evaluate import Protocol, evaluate, load_judges, load_protocol
+from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.scoring import keys_of
 from dist_t2i.reporting import metrics_log
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features, own_judge
 from dist_t2i.eval.measure import measure
-from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.protocol import Protocol, captions_sha256, load_protocol, rules_sha256
+from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.scores import Scores, SplitScores
 from dist_t2i.eval.scoring import scores_of
 from dist_t2i.eval.selection import Chosen, choose, has_listed, splits_of

@@ -13,8 +13,8 @@ from torch import Tensor
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.eval import metrics, references
 from dist_t2i.eval.judges.features import FeatureNetwork
-from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.protocol import Protocol
+from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.selection import Chosen
 from dist_t2i.utils.seeds import mix
 

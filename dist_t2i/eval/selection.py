@@ -11,8 +11,8 @@ from torch import Tensor
 from dist_t2i.data.images import PictureError, decode, square
 from dist_t2i.data.shard_set import BadSample, Sample, Samples, ShardSet
 from dist_t2i.errors import DataError, UserError
-from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.protocol import Protocol
+from dist_t2i.eval.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

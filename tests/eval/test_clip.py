@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges import clip, features
 from dist_t2i.eval import metrics
+from dist_t2i.eval.judges import clip, features
 from pictures import shapes
 
 transformers = pytest.importorskip("transformers")

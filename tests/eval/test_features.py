@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges import features
 from dist_t2i.eval import metrics, references
+from dist_t2i.eval.judges import features
 from pictures import shapes
 
 

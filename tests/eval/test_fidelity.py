@@ -10,12 +10,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges import features, inception, resizing
 from dist_t2i.eval import metrics
 from dist_t2i.eval.evaluate import load_judges
+from dist_t2i.eval.judges import features, inception, resizing
+from dist_t2i.eval.judges.weights import weights_file
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import subset_kid
-from dist_t2i.eval.judges.weights import weights_file
 from pictures import shapes
 
 if not importlib.util.find_spec("torch_fidelity"):

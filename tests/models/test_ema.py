@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.models.ema import ema_decay, update_ema
+from dist_t2i.training.ema import ema_decay, update_ema
 
 
 @pytest.mark.parametrize("step", [1, 8, 250])

@@ -2,7 +2,7 @@
 
     python tools/bench/step.py --config configs/bench-peer64.yaml [--ranks 1 2] [--stages 0 1 2] [--rounds 5] [a.b=c ...]
 
-For every number of ranks, the same step (dist_t2i/gan.py) runs under plain PyTorch (DistributedDataParallel where there
+For every number of ranks, the same step (dist_t2i/training/gan.py) runs under plain PyTorch (DistributedDataParallel where there
 are several ranks) and under ZeRO at each stage, in turn, on the same made-up batches. Printed: images/s (median over the
 rounds), the cost relative to plain PyTorch (median of the ratios within a round), milliseconds per phase, and the share
 of a measured matmul peak that the convolutions and matrix products reach. With --peer, on one rank, DF-GAN's networks and
@@ -235,9 +235,9 @@ class Subject:
     def __init__(self, kind: str, config, device):
         import torch
 
-        from dist_t2i.assemble import assemble
-        from dist_t2i.average import Average
-        from dist_t2i.gan import Gan
+        from dist_t2i.training.setup import assemble
+        from dist_t2i.training.ema import Average
+        from dist_t2i.training.gan import Gan
         from dist_t2i.models.networks import build_networks
 
         self.config, self.device, self.images = config, device, 0

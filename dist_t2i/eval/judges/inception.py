@@ -8,24 +8,19 @@ torch-fidelity is imported, and go away again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import io
-import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval.judges import resizing
 from dist_t2i.eval.judges.features import FeatureNetwork, register
+from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 from dist_t2i.eval.judges.weights import remedy, weights_file
 from dist_t2i.utils.files import file_sha256
-from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,12 +32,6 @@ _PUBLISHED = {
     "clean": {"fid": "FID (clean resize)", "kid": "KID (clean resize)"},
     "legacy": {"fid": "FID (legacy resize)", "kid": "KID (legacy resize)", "inception-score": "Inception Score"},
 }
-
-
-
-
-
-
 
 
 class Trunk(torch.nn.Module):

@@ -1,23 +1,18 @@
 """Modules of the package torch-fidelity, imported without torchvision."""
 
 from __future__ import annotations
+
 import contextlib
-import functools
 import importlib
-import io
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-import torch
+
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges import resizing
-from dist_t2i.eval.judges.features import FeatureNetwork, register
-from dist_t2i.eval.judges.weights import remedy, weights_file
-from dist_t2i.utils.files import file_sha256
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
 
 
 def torch_fidelity(module: str) -> Any:

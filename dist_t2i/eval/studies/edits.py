@@ -23,9 +23,9 @@ from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.stream.edit_pairs import read_captions
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
+from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.measure import group_of
-from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.reporting.image_grid import GridRow, draw_grid
 from dist_t2i.utils.seeds import mix

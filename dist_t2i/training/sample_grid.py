@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_t2i.average import Average
+from dist_t2i.training.ema import Average
 from dist_t2i.config.sections import Config
 from dist_t2i.data.images import PictureError, decode, square
 from dist_t2i.data.shard_set import BadSample, Samples, ShardSet

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_t2i.config.sections import EmaConfig
-from dist_t2i.gan import Gan
-from dist_t2i.models.ema import ema_decay, update_ema
+from dist_t2i.training.gan import Gan
 from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import Networks
+from collections.abc import Mapping
+import torch
+from torch import Tensor
 
 
 class Average:
@@ -63,3 +65,28 @@ class Average:
         encoder = self._text or self._frozen
         text = encoder(tokens, lengths) if encoder is not None else None
         return self._generator(noise, condition_noise, tokens, lengths, text, pictures)
+
+
+def ema_decay(step_images: int, images: int, half_life_images: float, ramp: float) -> float:
+    """The factor on the old average for a step of `step_images` that ends at `images` images seen.
+
+    0.5 ** (step_images / half_life), the half-life being at most `ramp * images` early on (EDM, appendix F.2), so that
+    an early average is not the initial weights; ramp 0 turns that off. Independent of how images are cut into steps
+    once the ramp has passed. A half-life of 0 follows the weights exactly.
+    """
+    half_life = min(half_life_images, ramp * images) if ramp > 0 else half_life_images
+    return 0.5 ** (step_images / half_life) if half_life > 0 else 0.0
+
+
+@torch.no_grad()
+def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights, in place, in the average's dtype (keep it fp32).
+
+    Raises KeyError when `weights` lacks one of the average's names. Buffers that are not floating point are copied.
+    """
+    for name, mean in average.items():
+        value = weights[name].to(mean.device)
+        if mean.is_floating_point():
+            mean.lerp_(value.to(mean.dtype), 1 - decay)
+        else:
+            mean.copy_(value)

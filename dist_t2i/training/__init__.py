@@ -1,0 +1,1 @@
+"""Training: the loop, the adversarial step, and the parts it is built from."""
