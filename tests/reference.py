@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from dist_t2i.data.stream.batch import Batch
-from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
 from dist_t2i.losses import functional as losses
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.networks import build_networks
 from dist_t2i.models.text_encoder import TextEmbedding
+from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
 
 
 class Seen(NamedTuple):

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from dist_t2i.training.setup import read_beginning
 from dist_t2i.checkpoint import store
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import ConfigError
+from dist_t2i.training.setup import read_beginning
 from models_on_disk import tokenizer, write_run
 from runs import CONFIG, Run, make_set
 from test_resume import assert_same_state

@@ -86,8 +86,8 @@ def micro_batches(images: int, accumulation: int, rank: int, world_size: int):
 
 def build_gan(config, frozen=None):
     """Both engines (and the shared encoder's) over the process group that the environment describes."""
-    from dist_t2i.training.setup import assemble
     from dist_t2i.distributed.engine import init_distributed
+    from dist_t2i.training.setup import assemble
 
     device = torch.device("cpu")
     init_distributed(device)

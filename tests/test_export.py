@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import dist_t2i
 from dist_t2i.errors import UserError
-from dist_t2i.export import export
+from dist_t2i.publish.export import export
 from dist_t2i.utils.files import file_sha256
 from models_on_disk import write_run
 

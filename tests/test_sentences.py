@@ -21,7 +21,7 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def encoder():
-    from dist_t2i.sentences import SentenceEncoder
+    from dist_t2i.ablation.sentence_encoder import SentenceEncoder
 
     return SentenceEncoder()
 
@@ -36,7 +36,7 @@ def test_it_is_the_library_s(encoder):
 
 
 def test_a_run_reads_the_table(encoder, tmp_path):
-    from dist_t2i.sentences import write_table
+    from dist_t2i.ablation.sentence_encoder import write_table
 
     captions = ["red apple", "woman pilot light skin tone", "red apple"]
     path = write_table(tmp_path / "made" / "table.safetensors", captions)

@@ -161,13 +161,13 @@ def report(
     plan: Plan, configs: Configs, data: ShardSet, out: Path, failed: Mapping[tuple[str, int], str], doc: Path | None
 ) -> None:
     """Scores of all finished runs, the table, the page and the pictures. Raises UserError when an arm has no run."""
-    from dist_t2i.ablation import judging
+    from dist_t2i.ablation import scoring
     from dist_t2i.ablation import report as reports
     from dist_t2i.ablation.runs import is_finished
     from dist_t2i.eval.protocol import load_protocol
 
     protocol = load_protocol(plan.protocol)
-    judge = judging.Judging(data, protocol, out, say)
+    judge = scoring.Judging(data, protocol, out, say)
     done = {key: config for key, config in configs.items() if is_finished(config)}
     empty = [arm for arm in plan.arms if not any(name == arm for name, _ in done)]
     if empty:
@@ -180,30 +180,30 @@ def report(
     ]
     made = facts(done, scores, data, out)
     found = reports.findings(plan, configs, scores, missing=missing, made=made)
-    pictures = draw(plan, found, data, protocol, out, min(seed for _, seed in done))
+    figures = draw(plan, found, data, protocol, out, min(seed for _, seed in done))
     (out / "table.json").write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
-    inside = {heading: path.name for heading, path in pictures.items()}
+    inside = {heading: path.name for heading, path in figures.items()}
     (out / "table.md").write_text(reports.markdown(found, inside), encoding="utf-8")
-    page = reports.write_page(found, out / "index.html", pictures, data.manifest.get("credit", ""))
+    page = reports.write_page(found, out / "index.html", figures, data.manifest.get("credit", ""))
     print("", *(f"* {said}" for said in found.verdicts()), "", f"Look at {page} and {out / 'table.md'}", sep="\n")
     if doc:
-        write_doc(doc, reports.markdown, found, pictures)
+        write_doc(doc, reports.markdown, found, figures)
 
 
 def draw(plan: Plan, found: Any, data: ShardSet, protocol: Any, out: Path, seed: int) -> dict[str, Path]:
     """Heading -> PNG."""
-    from dist_t2i.ablation import pictures
+    from dist_t2i.ablation import figures
 
     drawn = {}
     split = found.measures[0].split
     shown = [one for one in found.measures if one.split == split]
     try:
-        drawn["Every run as a dot, means and intervals as bars"] = pictures.draw_seeds(plan, shown, out / "seeds.png")
+        drawn["Every run as a dot, means and intervals as bars"] = figures.draw_seeds(plan, shown, out / "seeds.png")
     except ImportError as error:
         say(f"no seeds.png: {error} (`pip install matplotlib` brings it)")
-    rows = pictures.side_by_side(plan, seed, data, split, protocol, out)
+    rows = figures.side_by_side(plan, seed, data, split, protocol, out)
     title = f"{split}: seed {seed} of each arm, same prompts, same noise; not picked"
-    drawn["The arms side by side"] = pictures.write_grid(plan, rows, out / "grid.png", title)
+    drawn["The arms side by side"] = figures.write_grid(plan, rows, out / "grid.png", title)
     return drawn
 
 
@@ -211,7 +211,7 @@ def write_doc(doc: Path, markdown: Any, found: Any, pictures: Mapping[str, Path]
     """The document with its pictures beside it, named after it."""
     doc.parent.mkdir(parents=True, exist_ok=True)
     beside = {}
-    for heading, path in pictures.items():
+    for heading, path in figures.items():
         place = doc.with_name(f"{doc.stem}-{path.name}")
         place.write_bytes(path.read_bytes())
         beside[heading] = place.name

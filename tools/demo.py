@@ -194,12 +194,12 @@ def images_left(run: Path) -> int:
 
 def report(run: Path, data: Path, budget: str) -> None:
     """Scores (unless these weights have theirs) and the page; prints where to look."""
-    from dist_t2i import runpage
+    from dist_t2i.publish import run_page
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import table
     from dist_t2i.inference.pipeline import load
-    from dist_t2i.modelcard import SetAbout
+    from dist_t2i.publish.model_card import SetAbout
 
     say(4, "Scores, on prompts and pictures that training never saw")
     model, held_out = load(run), open_set(data)
@@ -210,15 +210,15 @@ def report(run: Path, data: Path, budget: str) -> None:
         scores = found.as_json()
     say(5, "Page")
     counts = {split: 6 if split == "test-nouns" else 24 for split in scores["splits"]}
-    page = runpage.write_page(
+    page = run_page.write_page(
         run,
         title=f"{budget} of training on OpenMoji, from nothing",
-        rows={split: runpage.held_out_rows(model, held_out, split, count) for split, count in counts.items()},
+        rows={split: run_page.held_out_rows(model, held_out, split, count) for split, count in counts.items()},
         scores=scores,
         about=SetAbout.of(model.files),
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         command=f"BUDGET={budget} make demo",
-        facts=runpage.facts_of(run, model, held_out),
+        facts=run_page.facts_of(run, model, held_out),
     )
     print(f"\n{table(scores)}\n")
     print(f"Look at   {page}")

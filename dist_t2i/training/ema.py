@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_t2i.config.sections import EmaConfig
-from dist_t2i.training.gan import Gan
 from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import Networks
-from collections.abc import Mapping
-import torch
-from torch import Tensor
+from dist_t2i.training.gan import Gan
 
 
 class Average:

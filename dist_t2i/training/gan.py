@@ -32,7 +32,6 @@ from dist_t2i.config import Config
 from dist_t2i.config.sections import LossConfig
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
-from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
 from dist_t2i.losses import functional as losses
 from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
 from dist_t2i.losses.global_batch import GlobalRows, RowIds
@@ -40,6 +39,7 @@ from dist_t2i.models.augmentation import augment
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features
 from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import DiscriminatorSide
+from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
 from dist_t2i.training.schedule import penalty_scale
 from dist_t2i.training.shared_text import GivenText, OwnText, SharedText
 

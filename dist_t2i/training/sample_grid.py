@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_t2i.training.ema import Average
 from dist_t2i.config.sections import Config
 from dist_t2i.data.images import PictureError, decode, square
 from dist_t2i.data.shard_set import BadSample, Samples, ShardSet
 from dist_t2i.data.stream.edit_pairs import Neighbours, read_captions
 from dist_t2i.errors import DataError
 from dist_t2i.reporting.image_grid import GridRow
+from dist_t2i.training.ema import Average
 from dist_t2i.utils.seeds import mix
 
 ROWS = 8

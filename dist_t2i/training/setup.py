@@ -8,20 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_t2i.training.ema import Average
-from dist_t2i.config.sections import Config
-from dist_t2i.config.validation import check_world
-from dist_t2i.distributed.engine import EngineSpec, NetworkEngine
-from dist_t2i.training.gan import Gan
-from dist_t2i.inference.model_files import ModelFiles
-from dist_t2i.models.networks import build_networks
 from dist_t2i.config.fields import flatten
 from dist_t2i.config.resume import is_free
 from dist_t2i.config.sections import Config
+from dist_t2i.config.validation import check_world
 from dist_t2i.data.tokenizer import Tokenizer
+from dist_t2i.distributed.engine import EngineSpec, NetworkEngine
 from dist_t2i.errors import ConfigError, UserError
 from dist_t2i.inference.model_files import ModelFiles, read_model
-from dist_t2i.models.networks import Networks
+from dist_t2i.models.networks import Networks, build_networks
+from dist_t2i.training.ema import Average
+from dist_t2i.training.gan import Gan
 from dist_t2i.utils.tensors import fill
 
 

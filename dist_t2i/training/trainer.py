@@ -15,8 +15,6 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from dist_t2i.training.setup import assemble
-from dist_t2i.training.setup import read_beginning
 from dist_t2i.checkpoint import run_folder, store
 from dist_t2i.checkpoint.lease import Claim, Superseded
 from dist_t2i.checkpoint.mirror import Mirroring
@@ -31,12 +29,13 @@ from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopF
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.inference.model_files import load_frozen
-from dist_t2i.training.health import Health, check_finite
-from dist_t2i.training.validation import Periodic
 from dist_t2i.reporting.meter import Meter
 from dist_t2i.reporting.reporter import Reporter
+from dist_t2i.training.health import Health, check_finite
 from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.schedule import learning_rate_scale
+from dist_t2i.training.setup import assemble, read_beginning
+from dist_t2i.training.validation import Periodic
 from dist_t2i.utils.processes import signals_blocked
 
 _LAST_SAVE_SECONDS = 300.0

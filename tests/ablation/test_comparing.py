@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from dist_t2i.ablation.comparing import Measure, difference, estimate, seeds_needed, t_quantile, verdict, weakness
+from dist_t2i.ablation.statistics import Measure, difference, estimate, seeds_needed, t_quantile, verdict, weakness
 
 
 @pytest.mark.parametrize(

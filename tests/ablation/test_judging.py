@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import dist_t2i
-from dist_t2i.ablation import judging
+from dist_t2i.ablation import scoring
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import load_protocol
@@ -31,7 +31,7 @@ JUDGE = FeatureNetwork("Averages", 32, 48, "0" * 64, Averages(), mean=127.0, std
 
 
 def test_a_judge_remembers_what_it_has_seen(tmp_path):
-    judge = judging.RememberingJudge.of(JUDGE, tmp_path)
+    judge = scoring.RememberingJudge.of(JUDGE, tmp_path)
     pictures = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first = judge(pictures)
     assert torch.equal(first, JUDGE(pictures)) and judge.name == "Averages"
@@ -54,8 +54,8 @@ def test_scores_are_kept_until_something_changes(data, tmp_path):
 
     def scores(seeds):
         protocol = dataclasses.replace(load_protocol("openmoji-ablation"), splits=(), seeds=seeds)
-        one = judging.Judging(data, protocol, tmp_path, told.append)
-        one.judges = {"efficientnet-lite0": judging.RememberingJudge.of(JUDGE, tmp_path / "features")}
+        one = scoring.Judging(data, protocol, tmp_path, told.append)
+        one.judges = {"efficientnet-lite0": scoring.RememberingJudge.of(JUDGE, tmp_path / "features")}
         return one.scores(run)
 
     first = scores((0,))
@@ -67,6 +67,6 @@ def test_scores_are_kept_until_something_changes(data, tmp_path):
     assert [counts["generator"], counts["discriminator"]] == numbers and counts["text"] > 0
     scores((0, 1))
     assert len(told) == 2
-    Path(run / judging.FILE).write_text("cut off {")
+    Path(run / scoring.FILE).write_text("cut off {")
     scores((0, 1))
     assert len(told) == 3

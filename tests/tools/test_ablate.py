@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dist_t2i.ablation import judging
+from dist_t2i.ablation import scoring
 from dist_t2i.errors import run_command
 from dist_t2i.eval.protocol import load_protocol
 from models_on_disk import write_tone_set
@@ -120,7 +120,7 @@ def check_table(out):
     """Every number of the table from the runs' own scores, by the standard library."""
     table = json.loads((out / "table.json").read_text())
     runs = {
-        (arm, seed): json.loads((out / arm / f"seed-{seed}" / judging.FILE).read_text())["scores"]
+        (arm, seed): json.loads((out / arm / f"seed-{seed}" / scoring.FILE).read_text())["scores"]
         for arm in ("dual", "frozen")
         for seed in (0, 1)
     }

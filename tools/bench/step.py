@@ -235,10 +235,10 @@ class Subject:
     def __init__(self, kind: str, config, device):
         import torch
 
-        from dist_t2i.training.setup import assemble
+        from dist_t2i.models.networks import build_networks
         from dist_t2i.training.ema import Average
         from dist_t2i.training.gan import Gan
-        from dist_t2i.models.networks import build_networks
+        from dist_t2i.training.setup import assemble
 
         self.config, self.device, self.images = config, device, 0
         if kind == "plain":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.eval.scores import rows as score_rows
-from dist_t2i.modelcard import SetAbout
+from dist_t2i.publish.model_card import SetAbout
 from dist_t2i.reporting.web_page import file, img, text, write
 
 if TYPE_CHECKING:

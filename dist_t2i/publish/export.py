@@ -30,7 +30,7 @@ from dist_t2i.inference.model_files import (
     read_model,
 )
 from dist_t2i.inference.pipeline import TextToImage
-from dist_t2i.modelcard import SetAbout, model_card
+from dist_t2i.publish.model_card import SetAbout, model_card
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 from dist_t2i.utils.files import file_sha256
 
