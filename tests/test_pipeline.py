@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import dist_t2i
 from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import UserError
-from dist_t2i.publish.export import export
 from dist_t2i.inference.pipeline import PromptError, PromptWarning, UnknownWordsWarning
+from dist_t2i.publish.export import export
 from models_on_disk import CAPTIONS, write_run
 
 PROMPTS = list(CAPTIONS[:5])

@@ -13,8 +13,8 @@ from PIL import Image
 import dist_t2i
 from dist_t2i.checkpoint import store
 from dist_t2i.errors import UserError
-from dist_t2i.publish.export import export
 from dist_t2i.inference.pipeline import PromptError, UnknownWordsWarning
+from dist_t2i.publish.export import export
 from models_on_disk import write_run
 from ranks import ROOT
 from runs import environment

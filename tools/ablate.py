@@ -161,8 +161,8 @@ def report(
     plan: Plan, configs: Configs, data: ShardSet, out: Path, failed: Mapping[tuple[str, int], str], doc: Path | None
 ) -> None:
     """Scores of all finished runs, the table, the page and the pictures. Raises UserError when an arm has no run."""
-    from dist_t2i.ablation import scoring
     from dist_t2i.ablation import report as reports
+    from dist_t2i.ablation import scoring
     from dist_t2i.ablation.runs import is_finished
     from dist_t2i.eval.protocol import load_protocol
 

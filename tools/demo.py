@@ -194,11 +194,11 @@ def images_left(run: Path) -> int:
 
 def report(run: Path, data: Path, budget: str) -> None:
     """Scores (unless these weights have theirs) and the page; prints where to look."""
-    from dist_t2i.publish import run_page
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import table
     from dist_t2i.inference.pipeline import load
+    from dist_t2i.publish import run_page
     from dist_t2i.publish.model_card import SetAbout
 
     say(4, "Scores, on prompts and pictures that training never saw")

@@ -26,10 +26,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     chosen = parse()
-    from dist_t2i.publish import embeddings_page
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.studies.embeddings import study
     from dist_t2i.inference.pipeline import load
+    from dist_t2i.publish import embeddings_page
 
     model = load(chosen.run)
     if not (chosen.data or model.config.data.train):

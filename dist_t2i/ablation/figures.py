@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.ablation.statistics import Measure
-from dist_t2i.ablation.scoring import as_images
 from dist_t2i.ablation.plan import Plan, run_folder
+from dist_t2i.ablation.scoring import as_images
+from dist_t2i.ablation.statistics import Measure
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
 if TYPE_CHECKING:

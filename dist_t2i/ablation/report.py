@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i import ablation
-from dist_t2i.ablation.statistics import Difference, Measure, difference, verdict, weakness
-from dist_t2i.ablation.scoring import OWN
 from dist_t2i.ablation.plan import Plan
+from dist_t2i.ablation.scoring import OWN
+from dist_t2i.ablation.statistics import Difference, Measure, difference, verdict, weakness
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
 from dist_t2i.reporting import web_page
