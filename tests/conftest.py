@@ -1,4 +1,4 @@
-"""Puts this folder on sys.path (pytest does, because the file is here), so that all tests share its helper modules."""
+"""Settings of every test; helper modules are in tests/support (pyproject.toml puts that folder on sys.path)."""
 
 import os
 import signal

@@ -45,7 +45,7 @@ def init_distributed(device: torch.device) -> None:
 
     logger.setLevel(logging.WARNING)
     # Shared-memory collectives for CPU ranks: DeepSpeed would compile them at start-up (a C++ compiler, ninja and 40 s)
-    # and gloo does the same work. `tests/test_engine.py` holds that this switch still works.
+    # and gloo does the same work. `tests/distributed/test_engine.py` holds that this switch still works.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
         keep_freed_memory()

@@ -10,7 +10,7 @@ Exit statuses of a training command:
     77   a rank hung, and the watchdog ended the run (watchdog.py); the last checkpoint stands
     130  a second Ctrl-C: stopped at once, nothing saved
 
-What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/test_preempt.py` holds them):
+What launchers make of it (DeepSpeed 0.19.8, torch 2.13; `tests/distributed/test_preemption.py` holds them):
 
 * A signal sent to a rank (`kill -USR2 PID`, PID from RUN/progress.json) gives any save all the time it needs, and
   `deepspeed` exits with the rank's 75. This is the way to stop a run from a script.

@@ -1,48 +1,29 @@
-"""The protocol on a small set and an untrained model: real shards, the real judge where it is installed."""
+"""Protocols as files: complete, frozen, and what is said of those that are not."""
 
-import importlib.util
+import dataclasses
+import hashlib
 import json
-import os
-from pathlib import Path
+import shutil
 
 import pytest
-import torch
+import yaml
 
-import dist_t2i
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
-from dist_t2i.eval import compare, metrics, scoring
-from dist_t2i.eval import ranks as ranks_module
-from dist_t2i.eval.evaluate import evaluate, manifest, protocol_for
-from dist_t2i.eval.judges.features import FeatureNetwork
-from dist_t2i.eval.measure import Features, generate, group_of
+from dist_t2i.eval import protocol
 from dist_t2i.eval.protocol import Protocol, load_protocol
-from dist_t2i.eval.ranks import Ranks
-from dist_t2i.eval.scores import markdown, read_scores, table
-from dist_t2i.eval.selection import choose
-from models_on_disk import write_run, write_tone_set
-from ranks import run_ranks
-
-OFFLINE = tuple(f"{metric}/efficientnet-lite0" for metric in ("kid", "retrieval", "fid", "precision-recall"))
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("torch_fidelity"), reason="needs torch-fidelity")
-QUICK = Protocol(
-    "test", seeds=(0, 1), resamples=50, metrics=(*OFFLINE, "r-precision/own", "clip-score/own", "tone-order")
-)
+from dist_t2i.eval.selection import choose, has_listed
+from models_on_disk import write_tone_set
 
 
-class Averages(torch.nn.Module):
-    """A judge for tests: each picture shrunk to 8 x 8."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def forward(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) * self.scale
-
-
-JUDGE = FeatureNetwork("Averages", 32, 192, "0" * 64, Averages(), mean=127.0, std=128.0)
-JUDGES = {"efficientnet-lite0": JUDGE}
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The package's protocols, as a copy that a test may change."""
+    copy = tmp_path / "protocols"
+    shutil.copytree(protocol.FOLDER, copy)
+    monkeypatch.setattr(protocol, "FOLDER", copy)
+    monkeypatch.setattr(protocol, "FROZEN", copy / "frozen.json")
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -50,205 +31,105 @@ def data(tmp_path_factory):
     return open_set(write_tone_set(tmp_path_factory.mktemp("sets") / "set"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, data):
-    run = write_run(tmp_path_factory.mktemp("runs") / "run", f"data.train={data.folder}", words=data.tokenizer)
-    return dist_t2i.load(run, "cpu")
+def change(path, **values):
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(content | values))
 
 
-def scored(model, data, protocol=QUICK, **more):
-    return evaluate(model, data, protocol, say=lambda line: None, judges=JUDGES, **more)
+def test_every_protocol_of_the_package_is_frozen():
+    names = protocol.known_protocols()
+    assert names == ["coco30k", "cub", "flowers", "held-out", "openmoji", "openmoji-ablation", "quick"]
+    frozen = json.loads(protocol.FROZEN.read_text())
+    for name in names:
+        protocol = load_protocol(name)
+        assert protocol.name == name and frozen[f"{name} {protocol.version}"] == protocol.sha256
 
 
-@pytest.fixture(scope="module")
-def scores(model, data):
-    return scored(model, data)
+def test_rules_changed_without_a_version_are_refused(folder):
+    change(folder / "quick.yaml", seeds=[0, 1])
+    with pytest.raises(UserError, match="quick version 2 is not the one that was frozen"):
+        load_protocol("quick")
+    with pytest.raises(UserError, match="not the one that was frozen"):
+        load_protocol(folder / "quick.yaml")
+    change(folder / "quick.yaml", version=3)
+    with pytest.raises(UserError, match="quick version 3 was never frozen"):
+        load_protocol("quick")
+    assert load_protocol(folder / "quick.yaml").seeds == (0, 1), "a file of one's own needs no record"
 
 
-def test_every_number_has_interval_floor_and_ceiling(scores, data):
-    found = scores.splits["test"]
-    assert found.pictures == len(data.samples("test")) > 10
-    assert [score.key for score in found.scores] == [
-        "kid", "recall_at_1", "recall_at_5", "fid", "precision", "recall", "r_precision_own", "clip_score_own", "tone_order",
-    ]  # fmt: skip
-    for score in found.scores:
-        assert score.low <= score.value <= score.high
-        assert score.floor and (score.ceiling or score.key == "tone_order")
-    kid = scores["test", "kid"]
-    assert kid.name == "kernel distance (Averages)" and kid.value > kid.ceiling["real pictures with noise"]
-    assert abs(kid.floor["one half of the real pictures against the other"]) < 0.1 * kid.value
-    assert scores["test", "recall_at_1"].ceiling["the real pictures mirrored"] <= 1
-    with pytest.raises(KeyError):
-        scores["test", "is"]
+def test_a_changed_list_of_captions_is_refused(folder):
+    listed = load_protocol("openmoji").listed()
+    assert {split: len(rows) for split, rows in listed.items()} == {"test-combinations": 240, "test-nouns": 109}
+    file = folder / "openmoji.txt"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == load_protocol("openmoji").captions_sha256
+    file.write_text(file.read_text().replace("supervillain", "villain"))
+    with pytest.raises(UserError, match="not the captions of openmoji version 2"):
+        load_protocol("openmoji").listed()
 
 
-def test_a_number_never_carries_the_name_of_a_metric_that_it_is_not(scores):
-    assert scores["test", "fid"].name == "Fréchet distance (Averages)"
-    own = scores["test", "r_precision_own"]
-    assert own.name == "R-precision, 1 of 28 (its own S_D: not independent)"
-    assert not any(name in table(scores.as_json()) for name in ("FID", "KID", "CLIP"))
+def test_the_list_is_what_the_package_of_pictures_holds_out():
+    pytest.importorskip("emoji")
+    openmoji = pytest.importorskip("dist_t2i.sharding.sources.openmoji")
+    held_out = {(e.split, e.key, e.captions[0]) for e in openmoji.openmoji_entries() if e.split != "train"}
+    listed = load_protocol("openmoji").listed()
+    assert {(split, key, caption) for split, rows in listed.items() for key, caption in rows} == held_out
 
 
-def test_the_library_gives_the_frechet_distance(scores, model, data):
-    """The value is torch-fidelity's, and lies in the interval that our resamples give."""
-    score = scores["test", "fid"]
-    assert score.low < score.value < score.high
-    assert score.floor["one half of the real pictures against the other"] < score.value
+def test_mistakes_in_a_file_are_told_in_a_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(Protocol("mine")).items()}
+    for wrong, said in (
+        ({"seeds": "none"}, "seeds: expected a list of whole numbers"),
+        ({"seeds": []}, "seeds: names none"),
+        ({"sedes": [1]}, "sedes: unknown"),
+        ({"metrics": ["fid"]}, "fid goes with efficientnet-lite0"),
+        ({"metrics": ["ssim/clip"]}, "no metric 'ssim'"),
+        ({"metrics": ["inception-score/clip"]}, "inception-score goes with inception-clean"),
+        ({"gallery": 1}, "gallery: must be at least 2"),
+    ):
+        path.write_text(yaml.safe_dump(plain | wrong))
+        with pytest.raises(UserError) as told:
+            load_protocol(path)
+        assert said in str(told.value) and "\n" not in str(told.value)
+    path.write_text("- no\n")
+    with pytest.raises(UserError, match="key: value"):
+        load_protocol(path)
+    del plain["crop"]
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(UserError, match="crop: missing"):
+        load_protocol(path)
+    with pytest.raises(UserError, match=r"no protocol 'coco'; there are coco30k"):
+        load_protocol("coco")
+    with pytest.raises(UserError, match="No such file"):
+        load_protocol(tmp_path / "none.yaml")
 
 
-def test_real_pairs_are_in_order(scores):
-    ceiling = scores["test", "tone_order"].ceiling
-    assert not ceiling or set(ceiling.values()) == {1.0}
+def test_captions_by_hash_do_not_depend_on_the_order_of_the_set(data):
+    protocol = Protocol("mine", captions="hash", max_pictures=10)
+    chosen = choose(data, "test", protocol)
+    expected = sorted(
+        (sample.key for sample in data.samples("test")),
+        key=lambda key: hashlib.sha256(f"mine {key}".encode()).digest()[:8],
+    )[:10]
+    assert list(chosen.keys) == expected
+    again = dataclasses.replace(protocol, version=2, max_pictures=12)
+    assert choose(data, "test", again).keys[:10] == chosen.keys, "another version draws alike"
 
 
-def test_the_same_evaluation_gives_the_same_numbers(scores, model, data):
-    assert scored(model, data).as_json() == scores.as_json()
-
-
-def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
-    seen = {"test": {}}
-    assert scored(model, data, seen=seen).splits == scores.splits
-    assert seen["test"]
-    assert scored(model, data, seen=seen).splits == scores.splits
-
-
-def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_path):
-    """Nor its own of an earlier day: between two evaluations of a run it learns."""
-    seen = {"test": {}}
-    runs = [write_run(tmp_path / str(seed), seed=seed, words=data.tokenizer) for seed in (1, 2)]
-    first, second = (dist_t2i.load(run, "cpu") for run in runs)
-    before = scored(first, data, seen=seen)
-    after = scored(second, data, seen=seen)
-    assert after.splits == scored(second, data).splits != before.splits
-
-
-def scored_on_a_rank(run, folder):
-    """On each of several ranks: the values of all scores."""
-    torch.distributed.init_process_group("gloo")
-    ranks_module.CHUNK = 4
-    ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    found = scored(dist_t2i.load(run, "cpu"), open_set(folder), ranks=ranks)
-    return found.as_json()
-
-
-@pytest.mark.slow
-def test_four_ranks_give_the_numbers_of_one(scores, model, data, monkeypatch):
-    """With chunks of four rows, what a judge sees at a time, so that every rank has some, and not all as many."""
-    here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
-    everywhere = run_ranks(4, scored_on_a_rank, model.files.folder, data.folder)
-    for found in everywhere:
-        assert found["splits"].keys() == scores.splits.keys()
-        for ours, theirs in zip(scores.splits["test"].scores, found["splits"]["test"]["scores"], strict=True):
-            assert (ours.key, ours.name) == (theirs["key"], theirs["name"])
-            for name in ("value", "low", "high"):
-                assert theirs[name] == pytest.approx(getattr(ours, name), abs=1e-6)
-            for end in ("floor", "ceiling"):
-                assert theirs[end] == pytest.approx(dict(getattr(ours, end)), abs=1e-6)
-        assert found["manifest"]["reference_sha256"] == scores.manifest["reference_sha256"]
-
-
-def test_the_manifest_says_what_the_numbers_depend_on(scores, model, data):
-    assert scores.manifest["weights_sha256"] == model.files.sha256()
-    assert scores.manifest["data_fingerprint"] == data.fingerprint
-    judge = scores.manifest["judges"]["efficientnet-lite0"]
-    assert judge == {"name": "Averages", "weights_sha256": "0" * 64, "side": 32}
-    assert len(scores.manifest["code"]["sha256"]) == len(scores.manifest["captions_sha256"]) == 64
-    assert scores.manifest["left_out"] == []
-    other = Protocol("test", seeds=(0, 2), resamples=50)
-    assert manifest(model, data, other, JUDGES)["protocol_sha256"] != scores.manifest["protocol_sha256"]
-
-
-def test_what_no_judge_is_there_for_is_left_out_and_said(model, data):
-    found = scored(model, data, Protocol("test", resamples=10, metrics=("tone-order", "clip-score/clip")))
-    assert [score.key for score in found.splits["test"].scores] == ["tone_order"]
-    assert found.manifest["left_out"] == ["clip-score/clip"]
-
-
-def test_saved_and_shown(scores, tmp_path):
-    scores.save(tmp_path / "scores.json")
-    read = json.loads((tmp_path / "scores.json").read_text())
-    for text in (table(read), markdown(read)):
-        assert "kernel distance (Averages)" in text and "chance" in text and "half of the real" in text
-
-
-def test_compared_or_not_and_why(scores, model, data, tmp_path):
-    scores.save(tmp_path / "a.json")
-    a = read_scores(tmp_path / "a.json")
-    b = json.loads(json.dumps(a))
-    b["splits"]["test"]["scores"][0] |= {"value": 0.5, "low": 0.4, "high": 0.6}
-    b["manifest"]["code"]["sha256"] = "1" * 64
-    said = compare.table(a, b, ("a", "b"))
-    assert not compare.differences(a, b)
-    assert "0.5 (0.4 to 0.6)" in said and "do not overlap" in said and "note: code" in said
-
-    fewer = scored(model, data, Protocol("test", seeds=(0,), resamples=50, metrics=QUICK.metrics)).as_json()
-    (line,) = compare.differences(a, json.loads(json.dumps(fewer)))
-    assert line.startswith("protocol_sha256") and "seeds" in line
-    for key, value in (("captions_sha256", "1" * 64), ("image_size", 64), ("reference_sha256", {"test": "1"})):
-        other = json.loads(json.dumps(a))
-        other["manifest"][key] = value
-        (line,) = compare.differences(a, other)
-        assert line.startswith(key)
-        assert "not comparable" in compare.table(a, other, ("a", "b"))
-    other = json.loads(json.dumps(a))
-    other["manifest"]["colour_sharpness"] = 1.4
-    assert not compare.differences(a, other)
-    (line,) = compare.remarks(a, other)
-    assert line.startswith("colour_sharpness") and "1.0 and 1.4" in line
-    other = json.loads(json.dumps(a))
-    other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
-    said = compare.table(a, other, ("a", "b"))
-    assert said.count("judges' weights_sha256 differ") == 6 and not compare.differences(a, other)
-    other = json.loads(json.dumps(a))
-    other["protocol"]["version"] = 2
-    assert compare.differences(a, other) == ["protocol: test version 1 and test version 2"]
-
-
-def test_files_that_are_no_scores(tmp_path):
-    (tmp_path / "old.json").write_text('{"format": 1}')
-    (tmp_path / "other.json").write_text("[]")
-    for name, said in (("old.json", "evaluate again"), ("other.json", "not scores"), ("none.json", "cannot be read")):
+def test_listed_captions_are_looked_for(folder, data):
+    keys = [(s.key, s.captions[0]) for s in data.samples("test")][4:0:-1]
+    text = protocol.captions_text({"test": keys})
+    (folder / "mine.txt").write_text(text)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    protocol = Protocol("mine", splits=("test",), captions="listed", captions_sha256=sha256)
+    assert choose(data, "test", protocol).rows() == keys and has_listed(data, protocol)
+    for change, said in (
+        (("nowhere", "a caption"), "lacks 1 of the 4"),
+        ((keys[0][0], "no"), "but protocol mine lists"),
+    ):
+        listed = {"test": [change, *keys[1:]]}
+        (folder / "mine.txt").write_text(protocol.captions_text(listed))
+        other = dataclasses.replace(protocol, captions_sha256=protocol.captions_sha256(listed))
+        assert has_listed(data, other) == (change[0] != "nowhere")
         with pytest.raises(UserError, match=said):
-            read_scores(tmp_path / name)
-
-
-def test_pairs_share_their_noise(model):
-    light, dark = "role number 3 light skin tone", "role number 3 dark skin tone"
-    assert group_of(light) == group_of(dark) == light
-    assert group_of("red apple") == "red apple"
-    pictures = generate(model, [light, dark, light], 0, QUICK)
-    assert torch.equal(pictures[0], pictures[2]) and not torch.equal(pictures[0], pictures[1])
-
-
-def test_perfect_pictures_reach_the_ends_of_the_scales(data):
-    """The scores of the real pictures themselves, taken for generated ones."""
-    chosen = choose(data, "test", QUICK)
-    real = torch.stack([chosen.picture(row, 32) for row in range(len(chosen))])
-    features = JUDGE(real)
-    copies = dict.fromkeys(("real", "mirrored", "noisy", "shrunk", "blurred", "random"), features)
-    weights = metrics.bootstrap_weights(range(len(chosen)), 50)
-    case = scoring.Case("x", JUDGE, Features(features[None], copies, None), chosen.captions, QUICK, weights)
-    assert scoring.kid_scores(case)[0].value < 0.01
-    assert scoring.retrieval_scores(case)[0].value == 1.0
-    assert [score.value for score in scoring.precision_recall_scores(case)] == [1.0, 1.0]
-    assert scoring.fid_scores(case)[0].value == pytest.approx(0, abs=1e-4)
-
-
-def test_several_captions_a_picture(model, data):
-    """Each gets a picture of its own; wrapped around where there are fewer."""
-    protocol = Protocol("test", captions_per_picture=3, seeds=(0, 1), resamples=10, metrics=QUICK.metrics)
-    found = scored(model, data, protocol)
-    assert {score.key for score in found.splits["test"].scores} >= {"kid", "fid", "r_precision_own", "tone_order"}
-    once = scored(model, data, Protocol("test", seeds=(0, 1), resamples=10, metrics=QUICK.metrics))
-    assert found["test", "kid"].value == pytest.approx(once["test", "kid"].value), "one caption, three times"
-
-
-def test_sets_that_cannot_be_used(model, data):
-    with pytest.raises(UserError, match="no split test-combinations, test-nouns"):
-        scored(model, data, load_protocol("openmoji"))
-    with pytest.raises(UserError, match="too few"):
-        scored(model, data, Protocol("test", max_pictures=3))
-    with pytest.raises(UserError, match=r"28 pictures, too few .* 30,000"):
-        scored(model, data, load_protocol("coco30k"))
-    assert protocol_for(data).name == "held-out"
+            choose(data, "test", other)

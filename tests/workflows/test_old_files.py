@@ -23,7 +23,7 @@ from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.inference.pipeline import TextToImage
 from ranks import ROOT
 from runs import Run, whole_lines
-from shardtool import shard
+from shard_tool import shard
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CONFIG = "shapes.yaml"

@@ -36,6 +36,7 @@ sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))  # for storage.py, the S3 server of the tests
 
 from storage import S3Server, StorageError  # noqa: E402
+
 from tools.bench import deep, peers, probe  # noqa: E402
 from tools.bench.sets import Sets  # noqa: E402
 

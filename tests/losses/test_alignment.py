@@ -1,0 +1,61 @@
+"""The one list of alignments: what it makes of D's embeddings, and that who trains knows none of them by name."""
+
+import re
+
+import pytest
+import torch
+
+from dist_t2i.config.sections import LossConfig
+from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.discriminator import Discriminator
+from dist_t2i.models.text_encoder import TextEmbedding
+from ranks import ROOT
+
+TEXT, ROWS = 24, 4
+EVERYTHING = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "words": 8, "region_embedding": 6}
+
+
+def embedded(**changes) -> tuple[dict, dict]:
+    """The embeddings of some pictures, and of their captions."""
+    torch.manual_seed(0)
+    d = Discriminator(DiscriminatorConfig(**(EVERYTHING | changes)), 32, TEXT)
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
+    text = TextEmbedding(torch.randn(ROWS, TEXT), torch.randn(ROWS, 5, TEXT) * mask[..., None], mask)
+    return d.embed_pictures(d.features(torch.rand(ROWS, 3, 32, 32) * 2 - 1)), d.embed_captions(text)
+
+
+def terms(pictures: dict, captions: dict, **weights) -> dict:
+    loss, negatives = LossConfig(**weights), Negatives(torch.eye(ROWS, dtype=torch.bool))
+    real = {name: value.detach() for name, value in {**pictures, **captions}.items()}
+    found = discriminator_terms({**pictures, **captions}, loss, negatives)
+    return {**found, **generator_terms(pictures, real, loss, negatives)}
+
+
+def test_every_term_is_a_scalar_with_a_weight_of_its_name():
+    found = terms(*embedded())
+    weights = {name for name in vars(LossConfig()) if re.match(r"[dg]_alignment", name)}
+    assert set(found) == weights
+    assert all(value.shape == () and value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize(("kind", "off"), [("regions", {"regions": ()}), ("words", {"words": 0})])
+def test_an_alignment_is_left_out_without_its_embeddings_or_its_weight(kind, off):
+    names = {f"d_alignment_{kind}", f"g_alignment_{kind}"}
+    both = embedded()
+    assert set(terms(*both)) - set(terms(*both, **dict.fromkeys(names, 0.0))) == names
+    without = embedded(**off)
+    assert set(terms(*both)) - set(terms(*without)) == names
+    assert not any(re.match(rf"{kind.removesuffix('s')}(s|_)", name) for part in without for name in part)
+
+
+def test_every_embedding_has_one_row_a_picture():
+    for part in embedded():
+        assert {len(value) for value in part.values()} == {ROWS}
+
+
+def test_who_trains_knows_no_alignment_by_name():
+    names = {name for part in embedded() for name in part}
+    for file in ("gan.py", "contrast.py"):
+        source = (ROOT / "dist_t2i" / file).read_text()
+        assert not [name for name in names if f'"{name}"' in source] and "alignment_" not in source
