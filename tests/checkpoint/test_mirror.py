@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from test_resume import assert_same_state, wait_for
 
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import Claim, claim
@@ -33,7 +32,7 @@ from fault_proxy import FaultProxy
 from faults import Stall, Status
 from object_store import S3Server, environment, without_aws
 from ranks import ROOT
-from runs import Run, make_set
+from runs import Run, assert_same_state, make_set, wait_for
 
 URL = "s3://data/runs/mine"
 FINGERPRINT = "0123"

@@ -14,9 +14,8 @@ CPU = torch.device("cpu")
 
 def test_gradient_clipping_is_always_written():
     """DeepSpeed clips at 1.0 where its configuration says nothing."""
-    from test_equivalence import tiny_config
-
     from dist_t2i.distributed.engine import EngineSpec
+    from small_gan import tiny_config
 
     for stage in range(4):
         spec = EngineSpec("g", stage, 4, 1, "fp32", 1e-3, {})
@@ -38,9 +37,9 @@ def test_fp16_without_hardware_is_a_configuration_error():
 def round_trips(precision: str, optimizer: str) -> list[str]:
     """For every stage: train, take the state, go on; put the state into a fresh gan of each stage, go on; compare."""
     import torch.distributed as dist
-    from test_equivalence import BATCH, build_gan, micro_batches, tiny_config
 
     from dist_t2i.distributed.engine import DTYPES
+    from small_gan import BATCH, build_gan, micro_batches, tiny_config
 
     if precision == "fp16":  # DeepSpeed refuses it here although torch can emulate it, which is enough for a test
         from deepspeed.accelerator import get_accelerator
@@ -108,7 +107,7 @@ def test_state_goes_out_and_in_bitwise_at_every_stage(precision, optimizer):
 
 def broken_group() -> list[list[str]]:
     """A NaN in one tensor, at every stage: which group is named?"""
-    from test_equivalence import build_gan, tiny_config
+    from small_gan import build_gan, tiny_config
 
     named = []
     for stage in range(4):
@@ -131,7 +130,7 @@ def test_the_group_that_is_not_finite_is_named():
 
 def misfits() -> list[str]:
     """What loading the state of other networks says: another shape at stage 0, a missing moment at stage 3."""
-    from test_equivalence import build_gan, tiny_config
+    from small_gan import build_gan, tiny_config
 
     said = []
     for stage, name in ((0, "text_d.embedding.weight"), (3, "text_d.embedding.weight.exp_avg_sq")):

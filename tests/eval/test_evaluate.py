@@ -14,12 +14,12 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import compare, metrics, scoring
 from dist_t2i.eval import ranks as ranks_module
 from dist_t2i.eval.evaluate import evaluate, manifest, protocol_for
-from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.measure import Features, generate, group_of
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.ranks import Ranks
 from dist_t2i.eval.scores import markdown, read_scores, table
 from dist_t2i.eval.selection import choose
+from judges import JUDGE
 from models_on_disk import write_run, write_tone_set
 from ranks import ROOT, run_ranks
 
@@ -30,18 +30,6 @@ QUICK = Protocol(
 )
 
 
-class Averages(torch.nn.Module):
-    """A judge for tests: each picture shrunk to 8 x 8."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def forward(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) * self.scale
-
-
-JUDGE = FeatureNetwork("Averages", 32, 192, "0" * 64, Averages(), mean=127.0, std=128.0)
 JUDGES = {"efficientnet-lite0": JUDGE}
 
 

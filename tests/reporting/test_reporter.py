@@ -384,10 +384,15 @@ def test_wandb_offline_keeps_one_id_across_resumes(tmp_path: Path):
 def test_wandb_that_cannot_be_reached_does_not_stop_the_run(tmp_path: Path):
     """Online, with a key, towards a port where nobody listens."""
     code = (
-        "import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {tests!r})\n"
-        "from pathlib import Path; from test_report import report_run\n"
+        "import sys; sys.path[:0] = [{root!r}, {support!r}, {tests!r}]\n"
+        "from pathlib import Path; from test_reporter import report_run\n"
         "report_run(Path({run!r}), 0, 1000, 'report.wandb=online', state='finished')\n"
-    ).format(root=str(ROOT), tests=str(ROOT / "tests"), run=str(tmp_path / "run"))
+    ).format(
+        root=str(ROOT),
+        support=str(ROOT / "tests" / "support"),
+        tests=str(Path(__file__).parent),
+        run=str(tmp_path / "run"),
+    )
     env = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

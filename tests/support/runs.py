@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -155,3 +156,15 @@ class Run:
             for file in sorted(folder.glob("*.safetensors"))
             for name, tensor in load_file(file).items()
         }
+
+
+def assert_same_state(run: Run, other: Run, images: int = 80, tolerance: float = 0.0):
+    """Weights, moments and moving average are equal: to the bit, or to `tolerance` of their norm."""
+    ours, theirs = run.tensors(images), other.tensors(images)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        if tolerance == 0:
+            assert torch.equal(ours[name], value), name
+        else:
+            difference = (ours[name] - value).norm() / value.norm().clamp_min(1.0)
+            assert difference <= tolerance, (name, float(difference))

@@ -52,9 +52,9 @@ def flows_of_cases() -> dict:
 def flows(mode: str, words: str, penalty: str = "r1", **more) -> dict:
     """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
     import torch
-    from test_equivalence import build_gan, frozen_encoder, micro_batches, tiny_config
 
     from dist_t2i.training.gan import Gan
+    from small_gan import build_gan, frozen_encoder, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, **(WORDS if words else {}), loss__penalty=penalty, text__mode=mode, **more)
     built = build_gan(config, frozen_encoder() if mode == "frozen" else None)
@@ -155,9 +155,8 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode, w
 def shared_gradients() -> dict:
     """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
 
-    from test_equivalence import build_gan, micro_batches, tiny_config
-
     from dist_t2i.training import shared_text
+    from small_gan import build_gan, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, **WORDS, text__mode="shared")
     carry, change = shared_text.SharedText.carry, {}

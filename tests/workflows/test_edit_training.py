@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from test_resume import assert_same_state
 
 from dist_t2i.checkpoint import store
 from dist_t2i.config.files import loads
@@ -15,7 +14,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import ConfigError
 from dist_t2i.training.setup import read_beginning
 from models_on_disk import tokenizer, write_run
-from runs import CONFIG, Run, make_set
+from runs import CONFIG, Run, assert_same_state, make_set
 
 pytestmark = pytest.mark.slow
 EDIT = ("edit.width=8", "edit.words=1", "loss.edit_target=5", "report.sample_every_images=40")

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_resume import assert_same_state, wait_for
 
 from ranks import ROOT, free_port
-from runs import Run, environment, make_set
+from runs import Run, assert_same_state, environment, make_set, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,8 @@ import signal
 import time
 
 import pytest
-import torch
 
-from runs import BATCH, Run, make_set
+from runs import BATCH, Run, assert_same_state, make_set
 
 pytestmark = pytest.mark.slow
 TOTAL = 80
@@ -41,18 +40,6 @@ def half(tmp_path_factory, data):
             shutil.rmtree(run.folder / "checkpoints" / name)
     assert run.checkpoints() == ["images-000000032"]
     return run
-
-
-def assert_same_state(run: Run, other: Run, images: int = TOTAL, tolerance: float = 0.0):
-    """Weights, moments and moving average are equal: to the bit, or to `tolerance` of their norm."""
-    ours, theirs = run.tensors(images), other.tensors(images)
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        if tolerance == 0:
-            assert torch.equal(ours[name], value), name
-        else:
-            difference = (ours[name] - value).norm() / value.norm().clamp_min(1.0)
-            assert difference <= tolerance, (name, float(difference))
 
 
 def copied(half: Run, folder, data, *overrides: str) -> Run:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_protocol import JUDGE
 
 import dist_t2i
 from dist_t2i.data.shard_set import open_set
@@ -10,6 +9,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.scores import table
 from dist_t2i.eval.studies import edits
 from dist_t2i.eval.studies.edits import EditProtocol, evaluate_edits, verdict
+from judges import JUDGE
 from models_on_disk import write_run, write_tone_set
 
 QUICK = EditProtocol(resamples=50, splits=("train", "test"))
