@@ -31,7 +31,7 @@ from dist_t2i.config import files as config_files
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.errors import UserError
-from dist_t2i.reporting import metrics_log
+from dist_t2i.utils.files import write_atomic
 from slurm import snapshot
 from slurm.job import TrainJob
 from slurm.profile import Container, Profile, minutes
@@ -201,7 +201,7 @@ class Submission:
                 snapshot.take(self.run)
             for run, config in self._runs():
                 (run / FOLDER).mkdir(parents=True, exist_ok=True)
-                metrics_log.replace_text(run / FOLDER / "config.yaml", config_files.dump(config))
+                write_atomic(run / FOLDER / "config.yaml", config_files.dump(config))
         except OSError as error:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
@@ -220,7 +220,7 @@ class Submission:
             queued = executor.map_array(TrainJob.__call__, jobs) if self.seeds > 1 else [executor.submit(jobs[0])]
         except submitit.core.utils.FailedJobError as error:
             for file, text in before.items():
-                metrics_log.replace_text(file, text)
+                write_atomic(file, text)
             raise SubmitError(f"Slurm did not take the job: {_reason(str(error))}") from error
         for (run, _), job in zip(self._runs(), queued, strict=True):
             self._note(run, str(job.job_id))
@@ -238,7 +238,7 @@ class Submission:
             "folder": os.getcwd(),
             "profile": dataclasses.asdict(self.profile),
         }
-        metrics_log.replace_text(run / FOLDER / JOB, json.dumps(said, indent=1) + "\n")
+        write_atomic(run / FOLDER / JOB, json.dumps(said, indent=1) + "\n")
 
     def _runs(self) -> list[tuple[Path, Config]]:
         if not self.seeds:

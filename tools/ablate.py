@@ -211,7 +211,7 @@ def write_doc(doc: Path, markdown: Any, found: Any, pictures: Mapping[str, Path]
     """The document with its pictures beside it, named after it."""
     doc.parent.mkdir(parents=True, exist_ok=True)
     beside = {}
-    for heading, path in figures.items():
+    for heading, path in pictures.items():
         place = doc.with_name(f"{doc.stem}-{path.name}")
         place.write_bytes(path.read_bytes())
         beside[heading] = place.name

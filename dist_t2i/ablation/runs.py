@@ -29,6 +29,7 @@ from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.distributed.supervisor import Interrupted, train
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.reporting import metrics_log
+from dist_t2i.utils.files import write_atomic
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]
@@ -125,7 +126,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
     for config in left.values():
         file = config_file(config)
         file.parent.mkdir(parents=True, exist_ok=True)
-        metrics_log.replace_text(file, config_files.dump(config))
+        write_atomic(file, config_files.dump(config))
     return _side_by_side(left, jobs, say) if jobs > 1 else _in_turn(left, say)
 
 

@@ -21,7 +21,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import Protocol, evaluate, load_judges, load_protocol
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.scoring import keys_of
-from dist_t2i.reporting import metrics_log
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -102,7 +102,7 @@ class Judging:
         scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
-        metrics_log.replace_text(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+        write_atomic(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
         return scores
 
     def _key(self, model: TextToImage) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, st
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_place
+from dist_t2i.utils.files import write_atomic
 from dist_t2i.utils.processes import signals_blocked
 
 FINISH_SECONDS = 600.0
@@ -134,7 +134,7 @@ class Mirroring:
             raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
         for name in RECORD_FILES:
             if (record := staging / RECORDS / name).exists():
-                metrics_log.replace_text(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
+                write_atomic(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / RECORDS, ignore_errors=True)
         marker = without_records((staging / store.STATE).read_bytes())
         (staging / store.STATE).write_bytes(store.seal(marker))
@@ -286,7 +286,7 @@ def _program(command: str, *arguments: str) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """This process's, so that the package is found from where it was found here."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # not the working folder's, which comes first else
 

@@ -20,8 +20,8 @@ from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, UserError
-from dist_t2i.reporting import metrics_log
 from dist_t2i.utils import environment
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -39,9 +39,9 @@ def prepare(folder: Path, config: Config, data: ShardSet, *, allow_changes: bool
             _check_same_run(folder, config, data, allow_changes, warn)
         mine = claim(store.folder_of(folder), say=warn)
         described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
-        metrics_log.replace_text(folder / "environment.json", json.dumps(described, indent=1) + "\n")
-        metrics_log.replace_text(folder / "tokenizer.json", data.tokenizer.text)
-        metrics_log.replace_text(folder / "config.yaml", config_files.dump(config))
+        write_atomic(folder / "environment.json", json.dumps(described, indent=1) + "\n")
+        write_atomic(folder / "tokenizer.json", data.tokenizer.text)
+        write_atomic(folder / "config.yaml", config_files.dump(config))
         return mine
     except OSError as error:
         raise UserError(
@@ -78,7 +78,7 @@ def fingerprint_of(folder: Path) -> str | None:
 def cut_bad_samples(file: Path, images: int) -> None:
     """Drop the records of bad_samples.jsonl beyond `images` seen: they come again; rank 0 only."""
     if file.exists():
-        metrics_log.replace_text(file, bad_samples_before(file, images))
+        write_atomic(file, bad_samples_before(file, images))
 
 
 def bad_samples_before(file: Path, images: int) -> str:

@@ -24,7 +24,7 @@ from dist_t2i.distributed.launch import free_ports, has_gpu
 from dist_t2i.distributed.preemption import INTERRUPTED, STOPPED
 from dist_t2i.errors import TrainingError, UserError
 
-ENTRY = Path(__file__).resolve().parent / "train.py"
+ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
 """How long a run that was asked to stop may take to save before nobody waits for it any more."""
 _LOOK = 0.25

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.reporting import metrics_log
+from dist_t2i.utils.files import write_atomic
 
 HUNG = 77
 """Exit status of a run that the watchdog has ended."""
@@ -107,7 +107,7 @@ class Watchdog:
         }
         with contextlib.suppress(OSError):  # a full disk: `_accuse` sees that files prove nothing then
             self.folder.mkdir(parents=True, exist_ok=True)
-            metrics_log.replace_text(self._file(self.rank), json.dumps(said, indent=1) + "\n")
+            write_atomic(self._file(self.rank), json.dumps(said, indent=1) + "\n")
 
     def _stacks(self) -> dict[str, list[str]]:
         """Thread name -> its innermost frames, outermost of these first; the main thread is `MainThread`."""
@@ -146,7 +146,7 @@ class Watchdog:
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
             if not self._told():
-                metrics_log.replace_text(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
+                write_atomic(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
                 os.write(2, f"\n{tell(verdict)}\n".encode())
         self._end(HUNG)
 

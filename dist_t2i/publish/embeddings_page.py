@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.reporting import metrics_log, web_page
+from dist_t2i.reporting import web_page
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.eval.studies.embeddings import Probe, Study
@@ -22,7 +23,7 @@ _THUMBNAILS = 150
 def write(study: Study, out: Path, title: str, credit: str) -> Path:
     """Everything; the page's path. Raises ImportError without matplotlib."""
     out.mkdir(parents=True, exist_ok=True)
-    metrics_log.replace_text(out / "embeddings.json", json.dumps(study.as_json(), indent=1) + "\n")
+    write_atomic(out / "embeddings.json", json.dumps(study.as_json(), indent=1) + "\n")
     draw_map(study, out / "map.png")
     body = [f"<h1>{web_page.text(title)}</h1>"]
     if study.alike is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.utils.files import replace_text
+from dist_t2i.utils.files import write_atomic
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
@@ -46,5 +46,5 @@ def cut(path: Path, images: int) -> int:
     entries = read(path)
     kept = [entry for entry in entries if entry["images"] <= images]
     if path.exists():
-        replace_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return len(entries) - len(kept)

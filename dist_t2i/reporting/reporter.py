@@ -30,6 +30,7 @@ from dist_t2i.config.sections import Config
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.console import Console, format_line, line_interval
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.reporting.wandb_logger import WandbSink
@@ -212,7 +213,7 @@ class Reporter:
             "pid": os.getpid(),
         }
         with self._writing():
-            metrics_log.replace_text(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
+            write_atomic(self.folder / "progress.json", json.dumps(progress, indent=1) + "\n")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import yaml
 
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
-from dist_t2i.eval import protocol
+from dist_t2i.eval import protocol as rules
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.selection import choose, has_listed
 from models_on_disk import write_tone_set
@@ -20,9 +20,9 @@ from models_on_disk import write_tone_set
 def folder(tmp_path, monkeypatch):
     """The package's protocols, as a copy that a test may change."""
     copy = tmp_path / "protocols"
-    shutil.copytree(protocol.FOLDER, copy)
-    monkeypatch.setattr(protocol, "FOLDER", copy)
-    monkeypatch.setattr(protocol, "FROZEN", copy / "frozen.json")
+    shutil.copytree(rules.FOLDER, copy)
+    monkeypatch.setattr(rules, "FOLDER", copy)
+    monkeypatch.setattr(rules, "FROZEN", copy / "frozen.json")
     return copy
 
 
@@ -37,9 +37,9 @@ def change(path, **values):
 
 
 def test_every_protocol_of_the_package_is_frozen():
-    names = protocol.known_protocols()
+    names = rules.known_protocols()
     assert names == ["coco30k", "cub", "flowers", "held-out", "openmoji", "openmoji-ablation", "quick"]
-    frozen = json.loads(protocol.FROZEN.read_text())
+    frozen = json.loads(rules.FROZEN.read_text())
     for name in names:
         protocol = load_protocol(name)
         assert protocol.name == name and frozen[f"{name} {protocol.version}"] == protocol.sha256
@@ -118,7 +118,7 @@ def test_captions_by_hash_do_not_depend_on_the_order_of_the_set(data):
 
 def test_listed_captions_are_looked_for(folder, data):
     keys = [(s.key, s.captions[0]) for s in data.samples("test")][4:0:-1]
-    text = protocol.captions_text({"test": keys})
+    text = rules.captions_text({"test": keys})
     (folder / "mine.txt").write_text(text)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     protocol = Protocol("mine", splits=("test",), captions="listed", captions_sha256=sha256)
@@ -128,8 +128,8 @@ def test_listed_captions_are_looked_for(folder, data):
         ((keys[0][0], "no"), "but protocol mine lists"),
     ):
         listed = {"test": [change, *keys[1:]]}
-        (folder / "mine.txt").write_text(protocol.captions_text(listed))
-        other = dataclasses.replace(protocol, captions_sha256=protocol.captions_sha256(listed))
+        (folder / "mine.txt").write_text(rules.captions_text(listed))
+        other = dataclasses.replace(protocol, captions_sha256=rules.captions_sha256(listed))
         assert has_listed(data, other) == (change[0] != "nowhere")
         with pytest.raises(UserError, match=said):
             choose(data, "test", other)

@@ -13,7 +13,7 @@ from prefork import Program
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "shard.py"
-_STEPS = ("gathering", "sets", "inspecting", "cluster")
+_STEPS = ("gather", "write_set", "inspect_set", "slurm_array")
 _PROGRAM = Program(TOOL, *(f"dist_t2i.sharding.{step}" for step in _STEPS), "dist_t2i.data.indexing", "tokenizers")
 
 

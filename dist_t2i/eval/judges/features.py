@@ -121,7 +121,7 @@ def load_features(
     Raises `UserError` for an unknown name, or when its packages or weights are missing or not what they should be.
     """
     if key in _MODULES:
-        importlib.import_module(f"dist_t2i.eval.{_MODULES[key]}")
+        importlib.import_module(f"dist_t2i.eval.judges.{_MODULES[key]}")
     if key not in NETWORKS:
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted({*NETWORKS, *_MODULES}))}")
     if device is None:
