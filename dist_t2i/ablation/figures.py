@@ -14,7 +14,7 @@ from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
-    from dist_t2i.eval.evaluate import Protocol
+    from dist_t2i.eval.protocol import Protocol
 
 
 def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Protocol, out: Path) -> list[GridRow]:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.evaluate import Protocol, evaluate, load_judges, load_protocol
+from dist_t2i.eval.evaluate import evaluate, load_judges
 from dist_t2i.eval.judges.features import FeatureNetwork
+from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import keys_of
 from dist_t2i.utils.files import write_atomic
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_t2i.models.config import AlignmentConfig, AugmentConfig, DiscriminatorConfig, GeneratorConfig, TextConfig
+from dist_t2i.models.config import (
+    AlignmentConfig,
+    AugmentConfig,
+    ModelConfig,
+    TextConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,6 @@ class DataConfig:
     """Of the bucket; empty: AWS_REGION."""
     anonymous: bool = False
     """Whether requests go unsigned, for public buckets."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
 @dataclass(frozen=True)

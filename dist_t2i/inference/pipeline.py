@@ -327,7 +327,15 @@ def build_parts(files: ModelFiles, device: torch.device) -> Parts:
     frozen = files.frozen.build() if files.frozen is not None else None
     try:
         with torch.device("meta"):  # nothing is allocated until the shapes are known to agree
-            networks = build_networks(config, vocabulary, frozen)
+            networks = build_networks(
+                config.model,
+                config.text,
+                image_size=config.data.image_size,
+                max_tokens=config.data.max_tokens,
+                vocab_size=vocabulary,
+                edit_width=config.edit.width,
+                frozen=frozen,
+            )
             encoders = [build_text_encoder(config.text, vocabulary, config.data.max_tokens) for _ in range(2)]
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{files.folder}: its configuration describes no network that can be built: {error}") from None

@@ -200,3 +200,9 @@ class AugmentConfig:
     """Strength of brightness, saturation and contrast jitter, 0 to 1."""
     cutout: float = 0.0
     """Side of the square that is blanked, as a share of the picture's."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -17,9 +17,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dist_t2i.config.sections import Config
 from dist_t2i.models.attn_generator import AttnGenerator
-from dist_t2i.models.config import GeneratorConfig
+from dist_t2i.models.config import GeneratorConfig, ModelConfig, TextConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
 from dist_t2i.models.source_encoder import SourceEncoder
@@ -93,27 +92,34 @@ class Networks:
     frozen: nn.Module | None
 
 
-def build_networks(config: Config, vocab_size: int, frozen: nn.Module | None = None) -> Networks:
-    """The networks that `config` describes, with weights drawn from torch's global generator (seed it first).
+def build_networks(
+    model: ModelConfig,
+    text: TextConfig,
+    *,
+    image_size: int,
+    max_tokens: int,
+    vocab_size: int,
+    edit_width: int = 0,
+    frozen: nn.Module | None = None,
+) -> Networks:
+    """Fresh networks for pictures of `image_size` pixels, with weights from torch's global generator (seed it first).
 
     `frozen` is the given encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding.
+    `edit_width` (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
     """
-    dual = config.text.mode == "dual"
 
     def encoder() -> nn.Module:
-        return build_text_encoder(config.text, vocab_size, config.data.max_tokens)
+        return build_text_encoder(text, vocab_size, max_tokens)
 
-    width = frozen.width if frozen is not None else config.text.embedding
-    generator = build_generator(config.model.generator, config.data.image_size, width)
-    discriminator = Discriminator(config.model.discriminator, config.data.image_size, width)
+    dual, width = text.mode == "dual", frozen.width if frozen is not None else text.embedding
+    generator = build_generator(model.generator, image_size, width)
+    discriminator = Discriminator(model.discriminator, image_size, width)
     generator_side = GeneratorSide(generator, encoder() if dual else None)
     discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
-    text = TextSide(encoder()) if config.text.mode == "shared" else None
-    if config.edit.width:  # last: whoever edits nothing draws the same weights
-        generator_side.source = SourceEncoder(
-            config.edit.width, config.model.generator.channels, config.data.image_size, width
-        )
-    return Networks(generator_side, discriminator_side, text, frozen)
+    shared = TextSide(encoder()) if text.mode == "shared" else None
+    if edit_width:  # last, so that the other weights are the same with and without it
+        generator_side.source = SourceEncoder(edit_width, model.generator.channels, image_size, width)
+    return Networks(generator_side, discriminator_side, shared, frozen)
 
 
 GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "attn": AttnGenerator}

@@ -37,7 +37,15 @@ def assemble(
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
-    networks = build_networks(config, vocab_size, frozen.to(device) if frozen is not None else None)
+    networks = build_networks(
+        config.model,
+        config.text,
+        image_size=config.data.image_size,
+        max_tokens=config.data.max_tokens,
+        vocab_size=vocab_size,
+        edit_width=config.edit.width,
+        frozen=frozen.to(device) if frozen is not None else None,
+    )
     if beginning is not None:
         begin_with(networks, beginning)
     average = Average(networks, config.ema, device)

@@ -3,7 +3,7 @@
 import pytest
 
 from dist_t2i.config.files import load
-from dist_t2i.models.networks import build_networks
+from models_on_disk import networks_of
 from ranks import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -13,13 +13,13 @@ CONFIGS = [path for path in FILES if not path.name.startswith("ablation-")]  # t
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_builds(path):
     config = load(path, ["data.train=somewhere"])
-    networks = build_networks(config, vocab_size=500)
+    networks = networks_of(config, 500)
     assert networks.generator.generator.noise_width == config.model.generator.noise
 
 
 def test_the_peer_has_the_peers_size():
     config = load(ROOT / "configs" / "bench-peer64.yaml", ["data.train=somewhere"])
-    networks = build_networks(config, vocab_size=500)
+    networks = networks_of(config, 500)
 
     def millions(module) -> float:
         return sum(p.numel() for p in module.parameters()) / 1e6

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.config.sections import GeneratorConfig
+from dist_t2i.models.config import GeneratorConfig
 from dist_t2i.models.generator import Generator
 from dist_t2i.models.source_encoder import SourceEncoder
 from dist_t2i.models.text_encoder import TextEmbedding

@@ -58,7 +58,7 @@ def write_run(
     words.save(run / "tokenizer.json")
     torch.manual_seed(seed)
     frozen = load_frozen(cfg.text, words, cfg.data.max_tokens) if cfg.text.mode == "frozen" else None
-    networks = build_networks(cfg, words.vocab_size, frozen)
+    networks = networks_of(cfg, words.vocab_size, frozen)
     ema = dict(networks.generator.state_dict())
     for name, value in ema.items():
         if stir and name.startswith(stir) and not value.any():
@@ -93,3 +93,16 @@ def write_tone_set(folder: Path, roles: int = 24) -> Path:
     items, problems = find_items(pictures, None, 0.5)
     write_set(folder, items, problems, Options())
     return folder
+
+
+def networks_of(config, vocab_size, frozen=None):
+    """Fresh networks of a whole configuration."""
+    return build_networks(
+        config.model,
+        config.text,
+        image_size=config.data.image_size,
+        max_tokens=config.data.max_tokens,
+        vocab_size=vocab_size,
+        edit_width=config.edit.width,
+        frozen=frozen,
+    )

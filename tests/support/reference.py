@@ -14,9 +14,9 @@ from torch import nn
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.losses import functional as losses
 from dist_t2i.models.augmentation import augment
-from dist_t2i.models.networks import build_networks
 from dist_t2i.models.text_encoder import TextEmbedding
 from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
+from models_on_disk import networks_of
 
 
 class Seen(NamedTuple):
@@ -71,7 +71,7 @@ class Reference:
     def __init__(self, config, vocab_size, frozen=None):
         torch.manual_seed(config.train.seed)
         self.config, self.frozen = config, frozen
-        self.nets = build_networks(config, vocab_size, frozen)
+        self.nets = networks_of(config, vocab_size, frozen)
         o = config.optimizer
 
         def adam(module, lr):

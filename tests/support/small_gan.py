@@ -9,7 +9,7 @@ VOCABULARY, TOKENS, BATCH = 40, 8, 8
 
 def tiny_config(**overrides):
     """A run of 32 px with region maps; `a__b=c` overrides `a.b`."""
-    from dist_t2i.config.files import build
+    from dist_t2i.config.fields import build
 
     values = {
         "data.image_size": 32,

@@ -11,7 +11,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,44 +112,6 @@ def measure_scale(small: Path, large: Path, rounds: int) -> dict[str, list[dict[
 
 def start_order(folder: Path, start: int) -> dict[str, Any]:
     return {"loader": "start", "folder": str(folder), "start": start, "workers": WORKERS}
-
-
-def measure_start(order: dict[str, Any]) -> dict[str, float]:
-    """In a probe: seconds to open the set, to its first batch, and for positions; private bytes of each worker."""
-    import numpy
-    import psutil
-
-    from dist_t2i.config import Config
-    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
-    from dist_t2i.data.open_data import open_data
-    from dist_t2i.data.stream.stream import open_stream, order_of
-
-    data = DataConfig(train=order["folder"], image_size=256, workers=order["workers"], flip=False)
-    config = Config(data=data, train=TrainConfig(global_batch=64), engine=EngineConfig(accumulation=1))
-    started = time.perf_counter()
-    data_set = open_data(config.data)
-    stream = open_stream(config, data_set.tokenizer, data_set=data_set, start_images=order["start"])
-    opened = time.perf_counter()
-    next(stream)
-    first = time.perf_counter()
-    for _ in range(7):
-        next(stream)
-    children = psutil.Process().children()
-    private = [child.memory_full_info().uss for child in children]
-    before = time.perf_counter()
-    places = order_of(data_set.shards("train"), config)
-    places.at(numpy.arange(order["start"], order["start"] + 64))
-    positioned = time.perf_counter()
-    places.at(numpy.arange(order["start"] + 64, order["start"] + 64 + 64_000))
-    return {
-        "open": opened - started,
-        "first": first - started,
-        "position": positioned - before,
-        "thousand": (time.perf_counter() - positioned) / 64,
-        "private": statistics.mean(private),
-        "parent": psutil.Process().memory_full_info().uss,
-        "rate": 0.0,
-    }
 
 
 def print_resume(found: dict[str, list[float]]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -192,9 +193,7 @@ def _decode_share(paths: list[Path], fast: bool, barrier: Any, results: Any) -> 
 
 def main() -> None:
     order, before = json.load(sys.stdin), shared_memory()
-    from tools.bench import deep
-
-    result = {"decoder": decoder_alone, "start": deep.measure_start}.get(order["loader"], measure)(order)
+    result = {"decoder": decoder_alone, "start": measure_start}.get(order["loader"], measure)(order)
     print("RESULT " + json.dumps(result), flush=True)
     end(before)
 
@@ -212,6 +211,44 @@ def end(before: set[Path]) -> None:
     for path in shared_memory() - before:  # mosaicml-streaming's
         path.unlink(missing_ok=True)
     os._exit(0)
+
+
+def measure_start(order: dict[str, Any]) -> dict[str, float]:
+    """In a probe: seconds to open the set, to its first batch, and for positions; private bytes of each worker."""
+    import numpy
+    import psutil
+
+    from dist_t2i.config import Config
+    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
+    from dist_t2i.data.open_data import open_data
+    from dist_t2i.data.stream.stream import open_stream, order_of
+
+    data = DataConfig(train=order["folder"], image_size=256, workers=order["workers"], flip=False)
+    config = Config(data=data, train=TrainConfig(global_batch=64), engine=EngineConfig(accumulation=1))
+    started = time.perf_counter()
+    data_set = open_data(config.data)
+    stream = open_stream(config, data_set.tokenizer, data_set=data_set, start_images=order["start"])
+    opened = time.perf_counter()
+    next(stream)
+    first = time.perf_counter()
+    for _ in range(7):
+        next(stream)
+    children = psutil.Process().children()
+    private = [child.memory_full_info().uss for child in children]
+    before = time.perf_counter()
+    places = order_of(data_set.shards("train"), config)
+    places.at(numpy.arange(order["start"], order["start"] + 64))
+    positioned = time.perf_counter()
+    places.at(numpy.arange(order["start"] + 64, order["start"] + 64 + 64_000))
+    return {
+        "open": opened - started,
+        "first": first - started,
+        "position": positioned - before,
+        "thousand": (time.perf_counter() - positioned) / 64,
+        "private": statistics.mean(private),
+        "parent": psutil.Process().memory_full_info().uss,
+        "rate": 0.0,
+    }
 
 
 if __name__ == "__main__":

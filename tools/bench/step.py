@@ -243,7 +243,14 @@ class Subject:
         self.config, self.device, self.images = config, device, 0
         if kind == "plain":
             torch.manual_seed(config.train.seed)
-            networks = build_networks(config, VOCABULARY)
+            networks = build_networks(
+                config.model,
+                config.text,
+                image_size=config.data.image_size,
+                max_tokens=config.data.max_tokens,
+                vocab_size=VOCABULARY,
+                edit_width=config.edit.width,
+            )
             self.average = Average(networks, config.ema, device)
             sides = {"generator": networks.generator, "discriminator": networks.discriminator}
             rates = config.optimizer.generator_lr, config.optimizer.discriminator_lr
