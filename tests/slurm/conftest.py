@@ -59,13 +59,13 @@ def projects(tmp_path_factory):
         for name in ("dist_t2i", "slurm", "tools", "configs"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(ROOT / "pyproject.toml", folder)
-        trainer = folder / "dist_t2i" / "trainer.py"
+        trainer = folder / "dist_t2i" / "training" / "trainer.py"
         text = trainer.read_text()
         assert text.count(STEP) == 1
         trainer.write_text(text.replace(STEP, STEP + "".join(f"        {line}\n" for line in lines)))
         if smooth:
-            with (folder / "dist_t2i" / "models" / "blocks.py").open("a") as blocks:
-                blocks.write(SMOOTH)
+            with (folder / "dist_t2i" / "models" / "layers.py").open("a") as layers:
+                layers.write(SMOOTH)
         return folder
 
     return make
