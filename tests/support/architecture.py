@@ -9,6 +9,7 @@ places from the ground up. Imports inside functions count like those at the top 
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,16 +86,23 @@ def imports(root: Path = ROOT) -> list[Import]:
 
 
 def _imports(name: str, path: Path, root: Path, known: dict[str, Path]) -> Iterator[Import]:
-    for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            parts = [f"{node.module}.{alias.name}" for alias in node.names]
-            targets = [part if part in known else node.module for part in parts]
-        else:
-            continue
+    for module, names, line in _statements((root / path).read_text(encoding="utf-8")):
+        parts = [f"{module}.{name}" for name in names]
+        targets = [part if part in known else module for part in parts] or [module]
         for target in dict.fromkeys(targets):
-            yield Import(name, target, path, node.lineno)
+            yield Import(name, target, path, line)
+
+
+@functools.cache
+def _statements(source: str) -> list[tuple[str, tuple[str, ...], int]]:
+    """Module, imported names (none for `import module`) and line of each import of a file."""
+    found: list[tuple[str, tuple[str, ...], int]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, (), node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, tuple(alias.name for alias in node.names), node.lineno))
+    return found
 
 
 def own(found: list[Import]) -> list[Import]:
