@@ -31,8 +31,8 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # pytest finds the helpers by tests/conftest.py, and the package from the project's folder
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+if __name__ == "__main__":  # pytest finds the helpers by pyproject.toml
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 
 from dist_t2i.config.files import loads  # noqa: E402
 from dist_t2i.config.sections import LossConfig  # noqa: E402
