@@ -7,7 +7,6 @@ number, `off`, `no` and `y` are texts, `012` is twelve, `12:30` is a text.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -22,6 +21,7 @@ from dist_t2i.config.fields import build, expected, field_types, keys
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import problems_of
 from dist_t2i.errors import ConfigError
+from dist_t2i.utils.text import nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -218,15 +218,11 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        near = nearest(path.name, (entry.name for entry in path.parent.glob("*")))
+        hint = f"; did you mean {path.with_name(near)}?" if near else ""
         raise ConfigError(f"no configuration file {path}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
-
-
-def _names(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
 def _error(source: str, problems: Sequence[str]) -> ConfigError:
@@ -248,13 +244,10 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 def _suggestion(section: type, prefix: str, name: str) -> str:
     """`; did you mean data.image_size?`: a key of this section, or the same word in another one."""
     leaf = name.rpartition(".")[2]
-    same_word = [key for key in keys() if key.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(name, list(field_types(section)), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    anywhere = same_word or difflib.get_close_matches(prefix + name, list(keys()), n=1, cutoff=0.6)
-    if anywhere:
-        return f"; did you mean {anywhere[0]}?"
+    same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
+    near = nearest(name, field_types(section))
+    if suggestion := (prefix + near if near else same_word or nearest(prefix + name, keys())):
+        return f"; did you mean {suggestion}?"
     known = ", ".join(field_types(section))
     return f"; {prefix.rstrip('.') or 'the file'} has {known}"
 
@@ -263,8 +256,8 @@ def _nearest_choice(raw: Any, type_: Any) -> str:
     """`; did you mean bf16?` where one of a few texts was expected and `raw` is close to one."""
     if typing.get_origin(type_) is not Literal or not isinstance(raw, str):
         return ""
-    near = difflib.get_close_matches(raw, [str(choice) for choice in typing.get_args(type_)], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(raw, map(str, typing.get_args(type_)))
+    return f"; did you mean {near}?" if near else ""
 
 
 def convert(value: Any, type_: Any) -> Any:
@@ -319,8 +312,8 @@ def read_section(found: Any, section: type, prefix: str, problems: list[str], wh
     known, values = field_types(section), {}
     for name, value in found.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+            near = nearest(str(name), known)
+            hint = f"did you mean {prefix}{near}?" if near else f"known are {', '.join(known)}"
             problems.append(f"{prefix}{name}: unknown key; {hint}")
         elif dataclasses.is_dataclass(known[name]):
             values[name] = read_section(value, typing.cast(type, known[name]), f"{prefix}{name}.", problems)

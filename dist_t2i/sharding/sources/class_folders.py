@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text, read_text_file
 from dist_t2i.sharding.items import Item, Problem, captioned
 from dist_t2i.sharding.pictures import PictureFile
+from dist_t2i.utils.text import nearest
 
 TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclasses.txt"
 
@@ -84,8 +84,8 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     known = set(classes)
     for name in named:
         if name not in known:
-            near = difflib.get_close_matches(name, classes, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, classes)
+            hint = f"; did you mean {near}?" if near else ""
             raise DataError(f"{path} names the class {name[:100]!r}, of which there are no pictures{hint}")
     return named
 
