@@ -68,12 +68,12 @@ def index(chosen: argparse.Namespace) -> int:
     """Make a set of tars that stay where they are."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.indexing import indexed_set
-    from dist_t2i.data.open_data import storage_of
+    from dist_t2i.data.open_data import storage_options
     from dist_t2i.storage.urls import expand
 
     found = indexed_set(
         expand(chosen.urls),
-        storage_of(DataConfig()),
+        storage_options(DataConfig()),
         chosen.out,
         processes=chosen.processes,
         checksums=not chosen.quick,

@@ -27,7 +27,7 @@ from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, StopFlag
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.reporting.reporter import Reporter
-from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.folders import open_folder
 from dist_t2i.utils.files import write_atomic
 from dist_t2i.utils.processes import signals_blocked
 
@@ -140,7 +140,7 @@ class Mirroring:
         (staging / store.STATE).write_bytes(store.seal(marker))
 
     def _refuse_inside(self) -> None:
-        place, own = open_place(self.url).path, self._folder.resolve()
+        place, own = open_folder(self.url).path, self._folder.resolve()
         if place is not None and (place.resolve() == own or own in place.resolve().parents):
             raise CheckpointError(
                 f"checkpoint.mirror: {self.url} lies in the run folder {self._folder} and would be lost with it: "

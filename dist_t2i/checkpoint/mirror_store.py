@@ -37,7 +37,7 @@ from dist_t2i.config.sections import Config
 from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.wandb_logger import ID_FILE
-from dist_t2i.storage.folders import Place, open_place
+from dist_t2i.storage.folders import Folder, open_folder
 
 T = TypeVar("T")
 
@@ -94,8 +94,8 @@ class MirrorStore:
     """The mirror at a URL or folder. Methods raise Unreachable when it does not answer, after `patience` seconds."""
 
     def __init__(self, url: str, patience: float = 0.0, request_seconds: float = _REQUEST_SECONDS) -> None:
-        self._top = open_place(url, seconds=request_seconds)
-        self._root = open_place(f"{self._top.url}/checkpoints", seconds=request_seconds)
+        self._top = open_folder(url, seconds=request_seconds)
+        self._root = open_folder(f"{self._top.url}/checkpoints", seconds=request_seconds)
         self._deadline = time.monotonic() + patience
         self._token = uuid.uuid4().hex
         self._whole: set[int] | None = None
@@ -268,7 +268,7 @@ class MirrorStore:
         if self._read(name) != data:
             self._put(self._top, io.BytesIO(data), name)
 
-    def _put(self, place: Place, file: BinaryIO, name: str) -> None:
+    def _put(self, place: Folder, file: BinaryIO, name: str) -> None:
         try:
             place.put(file, name)
         except OSError as error:  # also FileNotFoundError: there is no such bucket

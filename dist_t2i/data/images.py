@@ -17,6 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
@@ -27,6 +28,17 @@ _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
 _BEFORE_PIXELS = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
 """JPEG markers of segments that may come before an EXIF segment: applications', comments, tables."""
+
+
+def to_unit(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """uint8 images mapped from [0, 255] to [-1, 1], in `dtype` (float32 by default) and the same memory format."""
+    images = images.float() if dtype is None else images.to(dtype)
+    return images.div(127.5).sub(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images mapped from [-1, 1] to uint8 [0, 255]: rounded to the nearest integer, clamped."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
 class PictureError(ValueError):

@@ -27,7 +27,7 @@ from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
-from dist_t2i.storage.folders import LocalPlace
+from dist_t2i.storage.folders import LocalFolder
 from dist_t2i.storage.reader_process import have_clients
 from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.shard_file import LocalFile, reason_of
@@ -168,7 +168,7 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
         "problem_count": len(problems),
         "captions": captions,
     }
-    place = LocalPlace(str(home / "index"))
+    place = LocalFolder(str(home / "index"))
     place.write(index_file.name, index.to_bytes())
     place.write(result_file.name, json.dumps(result).encode())
 
@@ -209,7 +209,7 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
         listed = "".join(f"\n  {count} x {reason}" for reason, count in counts.most_common(10))
         raise DataError(f"{urls[0]} and the rest of the list hold no picture with a caption{listed}")
     tokenizer = train_tokenizer(Counter(text for one in captions for text in one), vocabulary)
-    place = LocalPlace(str(home))
+    place = LocalFolder(str(home))
     place.write("tokenizer.json", tokenizer.text.encode())
     place.write("bad_samples.jsonl", problem_lines(problems))
     train = {

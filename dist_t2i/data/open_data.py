@@ -17,7 +17,7 @@ from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.storage.urls import beside, checked, expand, is_local, join, local_path
 
 
-def storage_of(data: DataConfig) -> StorageOptions:
+def storage_options(data: DataConfig) -> StorageOptions:
     """How the bytes of `data.train` are reached."""
     return StorageOptions(
         endpoint=data.endpoint,
@@ -42,7 +42,7 @@ def _cache_folder(name: str) -> str:
 def open_data(data: DataConfig) -> ShardSet:
     """The set that `data.train` names. A list of tars without an index is indexed first, which is kept. Raises DataError."""
     entries = [data.train] if isinstance(data.train, str) else list(data.train)
-    options = storage_of(data)
+    options = storage_options(data)
     sets = [open_entry(entry, options) for entry in entries]
     return sets[0] if len(sets) == 1 else joined(sets)
 

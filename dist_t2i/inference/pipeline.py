@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dist_t2i.data.images import FORMATS, PictureError, decode, square, to_rgb, upright
+from dist_t2i.data.images import FORMATS, PictureError, decode, square, to_rgb, to_uint8, to_unit, upright
 from dist_t2i.errors import UserError
 from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.models.networks import build_networks
@@ -129,7 +129,7 @@ class TextToImage:
 
         def draw(noise: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
-            return _bytes(generator(z, sentence, words, mask, condition_noise).images)
+            return to_uint8(generator(z, sentence, words, mask, condition_noise).images)
 
         return self._by_chunks(draw, noise, *text)
 
@@ -190,10 +190,10 @@ class TextToImage:
 
         def draw(noise: Tensor, source: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
-            pictures = source.float().div(127.5).sub(1.0).contiguous(memory_format=torch.channels_last)
+            pictures = to_unit(source).contiguous(memory_format=torch.channels_last)
             guide = encoder(pictures, TextEmbedding(sentence, words, mask))
             images = self._parts.generator(z, sentence, words, mask, condition_noise, guide).images
-            return _bytes(pictures + strength * (images - pictures))
+            return to_uint8(pictures + strength * (images - pictures))
 
         return self._by_chunks(draw, noise, sources, *self._encode(self._parts.text_g, texts))
 
@@ -221,7 +221,7 @@ class TextToImage:
         if not pixels:
             return torch.empty(0, self.config.model.discriminator.embedding)
         encoder = self.image_encoder()
-        return self._by_chunks(lambda pixels: encoder(pixels.float().div(127.5).sub(1.0)), torch.stack(pixels))
+        return self._by_chunks(lambda pixels: encoder(to_unit(pixels)), torch.stack(pixels))
 
     def image_encoder(self) -> nn.Module:
         """The network behind `embed_image`, on the device: pictures [B, 3, H, W] in [-1, 1] to unit vectors [B, A]."""
@@ -374,11 +374,6 @@ def _whole(value: int, name: str, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)) or (least is not None and value < least):
         raise PromptError(f"{name} must be a whole number{'' if least is None else f' from {least} up'}, got {value!r}")
     return int(value)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as uint8."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _share(value: float, name: str) -> float:

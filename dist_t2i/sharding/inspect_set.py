@@ -15,14 +15,14 @@ from dist_t2i.sharding.writing.finish import fingerprint
 from dist_t2i.sharding.writing.processes import Spread, advance
 from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples
 from dist_t2i.sharding.writing.tar_writer import crc32
-from dist_t2i.storage.folders import Place, open_place, place_of
+from dist_t2i.storage.folders import Folder, open_folder, locate
 
 _MAX_LISTED = 20
 
 
-def read_set(url: str) -> tuple[Place, dict[str, Any]]:
+def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
     """The folder of a set and its manifest. Raises DataError when there is none that can be read."""
-    place = open_place(url.removesuffix("/manifest.json"))
+    place = open_folder(url.removesuffix("/manifest.json"))
     try:
         return place, parse_manifest(place.read("manifest.json"), place.file_url("manifest.json"))
     except FileNotFoundError as error:
@@ -99,7 +99,7 @@ def _split_table(splits: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def _bad_samples(place: Place, manifest: dict[str, Any]) -> str:
+def _bad_samples(place: Folder, manifest: dict[str, Any]) -> str:
     counts = manifest.get("bad_samples", {})
     if not counts:
         return "left out or changed: nothing"
@@ -141,7 +141,7 @@ def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
     return len(shards), differs
 
 
-def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
+def verify_shard(place: Folder, shard: dict[str, Any]) -> list[Difference]:
     """What differs in one shard and its index."""
     advance()
     name = shard["name"]
@@ -158,7 +158,7 @@ def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     except (OSError, DataError) as error:
         differs.append((index_name(shard), "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
     try:
-        size, digest, crcs = _read_through(*place_of(place, name), index)
+        size, digest, crcs = _read_through(*locate(place, name), index)
     except OSError as error:
         return [*differs, (name, "", "a shard", f"{error.strerror or error}"[:200])]
     if size != shard["bytes"]:
@@ -170,7 +170,7 @@ def verify_shard(place: Place, shard: dict[str, Any]) -> list[Difference]:
     return differs
 
 
-def _read_through(place: Place, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
+def _read_through(place: Folder, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
     """Size, sha256, and (member, crc32 expected, crc32 found) where they differ; the tar is read once."""
     spans = [
         (member.offset, member.size, member.crc32, f"{key}.{member.extension}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from dist_t2i.storage.clients import OBJECT_STORES
-from dist_t2i.storage.folders import Place, open_place
+from dist_t2i.storage.folders import Folder, open_folder
 from dist_t2i.storage.urls import scheme_of, unchained
 
 WEB = ("http", "https")
@@ -181,15 +181,15 @@ def _from_the_web(url: str) -> bytes:
     return data
 
 
-_places: OrderedDict[tuple[int, str], Place] = OrderedDict()
+_places: OrderedDict[tuple[int, str], Folder] = OrderedDict()
 _descriptors: OrderedDict[tuple[int, str], int] = OrderedDict()
 
 
-def _place(url: str) -> Place:
+def _place(url: str) -> Folder:
     """Connections are kept per process: they must not be shared over a fork."""
     key = os.getpid(), url
     if key not in _places:
-        _places[key] = open_place(url)
+        _places[key] = open_folder(url)
         if len(_places) > _OPEN_PLACES:
             _places.popitem(last=False)
     return _places[key]

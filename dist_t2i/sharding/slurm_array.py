@@ -21,7 +21,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.sharding.write_set import write_here
 from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.shard_writer import Planned
-from dist_t2i.storage.folders import WORK, Place
+from dist_t2i.storage.folders import WORK, Folder
 from dist_t2i.utils.progress import Progress
 
 _POLL = 1.0
@@ -45,7 +45,7 @@ class Cluster:
     """Further parameters of sbatch."""
 
     def write(
-        self, place: Place, shards: Sequence[Planned], options: Options, progress: Progress
+        self, place: Folder, shards: Sequence[Planned], options: Options, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """Write the shards in tasks; their results by name. Raises DataError when a task leaves shards unwritten."""
         for shard in shards:
@@ -84,7 +84,7 @@ class Cluster:
 
 
 def _wait(
-    place: Place, shards: Sequence[Planned], jobs: Sequence[Any], progress: Progress, cluster: Cluster
+    place: Folder, shards: Sequence[Planned], jobs: Sequence[Any], progress: Progress, cluster: Cluster
 ) -> dict[str, dict[str, Any]]:
     waiting = {shard.name: shard for shard in shards}
     results: dict[str, dict[str, Any]] = {}

@@ -24,10 +24,10 @@ from dist_t2i.sharding.writing.shard_writer import (
     reserve,
     write_shard,
 )
-from dist_t2i.storage.folders import Place, open_place
+from dist_t2i.storage.folders import Folder, open_folder
 from dist_t2i.utils.progress import Progress
 
-Elsewhere = Callable[[Place, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
+Elsewhere = Callable[[Folder, Sequence[Planned], Options, Progress], dict[str, dict[str, Any]]]
 """Writes shards on other machines and returns their results by name."""
 
 
@@ -42,7 +42,7 @@ def write_set(
 
     Raises: DataError when there is nothing to train on, the folder holds something else, or cannot be written.
     """
-    place = open_place(out)
+    place = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
     _need_training_samples(sum(item.split == "train" for item in items), listed)
     try:
@@ -73,7 +73,7 @@ def _need_training_samples(count: int, problems: Sequence[dict[str, Any]]) -> No
 
 
 def _write_shards(
-    place: Place, planned: Sequence[Planned], options: Options, elsewhere: Elsewhere | None
+    place: Folder, planned: Sequence[Planned], options: Options, elsewhere: Elsewhere | None
 ) -> list[dict[str, Any]]:
     """The results of all shards in order; those that are whole already are kept."""
     kept = in_processes(finished, [(place, shard) for shard in planned], options.processes)
@@ -97,7 +97,7 @@ def _write_shards(
 
 
 def write_here(
-    place: Place, shards: Sequence[Planned], options: Options, progress: Progress | None = None
+    place: Folder, shards: Sequence[Planned], options: Options, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
     """Write shards with `options.processes` processes of this machine; their results by name."""
     show = progress.show if progress else lambda done: None
@@ -105,7 +105,7 @@ def write_here(
     return {shard.name: result for shard, result in zip(shards, written, strict=True)}
 
 
-def _write_one(place: Place, shard: Planned, options: Options) -> dict[str, Any]:
+def _write_one(place: Folder, shard: Planned, options: Options) -> dict[str, Any]:
     collects = gc.isenabled()
     gc.disable()  # a tenth of the time: it would look through all items again and again, which hold no cycles
     try:

@@ -38,7 +38,7 @@ def write_aside(path: Path, data: bytes) -> None:
     os.replace(aside, path)
 
 
-def open_place(url: str | Path, *, seconds: float | None = None) -> Place:
+def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
     """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way.
 
     An object store is given `seconds` for each request and hardly tries again by itself; by default an hour, with many
@@ -47,21 +47,21 @@ def open_place(url: str | Path, *, seconds: float | None = None) -> Place:
     text = str(url)
     scheme = scheme_of(unchained(text))
     if scheme in ("", "file"):
-        return LocalPlace(text.removeprefix("file://"))
+        return LocalFolder(text.removeprefix("file://"))
     if scheme in OBJECT_STORES:
-        return ObjectPlace(text.rstrip("/"), seconds)
-    return FsspecPlace(text.rstrip("/"))
+        return ObjectFolder(text.rstrip("/"), seconds)
+    return FsspecFolder(text.rstrip("/"))
 
 
-def place_of(place: Place, name: str) -> tuple[Place, str]:
+def locate(place: Folder, name: str) -> tuple[Folder, str]:
     """Where a file that a manifest names lies: in the place itself, or elsewhere when the name is a URL or a whole path."""
     if not scheme_of(unchained(name)) and not os.path.isabs(name):
         return place, name
     folder, _, last = name.rpartition("/")
-    return open_place(folder or "/"), last
+    return open_folder(folder or "/"), last
 
 
-class Place(ABC):
+class Folder(ABC):
     """Files by name in one folder. All methods raise OSError (FileNotFoundError) when they fail. Picklable."""
 
     path: Path | None = None
@@ -148,7 +148,7 @@ class Place(ABC):
         return digest.hexdigest()
 
 
-class LocalPlace(Place):
+class LocalFolder(Folder):
     """A folder on a disk."""
 
     def __init__(self, path: str) -> None:
@@ -224,7 +224,7 @@ def _left(file: BinaryIO) -> int:
     return end - start
 
 
-class ObjectPlace(Place):
+class ObjectFolder(Folder):
     """A prefix in S3, Google Cloud Storage or Azure (credentials from the usual environment variables), or on a web
     server, which can only be read."""
 
@@ -315,7 +315,7 @@ class ObjectPlace(Place):
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
 
-class FsspecPlace(Place):
+class FsspecFolder(Folder):
     """A folder in any other file system that fsspec knows, such as `sftp://` or `hdfs://`."""
 
     def __init__(self, url: str) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from dist_t2i.config import Config
 from dist_t2i.config.sections import LossConfig
+from dist_t2i.data.images import to_unit
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.losses import functional as losses
@@ -308,7 +309,7 @@ class Gan:
 
 def _pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [m, 3, H, W] as the networks see it, in [-1, 1]."""
-    return images.to(dtype=dtype, memory_format=torch.channels_last).div(127.5).sub(1.0)
+    return to_unit(images.contiguous(memory_format=torch.channels_last), dtype)
 
 
 def _named(alignment: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dist_t2i.config.sections import Config
-from dist_t2i.data.images import PictureError, decode, square
+from dist_t2i.data.images import PictureError, decode, square, to_uint8, to_unit
 from dist_t2i.data.shard_set import BadSample, Samples, ShardSet
-from dist_t2i.data.stream.edit_pairs import Neighbours, read_captions
+from dist_t2i.data.stream.edit_pairs import Neighbors, read_captions
 from dist_t2i.errors import DataError
 from dist_t2i.reporting.image_grid import GridRow
 from dist_t2i.training.ema import Average
@@ -45,7 +45,7 @@ class SampleSheet:
             captions = [caption for _, caption, _ in chosen]
             self._real = [picture for _, _, picture in chosen]
             if config.edit.width:
-                near = Neighbours(read_captions(data.shards(split)), config.edit.words)
+                near = Neighbors(read_captions(data.shards(split)), config.edit.words)
                 numbers = [near.pick(number, mix(config.train.seed, number)) for number, _, _ in chosen]
                 found = [self._first_usable(samples, range(number, number + 1)) for number in numbers]
                 self._sources = [one[2] if one else own[2] for one, own in zip(found, chosen, strict=True)]
@@ -75,7 +75,7 @@ class SampleSheet:
         sources = []
         if self._sources:
             shown = torch.from_numpy(np.stack(self._sources)).permute(0, 3, 1, 2)
-            sources = [shown.float().div(127.5).sub(1.0)]
+            sources = [to_unit(shown)]
             columns += sources
         for column in range(len(columns), PER_CAPTION):
             generator = torch.Generator().manual_seed(mix(self._config.train.seed, column, 3))
@@ -84,7 +84,7 @@ class SampleSheet:
             count = len(self.captions)
             inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1), *sources)
             columns.append(average.generate(*(x.to(self._device) for x in inputs)).images.cpu())
-        pictures = torch.stack(columns, dim=1).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        pictures = to_uint8(torch.stack(columns, dim=1))
         grid = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
         return [
             GridRow(caption, list(row), real)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_t2i.config.sections import Config
-from dist_t2i.data.open_data import open_entry, storage_of
+from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
 from dist_t2i.eval.protocol import load_protocol
@@ -70,7 +70,7 @@ class Periodic:
     def prepare(self) -> None:
         """Reads the held-out pictures and loads the judges, before training begins. Raises UserError."""
         if self._config.eval.data:
-            self._data = open_entry(self._config.eval.data, storage_of(self._config.data))
+            self._data = open_entry(self._config.eval.data, storage_options(self._config.data))
         size = self._config.data.image_size
         self._chosen = {split: rows.loaded(size) for split, rows in choose_all(self._data, self._protocol).items()}
         self._judges = load_judges(self._protocol, self._device)

@@ -27,7 +27,7 @@ from dist_t2i.config.fields import build
 from dist_t2i.config.sections import Config
 from dist_t2i.distributed.preemption import FINISHED, STOPPED
 from dist_t2i.errors import CheckpointError, ConfigError
-from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.folders import open_folder
 from fault_proxy import FaultProxy
 from faults import Stall, Status
 from object_store import S3Server, environment, without_aws
@@ -411,7 +411,7 @@ def test_by_hand(small, tmp_path):
 
 @pytest.mark.parametrize("url", ["folder", "memory://places/a", "s3://data/places/a"])
 def test_places_take_open_files_and_drop_folders(proxy, tmp_path, url):
-    place = open_place(str(tmp_path / "new" / "place") if url == "folder" else url, seconds=5)
+    place = open_folder(str(tmp_path / "new" / "place") if url == "folder" else url, seconds=5)
     for name, data in (("top", b"1"), ("a/one", b"22"), ("a/b/two", b"3"), ("empty", b""), ("ab", b"4" * 9_000_000)):
         place.put(io.BytesIO(data), name)
         assert place.read(name) == data

@@ -9,7 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_t2i.data.images import PictureError, decode, jpeg_orientation, open_picture, square, turned
+from dist_t2i.data.images import (
+    PictureError,
+    decode,
+    jpeg_orientation,
+    open_picture,
+    square,
+    to_uint8,
+    to_unit,
+    turned,
+)
 from pictures import encoded
 
 RED = (250, 10, 20)
@@ -162,3 +171,14 @@ def test_reading_does_not_depend_on_names():
     """A PNG called .jpg is a PNG."""
     assert Image.open(io.BytesIO(encoded(quarters()))).format == "PNG"
     assert decode(encoded(quarters()), 8).shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_uint8_survives_the_way_to_unit_range_and_back(dtype):
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    unit = to_unit(pixels, dtype)
+    assert unit.dtype == dtype and unit.min() == -1 and unit.max() == 1
+    assert torch.equal(unit, pixels.to(dtype).div(127.5).sub(1.0)), "training computes exactly this"
+    if dtype == torch.float32:
+        assert torch.equal(to_uint8(unit), pixels) and torch.equal(to_unit(pixels), unit)
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]

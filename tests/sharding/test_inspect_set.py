@@ -11,7 +11,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.sharding.sources.folder import find_items
 from dist_t2i.sharding.write_set import write_set
 from dist_t2i.sharding.writing.prepare import Options
-from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.folders import open_folder
 from pictures import make_folder, make_set
 from shard_tool import contents, shard
 
@@ -102,7 +102,7 @@ def test_memory_and_the_manifest_comes_last(tmp_path):
     system = fsspec.filesystem("memory")
     dates = {path.rpartition("/")[2]: system.created(path) for path in system.find("/some/set", maxdepth=1)}
     assert max(dates, key=lambda name: dates[name]) == "manifest.json"
-    place = open_place("memory://some/set")
+    place = open_folder("memory://some/set")
     assert place.names() == sorted(
         [".shard", *contents(make_set(tmp_path / "other", 12, shard_samples=5) and tmp_path / "other" / "set")]
     )
@@ -115,7 +115,7 @@ def test_memory_and_the_manifest_comes_last(tmp_path):
 def test_no_command_is_run_and_no_system_chained(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"not run|not chained"):
-        open_place(url)
+        open_folder(url)
     assert not list(tmp_path.iterdir())
 
 

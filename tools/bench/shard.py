@@ -105,10 +105,10 @@ def compare(pictures: Path, work: Path, runs: int) -> int:
     from dist_t2i.sharding.write_set import write_here
     from dist_t2i.sharding.writing.prepare import Options
     from dist_t2i.sharding.writing.shard_writer import plan_hash, plan_shards, reserve
-    from dist_t2i.storage.folders import open_place
+    from dist_t2i.storage.folders import open_folder
 
     items, _ = find_items(pictures, work / "captions.jsonl", 0.0)
-    place = open_place(work / "shards")
+    place = open_folder(work / "shards")
 
     def tar() -> None:
         subprocess.run(["tar", "-cf", work / "plain.tar", "-C", pictures.parent, pictures.name], check=True)

@@ -32,7 +32,7 @@ NONE = -1
 _WHETHER, _WHICH = 110, 111
 
 
-class Neighbours:
+class Neighbors:
     """The groups of samples with near captions; `captions[i]` are those of sample i."""
 
     def __init__(self, captions: Sequence[Sequence[str]], longest: int) -> None:
@@ -72,7 +72,7 @@ class Neighbours:
 class SourceChoice:
     """Which picture each visit of a sample is made from: its own, a neighbour's, or none. A function of (seed, position)."""
 
-    def __init__(self, neighbours: Neighbours, config: Config) -> None:
+    def __init__(self, neighbours: Neighbors, config: Config) -> None:
         self._neighbours, self._seed = neighbours, config.train.seed
         self._none, self._own = config.edit.none, config.edit.own
 
@@ -95,7 +95,7 @@ def source_choice(shards: Shards, config: Config) -> SourceChoice:
             f"the training split {what}, but learning to edit (edit.width) compares all captions of a set, which must lie "
             f"on this machine's disk and hold at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
         )
-    return SourceChoice(Neighbours(read_captions(shards), config.edit.words), config)
+    return SourceChoice(Neighbors(read_captions(shards), config.edit.words), config)
 
 
 def read_captions(shards: Shards) -> list[tuple[str, ...]]:

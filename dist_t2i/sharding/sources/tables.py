@@ -15,7 +15,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, rows_of
 from dist_t2i.sharding.items import Item, Problem, captioned, hold_out
 from dist_t2i.sharding.pictures import Download, Origin, PictureFile, reachable
-from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.folders import open_folder
 
 DEFAULT = Columns(("url", *IMAGE_COLUMNS), CAPTION_COLUMNS)
 _BATCH = 10_000
@@ -57,7 +57,7 @@ def table_items(
 
 def _rows(form: str, folder: str, name: str, table: str, columns: Columns) -> Iterator[Row]:
     try:
-        data = open_place(folder or ("/" if table.startswith("/") else ".")).read(name)
+        data = open_folder(folder or ("/" if table.startswith("/") else ".")).read(name)
     except OSError as error:
         raise DataError(f"cannot read the table {table}: {error.strerror or error}") from error
     return _parquet_rows(data, table, columns) if form == "parquet" else rows_of(data, form, table, columns)

@@ -23,7 +23,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text
 from dist_t2i.sharding.items import Item, Problem, captioned, hold_out
 from dist_t2i.sharding.pictures import TarPart
-from dist_t2i.storage.folders import open_place
+from dist_t2i.storage.folders import open_folder
 from dist_t2i.storage.urls import is_local, unchained
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
@@ -74,7 +74,7 @@ def look_into(url: str) -> Found:
                 _members(tar, path, status.st_size, f"{status.st_size} {status.st_mtime_ns}", False, found)
         else:
             folder, _, name = url.rpartition("/")
-            with tarfile.open(fileobj=_Stream(open_place(folder).chunks(name)), mode="r|") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_Stream(open_folder(folder).chunks(name)), mode="r|") as tar:  # type: ignore[call-overload]
                 _members(tar, url, None, "", True, found)
     except tarfile.TarError as error:
         found.problems.append(Problem(short, "", f"tar ends in the middle or is damaged: {error}"))

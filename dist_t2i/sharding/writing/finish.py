@@ -13,13 +13,13 @@ from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
 from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.report import write_report
 from dist_t2i.sharding.writing.shard_writer import Planned, accepted, count_reasons
-from dist_t2i.storage.folders import WORK, Place
+from dist_t2i.storage.folders import WORK, Folder
 
 SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
 
 
 def finish(
-    place: Place,
+    place: Folder,
     planned: Sequence[Planned],
     results: Sequence[dict[str, Any]],
     problems: list[dict[str, Any]],
@@ -59,7 +59,7 @@ def finish(
     return manifest
 
 
-def _number(place: Place, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _number(place: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Drop empty shards and rename the rest so that numbers have no gap; returns the shards of each split."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -76,14 +76,14 @@ def _number(place: Place, results: Sequence[dict[str, Any]]) -> dict[str, list[d
     return shards
 
 
-def put_back(place: Place, results: dict[str, dict[str, Any]]) -> None:
+def put_back(place: Folder, results: dict[str, dict[str, Any]]) -> None:
     """Undo the renaming, so that shards that are written again find their names free. Raises OSError."""
     for result in reversed(results.values()):
         if result["file"]:
             _move(place, result, result["name"])
 
 
-def _move(place: Place, result: dict[str, Any], new: str) -> None:
+def _move(place: Folder, result: dict[str, Any], new: str) -> None:
     """Give the tar and the index of a shard another name, or with "" none, and note it."""
     old = result["file"]
     if new == old:

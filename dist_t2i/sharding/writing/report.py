@@ -11,20 +11,20 @@ from typing import Any
 from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.data.shard_set import BadSample, Sample
 from dist_t2i.sharding.writing.shard_writer import count_reasons
-from dist_t2i.storage.folders import Place, place_of
+from dist_t2i.storage.folders import Folder, locate
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200
 
 
-def write_report(place: Place, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
+def write_report(place: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
     """Write report.html and contact_sheet.png beside the shards; the same bytes for the same set. Raises OSError."""
     samples = some_samples(place, manifest)
     place.write("contact_sheet.png", contact_sheet(samples))
     place.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
 
 
-def some_samples(place: Place, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
+def some_samples(place: Folder, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
     """Some samples of a split, evenly spread; those that cannot be read are left out. Raises OSError, DataError."""
     shards = manifest["splits"][split]["shards"]
     total = sum(shard["samples"] for shard in shards)
@@ -36,7 +36,7 @@ def some_samples(place: Place, manifest: dict[str, Any], split: str = "train", c
         start += shard["samples"]
         if rows:
             index = ShardIndex.from_bytes(place.read(index_name(shard)), shard["name"])
-            chosen.extend(_samples_of(*place_of(place, shard["name"]), index, rows))
+            chosen.extend(_samples_of(*locate(place, shard["name"]), index, rows))
     return chosen
 
 
@@ -45,7 +45,7 @@ def index_name(shard: dict[str, Any]) -> str:
     return shard.get("index") or f"{shard['name'][:-4]}.index"
 
 
-def _samples_of(place: Place, name: str, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
+def _samples_of(place: Folder, name: str, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
     found = []
     for row in rows:
         raw: dict[str, Any] = {"__key__": index.keys[row], "__url__": place.file_url(name)}

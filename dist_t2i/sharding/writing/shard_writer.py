@@ -24,7 +24,7 @@ from dist_t2i.sharding.items import Item, Problem
 from dist_t2i.sharding.pictures import DownloadError
 from dist_t2i.sharding.writing.prepare import Options, prepare
 from dist_t2i.sharding.writing.tar_writer import TarWriter
-from dist_t2i.storage.folders import WORK, Place
+from dist_t2i.storage.folders import WORK, Folder
 
 _ROOM = 3 * 1024
 """Bytes that a sample takes in a tar beside those of its picture, roughly."""
@@ -96,7 +96,7 @@ def plan_hash(planned: Sequence[Planned], options: Options) -> str:
 
 
 def write_shard(
-    place: Place, shard: Planned, options: Options, advance: Callable[[], None] = lambda: None
+    place: Folder, shard: Planned, options: Options, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Write one shard and its index; returns (and keeps in WORK) what came of it. Raises OSError when it cannot write."""
     aside = place.staging / f"{shard.name}.tar.part"
@@ -186,7 +186,7 @@ def _readings(items: Sequence[Item], threads: int) -> Iterator[tuple[Item, Any]]
             yield done, future.result()
 
 
-def finished(place: Place, shard: Planned) -> dict[str, Any] | None:
+def finished(place: Folder, shard: Planned) -> dict[str, Any] | None:
     """What came of a shard, if it is there and whole: its checksums are verified."""
     try:
         result = json.loads(place.read(f"{WORK}/{shard.name}.json"))
@@ -199,7 +199,7 @@ def finished(place: Place, shard: Planned) -> dict[str, Any] | None:
         return None
 
 
-def reserve(place: Place, name: str) -> None:
+def reserve(place: Folder, name: str) -> None:
     """Make the folder for the plan called `name`, or accept it as the unfinished or finished work on the same plan.
 
     Raises DataError when it holds anything else, or cannot be written.
@@ -225,7 +225,7 @@ def reserve(place: Place, name: str) -> None:
         raise DataError(f"cannot write to --out {place}: {error}") from error
 
 
-def forget(place: Place, planned: Sequence[Planned]) -> None:
+def forget(place: Folder, planned: Sequence[Planned]) -> None:
     """Take back what was written, so that the folder can be used again. Raises OSError."""
     for shard in planned:
         for name in (f"{shard.name}.tar", f"{shard.name}.index", f"{WORK}/{shard.name}.json"):

@@ -8,7 +8,7 @@ import torch
 
 from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.shard_set import Shard, Shards, open_set
-from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbours, SourceChoice, source_choice
+from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbors, SourceChoice, source_choice
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.sources.folder import find_items
@@ -28,7 +28,7 @@ NAMES = [
 
 
 def near(number: int, names=NAMES, longest: int = 4) -> set[int]:
-    return {int(other) for group in Neighbours([[n] for n in names], longest).groups(number) for other in group} - {
+    return {int(other) for group in Neighbors([[n] for n in names], longest).groups(number) for other in group} - {
         number
     }
 
@@ -39,11 +39,11 @@ def test_captions_that_agree_but_for_one_run_of_words_are_near():
     assert near(3, longest=1) == set(), "three words more are too many"
     assert near(3) == {0, 1, 6}
     assert near(2, longest=3) == {0, 1}
-    assert near(5) == set() and Neighbours([[n] for n in NAMES], 4).pick(5, 2**63) == 5
+    assert near(5) == set() and Neighbors([[n] for n in NAMES], 4).pick(5, 2**63) == 5
 
 
 def test_any_of_the_captions_counts_and_a_sample_without_any_is_alone():
-    neighbours = Neighbours([["a red car", "a taxi"], ["a blue car"], ["a taxi that waits"], []], 2)
+    neighbours = Neighbors([["a red car", "a taxi"], ["a blue car"], ["a taxi that waits"], []], 2)
     assert {int(n) for group in neighbours.groups(0) for n in group} == {0, 1, 2}
     assert neighbours.pick(3, 12345) == 3
 
@@ -55,10 +55,10 @@ def test_large_groups_are_passed_over_unless_there_are_no_others():
 
 
 def test_every_neighbour_is_chosen_and_the_choice_is_a_function_of_its_number():
-    neighbours = Neighbours([[n] for n in NAMES], 4)
+    neighbours = Neighbors([[n] for n in NAMES], 4)
     drawn = [neighbours.pick(1, number * 0x9E3779B97F4A7C15 % 2**64) for number in range(200)]
     assert set(drawn) == near(1)
-    assert drawn[:5] == [Neighbours([[n] for n in NAMES], 4).pick(1, n * 0x9E3779B97F4A7C15 % 2**64) for n in range(5)]
+    assert drawn[:5] == [Neighbors([[n] for n in NAMES], 4).pick(1, n * 0x9E3779B97F4A7C15 % 2**64) for n in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_source_and_picture_are_mirrored_and_cut_alike(data):
 
 def test_a_source_that_does_not_decode_is_replaced_by_the_picture_itself(data):
     broken = Shards([Shard(s.url, s.samples, s.index_url) for s in data.shards("train")._shards])
-    choice = SourceChoice(Neighbours([[f"thing {i // 2}"] for i in range(24)], 1), editing(data, own=0.0, none=0.0))
+    choice = SourceChoice(Neighbors([[f"thing {i // 2}"] for i in range(24)], 1), editing(data, own=0.0, none=0.0))
     assert choice(4, 0) == 5 and choice(5, 17) == 4
     from dist_t2i.data.stream.decode_stage import Decode
     from dist_t2i.data.stream.reader import Plan, Source
