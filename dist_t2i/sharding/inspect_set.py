@@ -15,7 +15,7 @@ from dist_t2i.sharding.writing.finish import fingerprint
 from dist_t2i.sharding.writing.processes import Spread, advance
 from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples
 from dist_t2i.sharding.writing.tar_writer import crc32
-from dist_t2i.storage.folders import Folder, open_folder, locate
+from dist_t2i.storage.folders import Folder, locate, open_folder
 
 _MAX_LISTED = 20
 
