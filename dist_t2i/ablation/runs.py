@@ -100,7 +100,7 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
 
 def all_captions(data: ShardSet) -> list[str]:
     """Every caption of a set, of all splits, and those that differ from one by skin tone (which evaluation asks for)."""
-    from dist_t2i.eval.metrics import tone_pair
+    from dist_t2i.eval.skin_tones import tone_pair
 
     found: dict[str, None] = {}
     for split in data.splits:

@@ -16,6 +16,7 @@ from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.selection import Chosen
+from dist_t2i.eval.skin_tones import group_of, tone_pair
 from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
@@ -81,12 +82,6 @@ def generate(model: TextToImage, captions: Sequence[str], seed: int, protocol: P
     return model.sample(captions, noise_seeds, protocol.truncation)
 
 
-def group_of(caption: str) -> str:
-    """What a caption shares its noise and its bootstrap draw with: the same one in another skin tone."""
-    pair = metrics.tone_pair(caption)
-    return pair[0] if pair else caption
-
-
 def measure(
     model: TextToImage,
     chosen: Chosen,
@@ -110,7 +105,7 @@ def measure(
         real |= ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, own, wanted))
     fake = ranks.collect(len(chosen), lambda rows: _fake_chunk(model, chosen, rows, protocol, judges, wanted))
     firsts = [row[0] for row in chosen.captions]
-    pairs = sorted({pair for caption in firsts if (pair := metrics.tone_pair(caption))})
+    pairs = sorted({pair for caption in firsts if (pair := tone_pair(caption))})
     extra = sorted({caption for pair in pairs for caption in pair} - set(firsts))
     more = ranks.collect(len(extra), lambda rows: {"luma": _luma(model, [extra[i] for i in rows], protocol)})
     if not ranks.main:

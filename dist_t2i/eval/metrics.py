@@ -10,7 +10,6 @@ weights they return a float; `interval` and `around` turn the values of resample
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -18,10 +17,6 @@ from torch import Tensor
 
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.utils.seeds import mix
-
-TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-"""The Fitzpatrick tones of Unicode, lightest first, as `emoji` names them (followed by "skin tone")."""
-
 
 # Distance between two sets of pictures
 
@@ -208,24 +203,6 @@ def weighted_mean(values: Tensor, weights: Tensor | None = None) -> float | Tens
 
 
 # Tone order
-
-
-def split_tone(caption: str) -> tuple[str, str, str] | None:
-    """("man vampire ", "medium-dark", "") of "man vampire medium-dark skin tone"; None unless there is exactly one."""
-    found = re.findall(r"(?<![\w-])(medium-light|medium-dark|light|medium|dark) skin tone", caption)
-    if len(found) != 1 or caption.count("skin tone") != 1:
-        return None
-    before, after = caption.split(f"{found[0]} skin tone")
-    return before, found[0], after
-
-
-def tone_pair(caption: str) -> tuple[str, str] | None:
-    """The same caption in light and in dark skin tone; None when it names no single skin tone."""
-    parts = split_tone(caption)
-    if parts is None:
-        return None
-    before, _, after = parts
-    return f"{before}light skin tone{after}", f"{before}dark skin tone{after}"
 
 
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:

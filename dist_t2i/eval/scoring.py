@@ -11,9 +11,10 @@ from torch import Tensor
 from dist_t2i.eval import metrics
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
-from dist_t2i.eval.measure import Features, Measured, group_of
+from dist_t2i.eval.measure import Features, Measured
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.scores import Score
+from dist_t2i.eval.skin_tones import group_of
 
 _NAMES = {
     "real": "the real pictures",

@@ -14,11 +14,12 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import compare, metrics, scoring
 from dist_t2i.eval import ranks as ranks_module
 from dist_t2i.eval.evaluate import evaluate, manifest, protocol_for
-from dist_t2i.eval.measure import Features, generate, group_of
+from dist_t2i.eval.measure import Features, generate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.ranks import Ranks
 from dist_t2i.eval.scores import markdown, read_scores, table
 from dist_t2i.eval.selection import choose
+from dist_t2i.eval.skin_tones import group_of
 from judges import JUDGE
 from models_on_disk import write_run, write_tone_set
 from ranks import ROOT, run_ranks

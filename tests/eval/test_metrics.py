@@ -101,19 +101,6 @@ def test_recall_with_a_small_set_uses_all_of_it():
     assert metrics.recall_at(1, torch.tensor([0]), pictures=1).tolist() == [1.0]
 
 
-def test_tone_pairs():
-    assert metrics.tone_pair("man vampire medium-dark skin tone") == (
-        "man vampire light skin tone",
-        "man vampire dark skin tone",
-    )
-    assert metrics.tone_pair("woman light skin tone beard") == (
-        "woman light skin tone beard",
-        "woman dark skin tone beard",
-    )
-    for caption in ("root vegetable", "handshake light skin tone dark skin tone", "skin tone", "starlight skin tone"):
-        assert metrics.tone_pair(caption) is None
-
-
 def test_tone_order_compares_brightness():
     grey = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
     darker = grey.clone()

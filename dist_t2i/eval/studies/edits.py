@@ -25,8 +25,9 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
-from dist_t2i.eval.measure import group_of
 from dist_t2i.eval.scores import Score, Scores, SplitScores
+from dist_t2i.eval.skin_tones import TONES as SKIN_TONES
+from dist_t2i.eval.skin_tones import group_of, split_tone, tone_pair
 from dist_t2i.reporting.image_grid import GridRow, draw_grid
 from dist_t2i.utils.seeds import mix
 
@@ -187,7 +188,7 @@ def tone_cases(library: Library) -> list[Case]:
     held_out = set(library.held_out)
     cases = []
     for text in library.held_out:
-        pair = metrics.tone_pair(text)
+        pair = tone_pair(text)
         if pair and held_out.issuperset(pair) and text in pair:
             cases.append(Case(pair[0] if text == pair[1] else pair[1], text, pair[0]))
     return cases
@@ -283,7 +284,7 @@ def tone_scores(found: Answers, library: Library, protocol: EditProtocol, judge:
     label = f"right tone ({int(right['edit'].sum())} of {len(found.cases)}), nearest of the real tones"
     scores = [_score("right_tone", label, right["edit"], weights, "higher", floor, {"the true target": 1.0})]
     row = {case.text: i for i, case in enumerate(found.cases)}
-    tones = [metrics.tone_pair(case.text) for case in found.cases]
+    tones = [tone_pair(case.text) for case in found.cases]
     pairs = torch.tensor([[row[light], row[dark]] for light, dark in tones])
     order = {
         name: metrics.tone_order(getattr(found, name)[pairs[:, 0]], getattr(found, name)[pairs[:, 1]])
@@ -303,8 +304,8 @@ def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Ten
     """
     found = []
     for picture, case in zip(pictures.double(), cases, strict=True):
-        before, asked, after = metrics.split_tone(case.text)
-        tones = [tone for tone in metrics.TONES if f"{before}{tone} skin tone{after}" in library]
+        before, asked, after = split_tone(case.text)
+        tones = [tone for tone in SKIN_TONES if f"{before}{tone} skin tone{after}" in library]
         real = library.pictures([f"{before}{tone} skin tone{after}" for tone in tones]).double()
         skin = ((real.amax(0) - real.amin(0)).amax(0) > SKIN).double()
         nearest = ((real - picture).square() * skin).sum(dim=(1, 2, 3)).argmin()

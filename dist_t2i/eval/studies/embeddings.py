@@ -12,7 +12,6 @@ splits, on a fifth of the captions by their hash). Which there are depends on th
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
+from dist_t2i.eval.skin_tones import group_of, split_tone, tone_of
 from dist_t2i.eval.studies import probes
 from dist_t2i.models.text_encoder import build_text_encoder
 
@@ -188,12 +188,6 @@ def properties(captions: Captions) -> dict[str, Any]:
     }
 
 
-def tone_of(caption: str) -> str:
-    """The one skin tone that a caption names, or ""."""
-    found = metrics.split_tone(caption)
-    return found[1] if found else ""
-
-
 def gender_of(caption: str) -> str:
     """`male`, `female`, `neither` (people without one), or "" where none or several are named."""
     said = set(words(caption))
@@ -203,10 +197,10 @@ def gender_of(caption: str) -> str:
 
 def _objects(caption: str) -> str:
     """Who is shown, without tone and gender: "pilot"; "" for captions without a skin tone."""
-    if not tone_of(caption):
+    parts = split_tone(caption)
+    if parts is None:
         return ""
-    left = re.sub(r"(medium-light|medium-dark|light|medium|dark) skin tone", "", caption)
-    return " ".join(word for word in words(left) if word not in _GENDERED) or "only a person"
+    return " ".join(word for word in words(parts[0] + parts[2]) if word not in _GENDERED) or "only a person"
 
 
 def _frequent(train: Sequence[str], most: int = 20):
@@ -243,7 +237,7 @@ def run_probe(
     if len(classes) < 2 or len(learn) < 20 or len(ask) < 8:
         return None
     wanted, truth = (torch.tensor([index[side[i]] for i in rows]) for side, rows in ((train, learn), (test, ask)))
-    weights = metrics.bootstrap_weights([_group(texts[i]) for i in ask])
+    weights = metrics.bootstrap_weights([group_of(texts[i]) for i in ask])
     found, shares = {}, {}
     for space, (rows, held) in spaces.items():
         right = (probes.probe(rows[learn], wanted, held[ask], len(classes)) == truth).double()
@@ -254,12 +248,6 @@ def run_probe(
     most = index[max(classes, key=lambda label: known[label])]
     chance = (truth == most).double().mean().item()
     return Probe(name, tuple(classes), len(learn), len(ask), chance, found, shares)
-
-
-def _group(caption: str) -> str:
-    """Captions that differ by skin tone alone are drawn together."""
-    pair = metrics.tone_pair(caption)
-    return pair[0] if pair else caption
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import run_command
+from dist_t2i.eval.skin_tones import tone_of
 from dist_t2i.eval.studies import embeddings, probes
 from models_on_disk import write_run, write_tone_set
 from pictures import make_set
@@ -70,7 +71,7 @@ def test_alike_does_not_mind_rotation_and_scale():
     ],
 )
 def test_what_a_caption_says(caption, tone, gender, thing):
-    assert (embeddings.tone_of(caption), embeddings.gender_of(caption)) == (tone, gender)
+    assert (tone_of(caption), embeddings.gender_of(caption)) == (tone, gender)
     assert embeddings._objects(caption) == thing
 
 

@@ -1,0 +1,40 @@
+"""Skin tones in captions, by Unicode's names: "man vampire medium-dark skin tone".
+
+The preparation of OpenMoji has its own pattern, because it also handles names with two tones. The tones are a fixed list
+of Unicode, and evaluation reads sets of every origin, so neither of the two modules imports the other.
+"""
+
+from __future__ import annotations
+
+import re
+
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+"""Unicode's Fitzpatrick tones, lightest first; in a caption, "skin tone" follows them."""
+_TONE = re.compile(rf"(?<![\w-])({'|'.join(TONES)}) skin tone")
+
+
+def split_tone(caption: str) -> tuple[str, str, str] | None:
+    """("man vampire ", "medium-dark", "") of "man vampire medium-dark skin tone"; None unless it names exactly one tone."""
+    tones = _TONE.findall(caption)
+    if len(tones) != 1 or caption.count("skin tone") != 1:
+        return None
+    before, after = caption.split(f"{tones[0]} skin tone")
+    return before, tones[0], after
+
+
+def tone_of(caption: str) -> str:
+    """The skin tone of a caption that names exactly one, else ""."""
+    parts = split_tone(caption)
+    return parts[1] if parts else ""
+
+
+def tone_pair(caption: str) -> tuple[str, str] | None:
+    """The caption in light and in dark skin tone; None unless it names exactly one tone."""
+    parts = split_tone(caption)
+    return (f"{parts[0]}light skin tone{parts[2]}", f"{parts[0]}dark skin tone{parts[2]}") if parts else None
+
+
+def group_of(caption: str) -> str:
+    """A name shared by captions that differ in skin tone only: they get the same noise and are resampled together."""
+    pair = tone_pair(caption)
+    return pair[0] if pair else caption
