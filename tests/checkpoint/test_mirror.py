@@ -32,7 +32,7 @@ from fault_proxy import FaultProxy
 from faults import Stall, Status
 from object_store import S3Server, environment, without_aws
 from ranks import ROOT
-from runs import Run, assert_same_state, make_set, wait_for
+from runs import Run, assert_same_state, make_set, wait_for_run
 
 URL = "s3://data/runs/mine"
 FINGERPRINT = "0123"
@@ -496,7 +496,7 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
     """Lost after a stop, lost again when kill -9 struck in mid-upload: in the end it is the run that nothing stopped."""
     run = mirroring(tmp_path / "run", data, "checkpoint.every_images=32")
     (process,) = run.start("checkpoint.every_images=1000")
-    wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 1, process, run)
+    wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 1, process, run)
     process.send_signal(signal.SIGTERM)
     assert process.wait(240) == 75, run.output()
     (stopped,) = (int(name[7:]) for name in run.checkpoints())
@@ -505,7 +505,7 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
     shutil.rmtree(run.folder)
     proxy.add(Stall(60), path="*images-000000080/generator.safetensors", method="PUT")
     (process,) = run.start()
-    wait_for(lambda: proxy.seen("*images-000000080/generator.safetensors", "PUT"), process, run)
+    wait_for_run(lambda: proxy.seen("*images-000000080/generator.safetensors", "PUT"), process, run)
     assert f"fetching the one at {stopped} images" in run.output()
     (uploader,) = uploaders(process.pid)
     process.kill()
@@ -527,9 +527,9 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
 def test_the_server_is_down_for_a_while(whole, data, tmp_path, proxy, server):
     run = mirroring(tmp_path / "run", data, "checkpoint.every_images=16")
     (process,) = run.start()
-    wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process, run)
+    wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process, run)
     with proxy.down():
-        wait_for(lambda: "waiting for" in run.output() and "fails:" in run.output(), process, run)
+        wait_for_run(lambda: "waiting for" in run.output() and "fails:" in run.output(), process, run)
         assert_same_state(run, whole)
     assert process.wait(240) == 0, run.output()
     assert run.output().count("fails:") == run.output().count("works again") == 1

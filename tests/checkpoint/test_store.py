@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
 KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
-from dist_t2i import checkpoint
+from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import claim
 
 def die_at(moment, run):
@@ -167,7 +167,7 @@ def die_at(moment, run):
                     os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(trace)
     files = {"generator": {"w": torch.full((1000,), 3.0)}}
-    checkpoint.save(claim(run / "checkpoints"), 300, files, {}, keep=checkpoint.Retention(last=1))
+    store.save(claim(run / "checkpoints"), 300, files, {}, keep=store.Retention(last=1))
     return count
 
 ended = []

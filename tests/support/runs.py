@@ -168,3 +168,14 @@ def assert_same_state(run: Run, other: Run, images: int = 80, tolerance: float =
         else:
             difference = (ours[name] - value).norm() / value.norm().clamp_min(1.0)
             assert difference <= tolerance, (name, float(difference))
+
+
+def wait_for_run(condition, process, run: Run, *, allow_exit: bool = False, seconds: float = 120) -> None:
+    """Until the condition holds; fails with the run's output. `allow_exit` accepts that the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            assert allow_exit, run.output()
+            return
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.02)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ranks import ROOT, free_port
-from runs import Run, assert_same_state, environment, make_set, wait_for
+from runs import Run, assert_same_state, environment, make_set, wait_for_run
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_pa
     run = Run(tmp_path / "run", data)
     launchers = machines.start("torchrun", run)
     try:
-        wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 3, launchers[0], run)
+        wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 3, launchers[0], run)
         ranks_of(launchers[1])[0].send_signal(signal.SIGUSR2)
         assert [launcher.wait(240) for launcher in launchers] == [1, 1], run.output()
     finally:
@@ -137,7 +137,7 @@ def test_a_machine_is_lost_and_the_other_goes_on_alone(machines, together, data,
     run = Run(tmp_path / "run", data, "checkpoint.every_images=8")
     launchers = machines.start("deepspeed", run)
     try:
-        wait_for(lambda: len(run.checkpoints()) >= 2, launchers[0], run)
+        wait_for_run(lambda: len(run.checkpoints()) >= 2, launchers[0], run)
         end(launchers[1:])
         assert launchers[0].wait(240) not in (0, 75), run.output()
     finally:

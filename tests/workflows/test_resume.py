@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from runs import BATCH, Run, assert_same_state, make_set
+from runs import BATCH, Run, assert_same_state, make_set, wait_for_run
 
 pytestmark = pytest.mark.slow
 TOTAL = 80
@@ -65,7 +65,7 @@ def test_resumed_is_bitwise_the_whole_run(whole, half, data, tmp_path):
 def test_a_signal_saves_and_the_same_command_goes_on(whole, data, tmp_path, number):
     run = Run(tmp_path / "run", data, "checkpoint.every_images=1000")
     process = run.start()[0]
-    wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 3, process, run)
+    wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 3, process, run)
     process.send_signal(number)
     assert process.wait(240) == 75, run.output()
     assert "Traceback" not in run.output()
@@ -80,7 +80,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, data, tmp_path, numb
 def test_one_rank_of_two_is_told_and_both_stop_at_the_same_step(data, tmp_path):
     run = Run(tmp_path / "run", data, "train.total_images=8000", "checkpoint.every_images=8000")
     processes = run.start(ranks=2)
-    wait_for(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 2, processes[0], run)
+    wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 2, processes[0], run)
     processes[1].send_signal(signal.SIGUSR2)
     assert [p.wait(240) for p in processes] == [75, 75], run.output()
     assert len(run.checkpoints()) == 1
@@ -124,7 +124,7 @@ def test_killed_twenty_times_at_random_moments(whole, data, tmp_path):
         before = len(run.checkpoints())
         # Start-up is not worth dying in twenty times: most deaths come in the steps and saves after it.
         if kills % 5:
-            wait_for(lambda n=before: ready(run) or len(run.checkpoints()) != n, process, run, allow_exit=True)
+            wait_for_run(lambda n=before: ready(run) or len(run.checkpoints()) != n, process, run, allow_exit=True)
         time.sleep(rng.uniform(0, 0.25))
         if process.poll() is not None:
             restart(run)
@@ -164,16 +164,6 @@ def assert_intact(run: Run) -> None:
     latest = run.folder / "checkpoints" / "latest"
     if latest.exists():
         assert latest.read_text().strip() in run.checkpoints()
-
-
-def wait_for(condition, process, run: Run, *, allow_exit: bool = False, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None:
-            assert allow_exit, run.output()
-            return
-        assert time.monotonic() < deadline, run.output()
-        time.sleep(0.02)
 
 
 def test_changed_configuration_is_refused_with_the_keys(half, data, tmp_path):

@@ -54,7 +54,7 @@ def wait_until(condition, seconds=120):
 
 @pytest.fixture
 def program(small):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(small.folder)],
         stdout=subprocess.PIPE,
