@@ -223,7 +223,8 @@ def facts(
     done: Configs, scores: Mapping[tuple[str, int], Mapping[str, Any]], data: ShardSet, out: Path
 ) -> dict[str, str]:
     """How it was made: command, hardware, hours, revision, data."""
-    from dist_t2i.ablation.runs import images_seen, seconds_trained
+    from dist_t2i.ablation.runs import seconds_trained
+    from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.utils import environment
 
     about = environment.describe()
@@ -232,7 +233,7 @@ def facts(
     code = {_revision(one["code"]) for one in ran}
     trained = [seconds_trained(Path(config.run.folder)) for config in done.values()]
     judged = [one["seconds"] for one in scores.values()]
-    seen = [images_seen(Path(config.run.folder)) for config in done.values()]
+    seen = [newest_images(Path(config.run.folder)) for config in done.values()]
     spent = time.monotonic() - STARTED + sum(one["seconds"] for one in calls(out))
     judges = next(iter(scores.values()))["manifest"]["judges"]
     judged_by = ", ".join(

@@ -184,12 +184,11 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
 
 def images_left(run: Path) -> int:
     """Images that the run has still to see, by its newest checkpoint."""
-    from dist_t2i.checkpoint import store
+    from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.config import files as config_files
 
     total = config_files.load(run / "config.yaml").train.total_images
-    newest = store.committed(run)
-    return max(0, total - int(newest[-1].name.removeprefix("images-"))) if newest else total
+    return max(0, total - newest_images(run))
 
 
 def report(run: Path, data: Path, budget: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from dist_t2i.ablation.plan import Plan, run_folder
 from dist_t2i.ablation.scoring import as_images
 from dist_t2i.ablation.statistics import Measure
 from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.utils.files import replacing
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -54,9 +54,8 @@ def draw_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
         zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
     ):
         _panel(axes, plan, measure, first=number == 0)
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png", dpi=90)
-    os.replace(aside, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=90)
     return path
 
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_t2i.ablation.plan import Plan, table_of
-from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.run_folder import fingerprint_of
+from dist_t2i.checkpoint.store import newest_images
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
@@ -37,14 +37,8 @@ _LOOK = 0.25
 """Seconds between two looks at runs that train side by side."""
 
 
-def images_seen(run: Path) -> int:
-    """At the newest checkpoint; 0 without one."""
-    newest = store.committed(run)
-    return int(newest[-1].name.removeprefix("images-")) if newest else 0
-
-
 def is_finished(config: Config) -> bool:
-    return images_seen(Path(config.run.folder)) >= config.train.total_images
+    return newest_images(Path(config.run.folder)) >= config.train.total_images
 
 
 def seconds_trained(run: Path) -> float:
@@ -151,7 +145,7 @@ def _in_turn(left: Configs, say: Say) -> dict[tuple[str, int], str]:
 
 
 def _begins(key: tuple[str, int], config: Config) -> str:
-    seen = images_seen(Path(config.run.folder))
+    seen = newest_images(Path(config.run.folder))
     where = f"goes on at {seen:,} of" if seen else "has to see"
     return f"{_name(key)} {where} {config.train.total_images:,} images"
 

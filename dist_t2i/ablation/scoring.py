@@ -22,7 +22,7 @@ from dist_t2i.eval.evaluate import evaluate, load_judges
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import keys_of
-from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.files import replacing, write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -54,9 +54,8 @@ class RememberingJudge(FeatureNetwork):
             return load_file(path)["features"]
         found = super().__call__(images, batch=batch)
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        save_file({"features": found.contiguous()}, aside)
-        aside.replace(path)
+        with replacing(path) as part:
+            save_file({"features": found.contiguous()}, part)
         return found
 
 

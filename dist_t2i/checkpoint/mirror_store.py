@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from dist_t2i.checkpoint import run_folder, store
-from dist_t2i.checkpoint.store import STATE, Retention
+from dist_t2i.checkpoint.store import STATE, Retention, folder_name, images_in
 from dist_t2i.config.files import loads
 from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
@@ -38,6 +38,7 @@ from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.wandb_logger import ID_FILE
 from dist_t2i.storage.folders import Folder, open_folder
+from dist_t2i.utils.files import chunks, sha256_of, write_synced
 
 T = TypeVar("T")
 
@@ -124,12 +125,12 @@ class MirrorStore:
             names = self._patiently(self._root.names)
         except FileNotFoundError as error:  # an empty prefix is listed as empty: the bucket itself is not there
             raise Unreachable(str(error)) from error
-        return sorted((int(found[1]) for name in names if (found := store.NAME.fullmatch(name))), reverse=True)
+        return sorted((images for name in names if (images := images_in(name)) is not None), reverse=True)
 
     def _state(self, images: int) -> bytes | None:
         """The commit marker, None when there is none."""
         try:
-            return self._patiently(lambda: self._root.read(f"{_name(images)}/{STATE}"))
+            return self._patiently(lambda: self._root.read(f"{folder_name(images)}/{STATE}"))
         except FileNotFoundError:
             return None
 
@@ -164,19 +165,21 @@ class MirrorStore:
             listed = dict(json.loads(state or b"")["files"])
             sizes = {_safe(name): int(about["bytes"]) for name, about in listed.items()}
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._root}/{_name(images)}/{STATE}: missing or unreadable ({error})") from error
+            raise CheckpointError(
+                f"{self._root}/{folder_name(images)}/{STATE}: missing or unreadable ({error})"
+            ) from error
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(lambda name: self._download(images, name, sizes[name], folder / name), sizes):
                 pass
-        _write(folder / STATE, [state or b""])
+        write_synced(folder / STATE, [state or b""])
 
     def _download(self, images: int, name: str, size: int, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         starts = range(0, size, _RANGE)
-        _write(path, (self._part(images, name, start, min(_RANGE, size - start)) for start in starts))
+        write_synced(path, (self._part(images, name, start, min(_RANGE, size - start)) for start in starts))
 
     def _part(self, images: int, name: str, start: int, size: int) -> bytes:
-        whole_name = f"{_name(images)}/{name}"
+        whole_name = f"{folder_name(images)}/{name}"
         for attempt, pause in enumerate(pauses()):
             try:
                 return self._root.read_range(whole_name, start, size)
@@ -220,7 +223,7 @@ class MirrorStore:
         """
         assert self._whole is not None, "claim first"
         self._still_ours()
-        keep = keep.with_best(_saved(store.folder_of(run) / _name(images)))
+        keep = keep.with_best(_saved(store.folder_of(run) / folder_name(images)))
         if images not in keep.expired({*self._whole, images}):
             with ExitStack() as stack:
                 self._upload(_Source(run, images, stack))
@@ -234,9 +237,9 @@ class MirrorStore:
             return
         self._remove(source.images)  # damaged, or of a run that went on from before it with other values
         for name, file in source.files():
-            self._put(self._root, file, f"{_name(source.images)}/{name}")
+            self._put(self._root, file, f"{folder_name(source.images)}/{name}")
         self._still_ours()
-        self._put(self._root, io.BytesIO(source.marker), f"{_name(source.images)}/{STATE}")
+        self._put(self._root, io.BytesIO(source.marker), f"{folder_name(source.images)}/{STATE}")
 
     def _has(self, source: _Source) -> bool:
         if not self._whole or source.images not in self._whole:
@@ -247,8 +250,8 @@ class MirrorStore:
             return False
 
     def _remove(self, images: int) -> None:
-        self._patiently(lambda: self._root.remove(f"{_name(images)}/{STATE}"))
-        self._patiently(lambda: self._root.remove_folder(_name(images)))
+        self._patiently(lambda: self._root.remove(f"{folder_name(images)}/{STATE}"))
+        self._patiently(lambda: self._root.remove_folder(folder_name(images)))
         self._removed.add(images)
         if self._whole:
             self._whole.discard(images)
@@ -280,7 +283,7 @@ class _Source:
 
     def __init__(self, run: Path, images: int, stack: ExitStack) -> None:
         self.images = images
-        folder = store.folder_of(run) / _name(images)
+        folder = store.folder_of(run) / folder_name(images)
         self.saved = _saved(folder)
         self._opened = {name: stack.enter_context((folder / name).open("rb")) for name in self.saved["files"]}
         self._records = {RECORDS + name: text.encode() for name, text in records(run, images).items()}
@@ -290,7 +293,7 @@ class _Source:
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
         """Name and content of each, checked. Raises LocalDamage."""
         for name, file in self._opened.items():
-            if _sha256(file) != self.saved["files"][name]["sha256"]:
+            if sha256_of(chunks(file)) != self.saved["files"][name]["sha256"]:
                 raise LocalDamage(f"{file.name}: does not have the checksum it was saved with")
             file.seek(0)
             yield name, file
@@ -341,28 +344,9 @@ def pauses() -> Iterator[float]:
         pause = min(60.0, 2 * pause)
 
 
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _name(images: int) -> str:
-    return f"images-{images:09d}"
-
-
 def _safe(name: str) -> str:
     """A marker is data: its names lead nowhere else. Raises ValueError."""
     plain = name.removeprefix(RECORDS)
     if not plain or plain != os.path.basename(plain) or plain in (".", "..", STATE):
         raise ValueError(f"{name!r} is no name of a file in a checkpoint")
     return name
-
-
-def _write(path: Path, parts: Any) -> None:
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.checkpoint.lease import Claim
 from dist_t2i.errors import CheckpointError
+from dist_t2i.utils.files import file_sha256, fsync, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ FORMAT = 2
 STATE = "state.json"
 LATEST = "latest"
 _SEAL = "sha256"
-NAME = re.compile(r"images-(\d{9,})")
+_NAME = re.compile(r"images-(\d{9,})")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class Checkpoint:
             ) from error
 
 
+def folder_name(images: int) -> str:
+    """The name of the checkpoint at `images` seen: `images-000001280`. Files about a checkpoint have it as their stem."""
+    return f"images-{images:09d}"
+
+
+def images_in(name: str) -> int | None:
+    """Images seen by the name of a checkpoint, None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def folder_of(run: Path) -> Path:
     """Where a run keeps its checkpoints."""
     return run / "checkpoints"
@@ -80,8 +92,17 @@ def folder_of(run: Path) -> Path:
 def committed(run: Path) -> list[Path]:
     """Folders of the committed checkpoints, by images seen."""
     root = folder_of(run)
-    found = [p for p in root.iterdir() if NAME.fullmatch(p.name)] if root.is_dir() else []
-    return sorted(found, key=_images)
+    return [root / folder_name(images) for images in _committed(root)]
+
+
+def newest_images(run: Path) -> int:
+    """Images seen at the newest committed checkpoint, by its name; 0 without one."""
+    return max(_committed(folder_of(run)), default=0)
+
+
+def _committed(root: Path) -> list[int]:
+    names = os.listdir(root) if root.is_dir() else []
+    return sorted(images for name in names if (images := images_in(name)) is not None)
 
 
 def save(
@@ -95,7 +116,7 @@ def save(
     Raises Superseded when another process has claimed the run; nothing was changed then.
     """
     root = claim.root
-    target = root / f"images-{images:09d}"
+    target = root / folder_name(images)
     with _errors_of_writing(claim, images):
         if target.exists() and not _intact(target):
             claim.remove(target)
@@ -103,10 +124,10 @@ def save(
             with _staged(claim) as staging:
                 _write(staging, files, {"format": FORMAT, "images": images, **state})
                 claim.commit(staging, target)
-            _sync(root)
+            fsync(root)
         _point_latest(claim, target.name)
-        for folder in keep.with_best(state).expired([_images(p) for p in committed(root.parent)]):
-            claim.remove(root / f"images-{folder:09d}")
+        for expired in keep.with_best(state).expired(_committed(root)):
+            claim.remove(root / folder_name(expired))
     return target
 
 
@@ -117,17 +138,17 @@ def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
     `images` is replaced. Raises CheckpointError when it cannot be written, and Superseded as `save` does.
     """
     root = claim.root
-    target = root / f"images-{images:09d}"
+    target = root / folder_name(images)
     with _errors_of_writing(claim, images):
         with _staged(claim) as staging:
             fill(staging)
             for path in (*staging.iterdir(), staging):
-                _sync(path)
+                fsync(path)
             os.chmod(staging, 0o755 & ~_umask())
             if target.exists():
                 claim.remove(target)
             claim.commit(staging, target)
-        _sync(root)
+        fsync(root)
         _point_latest(claim, target.name)
     return target
 
@@ -192,13 +213,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         images = int(state["images"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
-    if NAME.fullmatch(folder.name) and images != _images(folder):
+    if images_in(folder.name) not in (images, None):
         raise CheckpointError(f"{folder / STATE}: damaged, it is of {images:,} images.")
     for name, (size, sha256) in listed.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing.")
-        if path.stat().st_size != size or _sha256(path) != sha256:
+        if path.stat().st_size != size or file_sha256(path) != sha256:
             raise CheckpointError(f"{path}: does not have the size and checksum it was saved with.")
     return Checkpoint(folder, state)
 
@@ -254,24 +275,17 @@ def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, 
     for stem, tensors in files.items():
         name = f"{stem}.safetensors"
         data = to_bytes({key: value.contiguous() for key, value in tensors.items()}, metadata={"format": "pt"})
-        _write_synced(staging / name, data)
+        write_synced(staging / name, [data])
         listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    _write_synced(staging / STATE, seal({**state, "files": listed}))
-    _sync(staging)
+    write_synced(staging / STATE, [seal({**state, "files": listed})])
+    fsync(staging)
     os.chmod(staging, 0o755 & ~_umask())
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _point_latest(claim: Claim, name: str) -> None:
-    _write_synced(claim.folder / LATEST, f"{name}\n".encode())
+    write_synced(claim.folder / LATEST, [f"{name}\n".encode()])
     claim.commit(claim.folder / LATEST, claim.root / LATEST)
-    _sync(claim.root)
+    fsync(claim.root)
 
 
 def _read_latest(root: Path) -> str:
@@ -279,14 +293,6 @@ def _read_latest(root: Path) -> str:
         return (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _intact(folder: Path) -> bool:
@@ -297,23 +303,7 @@ def _intact(folder: Path) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _images(folder: Path) -> int:
-    return int(folder.name.removeprefix("images-"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import UserError
+from dist_t2i.utils.files import write_atomic
 
 FORMAT = 2
 
@@ -64,10 +64,8 @@ class Scores:
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: Path) -> None:
-        """Writes scores.json whole or not at all."""
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        """Writes scores.json atomically."""
+        write_atomic(path, json.dumps(self.as_json(), indent=1) + "\n")
 
 
 def read_scores(path: Path) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.reporting import web_page
-from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.files import replacing, write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.eval.studies.embeddings import Probe, Study
@@ -165,6 +164,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format="png", dpi=90)
-    os.replace(aside, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=90)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_t2i.checkpoint.store import images_in
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
 from dist_t2i.reporting.web_page import file, img, text, write
@@ -109,14 +110,14 @@ def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
 
 def _history(run: Path) -> str:
     """The sample grids of the run behind a slider; all of them, one below the other, without JavaScript."""
-    grids = sorted((run / "samples").glob("images-*.png"))
+    found = ((images_in(path.stem), path) for path in (run / "samples").glob("*.png"))
+    grids = sorted((images, path) for images, path in found if images is not None)
     if len(grids) > GRIDS:
         grids = [grids[round(i * (len(grids) - 1) / (GRIDS - 1))] for i in range(GRIDS)]
     if not grids:
         return ""
     figures = []
-    for path in grids:
-        images = int(re.sub(r"\D", "", path.stem))
+    for images, path in grids:
         label = f"after {images:,} images"
         figures.append(f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>")
     last = len(grids) - 1

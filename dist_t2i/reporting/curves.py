@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.reporting import metrics_log
+from dist_t2i.utils.files import replacing
 
 _PANELS = (
     ("losses", r"loss/[dg](_adversarial)?", False),
@@ -50,9 +50,8 @@ def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
         axes.set_visible(False)
     if title:
         figure.suptitle(title)
-    aside = out.with_name(f".{out.name}.tmp")
-    figure.savefig(aside, format="png", dpi=100)
-    os.replace(aside, out)
+    with replacing(out) as part:
+        figure.savefig(part, format="png", dpi=100)
     return True
 
 

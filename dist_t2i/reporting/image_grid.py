@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dist_t2i.utils.files import replacing
 
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (60, 130, 60)
 _GAP, _TEXT_WIDTH, _FONT_SIZE = 6, 230, 13
@@ -122,8 +123,7 @@ def _enlarge(picture: np.ndarray | Image.Image, tile: int) -> Image.Image:
 
 
 def save_grid(image: Image.Image, path: Path) -> None:
-    """Write a PNG that is there whole or not at all."""
+    """Write a PNG atomically, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
+    with replacing(path) as part:
+        image.save(part, format="PNG")

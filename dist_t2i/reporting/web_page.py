@@ -5,22 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:
-    """A page of these parts, written whole or not at all; its path."""
+    """Write a page of these parts atomically; returns its path."""
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title>{STYLE}{''.join(body)}</html>"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
+    write_atomic(path, page)
     return path
 
 

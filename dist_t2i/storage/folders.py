@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from dist_t2i.storage.clients import FROM_ENVIRONMENT, OBJECT_STORES, open_store, open_system, storage_errors
 from dist_t2i.storage.urls import scheme_of, unchained
+from dist_t2i.utils.files import chunks, fsync, replacing, sha256_of, write_atomic, write_synced
 
 WORK = ".shard"
 """The folder of notes that a rerun goes by."""
@@ -29,13 +30,6 @@ _PART = 8 * 2**20
 """Bytes of a file's part that travels by itself, at least."""
 _PARTS = 9000
 """Parts that a file may have, at most (S3 takes 10,000)."""
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file on a disk so that it exists whole or not at all. Raises OSError."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(data)
-    os.replace(aside, path)
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
@@ -141,11 +135,8 @@ class Folder(ABC):
         return True
 
     def checksum(self, name: str) -> str:
-        """sha256 of a file, read from end to end."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks(name):
-            digest.update(chunk)
-        return digest.hexdigest()
+        """SHA-256 of a file's content."""
+        return sha256_of(self.chunks(name))
 
 
 class LocalFolder(Folder):
@@ -179,7 +170,7 @@ class LocalFolder(Folder):
                 yield chunk
 
     def write(self, name: str, data: bytes) -> None:
-        write_aside(self.path / name, data)
+        write_atomic(self.path / name, data)
 
     def upload(self, source: Path, name: str) -> None:
         os.replace(source, self.path / name)
@@ -187,12 +178,8 @@ class LocalFolder(Folder):
     def put(self, file: BinaryIO, name: str) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.part")
-        with open(aside, "wb") as copy:
-            shutil.copyfileobj(file, copy, _CHUNK)
-            copy.flush()
-            os.fsync(copy.fileno())
-        os.replace(aside, path)
+        with replacing(path) as part:
+            write_synced(part, chunks(file))
 
     def rename(self, old: str, new: str) -> None:
         os.replace(self.path / old, self.path / new)
@@ -209,11 +196,7 @@ class LocalFolder(Folder):
 
     def settle(self, names: list[str]) -> None:
         for name in names:
-            descriptor = os.open(self.path / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync(self.path / name)
 
 
 def _left(file: BinaryIO) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_t2i.checkpoint.store import folder_name
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.errors import UserError
@@ -93,7 +94,7 @@ class Periodic:
             )
         try:
             (folder / FOLDER).mkdir(exist_ok=True)
-            found.save(folder / FOLDER / f"images-{images:09d}.json")
+            found.save(folder / FOLDER / f"{folder_name(images)}.json")
         except OSError as error:  # a full disk
             self._warn(f"{folder / FOLDER}: {error.strerror}; the scores are in metrics.jsonl alone")
         return {

@@ -2,22 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+_CHUNK = 2**20
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, which replaces `path` when the block ends and is deleted when it raises.
+
+    Readers see the old file or the new one, never a part. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) so that readers see the old or the new one, never a part. Raises OSError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file and return once its content would survive a power cut. Raises OSError."""
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Return once a file's content, or the names in a folder, would survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The rest of an open file, in pieces of at most 1 MiB."""
+    while chunk := file.read(_CHUNK):
+        yield chunk
+
+
+def sha256_of(pieces: Iterable[bytes]) -> str:
+    """SHA-256 of the concatenated pieces as 64 hex digits."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file as 64 hex digits. Raises OSError."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(chunks(file))

@@ -45,7 +45,7 @@ def test_whoever_claims_last_may_commit(tmp_path, monkeypatch):
     assert Superseded.status == SUPERSEDED == 76
 
 
-@pytest.mark.parametrize("moment", ["_write", "_sync", "_point_latest"])
+@pytest.mark.parametrize("moment", ["_write", "fsync", "_point_latest"])
 def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
     """The new attempt claims, goes on and commits between any two steps of the old one's save: the newest stays newest."""
     attempt(monkeypatch, 0)

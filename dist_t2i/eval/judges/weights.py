@@ -9,6 +9,7 @@ from dist_t2i.errors import DataError, UserError
 from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.storage.shard_file import read_file, reason_of
 from dist_t2i.storage.urls import is_local, local_path
+from dist_t2i.utils.files import write_atomic
 
 _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 
@@ -46,9 +47,7 @@ def weights_file(network: str, given: str | None, url: str) -> Path:
         try:
             data = read_file(source, _DOWNLOAD)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            aside = kept.with_name(f".{kept.name}.{os.getpid()}.part")
-            aside.write_bytes(data)
-            os.replace(aside, kept)
+            write_atomic(kept, data)
         except (OSError, DataError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else error
             raise UserError(
