@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from dist_t2i.config.sections import Config
+from dist_t2i.utils.settings import NOT_NEGATIVE, Bounds, Resume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Key:
     type: Any
     default: Any
     doc: str
+    bounds: Bounds
+    """Of a number, or of each number in a tuple."""
+    resume: Resume
 
 
 @functools.cache
@@ -39,34 +43,27 @@ def field_types(section: type) -> dict[str, Any]:
 @functools.cache
 def keys() -> dict[str, Key]:
     """Dotted name -> `Key`, in the order of the source."""
-    found: dict[str, Key] = {}
-    _collect(Config(), "", found)
-    return found
+    return {key.name: key for key in _keys(Config(), "", Resume.CHECKED)}
 
 
-def _collect(section: Any, prefix: str, found: dict[str, Key]) -> None:
-    docs: dict[str, str] = {}
-    for type_ in reversed(type(section).__mro__[:-1]):
-        docs |= _docs(inspect.getmodule(type_)).get(type_.__name__, {})
-    for name, type_ in field_types(section.__class__).items():
-        value = getattr(section, name)
-        if dataclasses.is_dataclass(value):
-            _collect(value, f"{prefix}{name}.", found)
-        else:
-            found[prefix + name] = Key(prefix + name, type_, value, docs.get(name, ""))
-
-
-def sections(config: Config) -> Iterator[tuple[str, Any]]:
-    """Every section of a configuration with the prefix of its keys, such as `model.generator.`, outer ones first."""
-    yield from _sections(config, "")
-
-
-def _sections(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    yield prefix, section
+def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
+    types_of, docs = field_types(type(section)), _docs(inspect.getmodule(type(section)))[type(section).__name__]
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
+        name, value = field.name, getattr(section, field.name)
+        resume = field.metadata.get("resume") or inherited
         if dataclasses.is_dataclass(value):
-            yield from _sections(value, f"{prefix}{field.name}.")
+            yield from _keys(value, f"{prefix}{name}.", resume)
+        else:
+            bounds = field.metadata.get("bounds", NOT_NEGATIVE)
+            yield Key(prefix + name, types_of[name], value, docs.get(name, ""), bounds, resume)
+
+
+def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each section of a configuration with the prefix of its keys, such as `model.generator.`, outer ones first."""
+    yield prefix, section
+    for name, value in vars(section).items():
+        if dataclasses.is_dataclass(value):
+            yield from sections(value, f"{prefix}{name}.")
 
 
 @functools.cache

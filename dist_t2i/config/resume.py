@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from dist_t2i.config.fields import flatten
+from dist_t2i.config.fields import flatten, keys
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError
-
-_FREE = (
-    "run.",
-    "report.",
-    "eval.",
-    "checkpoint.",
-    "data.train",  # the set may have moved; its fingerprint is compared instead
-    "data.workers",
-    "data.on_bad",
-    "data.max_bad_fraction",
-    "data.retry_seconds",
-    "data.stall_seconds",
-    "data.cache",
-    "data.cache_gb",
-    "data.endpoint",
-    "data.region",
-    "data.anonymous",
-    "train.hang_seconds",
-    "edit.init",  # where the weights came from that a run began with
-    "engine.accumulation",
-    "engine.generator_stage",
-    "engine.discriminator_stage",
-    "engine.offload",
-    "model.generator.truncation",  # of pictures made, not of training
-    "model.generator.colour_sharpness",  # likewise
-)
-"""Keys (or sections, with the dot) that may change in mid-run: the result stays the same within float round-off."""
-
-
-_FIXED = ("model.", "text.", "edit.width", "data.image_size", "data.max_tokens", "optimizer.generator_matrices")
-"""Keys (or sections) that say which tensors a checkpoint has, and of which shapes: no flag lets a run go on with others."""
+from dist_t2i.utils.settings import Resume
 
 
 def is_free(key: str, config: Config) -> bool:
@@ -49,12 +18,7 @@ def is_free(key: str, config: Config) -> bool:
     """
     if key == "train.total_images":
         return config.optimizer.decay == "constant"
-    return _matches(key, _FREE)
-
-
-def _matches(key: str, listed: Sequence[str]) -> bool:
-    """Whether `key` or its section (with the dot) is listed."""
-    return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
+    return keys()[key].resume is Resume.FREE
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
@@ -71,7 +35,7 @@ def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str =
     """
     changes = {key: f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()}
     lines = list(changes.values())
-    fixed = [line for key, line in changes.items() if key != "text.frozen" and _matches(key, _FIXED)]
+    fixed = [line for key, line in changes.items() if keys()[key].resume is Resume.FIXED]
     if fixed and allow:
         raise ConfigError(
             "the checkpoints of this run do not fit another network or optimizer:\n  "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 from collections.abc import Iterator
@@ -18,85 +17,6 @@ Finding = tuple[tuple[str, ...], str]
 """The keys involved, the one to change first, and what is wrong with a remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    low: float = 0.0
-    high: float = math.inf
-    above: bool = False
-    """Whether `low` itself is excluded."""
-    below: bool = False
-    """Whether `high` itself is excluded."""
-
-    def holds(self, value: float) -> bool:
-        over = value > self.low if self.above else value >= self.low
-        return over and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and below {self.high:g}" if self.below else f"{low} and at most {self.high:g}"
-
-
-_POSITIVE = _Range(above=True)
-_COUNT = _Range(1)
-_SHARE = _Range(0, 1)
-_NOT_NEGATIVE = _Range()
-
-_RANGES = {
-    "data.image_size": _Range(32, 4096),
-    "data.weights": _POSITIVE,
-    "data.shuffle_window": _COUNT,
-    "data.shuffle_shards": _COUNT,
-    "data.retry_seconds": _NOT_NEGATIVE,
-    "train.hang_seconds": _NOT_NEGATIVE,
-    "data.stall_seconds": _POSITIVE,
-    "data.cache_gb": _NOT_NEGATIVE,
-    "data.crop": _Range(0, 1, above=True),
-    "data.max_tokens": _Range(2, 4096),
-    "data.max_bad_fraction": _SHARE,
-    "text.embedding": _Range(2),
-    "text.layers": _COUNT,
-    "text.heads": _COUNT,
-    "model.generator.noise": _COUNT,
-    "model.generator.truncation": _NOT_NEGATIVE,
-    "model.generator.colour_sharpness": _POSITIVE,
-    "model.generator.condition": _COUNT,
-    "model.generator.channels": _COUNT,
-    "model.generator.blocks": _COUNT,
-    "model.discriminator.channels": _COUNT,
-    "model.discriminator.blocks": _COUNT,
-    "model.discriminator.embedding": _COUNT,
-    "edit.own": _SHARE,
-    "edit.none": _SHARE,
-    "edit.words": _COUNT,
-    "loss.mismatched": _SHARE,
-    "loss.temperature": _POSITIVE,
-    "loss.penalty_every": _COUNT,
-    "loss.penalty_sigma": _POSITIVE,
-    "augment.translation": _Range(0, 1, below=True),
-    "augment.color": _SHARE,
-    "augment.cutout": _Range(0, 1, below=True),
-    "optimizer.generator_lr": _POSITIVE,
-    "optimizer.discriminator_lr": _POSITIVE,
-    "optimizer.beta1": _Range(0, 1, below=True),
-    "optimizer.beta2": _Range(0, 1, below=True),
-    "optimizer.epsilon": _POSITIVE,
-    "optimizer.decay_start": _SHARE,
-    "optimizer.final_lr_scale": _SHARE,
-    "ema.half_life_images": _COUNT,
-    "ema.ramp": _SHARE,
-    "engine.accumulation": _COUNT,
-    "train.total_images": _COUNT,
-    "train.global_batch": _Range(2),
-    "checkpoint.every_images": _COUNT,
-    "checkpoint.keep_last": _COUNT,
-    "report.every_steps": _COUNT,
-    "report.sample_every_images": _COUNT,
-}
-"""Numbers not listed may be anything from 0 up. For a list, the range holds for each of its numbers."""
-
-
 def problems_of(config: Config) -> list[Finding]:
     """Everything wrong with the values of `config`; empty when it can be used."""
     found = list(_ranges(config))
@@ -108,11 +28,10 @@ def problems_of(config: Config) -> list[Finding]:
 def _ranges(config: Config) -> Iterator[Finding]:
     for key in keys().values():
         value = value_of(config, key.name)
-        range_ = _RANGES.get(key.name, _NOT_NEGATIVE)
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if is_number and typing.get_origin(key.type) is not typing.Literal and not range_.holds(number):
-                yield (key.name,), f"must be {range_}, is {number:g}"
+            if is_number and typing.get_origin(key.type) is not typing.Literal and number not in key.bounds:
+                yield (key.name,), f"must be {key.bounds}, is {number:g}"
                 break
 
 
@@ -259,6 +178,3 @@ def check_world(config: Config, world_size: int) -> int:
         f"use {choices}, another accumulation, or another number of ranks"
     )
     raise ConfigError(line, [line])
-
-
-# ---- across a resume -------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dist_t2i.config.sections import LossConfig
 from dist_t2i.losses import functional as losses
-from dist_t2i.models.config import AlignmentConfig
 from dist_t2i.models.discriminator import Embeddings
 
 
@@ -26,7 +26,7 @@ class Negatives(NamedTuple):
     """int64 [K, P]: other places of region maps that are negatives too (`losses.region_info_nce`)"""
 
 
-def discriminator_terms(e: Embeddings, loss: AlignmentConfig, negatives: Negatives) -> dict[str, Tensor]:
+def discriminator_terms(e: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:
     """D's losses, scalars by name, from the embeddings of real pictures and their captions."""
     same = negatives.same
     terms = {"d_alignment": losses.info_nce(e["image"], e["text"], loss.temperature, same)}
@@ -38,9 +38,7 @@ def discriminator_terms(e: Embeddings, loss: AlignmentConfig, negatives: Negativ
     return terms
 
 
-def generator_terms(
-    fake: Embeddings, real: Embeddings, loss: AlignmentConfig, negatives: Negatives
-) -> dict[str, Tensor]:
+def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:
     """G's losses, scalars by name; `real` has the embeddings of real pictures and of their captions, as constants."""
     same, places = negatives
     terms = {
@@ -55,7 +53,7 @@ def generator_terms(
     return terms
 
 
-def _words(pictures: Embeddings, captions: Embeddings, loss: AlignmentConfig, same: Tensor) -> Tensor:
+def _words(pictures: Embeddings, captions: Embeddings, loss: LossConfig, same: Tensor) -> Tensor:
     words, mask = captions["words"], captions["word_mask"]
     temperature, sharpness = loss.word_temperature, loss.word_sharpness
     return losses.word_info_nce(pictures["word_regions"], words, mask, temperature, same, sharpness)

@@ -1,0 +1,66 @@
+"""What a field of a configuration says of its key: the range of its values, and whether it may change on resume.
+
+noise: int = setting(64, at_least(1))
+report: ReportConfig = section(ReportConfig, Resume.FREE)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """A range of numbers; `str` completes "must be"."""
+
+    low: float = 0.0
+    high: float = math.inf
+    above: bool = False
+    """Whether `low` itself is excluded."""
+    below: bool = False
+    """Whether `high` itself is excluded."""
+
+    def __contains__(self, value: float) -> bool:
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+def at_least(low: float) -> Bounds:
+    return Bounds(low)
+
+
+NOT_NEGATIVE, POSITIVE, SHARE = Bounds(), Bounds(above=True), Bounds(0, 1)
+
+
+class Resume(enum.Enum):
+    """What a change of a key means for a run that is resumed."""
+
+    FREE = "free"
+    """The result stays the same within float round-off."""
+    CHECKED = "checked"
+    """The result changes: only with --allow-changes."""
+    FIXED = "fixed"
+    """The checkpoint has other tensors or shapes: never."""
+
+
+def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
+    """A field of a configuration. `bounds` holds for a number, or for each number of a tuple; without `resume` the key
+    behaves as its section does."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
+
+
+def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
+    """A field that holds a section; `resume` is for the keys in it that do not say otherwise."""
+    return dataclasses.field(default_factory=factory, metadata={"resume": resume})
