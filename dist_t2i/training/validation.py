@@ -24,7 +24,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
 from dist_t2i.eval.protocol import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
-from dist_t2i.inference.model_files import ModelFiles, frozen_source
+from dist_t2i.inference.model_files import ModelFiles, read_frozen
 from dist_t2i.inference.pipeline import TextToImage
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Periodic:
         self._judges = load_judges(self._protocol, self._device)
         self._seen: dict[str, dict[str, Tensor]] = {split: {} for split in self._chosen}
         text, limit = self._config.text, self._config.data.max_tokens
-        self._frozen = frozen_source(text, self._words, limit) if text.mode == "frozen" else None
+        self._frozen = read_frozen(text, self._words, limit) if text.mode == "frozen" else None
 
     def scores(self, folder: Path, generator: Mapping, discriminator: Mapping, images: int) -> dict[str, float]:
         """`eval/SPLIT/SCORE` -> value of these weights (fp32, as checkpoints name them); the scores are kept in the run."""
