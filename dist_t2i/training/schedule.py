@@ -1,6 +1,6 @@
-"""What changes over a run, as pure functions of the images seen: the learning rate and the lazy penalty.
+"""Pure functions of the images seen: what is due, the learning rate, the lazy penalty.
 
-(The decay of the moving average is `models.ema.ema_decay`.) No state is kept, so a resumed run is on schedule by construction, whatever its world size.
+They keep no state, so a resumed run is on schedule at any world size. `training.ema.ema_decay` is another one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 import math
 
 from dist_t2i.config.sections import LossConfig, OptimizerConfig
+
+
+def passes(every: int, images: int, batch: int) -> bool:
+    """Whether the step of `batch` images that ended at `images` seen passed a multiple of `every`; never for `every` 0."""
+    return every > 0 and images > 0 and images // every > (images - batch) // every
 
 
 def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: int) -> float:

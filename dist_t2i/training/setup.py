@@ -1,25 +1,173 @@
-"""From a configuration to the engines of a run and the moving average beside them."""
+"""Builds the parts of a run from its configuration. The only module of this package that takes the whole of it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_t2i.checkpoint import run_folder, store
+from dist_t2i.checkpoint.lease import Claim
+from dist_t2i.checkpoint.mirror import Mirroring
 from dist_t2i.config.fields import flatten
 from dist_t2i.config.resume import is_free
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import Config, DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
 from dist_t2i.config.validation import check_world
+from dist_t2i.data.open_data import open_data
+from dist_t2i.data.shard_set import ShardSet
+from dist_t2i.data.stream.stream import Stream, open_stream
 from dist_t2i.data.tokenizer import Tokenizer
-from dist_t2i.distributed.engine import EngineSpec, NetworkEngine
+from dist_t2i.distributed.collectives import on_main
+from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, resolve_precision
+from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import ConfigError, UserError
-from dist_t2i.inference.model_files import ModelFiles, read_model
+from dist_t2i.inference.model_files import ModelFiles, load_frozen, read_model
 from dist_t2i.models.networks import Networks, build_networks
+from dist_t2i.reporting.reporter import Reporter
+from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
+from dist_t2i.training.sample_grid import SampleSheet
+from dist_t2i.training.validation import Periodic
+from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What the training loop works with, on one rank."""
+
+    folder: Path
+    main: bool
+    """Whether this is rank 0."""
+    images: int
+    """Images seen when the loop begins."""
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    """With a concrete precision."""
+    report: ReportConfig
+    stream: Stream
+    gan: Gan
+    average: Average
+    checkpointer: Checkpointer
+    validation: Periodic | None
+    """None where `eval.every_images` is 0."""
+    sample_sheet: SampleSheet | None
+    """Rank 0 only."""
+    reporter: Reporter
+    mirror: Mirroring
+    watchdog: Watchdog
+
+
+def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> RunParts:
+    """The parts of the run in `config.run.folder`, restored from its newest intact checkpoint, if any.
+
+    Collective; the process group must exist. Raises UserError.
+    """
+    precision = resolve_precision(config.engine.precision, device)
+    config = replace(config, engine=replace(config.engine, precision=precision))
+    folder, main = Path(config.run.folder), dist.get_rank() == 0
+    batch = config.train.global_batch
+
+    # Data, and the run's folder: checked, leased, and filled from the mirror where it lacks the newest checkpoint.
+    reporter = Reporter(folder, config, main=main)
+    data = open_data(config.data)
+    mirror = Mirroring(config, reporter, main=main, allow_changes=allow_changes)
+    on_main(lambda: mirror.look(data.fingerprint), slow=True)
+    lease = _take_lease(folder, config, data, allow_changes)
+    on_main(lambda: mirror.restore(lease), slow=True)
+
+    # Networks under their engines. A resumed run needs no initial weights from another model.
+    frozen = None
+    if config.text.mode == "frozen":
+        frozen = load_frozen(config.text, data.tokenizer, config.data.max_tokens)
+    latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
+    beginning = None if latest else read_beginning(config, data.tokenizer)
+    gan, average = assemble(config, data.tokenizer.vocab_size, device, frozen, beginning)
+
+    validation = _build_validation(folder, config, data, device, reporter) if config.eval.every_images else None
+    checkpointer = Checkpointer(
+        config.checkpoint,
+        lease,
+        latest,
+        engines=gan.engines,
+        average=average,
+        validation=validation,
+        reporter=reporter,
+        mirror=mirror,
+        watchdog=watchdog,
+        seed=config.train.seed,
+        batch=batch,
+        report_images=config.report.every_steps * batch,
+    )
+    images = checkpointer.restore()
+    sample_sheet = SampleSheet(config, data, device) if main else None
+
+    # The stream starts at the restored position; the records of samples beyond it will be written again.
+    bad_file = folder / "bad_samples.jsonl"
+    on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
+    with signals_blocked():
+        stream = open_stream(
+            config,
+            data.tokenizer,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            start_images=images,
+            bad_file=bad_file,
+            data_set=data,
+        )
+    return RunParts(
+        folder=folder,
+        main=main,
+        images=images,
+        data=config.data,
+        train=config.train,
+        optimizer=config.optimizer,
+        engine=config.engine,
+        report=config.report,
+        stream=stream,
+        gan=gan,
+        average=average,
+        checkpointer=checkpointer,
+        validation=validation,
+        sample_sheet=sample_sheet,
+        reporter=reporter,
+        mirror=mirror,
+        watchdog=watchdog,
+    )
+
+
+def _take_lease(folder: Path, config: Config, data: ShardSet, allow_changes: bool) -> Claim | None:
+    """The lease on the run, on rank 0; None on the others. Collective."""
+    lease: Claim | None = None
+
+    def take() -> None:
+        nonlocal lease
+        warn = lambda message: print(f"warning: {message}", flush=True)  # noqa: E731  the log is not this process's yet
+        lease = run_folder.prepare(folder, config, data, allow_changes=allow_changes, warn=warn)
+
+    on_main(take)
+    return lease
+
+
+def _build_validation(
+    folder: Path, config: Config, data: ShardSet, device: torch.device, reporter: Reporter
+) -> Periodic:
+    """Collective. Rank 0 builds its own first, so that only rank 0 prints what is wrong with the protocol."""
+    validation: Periodic | None = None
+
+    def prepare() -> None:
+        nonlocal validation
+        validation = Periodic(folder, config, data, device, reporter.warn)
+        validation.prepare()
+
+    on_main(prepare, slow=True)
+    return validation or Periodic(folder, config, data, device, reporter.warn)
 
 
 def assemble(

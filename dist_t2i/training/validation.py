@@ -26,6 +26,7 @@ from dist_t2i.eval.protocol import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
 from dist_t2i.inference.model_files import ModelFiles, read_frozen
 from dist_t2i.inference.pipeline import TextToImage
+from dist_t2i.training.schedule import passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,10 @@ class Periodic:
     Raises UserError for a protocol or a metric that there is not.
     """
 
-    def __init__(self, config: Config, data: ShardSet, device: torch.device, warn: Callable[[str], None]) -> None:
-        self._config, self._device, self._warn = config, device, warn
+    def __init__(
+        self, folder: Path, config: Config, data: ShardSet, device: torch.device, warn: Callable[[str], None]
+    ) -> None:
+        self._folder, self._config, self._device, self._warn = folder, config, device, warn
         self._protocol = load_protocol(config.eval.protocol)
         if config.eval.metric not in keys_of(self._protocol):
             raise UserError(
@@ -79,8 +82,9 @@ class Periodic:
         text, limit = self._config.text, self._config.data.max_tokens
         self._frozen = read_frozen(text, self._words, limit) if text.mode == "frozen" else None
 
-    def scores(self, folder: Path, generator: Mapping, discriminator: Mapping, images: int) -> dict[str, float]:
+    def scores(self, generator: Mapping, discriminator: Mapping, images: int) -> dict[str, float]:
         """`eval/SPLIT/SCORE` -> value of these weights (fp32, as checkpoints name them); the scores are kept in the run."""
+        folder = self._folder
         files = ModelFiles(folder, self._config, self._words, generator, discriminator, images, self._frozen)
         with torch.random.fork_rng(devices=[]):
             found = evaluate(
@@ -103,9 +107,11 @@ class Periodic:
 
     # ---- every rank --------------------------------------------------------------------------------------------------
 
-    def done(self, images: int) -> bool:
-        """Whether the evaluation at these images seen lies behind (a run that goes on from there)."""
-        return self._at == images
+    def due(self, images: int) -> bool:
+        """Whether to evaluate at `images` seen; not again in a run that is resumed right after its evaluation."""
+        train = self._config.train
+        due = passes(self._config.eval.every_images, images, train.global_batch) or images >= train.total_images
+        return due and images != self._at
 
     def take(self, images: int, values: Mapping[str, float]) -> bool:
         """The scores at `images`: whether they are the best so far, by `eval.metric` on the protocol's first split."""

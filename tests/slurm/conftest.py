@@ -62,7 +62,8 @@ def projects(tmp_path_factory):
         trainer = folder / "dist_t2i" / "training" / "trainer.py"
         text = trainer.read_text()
         assert text.count(STEP) == 1
-        trainer.write_text(text.replace(STEP, STEP + "".join(f"        {line}\n" for line in lines)))
+        bug = "".join(f"        {line}\n" for line in ("import time", "from pathlib import Path", *lines))
+        trainer.write_text(text.replace(STEP, STEP + bug))
         if smooth:
             with (folder / "dist_t2i" / "models" / "layers.py").open("a") as layers:
                 layers.write(SMOOTH)

@@ -158,7 +158,7 @@ def test_other_mistakes_are_told_in_a_line(data, protocol, tmp_path):
     ):
         config = loads("", [f"data.train={data}", f"eval.protocol={protocol}", override])
         with pytest.raises(UserError) as told:
-            Periodic(config, open_set(data), torch.device("cpu"), print).prepare()
+            Periodic(tmp_path, config, open_set(data), torch.device("cpu"), print).prepare()
         assert said in str(told.value) and "\n" not in str(told.value)
 
 
