@@ -13,7 +13,6 @@ over; 77 a rank hung; 130 second Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -25,8 +24,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from dist_t2i.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
-    from dist_t2i.config.sections import Config
-    from dist_t2i.distributed.launch import Rank
     from dist_t2i.distributed.preemption import StopFlag
 
 
@@ -46,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) -> int:
-    """Returns the exit status; `stop` as in `train`. Raises UserError."""
+    """Returns the exit status; `stop` as in `training.setup.train`. Raises UserError."""
     options = parse(arguments)
     if options.help_config:
         from dist_t2i.config.fields import reference
@@ -67,44 +64,12 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
         from dist_t2i.config.validation import check_world
 
         check_world(config, rank.world_size)
+        from dist_t2i.training.setup import train
+
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:
         error.told_by_main = error.told_by_main or (rank.rank > 0 and _same_everywhere(error))
         raise
-
-
-def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> int:
-    """Train as one rank of a run until `train.total_images` are seen or a signal asks to stop; returns the exit status.
-
-    Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so that
-    no signal is lost while this package is imported. Raises UserError.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from dist_t2i.distributed.engine import init_distributed
-    from dist_t2i.distributed.launch import has_gpu
-    from dist_t2i.distributed.preemption import StopFlag
-    from dist_t2i.distributed.watchdog import Watchdog
-    from dist_t2i.training.setup import build_run
-    from dist_t2i.training.trainer import Trainer
-
-    device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The flag stays installed until the process ends: a late signal must not change the exit status.
-    stop = stop or StopFlag(announce=rank.rank == 0).install()
-    watchdog = Watchdog(Path(config.run.folder), rank.rank, rank.world_size, config.train.hang_seconds).start()
-    init_distributed(device)
-    try:
-        trainer = Trainer(build_run(config, device, watchdog, allow_changes=allow_changes))
-        status = trainer.run(stop)
-    finally:
-        watchdog.stop()
-        with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
-            dist.destroy_process_group()
-    trainer.parts.mirror.finish(status, stop)  # the other ranks need not wait for the upload
-    return status
 
 
 def _same_everywhere(error: UserError) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,14 +15,16 @@ from dist_t2i.checkpoint.lease import Claim
 from dist_t2i.checkpoint.mirror import Mirroring
 from dist_t2i.config.fields import flatten
 from dist_t2i.config.resume import is_free
-from dist_t2i.config.sections import Config, DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
+from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import ShardSet
-from dist_t2i.data.stream.stream import Stream, open_stream
+from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.distributed.collectives import on_main
-from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, resolve_precision
+from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, init_distributed, resolve_precision
+from dist_t2i.distributed.launch import Rank, has_gpu
+from dist_t2i.distributed.preemption import StopFlag
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import ConfigError, UserError
 from dist_t2i.inference.model_files import ModelFiles, load_frozen, read_model
@@ -31,37 +34,34 @@ from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
 from dist_t2i.training.sample_grid import SampleSheet
+from dist_t2i.training.trainer import RunParts, Trainer
 from dist_t2i.training.validation import Periodic
 from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """What the training loop works with, on one rank."""
+def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> int:
+    """Train as one rank of a run until `train.total_images` are seen or a signal asks to stop; returns the exit status.
 
-    folder: Path
-    main: bool
-    """Whether this is rank 0."""
-    images: int
-    """Images seen when the loop begins."""
-    data: DataConfig
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    engine: EngineConfig
-    """With a concrete precision."""
-    report: ReportConfig
-    stream: Stream
-    gan: Gan
-    average: Average
-    checkpointer: Checkpointer
-    validation: Periodic | None
-    """None where `eval.every_images` is 0."""
-    sample_sheet: SampleSheet | None
-    """Rank 0 only."""
-    reporter: Reporter
-    mirror: Mirroring
-    watchdog: Watchdog
+    Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so that
+    no signal is lost while this package is imported. Raises UserError.
+    """
+    device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The flag stays installed until the process ends: a late signal must not change the exit status.
+    stop = stop or StopFlag(announce=rank.rank == 0).install()
+    watchdog = Watchdog(Path(config.run.folder), rank.rank, rank.world_size, config.train.hang_seconds).start()
+    init_distributed(device)
+    try:
+        trainer = Trainer(build_run(config, device, watchdog, allow_changes=allow_changes))
+        status = trainer.run(stop)
+    finally:
+        watchdog.stop()
+        with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
+            dist.destroy_process_group()
+    trainer.parts.mirror.finish(status, stop)  # the other ranks need not wait for the upload
+    return status
 
 
 def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> RunParts:

@@ -8,22 +8,61 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
 from dist_t2i.checkpoint.lease import Superseded
+from dist_t2i.checkpoint.mirror import Mirroring
+from dist_t2i.config.sections import DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
+from dist_t2i.data.stream.stream import Stream
 from dist_t2i.distributed.collectives import max_over_ranks, mean_over_ranks, on_main
 from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopFlag
+from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import UserError
 from dist_t2i.reporting.meter import Meter
+from dist_t2i.reporting.reporter import Reporter
+from dist_t2i.training.checkpointing import Checkpointer
+from dist_t2i.training.ema import Average
+from dist_t2i.training.gan import Gan
 from dist_t2i.training.health import Health, check_finite
+from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.schedule import learning_rate_scale, passes
-from dist_t2i.training.setup import RunParts
+from dist_t2i.training.validation import Periodic
 
 _EVALUATION_SECONDS = 3600.0
 """An evaluation may take this many seconds longer than a step before the watchdog counts it as a hang."""
 _SAMPLE_SECONDS = 600.0
 """The same for a sample grid."""
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What the training loop works with, on one rank."""
+
+    folder: Path
+    main: bool
+    """Whether this is rank 0."""
+    images: int
+    """Images seen when the loop begins."""
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    """With a concrete precision."""
+    report: ReportConfig
+    stream: Stream
+    gan: Gan
+    average: Average
+    checkpointer: Checkpointer
+    validation: Periodic | None
+    """None where `eval.every_images` is 0."""
+    sample_sheet: SampleSheet | None
+    """Rank 0 only."""
+    reporter: Reporter
+    mirror: Mirroring
+    watchdog: Watchdog
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from ranks import ROOT, free_port
 
 TRAIN = ROOT / "dist_t2i" / "train.py"
 _TRAINING = Program(
-    TRAIN, "torch._dynamo", "deepspeed", "dist_t2i.training.trainer", "dist_t2i.data.stream.stream", "tokenizers"
+    TRAIN, "torch._dynamo", "deepspeed", "dist_t2i.training.setup", "dist_t2i.data.stream.stream", "tokenizers"
 )
 """Imports take most of these runs' processor time; the tests of launching start train.py as it is."""
 BATCH = 8
