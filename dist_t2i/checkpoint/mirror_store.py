@@ -81,7 +81,7 @@ class Identity:
     def strange_to(self, config: Config, fingerprint: str) -> list[str]:
         """What says that this is the mirror of another run, one line each; empty when it is this run's."""
         try:
-            theirs = loads(self.config, source="config.yaml")
+            theirs = loads(self.config, origin="config.yaml")
         except ConfigError as error:
             return [f"its config.yaml cannot be read ({'; '.join(error.problems) or error})"]
         changed = differences(theirs, config).items()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from dist_t2i.config.fields import build, expected, field_types, keys
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import RENAMED, Config
 from dist_t2i.config.validation import problems_of
 from dist_t2i.errors import ConfigError
 from dist_t2i.utils.text import nearest
@@ -59,34 +61,38 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
-
-    def order(self) -> tuple[int, int]:
-        """Lines of the file first and in order, then overrides as they were given."""
-        return (0, int(self.where.split()[1])) if self.where.startswith("line ") else (1, 0)
-
-
 class _Reading:
     """Values collected from a file and overrides, with where each came from and what is wrong with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
         self.values: dict[str, Any] = {}
         self.where: dict[str, str] = {}
-        self.problems: list[_Problem] = []
+        self.problems: list[tuple[str, str]] = []
         self.wrong: set[str] = set()
 
     def refuse(self, where: str, key: str, text: str) -> None:
-        self.problems.append(_Problem(where, f"{key}: {text}" if key else text))
+        self.problems.append((where, f"{key}: {text}" if key else text))
         self.wrong.add(key)
 
+    def report(self) -> list[str]:
+        """The problems: those of the file by line, then those of the overrides in the order given."""
+
+        def line(problem: tuple[str, str]) -> float:
+            return int(problem[0].split()[1]) if problem[0].startswith("line ") else math.inf
+
+        return [f"{where}: {text}" for where, text in sorted(self.problems, key=line)]
+
+    def current(self, key: str, where: str) -> str:
+        """The name of a key today. Warns when `key` is its name in earlier versions: once a process, on rank 0."""
+        name = RENAMED.get(key, key)
+        if name != key and key not in _WARNED and os.environ.get("RANK", "0") == "0":
+            _WARNED.add(key)
+            print(f"warning: {self.origin}: {where}: {key} has a new name, {name}", file=sys.stderr)
+        return name
+
     def section(self, loader: _Loader, node: yaml.Node, section: type, prefix: str, where: str = "") -> None:
-        """Take the keys of one mapping node; `where` replaces the line number (overrides have none)."""
+        """Reads the keys of one mapping node; `where` replaces the line number (overrides have none)."""
         if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
             return  # `data:` with nothing beneath it
         if isinstance(node, yaml.ScalarNode) and "kind" in field_types(section):
@@ -98,24 +104,26 @@ class _Reading:
             return
         first: dict[str, str] = {}
         for key_node, _ in node.value:
-            name, place = str(key_node.value), where or _line(key_node)
+            key, location = prefix + str(key_node.value), where or _line(key_node)
+            name = RENAMED.get(key, key)
             if name in first:
-                self.refuse(place, prefix + name, f"given twice (first on {first[name]})")
-            first.setdefault(name, place)
+                self.refuse(location, key, f"given twice (first on {first[name]})")
+            first.setdefault(name, location)
         loader.flatten_mapping(node)  # `<<: *other` becomes entries ahead of the mapping's own
         for key_node, value_node in node.value:
             self.entry(loader, value_node, section, prefix, str(key_node.value), where or _line(key_node), where)
 
     def entry(
-        self, loader: _Loader, node: yaml.Node, section: type, prefix: str, name: str, place: str, where: str
+        self, loader: _Loader, node: yaml.Node, section: type, prefix: str, name: str, location: str, where: str
     ) -> None:
-        type_ = field_types(section).get(name)
+        key = self.current(prefix + name, location)
+        type_ = field_types(section).get(key.removeprefix(prefix))
         if type_ is None:
-            self.refuse(place, prefix + name, f"unknown key{_suggestion(section, prefix, name)}")
+            self.refuse(location, key, f"unknown key{_suggestion(section, prefix, name)}")
         elif dataclasses.is_dataclass(type_):
-            self.section(loader, node, typing.cast(type, type_), f"{prefix}{name}.", where)
+            self.section(loader, node, typing.cast(type, type_), f"{key}.", where)
         else:
-            self.value(prefix + name, type_, loader.construct_object(node, deep=True), place)
+            self.value(key, type_, loader.construct_object(node, deep=True), location)
 
     def value(self, key: str, type_: Any, raw: Any, where: str) -> None:
         try:
@@ -125,34 +133,33 @@ class _Reading:
         self.where[key] = where
 
     def override(self, text: str) -> None:
-        """Take one `section.key=value`; the value is YAML, or the text as it stands where a text is expected."""
+        """Reads one `section.key=value`; the value is YAML, or taken literally where a text is expected."""
         key, equals, value = text.partition("=")
-        key, where = key.strip(), f"override {text!r}"
+        where = f"override {text!r}"
         if not equals:
             self.refuse(where, "", "expected section.key=value")
             return
+        key = self.current(key.strip(), where)
         known = keys().get(key)
         if known is not None and (known.type is str or (known.type == str | tuple[str, ...] and "[" not in value[:1])):
             self.value(key, str, value, where)
             return
         if known is not None and typing.get_origin(known.type) is tuple and not value.lstrip().startswith("["):
             value = f"[{value}]"
-        *parents, name = key.split(".")
-        section: type = Config
-        for depth, parent in enumerate(parents):
-            inner = field_types(section).get(parent)
-            if not dataclasses.is_dataclass(inner):
-                prefix = "".join(f"{p}." for p in parents[:depth])
-                leaf = ".".join([*parents[depth:], name])
-                self.refuse(where, key, f"unknown key{_suggestion(section, prefix, leaf)}")
-                return
-            section = typing.cast(type, inner)
+        section, prefix, name = _section_of(key)
+        if "." in name:
+            self.refuse(where, key, f"unknown key{_suggestion(section, prefix, name)}")
+            return
         try:
             loader = _Loader(value)
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            self.entry(loader, node, section, "".join(f"{p}." for p in parents), name, where, where)
+            self.entry(loader, node, section, prefix, name, where, where)
         except yaml.YAMLError as error:
             self.refuse(where, key, f"the value is not YAML ({_yaml_reason(error)})")
+
+
+_WARNED: set[str] = set()
+"""Keys of earlier versions that this process has warned of."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -161,12 +168,39 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `ConfigError` with every problem at once: unknown keys with their nearest match and line, wrong types,
     values out of range, combinations that cannot work.
     """
-    return _load(_read(Path(path)), str(path), overrides)
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.name, (entry.name for entry in path.parent.glob("*")))
+        hint = f"; did you mean {path.with_name(near)}?" if near else ""
+        raise ConfigError(f"no configuration file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    return loads(text, overrides, str(path))
 
 
-def loads(text: str, overrides: Sequence[str] = (), source: str = "configuration") -> Config:
-    """As `load`, from YAML text; `source` heads the error report."""
-    return _load(text, source, overrides)
+def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration") -> Config:
+    """As `load`, from YAML text; `origin` is its name in messages."""
+    reading = _Reading(origin)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            reading.section(loader, node, Config, "")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not YAML: {_yaml_reason(error)}") from None
+    for override in overrides:
+        reading.override(override)
+    config = build(reading.values)
+    for involved, problem in problems_of(config):
+        if reading.wrong.isdisjoint(involved):
+            where = next((reading.where[key] for key in involved if key in reading.where), "default")
+            reading.refuse(where, involved[0], problem)
+    if problems := reading.report():
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)
+    return config
 
 
 def parse(text: str) -> Any:
@@ -174,60 +208,9 @@ def parse(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def check(config: Config) -> None:
-    """Raise `ConfigError` if a value is out of range or a combination cannot work."""
-    problems = [f"{found[0]}: {text}" for found, text in problems_of(config)]
-    if problems:
-        raise _error("configuration", problems)
-
-
 def dump(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that `load` turns into an equal one."""
-    plain = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
-
-
-def _load(text: str, source: str, overrides: Sequence[str]) -> Config:
-    reading = _Reading()
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            reading.section(loader, node, Config, "")
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {_yaml_reason(error)}") from None
-    for override in overrides:
-        reading.override(override)
-    config = build(reading.values)
-    for involved, problem in problems_of(config):
-        if reading.wrong.isdisjoint(involved):
-            place = next((reading.where[key] for key in involved if key in reading.where), "default")
-            reading.refuse(place, involved[0], problem)
-    if reading.problems:
-        raise _error(source, [str(problem) for problem in sorted(reading.problems, key=_Problem.order)])
-    return config
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest(path.name, (entry.name for entry in path.parent.glob("*")))
-        hint = f"; did you mean {path.with_name(near)}?" if near else ""
-        raise ConfigError(f"no configuration file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
-
-
-def _error(source: str, problems: Sequence[str]) -> ConfigError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems), problems)
+    """The complete configuration, defaults included, as YAML that `load` turns into an equal one."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _line(node: yaml.Node) -> str:
@@ -241,6 +224,15 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
+def _section_of(key: str) -> tuple[type, str, str]:
+    """The innermost section that a dotted key leads to, its prefix, and the rest of the key (dotted if unknown)."""
+    section, prefix, rest = Config, "", key
+    while "." in rest and dataclasses.is_dataclass(inner := field_types(section).get(rest.partition(".")[0])):
+        parent, _, rest = rest.partition(".")
+        section, prefix = typing.cast(type, inner), f"{prefix}{parent}."
+    return section, prefix, rest
+
+
 def _suggestion(section: type, prefix: str, name: str) -> str:
     """`; did you mean data.image_size?`: a key of this section, or the same word in another one."""
     leaf = name.rpartition(".")[2]
@@ -248,15 +240,13 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
     near = nearest(name, field_types(section))
     if suggestion := (prefix + near if near else same_word or nearest(prefix + name, keys())):
         return f"; did you mean {suggestion}?"
-    known = ", ".join(field_types(section))
-    return f"; {prefix.rstrip('.') or 'the file'} has {known}"
+    return f"; {prefix.rstrip('.') or 'the file'} has {', '.join(field_types(section))}"
 
 
 def _nearest_choice(raw: Any, type_: Any) -> str:
-    """`; did you mean bf16?` where one of a few texts was expected and `raw` is close to one."""
-    if typing.get_origin(type_) is not Literal or not isinstance(raw, str):
-        return ""
-    near = nearest(raw, map(str, typing.get_args(type_)))
+    """`; did you mean bf16?` where a choice of texts was expected and `raw` is similar to one of them."""
+    is_choice = typing.get_origin(type_) is Literal and isinstance(raw, str)
+    near = nearest(raw, map(str, typing.get_args(type_))) if is_choice else ""
     return f"; did you mean {near}?" if near else ""
 
 

@@ -14,6 +14,12 @@ from typing import Literal
 from dist_t2i.models.config import AugmentConfig, ModelConfig, TextConfig
 from dist_t2i.utils.settings import POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
 
+RENAMED = {
+    "model.generator.colours": "model.generator.colors",
+    "model.generator.colour_sharpness": "model.generator.color_sharpness",
+}
+"""Keys of earlier versions -> their names today, in the same section. Files and overrides may use either."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -17,7 +17,7 @@ _SAME = {
 """Keys of a manifest that must agree for any two numbers to be compared."""
 _TOLD = {
     "truncation": "the models' truncation",
-    "colour_sharpness": "how crisply the models draw their colours",
+    "color_sharpness": "the sharpness of the models' palettes",
     "data_fingerprint": "the sets (their pictures here are the same)",
     "device": "the device",
 }

@@ -77,7 +77,7 @@ def evaluate(
             "truncation": model.config.model.generator.truncation
             if protocol.truncation is None
             else protocol.truncation,
-            "colour_sharpness": model.config.model.generator.colour_sharpness,
+            "color_sharpness": model.config.model.generator.color_sharpness,
             "captions_sha256": captions_hash(chosen),
             "reference_sha256": {split: part.reference_sha256 for split, part in parts.items()},
             "left_out": [f"{metric}/{network}" for metric, network in protocol.wanted if network not in {"", *used}],

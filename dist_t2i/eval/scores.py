@@ -79,6 +79,9 @@ def read_scores(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not scores that tools/evaluate.py wrote") from None
     if version != FORMAT:
         raise UserError(f"{path}: scores of format {version}, but this version reads format {FORMAT}; evaluate again")
+    manifest = scores.get("manifest", {})
+    if "colour_sharpness" in manifest:  # the key's name in earlier versions
+        manifest["color_sharpness"] = manifest.pop("colour_sharpness")
     return scores
 
 

@@ -47,10 +47,10 @@ class GeneratorConfig:
     detail: int = 8
     """Channels at full resolution between the pixel shuffle and the last convolution, which smooths the shuffle's grid; 0
     leaves that convolution out. Unused when full resolution is a computed scale."""
-    colours: int = 0
+    colors: int = 0
     """Size of the palette that the condition gives and whose sharp mixture every pixel is, so that areas of one color in
     drawings come out flat. 0: each pixel gets its color directly, as photographs need."""
-    colour_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
+    color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
     """Inverse temperature of the palette softmax at inference, not in training: above 1, lines are sharper than the moving
     average of the weights renders them."""
     layout: int = 2048
@@ -70,10 +70,10 @@ class GeneratorConfig:
                         f"is only read by the generator {kind}, but model.generator.kind is {self.kind}: "
                         f"set model.generator.kind={kind} or leave this out",
                     )
-        if self.colours == 1:
-            yield ("colours",), "a picture of one color shows nothing: at least 2, or 0 for colors pixel by pixel"
-        if self.colour_sharpness != 1.0 and not self.colours:
-            yield ("colour_sharpness", "colours"), "only applies to a palette: set colours, or leave this out"
+        if self.colors == 1:
+            yield ("colors",), "a picture of one color shows nothing: at least 2, or 0 for colors pixel by pixel"
+        if self.color_sharpness != 1.0 and not self.colors:
+            yield ("color_sharpness", "colors"), "only applies to a palette: set colors, or leave this out"
         if self.kind == "attn":
             yield from self._attention_problems()
 

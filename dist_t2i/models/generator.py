@@ -158,8 +158,8 @@ class Generator(nn.Module):
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
-        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch, config.colours or 3)
-        self.colours = Colours(width, config.colours, config.colour_sharpness) if config.colours else None
+        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch, config.colors or 3)
+        self.colours = Colours(width, config.colors, config.color_sharpness) if config.colors else None
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(

@@ -13,11 +13,12 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from dist_t2i.config import files
 from dist_t2i.config.fields import build, flatten, keys, reference, value_of
-from dist_t2i.config.files import check, dump, load, loads
+from dist_t2i.config.files import dump, load, loads
 from dist_t2i.config.resume import differences, refuse_changes
-from dist_t2i.config.sections import Config
-from dist_t2i.config.validation import check_world
+from dist_t2i.config.sections import RENAMED, Config
+from dist_t2i.config.validation import check_world, problems_of
 from dist_t2i.errors import ConfigError
 from ranks import ROOT
 
@@ -32,7 +33,7 @@ def problems(text: str, *overrides: str) -> str:
 
 def test_defaults_are_a_configuration_that_passes_its_own_checks():
     assert loads("") == Config()
-    check(Config())
+    assert problems_of(Config()) == []
 
 
 def test_file_then_overrides(tmp_path: Path):
@@ -95,7 +96,7 @@ def test_every_mistake_is_in_one_report():
         "text.embedding={a: 1}",
     ]
     with pytest.raises(ConfigError) as caught:
-        loads(text, overrides, source="config_errors.yaml")
+        loads(text, overrides, origin="config_errors.yaml")
     assert f"{caught.value}\n" == (GOLDEN / "config_errors.txt").read_text()
 
 
@@ -126,8 +127,8 @@ def test_every_mistake_is_in_one_report():
             "model: {generator: {kind: attn, attn: {scales: [8, 12]}}}",
             "model.generator.attn.scales: 8, 12 must be among the scales that model.generator.channels computes: 4, 8",
         ),
-        ("model: {generator: {colours: 1}}", "model.generator.colours: a picture of one color shows nothing"),
-        ("model: {generator: {colour_sharpness: 2}}", "model.generator.colour_sharpness: only applies to a palette"),
+        ("model: {generator: {colors: 1}}", "model.generator.colors: a picture of one color shows nothing"),
+        ("model: {generator: {color_sharpness: 2}}", "model.generator.color_sharpness: only applies to a palette"),
         ("model: {generator: {kind: attn, attn: {scales: []}}}", "attn.scales: the list must be among the scales"),
         ("model: {generator: {kind: attn, attn: {heads: 3}}}", "attn.width: must be a multiple of attn.heads=3, is 32"),
         ("model: {generator: {kind: attn, attn: {heads: 0}}}", "attn.width: must be a multiple of attn.heads=0"),
@@ -221,7 +222,7 @@ def test_a_merge_key_may_be_overridden_but_a_repeated_key_is_a_mistake():
 )
 def test_what_is_no_yaml_is_told_in_a_line(text: str):
     with pytest.raises(ConfigError) as caught:
-        loads(text, source="x.yaml")
+        loads(text, origin="x.yaml")
     assert "x.yaml" in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
@@ -338,8 +339,8 @@ def test_only_what_leaves_the_result_alone_may_change_on_resume():
         "model.generator.condition=64",
         "optimizer.generator_matrices=muon",
         "model.generator.truncation=0.5",
-        "model.generator.colours=8",
-        "model.generator.colour_sharpness=1.5",
+        "model.generator.colors=8",
+        "model.generator.color_sharpness=1.5",
         "loss.kl=0.5",
     ]
     with pytest.raises(ConfigError) as caught:
@@ -357,3 +358,49 @@ def test_a_run_may_be_prolonged_where_no_schedule_depends_on_its_length():
 def test_flatten_and_build_are_inverse():
     config = loads("train: {seed: 3}\nmodel: {generator: {channels: [8, 8]}}")
     assert build(flatten(config)) == config
+
+
+# ---- names of earlier versions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch):
+    monkeypatch.setattr(files, "_WARNED", set())
+    monkeypatch.delenv("RANK", raising=False)
+
+
+OLD_NAMES = "model:\n  generator:\n    colours: 4\n    colour_sharpness: 1.5\n"
+NEW_NAMES = "model: {generator: {colors: 4, color_sharpness: 1.5}}"
+
+
+def test_keys_of_earlier_versions_are_read_with_one_warning_each(fresh_warnings, capsys):
+    assert loads(OLD_NAMES, origin="old.yaml") == loads(NEW_NAMES)
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == [
+        "warning: old.yaml: line 3: model.generator.colours has a new name, model.generator.colors",
+        "warning: old.yaml: line 4: model.generator.colour_sharpness has a new name, model.generator.color_sharpness",
+    ]
+    overrides = ["model.generator.colours=4", "model={generator: {colour_sharpness: 1.5}}"]
+    assert loads("", overrides) == loads("model: {generator: &g {colours: 4, colour_sharpness: 1.5}}")
+    assert loads("", overrides) == loads(NEW_NAMES)
+    assert capsys.readouterr().err == "", "a process warns once"
+    assert "colour" not in dump(loads(OLD_NAMES))
+
+
+def test_only_rank_0_warns_of_old_names(fresh_warnings, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    loads(OLD_NAMES)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_name_is_no_second_key(fresh_warnings):
+    twice = "model: {generator: {colors: 4, colours: 5}}"
+    assert problems(twice) == "line 1: model.generator.colours: given twice (first on line 1)"
+    assert loads(OLD_NAMES, ["model.generator.colors=7"]).model.generator.colors == 7
+    assert "line 3: model.generator.colors: expected a whole number" in problems(OLD_NAMES.replace("4", "many"))
+
+
+def test_renamed_keys_are_keys_of_the_same_section():
+    for old, new in RENAMED.items():
+        assert new in keys() and old not in keys()
+        assert old.rpartition(".")[0] == new.rpartition(".")[0]

@@ -181,10 +181,13 @@ def test_compared_or_not_and_why(scores, model, data, tmp_path):
         assert line.startswith(key)
         assert "not comparable" in compare.table(a, other, ("a", "b"))
     other = json.loads(json.dumps(a))
-    other["manifest"]["colour_sharpness"] = 1.4
+    other["manifest"]["color_sharpness"] = 1.4
     assert not compare.differences(a, other)
     (line,) = compare.remarks(a, other)
-    assert line.startswith("colour_sharpness") and "1.0 and 1.4" in line
+    assert line.startswith("color_sharpness") and "1.0 and 1.4" in line
+    other["manifest"]["colour_sharpness"] = other["manifest"].pop("color_sharpness")  # as earlier versions wrote it
+    (tmp_path / "earlier.json").write_text(json.dumps(other))
+    assert compare.remarks(a, read_scores(tmp_path / "earlier.json")) == [line]
     other = json.loads(json.dumps(a))
     other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
     said = compare.table(a, other, ("a", "b"))

@@ -91,7 +91,7 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
 @pytest.mark.parametrize("image_size", [16, 64])
 def test_pictures_that_are_mixed_from_colours(kind, image_size):
     """Every pixel lies among the picture's own colours, and is one of them where the shares have made up their mind."""
-    generator = build(image_size, kind=kind, colours=5)
+    generator = build(image_size, kind=kind, colors=5)
     images = generator(*inputs(generator)).images
     assert images.shape == (4, 3, image_size, image_size) and images.abs().max() <= 1 and images.std() > 0.05
     condition, logits = torch.randn(2, 20), torch.full((2, 5, 4, 4), -50.0)
@@ -104,8 +104,8 @@ def test_pictures_that_are_mixed_from_colours(kind, image_size):
 
 
 def test_drawn_colours_are_more_decided_than_trained_ones():
-    """`colour_sharpness` multiplies the logits of the shares when pictures are drawn (eval mode), never in training."""
-    plain, sharp = (build(colours=5, colour_sharpness=factor).colours for factor in (1.0, 2.0))
+    """`color_sharpness` multiplies the logits of the shares when pictures are drawn (eval mode), never in training."""
+    plain, sharp = (build(colors=5, color_sharpness=factor).colours for factor in (1.0, 2.0))
     logits, condition = torch.randn(2, 5, 4, 4), torch.randn(2, 20)
     assert sharp(logits, condition).equal(plain(logits, condition))
     drawn = sharp.eval()(logits, condition)
