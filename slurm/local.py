@@ -33,6 +33,7 @@ from pathlib import Path
 
 from dist_t2i.distributed.launch import free_ports
 from dist_t2i.errors import UserError, run_command
+from dist_t2i.utils.processes import is_alive
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
@@ -134,7 +135,7 @@ class LocalSlurm:
 
     def running(self) -> bool:
         """Whether any of its daemons runs."""
-        return any(_alive(pid) for pid in self._daemons())
+        return any(is_alive(pid) for pid in self._daemons())
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node (again, after it was killed)."""
@@ -241,7 +242,7 @@ class LocalSlurm:
         for file in (self.folder / "run").glob(programs):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
-                if _alive(pid) and _runs(pid, file.name.partition("-")[0]):
+                if is_alive(pid) and _runs(pid, file.name.partition("-")[0]):
                     found.append(pid)
         return found
 
@@ -278,17 +279,8 @@ def _user() -> str:
         raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
 
 
-def _alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
 def _all_ended(pids: list[int]) -> bool:
-    return not any(_alive(pid) for pid in pids)
+    return not any(is_alive(pid) for pid in pids)
 
 
 def _runs(pid: int, program: str) -> bool:

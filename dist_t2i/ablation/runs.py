@@ -30,6 +30,7 @@ from dist_t2i.distributed.supervisor import Interrupted, train
 from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
 from dist_t2i.reporting import metrics_log
 from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.processes import usable_cores
 
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]
@@ -156,9 +157,8 @@ def _name(key: tuple[str, int]) -> str:
 
 def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
     """Each run under a process of its own (this module as a command), which is asked to stop when this one is."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
     waiting, failed = list(left.items()), {}

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_t2i.errors import UserError
+from dist_t2i.utils.processes import is_alive
 
 SUPERSEDED = 76
 """Exit status of a process whose run was claimed by another one."""
@@ -88,15 +89,9 @@ class Owner:
 
     def is_alive_here(self) -> bool:
         """Whether it runs on this very machine; False where that cannot be seen."""
-        import psutil
-
         if self.host != socket.gethostname() or self.pid == os.getpid():
             return False
-        try:
-            process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.begun) < 3
-        except psutil.Error:
-            return False
+        return is_alive(self.pid, self.begun - 3, self.begun + 3)
 
 
 class Claim:

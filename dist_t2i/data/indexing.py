@@ -32,7 +32,7 @@ from dist_t2i.storage.reader_process import have_clients
 from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.shard_file import LocalFile, reason_of
 from dist_t2i.storage.urls import base_name, is_local, local_path
-from dist_t2i.utils.processes import ignore_stop_signals
+from dist_t2i.utils.processes import ignore_stop_signals, usable_cores
 from dist_t2i.utils.progress import Progress
 
 VOCABULARY = 4096
@@ -122,7 +122,7 @@ def _index_all(
     progress = Progress(len(missing), "shards indexed")
     share = max(1, _CAPTIONS // len(urls))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    processes = max(1, min(processes or len(os.sched_getaffinity(0)), len(missing) or 1))
+    processes = max(1, min(processes or usable_cores(), len(missing) or 1))
     with concurrent.futures.ProcessPoolExecutor(processes, context, _start_process) as pool:
         waiting = {
             pool.submit(_index_one, home, number, urls[number], options, checksums, share): urls[number]

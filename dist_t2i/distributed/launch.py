@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from dist_t2i.errors import LaunchError
+from dist_t2i.utils.processes import is_alive, usable_cores
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -161,9 +162,8 @@ def _is_free(port: int) -> bool:
 
 
 def _settle_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not env.get("OMP_NUM_THREADS") or _is_torchruns_default(env, rank):
-        env["OMP_NUM_THREADS"] = str(max(1, cores // rank.local_world_size))
+        env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // rank.local_world_size))
     if not has_gpu(env):
         env.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerator that it cannot find
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
@@ -242,14 +242,16 @@ class LauncherWatch:
         if not self._watched or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self.INTERVAL
-        return os.getppid() != self._parent or not all(_alive(process) for process in self._watched)
+        return os.getppid() != self._parent or not all(
+            is_alive(pid, started - 3, started + 3) for pid, started in self._watched.items()
+        )
 
 
-def _launchers_above() -> list:
-    """The launcher processes above this one, nearest first: torchrun's, or DeepSpeed's launcher and its runner."""
+def _launchers_above() -> dict[int, float]:
+    """pid -> start of the launchers above this process: torchrun's, or DeepSpeed's launcher and its runner."""
     import psutil
 
-    found: list[psutil.Process] = []
+    launchers: dict[int, float] = {}
     try:
         for process in psutil.Process().parents()[:2]:
             command = " ".join(process.cmdline()[:4])
@@ -257,16 +259,7 @@ def _launchers_above() -> list:
                 r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)", command
             ):
                 break
-            found.append(process)
+            launchers[process.pid] = process.create_time()
     except psutil.Error:
         pass  # a process that vanished, or that we may not read: nothing to watch
-    return found
-
-
-def _alive(process) -> bool:
-    import psutil
-
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return launchers

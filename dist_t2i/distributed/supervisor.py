@@ -23,6 +23,7 @@ from typing import Any
 from dist_t2i.distributed.launch import free_ports, has_gpu
 from dist_t2i.distributed.preemption import INTERRUPTED, STOPPED
 from dist_t2i.errors import TrainingError, UserError
+from dist_t2i.utils.processes import is_alive
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
@@ -140,7 +141,8 @@ class _Child:
         self.stopping = True
         rank = self._rank()
         if rank is not None:
-            rank.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGUSR2)
         else:
             self._send(signal.SIGTERM)
 
@@ -157,7 +159,7 @@ class _Child:
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.Error):
-                if os.getsid(pid) == self.process.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(pid) == self.process.pid and is_alive(pid):
                     found.append(pid)
         return found
 
@@ -166,16 +168,11 @@ class _Child:
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
 
-    def _rank(self):
-        """The process of rank 0, if it is this child's (not what an earlier one has left in progress.json) and lives."""
-        import psutil
-
-        found = progress(self.run)
+    def _rank(self) -> int | None:
+        """The pid of rank 0 if it runs, and is this child's: progress.json may come from an earlier run."""
+        state = progress(self.run)
         try:
-            if found["host"] != socket.gethostname() or found["updated"] < self.started:
-                return None
-            process = psutil.Process(found["pid"])
-            alive = process.create_time() >= self.started - 1 and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive else None
-        except (psutil.Error, KeyError, TypeError, ValueError):
+            ours = state["host"] == socket.gethostname() and state["updated"] >= self.started
+            return state["pid"] if ours and is_alive(state["pid"], earliest=self.started - 1) else None
+        except (KeyError, TypeError, ValueError):
             return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.sharding.sources import coco
 from dist_t2i.sharding.sources.class_folders import CUB, FLOWERS
+from dist_t2i.utils.processes import usable_cores
 
 Parser = argparse.ArgumentParser
 FORMS = ("jsonl", "csv", "tsv", "parquet")
@@ -179,7 +179,7 @@ def _output(source: Parser, samples: int) -> None:
     group.add_argument("--shard-samples", type=positive, default=samples, help="at most (default: %(default)s)")
     group.add_argument("--shard-mb", type=float, default=512.0, help="at most, in MB (default: %(default)s)")
     group.add_argument("--vocabulary", type=positive, default=4096, help="tokens at most (default: %(default)s)")
-    group.add_argument("--processes", type=positive, default=cores(), help="(default: %(default)s)")
+    group.add_argument("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
     group = source.add_argument_group(
         "on a cluster: the shards are written by a Slurm array, whose tasks see all paths"
     )
@@ -204,7 +204,7 @@ def _indexing(source: Parser) -> None:
     source.add_argument("--out", type=Path, metavar="DIR", help="for data.train=DIR (default: where training looks)")
     source.add_argument("--quick", action="store_true", help="pass over the pictures: faster, but without checksums")
     source.add_argument("--vocabulary", type=positive, default=4096, help="tokens at most (default: %(default)s)")
-    source.add_argument("--processes", type=positive, default=cores(), help="(default: %(default)s)")
+    source.add_argument("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
 
 def _looking(source: Parser) -> None:
@@ -217,12 +217,7 @@ def _looking(source: Parser) -> None:
 
 def _checking(source: Parser) -> None:
     source.add_argument("url", metavar="URL", help="folder or URL of a set")
-    source.add_argument("--processes", type=positive, default=cores(), help="(default: %(default)s)")
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    source.add_argument("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
 
 def positive(text: str) -> int:

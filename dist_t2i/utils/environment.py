@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_t2i.utils.processes import usable_cores
+
 _PACKAGES = (
     "dist-t2i", "torch", "deepspeed", "numpy", "webdataset", "tokenizers", "safetensors", "pillow", "simplejpeg",
     "fsspec", "wandb", "submitit",
@@ -65,10 +67,9 @@ def processor() -> dict[str, Any]:
     fields = dict(part.split(":", 1) for part in text.splitlines() if ":" in part)
     fields = {name.strip(): value.strip() for name, value in fields.items()}
     present = set((fields.get("flags") or fields.get("Features") or "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "flags": [flag for flag in _FLAGS if flag in present],
     }

@@ -1,15 +1,35 @@
-"""Signals and lifetimes of processes."""
+"""Processor cores, signals and lifetimes of processes."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
 from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
+    """Whether the process runs: it exists, is not a zombie, and started between `earliest` and `latest` (Unix times).
+
+    The start tells a process from a later one that was given the same pid.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and earliest <= process.create_time() <= latest
+    except psutil.Error:
+        return False
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dist_t2i.distributed.launch import job_port
+from dist_t2i.utils.processes import is_alive
 from jobs import CALM, LOCAL, Job, new_user, until
 from models_on_disk import write_tone_set
 from ranks import ROOT
@@ -194,7 +194,7 @@ def claims(run: Job) -> list[str]:
 
 
 def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return not is_alive(pid)
 
 
 # ---- more than one job -----------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ sys.path.append(str(ROOT / "tests"))  # for storage.py, the S3 server of the tes
 
 from storage import S3Server, StorageError  # noqa: E402
 
+from dist_t2i.utils.processes import usable_cores  # noqa: E402
 from tools.bench import deep, peers, probe  # noqa: E402
 from tools.bench.sets import Sets  # noqa: E402
 
@@ -102,7 +102,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
     """All tables; returns their numbers."""
-    sets = Sets(data, options.images, len(os.sched_getaffinity(0)))
+    sets = Sets(data, options.images, usable_cores())
     sets.make(options.loaders)
     server = None
     if any(place.startswith("s3") for place in options.places):
