@@ -1,25 +1,45 @@
-"""Errors for people: what happened, where, and what to do about it.
+"""Errors that a user can correct, and the exit statuses of the commands.
 
-A command line catches `UserError`, prints `error: <message>` to stderr and exits with `status`, without a traceback.
-Anything else that escapes is a defect of ours and keeps its traceback.
+A command catches `UserError`, prints `error: <message>` to stderr and exits with its `status`, without a traceback. Any
+other exception is a defect of this project and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of training and of the commands that run it."""
+
+    FINISHED = 0
+    """`train.total_images` seen."""
+    FAILED = 1
+    """A defect, or numbers that are not finite (`TrainingError`); the last good checkpoint is intact."""
+    USER_ERROR = 2
+    """The user's configuration, data or environment (`UserError`)."""
+    STOPPED = 75
+    """Stopped by a signal, checkpoint saved; the same command continues from it (EX_TEMPFAIL of sysexits.h)."""
+    SUPERSEDED = 76
+    """Another process has taken the run over (checkpoint/lease.py); nothing saved."""
+    HUNG = 77
+    """A rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact."""
+    INTERRUPTED = 130
+    """Ctrl-C ended the command at once, as a shell reports it; of training, a second Ctrl-C, with nothing saved."""
 
 
 class UserError(Exception):
-    """Something the user can mend. `status` is the exit status of the command (documented in `preempt`)."""
+    """Something that the user can correct."""
 
-    status = 2
-    told_by_main = False
-    """Rank 0 meets the same error and tells it; this rank only ends."""
+    status = ExitStatus.USER_ERROR
+    reported_by_main = False
+    """Whether rank 0 prints this error for all ranks, so that this rank exits silently."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message lists every problem, one a line.
+    """A configuration that cannot be used; the message lists every problem, one per line.
 
     `problems` holds the same lines without their heading.
     """
@@ -30,28 +50,28 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A set, shard or caption file that cannot be used, or too many samples that had to be replaced."""
+    """A set, shard or caption file that cannot be used, or more replaced samples than allowed."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run folder that cannot be written, read, or continued with this configuration."""
+    """A checkpoint or run folder that cannot be written, read, or resumed with this configuration."""
 
 
 class LaunchError(UserError):
-    """The environment of this process does not say which rank it is, or which others there are."""
+    """The environment does not say which rank this process is, or which other ranks there are."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on: a number that is not finite. Status 1: the command line was not at fault."""
+    """Training cannot continue because a number is not finite."""
 
-    status = 1
+    status = ExitStatus.FAILED
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Exit status of `main()`, with a `UserError` shown as one `error: ...` on stderr."""
+    """The exit status of `main()`; prints a `UserError` as one `error: ...` on stderr."""
     try:
-        return main() or 0
+        return main() or ExitStatus.FINISHED
     except UserError as error:
-        if not error.told_by_main:
+        if not error.reported_by_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.status

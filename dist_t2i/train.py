@@ -5,9 +5,9 @@
     srun python dist_t2i/train.py --config ...
     python dist_t2i/train.py --config ...
 
-Run the same command again to go on from the newest checkpoint. Exit statuses: 0 finished; 75 stopped by a signal with a
-checkpoint saved; 2 something to mend, said in one message; 1 training broke down; 76 another process has taken the run
-over; 77 a rank hung; 130 second Ctrl-C.
+The same command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the configuration,
+data or environment must be corrected, as the message says; 75 stopped by a signal, checkpoint saved; 76 another process
+has taken the run over; 77 a rank hung; 130 second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# A script's own folder comes first on sys.path, where modules of this package would pass for others' (`config`, ...).
+# Python puts a script's own folder first on sys.path, where packages of this one (`config`, ...) would hide others.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dist_t2i.errors import UserError  # noqa: E402
@@ -32,12 +32,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="YAML file of the run; what it leaves out has defaults")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="go before the file's values")
+    parser.add_argument("--config", type=Path, help="YAML file of the run; keys that it lacks have defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of the file")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="go on with a run although its configuration or data changed"
+        "--allow-changes", action="store_true", help="continue a run although its configuration or data changed"
     )
-    parser.add_argument("--help-config", action="store_true", help="list every key with its default, and exit")
+    parser.add_argument("--help-config", action="store_true", help="print every key with its default, and exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     return parser.parse_intermixed_args(arguments)
 
@@ -68,12 +68,12 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:
-        error.told_by_main = error.told_by_main or (rank.rank > 0 and _same_everywhere(error))
+        error.reported_by_main = error.reported_by_main or (rank.rank > 0 and _same_everywhere(error))
         raise
 
 
 def _same_everywhere(error: UserError) -> bool:
-    """Whether every rank comes to this error by itself, so that rank 0's word is enough."""
+    """Whether every rank raises this error, so that only rank 0 needs to print it."""
     from dist_t2i.errors import ConfigError, TrainingError
 
     return isinstance(error, (ConfigError, TrainingError))

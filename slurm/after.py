@@ -27,9 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dist_t2i.errors import ExitStatus
 from slurm import attempts
 
-STOPPED, SUPERSEDED = 75, 76
 SAME_FAILURES = 3
 """Failures of one kind in a row, without a new checkpoint, after which a job is not queued again."""
 FRUITLESS = 20
@@ -68,15 +68,15 @@ def main() -> int:
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
     """What to do (`finished`, `requeued`, `given up`, `ended by Slurm`, `superseded`), why, and the kind of failure, which compares."""
     state, current = job_state(known_as(job))
-    if status == SUPERSEDED or current not in (restart, None):
+    if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # we are on a node that Slurm has given up
-    if status == 0:
+    if status == ExitStatus.FINISHED:
         return "finished", "", ""
     if state not in ("RUNNING", ""):
         return "ended by Slurm", state, ""
     if attempts.is_cancelled(run, known_as(job)):
         return "ended by Slurm", "CANCELLED", ""
-    if status == STOPPED:
+    if status == ExitStatus.STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     elif status in _BEFORE_HANDLERS:
         reason, kind = "stopped by a signal before it had begun", ""

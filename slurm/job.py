@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_t2i.distributed.preemption import StopFlag
-from dist_t2i.errors import UserError
+from dist_t2i.errors import ExitStatus, UserError
 from dist_t2i.utils.processes import ignore_stop_signals
 from slurm import attempts
 
@@ -45,14 +45,14 @@ class TrainJob:
                 ranks=int(os.environ.get("SLURM_NTASKS", "1")),
                 images=attempts.newest_checkpoint(run),
             )
-        status = 1
+        status: int = ExitStatus.FAILED
         try:
             from dist_t2i import train
 
             status = train.main(list(self.arguments), stop=stop)
         except UserError as error:
             status = error.status
-            if not error.told_by_main:
+            if not error.reported_by_main:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error), own=True)
         except Exception as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # slurm/ lies there
 
-from dist_t2i.errors import UserError, run_command
+from dist_t2i.errors import ExitStatus, UserError, run_command
 
 if TYPE_CHECKING:
     from dist_t2i.ablation.plan import Plan
@@ -289,4 +289,4 @@ if __name__ == "__main__":
         sys.exit(run_command(main))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(ExitStatus.INTERRUPTED)

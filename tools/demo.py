@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_t2i.errors import TrainingError, UserError, run_command
+from dist_t2i.errors import ExitStatus, TrainingError, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RESERVE = 0.03
@@ -247,4 +247,4 @@ if __name__ == "__main__":
         sys.exit(run_command(main))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(ExitStatus.INTERRUPTED)

@@ -18,7 +18,7 @@ import argparse
 import sys
 from typing import Any
 
-from dist_t2i.errors import run_command
+from dist_t2i.errors import ExitStatus, run_command
 from dist_t2i.sharding.cli import parse
 
 
@@ -28,7 +28,7 @@ def main() -> int:
         return {"index": index, "inspect": look, "verify": check}.get(chosen.source, write)(chosen)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return ExitStatus.INTERRUPTED
 
 
 def write(chosen: argparse.Namespace) -> int:

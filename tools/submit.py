@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dist_t2i.config import files as config_files
-from dist_t2i.errors import UserError, run_command
+from dist_t2i.errors import ExitStatus, UserError, run_command
 from slurm import attempts, status
 from slurm import profile as profiles
 from slurm.submission import FOLDER, Submission, SubmitError, need_slurm
@@ -276,7 +276,7 @@ def _follow(run: Path, rank: int) -> int:
             time.sleep(0.5)
     except KeyboardInterrupt:
         print("\nthe job goes on", file=sys.stderr)
-        return 130
+        return ExitStatus.INTERRUPTED
     state = status.look(run)
     print(status.describe(state))
     return 1 if state.word == "failed" else 0

@@ -25,9 +25,8 @@ from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.config.sections import Config
 from dist_t2i.data.shard_set import ShardSet
-from dist_t2i.distributed.preemption import INTERRUPTED
 from dist_t2i.distributed.supervisor import Interrupted, train
-from dist_t2i.errors import CheckpointError, ConfigError, TrainingError, UserError, run_command
+from dist_t2i.errors import CheckpointError, ConfigError, ExitStatus, TrainingError, UserError, run_command
 from dist_t2i.reporting import metrics_log
 from dist_t2i.utils.files import write_atomic
 from dist_t2i.utils.processes import usable_cores
@@ -175,7 +174,7 @@ def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], s
                 if status is None:
                     continue
                 del live[key]
-                if status not in (0, INTERRUPTED):
+                if status not in (ExitStatus.FINISHED, ExitStatus.INTERRUPTED):
                     failed[key] = f"exit status {status}; see {left[key].run.folder}.log"
                 say(f"{_name(key)}: {failed.get(key) or f'{time.monotonic() - started:,.0f} s'}")
             time.sleep(_LOOK)

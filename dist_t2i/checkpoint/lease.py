@@ -29,11 +29,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_t2i.errors import UserError
+from dist_t2i.errors import ExitStatus, UserError
 from dist_t2i.utils.processes import is_alive
 
-SUPERSEDED = 76
-"""Exit status of a process whose run was claimed by another one."""
 _PREFIX = ".claim-"
 _PATIENCE = 30.0
 """Seconds to wait for an earlier process of this machine that is about to end."""
@@ -42,7 +40,7 @@ _PATIENCE = 30.0
 class Superseded(UserError):
     """Another process has claimed the run; this one may change nothing any more."""
 
-    status = SUPERSEDED
+    status = ExitStatus.SUPERSEDED
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import Claim
 from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, strangers, without_records
 from dist_t2i.config.sections import Config
-from dist_t2i.distributed.preemption import FINISHED, StopFlag
-from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.distributed.preemption import StopFlag
+from dist_t2i.errors import CheckpointError, ExitStatus, UserError
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_folder
 from dist_t2i.utils.files import write_atomic
@@ -209,7 +209,7 @@ class Mirroring:
 
     def finish(self, status: int, stop: StopFlag) -> None:
         """Wait for the last upload: a finished run until it is done, at most `FINISH_SECONDS`; a stopped one a moment."""
-        finished = status == FINISHED
+        finished = status == ExitStatus.FINISHED
         limit = FINISH_SECONDS if finished else STOP_SECONDS
         deadline = time.monotonic() + limit
         self.tell(0.5 if self.waiting else 0.0)

@@ -40,7 +40,7 @@ def max_over_ranks(number: int) -> int:
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """`function()` on rank 0, its result on every rank. Collective.
 
-    A UserError of rank 0 is raised on all ranks, with `told_by_main` set on the others, so that it is shown once. `slow`
+    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that it is shown once. `slow`
     runs it in a thread, for what may take longer than the others wait in a collective (10 minutes).
     """
     if slow:
@@ -55,7 +55,7 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
         dist.broadcast_object_list(said, src=0, device=_device())
     result, problem = said
     if problem is not None:
-        problem.told_by_main = dist.get_rank() != 0
+        problem.reported_by_main = dist.get_rank() != 0
         raise problem
     return result
 

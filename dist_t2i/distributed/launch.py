@@ -232,11 +232,6 @@ class LauncherWatch:
         self._watched = _launchers_above()
         self._next = 0.0
 
-    @property
-    def watching(self) -> bool:
-        """Whether there is such a launcher."""
-        return bool(self._watched)
-
     def gone(self) -> bool:
         """Whether it has died; looks at most every `INTERVAL`."""
         if not self._watched or time.monotonic() < self._next:

@@ -21,8 +21,7 @@ from types import FrameType
 from typing import Any
 
 from dist_t2i.distributed.launch import free_ports, has_gpu
-from dist_t2i.distributed.preemption import INTERRUPTED, STOPPED
-from dist_t2i.errors import TrainingError, UserError
+from dist_t2i.errors import ExitStatus, TrainingError, UserError
 from dist_t2i.utils.processes import is_alive
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -35,7 +34,7 @@ _LOOK = 0.25
 class Interrupted(UserError):
     """The run was asked to stop by Ctrl-C or SIGTERM, and has saved if it had begun to train."""
 
-    status = INTERRUPTED
+    status = ExitStatus.INTERRUPTED
 
 
 def train(
@@ -62,11 +61,11 @@ def train(
             if enough is not None and not child.stopping and enough():
                 child.stop()
         child.wait_until_gone()
-    if child.asked or (status == STOPPED and enough is None):
+    if child.asked or (status == ExitStatus.STOPPED and enough is None):
         where = progress(run) if enough is None else {}
         seen = f" at {where['images']:,} of {where['total_images']:,} images" if "images" in where else ""
         raise Interrupted(f"stopped{seen}; the same command goes on from there")
-    if status not in (0, STOPPED):
+    if status not in (ExitStatus.FINISHED, ExitStatus.STOPPED):
         if log is not None:
             print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
         raise TrainingError(f"training failed (exit status {status}); what went wrong is said above")

@@ -30,10 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_t2i.errors import ExitStatus
 from dist_t2i.utils.files import write_atomic
 
-HUNG = 77
-"""Exit status of a run that the watchdog has ended."""
 FOLDER = "ranks"
 VERDICT = "hang.json"
 _FRAMES = 14
@@ -148,7 +147,7 @@ class Watchdog:
             if not self._told():
                 write_atomic(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
                 os.write(2, f"\n{tell(verdict)}\n".encode())
-        self._end(HUNG)
+        self._end(ExitStatus.HUNG)
 
     def _told(self) -> bool:
         """Whether another rank has told it already: the first to end has the launcher end the others."""

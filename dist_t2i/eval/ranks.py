@@ -113,7 +113,7 @@ class Ranks:
             torch.distributed.all_gather_object(problems, problem)
         first = next((one for one in problems if one is not None), None)
         if first is not None:
-            first.told_by_main = not self.main
+            first.reported_by_main = not self.main
             raise first
 
 

@@ -17,7 +17,6 @@ from dist_t2i.checkpoint.store import Checkpoint, Retention
 from dist_t2i.config.sections import CheckpointConfig
 from dist_t2i.distributed.collectives import on_main
 from dist_t2i.distributed.engine import NetworkEngine
-from dist_t2i.distributed.preemption import TAKEN_OVER
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError
 from dist_t2i.reporting.reporter import Reporter
@@ -179,8 +178,8 @@ class Checkpointer:
 
     def superseded(self) -> Superseded:
         """The error that ends every rank after a takeover; only rank 0 prints it."""
-        error = self._lease.error() if self._lease else Superseded(TAKEN_OVER)
-        error.told_by_main = not self._main
+        error = self._lease.error() if self._lease else Superseded("another process has taken the run over")
+        error.reported_by_main = not self._main
         return error
 
     def release(self) -> None:

@@ -26,7 +26,7 @@ from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, init_distribu
 from dist_t2i.distributed.launch import Rank, has_gpu
 from dist_t2i.distributed.preemption import StopFlag
 from dist_t2i.distributed.watchdog import Watchdog
-from dist_t2i.errors import ConfigError, UserError
+from dist_t2i.errors import ConfigError, ExitStatus, UserError
 from dist_t2i.inference.model_files import ModelFiles, load_frozen, read_model
 from dist_t2i.models.networks import Networks, build_networks
 from dist_t2i.reporting.reporter import Reporter
@@ -40,7 +40,7 @@ from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
 
 
-def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> int:
+def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> ExitStatus:
     """Train as one rank of a run until `train.total_images` are seen or a signal asks to stop; returns the exit status.
 
     Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so that

@@ -18,9 +18,9 @@ from dist_t2i.checkpoint.mirror import Mirroring
 from dist_t2i.config.sections import DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
 from dist_t2i.data.stream.stream import Stream
 from dist_t2i.distributed.collectives import max_over_ranks, mean_over_ranks, on_main
-from dist_t2i.distributed.preemption import FINISHED, STOPPED, TAKEN_OVER, StopFlag
+from dist_t2i.distributed.preemption import StopFlag, StopReason
 from dist_t2i.distributed.watchdog import Watchdog
-from dist_t2i.errors import UserError
+from dist_t2i.errors import ExitStatus, UserError
 from dist_t2i.reporting.meter import Meter
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
@@ -75,7 +75,7 @@ class Trainer:
         self.checkpointer, self.reporter, self.watchdog = parts.checkpointer, parts.reporter, parts.watchdog
         self.meter, self.health = Meter(), Health()
 
-    def run(self, stop: StopFlag) -> int:
+    def run(self, stop: StopFlag) -> ExitStatus:
         """Train until `train.total_images` are seen or `stop` asks to end; returns the exit status."""
         with self._closing():
             self._begin()
@@ -115,12 +115,12 @@ class Trainer:
     def _passes(self, every: int) -> bool:
         return passes(every, self.images, self.batch)
 
-    def _agree(self, stop: StopFlag) -> str:
-        """Why all ranks end now, "" to continue. Collective. Raises Superseded when another process has taken over."""
+    def _agree(self, stop: StopFlag) -> StopReason:
+        """Why all ranks stop now, if they do. Collective. Raises Superseded when another process has taken over."""
         if self.checkpointer.lease_lost():
             stop.supersede()
         reason = stop.agreed(max_over_ranks)
-        if reason == TAKEN_OVER:
+        if reason is StopReason.TAKEN_OVER:
             raise self.checkpointer.superseded()
         return reason
 
@@ -191,17 +191,18 @@ class Trainer:
         if self.images == 0:
             self._sample()
 
-    def _end(self, reason: str) -> int:
+    def _end(self, reason: StopReason) -> ExitStatus:
         self.watchdog.stop()  # ranks end at different times from here on, and an ended rank looks like a hung one
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.parts.folder}")
-            return FINISHED
+            return ExitStatus.FINISHED
         self.reporter.close(
             "stopped",
-            f"stopped by {reason} at {self.images:,} images, checkpoint saved; the same command continues from there",
-            hurry=reason != "SIGINT",  # a scheduler waits for this process to end; a person may want to see the curves
+            f"stopped by {reason.text} at {self.images:,} images, checkpoint saved; the same command continues from there",
+            hurry=reason
+            is not StopReason.SIGINT,  # a scheduler waits for this process to end; a person may want to see the curves
         )
-        return STOPPED
+        return ExitStatus.STOPPED
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import SUPERSEDED, Owner, Superseded, claim
+from dist_t2i.checkpoint.lease import Owner, Superseded, claim
 from dist_t2i.checkpoint.store import Retention
-from dist_t2i.errors import UserError
+from dist_t2i.errors import ExitStatus, UserError
 from ranks import ROOT
 
 FILES = {"generator": {"w": torch.ones(4)}}
@@ -42,7 +42,7 @@ def test_whoever_claims_last_may_commit(tmp_path, monkeypatch):
     assert old.lost() and not new.lost()
     assert [folder.name for folder in store.committed(tmp_path)] == ["images-000000100"]
     save(new, 200)
-    assert Superseded.status == SUPERSEDED == 76
+    assert Superseded.status == ExitStatus.SUPERSEDED == 76
 
 
 @pytest.mark.parametrize("moment", ["_write", "fsync", "_point_latest"])

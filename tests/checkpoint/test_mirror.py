@@ -25,8 +25,7 @@ from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import build
 from dist_t2i.config.sections import Config
-from dist_t2i.distributed.preemption import FINISHED, STOPPED
-from dist_t2i.errors import CheckpointError, ConfigError
+from dist_t2i.errors import CheckpointError, ConfigError, ExitStatus
 from dist_t2i.storage.folders import open_folder
 from fault_proxy import FaultProxy
 from faults import Stall, Status
@@ -122,7 +121,7 @@ class Small:
             self.mirror.tell(0.05)
             time.sleep(0.01)
 
-    def finish(self, status: int = FINISHED) -> None:
+    def finish(self, status: int = ExitStatus.FINISHED) -> None:
         self.mirror.finish(status, SimpleNamespace(requested=False))
 
     def checkpoints(self) -> list[int]:
@@ -360,7 +359,7 @@ def test_a_mirror_out_of_reach(small, proxy, capsys):
         own.mirror.offer(100)
         own.wait(lambda: own.told("fails:"))
         began = time.monotonic()
-        own.mirror.finish(FINISHED, SimpleNamespace(requested=True))
+        own.mirror.finish(ExitStatus.FINISHED, SimpleNamespace(requested=True))
         assert time.monotonic() - began < FINISH_SECONDS / 10 and own.told("lacks the checkpoint at 100 images")
 
 
@@ -391,7 +390,7 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
     run.upload(300)
     assert run.told("the mirror's process has ended") == 1 and mirrored(server) == [200, 300]
     began = time.monotonic()
-    run.finish(STOPPED)
+    run.finish(ExitStatus.STOPPED)
     assert time.monotonic() - began < STOP_SECONDS
 
 

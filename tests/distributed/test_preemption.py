@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_t2i.distributed.preemption import INTERRUPTED, SAME_PRESS, STOPPED, StopFlag
+from dist_t2i.distributed.preemption import SAME_PRESS, StopFlag, StopReason
+from dist_t2i.errors import ExitStatus
 from dist_t2i.utils.processes import STOP_SIGNALS, signals_blocked
 from ranks import ROOT, free_port
 
@@ -67,7 +68,7 @@ class Run:
 def test_a_signal_stops_with_a_save_and_a_status_that_says_go_on(number: signal.Signals, tmp_path: Path):
     run = Run(tmp_path, "0.1")
     run.process.send_signal(number)
-    assert run.wait() == STOPPED == 75
+    assert run.wait() == ExitStatus.STOPPED == 75
     assert run.saved() == [f"{number.name}, worker alive, rank 0 of 1 under plain"]
     assert f"{number.name}: saving a checkpoint after this step" in run.output.read_text()
 
@@ -75,7 +76,7 @@ def test_a_signal_stops_with_a_save_and_a_status_that_says_go_on(number: signal.
 def test_workers_survive_a_signal_to_the_whole_job_until_the_save(tmp_path: Path):
     run = Run(tmp_path, "0.5")
     run.signal_all(signal.SIGUSR2)
-    assert run.wait() == STOPPED
+    assert run.wait() == ExitStatus.STOPPED
     assert run.saved() == ["SIGUSR2, worker alive, rank 0 of 1 under plain"]
 
 
@@ -85,7 +86,7 @@ def test_the_second_ctrl_c_stops_at_once_and_takes_the_workers_along(tmp_path: P
     run.signal_all(signal.SIGINT)
     time.sleep(SAME_PRESS + 0.2)
     run.signal_all(signal.SIGINT)
-    assert run.wait() == INTERRUPTED == 130
+    assert run.wait() == ExitStatus.INTERRUPTED == 130
     assert run.saved() == []  # a save takes 60 seconds here
     assert psutil.wait_procs([worker], timeout=120)[1] == []  # it was killed: left alone it sleeps for ten minutes
     assert "second Ctrl-C" in run.output.read_text()
@@ -97,7 +98,7 @@ def test_a_ctrl_c_that_a_launcher_repeats_is_one(tmp_path: Path):
     time.sleep(0.2)
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == STOPPED
+    assert run.wait() == ExitStatus.STOPPED
     assert run.saved() == ["SIGINT, worker alive, rank 0 of 1 under plain"]
 
 
@@ -107,7 +108,7 @@ def test_the_second_ctrl_c_ends_a_rank_that_hangs_in_c(tmp_path: Path):
     time.sleep(SAME_PRESS + 0.2)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
-    assert run.wait() == INTERRUPTED
+    assert run.wait() == ExitStatus.INTERRUPTED
 
 
 def test_nohup_is_respected(tmp_path: Path):
@@ -116,7 +117,7 @@ def test_nohup_is_respected(tmp_path: Path):
     time.sleep(0.5)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait() == STOPPED
+    assert run.wait() == ExitStatus.STOPPED
     assert run.saved() == ["SIGTERM, worker alive, rank 0 of 1 under plain"]
 
 
@@ -137,7 +138,7 @@ def test_children_start_with_the_signals_blocked_and_none_is_lost():
             status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
         blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
         assert all(blocked >> (number - 1) & 1 for number in STOP_SIGNALS)
-        assert stop.agreed() == "SIGUSR2"
+        assert stop.agreed() is StopReason.SIGUSR2
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
@@ -163,8 +164,8 @@ def test_the_ranks_agree_on_the_largest():
         os.kill(os.getpid(), signal.SIGUSR1)  # only the handler installed last sees it
         assert second.requested and not first.requested
         sent: list[int] = []
-        assert second.agreed(lambda number: sent.append(number) or number) == "SIGUSR1"
-        assert first.agreed(lambda number: max(number, *sent)) == "SIGUSR1"
+        assert second.agreed(lambda number: sent.append(number) or number) is StopReason.SIGUSR1
+        assert first.agreed(lambda number: max(number, *sent)) is StopReason.SIGUSR1
         assert first.requested
 
 

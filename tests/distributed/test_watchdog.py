@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from dist_t2i.distributed.watchdog import HUNG, Watchdog, judge, tell
+from dist_t2i.distributed.watchdog import Watchdog, judge, tell
+from dist_t2i.errors import ExitStatus
 from runs import Run, make_set
 
 STEP = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}
@@ -58,7 +59,7 @@ def test_moving_on_is_no_hang_and_standing_still_is(tmp_path):
     end = time.monotonic() + 20
     while not ended and time.monotonic() < end:
         time.sleep(0.1)
-    assert ended[0] == HUNG == 77
+    assert ended[0] == ExitStatus.HUNG == 77
     dog.stop()
     verdict = json.loads((tmp_path / "ranks" / "hang.json").read_text())
     assert verdict["images"] == 24 and verdict["guilty"][0]["doing"] == "training step"
@@ -75,7 +76,7 @@ def test_what_takes_long_excuses_nobody_who_is_silent(tmp_path):
     while not ended and time.monotonic() < end:
         time.sleep(0.1)
     dog.stop()
-    assert ended[0] == HUNG
+    assert ended[0] == ExitStatus.HUNG
     assert json.loads((tmp_path / "ranks" / "hang.json").read_text())["guilty"][0]["rank"] == 1
 
 
@@ -92,7 +93,7 @@ def test_a_disk_that_takes_no_files_makes_nobody_silent(tmp_path):
     while not ended and time.monotonic() < end:
         time.sleep(0.1)
     dog.stop()
-    assert ended[0] == HUNG, "a step that takes too long is a hang all the same"
+    assert ended[0] == ExitStatus.HUNG, "a step that takes too long is a hang all the same"
 
 
 def test_zero_seconds_watch_nothing(tmp_path):
@@ -113,7 +114,7 @@ def test_a_stopped_rank_ends_the_run_and_the_same_command_goes_on(tmp_path):
             assert time.monotonic() < end and processes[0].poll() is None, run.output()
             time.sleep(0.1)
         os.kill(processes[1].pid, signal.SIGSTOP)
-        assert processes[0].wait(60) == HUNG, run.output()
+        assert processes[0].wait(60) == ExitStatus.HUNG, run.output()
         assert f"rank 1 (process {processes[1].pid}" in run.output() and "gives no sign of life" in run.output()
     finally:
         for process in processes:

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from dist_t2i.distributed.launch import prepare
-from dist_t2i.distributed.preemption import STOPPED, StopFlag
+from dist_t2i.distributed.preemption import StopFlag
+from dist_t2i.errors import ExitStatus
 from dist_t2i.utils.processes import ignore_stop_signals, signals_blocked
 
 
@@ -72,11 +73,11 @@ def main() -> int:
     time.sleep(save_seconds)
     state = "alive" if worker.is_alive() else f"ended with {worker.exitcode}"
     (folder / f"saved-{rank.rank}").write_text(
-        f"{why}, worker {state}, rank {rank.rank} of {rank.world_size} under {rank.launcher}"
+        f"{why.text}, worker {state}, rank {rank.rank} of {rank.world_size} under {rank.launcher}"
     )
     ranks.max(0)
     worker.kill()
-    return STOPPED
+    return ExitStatus.STOPPED
 
 
 if __name__ == "__main__":
