@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
-import random
 import socket
 import time
 import uuid
@@ -38,6 +38,7 @@ from dist_t2i.errors import CheckpointError, ConfigError
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.wandb_logger import ID_FILE
 from dist_t2i.storage.folders import Folder, open_folder
+from dist_t2i.storage.retries import pauses, retry
 from dist_t2i.utils.files import chunks, sha256_of, write_synced
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ _REQUEST_SECONDS = 120.0
 """How long a request for a part of a file may take."""
 LOOK_SECONDS = 20.0
 """How long one for a few lines may."""
+PAUSES = 0.25, 60.0
+"""Seconds of the first and of the longest pause before a failed request is repeated."""
 _RANGE = 32 * 2**20
 """Bytes that one request fetches."""
 _LOOKED_AT = 20
@@ -142,16 +145,17 @@ class MirrorStore:
 
     def _patiently(self, action: Callable[[], T]) -> T:
         """What `action` returns, tried again until the deadline. Raises Unreachable and FileNotFoundError."""
-        for pause in pauses():
-            try:
-                return action()
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                if time.monotonic() + pause > self._deadline:
-                    raise Unreachable(str(error)) from error
-            time.sleep(pause)
-        raise AssertionError
+
+
+        def again(error: OSError, pause: float) -> bool:
+            return not isinstance(error, FileNotFoundError) and time.monotonic() + pause <= self._deadline
+
+        try:
+            return retry(action, pauses(*PAUSES), again)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise Unreachable(str(error)) from error
 
     # ---- down --------------------------------------------------------------------------------------------------------
 
@@ -180,16 +184,19 @@ class MirrorStore:
 
     def _part(self, images: int, name: str, start: int, size: int) -> bytes:
         whole_name = f"{folder_name(images)}/{name}"
-        for attempt, pause in enumerate(pauses()):
-            try:
-                return self._root.read_range(whole_name, start, size)
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{self._root}/{whole_name}: missing") from error
-            except OSError as error:
-                if attempt >= 2 and self._state(images) is not None:  # it answers, but not about this file
-                    raise CheckpointError(f"{self._root}/{whole_name}: cannot be read ({error})") from error
-            time.sleep(pause)
-        raise AssertionError
+        attempts = itertools.count(1)
+
+        def again(error: OSError, _: float) -> bool:
+            if isinstance(error, FileNotFoundError):
+                return False
+            return next(attempts) < 3 or self._state(images) is None  # else the mirror answers, but not about this file
+
+        try:
+            return retry(lambda: self._root.read_range(whole_name, start, size), pauses(*PAUSES), again)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self._root}/{whole_name}: missing") from error
+        except OSError as error:
+            raise CheckpointError(f"{self._root}/{whole_name}: cannot be read ({error})") from error
 
     # ---- up ----------------------------------------------------------------------------------------------------------
 
@@ -334,14 +341,6 @@ def strangers(url: str, lines: list[str]) -> str:
         "Name another place (checkpoint.mirror=...), put the old values back, or go on with --allow-changes, which makes "
         "it this run's."
     )
-
-
-def pauses() -> Iterator[float]:
-    """Seconds between tries: growing to a minute, never the same for two processes."""
-    pause = 0.25
-    while True:
-        yield pause * random.uniform(0.75, 1.25)
-        pause = min(60.0, 2 * pause)
 
 
 def _safe(name: str) -> str:

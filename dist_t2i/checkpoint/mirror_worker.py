@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, LocalDamage, MirrorStore, Refused, Unreachable, pauses
+from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, PAUSES, LocalDamage, MirrorStore, Refused, Unreachable
+from dist_t2i.storage.retries import pauses
 from dist_t2i.checkpoint.store import Retention, open_checkpoint
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.utils.processes import end_with, ignore_stop_signals
@@ -56,7 +57,7 @@ def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) 
 def follow(url: str, run: Path, keep: Retention, damaged: list[int], *, allow_changes: bool) -> int:
     """Uploads until stdin ends. Events: `uploaded` images, `failing` and `works` (once each time), `refused`, `skipped`."""
     store, wanted, failing = MirrorStore(url), _Wanted(), False
-    claimed, waits = False, pauses()
+    claimed, waits = False, pauses(*PAUSES)
     while True:
         try:
             if not claimed:
@@ -68,7 +69,7 @@ def follow(url: str, run: Path, keep: Retention, damaged: list[int], *, allow_ch
             wanted.done(images)
             if failing:
                 tell("works")
-            failing, waits = False, pauses()
+            failing, waits = False, pauses(*PAUSES)
             tell("uploaded", images=images)
         except LocalDamage as error:
             wanted.done(images)

@@ -28,7 +28,7 @@ from dist_t2i.data.tokenizer import train_tokenizer
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
 from dist_t2i.storage.folders import LocalFolder
-from dist_t2i.storage.reader_process import have_clients
+from dist_t2i.storage.reader_process import allow_clients
 from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.shard_file import LocalFile, reason_of
 from dist_t2i.storage.urls import base_name, is_local, local_path
@@ -139,7 +139,7 @@ def _index_all(
 
 def _start_process() -> None:
     ignore_stop_signals()
-    have_clients()
+    allow_clients()
 
 
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, share: int) -> None:

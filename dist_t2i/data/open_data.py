@@ -14,7 +14,7 @@ from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
-from dist_t2i.storage.urls import beside, checked, expand, is_local, join, local_path
+from dist_t2i.storage.urls import checked, expand, is_local, join, local_path, with_suffix
 
 
 def storage_options(data: DataConfig) -> StorageOptions:
@@ -85,7 +85,7 @@ def joined(sets: Sequence[ShardSet]) -> ShardSet:
 
 def _absolute(one: ShardSet, shard: dict[str, Any]) -> dict[str, Any]:
     url = join(one.folder, shard["name"])
-    index = join(one.folder, shard["index"]) if "index" in shard else beside(url, ".index")
+    index = join(one.folder, shard["index"]) if "index" in shard else with_suffix(url, ".index")
     return {**shard, "name": _rooted(url), "index": _rooted(index)}
 
 

@@ -27,7 +27,7 @@ from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
 from dist_t2i.storage.shard_file import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
-from dist_t2i.storage.urls import base_name, beside, checked, is_local, join, parent
+from dist_t2i.storage.urls import base_name, checked, is_local, join, parent, with_suffix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,7 +141,7 @@ class Shards:
         except _Wrong as wrong:
             if not isinstance(file, CachedFile):
                 raise BadSample(self.name(shard), index.keys[row], wrong.reason) from wrong
-            file.doubt(*_span(members))  # perhaps it is the copy that is wrong
+            file.forget(*_span(members))  # perhaps it is the copy that is wrong
         except OSError as error:
             raise BadSample(self.name(shard), index.keys[row], f"unreadable: {reason_of(error)}") from error
         try:
@@ -280,7 +280,7 @@ class ShardSet:
     def _shard(self, listed: Mapping[str, Any]) -> Shard:
         """A shard of the manifest: `name` (beside it, or a URL), and its `index`, beside it if nothing else is said."""
         url = join(self.folder, listed["name"])
-        index = join(self.folder, listed["index"]) if "index" in listed else beside(url, ".index")
+        index = join(self.folder, listed["index"]) if "index" in listed else with_suffix(url, ".index")
         version = listed.get("sha256") or listed.get("tag") or ""
         identity = Identity(listed.get("bytes", -1), version, listed.get("tag", ""))
         return Shard(url, listed["samples"], index, identity, listed.get("part", 0))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.folders import Folder, open_folder
+from dist_t2i.storage.retries import pauses, retry
 from dist_t2i.storage.urls import scheme_of, unchained
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
 """A picture of more bytes is not downloaded to its end."""
-TIMEOUT, ATTEMPTS = 30.0, 3
-"""Seconds without a byte from a server, and how often a download is tried that may still succeed."""
+TIMEOUT, RETRIES = 30.0, 2
+"""Seconds without a byte from a server, and how often a download that may still succeed is repeated."""
 _FIRST_READ = 2**18
 _OPEN_FILES, _OPEN_PLACES = 64, 16
 
@@ -96,17 +97,13 @@ class Download(Origin):
         return 0, self.url
 
     def read(self) -> bytes:
-        for attempt in range(ATTEMPTS):
-            try:
-                if scheme_of(self.url) in WEB:
-                    return _from_the_web(self.url)
-                folder, _, name = self.url.rpartition("/")
-                return _place(folder).read(name)
-            except OSError as error:
-                if attempt == ATTEMPTS - 1 or not _may_pass(error):
-                    raise
-                time.sleep(0.5 * 4**attempt)
-        raise AssertionError("unreachable")
+        return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), lambda error, _: _may_pass(error))
+
+    def _read_once(self) -> bytes:
+        if scheme_of(self.url) in WEB:
+            return _from_the_web(self.url)
+        folder, _, name = self.url.rpartition("/")
+        return _place(folder).read(name)
 
 
 @dataclass(frozen=True, slots=True)

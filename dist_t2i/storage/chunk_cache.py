@@ -1,12 +1,12 @@
-"""A folder in which all processes of a machine keep parts of remote objects, within a bound.
+"""A bounded cache on disk in which all processes of a machine share chunks of remote objects.
 
     CACHE/chunks/ab/abcdef.../0000012      bytes [12 * CHUNK, 13 * CHUNK) of one version of one object
-                             /.0000013.part    being fetched: whoever holds its lock
-         /total                            bytes of all chunks, at least (counted under CACHE/lock)
+                             /.0000013.part    a chunk that the process with the lock on this file is fetching
+         /total                            an upper bound on the bytes of all chunks (changed under CACHE/lock)
 
-A chunk appears by a rename, so it is whole or not there. Two processes that want the same one: the second finds the
-part locked and goes on to other work. The lock is the kernel's (flock) and ends with its process, so kill -9 leaves
-nothing that blocks. When the bound is passed, the chunks used least recently go; whoever has one open may read on.
+Chunks appear by a rename, so they are always complete. Only one process fetches a chunk; a second one that wants it sees
+the lock and does other work. The lock is the kernel's (flock) and ends with its process, so kill -9 leaves nothing that
+blocks. Beyond the bound the least recently used chunks are removed; a process that has one open can still read it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK = 2**23
-"""Bytes."""
+"""Bytes of a chunk; the last one of an object is shorter."""
 _KEPT_OPEN = 256
-_LOOK, _LOOK_AGAIN = 0.005, 0.1
-"""Seconds between looks at whether another process has finished a chunk, and until it is asked if it still lives."""
+_POLL, _POLLED_FOR = 0.005, 0.1
+"""Seconds between checks whether another process has finished a chunk, and for how long `await_fill` checks."""
 _ROOM = 0.9
-"""Share of the bound that is left full when old chunks go."""
+"""Share of the bound to which an eviction reduces the cache."""
 _NO_ROOM = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -45,13 +45,15 @@ _NO_ROOM = {
 
 
 def key_of(url: str, version: str) -> str:
-    """Names one version of one object."""
+    """The key of one version of one object."""
     return hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:40]
 
 
 class ChunkCache:
-    """The cache in `folder`, of at most `limit` bytes. Threads may share it; picklable. Never raises for a full disk:
-    it warns once, and from then on keeps nothing new."""
+    """The cache in `folder`, of at most `limit` bytes. Threads may share it; picklable.
+
+    When the disk is full or not writable it warns once and stores no more chunks, but raises nothing.
+    """
 
     def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
@@ -63,8 +65,8 @@ class ChunkCache:
         self._filling: dict[Path, threading.Event] = {}
         self._works = self.limit > 0
         self.fill_seconds = 0.0
-        """How long this process last took to fetch a whole chunk; 0 before it is known: readers that took it for slow would
-        ask for most samples of the first window twice."""
+        """Seconds that this process needed for its latest full-sized chunk. 0 before the first one: readers that assumed a
+        slow network would request most samples of the first window twice."""
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
@@ -75,52 +77,49 @@ class ChunkCache:
         self._begin()
 
     def prepare(self) -> bool:
-        """Make the folder. False, with a warning, when it cannot be written."""
+        """Creates the folder. False, after a warning, if it cannot be written."""
         try:
             (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "a+b"):
                 pass
         except OSError as error:
-            self._fail(error)
+            self._disable(error)
         return self._works
 
     @property
     def works(self) -> bool:
-        """Whether chunks can be kept."""
+        """Whether new chunks can be stored."""
         return self._works
 
     def path(self, key: str, number: int) -> Path:
+        """The file of a chunk, which need not exist."""
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
 
     def read(self, key: str, number: int, offset: int, size: int) -> bytes | None:
-        """Bytes from `offset` on within a chunk, fewer at its end; None when the chunk is not kept."""
+        """`size` bytes from `offset` on within a chunk, fewer at its end; None if the chunk is not cached."""
         with self._lock:
             descriptor = self._descriptor(key, number)
             return None if descriptor is None else os.pread(descriptor, size, offset)
 
     def _descriptor(self, key: str, number: int) -> int | None:
-        if self._pid != os.getpid():  # descriptors are shared with the parent after a fork, the table is not
+        if self._pid != os.getpid():  # after a fork the descriptors are shared with the parent, but their table is not
             self._begin()
-        found = self._open.get((key, number))
-        if found is not None:
+        descriptor = self._open.get((key, number))
+        if descriptor is not None:
             self._open.move_to_end((key, number))
-            return found
-        path = self.path(key, number)
+            return descriptor
         try:
-            found = os.open(path, os.O_RDONLY)
-            os.utime(found)  # used just now
+            descriptor = os.open(self.path(key, number), os.O_RDONLY)
+            os.utime(descriptor)  # marks the chunk as recently used
         except OSError:
             return None
-        self._open[key, number] = found
+        self._open[key, number] = descriptor
         if len(self._open) > _KEPT_OPEN:
             os.close(self._open.popitem(last=False)[1])
-        return found
-
-    def has(self, key: str, number: int) -> bool:
-        return (key, number) in self._open or self.path(key, number).exists()
+        return descriptor
 
     def forget(self, key: str, number: int) -> None:
-        """A chunk whose bytes turned out wrong."""
+        """Removes a chunk whose bytes turned out to be wrong."""
         with self._lock:
             descriptor = self._open.pop((key, number), None)
             if descriptor is not None:
@@ -129,9 +128,9 @@ class ChunkCache:
                 self.path(key, number).unlink()
 
     def fill(self, key: str, number: int, size: int, fetch: Callable[[BinaryIO], None]) -> bool:
-        """Keep what `fetch` writes into a file, at most `size` bytes, unless it is there.
+        """Stores what `fetch` writes to a file, at most `size` bytes, unless the chunk is cached already.
 
-        False when another process is at it, or nothing can be kept. Raises what `fetch` raises.
+        False if another process is fetching the chunk or nothing can be stored. Raises what `fetch` raises.
         """
         if not self._works:
             return False
@@ -145,20 +144,20 @@ class ChunkCache:
                 if not path.exists():
                     self._fill(path, part, size, fetch)
                 return True
-        except OSError as error:  # those of connections are StorageErrors, which have no number
-            self._fail(error)
+        except OSError as error:  # a failed request is a StorageError, which has no errno
+            self._disable(error)
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Wait until another thread or process has filled a chunk, or given it up, at most so long."""
+        """Waits until another thread has stored a chunk or has failed, at most `seconds`; for another process briefly."""
         path = self.path(key, number)
-        here = self._filling.get(path)
-        if here is not None:
-            here.wait(seconds)
+        filled = self._filling.get(path)
+        if filled is not None:
+            filled.wait(seconds)
             return
-        end = time.monotonic() + min(seconds, _LOOK_AGAIN)
+        end = time.monotonic() + min(seconds, _POLLED_FOR)
         while not os.path.exists(path) and time.monotonic() < end:
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
 
     def _fill(self, path: Path, part: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
         begun = time.monotonic()
@@ -168,7 +167,7 @@ class ChunkCache:
             with open(part, "r+b") as file:
                 file.truncate()
                 fetch(file)
-                whole = file.tell() == CHUNK
+                full = file.tell() == CHUNK
             os.rename(part, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -177,12 +176,12 @@ class ChunkCache:
         finally:
             del self._filling[path]
             done.set()
-        if whole:
+        if full:
             self.fill_seconds = time.monotonic() - begun
 
     @contextlib.contextmanager
     def _part(self, path: Path) -> Iterator[Path | None]:
-        """The locked file that becomes `path`; None when another holds it."""
+        """The file that becomes `path`, locked; None if another process holds the lock."""
         part = path.with_name(f".{path.name}.part")
         try:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
@@ -195,41 +194,42 @@ class ChunkCache:
             except OSError:
                 yield None
                 return
-            # Whoever held it before may have renamed it: then this lock is on a finished chunk, not on a part.
-            mine = part.exists() and os.fstat(descriptor).st_ino == part.stat().st_ino
-            yield part if mine else None
+            # The previous holder may have renamed the file: then the lock is on a finished chunk, not on the part.
+            current = part.exists() and os.fstat(descriptor).st_ino == part.stat().st_ino
+            yield part if current else None
         finally:
             os.close(descriptor)
 
-    def _fail(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
+        """Warns once and stores no more chunks. Raises errors that do not come from a full or unwritable disk."""
         if error.errno not in _NO_ROOM:
             raise error
         if self._works:
             self._works = False
             print(
-                f"warning: data.cache {self.folder}: {error.strerror}; what is there is used, nothing new is kept",
+                f"warning: data.cache {self.folder}: {error.strerror}; cached chunks are used, nothing new is kept",
                 file=sys.stderr,
             )
 
     # ---- the bound ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, size: int) -> None:
-        """Count `size` bytes more before they are written, so that the total is never too small."""
+        """Adds `size` bytes to the total before they are written, so that the total is never too small."""
         with open(self.folder / "lock", "a+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            total = self._counted() + size
+            total = self._total() + size
             if total > self.limit:
                 total = self._evict(int(self.limit * _ROOM) - size) + size
             (self.folder / "total").write_text(str(total))
 
-    def _counted(self) -> int:
+    def _total(self) -> int:
         try:
             return int((self.folder / "total").read_text())
         except (OSError, ValueError):
             return sum(size for _, size, _ in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[float, int, str]]:
-        """Time of use, bytes and path of each chunk; parts that nobody is at are removed."""
+        """Time of use, bytes and path of each chunk. Removes parts that no process holds."""
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
@@ -238,22 +238,22 @@ class ChunkCache:
                     if not name.endswith(".part"):
                         yield about.st_mtime, about.st_size, path
                     elif time.time() - about.st_mtime > 60:
-                        _remove_if_left(path)
+                        _remove_unlocked(path)
 
     def _evict(self, target: int) -> int:
-        """Remove the chunks used least recently until at most `target` bytes are left; returns what is left."""
+        """Removes the least recently used chunks until at most `target` bytes remain; returns the bytes that remain."""
         chunks = sorted(self._chunks())
-        left = sum(size for _, size, _ in chunks)
+        remaining = sum(size for _, size, _ in chunks)
         for _, size, path in chunks:
-            if left <= target:
+            if remaining <= target:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            left -= size
-        return left
+            remaining -= size
+        return remaining
 
 
-def _remove_if_left(part: str) -> None:
+def _remove_unlocked(part: str) -> None:
     with contextlib.suppress(OSError), open(part, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(part)

@@ -1,10 +1,10 @@
-"""Object stores: how each is opened, one request for a range of bytes, and what may go wrong.
+"""Clients of object stores: how a store is opened, one request for a range of bytes, and the errors of requests.
 
-obstore (Rust) speaks to S3, Google Cloud Storage, Azure and plain HTTP; fsspec knows the other schemes. Credentials and
-endpoints come from the variables that each store's own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...); `StorageOptions` may name an endpoint and a region.
+obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
+endpoints come from the environment variables of each store's own tools (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...); `StorageOptions` may override endpoint and region.
 
-A client tries once. Whoever asks decides whether to try again: see `remote.py`.
+A client sends each request once; the caller decides about retries (remote_file.py).
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from dist_t2i.storage.urls import checked, scheme_of
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
 BLOCK, LARGE_BLOCK = 2**16, 2**20
-"""Bytes that a client hands on at a time, at least; what is lost when a connection breaks. Large ones cost less."""
+"""Minimal bytes that a client yields at a time. A broken connection loses less than one block; large blocks cost less."""
 CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How bytes are reached. Picklable."""
+    """How remote data is read. Picklable."""
 
     endpoint: str = ""
-    """URL of an S3-compatible server; "" for the environment's, or AWS."""
+    """URL of an S3-compatible server; "" takes it from the environment, else AWS."""
     region: str = ""
     anonymous: bool = False
-    """Whether requests go unsigned: for public buckets."""
+    """Sends unsigned requests, for public buckets."""
     retry_seconds: float = 300.0
-    """How long a read that fails is tried again."""
+    """Seconds without progress after which a read fails."""
     stall_seconds: float = 10.0
-    """A request that brings nothing for so long has failed; one that takes six times as long as well."""
+    """Seconds without data after which a request fails; a whole request may take six times this."""
     cache: str = ""
-    """Folder in which what was read is kept for all processes of this machine; "" keeps nothing."""
+    """Folder in which all processes of this machine cache remote data; "" disables the cache."""
     cache_bytes: int = 0
 
 
 FROM_ENVIRONMENT = StorageOptions()
-"""Everything as the environment says, and no cache."""
+"""Endpoint and credentials from the environment, no cache."""
 
 
 class StorageError(OSError):
-    """A request that failed. `reason` is a phrase that many may share; the message names the object, if it is known."""
+    """A failed request. `reason` is a phrase without the object's name; the message names the object if it is known."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -58,27 +58,27 @@ class StorageError(OSError):
 
 
 class Gone(StorageError):
-    """Nothing is there, or it may not be read: trying for long is no use."""
+    """The object is missing or forbidden: retries rarely help."""
 
 
 class Missing(Gone, FileNotFoundError):
-    """There is no such object."""
+    """The object does not exist."""
 
 
 class Denied(Gone, PermissionError):
-    """It may not be read or written with these credentials."""
+    """These credentials may not read or write the object."""
 
 
 class Changed(StorageError):
-    """The object is another one than when reading began."""
+    """The object was replaced since reading began."""
 
 
 class Short(StorageError):
-    """The object ends before the range begins."""
+    """The object ends before the requested range begins."""
 
 
 class Blocks(NamedTuple):
-    """An answer: the whole object's size in bytes (-1 when unknown), its tag ("" when it has none), the bytes."""
+    """A response: the size of the object in bytes (-1: unknown), its ETag ("": none), an iterator over the bytes."""
 
     size: int
     tag: str
@@ -86,18 +86,20 @@ class Blocks(NamedTuple):
 
 
 class Client(Protocol):
-    """One object, by its URL."""
+    """Reads one object."""
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
-        """The bytes [start, stop), to the end with None, of the object that still has `tag`, at least `block` of them at
-        a time. Raises StorageError, also while the bytes are read."""
+        """The bytes [start, stop) of the version `tag` ("": any), in blocks of at least `block`; None reads to the end.
+
+        Raises StorageError, also while the bytes are iterated.
+        """
         ...
 
 
 def client_of(url: str, options: StorageOptions) -> Client:
-    """The client for an object. Raises DataError when no installed library knows the scheme.
+    """The client for an object. Raises DataError if no installed library knows the scheme.
 
-    Not to be called before a fork: see `apart.py`.
+    Must not be called in a process that will fork (reader_process.py).
     """
     return ObstoreClient(url, options) if scheme_of(checked(url)) in OBJECT_STORES else FsspecClient(url)
 
@@ -111,16 +113,13 @@ class ObstoreClient:
         self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
-        import obstore
-
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
             options["if_match"] = tag
         with storage_errors():
-            result = obstore.get(self._store, self._path, options=options)  # type: ignore[arg-type]
-        first = result.range[0]
-        if first != start:
-            raise StorageError("the server sent another range than the one asked for")
+            result = self._store.get(self._path, options=options)
+        if result.range[0] != start:
+            raise StorageError("the server sent another range than the requested one")
         return Blocks(result.meta["size"], result.meta.get("e_tag") or "", _blocks(result.stream(block)))
 
 
@@ -138,18 +137,16 @@ class FsspecClient:
     def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
         with storage_errors():
             about = self._system.info(self._path)
-            now = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
-            if tag and now != tag:
+            current = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
+            if tag and current != tag:
                 raise Changed("the object was replaced")
-            size = about.get("size")
-            return Blocks(
-                -1 if size is None else int(size), now, iter([self._system.cat_file(self._path, start, stop)])
-            )
+            size = -1 if about.get("size") is None else int(about["size"])
+            return Blocks(size, current, iter([self._system.cat_file(self._path, start, stop)]))
 
 
 @lru_cache(maxsize=64)
 def _store(address: str, options: StorageOptions) -> Any:
-    """The store of a bucket or host to read from: it keeps connections open, so there is one a process."""
+    """The store of a bucket or host, one per process: it keeps connections open."""
     limits = {
         "connect_timeout": f"{CONNECT_SECONDS}s",
         "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
@@ -159,13 +156,13 @@ def _store(address: str, options: StorageOptions) -> Any:
 
 
 def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
-    """obstore's store at a bucket, a prefix in one, or a host; nothing is asked of it yet.
+    """obstore's store of a bucket, a prefix or a host. Sends no request yet.
 
     Args:
-        limits: what a request may take, as obstore's `ClientConfig` has it: `timeout`, `read_timeout`, ...
-        retry: when the store itself tries again, as its `RetryConfig` has it; its own rule by default.
+        limits: limits of each request, as in obstore's `ClientConfig`: `timeout`, `read_timeout`, ...
+        retry: the store's own retries, as in obstore's `RetryConfig`; None for its defaults.
 
-    Raises: DataError when it knows no such store, or lacks what it needs to know of it.
+    Raises: DataError if obstore cannot open the URL, or a setting that it needs is missing.
     """
     from obstore.store import from_url
 
@@ -173,7 +170,7 @@ def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry:
     config = _s3_config(options) if scheme in ("s3", "s3a") else {}
     plain = scheme == "http" or config.get("endpoint", "").startswith("http://")
     client: Any = {"allow_http": plain, **limits}
-    address = f"gs{url[3:]}" if scheme == "gcs" else url  # the one scheme of ours that it does not know
+    address = f"gs{url[3:]}" if scheme == "gcs" else url  # obstore does not know `gcs://`
     try:
         return from_url(address, config=config or None, client_options=client, retry_config=retry)  # type: ignore
     except Exception as error:
@@ -189,7 +186,7 @@ def _s3_config(options: StorageOptions) -> dict[str, Any]:
 
 
 def open_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. Raises DataError when no installed library knows the scheme."""
+    """fsspec's file system of a URL, and the path in it. Raises DataError if no installed library knows the scheme."""
     import fsspec
 
     try:
@@ -200,14 +197,14 @@ def open_system(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def storage_errors(name: str = "") -> Iterator[None]:
-    """Here the errors of obstore, of fsspec and of its file systems become StorageErrors, about the object `name`."""
+    """Turns the errors of obstore, fsspec and its file systems into StorageErrors about the object `name`."""
     try:
         yield
     except Exception as error:
-        raise _told(error, name) from error
+        raise _translated(error, name) from error
 
 
-def _told(error: Exception, name: str) -> StorageError:
+def _translated(error: Exception, name: str) -> StorageError:
     import obstore.exceptions as known
 
     if isinstance(error, StorageError):
@@ -215,33 +212,33 @@ def _told(error: Exception, name: str) -> StorageError:
     if isinstance(error, DataError):
         return StorageError(str(error))
     if isinstance(error, (known.NotFoundError, FileNotFoundError)):
-        return Missing("there is no such object", name)
+        return Missing("the object does not exist", name)
     if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError, PermissionError)):
-        return Denied("access is denied: look at the credentials in the environment", name)
+        return Denied("access is denied: check the credentials in the environment", name)
     if isinstance(error, known.PreconditionError):
         return Changed("the object was replaced", name)
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
         return Gone("the object's name cannot be read", name)
-    text = str(error)  # of obstore's errors, a nest of Rust structures
+    text = str(error)  # of obstore's errors: nested Rust structures
     status = _status(error, text)
-    plain = re.sub(r"\w+://\S+", "", text)  # the object's name may say anything
+    plain = re.sub(r"\w+://\S+", "", text)  # an object's name may contain any words
     if status == 416 or re.search("range not satisfiable", plain, re.IGNORECASE):
-        return Short("the object is shorter than it ought to be", name)
+        return Short("the object is shorter than expected", name)
     reason = _STATUSES.get(status) or ("the server failed (5xx)" if 500 <= status < 600 else "")
     reason = reason or next((reason for pattern, reason in _REASONS if re.search(pattern, plain, re.IGNORECASE)), "")
-    if not isinstance(error, known.BaseError):  # each file system has errors of its own
+    if not isinstance(error, known.BaseError):  # of an fsspec file system, whose errors have types of their own
         text = getattr(error, "strerror", None) or f"{type(error).__name__}: {text}"
     return StorageError(reason or " ".join(text.split())[:200], name)
 
 
 def _status(error: Exception, text: str) -> int:
-    """The HTTP status that the server has answered with; 0 when it has not, or nobody says.
+    """The HTTP status of the response; 0 without a response or a known status.
 
-    No other number will do: names, ports and the milliseconds that a request took are in the text, too.
+    Other numbers in the text do not count: names, ports and durations appear there, too.
     """
-    given = getattr(error, "status", None)  # of aiohttp's errors, which fsspec passes on
-    found = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # obstore's, botocore's
-    return given if isinstance(given, int) else int(found[1]) if found else 0
+    status = getattr(error, "status", None)  # of aiohttp's errors, which fsspec passes on
+    match = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # obstore's, botocore's
+    return status if isinstance(status, int) else int(match[1]) if match else 0
 
 
 _STATUSES = {429: "the server is busy (429)", 503: "the server is busy (503)"}

@@ -1,7 +1,7 @@
-"""A folder that a set is written to or looked at in: on a disk, in object storage, or wherever fsspec reaches.
+"""Folders that sets and mirrors are written to and read from: on a disk, in an object store, or in any fsspec file system.
 
-Every file is there whole or not at all: on a disk it is written aside and renamed, an object store shows an upload
-when it is complete, any other file system gets it under another name first.
+Files are written atomically: on a disk under another name and then renamed; an object store shows completed uploads only;
+in other file systems also under another name first.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from dist_t2i.storage.urls import scheme_of, unchained
 from dist_t2i.utils.files import chunks, fsync, replacing, sha256_of, write_atomic, write_synced
 
 WORK = ".shard"
-"""The folder of notes that a rerun goes by."""
+"""The folder of the files that a repeated run resumes from."""
 _CHUNK = 2**20
-_PATIENCE = 3600.0
-"""Seconds that a file may take to come or go."""
+_LONGEST_REQUEST = 3600.0
+"""Seconds that the transfer of one file may take."""
 _PART = 8 * 2**20
-"""Bytes of a file's part that travels by itself, at least."""
+"""Minimal bytes of a part of a multipart upload."""
 _PARTS = 9000
-"""Parts that a file may have, at most (S3 takes 10,000)."""
+"""Maximal number of parts of a file (S3 accepts 10,000)."""
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
-    """The place at a path or URL; nothing is read or made yet. Raises DataError when it cannot be reached that way.
+    """The folder at a path or URL. Reads and creates nothing. Raises DataError for commands and chained URLs.
 
-    An object store is given `seconds` for each request and hardly tries again by itself; by default an hour, with many
-    tries.
+    `seconds` limits each request to an object store and its retries; by default an hour with the store's own retries.
     """
     text = str(url)
     scheme = scheme_of(unchained(text))
@@ -47,19 +46,19 @@ def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
     return FsspecFolder(text.rstrip("/"))
 
 
-def locate(place: Folder, name: str) -> tuple[Folder, str]:
-    """Where a file that a manifest names lies: in the place itself, or elsewhere when the name is a URL or a whole path."""
+def locate(folder: Folder, name: str) -> tuple[Folder, str]:
+    """Folder and name of a file that a manifest in `folder` names: there, or elsewhere for URLs and absolute paths."""
     if not scheme_of(unchained(name)) and not os.path.isabs(name):
-        return place, name
-    folder, _, last = name.rpartition("/")
-    return open_folder(folder or "/"), last
+        return folder, name
+    parent, _, last = name.rpartition("/")
+    return open_folder(parent or "/"), last
 
 
 class Folder(ABC):
-    """Files by name in one folder. All methods raise OSError (FileNotFoundError) when they fail. Picklable."""
+    """Files by name in one folder. Methods raise OSError on failure, FileNotFoundError for missing files. Picklable."""
 
     path: Path | None = None
-    """The folder, if it is on a disk."""
+    """The folder's path if it is on a disk."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -68,66 +67,66 @@ class Folder(ABC):
         return self.url
 
     def file_url(self, name: str) -> str:
-        """The path or URL of a file, as messages name it."""
+        """The path or URL of a file, for messages."""
         return f"{self.url}/{name}"
 
     @property
     def staging(self) -> Path:
-        """A folder on this machine's disk for files that are being written; made when it is not there."""
+        """A folder on this machine's disk for files that are being written; created if it is missing."""
         folder = Path(tempfile.gettempdir()) / f"dist_t2i-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
         folder.mkdir(exist_ok=True)
         return folder
 
     def clear_staging(self) -> None:
-        """Remove what was being written and never arrived."""
+        """Removes the unfinished files of earlier runs."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The whole file."""
+        """All bytes of a file."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes from `start` on, fewer where the file ends."""
+        """`size` bytes from `start` on, fewer at the end of the file."""
 
     @abstractmethod
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The file from start to end, about a megabyte at a time."""
+        """The bytes of a file in order, about a megabyte at a time."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Make or replace a file; readers see the old one, or the whole new one."""
+        """Creates or replaces a file atomically."""
 
     @abstractmethod
-    def upload(self, source: Path, name: str) -> None:
-        """Put a file from `staging` here; it is gone from there afterwards."""
+    def upload(self, path: Path, name: str) -> None:
+        """Moves a file from `staging` to this folder."""
 
     @abstractmethod
     def put(self, file: BinaryIO, name: str) -> None:
-        """Put an open file here, from where it stands to its end; the folder that `name` may have is made."""
+        """Copies an open file from its current position to its end; creates the subfolder in `name`."""
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name; one that has it already is replaced."""
+        """Renames a file; replaces a file with the new name."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """No error when there is none."""
+        """Removes a file; no error if it is missing."""
 
     @abstractmethod
     def remove_folder(self, name: str) -> None:
-        """Everything below `name`; no error when there is nothing."""
+        """Removes everything below `name`; no error if it is missing."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The files and folders that lie here, sorted; none when the folder is not there."""
+        """The sorted names of files and subfolders; [] if the folder is missing."""
 
     def settle(self, names: list[str]) -> None:
-        """Return once these files would survive a power cut."""
-        return  # an object store answers no sooner
+        """Returns once these files would survive a power cut. An object store confirms a write only then."""
+        return
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file, which must hold a byte."""
+        """Whether a file exists and is not empty."""
         try:
             self.read_range(name, 0, 1)
         except FileNotFoundError:
@@ -135,7 +134,7 @@ class Folder(ABC):
         return True
 
     def checksum(self, name: str) -> str:
-        """SHA-256 of a file's content."""
+        """SHA-256 of a file as 64 hex digits."""
         return sha256_of(self.chunks(name))
 
 
@@ -166,20 +165,19 @@ class LocalFolder(Folder):
 
     def chunks(self, name: str) -> Iterator[bytes]:
         with open(self.path / name, "rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+            yield from chunks(file)
 
     def write(self, name: str, data: bytes) -> None:
         write_atomic(self.path / name, data)
 
-    def upload(self, source: Path, name: str) -> None:
-        os.replace(source, self.path / name)
+    def upload(self, path: Path, name: str) -> None:
+        os.replace(path, self.path / name)
 
     def put(self, file: BinaryIO, name: str) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            write_synced(part, chunks(file))
+        with replacing(path) as temporary:
+            write_synced(temporary, chunks(file))
 
     def rename(self, old: str, new: str) -> None:
         os.replace(self.path / old, self.path / new)
@@ -199,107 +197,81 @@ class LocalFolder(Folder):
             fsync(self.path / name)
 
 
-def _left(file: BinaryIO) -> int:
-    """Bytes from where a file stands to its end."""
-    start = file.tell()
-    end = file.seek(0, os.SEEK_END)
-    file.seek(start)
-    return end - start
-
-
 class ObjectFolder(Folder):
-    """A prefix in S3, Google Cloud Storage or Azure (credentials from the usual environment variables), or on a web
-    server, which can only be read."""
+    """A prefix in S3, Google Cloud Storage or Azure, with credentials from the store's environment variables, or on a web
+    server, which is read-only."""
 
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)
         self._seconds = seconds
-        self._store: Any = None
+        self._opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_seconds": self._seconds, "_store": None}  # a connection belongs to its process
+        return {"url": self.url, "_seconds": self._seconds, "_opened": None}  # processes cannot share a connection
 
     @property
-    def store(self) -> Any:
-        if self._store is None:
+    def _store(self) -> Any:
+        if self._opened is None:
             retry: Any = None
             if self._seconds:
                 retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
-            limits = {"timeout": f"{self._seconds or _PATIENCE}s"}
-            self._store = open_store(self.url, FROM_ENVIRONMENT, limits, retry)
-        return self._store
+            limits = {"timeout": f"{self._seconds or _LONGEST_REQUEST}s"}
+            self._opened = open_store(self.url, FROM_ENVIRONMENT, limits, retry)
+        return self._opened
 
     def read(self, name: str) -> bytes:
-        import obstore
-
         with storage_errors(self.file_url(name)):
-            return bytes(obstore.get(self.store, name).bytes())
+            return bytes(self._store.get(name).bytes())
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        import obstore
-
         with storage_errors(self.file_url(name)):
-            return bytes(obstore.get_range(self.store, name, start=start, length=size))
+            return bytes(self._store.get_range(name, start=start, length=size))
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        import obstore
-
         with storage_errors(self.file_url(name)):
-            for chunk in obstore.get(self.store, name).stream(min_chunk_size=_CHUNK):
+            for chunk in self._store.get(name).stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
 
     def write(self, name: str, data: bytes) -> None:
-        import obstore
-
         with storage_errors(self.file_url(name)):
-            obstore.put(self.store, name, data)
+            self._store.put(name, data)
 
-    def upload(self, source: Path, name: str) -> None:
-        import obstore
-
+    def upload(self, path: Path, name: str) -> None:
         with storage_errors(self.file_url(name)):
-            obstore.put(self.store, name, source, max_concurrency=4)
-        source.unlink()
+            self._store.put(name, path, max_concurrency=4)
+        path.unlink()
 
     def put(self, file: BinaryIO, name: str) -> None:
-        import obstore
-
-        size = _left(file)
-        content = file if size > _PART else file.read()  # in one request
+        start = file.tell()
+        size = file.seek(0, os.SEEK_END) - start
+        file.seek(start)
+        content = file if size > _PART else file.read()  # small files take one request
         with storage_errors(self.file_url(name)):
-            obstore.put(self.store, name, content, chunk_size=max(_PART, size // _PARTS + 1), max_concurrency=4)
+            self._store.put(name, content, chunk_size=max(_PART, size // _PARTS + 1), max_concurrency=4)
 
     def rename(self, old: str, new: str) -> None:
-        import obstore
-
         with storage_errors(self.file_url(old)):
-            obstore.copy(self.store, old, new)
-            obstore.delete(self.store, old)
+            self._store.copy(old, new)
+            self._store.delete(old)
 
     def remove(self, name: str) -> None:
-        import obstore
-
         with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
-            obstore.delete(self.store, name)
+            self._store.delete(name)
 
     def remove_folder(self, name: str) -> None:
-        import obstore
-
         with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
-            for listed in obstore.list(self.store, f"{name.rstrip('/')}/"):
-                obstore.delete(self.store, [entry["path"] for entry in listed])
+            for page in self._store.list(f"{name.rstrip('/')}/"):
+                self._store.delete([entry["path"] for entry in page])
 
     def names(self) -> list[str]:
-        import obstore
-
         with storage_errors(self.url):
-            listed = obstore.list_with_delimiter(self.store)
-        found = [str(entry["path"]) for entry in listed["objects"]] + [str(path) for path in listed["common_prefixes"]]
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+            listing = self._store.list_with_delimiter()
+        paths = [str(entry["path"]) for entry in listing["objects"]] + [str(path) for path in listing["common_prefixes"]]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
 
 class FsspecFolder(Folder):
-    """A folder in any other file system that fsspec knows, such as `sftp://` or `hdfs://`."""
+    """A folder in any other file system that fsspec supports, such as `sftp://` or `hdfs://`."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -308,75 +280,64 @@ class FsspecFolder(Folder):
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "_opened": None}
 
-    @property
-    def _system(self) -> tuple[Any, str]:
+    @contextlib.contextmanager
+    def _at(self, name: str) -> Iterator[tuple[Any, str]]:
+        """The file system, and the path in it of a file (of the folder with ""); errors inside are about that path."""
         if self._opened is None:
             self._opened = open_system(self.url)
-        return self._opened
+        system, root = self._opened
+        with storage_errors(self.file_url(name) if name else self.url):
+            yield system, f"{root.rstrip('/')}/{name}" if name else root
 
-    def _at(self, name: str) -> tuple[Any, str]:
-        system, root = self._system
-        return system, f"{root.rstrip('/')}/{name}"
+    @contextlib.contextmanager
+    def _replacing(self, name: str) -> Iterator[tuple[Any, str]]:
+        """The file system and a temporary path that replaces the file at the end."""
+        with self._at(name) as (system, path):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            yield system, f"{path}.part"
+            system.mv(f"{path}.part", path)
 
     def read(self, name: str) -> bytes:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)):
+        with self._at(name) as (system, path):
             return system.cat_file(path)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)):
+        with self._at(name) as (system, path):
             return system.cat_file(path, start=start, end=start + size)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)), system.open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+        with self._at(name) as (system, path), system.open(path, "rb") as file:
+            yield from chunks(file)
 
     def write(self, name: str, data: bytes) -> None:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)):
-            system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.pipe_file(f"{path}.part", data)
-            system.mv(f"{path}.part", path)
+        with self._replacing(name) as (system, path):
+            system.pipe_file(path, data)
 
-    def upload(self, source: Path, name: str) -> None:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)):
-            system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.put_file(str(source), f"{path}.part")
-            system.mv(f"{path}.part", path)
-        source.unlink()
+    def upload(self, path: Path, name: str) -> None:
+        with self._replacing(name) as (system, remote):
+            system.put_file(str(path), remote)
+        path.unlink()
 
     def put(self, file: BinaryIO, name: str) -> None:
-        system, path = self._at(name)
-        with storage_errors(self.file_url(name)):
-            system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with system.open(f"{path}.part", "wb") as copy:
-                shutil.copyfileobj(file, copy, _CHUNK)
-            system.mv(f"{path}.part", path)
+        with self._replacing(name) as (system, path), system.open(path, "wb") as copy:
+            shutil.copyfileobj(file, copy, _CHUNK)
 
     def rename(self, old: str, new: str) -> None:
-        system, path = self._at(old)
-        with storage_errors(self.file_url(old)):
-            system.mv(path, self._at(new)[1])
+        with self._at(old) as (system, path), self._at(new) as (_, target):
+            system.mv(path, target)
 
     def remove(self, name: str) -> None:
-        system, path = self._at(name)
-        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), self._at(name) as (system, path):
             system.rm_file(path)
 
     def remove_folder(self, name: str) -> None:
-        system, path = self._at(name)
-        with contextlib.suppress(FileNotFoundError), storage_errors(self.file_url(name)):
+        with contextlib.suppress(FileNotFoundError), self._at(name) as (system, path):
             system.rm(path, recursive=True)
 
     def names(self) -> list[str]:
-        system, root = self._system
         try:
-            with storage_errors(self.url):
-                found = system.ls(root, detail=False)
+            with self._at("") as (system, root):
+                paths = system.ls(root, detail=False)
         except FileNotFoundError:
             return []
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)

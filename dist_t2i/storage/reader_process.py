@@ -1,8 +1,8 @@
-"""Remote reads in a process of their own, so that the training process may fork loader workers later.
+"""Remote reads in a process of their own, so that the training process can fork loader workers later.
 
-An object store's client runs threads. A process that has them and forks leaves its child with locks that nobody will
-ever open: the child's first request hangs. So whoever will fork asks a child for the bytes, and only processes that
-will not fork (loader workers, and that child) have clients.
+The client of an object store runs threads. A process with such threads that forks gives its child locks that nobody will
+ever release: the child's first request hangs. So a process that will fork sends its reads to a child, the *reader*; only
+processes that never fork (loader workers and the reader) have clients.
 """
 
 from __future__ import annotations
@@ -13,67 +13,68 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_t2i.errors import DataError
 from dist_t2i.utils.processes import end_with, ignore_stop_signals, signals_blocked
 
+T = TypeVar("T")
 _pid_with_clients = -1
 _reader: _Reader | None = None
 _lock = threading.Lock()
 
 
-def may_have_clients() -> bool:
-    """Whether this process may talk to object stores itself."""
+def clients_allowed() -> bool:
+    """Whether this process may have clients of object stores."""
     return os.getpid() == _pid_with_clients
 
 
-def have_clients() -> None:
-    """From now on this process has clients of its own; it must not fork processes that need some."""
+def allow_clients() -> None:
+    """Lets this process have clients. It must not fork processes that need clients afterwards."""
     global _pid_with_clients
     _pid_with_clients = os.getpid()
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, in this process where it may have clients, else in the reader. Raises what it raises.
+def with_clients(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, computed in this process if it may have clients, else in the reader.
 
-    The function is one of a module, and everything must pickle.
+    The function must be one of a module; its arguments, result and errors must be picklable. Raises what it raises.
     """
     global _reader
-    if may_have_clients():
+    if clients_allowed():
         return function(*arguments)
     with _lock:
-        if _reader is None or not _reader.mine():
+        if _reader is None or not _reader.usable():
             _reader = _Reader()
         return _reader.call(function, arguments)
 
 
 class _Reader:
-    """The child, and the pipe to it."""
+    """The reader, and the pipe to it."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        # Where somebody has used a client here before us (a notebook, say), a fork would take its locks along.
+        # If other code has used a client in this process (a notebook, say), a fork would copy the client's locks.
         fork = sys.platform == "linux" and "obstore" not in sys.modules
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
-        self._pipe, other = context.Pipe()
+        self._pipe, child_end = context.Pipe()
         with signals_blocked():
-            self._process = context.Process(target=_serve, args=(other, os.getpid()), daemon=True, name="reader")
+            self._process = context.Process(target=_serve, args=(child_end, os.getpid()), daemon=True, name="reader")
             self._process.start()
-        other.close()
+        child_end.close()
         atexit.register(self.close)
 
-    def mine(self) -> bool:
-        """Whether this process started it and it lives; a forked copy is of no use."""
+    def usable(self) -> bool:
+        """Whether the reader runs and this process has started it; a fork of the parent cannot use it."""
         return self._pid == os.getpid() and self._process.is_alive()
 
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         try:
             self._pipe.send((function, arguments))
-            good, result = self._pipe.recv()
+            succeeded, result = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise DataError("the process that reads remote data was killed (out of memory?)") from error
-        if not good:
+        if not succeeded:
             raise result
         return result
 
@@ -87,7 +88,7 @@ class _Reader:
 def _serve(pipe: Any, parent: int) -> None:
     end_with(parent)
     ignore_stop_signals()
-    have_clients()
+    allow_clients()
     while True:
         try:
             function, arguments = pipe.recv()

@@ -1,14 +1,13 @@
-"""Reading an object through whatever happens on the way: again and again, from the last good byte on.
+"""Reads of a remote object that survive failed requests.
 
-A read that fails is tried again after a growing, jittered pause (exponential backoff with full jitter: Brooker 2015,
-"Exponential Backoff And Jitter"), asks only for what is still missing, and names the version of the object it began
-with (If-Match). It gives up when `retry_seconds` have passed with nothing gained, or at once where trying is no use.
+After a failed request a read pauses (retries.py), then asks only for the bytes that are still missing, of the version of
+the object that it began with (If-Match). It fails when `retry_seconds` have passed without a byte, or sooner where a
+retry cannot help.
 """
 
 from __future__ import annotations
 
 import io
-import random
 import sys
 import threading
 import time
@@ -25,145 +24,143 @@ from dist_t2i.storage.clients import (
     StorageOptions,
     client_of,
 )
+from dist_t2i.storage.retries import pauses
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+PAUSES = 0.1, 10.0
+"""Seconds of the first and of the longest pause before a failed request is repeated."""
 GONE_SECONDS = 3.0
-"""How long something that is not there, or denied, is tried again: a listing may lag behind, a token be renewed."""
+"""Seconds for which a missing or forbidden object is retried: a store may lag behind, credentials may be renewed."""
 SLOWEST = 2**14
-"""Bytes a second. A read that is slower than this, all pauses included, counts as failed in the end."""
-_TELL_AFTER = 5.0
+"""Bytes per second. A read that stays slower than this, pauses included, fails in the end."""
+_WARN_AFTER = 5.0
+"""Seconds after which a retried read is reported."""
 
 
-class Patience:
-    """The pauses of one read."""
+class Backoff:
+    """The pauses between the requests of one read, and its deadline."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self._name, self._seconds = name, seconds
         self._begun = time.monotonic()
-        self._pause = FIRST_PAUSE
-        self._earned = 0.0
-        self._told = False
+        self._pauses = pauses(*PAUSES)
+        self._extension = 0.0
+        self._warned = False
 
-    def gained(self, size: int) -> None:
-        """Bytes came: the next pause is short again, and there is more time."""
+    def progressed(self, size: int) -> None:
+        """A request that failed has brought `size` bytes: the deadline moves back and the pauses are short again."""
         if size:
-            self._pause = FIRST_PAUSE
-            self._earned += size / SLOWEST
+            self._pauses = pauses(*PAUSES)
+            self._extension += size / SLOWEST
 
     def wait(self, error: StorageError) -> None:
-        """Pause before the next attempt. Raises `error` when there is no more time."""
-        limit = GONE_SECONDS if isinstance(error, Gone) else self._seconds
-        limit = min(limit, self._seconds) + self._earned
-        spent = time.monotonic() - self._begun
-        pause = self._pause * random.uniform(0.5, 1.0)
+        """Pauses before the next request. Raises `error` if the pause would end after the deadline."""
+        limit = min(GONE_SECONDS, self._seconds) if isinstance(error, Gone) else self._seconds
+        limit += self._extension
+        spent, pause = time.monotonic() - self._begun, next(self._pauses)
         if spent + pause > limit:
             raise error
-        if spent > _TELL_AFTER and not self._told:
-            self._told = True
-            print(
-                f"warning: {self._name}: {error.reason}; trying again for {limit - spent:.0f} seconds", file=sys.stderr
-            )
+        if spent > _WARN_AFTER and not self._warned:
+            self._warned = True
+            print(f"warning: {self._name}: {error.reason}; retrying for {limit - spent:.0f} seconds", file=sys.stderr)
         time.sleep(pause)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
 
 class RemoteFile:
-    """An object, read by ranges; safe to share between threads. `size` is -1 while it is not known."""
+    """An object that is read by ranges. Threads may share it. `size` is -1 until it is known."""
 
     def __init__(self, url: str, options: StorageOptions, size: int = -1, tag: str = "") -> None:
         self.url, self.options, self.size = url, options, size
-        self._tag, self._given = tag, bool(tag)
+        self._tag, self._pinned = tag, bool(tag)
         self._client: Client | None = None
-        self._patient = True
+        self._retries = True
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes there, fewer at the end of the object. Raises StorageError, DataError."""
-        held = io.BytesIO()
-        self._read(held, offset, offset + size)
-        return held.getvalue()
+        """`size` bytes from `offset` on, fewer at the end of the object. Raises StorageError, DataError."""
+        out = io.BytesIO()
+        self.read_into(out, offset, size)
+        return out.getvalue()
 
     def read_into(self, file: BinaryIO, offset: int, size: int) -> None:
-        """As `read`, into an empty file, as the bytes come. Raises what the file raises as well."""
+        """As `read`, but writes the bytes to an empty file as they arrive. Also raises the errors of that file."""
         self._read(file, offset, offset + size)
 
     def read_all(self) -> bytes:
-        """The whole object. Raises StorageError, DataError."""
-        held = io.BytesIO()
-        self._read(held, 0, None)
-        return held.getvalue()
+        """All bytes of the object. Raises StorageError, DataError."""
+        out = io.BytesIO()
+        self._read(out, 0, None)
+        return out.getvalue()
 
     @property
     def tag(self) -> str:
-        """The store's name of the version that is read; "" before the first answer, or when there is none."""
+        """The ETag of the version that is read; "" before the first answer, and from stores without ETags."""
         return self._tag
 
     def close(self) -> None:
-        """Connections belong to the process, not to the file."""
+        """Does nothing: all files of a process share its connections."""
 
-    def _read(self, held: BinaryIO, start: int, stop: int | None) -> None:
+    def _read(self, out: BinaryIO, start: int, stop: int | None) -> None:
+        """Writes the bytes [start, stop) of the object to `out`, to its end with None."""
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:
                 return
-        # After a read that failed for good, others try once: they would all wait for nothing.
-        patience = Patience(self.url, self.options.retry_seconds if self._patient else 0.0)
+        # After a read has failed for good, later reads send one request each: retries would delay every sample for nothing.
+        backoff = Backoff(self.url, self.options.retry_seconds if self._retries else 0.0)
         block = LARGE_BLOCK
         while True:
-            before = held.tell()
+            before = out.tell()
             try:
-                stop = self._once(held, start, stop, block)
-                if stop is None or start + held.tell() >= stop:
-                    self._patient = True
+                stop = self._request(out, start, stop, block)
+                if stop is None or start + out.tell() >= stop:
+                    self._retries = True
                     return
                 raise StorageError("the connection closed early")
             except Short:
                 with self._lock:
-                    self.size = start + held.tell()  # no byte is there, or beyond; where it ends does not matter
+                    self.size = start + out.tell()  # no byte lies there or beyond; the exact end does not matter
                 return
             except Changed:
-                self._forget(held)
+                self._restart(out)
             except StorageError as error:
-                block = BLOCK  # where connections break, every byte that came counts
-                patience.gained(held.tell() - before)
+                block = BLOCK  # a broken connection loses less than one block, so small blocks lose less
+                backoff.progressed(out.tell() - before)
                 try:
-                    patience.wait(error)
+                    backoff.wait(error)
                 except StorageError:
-                    self._patient = False
+                    self._retries = False
                     raise
 
-    def _once(self, held: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
-        """One request for what is missing, added to `held`. Returns where the bytes end, once that is known."""
-        answer = self._get().fetch(start + held.tell(), stop, self._tag, block)
+    def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
+        """Appends the missing bytes to `out` with one request. Returns where the range ends, None if that is unknown."""
+        answer = self._open_client().fetch(start + out.tell(), stop, self._tag, block)
         with self._lock:
             self._tag = self._tag or answer.tag
             self.size = answer.size if answer.size >= 0 else self.size
         if answer.size >= 0:
             stop = answer.size if stop is None else min(stop, answer.size)
         for data in answer.bytes:
-            held.write(data)
-        if stop is not None and start + held.tell() > stop:
-            _cut(held, stop - start)
+            out.write(data)
+        if stop is not None and start + out.tell() > stop:
+            _truncate(out, stop - start)
         return stop
 
-    def _forget(self, held: BinaryIO) -> None:
-        """The object was replaced: begin anew with the one that is there now, whose checksums will tell if it is fit.
-
-        Raises Changed when the version was given, by a manifest: the index beside it is of that one.
-        """
+    def _restart(self, out: BinaryIO) -> None:
+        """Begins again with the new version of an object that was replaced; the checksums of its samples decide whether it
+        is usable. Raises Changed if a manifest fixes the version, since the index describes that version."""
         with self._lock:
-            if self._given:
+            if self._pinned:
                 raise Changed("the object was replaced since it was indexed")
             self._tag, self.size = "", -1
-        _cut(held, 0)
+        _truncate(out, 0)
 
-    def _get(self) -> Client:
+    def _open_client(self) -> Client:
         with self._lock:
             if self._client is None:
                 self._client = client_of(self.url, self.options)
             return self._client
 
 
-def _cut(held: BinaryIO, size: int) -> None:
-    held.seek(size)
-    held.truncate()
+def _truncate(out: BinaryIO, size: int) -> None:
+    out.seek(size)
+    out.truncate()

@@ -1,4 +1,4 @@
-"""Opening a shard by its path or URL: a local file, an object, or an object of which parts are kept on disk."""
+"""Random access to the bytes of a shard: a local file, an object, or an object with a chunk cache on disk."""
 
 from __future__ import annotations
 
@@ -10,43 +10,50 @@ from typing import NamedTuple, Protocol
 
 from dist_t2i.storage.chunk_cache import CHUNK, ChunkCache, key_of
 from dist_t2i.storage.clients import StorageError, StorageOptions
-from dist_t2i.storage.reader_process import apart, may_have_clients
+from dist_t2i.storage.reader_process import clients_allowed, with_clients
 from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.urls import is_local, local_path
+
+QUICK = 0.5
+"""Seconds. While a chunk arrives within this, a reader fetches the chunk, or waits for the process that fetches it: other
+samples of the chunk will be needed too, and one request per sample costs six times the processor time per byte. Otherwise
+it requests its sample only."""
 
 
 class ShardFile(Protocol):
     """Random access to the bytes of one shard, from several threads."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes there, fewer at the end of the file. Raises OSError."""
+        """`size` bytes from `offset` on, fewer at the end of the file. Raises OSError."""
         ...
 
     def close(self) -> None: ...
 
 
 class Identity(NamedTuple):
-    """What a manifest knows of an object: its bytes (-1: unknown), its version (a checksum or tag), and the tag that
-    the store itself gives it."""
+    """The version of an object, as a manifest records it."""
 
     size: int = -1
+    """Bytes; -1: unknown."""
     version: str = ""
+    """A checksum or tag, the key of the version in the cache."""
     tag: str = ""
+    """The ETag that the store gave this version."""
 
 
 UNKNOWN = Identity()
 
 
 def reason_of(error: OSError) -> str:
-    """A phrase for people."""
+    """The reason in an error, without the path."""
     return error.strerror or str(error)
 
 
 class LocalFile:
-    """A shard on disk, read with `pread`: safe to share between threads and after a fork."""
+    """A shard on disk, read with `pread`: threads and forked processes may share it."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = -1  # for `close`, when the next line raises
+        self._descriptor = -1  # `close` needs it if the next line raises
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -61,13 +68,9 @@ class LocalFile:
         self.close()
 
 
-QUICK = 0.5
-"""Seconds. Where a whole chunk comes in less, a reader gets it, or waits for whoever is getting it: its other samples will
-be wanted, too, and a request for each costs the processor six times as much a byte. Else it asks for its sample alone."""
-
-
 class CachedFile:
-    """An object, parts of which are kept. What is not there is read over the network, by the chunk where that is quick."""
+    """An object whose chunks are cached on disk. Reads a missing chunk over the network if chunks arrive quickly, else
+    only the requested bytes."""
 
     def __init__(self, remote: RemoteFile, cache: ChunkCache, version: str) -> None:
         self.remote, self.cache = remote, cache
@@ -86,29 +89,29 @@ class CachedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, number: int, offset: int, size: int) -> bytes | None:
-        """Bytes of a chunk; None when it is not kept and does not come quickly."""
+        """Bytes of a chunk; None if the chunk is not cached and does not arrive quickly."""
         part = self.cache.read(self.key, number, offset, size)
         if part is not None or self.cache.fill_seconds > QUICK:
             return part
         end = time.monotonic() + QUICK
-        with contextlib.suppress(StorageError):  # reading the sample alone meets it again, and tells it
+        with contextlib.suppress(StorageError):  # the request for the sample meets and reports the same error
             while not self.fill(number) and self.cache.works and time.monotonic() < end:
                 self.cache.await_fill(self.key, number, end - time.monotonic())
         return self.cache.read(self.key, number, offset, size)
 
     @staticmethod
     def chunks(offset: int, size: int) -> range:
-        """The chunks in which these bytes lie."""
+        """The numbers of the chunks that contain these bytes."""
         return range(offset // CHUNK, -(-(offset + size) // CHUNK))
 
     def fill(self, number: int) -> bool:
-        """Keep a chunk; False when another process is at it or nothing can be kept. Raises StorageError."""
+        """Caches a chunk. False if another process is fetching it or the cache cannot be written. Raises StorageError."""
         offset = number * CHUNK
         size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
         return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, size))
 
-    def doubt(self, offset: int, size: int) -> None:
-        """Bytes read from here were wrong: keep them no longer."""
+    def forget(self, offset: int, size: int) -> None:
+        """Removes the cached chunks of bytes that turned out to be wrong."""
         for number in self.chunks(offset, size):
             self.cache.forget(self.key, number)
 
@@ -116,23 +119,23 @@ class CachedFile:
         self.remote.close()
 
 
-class ApartFile:
-    """An object, read by another process: this one may fork."""
+class ReaderProcessFile:
+    """An object that the reader process reads, since this process may fork."""
 
     def __init__(self, url: str, options: StorageOptions, identity: Identity) -> None:
-        self._where = url, options, identity
+        self._arguments = url, options, identity
 
     def read(self, offset: int, size: int) -> bytes:
-        return apart(_read_range, *self._where, offset, size)
+        return with_clients(_read_range, *self._arguments, offset, size)
 
     def close(self) -> None: ...
 
 
 def open_shard(url: str, options: StorageOptions, identity: Identity = UNKNOWN) -> ShardFile:
-    """The shard, open for reading; of a remote one nothing is asked yet. Raises OSError when no local file is there."""
+    """Opens a shard for reading; sends no request for a remote one. Raises OSError if a local file cannot be opened."""
     if is_local(url):
         return LocalFile(str(local_path(url)))
-    return _open_remote(url, options, identity) if may_have_clients() else ApartFile(url, options, identity)
+    return _open_remote(url, options, identity) if clients_allowed() else ReaderProcessFile(url, options, identity)
 
 
 def _open_remote(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
@@ -143,7 +146,7 @@ def _open_remote(url: str, options: StorageOptions, identity: Identity) -> Shard
 
 @lru_cache(maxsize=8)
 def cache_of(options: StorageOptions) -> ChunkCache | None:
-    """The cache of this process; None when there is none."""
+    """This process's cache; None if `options` names no cache or it cannot be written."""
     if not options.cache or options.cache_bytes <= 0:
         return None
     cache = ChunkCache(options.cache, options.cache_bytes)
@@ -151,20 +154,20 @@ def cache_of(options: StorageOptions) -> ChunkCache | None:
 
 
 def read_file(url: str, options: StorageOptions) -> bytes:
-    """A whole small file, such as a manifest. Raises OSError (FileNotFoundError when it is not there), DataError."""
+    """All bytes of a small file, such as a manifest. Raises OSError (FileNotFoundError if it is missing), DataError."""
     if is_local(url):
         return local_path(url).read_bytes()
-    return apart(_read_whole, url, options)
+    return with_clients(_read_all, url, options)
 
 
-def _read_whole(url: str, options: StorageOptions) -> bytes:
+def _read_all(url: str, options: StorageOptions) -> bytes:
     return RemoteFile(url, options).read_all()
 
 
-def _read_range(url: str, options: StorageOptions, identity: Identity, offset: int, size: int) -> bytes:
-    return _kept_open(url, options, identity).read(offset, size)
-
-
 @lru_cache(maxsize=64)
-def _kept_open(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
+def _opened(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
     return _open_remote(url, options, identity)
+
+
+def _read_range(url: str, options: StorageOptions, identity: Identity, offset: int, size: int) -> bytes:
+    return _opened(url, options, identity).read(offset, size)

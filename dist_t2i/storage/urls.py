@@ -1,6 +1,6 @@
-"""What names data: a path, `file://...`, or a URL of an object store; braces and globs that stand for many.
+"""Names of data: paths, `file://...` and URLs of object stores; braces and globs expand to several names.
 
-Names are data from a configuration: nothing here runs a command. webdataset runs `pipe:...` in a shell; this refuses it.
+Names come from a configuration, so they never run commands: `pipe:...`, which webdataset runs in a shell, is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import glob
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +23,8 @@ _MAX_NAMES = 10_000_000
 
 def scheme_of(url: str) -> str:
     """`s3` of `s3://bucket/key`, "" of a path."""
-    found = _SCHEME.match(url)
-    return found.group(1).lower() if found else ""
+    match = _SCHEME.match(url)
+    return match.group(1).lower() if match else ""
 
 
 def is_local(url: str) -> bool:
@@ -31,7 +32,7 @@ def is_local(url: str) -> bool:
 
 
 def checked(url: str) -> str:
-    """The URL as it is. Raises DataError when it is a command, or chained with one."""
+    """The unchanged URL. Raises DataError if it or a URL chained to it is a command."""
     for part in url.split("::"):
         if part.strip().lower().startswith(_COMMANDS):
             raise DataError(f"{url}: commands are not run; name a file, a folder or a URL")
@@ -39,14 +40,14 @@ def checked(url: str) -> str:
 
 
 def unchained(url: str) -> str:
-    """The URL as it is. Raises DataError when it is a command, or chains file systems with `::`."""
+    """The unchanged URL. Raises DataError if it is a command or chains file systems with `::`."""
     if "::" in checked(url) and "://" in url:
         raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
     return url
 
 
 def local_path(url: str) -> Path:
-    """The path that a plain path or a `file://` URL names. Raises DataError for everything else."""
+    """The path of a plain path or a `file://` URL. Raises DataError for other URLs."""
     scheme = scheme_of(checked(url))
     if scheme == "file":
         return Path(url[len("file://") :])
@@ -56,7 +57,7 @@ def local_path(url: str) -> Path:
 
 
 def join(base: str, name: str) -> str:
-    """`name` in the folder `base`; a name that is a URL or an absolute path stands for itself."""
+    """`name` in the folder `base`; URLs and absolute paths are returned unchanged."""
     if scheme_of(name) or os.path.isabs(name):
         return checked(name)
     if is_local(base):
@@ -66,19 +67,19 @@ def join(base: str, name: str) -> str:
 
 
 def parent(url: str) -> str:
-    """The folder of a file."""
+    """The folder that contains a file."""
     if is_local(url):
         return str(local_path(url).parent)
     return url.partition("?")[0].rpartition("/")[0]
 
 
 def base_name(url: str) -> str:
-    """The last part of the name, without the query of a URL."""
+    """The last component of a name, without the query of a URL."""
     return posixpath.basename(url.partition("?")[0] if scheme_of(url) else url.replace(os.sep, "/"))
 
 
-def beside(url: str, suffix: str) -> str:
-    """The file of the same name with another suffix: `a/b.tar` -> `a/b.index`."""
+def with_suffix(url: str, suffix: str) -> str:
+    """The name with another suffix: `a/b.tar` -> `a/b.index`."""
     if is_local(url):
         return str(local_path(url).with_suffix(suffix))
     address, question, query = url.partition("?")
@@ -86,12 +87,12 @@ def beside(url: str, suffix: str) -> str:
 
 
 def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list[str]:
-    """The names that a list of patterns stands for, in order: braces as in `{000..591}`, and globs of local files.
+    """The names that patterns expand to, in order: braces such as `{000..591}`, and globs of local files.
 
     Args:
-        directory: where relative paths begin; the working directory by default.
+        directory: the folder that relative paths refer to, by default the working directory.
 
-    Raises: DataError when a glob finds nothing, a pattern is a command, or a name comes twice.
+    Raises: DataError if a glob matches nothing, a pattern is a command, or a name occurs twice.
     """
     from braceexpand import braceexpand
 
@@ -101,29 +102,29 @@ def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list
         try:
             expanded = braceexpand(pattern, escape=False) if "{" in pattern else [pattern]
             for name in expanded:
-                names += _found(checked(name), directory)
+                names += _matches(checked(name), directory)
                 if len(names) > _MAX_NAMES:
-                    raise DataError(f"{pattern} stands for more than {_MAX_NAMES:,} names")
+                    raise DataError(f"{pattern} expands to more than {_MAX_NAMES:,} names")
         except ValueError as error:
-            raise DataError(f"{pattern}: its braces do not pair") from error
+            raise DataError(f"{pattern}: its braces do not match") from error
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise DataError(f"{twice} is named twice; each shard may come once in a list")
+        duplicate = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{duplicate} is named twice; list each shard once")
     return names
 
 
-def _found(name: str, directory: Path | None) -> list[str]:
+def _matches(name: str, directory: Path | None) -> list[str]:
     if not is_local(name):
         if _GLOB.search(name.partition("?")[0]):
             raise DataError(
-                f"{name}: globs work for local files only; write the numbers as braces, such as train-{{000000..000591}}.tar"
+                f"{name}: globs match local files only; write the numbers as braces, such as train-{{000000..000591}}.tar"
             )
         return [name]
     path = local_path(name)
     path = directory / path if directory is not None else path
     if not _GLOB.search(str(path)) or path.exists():
         return [str(path)]
-    found = sorted(glob.glob(str(path)))
-    if not found:
-        raise DataError(f"{name}: no file has such a name")
-    return found
+    names = sorted(glob.glob(str(path)))
+    if not names:
+        raise DataError(f"{name}: no file matches")
+    return names

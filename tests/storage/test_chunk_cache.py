@@ -38,8 +38,8 @@ def kept(cache, key, numbers) -> list[int]:
 
 def test_what_is_kept_is_read_back(tmp_path):
     cache, key = cache_in(tmp_path), key_of("s3://b/a.tar", "v1")
-    assert cache.read(key, 0, 0, 10) is None and not cache.has(key, 0)
-    assert cache.fill(key, 0, SIZE, writes(chunk(7))) and cache.has(key, 0)
+    assert cache.read(key, 0, 0, 10) is None and not cache.path(key, 0).exists()
+    assert cache.fill(key, 0, SIZE, writes(chunk(7))) and cache.path(key, 0).exists()
     assert cache.read(key, 0, 990, 100) == chunk(7)[990:]
     assert cache.fill(key, 0, SIZE, fails("it is there"))
     assert key_of("s3://b/a.tar", "v2") != key, "another version is another object"
@@ -79,7 +79,7 @@ def test_errors_of_a_fetch_are_the_callers_and_leave_nothing(tmp_path):
 
     with pytest.raises(ConnectionResetError):
         cache.fill(key, 0, SIZE, broken)
-    assert cache.works and not cache.has(key, 0)
+    assert cache.works and not cache.path(key, 0).exists()
     assert not [path for path in cache.folder.rglob("*.part") if path.stat().st_size]
     assert cache.fill(key, 0, SIZE, writes(chunk(1)))
 
@@ -102,10 +102,10 @@ def test_two_at_once_the_second_goes_on(tmp_path):
     assert other.read(key, 0, 0, 10) is None, "not there before it is whole"
     for waiting in (cache, other):  # in the process that fetches, and in another
         waiting.await_fill(key, 0, 0.02)
-        assert not waiting.has(key, 0), "it waits no longer than it is told to"
+        assert not waiting.path(key, 0).exists(), "it waits no longer than it is told to"
     threading.Timer(0.2, go.set).start()
     cache.await_fill(key, 0, 60)
-    assert cache.has(key, 0)
+    assert cache.path(key, 0).exists()
     other.await_fill(key, 0, 60)
     first.join()
     assert other.read(key, 0, 0, 10) == chunk(3)[:10]

@@ -17,7 +17,7 @@ from dist_t2i.data.shard_set import Shards
 from dist_t2i.data.stream.order import Run
 from dist_t2i.errors import DataError
 from dist_t2i.storage.chunk_cache import CHUNK, ChunkCache
-from dist_t2i.storage.reader_process import may_have_clients
+from dist_t2i.storage.reader_process import clients_allowed
 from dist_t2i.storage.shard_file import CachedFile, cache_of
 
 _THREADS = 4
@@ -39,7 +39,7 @@ class ReadAhead:
         self._shards, self._order, self._turn = shards, order, turn
         self._position = position
         self._moved = threading.Condition()
-        cache = cache_of(shards.options) if shards.remote and may_have_clients() else None
+        cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
         if cache is not None and cache.works:
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
             threading.Thread(target=self._until_the_end, args=(cache,), name="read ahead", daemon=True).start()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dist_t2i.errors import DataError
-from dist_t2i.storage.reader_process import have_clients
+from dist_t2i.storage.reader_process import allow_clients
 from dist_t2i.utils.processes import end_with
 
 _MAX_RESTARTS = 3
@@ -46,7 +46,7 @@ class StartWorker:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
         end_with(self.parent)
-        have_clients()
+        allow_clients()
         torch.set_num_threads(1)
 
 
