@@ -146,7 +146,6 @@ class MirrorStore:
     def _patiently(self, action: Callable[[], T]) -> T:
         """What `action` returns, tried again until the deadline. Raises Unreachable and FileNotFoundError."""
 
-
         def again(error: OSError, pause: float) -> bool:
             return not isinstance(error, FileNotFoundError) and time.monotonic() + pause <= self._deadline
 

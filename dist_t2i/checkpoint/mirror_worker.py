@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, PAUSES, LocalDamage, MirrorStore, Refused, Unreachable
-from dist_t2i.storage.retries import pauses
 from dist_t2i.checkpoint.store import Retention, open_checkpoint
 from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.storage.retries import pauses
 from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 

@@ -1,15 +1,15 @@
-"""From the bytes of a picture to uint8 RGB: upright, on white, square, at the training size.
+"""Encoded images decoded to uint8 RGB at the training size: upright, on white, square.
 
-JPEGs go through libjpeg-turbo, shrunk by its DCT where the picture is at least twice too large; all else through
-Pillow, with a closed list of formats (others start programs, such as EPS). Sizes are read from the header and
-checked before anything is decoded: a small file can unpack to gigabytes.
+JPEGs are decoded by libjpeg-turbo, which also shrinks images that are at least twice too large; other formats by Pillow, from
+a closed list (some formats start programs, such as EPS). Sizes are read from the header and checked before decoding, since
+a small file can unpack to gigabytes.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy
 import simplejpeg
@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
-"""Larger pictures are refused unseen: 67 million pixels, 200 MB decoded."""
+"""Larger images are refused before decoding: 67 million pixels, 200 MB decoded."""
 MIN_SIDE = 8
-"""Pictures with a shorter side than this show nothing that could be learned."""
+"""Images with a shorter side are refused: they show nothing to learn from."""
 _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
-_BEFORE_PIXELS = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
-"""JPEG markers of segments that may come before an EXIF segment: applications', comments, tables."""
+_BEFORE_EXIF = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
+"""JPEG markers of segments that may precede an EXIF segment: application data, comments, tables."""
+
+
+class PictureError(ValueError):
+    """An unusable image; the message is a phrase without its name."""
 
 
 def to_unit(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,12 +45,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
-class PictureError(ValueError):
-    """A picture that cannot be used; the message is a phrase that fits many."""
-
-
 def check_size(width: int, height: int) -> None:
-    """Raises PictureError."""
+    """Raises PictureError if an image is too large or too small."""
     if width * height > MAX_PIXELS:
         raise PictureError(f"larger than {MAX_PIXELS // 10**6} million pixels")
     if min(width, height) < MIN_SIDE:
@@ -66,22 +66,22 @@ def open_picture(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise PictureError(f"larger than {MAX_PIXELS // 10**6} million pixels") from error
-    except Exception as error:  # Pillow's plugins raise whatever the broken bytes lead them to
+    except Exception as error:  # broken bytes can raise any error in Pillow's plugins
         raise PictureError("does not decode") from error
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says."""
+    """The image, rotated and mirrored according to its EXIF orientation."""
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode as RGB. Raises PictureError for floating-point pixels, whose range is unknown."""
+    """The image in mode RGB. Raises PictureError for floating-point pixels, whose range is unknown."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I"):  # 16 bits; plain "I" holds them as well
+    if picture.mode.startswith("I"):  # 16 bits, in modes I;16 and I
         pixels = numpy.asarray(picture).astype(numpy.int64)
         return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(numpy.uint8)).convert("RGB")
     if picture.mode == "F":
@@ -93,35 +93,35 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 to 8; 1 when it says none. Much faster than asking Pillow."""
-    start = _exif(data)
+    """The EXIF orientation of a JPEG, 1 to 8; 1 if it has none. Much faster than Pillow."""
+    start = _tiff_header(data)
     if not start:
         return 1
-    order = "little" if data[start : start + 2] == b"II" else "big"
+    order: Literal["little", "big"] = "little" if data[start : start + 2] == b"II" else "big"
 
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[start + at : start + at + size], order)  # type: ignore[arg-type]
+    def number(offset: int, size: int) -> int:
+        return int.from_bytes(data[start + offset : start + offset + size], order)
 
     entries = number(4, 4)
     for entry in range(entries + 2, entries + 2 + 12 * min(number(entries, 2), 64), 12):
         if number(entry, 2) == _ORIENTATION:
-            found = number(entry + 8, 2)
-            return found if 1 <= found <= 8 else 1
+            orientation = number(entry + 8, 2)
+            return orientation if 1 <= orientation <= 8 else 1
     return 1
 
 
-def _exif(data: bytes) -> int:
-    """Where the TIFF header of a JPEG's EXIF segment begins; 0 when there is none."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1] in _BEFORE_PIXELS:
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return at + 10
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+def _tiff_header(data: bytes) -> int:
+    """The offset of the TIFF header in a JPEG's EXIF segment; 0 without such a segment."""
+    offset = 2
+    while data[offset : offset + 1] == b"\xff" and data[offset + 1] in _BEFORE_EXIF:
+        if data[offset + 1] == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
+            return offset + 10
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return 0
 
 
-def turned(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
-    """[H, W, 3] pixels set upright, given their EXIF orientation."""
+def apply_orientation(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
+    """Pixels [H, W, 3] turned upright according to an EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -132,13 +132,13 @@ def turned(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
 
 
 class Scratch:
-    """Memory for one decoded picture at a time: fresh pages cost a fifth of what decoding a JPEG does."""
+    """Reusable memory for one decoded image: fresh pages cost a fifth of the time of decoding a JPEG."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
 
     def of(self, size: int) -> bytearray | None:
-        """At least `size` bytes; None for a picture so large that its memory is not worth keeping."""
+        """At least `size` bytes; None for images so large that keeping their memory is not worthwhile."""
         if size > _SCRATCH_BYTES:
             return None
         if len(self._memory) < size:
@@ -147,9 +147,9 @@ class Scratch:
 
 
 def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> numpy.ndarray:
-    """uint8 [H, W, 3], C-contiguous, of any size; both sides stay at least `at_least` where they were, 0 keeps all.
+    """An image of any size as uint8 [H, W, 3], C-contiguous. With `scratch` it is valid until the next call.
 
-    With `scratch` the pixels are good until the next call. Raises PictureError.
+    A JPEG may be shrunk while decoding, but no side below `at_least`; 0 keeps the full size. Raises PictureError.
     """
     if data[:2] == b"\xff\xd8":
         try:
@@ -159,7 +159,7 @@ def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> nu
                 shrink = at_least if at_least and min(height, width) >= 2 * at_least else 0
                 memory = scratch.of(height * width * 3) if scratch else None
                 pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shrink, min_width=shrink, buffer=memory)
-                return turned(pixels, jpeg_orientation(data))
+                return apply_orientation(pixels, jpeg_orientation(data))
         except PictureError:
             raise
         except ValueError as error:
@@ -177,10 +177,10 @@ def square(
     down: float = 0.5,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """uint8 [3, size, size]: a square of `share` times the short side, resized with antialiasing.
+    """A square of `share` times the short side, resized with antialiasing: uint8 [3, size, size].
 
-    `across` and `down` (0 to 1) place the square in the room there is; the middle by default. The result is written to
-    `out` where one is given, uint8 [3, size, size] with its channels last in memory.
+    `across` and `down` (0 to 1) place the square between the edges, by default centered. With `out`, uint8
+    [3, size, size] with channels last in memory, the result is written there.
     """
     import torch
 
@@ -191,6 +191,6 @@ def square(
     out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
     if side == size:
         return out.copy_(image)
-    # What torch.nn.functional.interpolate(mode="bilinear", antialias=True) calls; it has no `out`.
+    # The operator behind torch.nn.functional.interpolate(mode="bilinear", antialias=True), which has no `out`.
     torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size, size], False, None, None, out=out[None])
     return out

@@ -1,4 +1,4 @@
-"""The manifest of a set, manifest.json, and what lies beside it: what both ways to make a set write, and all readers check."""
+"""The manifest of a set, manifest.json, and the contents of the files next to it. Written by tools/shard.py and indexing.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSION = 1
 
 
 def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
-    """The manifest in the bytes of `file`. Raises DataError when they are none, or of another version."""
+    """The manifest in the bytes of `file`. Raises DataError if they are not a manifest of this version."""
     try:
         manifest = json.loads(data.decode("utf-8"))
     except ValueError as error:
@@ -34,13 +34,13 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def problem_lines(problems: Iterable[Mapping[str, Any]]) -> bytes:
-    """The content of bad_samples.jsonl: `where`, `picture` and `reason` of each."""
+    """The content of bad_samples.jsonl: `where`, `picture` and `reason` of each problem."""
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     return lines.encode("utf-8", "backslashreplace")
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says of the tokenizer.json beside it."""
+    """The manifest's entry about tokenizer.json."""
     return {
         "file": "tokenizer.json",
         "sha256": hashlib.sha256(tokenizer.text.encode()).hexdigest(),
@@ -50,10 +50,10 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Numbers about the captions of one split, given those of each picture."""
-    texts = [text for one in captions for text in one]
+    """The manifest's statistics of the captions of one split; `captions[i]` are those of image i."""
+    texts = [text for own in captions for text in own]
     tokens = sorted(len(tokenizer.ids(text)) for text in texts)
-    said = Counter(word for text in texts for word in words(text))
+    frequencies = Counter(word for text in texts for word in words(text))
     lengths = [len(words(text)) for text in texts]
     return {
         "count": len(texts),
@@ -68,7 +68,7 @@ def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) 
             "p99": tokens[int(len(tokens) * 0.99)] if tokens else 0,
             "max": tokens[-1] if tokens else 0,
         },
-        "distinct_words": len(said),
-        "words_not_in_train": sum(word not in tokenizer.known_words for word in said),
-        "frequent_words": [word for word, _ in sorted(said.items(), key=lambda pair: (-pair[1], pair[0]))[:20]],
+        "distinct_words": len(frequencies),
+        "words_not_in_train": sum(word not in tokenizer.known_words for word in frequencies),
+        "frequent_words": [word for word, _ in sorted(frequencies.items(), key=lambda pair: (-pair[1], pair[0]))[:20]],
     }

@@ -1,4 +1,4 @@
-"""What `data.train` names, as one set: a set that was written, a list of tars, or several of either."""
+"""Opens the data that `data.train` names as one set: a written set, a list of tars, or a list of these."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
-from dist_t2i.storage.urls import checked, expand, is_local, join, local_path, with_suffix
+from dist_t2i.storage.urls import absolute, checked, expand, is_local, join, local_path, with_suffix
 
 
 def storage_options(data: DataConfig) -> StorageOptions:
-    """How the bytes of `data.train` are reached."""
+    """How remote data is read, from the keys of `data`."""
     return StorageOptions(
         endpoint=data.endpoint,
         region=data.region,
@@ -40,7 +40,7 @@ def _cache_folder(name: str) -> str:
 
 
 def open_data(data: DataConfig) -> ShardSet:
-    """The set that `data.train` names. A list of tars without an index is indexed first, which is kept. Raises DataError."""
+    """The set of `data.train`. Indexes tars that have no index yet, and keeps the index. Raises DataError."""
     entries = [data.train] if isinstance(data.train, str) else list(data.train)
     options = storage_options(data)
     sets = [open_entry(entry, options) for entry in entries]
@@ -48,7 +48,7 @@ def open_data(data: DataConfig) -> ShardSet:
 
 
 def open_entry(entry: str, options: StorageOptions) -> ShardSet:
-    """One entry of `data.train`."""
+    """The set of one entry of `data.train`. Raises DataError."""
     if is_list(entry):
         return indexed_set(expand(entry), options)
     if is_local(entry) and entry:
@@ -61,33 +61,30 @@ def open_entry(entry: str, options: StorageOptions) -> ShardSet:
 
 
 def is_list(entry: str) -> bool:
-    """Whether an entry names tars rather than a set."""
+    """Whether an entry names tars rather than a set. Raises DataError for commands."""
     name = checked(entry).partition("?")[0]
     return name.endswith((".tar", "}")) or (is_local(name) and any(sign in name for sign in "*["))
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
-    """Several sets as one: their splits laid end to end. The tokenizer is that of the first."""
+    """One set that concatenates the splits of several, with the tokenizer of the first. Raises DataError if there are none."""
     if not sets:
         raise DataError("data.train is an empty list")
     splits: dict[str, Any] = {}
-    for part, one in enumerate(sets):
-        for name, split in one.manifest["splits"].items():
-            held = splits.setdefault(name, {**split, "samples": 0, "bytes": 0, "shards": []})
-            held["samples"] += split["samples"]
-            held["bytes"] += split["bytes"]
-            held["shards"] += [_absolute(one, shard) | {"part": part} for shard in split["shards"]]
-    together = hashlib.sha256("\n".join(one.fingerprint for one in sets).encode()).hexdigest()
-    name = " and ".join(str(one.manifest.get("name", one.folder)) for one in sets)
-    manifest = {**sets[0].manifest, "name": name, "fingerprint": together, "splits": splits}
+    for part, data in enumerate(sets):
+        for name, split in data.manifest["splits"].items():
+            total = splits.setdefault(name, {**split, "samples": 0, "bytes": 0, "shards": []})
+            total["samples"] += split["samples"]
+            total["bytes"] += split["bytes"]
+            total["shards"] += [_absolute(data, shard) | {"part": part} for shard in split["shards"]]
+    fingerprint = hashlib.sha256("\n".join(data.fingerprint for data in sets).encode()).hexdigest()
+    name = " and ".join(str(data.manifest.get("name", data.folder)) for data in sets)
+    manifest = {**sets[0].manifest, "name": name, "fingerprint": fingerprint, "splits": splits}
     return ShardSet(sets[0].folder, manifest, sets[0].options)
 
 
-def _absolute(one: ShardSet, shard: dict[str, Any]) -> dict[str, Any]:
-    url = join(one.folder, shard["name"])
-    index = join(one.folder, shard["index"]) if "index" in shard else with_suffix(url, ".index")
-    return {**shard, "name": _rooted(url), "index": _rooted(index)}
-
-
-def _rooted(url: str) -> str:
-    return os.path.abspath(url) if is_local(url) else url
+def _absolute(data: ShardSet, shard: dict[str, Any]) -> dict[str, Any]:
+    """A shard's entry in a manifest, with absolute paths."""
+    url = join(data.folder, shard["name"])
+    index = join(data.folder, shard["index"]) if "index" in shard else with_suffix(url, ".index")
+    return {**shard, "name": absolute(url), "index": absolute(index)}

@@ -1,8 +1,8 @@
-"""The index of a shard: where each member of each sample lies in the tar.
+"""The index of a shard: offset, size and checksum of each member of each sample in the tar.
 
-An index is a NumPy .npz of plain arrays: `keys` (UTF-8, joined by newlines), `first` (int64 [samples + 1]: sample i
-has the members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `crc32` (int64, -1: not known) and `extension`
-(uint8, a line of `extensions`). The members of a sample share their name up to the first dot, as WebDataset has it.
+An index is a NumPy .npz of plain arrays: `keys` (UTF-8, joined by newlines), `first` (int64 [samples + 1]: sample i has the
+members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `crc32` (int64, -1: unknown) and `extension`
+(uint8, a line number in `extensions`). As in WebDataset, the members of a sample share their name up to the first dot.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ import numpy
 from dist_t2i.errors import DataError
 
 UNSAFE = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "joblib", "dill"})
-"""Extensions whose usual decoders run code that the file contains."""
+"""Extensions whose usual decoders run code from the file."""
 
 
 class Member(NamedTuple):
-    """One file of a sample inside a tar."""
+    """One file of a sample in a tar."""
 
     extension: str
     offset: int
     size: int
     crc32: int
-    """-1: not known."""
+    """-1: unknown."""
 
 
 def key_and_extension(path: str) -> tuple[str, str] | None:
-    """Of a member by its name: the key ends at the first dot, the extension comes in small letters, as WebDataset has
-    it. None when it is of no sample."""
+    """Key (up to the first dot) and lower-case extension of a member, as in WebDataset; None if it belongs to no sample."""
     folder, slash, name = path.rpartition("/")
     base, dot, extension = name.partition(".")
     return (folder + slash + base, extension.lower()) if base and dot else None
 
 
 class Keys(Sequence[str]):
-    """The keys of a shard, as one piece of memory: a list of texts would take five times as much."""
+    """The keys of a shard in one block of memory, a fifth of the memory of a list of strings."""
 
     def __init__(self, packed: bytes) -> None:
         self.packed = packed
@@ -48,7 +47,7 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, row: int) -> str:  # type: ignore[override]
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # slices are not supported
         if not -len(self) <= row < len(self):
             raise IndexError(row)
         row %= len(self)
@@ -56,36 +55,36 @@ class Keys(Sequence[str]):
 
 
 class ShardIndex:
-    """Where the samples of one shard lie."""
+    """Where the members of each sample of one shard are."""
 
     def __init__(self, keys: Sequence[str], members: Sequence[Sequence[Member]]) -> None:
         self.keys = Keys("\n".join(keys).encode())
         flat = [member for sample in members for member in sample]
         self.extensions = sorted({member.extension for member in flat})
-        code = {extension: number for number, extension in enumerate(self.extensions)}
+        codes = {extension: number for number, extension in enumerate(self.extensions)}
         self._first = numpy.cumsum([0, *map(len, members)], dtype=numpy.int64)
         self._offset = numpy.array([member.offset for member in flat], dtype=numpy.int64)
         self._size = numpy.array([member.size for member in flat], dtype=numpy.int64)
         self._crc32 = numpy.array([member.crc32 for member in flat], dtype=numpy.int64)
-        self._extension = numpy.array([code[member.extension] for member in flat], dtype=numpy.uint8)
+        self._extension = numpy.array([codes[member.extension] for member in flat], dtype=numpy.uint8)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def members(self, row: int) -> list[Member]:
-        span = range(int(self._first[row]), int(self._first[row + 1]))
+        """The members of one sample."""
         return [
             Member(self.extensions[self._extension[i]], int(self._offset[i]), int(self._size[i]), int(self._crc32[i]))
-            for i in span
+            for i in range(int(self._first[row]), int(self._first[row + 1]))
         ]
 
     def to_bytes(self) -> bytes:
-        """The index file; the same bytes for the same index."""
+        """The index file; equal bytes for equal indexes."""
         out = io.BytesIO()
         numpy.savez(
             out,
             keys=numpy.frombuffer(self.keys.packed, dtype=numpy.uint8),
-            extensions=_pack(self.extensions),
+            extensions=numpy.frombuffer("\n".join(self.extensions).encode(), dtype=numpy.uint8),
             first=self._first,
             offset=self._offset,
             size=self._size,
@@ -96,14 +95,15 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Raises DataError when `data` is no index, or names members that could run code."""
+        """Raises DataError if `data` is not an index, or has members that could run code."""
         index = cls.__new__(cls)
         try:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                index.keys, index.extensions = Keys(arrays["keys"].tobytes()), _unpack(arrays["extensions"])
+                packed = arrays["extensions"].tobytes().decode()
+                index.keys, index.extensions = Keys(arrays["keys"].tobytes()), packed.split("\n") if packed else []
                 index._first, index._offset, index._size = arrays["first"], arrays["offset"], arrays["size"]
                 index._crc32, index._extension = arrays["crc32"], arrays["extension"]
-        except Exception as error:  # zip, key and value errors, whatever was cut
+        except Exception as error:  # broken bytes raise zip, key and value errors
             raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
         if len(index._first) != len(index.keys) + 1:
             raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
@@ -111,16 +111,8 @@ class ShardIndex:
         return index
 
 
-def _pack(lines: Sequence[str]) -> numpy.ndarray:
-    return numpy.frombuffer("\n".join(lines).encode(), dtype=numpy.uint8)
-
-
-def _unpack(packed: numpy.ndarray) -> list[str]:
-    return packed.tobytes().decode().split("\n") if packed.size else []
-
-
 def refuse_unsafe(extensions: Sequence[str], name: str) -> None:
-    """Raises DataError when a member could run code once decoded, as webdataset decodes pickles by default."""
+    """Raises DataError if a member could run code when it is decoded, as webdataset decodes pickles by default."""
     unsafe = sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE)
     if unsafe:
         raise DataError(

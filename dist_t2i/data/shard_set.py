@@ -1,9 +1,9 @@
-"""A set on disk: WebDataset tars, an index beside each, one manifest.
+"""A set of captioned images: WebDataset tars with an index each, and one manifest.
 
 SET/manifest.json               splits, their shards (samples, bytes, sha256), caption statistics, fingerprint
     tokenizer.json              trained on the training captions
-    train-00000.tar             key.jpg (png, webp) + key.json {"captions": [...]}: any WebDataset reader reads it
-    train-00000.index           where each member of the tar lies, and its crc32
+    train-00000.tar             key.jpg (png, webp) + key.json {"captions": [...]}, for any WebDataset reader
+    train-00000.index           offset and crc32 of each member of the tar
     test-00000.tar ...          further splits
     report.html, contact_sheet.png, bad_samples.jsonl
 """
@@ -14,7 +14,7 @@ import json
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,11 +37,16 @@ _OPEN_SHARDS = 64
 
 
 class BadSample(Exception):
-    """One sample that cannot be used; `reason` is a phrase that many samples may share."""
+    """An unusable sample; `reason` is a phrase without its name."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"{shard}: {key}: {reason}")
         self.shard, self.key, self.reason = shard, key, reason
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], reason: str) -> BadSample:
+        """The error about a raw webdataset sample."""
+        return cls(Path(raw["__url__"]).name, raw["__key__"], reason)
 
     def __reduce__(self) -> tuple:
         return BadSample, (self.shard, self.key, self.reason)
@@ -55,12 +60,11 @@ class Shard(NamedTuple):
     index_url: str
     identity: Identity = UNKNOWN
     part: int = 0
-    """Which of several lists it is from."""
+    """The entry of `data.train` that the shard belongs to."""
 
 
 class Shards:
-    """The shards of one split: reads samples, with a bounded number of files and indexes open. Picklable; threads may
-    share it."""
+    """The shards of one split. Keeps a bounded number of files and indexes open. Picklable; threads may share it."""
 
     def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
         self._shards, self.options = list(shards), options
@@ -81,15 +85,15 @@ class Shards:
         self._begin()
 
     def parts(self) -> list[list[int]]:
-        """The sizes of the shards of each list, in the order of the lists."""
-        found: dict[int, list[int]] = {}
+        """The sizes of the shards of each entry of `data.train`, in their order."""
+        sizes: dict[int, list[int]] = {}
         for shard in self._shards:
-            found.setdefault(shard.part, []).append(shard.samples)
-        return list(found.values())
+            sizes.setdefault(shard.part, []).append(shard.samples)
+        return list(sizes.values())
 
     @cached_property
     def remote(self) -> bool:
-        """Whether any lies behind a network."""
+        """Whether any shard is read over the network."""
         return any(not is_local(shard.url) for shard in self._shards)
 
     def url(self, shard: int) -> str:
@@ -99,21 +103,21 @@ class Shards:
         return base_name(self.url(shard))
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
-        """Raises DataError when its index does not fit, OSError when it cannot be read."""
+        """The file and the index of a shard. Raises DataError if the index does not fit, OSError if a read fails."""
         with self._lock:
-            found = self._opened.get(shard)
-            if found is not None:
+            opened = self._opened.get(shard)
+            if opened is not None:
                 self._opened.move_to_end(shard)
-                return found
+                return opened
             turn = self._opening.setdefault(shard, threading.Lock())
         with turn:
-            found = self._opened.get(shard) or self._open(shard)
+            opened = self._opened.get(shard) or self._open(shard)
         with self._lock:
-            self._opened[shard] = found
+            self._opened[shard] = opened
             self._opening.pop(shard, None)
             if len(self._opened) > _OPEN_SHARDS:
-                self._opened.popitem(last=False)  # whoever reads from it may finish; then it closes itself
-        return found
+                self._opened.popitem(last=False)  # closes itself after the last reader has finished
+        return opened
 
     def _open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
         about = self._shards[shard]
@@ -123,65 +127,64 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` those extensions, where some are named).
+        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all).
 
         Raises BadSample, DataError.
         """
+        name = self.name(shard)
         if shard in self._broken:
-            raise BadSample(self.name(shard), str(row), self._broken[shard])
+            raise BadSample(name, str(row), self._broken[shard])
         try:
             file, index = self.open(shard)
         except OSError as error:
             self._broken[shard] = f"shard is unreadable: {reason_of(error)}"
-            raise BadSample(self.name(shard), str(row), self._broken[shard]) from error
+            raise BadSample(name, str(row), self._broken[shard]) from error
+        key = index.keys[row]
         members = [member for member in index.members(row) if not only or member.extension in only]
-        sample: dict[str, Any] = {"__key__": index.keys[row], "__url__": self.url(shard)}
         try:
-            return sample | _contents(file, members)
-        except _Wrong as wrong:
-            if not isinstance(file, CachedFile):
-                raise BadSample(self.name(shard), index.keys[row], wrong.reason) from wrong
-            file.forget(*_span(members))  # perhaps it is the copy that is wrong
+            try:
+                contents = _contents(file, members)
+            except _WrongBytes:
+                if not isinstance(file, CachedFile):
+                    raise
+                file.forget(*_span(members))  # perhaps only the cached copy is wrong
+                contents = _contents(file.remote, members)
+        except _WrongBytes as error:
+            raise BadSample(name, key, str(error)) from error
         except OSError as error:
-            raise BadSample(self.name(shard), index.keys[row], f"unreadable: {reason_of(error)}") from error
-        try:
-            return sample | _contents(file.remote, members)
-        except (_Wrong, OSError) as error:
-            reason = error.reason if isinstance(error, _Wrong) else f"unreadable: {reason_of(error)}"
-            raise BadSample(self.name(shard), index.keys[row], reason) from error
+            raise BadSample(name, key, f"unreadable: {reason_of(error)}") from error
+        return {"__key__": key, "__url__": self.url(shard), **contents}
 
 
-class _Wrong(Exception):
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+class _WrongBytes(Exception):
+    """A shard that is too short or has a wrong checksum."""
 
 
 def _span(members: Sequence[Member]) -> tuple[int, int]:
-    """Offset and size of the bytes that hold all members: they are neighbours."""
+    """Offset and size of the range that contains all members of a sample, which are adjacent."""
     first = min(member.offset for member in members)
     return first, max(member.offset + member.size for member in members) - first
 
 
 def _contents(file: ShardFile, members: Sequence[Member]) -> dict[str, bytes]:
-    """Extension -> bytes of a sample, from one read. Raises _Wrong when a checksum differs, OSError."""
+    """Extension -> bytes of a sample, with one read. Raises _WrongBytes, OSError."""
     if not members:
         return {}
     first, size = _span(members)
     data = memoryview(file.read(first, size))
     if len(data) < size:
-        raise _Wrong("shard is cut short")
-    found: dict[str, bytes] = {}
+        raise _WrongBytes("shard is cut short")
+    contents: dict[str, bytes] = {}
     for member in members:
         part = data[member.offset - first : member.offset - first + member.size]
         if member.crc32 >= 0 and zlib.crc32(part) != member.crc32:
-            raise _Wrong(f"checksum of .{member.extension} differs")
-        found[member.extension] = bytes(part)
-    return found
+            raise _WrongBytes(f"checksum of .{member.extension} differs")
+        contents[member.extension] = bytes(part)
+    return contents
 
 
 class Sample:
-    """One captioned picture, read and not yet decoded."""
+    """A captioned image, not yet decoded."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.key: str = raw["__key__"]
@@ -190,37 +193,37 @@ class Sample:
 
     @property
     def image(self) -> Image:
-        """The picture: RGB, upright, on white, at its own size."""
+        """The decoded image: RGB, upright, on white, in its full size. Raises PictureError."""
         from dist_t2i.data.images import open_picture
 
         return open_picture(self.image_bytes)
 
 
 def picture_of(raw: dict[str, Any]) -> tuple[str, bytes]:
-    """Extension and bytes of a raw sample's picture. Raises BadSample when it has none."""
+    """Extension and bytes of the image of a raw sample. Raises BadSample if it has none."""
     for extension in PICTURES:
         if extension in raw:
             return extension, raw[extension]
-    raise BadSample(Path(raw["__url__"]).name, raw["__key__"], "no picture")
+    raise BadSample.of(raw, "no picture")
 
 
 def captions_of(raw: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and further attributes of a raw sample, from `json` or, one a line, from `txt`. Raises BadSample."""
+    """Captions and other attributes of a raw sample, from its `json` or from its `txt`, one per line. Raises BadSample."""
     try:
         attributes = json.loads(raw["json"]) if "json" in raw else {}
         attributes = {"captions": attributes} if isinstance(attributes, list) else attributes
-        found = attributes.get("captions") or attributes.get("caption") or raw.get("txt", b"").decode().splitlines()
+        texts = attributes.get("captions") or attributes.get("caption") or raw.get("txt", b"").decode().splitlines()
     except (ValueError, AttributeError) as error:
-        raise BadSample(Path(raw["__url__"]).name, raw["__key__"], "captions cannot be read") from error
-    found = [found] if isinstance(found, str) else found
-    captions = tuple(text.strip() for text in found if isinstance(text, str) and text.strip())
+        raise BadSample.of(raw, "captions cannot be read") from error
+    texts = [texts] if isinstance(texts, str) else texts
+    captions = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
     if not captions:
-        raise BadSample(Path(raw["__url__"]).name, raw["__key__"], "no caption")
+        raise BadSample.of(raw, "no caption")
     return captions, attributes
 
 
 class Samples(Sequence[Sample]):
-    """Random access to one split, in the order of its shards."""
+    """Random access to the samples of one split, in the order of its shards."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -229,40 +232,35 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, number: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, number: int) -> Sample:  # type: ignore[override]  # slices are not supported
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
         shard = int(numpy.searchsorted(self._ends, number, side="right"))
         return Sample(self.shards.read(shard, number - int(self._ends[shard]) + self.shards.sizes[shard]))
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[number] for number in range(len(self)))
-
 
 class ShardSet:
-    """A sharded set. `folder` is a path or URL, `manifest` is manifest.json as it is, `splits` the names of the splits."""
+    """A set. `folder` is its path or URL, `manifest` the parsed manifest.json."""
 
     def __init__(
         self, folder: str | Path, manifest: dict[str, Any], options: StorageOptions = FROM_ENVIRONMENT
     ) -> None:
         self.folder, self.manifest, self.options = str(folder), manifest, options
 
-    def at(self, folder: str | Path) -> ShardSet:
-        """The same set with its files in another folder."""
-        return ShardSet(folder, self.manifest, self.options)
-
     @property
     def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
         return tuple(self.manifest["splits"])
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the checksums of all shards and the tokenizer: equal for equal sets, wherever they lie."""
+        """SHA-256 over the checksums of all shards and the tokenizer: equal for equal sets in any folder."""
         return self.manifest["fingerprint"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Raises DataError if it cannot be read."""
         name = join(self.folder, "tokenizer.json")
         try:
             return Tokenizer(read_file(name, self.options).decode("utf-8"))
@@ -272,25 +270,26 @@ class ShardSet:
             raise DataError(f"{name}: not a tokenizer.json: {error}") from error
 
     def shards(self, split: str) -> Shards:
-        """Raises DataError when there is no such split."""
+        """Raises DataError if the set has no such split."""
         if split not in self.manifest["splits"]:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        return Shards([self._shard(listed) for listed in self.manifest["splits"][split]["shards"]], self.options)
+        return Shards([self._shard(entry) for entry in self.manifest["splits"][split]["shards"]], self.options)
 
-    def _shard(self, listed: Mapping[str, Any]) -> Shard:
-        """A shard of the manifest: `name` (beside it, or a URL), and its `index`, beside it if nothing else is said."""
-        url = join(self.folder, listed["name"])
-        index = join(self.folder, listed["index"]) if "index" in listed else with_suffix(url, ".index")
-        version = listed.get("sha256") or listed.get("tag") or ""
-        identity = Identity(listed.get("bytes", -1), version, listed.get("tag", ""))
-        return Shard(url, listed["samples"], index, identity, listed.get("part", 0))
+    def _shard(self, entry: Mapping[str, Any]) -> Shard:
+        """A shard of the manifest. Its `index` is by default the file with the same name and the suffix .index."""
+        url = join(self.folder, entry["name"])
+        index = join(self.folder, entry["index"]) if "index" in entry else with_suffix(url, ".index")
+        tag = entry.get("tag", "")
+        identity = Identity(entry.get("bytes", -1), entry.get("sha256") or tag or "", tag)
+        return Shard(url, entry["samples"], index, identity, entry.get("part", 0))
 
     def samples(self, split: str) -> Samples:
+        """Raises DataError if the set has no such split."""
         return Samples(self.shards(split))
 
 
 def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
-    """The set in a folder or at a URL (or named by its manifest.json). Raises DataError when none can be read there."""
+    """The set in a folder, at a URL, or with a given manifest.json. Raises DataError."""
     if not str(path):
         raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
     name = checked(str(path))

@@ -1,7 +1,7 @@
-"""Reading a WebDataset tar of any origin from end to end: where its members lie, what its captions say.
+"""Reads a WebDataset tar of any origin from end to end: the offsets of its members and its captions.
 
-Damage costs what is damaged. After a header that cannot be read, the next one that can is looked for; a tar that ends
-too soon keeps what came before. Both are told.
+Damage costs only the damaged part, and is listed as a problem: after an unreadable header, reading continues at the next
+readable one; of a truncated tar the samples before the cut are kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _BUFFER = 2**22
 _LARGEST_TEXT = 2**20
 
 
-class _Reading(io.RawIOBase):
-    """A shard as a file that is read in order."""
+class _ShardReader(io.RawIOBase):
+    """A shard as a file object for sequential reading."""
 
     def __init__(self, file: ShardFile) -> None:
         self._file, self._position = file, 0
@@ -51,69 +51,69 @@ class _Reading(io.RawIOBase):
 
 @dataclass
 class TarContents:
-    """What was found in a tar."""
+    """The samples of a tar."""
 
     keys: list[str] = field(default_factory=list)
     members: list[list[Member]] = field(default_factory=list)
     texts: list[dict[str, bytes]] = field(default_factory=list)
     """For each sample, extension -> bytes of its small json and txt members."""
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """(member or place, reason)"""
+    """(member or position, reason)"""
     size: int = 0
-    """Bytes from the beginning to the end of the last member."""
+    """Bytes up to the end of the last member."""
 
     def index(self, name: str) -> ShardIndex:
-        """Raises DataError when members could run code."""
+        """Raises DataError if members could run code."""
         index = ShardIndex(self.keys, self.members)
         refuse_unsafe(index.extensions, name)
         return index
 
 
 def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) -> TarContents:
-    """Everything that a tar holds. Without `checksums` the bytes of pictures are passed over.
+    """The samples of a tar. Without `checksums` it does not read the bytes of images.
 
-    Raises OSError when it cannot be read, and ValueError when it is no tar at all.
+    Raises OSError if the file cannot be read, and ValueError if it is not a tar.
     """
-    found = TarContents()
-    reader = io.BufferedReader(_Reading(file), _BUFFER)
+    contents = TarContents()
+    reader = io.BufferedReader(_ShardReader(file), _BUFFER)
     try:
-        for info in _headers(reader, found):
-            _add(info, reader, found, checksums, texts)
-        if not found.members and found.problems:
+        for info in _headers(reader, contents):
+            _add(info, reader, contents, checksums, texts)
+        if not contents.members and contents.problems:
             raise ValueError("not a tar")
     except tarfile.TarError as error:
-        if not found.keys:
+        if not contents.keys:
             raise ValueError(f"not a tar: {error}") from error
-        found.problems.append((found.keys[-1], f"shard is cut short: {error}"))
-        _drop_cut_member(found)
-    return found
+        contents.problems.append((contents.keys[-1], f"shard is cut short: {error}"))
+        _drop_cut_member(contents)
+    return contents
 
 
-def _headers(reader: Any, found: TarContents) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar. Gaps between them that are not zeros are told, and so is a missing end."""
+def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
+    """The members of the tar. Adds a problem for each gap that is not zeros, and for a missing end."""
     end = start = 0
     while True:
         reader.seek(start)
         try:
-            for info in _from(reader, start):
+            for info in _headers_from(reader, start):
                 if info.offset > end:
-                    _tell_gap(reader, end, info.offset, found)
+                    _check_gap(reader, end, info.offset, contents)
                 yield info
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                found.size = end
+                contents.size = end
             break
-        except _Unreadable as error:  # a header of two blocks of which one is broken: look on behind it
+        except _Unreadable as error:  # a header of several blocks, one of them broken: continue at the next block
             start = max(error.offset, end) + tarfile.BLOCKSIZE
             reader.seek(start)
             if not reader.read(1):
                 raise tarfile.ReadError(str(error)) from error
     reader.seek(end)
     rest = reader.read(2 * tarfile.BLOCKSIZE)
-    last = found.keys[-1] if found.keys else ""
+    last = contents.keys[-1] if contents.keys else ""
     if rest.strip(b"\0"):
-        found.problems.append((last, "garbage follows the last readable header"))
-    elif not rest and found.keys:
-        found.problems.append((last, "shard is cut short: the end of the tar is missing"))
+        contents.problems.append((last, "garbage follows the last readable header"))
+    elif not rest and contents.keys:
+        contents.problems.append((last, "shard is cut short: the end of the tar is missing"))
 
 
 class _Unreadable(Exception):
@@ -122,56 +122,59 @@ class _Unreadable(Exception):
         self.offset = offset
 
 
-def _from(reader: Any, start: int) -> Iterator[tarfile.TarInfo]:
-    """The members from a place on, whatever lies before the first of them. Raises _Unreadable."""
+def _headers_from(reader: Any, start: int) -> Iterator[tarfile.TarInfo]:
+    """The members after the offset `start`, after skipping unreadable blocks. Raises _Unreadable."""
     tar = None
     try:
         tar = tarfile.open(fileobj=reader, mode="r:", ignore_zeros=True)  # noqa: SIM115  the reader stays open
         for info in tar:
-            tar.members = []  # type: ignore[attr-defined]  # it would remember every one
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all members in memory
             yield info
     except tarfile.TarError as error:
         raise _Unreadable(error, tar.offset if tar is not None else start) from error
 
 
-def _tell_gap(reader: Any, start: int, stop: int, found: TarContents) -> None:
-    here = reader.tell()
-    reader.seek(start)
-    garbage = reader.read(min(stop - start, 2**20)).strip(b"\0")
-    reader.seek(here)
-    if garbage:
-        after = found.keys[-1] if found.keys else "the beginning"
-        found.problems.append((f"after {after}", f"a header cannot be read: {stop - start} bytes are lost"))
+def _peek(reader: Any, offset: int, size: int) -> bytes:
+    """Bytes at an offset; the reader's position does not change."""
+    position = reader.tell()
+    reader.seek(offset)
+    data = reader.read(size)
+    reader.seek(position)
+    return data
 
 
-def _add(info: tarfile.TarInfo, reader: Any, found: TarContents, checksums: bool, texts: bool) -> None:
-    """Take up one member: its place, its checksum if asked for, its bytes if they are a small text."""
+def _check_gap(reader: Any, start: int, stop: int, contents: TarContents) -> None:
+    if _peek(reader, start, min(stop - start, 2**20)).strip(b"\0"):
+        after = contents.keys[-1] if contents.keys else "the beginning"
+        contents.problems.append((f"after {after}", f"a header cannot be read: {stop - start} bytes are lost"))
+
+
+def _add(info: tarfile.TarInfo, reader: Any, contents: TarContents, checksums: bool, texts: bool) -> None:
+    """Adds a member: its offset, its checksum if `checksums`, its bytes if it is a small text and `texts`."""
     named = key_and_extension(info.name)
     if not info.isreg() or named is None:
         return
     key, extension = named
-    wanted = texts and extension in TEXTS and info.size <= _LARGEST_TEXT
+    is_text = texts and extension in TEXTS and info.size <= _LARGEST_TEXT
     data = b""
-    if checksums or wanted:
-        here = reader.tell()
-        reader.seek(info.offset_data)
-        data = reader.read(info.size)
-        reader.seek(here)
+    if checksums or is_text:
+        data = _peek(reader, info.offset_data, info.size)
         if len(data) < info.size:
             raise tarfile.ReadError(f"{info.name} ends too soon")
-    if not found.keys or found.keys[-1] != key:
-        found.keys.append(key)
-        found.members.append([])
-        found.texts.append({})
+    if not contents.keys or contents.keys[-1] != key:
+        contents.keys.append(key)
+        contents.members.append([])
+        contents.texts.append({})
     crc32 = zlib.crc32(data) if data or not info.size else -1
-    found.members[-1].append(Member(extension, info.offset_data, info.size, crc32))
-    if wanted:
-        found.texts[-1][extension] = data
+    contents.members[-1].append(Member(extension, info.offset_data, info.size, crc32))
+    if is_text:
+        contents.texts[-1][extension] = data
 
 
-def _drop_cut_member(found: TarContents) -> None:
-    """Without checksums the last member was not read to its end, where the tar is cut."""
-    if found.members and found.members[-1] and found.members[-1][-1].offset + found.members[-1][-1].size > found.size:
-        found.members[-1].pop()
-        if not found.members[-1]:
-            found.keys.pop(), found.members.pop(), found.texts.pop()
+def _drop_cut_member(contents: TarContents) -> None:
+    """Drops the last member if the tar ends before it does, which goes unnoticed without checksums."""
+    last = contents.members[-1]
+    if last and last[-1].offset + last[-1].size > contents.size:
+        last.pop()
+        if not last:
+            contents.keys.pop(), contents.members.pop(), contents.texts.pop()

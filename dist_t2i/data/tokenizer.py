@@ -1,12 +1,11 @@
-"""Text to token ids: a byte-pair encoding learned from the training captions, and the words they contain.
+"""Text to token ids: a byte-pair encoding learned from the training captions.
 
-One file, `tokenizer.json`, that travels with every run and exported model:
-`{"known_words": [...], "tokenizers": {...}}`. The second is what the `tokenizers` library writes (it refuses further
-keys, hence the wrapper); the first is every word of the training captions, so that a prompt can be told which of its
-words were never seen.
+Everything is in one file, `tokenizer.json`, a copy of which is in every run folder and exported model:
+`{"known_words": [...], "tokenizers": {...}}`. `tokenizers` is the file of the `tokenizers` library, which accepts no further
+keys; `known_words` are the words of the training captions, so that unknown words of a prompt can be reported.
 
-Text is NFC-normalised and lower-cased; letters that no training caption has become one `unknown` token a run, so
-nothing that a person can type fails to encode. Every text ends with the `end` token, an empty one is just that.
+Text is NFC-normalized and lower-cased. A run of characters that occur in no training caption becomes one `unknown` token,
+so every text can be encoded. Every text ends with the `end` token; the empty text is the `end` token.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from dist_t2i.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-PAD, UNKNOWN, END = 0, 1, 2
+UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""A text is cut after this many characters before it is encoded: far more than `max_tokens` can hold."""
-_REMEMBERED = 200_000
+"""Texts are cut to this many characters before encoding, far more than `max_tokens` can represent."""
+_CACHED_TEXTS = 200_000
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower-cased, in order: runs of letters, digits and inner apostrophes, single symbols.
+    """The words of a text in order, lower-cased: runs of letters, digits and inner apostrophes.
 
-    Hyphens and other punctuation separate. A symbol that is no punctuation, such as an emoji, is a word of its own.
+    Punctuation, including hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word.
     """
-    found: list[str] = []
+    result: list[str] = []
     run = ""
     for char in unicodedata.normalize("NFC", text).lower().replace("’", "'") + " ":
         kind = unicodedata.category(char)[0]
@@ -44,35 +43,35 @@ def words(text: str) -> list[str]:
             run += char
             continue
         if run:
-            found.append(run.rstrip("'"))
+            result.append(run.rstrip("'"))
             run = ""
         if kind == "S" and ord(char) > 127:
-            found.append(char)
-    return found
+            result.append(char)
+    return result
 
 
 class Tokenizer:
-    """Ids: 0 pad, 1 unknown, 2 end, then the learned pieces. Equal to another one when their files are."""
+    """Ids: 0 pad, 1 unknown, 2 end, then the learned tokens. Tokenizers are equal if their files are equal."""
 
     def __init__(self, text: str) -> None:
-        """`text`: the contents of a tokenizer.json. Raises DataError when it is none."""
+        """`text`: the content of a tokenizer.json. Raises DataError if it is not one."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
         try:
-            written = json.loads(text)
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(written["tokenizers"]))
-            self.known_words = frozenset(written["known_words"])
+            content = json.loads(text)
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizers"]))
+            self.known_words = frozenset(content["known_words"])
         except Exception as error:  # the library raises plain Exception
             raise DataError(str(error)) from error
         if tuple(self._library.id_to_token(i) for i in range(len(SPECIAL))) != SPECIAL:
             raise DataError(f"not one of our tokenizers: its first tokens should be {' '.join(SPECIAL)}")
         self.text = text
-        self._remembered: dict[str, tuple[int, ...]] = {}
+        self._cached: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json, or a folder that holds one. Raises DataError."""
+        """Reads a tokenizer.json, given by its path or its folder. Raises DataError."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -99,18 +98,18 @@ class Tokenizer:
         return hash(self.text)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """All ids of one text, `end` included, uncut."""
-        found = self._remembered.get(text)
-        if found is None:
-            found = (*self._library.encode(text[:MAX_CHARACTERS]).ids, END)
-            if len(self._remembered) < _REMEMBERED:
-                self._remembered[text] = found
-        return found
+        """All ids of a text, with `end`, not truncated."""
+        ids = self._cached.get(text)
+        if ids is None:
+            ids = (*self._library.encode(text[:MAX_CHARACTERS]).ids, END)
+            if len(self._cached) < _CACHED_TEXTS:
+                self._cached[text] = ids
+        return ids
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [B, max_tokens], zero-padded, and lengths int64 [B], each 1 to `max_tokens`.
+        """Tokens int64 [B, max_tokens], padded with 0, and lengths int64 [B], 1 to `max_tokens`.
 
-        A text that is too long loses its tail, never its `end`.
+        Long texts are truncated before their `end`.
         """
         import numpy
         import torch
@@ -125,15 +124,14 @@ class Tokenizer:
         return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of `text` that no training caption had, each once, in order."""
+        """The distinct words of `text` that occur in no training caption, in order."""
         return [word for word in dict.fromkeys(words(text)) if word not in self.known_words]
 
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
-    """A tokenizer for captions counted in `counts`, of at most `vocabulary` tokens; the same file for the same counts.
+    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts.
 
-    Words that end up as one token are those said at least twice, the most frequent first. Pieces carry no mark of
-    where a word begins: the library numbers marked pieces by chance, and the file would not be the same twice.
+    Tokens do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
@@ -153,15 +151,15 @@ def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     ordered = sorted(counts)
     library.train_from_iterator((text for text in ordered for _ in range(counts[text])), trainer=trainer)
     known = sorted({word for text in ordered for word in words(text)})
-    written = {"known_words": known, "tokenizers": json.loads(library.to_str())}
-    return Tokenizer(json.dumps(written, ensure_ascii=False, indent=1) + "\n")
+    content = {"known_words": known, "tokenizers": json.loads(library.to_str())}
+    return Tokenizer(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _alphabet(counts: Counter[str], limit: int) -> list[str]:
-    """The most frequent characters (ties by code point: the library breaks them by chance)."""
-    seen: Counter[str] = Counter()
+    """The most frequent characters, ties in the order of code points (the library breaks ties at random)."""
+    frequencies: Counter[str] = Counter()
     for text, count in counts.items():
         for char in unicodedata.normalize("NFC", text).lower():
             if not char.isspace():
-                seen[char] += count
-    return sorted(sorted(seen), key=lambda char: -seen[char])[:limit]
+                frequencies[char] += count
+    return sorted(sorted(frequencies), key=lambda char: -frequencies[char])[:limit]

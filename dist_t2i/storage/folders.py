@@ -266,7 +266,9 @@ class ObjectFolder(Folder):
     def names(self) -> list[str]:
         with storage_errors(self.url):
             listing = self._store.list_with_delimiter()
-        paths = [str(entry["path"]) for entry in listing["objects"]] + [str(path) for path in listing["common_prefixes"]]
+        paths = [str(entry["path"]) for entry in listing["objects"]] + [
+            str(path) for path in listing["common_prefixes"]
+        ]
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
 

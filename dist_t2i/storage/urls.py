@@ -56,6 +56,11 @@ def local_path(url: str) -> Path:
     return Path(url)
 
 
+def absolute(url: str) -> str:
+    """A local path made absolute; URLs of object stores are returned unchanged."""
+    return os.path.abspath(local_path(url)) if is_local(url) else url
+
+
 def join(base: str, name: str) -> str:
     """`name` in the folder `base`; URLs and absolute paths are returned unchanged."""
     if scheme_of(name) or os.path.isabs(name):

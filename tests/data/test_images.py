@@ -11,13 +11,13 @@ from PIL import Image
 
 from dist_t2i.data.images import (
     PictureError,
+    apply_orientation,
     decode,
     jpeg_orientation,
     open_picture,
     square,
     to_uint8,
     to_unit,
-    turned,
 )
 from pictures import encoded
 
@@ -109,7 +109,7 @@ def test_orientation_as_pillow_has_it(orientation, order):
     expected = numpy.asarray(open_picture(data)).astype(int)
     assert numpy.abs(decode(data).astype(int) - expected).max() < 8
     png = encoded(quarters(), "PNG", exif=exif)
-    assert numpy.array_equal(decode(png), turned(numpy.asarray(quarters()), orientation))
+    assert numpy.array_equal(decode(png), apply_orientation(numpy.asarray(quarters()), orientation))
 
 
 @pytest.mark.parametrize(
