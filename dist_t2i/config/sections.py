@@ -135,7 +135,7 @@ class LossConfig:
     penalty_weight: float = 0.05
     """Weight of the penalty, on the squared gradient norm."""
     penalty_every: int = setting(8, at_least(1))
-    """The penalty is computed every n-th step and weighted n times (StyleGAN2, sec. 4: lazy regularization)."""
+    """The penalty is computed every n-th step and weighted n times (StyleGAN2, sec. 3.1: lazy regularization)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
     """Step of the finite difference; `fd_r1` only."""
 

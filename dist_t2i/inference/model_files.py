@@ -30,7 +30,7 @@ from dist_t2i.config import files as config_files
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import UserError
 from dist_t2i.models.config import TextConfig
-from dist_t2i.models.frozen_text import CaptionTable, FrozenText
+from dist_t2i.models.frozen_text import CaptionTable, PretrainedEncoder
 from dist_t2i.models.text_encoder import build_text_encoder
 from dist_t2i.utils.files import file_sha256
 from dist_t2i.utils.tensors import fill, read_metadata, read_tensors
@@ -71,7 +71,7 @@ class FrozenEncoder:
                 encoder = build_text_encoder(text, self.about["vocab_size"], self.about["max_tokens"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.file}: not a frozen text encoder ({error}); export the model again") from None
-        return FrozenText(fill(encoder, self.tensors, "", self.file)).eval()
+        return PretrainedEncoder(fill(encoder, self.tensors, "", self.file)).eval()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The generator `attn`: maps read S_G's words position by position (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
+"""The generator `attn`: the positions of its maps attend to S_G's words (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
 
 Legend of shapes: B batch, T words, E text width, C channels.
 """
@@ -13,7 +13,7 @@ from dist_t2i.models.layers import WordAttention
 
 
 class AttnGenerator(Generator):
-    """The plain generator, whose maps at `attn.scales` read the words before their blocks work on them."""
+    """The plain generator, whose maps at `attn.scales` attend to the words before their blocks."""
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
         super().__init__(config, image_size, text_width)

@@ -5,7 +5,6 @@ Legend of shapes: B batch, C channels, H W pixels, E text width, A alignment wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.config import DiscriminatorConfig, scales
 from dist_t2i.models.layers import (
     FIRST_SIZE,
     SLOPE,
@@ -27,33 +26,30 @@ from dist_t2i.models.layers import (
 from dist_t2i.models.text_encoder import TextEmbedding
 
 
+Embeddings = dict[str, Tensor]
+"""Tensors with one row per picture or caption, by name."""
+
+
 class Features(NamedTuple):
-    """What the trunk sees in pictures; computed once and read by both branches."""
+    """The trunk's features of B pictures, which both branches read."""
 
     pooled: Tensor
     """[B, A], the whole picture."""
     maps: tuple[Tensor, ...]
-    """One [B, C, H, W] for every size in `regions`, as configured."""
+    """One [B, C, H, W] for each size in `regions`, in that order."""
     patches: Tensor | None = None
-    """[B, P, C], what is judged place by place; None when only whole pictures are."""
+    """[B, P, C'], the positions that the patch head scores; None without a patch head."""
     words: Tensor | None = None
-    """[B, C, H, W], what words are aligned with; None when only sentences are."""
+    """[B, C, H, W], the map that words are aligned with; None without word alignment."""
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
-        return self._each(lambda x: x[start:stop])
-
-    def detach(self) -> Features:
-        """The same values without their graph."""
-        return self._each(Tensor.detach)
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Features:
-        patches, words = (None if x is None else function(x) for x in (self.patches, self.words))
-        return Features(function(self.pooled), tuple(map(function, self.maps)), patches, words)
+        patches, words = (None if x is None else x[start:stop] for x in (self.patches, self.words))
+        return Features(self.pooled[start:stop], tuple(x[start:stop] for x in self.maps), patches, words)
 
 
-class PatchJudge(nn.Module):
-    """A projection discriminator of its own at every place of a map (PatchGAN, Isola et al. 2017, with a caption)."""
+class PatchHead(nn.Module):
+    """A projection discriminator at each position of a map (PatchGAN, Isola et al. 2017, with a caption)."""
 
     def __init__(self, channels: int, text_width: int, width: int = 64):
         super().__init__()
@@ -62,36 +58,33 @@ class PatchJudge(nn.Module):
         self.condition = linear(text_width, width)
 
     def embed(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> places [B, H * W, C'], once for all the captions they are judged with."""
+        """x [B, C, H, W] -> patches [B, H * W, C'], which `forward` compares with any number of captions."""
         return activate(self.embedding(F.leaky_relu(x, SLOPE))).flatten(2).transpose(1, 2)
 
-    def forward(self, places: Tensor, sentence: Tensor) -> Tensor:
-        """places [B, P, C'], sentence [B, E] -> logits [B, P]."""
-        agreement = torch.bmm(places, self.condition(sentence)[:, :, None]) / places.shape[2] ** 0.5
-        return (self.realism(places) + agreement)[:, :, 0]
+    def forward(self, patches: Tensor, sentence: Tensor) -> Tensor:
+        """patches [B, P, C'], sentence [B, E] -> logits [B, P]."""
+        agreement = torch.bmm(patches, self.condition(sentence)[:, :, None]) / patches.shape[2] ** 0.5
+        return (self.realism(patches) + agreement)[:, :, 0]
 
 
 class Discriminator(nn.Module):
-    """Judges realism and agreement with a caption from one pass through the trunk.
+    """Scores realism and agreement with a caption from one pass through the trunk.
 
-    A picture enters as patches (pixel unshuffle down to the finest scale that `channels` lists). The adversarial branch
-    is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features beside
-    sentence), for the whole picture and, where `patches` is configured, place by place. The alignment branch puts
-    pictures, S_D sentences and, where `regions` are configured, the positions of region maps into spaces where InfoNCE
-    compares them; where `words` are, S_D's words and the positions of a map as well. Our reading of the two branches.
+    The trunk reads a picture as patches (pixel unshuffle to the finest scale that `channels` lists). The adversarial
+    branch is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features and
+    sentence), for the whole picture and, with `patches`, at each position of a map. The alignment branch projects pictures
+    and S_D sentences into a space where InfoNCE compares them; with `regions` also the positions of region maps, with
+    `words` also S_D's words and the positions of a map. Our reading of the paper's two branches.
+
+    Raises ValueError when a map that the configuration asks for is not computed.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):
         super().__init__()
+        for names, text in config.problems():
+            raise ValueError(f"model.discriminator.{names[0]}: {text}")
         channels, width = config.channels, config.embedding
         patch = patch_size(channels, image_size)
-        sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
-        single = {
-            name: (side,) if side else () for name, side in (("patches", config.patches), ("words", config.words))
-        }
-        for name, wanted in {"regions": config.regions, **single}.items():
-            if not set(wanted) <= set(sizes):
-                raise ValueError(f"discriminator.{name} {wanted} are not all computed scales ({sizes})")
         self.region_sizes, self.patch_size, self.word_size = config.regions, config.patches, config.words
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
@@ -106,38 +99,47 @@ class Discriminator(nn.Module):
         self.realism = linear(width, 1)
         self.image_projection = linear(width, width)
         self.text_projection = linear(text_width, width)
-        channel_of = dict(zip(sizes, channels, strict=True))
+        channels_of = dict(zip(scales(channels)[::-1], channels, strict=True))
         self.region_projections = nn.ModuleList(
-            convolution(channel_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
+            convolution(channels_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
         )
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
-        self.patch_judge = PatchJudge(channel_of[config.patches], text_width) if config.patches else None
+        # The name `patch_judge` is in checkpoints.
+        self.patch_judge = PatchHead(channels_of[config.patches], text_width) if config.patches else None
         self.word_projection = linear(text_width, config.region_embedding) if config.words else None
         self.word_region_projection = (
-            convolution(channel_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
+            convolution(channels_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
         )
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
+        # Patches of pixels to channels, [B, C, H', W'] at the finest computed scale.
         x = self.stem(self.unshuffle(images).contiguous(memory_format=torch.channels_last))
-        # The finest regions are the stem's, linear in the pixels (layer 0 of Park et al. 2020), the others the blocks'.
-        maps, judged = {x.shape[-1]: x}, {}
+
+        # Each scale halves the side, [B, C', H'/2, W'/2], down to 4 x 4. The finest region map is the stem's output, which
+        # is linear in the pixels (layer 0 of Park et al. 2020); the others are the outputs of their blocks.
+        region_maps, block_maps = {x.shape[-1]: x}, {}
         for i, blocks in enumerate(self.scales):
             x = self.downsamples[i - 1](x) if i else x
             for block in blocks:
                 x = block(x)
-            maps.setdefault(x.shape[-1], x)
-            judged[x.shape[-1]] = x
-        places = None if self.patch_judge is None else self.patch_judge.embed(judged[self.patch_size])
+            region_maps.setdefault(x.shape[-1], x)
+            block_maps[x.shape[-1]] = x
+
+        # The whole picture, [B, A], and the positions for the patch head, [B, P, C'].
         pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
-        return Features(pooled, tuple(maps[size] for size in self.region_sizes), places, judged.get(self.word_size))
+        patches = None if self.patch_judge is None else self.patch_judge.embed(block_maps[self.patch_size])
+        maps = tuple(region_maps[size] for size in self.region_sizes)
+        return Features(pooled, maps, patches, block_maps.get(self.word_size))
 
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
-        """Features of B pictures, S_D sentences [B, E] of captions that may or may not be theirs -> logits.
+        """Features of B pictures, S_D sentences [B, E] of matching or other captions -> logits [B].
 
-        [B]; with `patches`, [B, 2 * patches^2]: the logits of the places, and the whole picture's as often again, so
-        that a mean over a row weighs both alike.
+        With `patches` [B, 2 * patches^2]: the whole picture's logit, repeated patches^2 times, and the patch head's, so
+        that a mean over a row weights both equally.
         """
+        # Miyato & Koyama 2018: an unconditional logit plus the inner product of picture and condition, here scaled
+        # by 1 / sqrt(A); or a perceptron on both, [B, 2A]. Either way [B, 1].
         condition = self.condition(sentence)
         if self.joint:
             whole = self.realism(activate(self.hidden(torch.cat([features.pooled, condition], dim=1))))
@@ -146,8 +148,10 @@ class Discriminator(nn.Module):
             whole = self.realism(features.pooled) + agreement
         if self.patch_judge is None:
             return whole[:, 0]
-        places = self.patch_judge(features.patches, sentence)
-        return torch.cat([whole.expand_as(places), places], dim=1)
+
+        # The same projection at each position, [B, P].
+        patches = self.patch_judge(features.patches, sentence)
+        return torch.cat([whole.expand_as(patches), patches], dim=1)
 
     def align_image(self, features: Features) -> Tensor:
         """Features of B pictures -> unit vectors [B, A]."""
@@ -158,7 +162,7 @@ class Discriminator(nn.Module):
         return F.normalize(self.text_projection(sentence).float(), dim=1)
 
     def align_regions(self, features: Features) -> Tensor:
-        """Features of B pictures -> a unit vector for each position of each region map, [B, P, A']."""
+        """Features of B pictures -> unit vectors [B, P, A'], one per position of each region map."""
         maps = [layer(x).flatten(2) for layer, x in zip(self.region_projections, features.maps, strict=True)]
         return F.normalize(torch.cat(maps, dim=2).transpose(1, 2).float(), dim=2)
 
@@ -167,15 +171,15 @@ class Discriminator(nn.Module):
         return F.normalize(self.region_text_projection(sentence).float(), dim=1)
 
     def align_words(self, words: Tensor) -> Tensor:
-        """S_D words [B, T, E] -> unit vectors [B, T, A'] in the space of the positions that they may speak of."""
+        """S_D words [B, T, E] -> unit vectors [B, T, A'] in the space of the map that words are aligned with."""
         return F.normalize(self.word_projection(words).float(), dim=2)
 
     def align_word_regions(self, features: Features) -> Tensor:
-        """Features of B pictures -> a unit vector for each position of the map of the words, [B, P, A']."""
+        """Features of B pictures -> unit vectors [B, P, A'], one per position of the map that words are aligned with."""
         return F.normalize(self.word_region_projection(features.words).flatten(2).transpose(1, 2).float(), dim=2)
 
     def embed_pictures(self, features: Features) -> Embeddings:
-        """What the alignments compare of B pictures: `image` and, where they are configured, `regions`, `word_regions`."""
+        """B pictures for the alignment losses: `image` and, where configured, `regions` and `word_regions`."""
         embeddings = {"image": self.align_image(features)}
         if self.region_sizes:
             embeddings["regions"] = self.align_regions(features)
@@ -184,18 +188,10 @@ class Discriminator(nn.Module):
         return embeddings
 
     def embed_captions(self, text: TextEmbedding) -> Embeddings:
-        """What they compare of B captions, read by S_D: `text`, and with these `region_text`, `words` and `word_mask`."""
+        """B captions for the alignment losses, from S_D: `text` and, where configured, `region_text`, `words`, `word_mask`."""
         embeddings = {"text": self.align_text(text.sentence)}
         if self.region_sizes:
             embeddings["region_text"] = self.align_region_text(text.sentence)
         if self.word_size:
             embeddings["words"], embeddings["word_mask"] = self.align_words(text.words), text.mask
         return embeddings
-
-    def forward(self, images: Tensor, sentence: Tensor) -> Tensor:
-        """images [B, 3, H, W], sentence [B, E] -> adversarial logits [B]."""
-        return self.adversarial(self.features(images), sentence)
-
-
-Embeddings = dict[str, Tensor]
-"""Tensors with one row a picture, by name."""

@@ -1,4 +1,4 @@
-"""Text encoders that no loss changes (text.mode=frozen)."""
+"""Text encoders without trainable parameters (text.mode=frozen)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from torch import Tensor, nn
 from dist_t2i.models.text_encoder import TextEmbedding
 
 
-class FrozenText(nn.Module):
-    """An encoder that no loss changes: it has no parameters that require a gradient, and its output carries none.
-
-    `encoder` is any module of this file, already loaded with its weights.
-    """
+class PretrainedEncoder(nn.Module):
+    """A text encoder of `text_encoder.py` whose weights are loaded and fixed; its output carries no gradient."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -26,11 +23,11 @@ class FrozenText(nn.Module):
 
 
 class CaptionTable(nn.Module):
-    """Caption vectors computed beforehand (by a sentence encoder, say), looked up by the caption's token ids.
+    """Caption vectors computed in advance (by a sentence encoder, for example), looked up by the caption's token ids.
 
     `vectors` is float [N, E]; `tokens` int64 [N, T] and `lengths` int64 [N] are the N captions as the run's tokenizer
-    encodes them. A caption that is not in the table gets the mean of all vectors: a table cannot embed new text.
-    `words` is the sentence vector as a single token.
+    encodes them. A caption that the table lacks gets the mean of all vectors. `words` is the sentence vector as a
+    single token.
     """
 
     def __init__(self, vectors: Tensor, tokens: Tensor, lengths: Tensor):

@@ -1,6 +1,7 @@
-"""The plain generator: noise and a sentence in, a picture out, in one stage. Other kinds build on it (registry.py).
+"""The plain generator: noise and a sentence in, a picture out, in one stage. Other kinds build on it (networks.py).
 
-Legend of shapes: B batch, Z noise, E text width, C channels or condition width, H W pixels.
+Legend of shapes: B batch, Z noise, E text width, C channels or condition width, N width of noise and condition together,
+T words, H W pixels.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from dist_t2i.models.source_encoder import SourceGuide
 
 
 class Generated(NamedTuple):
-    """Pictures, and the distribution that conditioning augmentation drew their condition from."""
+    """Pictures, and the Gaussian that conditioning augmentation sampled their condition from."""
 
     images: Tensor
-    """[B, 3, H, W] in [-1, 1]; a little beyond where a source picture is changed."""
+    """[B, 3, H, W] in [-1, 1]; edited pictures may lie slightly outside."""
     mean: Tensor
     """[B, C]"""
     log_variance: Tensor
@@ -29,11 +30,11 @@ class Generated(NamedTuple):
 
 
 INITIAL_LOG_VARIANCE = -4.0
-"""The condition starts close to its mean, so that the text is heard from the first step (StackGAN starts near 0)."""
+"""The condition starts close to its mean, so that the text has an effect from the first step (StackGAN starts near 0)."""
 
 
 class ConditionAugmentation(nn.Module):
-    """Draws the condition from a Gaussian whose mean and variance the sentence gives (StackGAN, sec. 3.2)."""
+    """Samples the condition from a Gaussian whose mean and variance the sentence gives (StackGAN, sec. 3.2)."""
 
     def __init__(self, text_width: int, condition: int):
         super().__init__()
@@ -45,11 +46,12 @@ class ConditionAugmentation(nn.Module):
         """sentence [B, E], noise [B, C] (standard normal; zeros: the mean) -> condition, mean, log variance [B, C]."""
         mean, log_variance = self.statistics(sentence).chunk(2, dim=1)
         log_variance = log_variance.clamp(-8.0, 8.0)
+        # Reparameterization, so that gradients reach mean and variance (StackGAN, sec. 3.2): c = mu + sigma * eps.
         return mean + noise * (0.5 * log_variance).exp(), mean, log_variance
 
 
 class GeneratorBlock(nn.Module):
-    """A residual block of two 3x3 convolutions, each behind a text-conditioned modulation."""
+    """A residual block of two 3x3 convolutions, each after a text-conditioned modulation."""
 
     def __init__(self, channels: int, condition: int):
         super().__init__()
@@ -65,7 +67,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: a 1x1 convolution to the next scale's channels, done while the map is small, then repetition."""
+    """Doubles the side: a 1x1 convolution to the next scale's channels while the map is small, then repetition."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -77,7 +79,7 @@ class Upsample(nn.Module):
 
 
 class Layout(nn.Module):
-    """Adds a map that the condition gives directly, by one matrix: memory for layouts at hardly any cost. Our own.
+    """Adds a map that one matrix computes from the condition: a cheap memory for layouts. Our own.
 
     `values` numbers become values / size^2 channels of size x size, then a 1x1 convolution.
     """
@@ -85,7 +87,7 @@ class Layout(nn.Module):
     def __init__(self, condition: int, channels: int, size: int, values: int):
         super().__init__()
         self.size = size
-        self.draw = linear(condition, values // size**2 * size**2)
+        self.draw = linear(condition, values // size**2 * size**2)  # the name is in checkpoints
         self.conv = convolution(values // size**2, channels, size=1, gain=0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -94,9 +96,9 @@ class Layout(nn.Module):
         return x + self.conv(layout.contiguous(memory_format=torch.channels_last))
 
 
-class Finish(nn.Module):
-    """From the last map to `outputs` a pixel: convolution, pixel shuffle and, through `detail` channels, another
-    convolution."""
+class ToRGB(nn.Module):
+    """From the last map to `outputs` values a pixel: convolution, pixel shuffle and, if there are `detail` channels,
+    another convolution."""
 
     def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
@@ -111,31 +113,31 @@ class Finish(nn.Module):
         return x if self.smooth is None else self.smooth(activate(x.contiguous(memory_format=torch.channels_last)))
 
 
-class Colours(nn.Module):
-    """Mixes every pixel from a few colours that the condition gives. Our own, for drawings: a softmax that has made up its
-    mind is flat, where a convolution's output keeps noise that every judge sees."""
+class PaletteMix(nn.Module):
+    """Mixes each pixel from a palette that the condition gives. Our own, for drawings: areas of one color come out flat,
+    because a saturated softmax is constant where the output of a convolution is noisy."""
 
     SHARPNESS = 3.0
-    """On the logits, so that fresh shares lean to one colour each."""
+    """Inverse temperature of the softmax, so that fresh shares lean towards one color each."""
 
-    def __init__(self, condition: int, colours: int, drawn_sharpness: float = 1.0):
+    def __init__(self, condition: int, colors: int, inference_sharpness: float = 1.0):
         super().__init__()
-        self.palette = linear(condition, 3 * colours)
-        self.drawn_sharpness = drawn_sharpness
+        self.palette = linear(condition, 3 * colors)
+        self.inference_sharpness = inference_sharpness
 
     def forward(self, logits: Tensor, condition: Tensor) -> Tensor:
-        """logits [B, colours, H, W], condition [B, N] -> pictures [B, 3, H, W] in [-1, 1]."""
-        sharpness = self.SHARPNESS * (1.0 if self.training else self.drawn_sharpness)
+        """logits [B, colors, H, W], condition [B, N] -> pictures [B, 3, H, W] in [-1, 1]."""
+        sharpness = self.SHARPNESS * (1.0 if self.training else self.inference_sharpness)
         shares = (sharpness * logits).float().softmax(dim=1).to(logits.dtype)
-        colours = torch.tanh(self.palette(condition)).unflatten(1, (-1, 3))
-        return torch.einsum("bkhw,bkc->bchw", shares, colours)
+        colors = torch.tanh(self.palette(condition)).unflatten(1, (-1, 3))
+        return torch.einsum("bkhw,bkc->bchw", shares, colors)
 
 
 class Generator(nn.Module):
-    """Single-stage generator, conditioned at every scale on noise, the augmented sentence, and nothing else.
+    """Single-stage generator, conditioned at every scale on noise and the augmented sentence.
 
-    Scales that `channels` does not list are reached by a pixel shuffle of the last map, so that a small budget can be
-    spent where convolutions are cheap per parameter. All randomness is passed in.
+    A pixel shuffle of the last map does the scales that `channels` does not list, so that a small budget is spent where
+    convolutions are cheap per parameter. All randomness is passed in.
     """
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
@@ -158,8 +160,9 @@ class Generator(nn.Module):
         )
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
-        self.last = Finish(channels[-1], config.detail if patch > 1 else 0, patch, config.colors or 3)
-        self.colours = Colours(width, config.colors, config.color_sharpness) if config.colors else None
+        self.last = ToRGB(channels[-1], config.detail if patch > 1 else 0, patch, config.colors or 3)
+        # The name `colours` is in checkpoints.
+        self.colours = PaletteMix(width, config.colors, config.color_sharpness) if config.colors else None
         self.noise_width, self.condition_width = config.noise, config.condition
 
     def forward(
@@ -173,13 +176,18 @@ class Generator(nn.Module):
     ) -> Generated:
         """noise [B, Z], sentence [B, E], words [B, T, E], mask bool [B, T], condition_noise [B, C] -> `Generated`.
 
-        `source` is what source pictures tell, where they are to be changed. This generator reads the sentence only; others
-        read the words as well.
+        `source` guides the edit of source pictures. This generator ignores the words; others read them.
         """
+        # Conditioning augmentation (StackGAN, sec. 3.2): [B, C]; with the noise: [B, N].
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
+
+        # The first map, [B, C, 4, 4].
         x = self.first(condition).view(len(noise), -1, FIRST_SIZE, FIRST_SIZE)
         x = x.contiguous(memory_format=torch.channels_last)
+
+        # Each scale doubles the side, [B, C', 2H, 2W]. Layout (our own), source and words are added before its blocks,
+        # which modulate the map by the condition (DF-GAN, sec. 3.3).
         for i, blocks in enumerate(self.scales):
             x = self.upsamples[i - 1](x) if i else x
             size = str(x.shape[-1])
@@ -188,11 +196,15 @@ class Generator(nn.Module):
             x = self.read_words(x, words, mask)
             for block in blocks:
                 x = block(x, condition)
+
+        # To pixels: [B, 3, H, W], or the logits of the palette's shares [B, colors, H, W].
         last = activate(self.last_modulation(x, condition))
-        drawn = self.last(last)
-        images = torch.tanh(drawn) if self.colours is None else self.colours(drawn, condition)
+        output = self.last(last)
+        images = torch.tanh(output) if self.colours is None else self.colours(output, condition)
+
+        # When editing, each pixel keeps some of the source (GANimation, sec. 3.1).
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """The map [B, C, H, W] that a scale's blocks begin with, from words [B, T, E], mask bool [B, T]: here, x itself."""
+        """A scale's map before its blocks, x [B, C, H, W], updated from words [B, T, E], mask bool [B, T]: here, x."""
         return x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.config.sections import Config
-from dist_t2i.models.augmentation import DRAWS
+from dist_t2i.models.augmentation import UNIFORMS_PER_ROW
 from dist_t2i.utils.seeds import mix
 
 
@@ -24,14 +24,14 @@ class Draws(NamedTuple):
     condition_noise: Tensor
     """[B, C], standard normal"""
     augmentation: Tensor
-    """[B, DRAWS], uniform in [0, 1)"""
+    """[B, UNIFORMS_PER_ROW], uniform in [0, 1)"""
 
 
 def draw(config: Config, positions: Tensor) -> Draws:
     """The draws of the rows at these stream positions (int64 [B])."""
     widths = (config.model.generator.noise, config.model.generator.condition)
     normal = torch.empty(len(positions), sum(widths))
-    uniform = torch.empty(len(positions), DRAWS)
+    uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     generator = torch.Generator()
     for row, position in enumerate(positions.tolist()):
         generator.manual_seed(mix(config.train.seed, position, 1))

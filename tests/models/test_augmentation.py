@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.models.augmentation import DRAWS, augment
+from dist_t2i.models.augmentation import UNIFORMS_PER_ROW, augment
 from dist_t2i.models.config import AugmentConfig
 
 OFF = {"translation": 0.0, "color": 0.0, "cutout": 0.0}
@@ -15,7 +15,7 @@ def pictures(rows: int = 3, size: int = 8) -> torch.Tensor:
 
 
 def draws(rows: int = 3, seed: int = 1) -> torch.Tensor:
-    return torch.rand(rows, DRAWS, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(rows, UNIFORMS_PER_ROW, generator=torch.Generator().manual_seed(seed))
 
 
 def test_zero_strength_changes_nothing():
@@ -30,7 +30,7 @@ def test_each_strength_does_something_and_keeps_the_shape(name):
 
 def test_translation_shifts_whole_pixels_and_repeats_the_edge():
     images = torch.arange(8.0).repeat(1, 3, 8, 1)  # every row of pixels reads 0 1 2 3 4 5 6 7
-    fixed = torch.zeros(1, DRAWS)  # the largest shift to one side: -2 of 8 px
+    fixed = torch.zeros(1, UNIFORMS_PER_ROW)  # the largest shift to one side: -2 of 8 px
     out = augment(images, fixed, AugmentConfig(**(OFF | {"translation": 0.25})))
     assert out[0, 0, 0].tolist() == [0, 0, 0, 1, 2, 3, 4, 5]
     fixed[:] = 0.999
@@ -41,20 +41,20 @@ def test_translation_shifts_whole_pixels_and_repeats_the_edge():
 def test_all_shifts_are_equally_likely():
     config = AugmentConfig(**(OFF | {"translation": 0.25}))
     images = torch.arange(8.0).repeat(1000, 3, 8, 1)
-    grid = torch.zeros(1000, DRAWS)
+    grid = torch.zeros(1000, UNIFORMS_PER_ROW)
     grid[:, 0] = torch.arange(1000) / 1000
     first = augment(images, grid, config)[:, 0, 0, 3]
     assert first.unique(return_counts=True)[1].tolist() == [200] * 5
 
 
 def test_cutout_blanks_a_square_of_its_share():
-    middle = torch.full((1, DRAWS), 0.5)
+    middle = torch.full((1, UNIFORMS_PER_ROW), 0.5)
     out = augment(torch.ones(1, 3, 8, 8), middle, AugmentConfig(**(OFF | {"cutout": 0.5})))
     assert out[0, 0, 2:6, 2:6].abs().sum() == 0 and (out == 0).sum() == 3 * 16
 
 
 def test_neutral_colour_draws_are_the_identity():
-    neutral = torch.full((3, DRAWS), 0.5)
+    neutral = torch.full((3, UNIFORMS_PER_ROW), 0.5)
     torch.testing.assert_close(augment(pictures(), neutral, AugmentConfig(**(OFF | {"color": 0.8}))), pictures())
 
 

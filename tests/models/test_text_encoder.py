@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_t2i.models.config import TextConfig
-from dist_t2i.models.frozen_text import CaptionTable, FrozenText
+from dist_t2i.models.frozen_text import CaptionTable, PretrainedEncoder
 from dist_t2i.models.text_encoder import build_text_encoder
 
 VOCABULARY, TOKENS, WIDTH = 40, 9, 32
@@ -66,7 +66,7 @@ def test_gradient_reaches_every_parameter_and_no_unused_word(encoder):
 
 
 def test_frozen_text_has_nothing_to_learn(encoder):
-    frozen = FrozenText(encoder)
+    frozen = PretrainedEncoder(encoder)
     tokens, lengths = captions()
     out = frozen(tokens, lengths)
     assert frozen.width == WIDTH

@@ -88,8 +88,8 @@ def build_gan(config, frozen=None):
 def frozen_encoder():
     """A given encoder with weights of its own (text.mode=frozen)."""
     from dist_t2i.models.config import TextConfig
-    from dist_t2i.models.frozen_text import FrozenText
+    from dist_t2i.models.frozen_text import PretrainedEncoder
     from dist_t2i.models.text_encoder import build_text_encoder
 
     torch.manual_seed(99)
-    return FrozenText(build_text_encoder(TextConfig(embedding=12), VOCABULARY, TOKENS))
+    return PretrainedEncoder(build_text_encoder(TextConfig(embedding=12), VOCABULARY, TOKENS))
