@@ -25,7 +25,6 @@ from dist_t2i.models.layers import (
 )
 from dist_t2i.models.text_encoder import TextEmbedding
 
-
 Embeddings = dict[str, Tensor]
 """Tensors with one row per picture or caption, by name."""
 
