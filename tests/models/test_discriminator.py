@@ -98,10 +98,10 @@ def test_each_branch_reaches_its_own_parameters_and_both_reach_the_trunk():
 
 
 def test_regions_must_be_computed_scales():
-    with pytest.raises(ValueError, match="model.discriminator.regions: 32 must be among the scales"):
+    with pytest.raises(ValueError, match=r"model\.discriminator\.regions: 32 must be among the scales"):
         build(regions=(32,))
     assert build(regions=()).region_text_projection is None
-    with pytest.raises(ValueError, match="model.discriminator.words: 32 must be among the scales"):
+    with pytest.raises(ValueError, match=r"model\.discriminator\.words: 32 must be among the scales"):
         build(words=32)
 
 
