@@ -1,4 +1,4 @@
-"""Captions as people keep them - JSONL, CSV, TSV, text files beside the pictures - and what is wrong with them."""
+"""Captions in JSONL, CSV, TSV and text files: reading, cleaning, and the reasons why some cannot be used."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_t2i.errors import DataError
 
 MAX_CHARACTERS = 1_000
 """Longer captions are cut at the last word that fits, and listed."""
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
+CAPTION_COLUMNS = ("captions", "caption", "text", "description")
 _MAX_LINES = 50
 """A field of a CSV file that spans more lines than this lacks its closing quotation mark."""
-CAPTION_COLUMNS = ("captions", "caption", "text", "description")
+_FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a caption file: a picture and its captions, or, if `problem` says why, neither."""
+    """One line of a caption file: a picture and its captions, or `problem`, the reason why the line is unusable."""
 
     where: str
     image: str = ""
@@ -29,12 +31,27 @@ class Row:
     problem: str = ""
 
 
+def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
+    """The row of a line whose fields may have any type; `no_image` is its problem when `image` is no text."""
+    if not isinstance(image, str):
+        return Row(where, problem=no_image)
+    texts = text_list([""] if captions is None else captions)
+    return Row(where, image, problem="captions are no text") if texts is None else Row(where, image, tuple(texts))
+
+
+def text_list(captions: Any) -> list[str] | None:
+    """A text, or a list of texts, as a list; None for any other type."""
+    if isinstance(captions, str):
+        return [captions]
+    return captions if isinstance(captions, list) and all(isinstance(text, str) for text in captions) else None
+
+
 def clean(caption: str) -> tuple[str, str]:
-    """The caption (NFC, one line, no control characters, not too long) and what was wrong with it, or "".
+    """The caption in NFC, on one line, without control characters, cut to the limit; and what was wrong with it, or "".
 
     The caption is "" when it cannot be used.
     """
-    if caption.isascii() and caption.isprintable():  # the usual caption, twenty times faster
+    if caption.isascii() and caption.isprintable():  # most captions; twenty times faster
         text = " ".join(caption.split())
         if text and len(text) <= MAX_CHARACTERS:
             return text, ""
@@ -50,7 +67,7 @@ def clean(caption: str) -> tuple[str, str]:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 (or UTF-16, if marked) as text without a byte order mark; bytes that are neither become lone surrogates."""
+    """UTF-8 (or UTF-16, if marked) as text without its byte order mark; invalid bytes become lone surrogates."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     return data.decode("utf-8-sig", "surrogateescape")
@@ -58,7 +75,7 @@ def decode_text(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names under which a table keeps its pictures and captions; the first that a row has counts."""
+    """Names of a table's picture and caption columns; the first one that a row has is used."""
 
     image: tuple[str, ...] = IMAGE_COLUMNS
     caption: tuple[str, ...] = CAPTION_COLUMNS
@@ -69,20 +86,19 @@ class Columns:
 
 
 def read_captions(path: Path) -> Iterator[Row]:
-    """The rows of a caption file. Raises DataError when it cannot be read, or has no columns we know."""
+    """The rows of a caption file. Raises DataError when the file cannot be read, or its columns are unknown."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the captions {path}: {error.strerror}") from error
-    suffix = path.suffix.lower()
-    form = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}.get(suffix)
+    form = _FORMS.get(path.suffix.lower())
     if form is None:
         raise DataError(f"{path}: captions must be a .jsonl, .csv or .tsv file")
     return rows_of(data, form, str(path))
 
 
 def rows_of(data: bytes, form: str, name: str, columns: Columns = Columns()) -> Iterator[Row]:
-    """The rows of a table's bytes, given its form: jsonl, csv or tsv. Raises DataError when its columns are unknown."""
+    """The rows of a table's bytes; `form` is jsonl, csv or tsv. Raises DataError when the columns are unknown."""
     text = decode_text(data)
     if form == "jsonl":
         return _read_json_lines(text, name, columns)
@@ -90,12 +106,8 @@ def rows_of(data: bytes, form: str, name: str, columns: Columns = Columns()) -> 
 
 
 def read_text_file(path: Path) -> tuple[str, ...]:
-    """The captions beside a picture, one a line. Raises OSError."""
+    """The captions in a text file, one a line. Raises OSError."""
     return tuple(line for line in decode_text(path.read_bytes()).splitlines() if line.strip())
-
-
-def _named(row: dict, names: tuple[str, ...]) -> object:
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
 def _read_json_lines(text: str, name: str, columns: Columns) -> Iterator[Row]:
@@ -109,17 +121,13 @@ def _read_json_lines(text: str, name: str, columns: Columns) -> Iterator[Row]:
         except (ValueError, RecursionError):
             yield Row(where, problem="line is not JSON")
             continue
-        image = _named(row, columns.image) if isinstance(row, dict) else None
-        captions = _named(row, columns.caption) if isinstance(row, dict) else None
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(image, str):
-            yield Row(where, problem=f'line has no "{columns.image[0]}"')
-        elif not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            yield Row(
-                where, image, ("",) if captions is None else (), "" if captions is None else "captions are no text"
-            )
-        else:
-            yield Row(where, image, tuple(captions))
+        image, captions = (
+            next((row[column] for column in names if row.get(column) not in (None, "")), None)
+            if isinstance(row, dict)
+            else None
+            for names in (columns.image, columns.caption)
+        )
+        yield make_row(where, image, captions, f'line has no "{columns.image[0]}"')
 
 
 def _read_table(text: str, name: str, delimiter: str, columns: Columns) -> Iterator[Row]:
@@ -133,17 +141,16 @@ def _read_table(text: str, name: str, delimiter: str, columns: Columns) -> Itera
     except (StopIteration, csv.Error) as error:
         first = text.split("\n", 1)[0][:100].encode("utf-8", "replace").decode()
         raise DataError(f"{name}: the first line must name the columns {columns}; it is: {first!r}") from error
-    line = 0
     while True:
-        line, row, problem = reader.line_num, None, ""
+        before, row, problem = reader.line_num, None, ""
         try:
             row = next(reader, None)
         except csv.Error:
             problem = "line is not CSV"
-        where = f"{short}:{line + 1}"
+        where = f"{short}:{before + 1}"
         if row is None and not problem:
             return
-        if reader.line_num - line > _MAX_LINES:
+        if reader.line_num - before > _MAX_LINES:
             where, problem = f"{where}-{reader.line_num}", "quotation mark is never closed"
         elif row is not None and len(row) <= max(image, caption) and any(field.strip() for field in row):
             problem = "line has too few columns"
@@ -154,6 +161,6 @@ def _read_table(text: str, name: str, delimiter: str, columns: Columns) -> Itera
 
 
 def _unquoted(field: str) -> str:
-    """TSV is read without quotation marks, yet some programs write them."""
+    """Remove quotation marks from a field of a TSV file, which some programs write and the csv module keeps."""
     field = field.rstrip("\r\n")
     return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field

@@ -1,4 +1,4 @@
-"""Looking at a set, wherever it lies: what is in it (`describe`), and whether every checksum holds (`verify`)."""
+"""Describes a set in a folder or behind a URL (`describe`), and checks every checksum of it (`verify`)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.writing.finish import fingerprint
-from dist_t2i.sharding.writing.processes import Spread, advance
+from dist_t2i.sharding.writing.processes import advance, in_processes
 from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples
 from dist_t2i.sharding.writing.tar_writer import crc32
 from dist_t2i.storage.folders import Folder, locate, open_folder
+from dist_t2i.utils.progress import Progress
 
 _MAX_LISTED = 20
 
 
 def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
-    """The folder of a set and its manifest. Raises DataError when there is none that can be read."""
-    place = open_folder(url.removesuffix("/manifest.json"))
+    """The folder of a set and its manifest. Raises DataError when the manifest does not exist or cannot be read."""
+    folder = open_folder(url.removesuffix("/manifest.json"))
     try:
-        return place, parse_manifest(place.read("manifest.json"), place.file_url("manifest.json"))
+        return folder, parse_manifest(folder.read("manifest.json"), folder.file_url("manifest.json"))
     except FileNotFoundError as error:
         raise DataError(f"{url}: there is no set (no manifest.json); write one with tools/shard.py") from error
     except OSError as error:
@@ -32,41 +33,36 @@ def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lines of columns, numbers to the right."""
+    """A text table; columns of numbers are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    numeric = [all(row[column][:1].isdigit() for row in cells[1:]) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+    columns = []
+    for column in zip(*cells, strict=True):
+        width = max(map(len, column))
+        numeric = all(cell[:1].isdigit() for cell in column[1:])
+        columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
 def describe(url: str, sheet: Path | None, split: str = "train") -> str:
-    """The set in words and numbers; a contact sheet of one split goes to `sheet`. Raises DataError."""
-    place, manifest = read_set(url)
+    """The set in words and numbers; a contact sheet of `split` is written to the file `sheet`. Raises DataError."""
+    folder, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
     tokenizer = manifest["tokenizer"]
-    said = manifest["splits"][split]["captions"].get("frequent_words", ())
     lines = [
-        f"{manifest.get('name', 'a set')}, {place}",
-        f"fingerprint {manifest['fingerprint']}, image size {manifest.get('image_size') or 'as they were'}",
+        f"{manifest.get('name', 'a set')}, {folder}",
+        f"fingerprint {manifest['fingerprint']}, image size {manifest.get('image_size') or 'unchanged'}",
         f"tokenizer of {tokenizer['vocabulary']:,} tokens, {tokenizer['known_words']:,} words",
         "",
         _split_table(manifest["splits"]),
         "",
-        f"frequent words of {split}: {' '.join(said)}",
+        f"frequent words of {split}: {' '.join(manifest['splits'][split]['captions'].get('frequent_words', ()))}",
         "",
-        _bad_samples(place, manifest),
+        _bad_samples(folder, manifest),
     ]
     if sheet:
         try:
-            samples = some_samples(place, manifest, split)
+            samples = some_samples(folder, manifest, split)
             sheet.parent.mkdir(parents=True, exist_ok=True)
             sheet.write_bytes(contact_sheet(samples))
         except OSError as error:
@@ -90,7 +86,7 @@ def _split_table(splits: Mapping[str, Any]) -> str:
                 len(part["shards"]),
                 f"{part['bytes'] / 1e6:,.1f}",
                 f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-                " to ".join(map(str, part.get("short_side") or ["not looked at"])),
+                " to ".join(map(str, part.get("short_side") or ["unknown"])),
                 f"{captions['count']:,}",
                 f"{words['mean']} / {words['max']}",
                 f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
@@ -99,98 +95,99 @@ def _split_table(splits: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def _bad_samples(place: Folder, manifest: dict[str, Any]) -> str:
+def _bad_samples(folder: Folder, manifest: dict[str, Any]) -> str:
     counts = manifest.get("bad_samples", {})
     if not counts:
         return "left out or changed: nothing"
     lines = ["left out or changed:", table(("reason", "count"), list(counts.items()))]
     try:
-        listed = [json.loads(line) for line in place.read("bad_samples.jsonl").decode().splitlines()]
+        listed = [json.loads(line) for line in folder.read("bad_samples.jsonl").decode().splitlines()]
     except (OSError, ValueError):
         return "\n".join([*lines, "(bad_samples.jsonl cannot be read)"])
-    rows = [(one["where"] or "-", one["picture"] or "-", one["reason"]) for one in listed[:_MAX_LISTED]]
+    rows = [(entry["where"] or "-", entry["picture"] or "-", entry["reason"]) for entry in listed[:_MAX_LISTED]]
     lines += ["", table(("where", "picture", "reason"), rows)]
     return "\n".join([*lines, f"and {len(listed) - _MAX_LISTED:,} more"] if len(listed) > _MAX_LISTED else lines)
 
 
 Difference = tuple[str, str, str, str]
-"""File, what was compared, what the set says, what was found."""
+"""File, what was compared, the value in the manifest or index, the actual value."""
 
 
-def verify(url: str, spread: Spread) -> tuple[int, list[Difference]]:
-    """The number of shards, and everything in the set that is not what its checksums say: each byte is read once."""
-    place, manifest = read_set(url)
-    differs: list[Difference] = []
-    token_sha = manifest["tokenizer"]["sha256"]
+def verify(url: str, processes: int) -> tuple[int, list[Difference]]:
+    """The number of shards, and everything in the set that contradicts its checksums; each byte is read once."""
+    folder, manifest = read_set(url)
+    differences: list[Difference] = []
+    tokenizer = manifest["tokenizer"]
     try:
-        found = hashlib.sha256(place.read(manifest["tokenizer"]["file"])).hexdigest()
+        actual = hashlib.sha256(folder.read(tokenizer["file"])).hexdigest()
     except OSError as error:
-        found = f"unreadable: {error.strerror or error}"
-    if found != token_sha:
-        differs.append((manifest["tokenizer"]["file"], "sha256", token_sha[:16], found[:64]))
+        actual = f"unreadable: {error.strerror or error}"
+    if actual != tokenizer["sha256"]:
+        differences.append((tokenizer["file"], "sha256", tokenizer["sha256"][:16], actual[:64]))
     shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
-    expected = fingerprint(manifest["splits"], token_sha) if all("sha256" in shard for shard in shards) else ""
-    if expected and expected != manifest["fingerprint"]:
-        differs.append(("manifest.json", "fingerprint", manifest["fingerprint"][:16], expected[:16]))
+    if all("sha256" in shard for shard in shards):
+        expected = fingerprint(manifest["splits"], tokenizer["sha256"])
+        if expected != manifest["fingerprint"]:
+            differences.append(("manifest.json", "fingerprint", manifest["fingerprint"][:16], expected[:16]))
     for name, part in manifest["splits"].items():
         total = sum(shard["samples"] for shard in part["shards"])
         if total != part["samples"]:
-            differs.append(("manifest.json", f"samples of {name}", str(part["samples"]), str(total)))
-    for some in spread(verify_shard, [(place, shard) for shard in shards]):
-        differs.extend(some)
-    return len(shards), differs
+            differences.append(("manifest.json", f"samples of {name}", str(part["samples"]), str(total)))
+    calls = [(folder, shard) for shard in shards]
+    for of_shard in in_processes(verify_shard, calls, processes, Progress(len(shards), "shards")):
+        differences.extend(of_shard)
+    return len(shards), differences
 
 
-def verify_shard(place: Folder, shard: dict[str, Any]) -> list[Difference]:
-    """What differs in one shard and its index."""
+def verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
+    """The differences in one shard and its index."""
     advance()
     name = shard["name"]
-    differs: list[Difference] = []
+    differences: list[Difference] = []
     index: ShardIndex | None = None
     try:
-        data = place.read(index_name(shard))
-        found = hashlib.sha256(data).hexdigest()
-        if found != shard["index_sha256"]:
-            differs.append((index_name(shard), "sha256", shard["index_sha256"][:16], found[:16]))
+        data = folder.read(index_name(shard))
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != shard["index_sha256"]:
+            differences.append((index_name(shard), "sha256", shard["index_sha256"][:16], digest[:16]))
         index = ShardIndex.from_bytes(data, name)
         if len(index) != shard["samples"]:
-            differs.append((index_name(shard), "samples", str(shard["samples"]), str(len(index))))
+            differences.append((index_name(shard), "samples", str(shard["samples"]), str(len(index))))
     except (OSError, DataError) as error:
-        differs.append((index_name(shard), "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
+        differences.append((index_name(shard), "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
     try:
-        size, digest, crcs = _read_through(*locate(place, name), index)
+        size, digest, wrong = _read_through(*locate(folder, name), index)
     except OSError as error:
-        return [*differs, (name, "", "a shard", f"{error.strerror or error}"[:200])]
+        return [*differences, (name, "", "a shard", f"{error.strerror or error}"[:200])]
     if size != shard["bytes"]:
-        differs.append((name, "bytes", str(shard["bytes"]), str(size)))
+        differences.append((name, "bytes", str(shard["bytes"]), str(size)))
     if digest != shard.get("sha256", digest):
-        differs.append((name, "sha256", shard["sha256"][:16], digest[:16]))
-    for key, expected, got in crcs:
-        differs.append((name, f"crc32 of {key}", f"{expected:08x}", f"{got:08x}"))
-    return differs
+        differences.append((name, "sha256", shard["sha256"][:16], digest[:16]))
+    for member, expected, actual in wrong:
+        differences.append((name, f"crc32 of {member}", f"{expected:08x}", f"{actual:08x}"))
+    return differences
 
 
-def _read_through(place: Folder, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
-    """Size, sha256, and (member, crc32 expected, crc32 found) where they differ; the tar is read once."""
-    spans = [
-        (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
-        for row, key in enumerate(index.keys if index else ())
-        for member in index.members(row)  # type: ignore[union-attr]
-    ]
+def _read_through(folder: Folder, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
+    """Size, SHA-256, and (member, expected CRC-32, actual CRC-32) of each wrong member; the tar is read once."""
+    spans = []
+    if index is not None:
+        for row, key in enumerate(index.keys):
+            spans += [(m.offset, m.size, m.crc32, f"{key}.{m.extension}") for m in index.members(row)]
     spans.sort()
-    digest, at, number, crc = hashlib.sha256(), 0, 0, 0
+    digest, start, number, crc = hashlib.sha256(), 0, 0, 0
     wrong = []
-    for chunk in place.chunks(name):
+    for chunk in folder.chunks(name):
         digest.update(chunk)
-        view, end = memoryview(chunk), at + len(chunk)
+        view, end = memoryview(chunk), start + len(chunk)
         while number < len(spans) and spans[number][0] < end:
-            offset, size, expected, key = spans[number]
-            crc = crc32(view[max(0, offset - at) : max(0, offset + size - at)], crc)
+            offset, size, expected, member = spans[number]
+            crc = crc32(view[max(0, offset - start) : max(0, offset + size - start)], crc)
             if offset + size > end:
                 break
             if expected >= 0 and crc != expected:
-                wrong.append((key, expected, crc))
+                wrong.append((member, expected, crc))
             number, crc = number + 1, 0
-        at = end
-    wrong.extend((key, expected, crc) for _, _, expected, key in spans[number:])
-    return at, digest.hexdigest(), wrong
+        start = end
+    wrong.extend((member, expected, crc) for _, _, expected, member in spans[number:])
+    return start, digest.hexdigest(), wrong

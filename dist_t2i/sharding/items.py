@@ -1,22 +1,27 @@
-"""Captioned pictures on their way into a set."""
+"""Captioned pictures to be written to a set, and the reasons why others are left out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import clean
-from dist_t2i.sharding.pictures import Origin
+from dist_t2i.sharding.pictures import Picture
+
+MIN_HOLDOUT_PICTURES = 50
+"""From this many pictures on, a held-out split has at least one."""
 
 
 @dataclass(slots=True)
 class Item:
-    """A picture to be written; `attributes` go into its json beside the captions."""
+    """A picture to be written; `attributes` go into its json next to the captions."""
 
     key: str
-    picture: Origin
+    picture: Picture
     captions: list[str]
     split: str = "train"
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -24,50 +29,74 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of the writer's bad_samples.jsonl: where (file or line), which picture, and a reason many may share."""
+    """A line of the writer's bad_samples.jsonl: where (file or line), which picture, and a reason that many may share."""
 
     where: str
     picture: str
     reason: str
 
 
-def _hash(key: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"holdout {key}".encode()).digest()[:8], "big") / 2**64
+Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
+"""Items; what was wrong with others; and the manifest's entries about the set: name, licence, credit."""
 
 
-MIN_HOLDOUT_PICTURES = 50
-"""From this many pictures on, the held-out split has at least one."""
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on `text` only: the first 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def hold_out(items: Iterable[Item], share: float) -> None:
-    """Give a share of the items, by a hash of their keys, to the split `test`; never all of them."""
-    ranked = sorted(((_hash(item.key), item) for item in items), key=lambda pair: pair[0])
-    chosen = [item for number, item in ranked if number < share]
-    if not chosen and share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES:
-        chosen = [ranked[0][1]]
-    for item in chosen if len(chosen) < len(ranked) else chosen[:-1]:
+    """Move a share of the items, selected by a hash of their keys, to the split `test`; never all of them."""
+    ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
+    selected = [item for number, item in ranked if number < share]
+    if not selected and share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES:
+        selected = [ranked[0][1]]
+    for item in selected if len(selected) < len(ranked) else selected[:-1]:
         item.split = "test"
 
 
-def _add_captions(held: list[str], texts: Iterable[str]) -> list[str]:
-    """Add the captions, cleaned, to those that a picture has, each once; returns what was wrong with them."""
+def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
+    """Append the cleaned texts that `captions` lacks; returns what was wrong with the texts."""
     problems = []
     for text in texts:
         cleaned, problem = clean(text)
         if problem:
             problems.append(problem)
-        if cleaned and cleaned not in held:
-            held.append(cleaned)
+        if cleaned and cleaned not in captions:
+            captions.append(cleaned)
     return problems
 
 
 def captioned(
-    key: str, picture: Origin, texts: Iterable[str], where: str, problems: list[Problem], **attributes: Any
+    key: str, picture: Picture, texts: Iterable[str], where: str, problems: list[Problem], **attributes: Any
 ) -> Item | None:
-    """An item with its captions cleaned, each once; None, and a problem listed, when no caption is left."""
-    held: list[str] = []
-    problems.extend(Problem(where, key, reason) for reason in _add_captions(held, texts))
-    if not held:
+    """An item with its distinct captions, cleaned. Without any usable caption: None, and a line in `problems`."""
+    captions: list[str] = []
+    problems.extend(Problem(where, key, reason) for reason in add_captions(captions, texts))
+    if not captions:
         problems.append(Problem(where, key, "picture is left without a caption"))
         return None
-    return Item(key, picture, held, attributes=attributes)
+    return Item(key, picture, captions, attributes=attributes)
+
+
+def filter_captions(items: Sequence[Item], problems: list[Problem], must: str, must_not: str) -> list[Item]:
+    """Keep the captions that match `must` and do not match `must_not` (regular expressions, case-insensitive).
+
+    An item without any such caption is dropped. Raises DataError for an invalid expression.
+    """
+    try:
+        wanted, unwanted = (re.compile(text, re.IGNORECASE) if text else None for text in (must, must_not))
+    except re.error as error:
+        raise DataError(f"not a regular expression: {must if error.pattern == must else must_not}: {error}") from error
+    kept = []
+    for item in items:
+        item.captions = [
+            text
+            for text in item.captions
+            if (not wanted or wanted.search(text)) and (not unwanted or not unwanted.search(text))
+        ]
+        if item.captions:
+            kept.append(item)
+        else:
+            problems.append(Problem("", item.key, "no caption passes the filter"))
+    return kept

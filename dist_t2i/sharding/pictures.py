@@ -1,13 +1,15 @@
-"""Where the bytes of a picture come from: a file, a drawing, a URL, a part of a tar."""
+"""The inputs that a picture's bytes are read from: a file, an SVG, a URL, a member of a tar."""
 
 from __future__ import annotations
 
+import io
 import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 from dist_t2i.storage.clients import OBJECT_STORES
@@ -17,39 +19,36 @@ from dist_t2i.storage.urls import scheme_of, unchained
 
 WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
-"""A picture of more bytes is not downloaded to its end."""
+"""Larger downloads, in bytes, are abandoned."""
 TIMEOUT, RETRIES = 30.0, 2
 """Seconds without a byte from a server, and how often a download that may still succeed is repeated."""
 _FIRST_READ = 2**18
-_OPEN_FILES, _OPEN_PLACES = 64, 16
+_OPEN_FILES, _OPEN_FOLDERS = 64, 16
 
 
-class Origin(ABC):
-    """One picture, unread. All methods raise OSError."""
+class Picture(ABC):
+    """A picture that is not read yet. All methods raise OSError."""
 
     __slots__ = ()
-
-    @property
-    def remote(self) -> bool:
-        """Whether it is far away, so that several should be read at once."""
-        return False
+    remote = False
+    """Whether each read takes a round trip over a network, so that several should run at once."""
 
     @abstractmethod
-    def known(self) -> tuple[int, str]:
-        """What is known before it is read: its bytes (0 when they are not), and a text that changes when it does."""
+    def stat(self) -> tuple[int, str]:
+        """The size in bytes (0 if unknown) and a stamp, a text that changes when the picture does; reads no picture."""
 
     @abstractmethod
     def read(self) -> bytes:
-        """Its bytes as they are stored: a JPEG, a PNG, ..."""
+        """The stored bytes: a JPEG, a PNG, ..."""
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile(Origin):
+class PictureFile(Picture):
     """A file on a disk."""
 
     path: str
 
-    def known(self) -> tuple[int, str]:
+    def stat(self) -> tuple[int, str]:
         status = os.stat(self.path)
         return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
 
@@ -57,7 +56,7 @@ class PictureFile(Origin):
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             data = os.read(descriptor, _FIRST_READ)
-            if len(data) == _FIRST_READ:  # asking each file for its size first costs more than it saves
+            if len(data) == _FIRST_READ:  # calling fstat for every file would cost more than it saves
                 rest = os.fstat(descriptor).st_size - len(data)
                 while more := os.read(descriptor, max(rest, 0) + 1):
                     data += more
@@ -68,98 +67,89 @@ class PictureFile(Origin):
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing(Origin):
-    """An SVG, drawn at `size` pixels."""
+class SvgPicture(Picture):
+    """An SVG file, rendered at `size` x `size` pixels."""
 
     path: str
     size: int
 
-    def known(self) -> tuple[int, str]:
-        return 0, PictureFile(self.path).known()[1]
+    def stat(self) -> tuple[int, str]:
+        return 0, PictureFile(self.path).stat()[1]
 
     def read(self) -> bytes:
-        from dist_t2i.sharding.pictures import render
-
         return render(Path(self.path), self.size)
 
 
 @dataclass(frozen=True, slots=True)
-class Download(Origin):
-    """A URL: http(s), or an object in S3, Google Cloud Storage or Azure, or whatever fsspec reaches."""
+class PictureUrl(Picture):
+    """A URL: http(s), an object in S3, Google Cloud Storage or Azure, or any other file system that fsspec knows."""
 
     url: str
+    remote = True
 
-    @property
-    def remote(self) -> bool:
-        return True
-
-    def known(self) -> tuple[int, str]:
+    def stat(self) -> tuple[int, str]:
         return 0, self.url
 
     def read(self) -> bytes:
-        return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), lambda error, _: _may_pass(error))
+        return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), lambda error, _: _temporary(error))
 
     def _read_once(self) -> bytes:
         if scheme_of(self.url) in WEB:
-            return _from_the_web(self.url)
+            return _download(self.url)
         folder, _, name = self.url.rpartition("/")
-        return _place(folder).read(name)
+        return _open_folder(os.getpid(), folder).read(name)
 
 
 @dataclass(frozen=True, slots=True)
-class TarPart(Origin):
-    """`size` bytes from `offset` on of a tar, local or not."""
+class TarMember(Picture):
+    """`size` bytes of a tar from `offset` on."""
 
     url: str
     offset: int
     size: int
-    remote_tar: bool
     version: str
     """Changes when the tar does."""
+    remote: bool
 
-    @property
-    def remote(self) -> bool:
-        return self.remote_tar
-
-    def known(self) -> tuple[int, str]:
+    def stat(self) -> tuple[int, str]:
         return self.size, f"{self.url.rpartition('/')[2]} {self.offset} {self.size} {self.version}"
 
     def read(self) -> bytes:
-        if not self.remote_tar:
-            data = os.pread(_descriptor(self.url), self.size, self.offset)
-        else:
+        if self.remote:
             folder, _, name = self.url.rpartition("/")
-            data = _place(folder).read_range(name, self.offset, self.size)
+            data = _open_folder(os.getpid(), folder).read_range(name, self.offset, self.size)
+        else:
+            data = os.pread(_open_file(os.getpid(), self.url).fileno(), self.size, self.offset)
         if len(data) != self.size:
             raise OSError("its tar is cut short")
         return data
 
 
 class DownloadError(OSError):
-    """Why nothing came from a web server; `passing` when it may work later."""
+    """The reason why a web server delivered nothing; `temporary` when a later try may succeed."""
 
-    def __init__(self, reason: str, passing: bool) -> None:
+    def __init__(self, reason: str, temporary: bool) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.temporary = temporary
 
     def __reduce__(self) -> tuple:
-        return DownloadError, (str(self), self.passing)
+        return DownloadError, (str(self), self.temporary)
 
 
-def _may_pass(error: OSError) -> bool:
-    return getattr(error, "passing", not isinstance(error, FileNotFoundError | PermissionError))
+def _temporary(error: BaseException) -> bool:
+    return getattr(error, "temporary", not isinstance(error, FileNotFoundError | PermissionError))
 
 
-def _from_the_web(url: str) -> bytes:
+def _download(url: str) -> bytes:
     import http.client
     import urllib.error
     import urllib.request
 
     parts = urlsplit(url)
-    plain = parts._replace(
-        path=quote(parts.path, safe="/%:@!$&'()*+,;=~"), query=quote(parts.query, safe="%/?&=+:,;@~")
+    path, query = quote(parts.path, safe="/%:@!$&'()*+,;=~"), quote(parts.query, safe="%/?&=+:,;@~")
+    request = urllib.request.Request(
+        parts._replace(path=path, query=query).geturl(), headers={"User-Agent": "dist_t2i"}
     )
-    request = urllib.request.Request(plain.geturl(), headers={"User-Agent": "dist_t2i"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
@@ -178,27 +168,15 @@ def _from_the_web(url: str) -> bytes:
     return data
 
 
-_places: OrderedDict[tuple[int, str], Folder] = OrderedDict()
-_descriptors: OrderedDict[tuple[int, str], int] = OrderedDict()
+# Both caches are per process, because neither connections nor file positions may be shared across a fork.
+@lru_cache(_OPEN_FOLDERS)
+def _open_folder(process: int, url: str) -> Folder:
+    return open_folder(url)
 
 
-def _place(url: str) -> Folder:
-    """Connections are kept per process: they must not be shared over a fork."""
-    key = os.getpid(), url
-    if key not in _places:
-        _places[key] = open_folder(url)
-        if len(_places) > _OPEN_PLACES:
-            _places.popitem(last=False)
-    return _places[key]
-
-
-def _descriptor(path: str) -> int:
-    key = os.getpid(), path
-    if key not in _descriptors:
-        _descriptors[key] = os.open(path, os.O_RDONLY)
-        if len(_descriptors) > _OPEN_FILES:
-            os.close(_descriptors.popitem(last=False)[1])
-    return _descriptors[key]
+@lru_cache(_OPEN_FILES)
+def _open_file(process: int, path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
 
 
 def reachable(url: str) -> bool:
@@ -207,9 +185,7 @@ def reachable(url: str) -> bool:
 
 
 def render(svg: Path, size: int) -> bytes:
-    """The drawing on white as a PNG of `size` x `size` pixels, RGB. Takes about 2 ms at 64 pixels."""
-    import io
-
+    """An SVG on white as a PNG of `size` x `size` pixels, RGB. Takes about 2 ms at 64 pixels."""
     import resvg_py
     from PIL import Image
 

@@ -13,8 +13,14 @@ from prefork import Program
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "shard.py"
-_STEPS = ("gather", "write_set", "inspect_set", "slurm_array")
-_PROGRAM = Program(TOOL, *(f"dist_t2i.sharding.{step}" for step in _STEPS), "dist_t2i.data.indexing", "tokenizers")
+_STEPS = (
+    "sharding.sources.tables",
+    "sharding.sources.webdataset_tars",
+    "sharding.write_set",
+    "sharding.inspect_set",
+    "sharding.slurm_array",
+)
+_PROGRAM = Program(TOOL, *(f"dist_t2i.{step}" for step in _STEPS), "dist_t2i.data.indexing", "tokenizers")
 
 
 def shard(*arguments, check=True, cwd=None, **environment):

@@ -1,1 +1,1 @@
-"""Where captioned pictures come from."""
+"""One module for each kind of input that captioned pictures come in."""

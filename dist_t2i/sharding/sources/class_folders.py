@@ -1,16 +1,17 @@
-"""What the data sets that come as folders share: their layout is checked, their classes are split, their texts read."""
+"""Data sets in which each picture belongs to a class, with the texts of Reed et al. (2016): CUB-200-2011, Oxford-102."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import decode_text, read_text_file
-from dist_t2i.sharding.items import Item, Problem, captioned
+from dist_t2i.sharding.items import Gathered, Item, Problem, captioned
 from dist_t2i.sharding.pictures import PictureFile
 from dist_t2i.utils.text import nearest
 
@@ -18,17 +19,17 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """The first of these folders that `root` has. Raises DataError that shows the layout."""
+    """The first of these folders that `root` has. Raises DataError with the layout."""
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder. What is expected:\n{layout}")
+        raise DataError(f"{root}: there is no such folder. Expected files:\n{layout}")
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise DataError(f"{root} has no folder {' or '.join(names)}. What is expected:\n{layout}")
+    raise DataError(f"{root} has no folder {' or '.join(names)}. Expected files:\n{layout}")
 
 
 def files_of(folder: Path) -> set[str]:
-    """The names in a folder, listed once instead of asked for one by one."""
+    """All names in a folder: one listing is faster than a look-up for each file."""
     return {entry.name for entry in os.scandir(folder)}
 
 
@@ -39,21 +40,21 @@ def class_split(
     test: Path | None,
     default: Callable[[int], bool],
 ) -> tuple[dict[str, str], str]:
-    """Class -> `train` or `test`, and where that comes from.
+    """Class -> `train` or `test`, and the files or rule that decided.
 
-    The lists of the text release are taken when they lie in one of `folders` and none is named: `testclasses.txt`
-    is held out, `trainvalclasses.txt` trained on, or in its absence `trainclasses.txt` and `valclasses.txt`. Without
-    any list, `default` says of a class's number whether it is held out.
+    If neither `train` nor `test` is given, the lists of the text release are used that lie in one of `folders`: classes
+    in `testclasses.txt` are held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and
+    `valclasses.txt`, are trained on. Without any list, the classes are held out for whose number `default` is true.
 
-    Raises: DataError when a list cannot be read, names a class twice or one that is not there, or leaves one out.
+    Raises: DataError when a list cannot be read, a list names an unknown class, or a class is in both lists or none.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)
-        found = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
-        if found is None:
+        folder = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
+        if folder is None:
             return {name: "test" if default(_number(name)) else "train" for name in classes}, "the default rule"
-        test = found / TEST_LIST if (found / TEST_LIST).is_file() else None
-        train = next((found / name for name in TRAIN_LISTS if (found / name).is_file()), None)
+        test = folder / TEST_LIST if (folder / TEST_LIST).is_file() else None
+        train = next((folder / name for name in TRAIN_LISTS if (folder / name).is_file()), None)
     tested = _class_list(test, classes) if test else []
     trained = _class_list(train, classes) if train else [name for name in classes if name not in set(tested)]
     if train and train.name == "trainclasses.txt" and (extra := train.with_name("valclasses.txt")).is_file():
@@ -76,41 +77,38 @@ def _number(name: str) -> int:
 
 def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     if path.suffix not in (".txt", ""):
-        raise DataError(f"{path}: a list of classes must be a text file with a class a line (pickles are not read)")
+        raise DataError(f"{path}: a list of classes must be a text file with one class a line (pickles are not read)")
     try:
-        named = [line.strip() for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
+        names = [line.strip() for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"cannot read the list of classes {path}: {error.strerror}") from error
     known = set(classes)
-    for name in named:
-        if name not in known:
-            near = nearest(name, classes)
-            hint = f"; did you mean {near}?" if near else ""
-            raise DataError(f"{path} names the class {name[:100]!r}, of which there are no pictures{hint}")
-    return named
+    if unknown := [name for name in names if name not in known]:
+        near = nearest(unknown[0], classes)
+        hint = f"; did you mean {near}?" if near else ""
+        raise DataError(f"{path} names the class {unknown[0][:100]!r}, of which there are no pictures{hint}")
+    return names
 
 
 @dataclass(frozen=True)
 class ClassSet:
-    """A set whose pictures are of classes, with the texts of Reed et al. (2016); what tells one such set from another."""
+    """One data set whose pictures belong to classes."""
 
     about: dict[str, Any]
-    """What the manifest says: name, licence, credit."""
+    """Entries of the manifest: name, licence, credit."""
     layout: str
-    """The folders as people have them, shown when they are not there."""
+    """The expected files, for `--help` and error messages."""
     images: tuple[str, ...]
-    """Where the pictures may lie in the set's folder; the first that is there counts."""
+    """Possible folders of the pictures; the first one that exists is used."""
     texts: tuple[str, ...]
-    """Where the captions may lie."""
+    """Possible folders of the captions, likewise."""
     hold_out_every: int
-    """Without lists of classes, those whose number this divides are the split `test`."""
+    """Without lists of classes, the classes whose number is a multiple of this are the split `test`."""
     nested: bool
-    """Whether the pictures of a class have a folder of their own, as its texts always have."""
+    """Whether each class has a folder of pictures, as each class has a folder of texts."""
 
-    def items(
-        self, root: Path, texts: Path | None, train: Path | None, test: Path | None
-    ) -> tuple[list[Item], list[Problem], str]:
-        """The pictures with their captions, sorted by key; problems; and where the split comes from.
+    def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
+        """The pictures with their captions, sorted by key; prints the rule of the split.
 
         Args:
             texts: the folder of the captions, if it is not one of those in `root`.
@@ -121,93 +119,86 @@ class ClassSet:
         images = first_folder(root, self.images, self.layout)
         texts = texts or first_folder(root, self.texts, self.layout)
         if not texts.is_dir():
-            raise DataError(f"--texts {texts}: there is no such folder. What is expected:\n{self.layout}")
+            raise DataError(f"--texts {texts}: there is no such folder. Expected files:\n{self.layout}")
         classes = self._classes(images, texts)
         folders = (root, texts.parent, images.parent)
-        split, source = class_split(classes, folders, train, test, lambda number: number % self.hold_out_every == 0)
+        split, rule = class_split(classes, folders, train, test, lambda number: number % self.hold_out_every == 0)
+        print(f"classes are split by {rule}", file=sys.stderr)
+        items: list[Item] = []
         problems: list[Problem] = []
-
-        def picture_of(name: str, stem: str) -> Path:
-            return (images / name if self.nested else images) / f"{stem}.jpg"
-
-        items = list(_text_items(classes, texts, picture_of, split, problems))
-        return sorted(items, key=lambda item: item.key), problems, source
+        listed: dict[Path, set[str]] = {}
+        for name in classes:
+            folder = images / name if self.nested else images
+            if folder not in listed:
+                listed[folder] = files_of(folder)
+            items += _class_items(texts / name, folder, listed[folder], split[name], problems)
+        return sorted(items, key=lambda item: item.key), problems, self.about
 
     def _classes(self, images: Path, texts: Path) -> list[str]:
         if self.nested:
             return sorted(path.name for path in images.iterdir() if path.is_dir())
         classes = sorted(path.name for path in texts.iterdir() if path.is_dir() and path.name.startswith("class_"))
         if not classes:
-            raise DataError(f"{texts} has no folders class_00001 ... What is expected:\n{self.layout}")
+            raise DataError(f"{texts} has no folders class_00001 ... Expected files:\n{self.layout}")
         return classes
 
 
-def _text_items(
-    classes: Iterable[str],
-    texts: Path,
-    picture_of: Callable[[str, str], Path],
-    split: dict[str, str],
-    problems: list[Problem],
-) -> Iterator[Item]:
-    """The pictures that TEXTS/CLASS/NAME.txt describes, a caption a line; each class's name goes along."""
-    known: dict[Path, set[str]] = {}
-    for name in classes:
-        folder = texts / name
-        if not folder.is_dir():
-            problems.append(Problem(f"{texts.name}/{name}", "", "class has no captions"))
+def _class_items(texts: Path, images: Path, pictures: set[str], split: str, problems: list[Problem]) -> list[Item]:
+    """The items of one class: each TEXTS/NAME.txt describes IMAGES/NAME.jpg, one caption a line."""
+    label = f"{texts.parent.name}/{texts.name}"
+    if not texts.is_dir():
+        problems.append(Problem(label, "", "class has no captions"))
+        return []
+    items = []
+    for file in sorted(entry for entry in files_of(texts) if entry.endswith(".txt")):
+        where, picture = f"{label}/{file}", f"{file[:-4]}.jpg"
+        if picture not in pictures:
+            problems.append(Problem(where, picture, "picture is missing"))
             continue
-        for file in sorted(entry for entry in files_of(folder) if entry.endswith(".txt")):
-            path = picture_of(name, file[:-4])
-            where = f"{texts.name}/{name}/{file}"
-            if path.parent not in known:
-                known[path.parent] = files_of(path.parent) if path.parent.is_dir() else set()
-            if path.name not in known[path.parent]:
-                problems.append(Problem(where, path.name, "picture is missing"))
-                continue
-            try:
-                said = read_text_file(folder / file)
-            except OSError as error:
-                problems.append(Problem(where, path.name, f"captions are unreadable: {error.strerror}"))
-                continue
-            key = f"{name}/{file[:-4]}".replace(".", "_")
-            item = captioned(key, PictureFile(str(path)), said or ("",), where, problems, **{"class": name})
-            if item:
-                item.split = split[name]
-                yield item
+        try:
+            captions = read_text_file(texts / file) or ("",)
+        except OSError as error:
+            problems.append(Problem(where, picture, f"captions are unreadable: {error.strerror}"))
+            continue
+        key = f"{texts.name}/{file[:-4]}".replace(".", "_")
+        path = PictureFile(str(images / picture))
+        if item := captioned(key, path, captions, where, problems, **{"class": texts.name}):
+            item.split = split
+            items.append(item)
+    return items
 
 
-_LAYOUT = """  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
-      text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
-      trainvalclasses.txt, testclasses.txt     a class a line: 001.Black_footed_Albatross ...    (optional)
-(CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub; its folder may lie inside DIR as well. With only
-trainclasses.txt and valclasses.txt, both are trained on. Without lists, every fourth class is held out, 004, 008 ...
-200: 150 classes and 50, but not those that published numbers are about. Pickled lists are not read.)"""
-_CREDIT = (
-    "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial research and "
-    "education only; the photographs are their owners'."
-)
 CUB = ClassSet(
-    about={"name": "CUB-200-2011", "licence": "non-commercial research and education", "credit": _CREDIT},
-    layout=_LAYOUT,
+    about={
+        "name": "CUB-200-2011",
+        "licence": "non-commercial research and education",
+        "credit": "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial research "
+        "and education only; the photographs are their owners'.",
+    },
+    layout="""  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
+      text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
+      trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
+(CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub, whose folder may also lie inside DIR. If only
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out, 004, 008 ...
+200: 150 classes and 50, but not the split of published numbers. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,
     nested=True,
 )
-
-
-_LAYOUT = """  DIR/jpg/image_00001.jpg ... image_08189.jpg
-      text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
-      trainvalclasses.txt, testclasses.txt       a class a line: class_00001 ...    (optional)
-(102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers; its folder may lie inside DIR as well. With only
-trainclasses.txt and valclasses.txt, both are trained on. Without lists, every fifth class is held out, class_00005 ...
-class_00100: 82 classes and 20, but not those that published numbers are about. imagelabels.mat is not needed.)"""
-_CREDIT = (
-    "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are their owners'."
-)
 FLOWERS = ClassSet(
-    about={"name": "Oxford-102 flowers", "licence": "unknown: research use", "credit": _CREDIT},
-    layout=_LAYOUT,
+    about={
+        "name": "Oxford-102 flowers",
+        "licence": "unknown: research use",
+        "credit": "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are their "
+        "owners'.",
+    },
+    layout="""  DIR/jpg/image_00001.jpg ... image_08189.jpg
+      text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
+      trainvalclasses.txt, testclasses.txt       one class a line: class_00001 ...    (optional)
+(102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers, whose folder may also lie inside DIR. If only
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out, class_00005 ...
+class_00100: 82 classes and 20, but not the split of published numbers. imagelabels.mat is not needed.)""",
     images=("jpg", "102flowers/jpg"),
     texts=("text_c10", "cvpr2016_flowers/text_c10"),
     hold_out_every=5,

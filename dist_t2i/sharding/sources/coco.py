@@ -1,8 +1,8 @@
-"""MS-COCO, 2014 or 2017, as it is distributed; with Karpathy's split when its file is named.
+"""MS-COCO 2014 or 2017 as distributed; with Karpathy's split if its file is named.
 
-Sources: Lin et al., "Microsoft COCO: Common Objects in Context" (2014) and Chen et al., "Microsoft COCO Captions" (2015)
-for the files; Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments" (2015) for the split, whose `restval` the field
-trains on.
+References: Lin et al., "Microsoft COCO: Common Objects in Context" (2014) and Chen et al., "Microsoft COCO Captions"
+(2015) for the files; Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments" (2015) for the split, whose `restval` is
+commonly used for training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.items import Item, Problem, captioned
+from dist_t2i.sharding.items import Gathered, Item, Problem, captioned
 from dist_t2i.sharding.pictures import PictureFile
 from dist_t2i.sharding.sources.class_folders import files_of, first_folder
 
@@ -29,17 +29,33 @@ CREDIT = (
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def about(year: int, karpathy: bool) -> dict[str, Any]:
-    """What the manifest says."""
+def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
+    """The pictures with their captions, sorted by key.
+
+    The splits are `train`, and val as `test`; with Karpathy's file its train (with restval), val and test.
+
+    Args:
+        year: 2014 or 2017; None if `root` holds one of them.
+
+    Raises: DataError when the layout is another one, or a caption file cannot be read.
+    """
+    problems: list[Problem] = []
+    year = 2014 if karpathy else year or _year_of(root)
+    if karpathy:
+        items = list(_of_karpathy(root, karpathy, problems))
+    else:
+        items = [
+            item
+            for part, split in ((f"train{year}", "train"), (f"val{year}", "test"))
+            for item in _of_captions(first_folder(root, (part,), LAYOUT), root, part, split, problems)
+        ]
     name = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")
-    return {"name": name, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
+    about = {"name": name, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
+    return sorted(items, key=lambda item: item.key), problems, about
 
 
-def year_of(root: Path, year: int | None) -> int:
-    """2014 or 2017: the one asked for, or whose folders are there. Raises DataError when it is neither, or both."""
-    if year:
-        return year
-    years = [found for found in (2014, 2017) if (root / f"train{found}").is_dir()]
+def _year_of(root: Path) -> int:
+    years = [year for year in (2014, 2017) if (root / f"train{year}").is_dir()]
     if len(years) == 2:
         raise DataError(f"{root} holds COCO 2014 and 2017: say which with --year")
     if not years:
@@ -47,90 +63,77 @@ def year_of(root: Path, year: int | None) -> int:
     return years[0]
 
 
-def coco_items(root: Path, year: int | None, karpathy: Path | None) -> tuple[list[Item], list[Problem]]:
-    """The pictures with their captions, sorted by key: `train`, and val as `test`; with Karpathy's file train (with
-    restval), val and test as it says.
-
-    Raises: DataError when the layout is another one, or a file of captions cannot be read.
-    """
-    problems: list[Problem] = []
-    if karpathy:
-        items = list(_of_karpathy(root, karpathy, problems))
-    else:
-        year = year_of(root, year)
-        items = [
-            item
-            for part, split in ((f"train{year}", "train"), (f"val{year}", "test"))
-            for item in _of_captions(first_folder(root, (part,), LAYOUT), root, part, split, problems)
-        ]
-    return sorted(items, key=lambda item: item.key), problems
-
-
-def _json(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
+def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
+    """The objects in each of these lists of a JSON file."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing. What is expected:\n{LAYOUT}") from error
+        raise DataError(f"{path} is missing. Expected files:\n{LAYOUT}") from error
     except OSError as error:
         raise DataError(f"cannot read the captions {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}): was it downloaded to its end?") from error
-    lists = [content.get(key) if isinstance(content, dict) else None for key in keys]
-    for key, found in zip(keys, lists, strict=True):
-        if not isinstance(found, list):
-            raise DataError(f'{path} has no list "{key}": it is no file of COCO captions')
-    return [[entry for entry in found if isinstance(entry, dict)] for found in lists if found is not None]
+        raise DataError(f"{path} is not JSON ({error}): is the download incomplete?") from error
+    lists = []
+    for key in keys:
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise DataError(f'{path} has no list "{key}": it is not a file of COCO captions')
+        lists.append([entry for entry in entries if isinstance(entry, dict)])
+    return lists
 
 
 def _of_captions(folder: Path, root: Path, part: str, split: str, problems: list[Problem]) -> Iterator[Item]:
     path = root / "annotations" / f"captions_{part}.json"
-    images, annotations = _json(path, "images", "annotations")
+    images, annotations = _read_lists(path, "images", "annotations")
     names = {entry.get("id"): str(entry.get("file_name", "")) for entry in images}
     texts: dict[Any, list[str]] = {}
     for entry in annotations:
-        if entry.get("image_id") not in names:
-            problems.append(
-                Problem(f"{path.name}: {entry.get('id')}", str(entry.get("image_id")), "caption is of no known picture")
-            )
-        else:
+        if entry.get("image_id") in names:
             texts.setdefault(entry["image_id"], []).append(str(entry.get("caption", "")))
-    there = files_of(folder)
+        else:
+            where, image = f"{path.name}: {entry.get('id')}", str(entry.get("image_id"))
+            problems.append(Problem(where, image, "caption is of no known picture"))
+    files = files_of(folder)
     for number, name in names.items():
-        item = _item(folder, name, there, texts.get(number, []), f"{path.name}: {number}", problems, number)
-        if item:
-            item.split = split
-            yield item
-    for name in sorted(there - set(names.values())):
+        where = f"{path.name}: {number}"
+        yield from _item(folder, name, files, texts.get(number, []), where, problems, number, split)
+    for name in sorted(files - set(names.values())):
         problems.append(Problem("", f"{part}/{name}", f"picture is not in {path.name}"))
 
 
 def _item(
-    folder: Path, name: str, there: set[str], texts: list[str], where: str, problems: list[Problem], number: Any
-) -> Item | None:
-    if name not in there or "/" in name:
+    folder: Path,
+    name: str,
+    files: set[str],
+    texts: list[str],
+    where: str,
+    problems: list[Problem],
+    image_id: Any,
+    split: str,
+) -> Iterator[Item]:
+    """The item of a picture, or a line in `problems`."""
+    if name not in files or "/" in name:
         problems.append(Problem(where, f"{folder.name}/{name}", "picture is missing"))
-        return None
+        return
     key = name.rpartition(".")[0].replace(".", "_")
-    return captioned(key, PictureFile(f"{folder}/{name}"), texts, where, problems, image_id=number)
+    if item := captioned(key, PictureFile(f"{folder}/{name}"), texts, where, problems, image_id=image_id):
+        item.split = split
+        yield item
 
 
 def _of_karpathy(root: Path, path: Path, problems: list[Problem]) -> Iterator[Item]:
-    (images,) = _json(path, "images")
-    there: dict[str, set[str]] = {}
+    (images,) = _read_lists(path, "images")
+    files: dict[str, set[str]] = {}
     for entry in images:
         folder, name = str(entry.get("filepath", "")), str(entry.get("filename", ""))
-        if folder not in there:
-            there[folder] = files_of(first_folder(root, (folder,), LAYOUT)) if folder.isalnum() else set()
+        if folder not in files:
+            files[folder] = files_of(first_folder(root, (folder,), LAYOUT)) if folder.isalnum() else set()
         split = _SPLITS.get(str(entry.get("split")))
-        where = f"{path.name}: {entry.get('cocoid')}"
+        where, image_id = f"{path.name}: {entry.get('cocoid')}", entry.get("cocoid")
         sentences = entry.get("sentences")
         if split is None or not isinstance(sentences, list):
-            problems.append(
-                Problem(where, name, f"split is {entry.get('split')!r}" if sentences else "has no captions")
-            )
+            reason = f"split is {entry.get('split')!r}" if sentences else "has no captions"
+            problems.append(Problem(where, name, reason))
             continue
-        texts = [str(one.get("raw", "")) for one in sentences if isinstance(one, dict)]
-        item = _item(root / folder, name, there[folder], texts, where, problems, entry.get("cocoid"))
-        if item:
-            item.split = split
-            yield item
+        texts = [str(sentence.get("raw", "")) for sentence in sentences if isinstance(sentence, dict)]
+        yield from _item(root / folder, name, files[folder], texts, where, problems, image_id, split)

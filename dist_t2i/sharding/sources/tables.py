@@ -1,4 +1,4 @@
-"""Tables of pictures and captions, as img2dataset and others keep them: JSONL, CSV, TSV, Parquet; paths or URLs."""
+"""Tables of pictures and captions, such as those of img2dataset: JSONL, CSV, TSV or Parquet, with paths or URLs."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, rows_of
-from dist_t2i.sharding.items import Item, Problem, captioned, hold_out
-from dist_t2i.sharding.pictures import Download, Origin, PictureFile, reachable
+from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, make_row, rows_of
+from dist_t2i.sharding.items import Gathered, Item, Problem, captioned, hold_out
+from dist_t2i.sharding.pictures import Picture, PictureFile, PictureUrl, reachable
 from dist_t2i.storage.folders import open_folder
+from dist_t2i.storage.urls import expand, unchained
 
-DEFAULT = Columns(("url", *IMAGE_COLUMNS), CAPTION_COLUMNS)
 _BATCH = 10_000
 
 
 def table_items(
-    form: str, tables: Sequence[str], images: str, columns: Columns, holdout: float
-) -> tuple[list[Item], list[Problem]]:
+    form: str, patterns: Sequence[str], images: str, image_column: str, caption_column: str, holdout: float
+) -> Gathered:
     """The pictures of one or several tables, each once with all its captions, sorted by key.
 
-    A path is relative to `images`, or in its absence to the folder of its table; a URL is taken as it is.
+    Args:
+        form: `jsonl`, `csv`, `tsv` or `parquet`.
+        patterns: paths or URLs of tables, with braces.
+        images: the folder that paths of pictures are relative to; "" for the folder of each table.
+        image_column, caption_column: "" for the usual names.
 
     Raises: DataError when a table cannot be read, or has no columns of these names.
     """
+    columns = Columns(
+        (image_column,) if image_column else ("url", *IMAGE_COLUMNS),
+        (caption_column,) if caption_column else CAPTION_COLUMNS,
+    )
     problems: list[Problem] = []
-    said: dict[Origin, tuple[str, str, list[str]]] = {}
+    rows_by_picture: dict[Picture, tuple[str, str, list[str]]] = {}
+    tables = [table for pattern in patterns for table in expand(unchained(pattern))]
     for table in tables:
         folder, _, name = table.rpartition("/")
         missing: dict[str, bool] = {}
@@ -43,16 +51,16 @@ def table_items(
             if picture is None:
                 problems.append(Problem(row.where, row.image.encode("utf-8", "backslashreplace").decode(), problem))
                 continue
-            said.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
+            rows_by_picture.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
     items: dict[str, Item] = {}
-    for picture, (image, where, texts) in said.items():
+    for picture, (image, where, texts) in rows_by_picture.items():
         key = _key(image, items)
         item = captioned(key, picture, texts, where, problems, **({"url": image} if picture.remote else {}))
         if item:
             items[key] = item
-    found = [items[key] for key in sorted(items)]
-    hold_out(found, holdout)
-    return found, problems
+    ordered = [items[key] for key in sorted(items)]
+    hold_out(ordered, holdout)
+    return ordered, problems, {"name": tables[0].rpartition("/")[2]}
 
 
 def _rows(form: str, folder: str, name: str, table: str, columns: Columns) -> Iterator[Row]:
@@ -71,33 +79,24 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
         raise DataError("Parquet tables need pyarrow: pip install 'dist_t2i[parquet]'") from error
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
-        names = file.schema_arrow.names
-        chosen = [next((one for one in wanted if one in names), "") for wanted in (columns.image, columns.caption)]
-        for wanted, one in zip(("--image-column", "--caption-column"), chosen, strict=True):
-            if not one:
-                raise DataError(f"{table}: name the right column with {wanted}; it has {', '.join(names)}")
+        existing = file.schema_arrow.names
+        names = []
+        for option, known in (("--image-column", columns.image), ("--caption-column", columns.caption)):
+            name = next((name for name in known if name in existing), "")
+            if not name:
+                raise DataError(f"{table}: name the right column with {option}; it has {', '.join(existing)}")
+            names.append(name)
         number = 0
-        for batch in file.iter_batches(_BATCH, columns=chosen):
-            for image, caption in zip(*(batch.column(one).to_pylist() for one in chosen), strict=True):
-                yield _row(f"{Path(table).name}:{number}", image, caption)
+        for batch in file.iter_batches(_BATCH, columns=names):
+            for image, captions in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                yield make_row(f"{Path(table).name}:{number}", image, captions, "row has no picture")
                 number += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{table}: cannot be read as Parquet: {error}") from error
 
 
-def _row(where: str, image: Any, caption: Any) -> Row:
-    captions = [caption] if isinstance(caption, str) else caption
-    if not isinstance(image, str):
-        return Row(where, problem="row has no picture")
-    if captions is None:
-        return Row(where, image, ("",))
-    if not isinstance(captions, list) or not all(isinstance(one, str) for one in captions):
-        return Row(where, image, problem="captions are no text")
-    return Row(where, image, tuple(captions))
-
-
-def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Origin | None, str]:
-    """The origin of a picture that a table names, or None and why there is none."""
+def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture | None, str]:
+    """The picture that a table names, or None and the reason; `missing` remembers which files do not exist."""
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
     for url in (image, base):
@@ -112,16 +111,16 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Origin | 
         url = image if url == image else f"{base.rstrip('/')}/{image.removeprefix('./')}"
         if url.startswith("file://"):
             return _picture(url.removeprefix("file://"), "", missing)
-        return (Download(url), "") if reachable(url) else (None, "URLs of this kind are not read")
+        return (PictureUrl(url), "") if reachable(url) else (None, "URLs of this kind are not read")
     except DataError:
         return None, "URLs of this kind are not read"
 
 
-def _key(image: str, taken: dict[str, Item]) -> str:
-    """A key that depends on the path or URL; the last parts of it where they are unique, as far as one knows so far."""
+def _key(image: str, existing: dict[str, Item]) -> str:
+    """A unique key: the path, or the last two parts of the URL's; with a hash of the path or URL if that key exists."""
     path = PurePosixPath(urlsplit(image).path if "://" in image else image)
     parts = [part for part in path.with_suffix("").parts if part not in ("..", "/", ".")] if path.name else []
     key = re.sub(r"[^\w/ -]", "_", "/".join(parts[-2:] if "://" in image else parts))[-150:].strip("/ ")
-    if not key or key in taken:
+    if not key or key in existing:
         key = f"{key or 'picture'}_{hashlib.sha256(image.encode()).hexdigest()[:12]}"
     return key

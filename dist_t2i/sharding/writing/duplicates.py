@@ -1,66 +1,77 @@
-"""Pictures that are there twice, found before shards are planned, so that the same ones go whoever works.
+"""Duplicate pictures, detected before shards are planned, so that the result does not depend on the processes.
 
-**exact**: the same bytes (sha256). Only files of equal size are read.
+**exact**: the same bytes (SHA-256). Only files of equal size are read.
 
 **perceptual**: nearly the same pixels. Each picture is decoded and shrunk to 9 x 8; the signs of the 64 differences
-between neighbours in a row are its hash, and its colours in four quarters go along, for plain pictures differ in
-nothing else. Two pictures are duplicates when at most `MAX_BITS` signs and `MAX_COLOUR` levels of any colour differ: what
-re-encoding, shrinking and slight retouching leave; crops, mirror images and rotations are not found.
+between horizontal neighbors are its hash, compared together with the mean colors of its four quarters, because plain
+pictures differ in their colors only. Two pictures are duplicates when at most `MAX_BITS` signs differ, and no color
+differs by more than `MAX_COLOR` levels. Re-encoding, shrinking and slight retouching stay within these limits; crops,
+mirror images and rotations do not.
 
-Of duplicates the first by (held-out splits first, then key) stays, so that no held-out picture is trained on; the
-others are listed with what they repeat. A picture that repeats one of its own split to the byte leaves it its captions.
+The first duplicate by (held-out splits first, then key) is kept, so that no held-out picture is trained on; the others
+are listed with the picture that they repeat. An exact duplicate within one split leaves its captions to the picture
+that is kept.
 
-The difference hash is the one that photo tools call dHash (N. Krawetz, "Kind of like that", 2013).
+The difference hash is known as dHash (N. Krawetz, "Kind of like that", 2013).
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_t2i.sharding.items import Item, Problem
-from dist_t2i.sharding.pictures import Origin
-from dist_t2i.sharding.writing.processes import Spread, advance
+from dist_t2i.sharding.pictures import Picture
+from dist_t2i.sharding.writing.processes import advance, in_processes
+from dist_t2i.utils.progress import Progress
 
-MAX_BITS, MAX_COLOUR = 3, 10
+MAX_BITS, MAX_COLOR = 3, 10
 _BAND = 16
-"""Bits to a band: of four bands, one at least is equal when three bits or fewer differ."""
+"""Bits in each of a hash's four bands: hashes that differ in at most three bits have at least one band in common."""
 _PART = 64
 
 
-def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], spread: Spread) -> list[Item]:
-    """The items whose pictures repeat no other; the rest is added to `problems`. Items keep their order."""
+def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], processes: int) -> list[Item]:
+    """The items whose pictures repeat no other, in the given order; the rest is added to `problems`.
+
+    Args:
+        kind: `exact` or `perceptual`.
+    """
+    print(f"looking for duplicates among {len(items):,} pictures", file=sys.stderr)
     ranked = sorted(items, key=lambda item: (item.split == "train", item.key))
-    first = _exact(ranked, spread) if kind == "exact" else _perceptual(ranked, spread)
-    dropped: set[str] = set()
-    for item, original in first:
-        dropped.add(item.key)
+    pairs = _exact(ranked, processes) if kind == "exact" else _perceptual(ranked, processes)
+    for item, original in pairs:
         problems.append(Problem(f"repeats {original.key}", item.key, "picture repeats another"))
         if kind == "exact" and item.split == original.split:
             original.captions.extend(text for text in item.captions if text not in original.captions)
+    print(f"{len(pairs):,} repeat another", file=sys.stderr)
+    dropped = {item.key for item, _ in pairs}
     return [item for item in items if item.key not in dropped]
 
 
-def _exact(items: Sequence[Item], spread: Spread) -> list[tuple[Item, Item]]:
+def _exact(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
+    """(duplicate, original) pairs."""
     sizes: dict[int, list[Item]] = {}
     for item in items:
         try:
-            sizes.setdefault(item.picture.known()[0], []).append(item)
-        except OSError:  # whoever writes it will say so
+            sizes.setdefault(item.picture.stat()[0], []).append(item)
+        except OSError:  # listed as a problem when its shard is written
             continue
-    several = [item for size, alike in sizes.items() if len(alike) > 1 or not size for item in alike]
-    digests = _of_all(several, _digests, spread)
-    pairs, seen = [], dict[bytes, Item]()
+    candidates = [item for size, alike in sizes.items() if len(alike) > 1 or not size for item in alike]
+    digests = _of_all(candidates, _sha256, processes)
+    pairs, originals = [], dict[bytes, Item]()
     for item in items:
         digest = digests.get(item.key)
-        if digest is not None and seen.setdefault(digest, item) is not item:
-            pairs.append((item, seen[digest]))
+        if digest is not None and originals.setdefault(digest, item) is not item:
+            pairs.append((item, originals[digest]))
     return pairs
 
 
-def _perceptual(items: Sequence[Item], spread: Spread) -> list[tuple[Item, Item]]:
-    looks = _of_all(items, _looks, spread)
+def _perceptual(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
+    """(duplicate, original) pairs."""
+    looks = _of_all(items, look_of, processes)
     bands: dict[tuple[int, int], list[int]] = {}
     pairs = []
     for number, item in enumerate(items):
@@ -68,8 +79,8 @@ def _perceptual(items: Sequence[Item], spread: Spread) -> list[tuple[Item, Item]
         if look is None:
             continue
         keys = [(band, look[0] >> band * _BAND & 2**_BAND - 1) for band in range(4)]
-        alike = {other for key in keys for other in bands.get(key, ())}
-        original = min((other for other in alike if _near(look, looks[items[other].key])), default=None)
+        candidates = {other for key in keys for other in bands.get(key, ())}
+        original = min((other for other in candidates if _near(look, looks[items[other].key])), default=None)
         if original is not None:
             pairs.append((item, items[original]))
             continue
@@ -81,39 +92,39 @@ def _perceptual(items: Sequence[Item], spread: Spread) -> list[tuple[Item, Item]
 def _near(a: tuple[int, bytes], b: tuple[int, bytes]) -> bool:
     if (a[0] ^ b[0]).bit_count() > MAX_BITS:
         return False
-    return all(abs(x - y) <= MAX_COLOUR for x, y in zip(a[1], b[1], strict=True))
+    return all(abs(x - y) <= MAX_COLOR for x, y in zip(a[1], b[1], strict=True))
 
 
-def _of_all(items: Sequence[Item], work: Callable, spread: Spread) -> dict[str, Any]:
-    """Key -> what `work` finds of each picture that can be read."""
+def _of_all(items: Sequence[Item], work: Callable[[bytes], Any], processes: int) -> dict[str, Any]:
+    """Key -> `work` of the picture's bytes, for each picture that can be read and has a result."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
-    found = spread(work, [([item.picture for item in part],) for part in parts])
+    calls = [([item.picture for item in part], work) for part in parts]
+    results = in_processes(_of_part, calls, processes, Progress(len(items)))
     return {
-        item.key: one
-        for part, ones in zip(parts, found, strict=True)
-        for item, one in zip(part, ones, strict=True)
-        if one is not None
+        item.key: result
+        for part, part_results in zip(parts, results, strict=True)
+        for item, result in zip(part, part_results, strict=True)
+        if result is not None
     }
 
 
-def _digests(pictures: Sequence[Origin]) -> list[bytes | None]:
-    return [None if data is None else hashlib.sha256(data).digest() for data in map(_bytes, pictures)]
+def _of_part(pictures: Sequence[Picture], work: Callable[[bytes], Any]) -> list[Any]:
+    results = []
+    for picture in pictures:
+        advance()
+        try:
+            results.append(work(picture.read()))
+        except OSError:
+            results.append(None)
+    return results
 
 
-def _looks(pictures: Sequence[Origin]) -> list[tuple[int, bytes] | None]:
-    return [None if data is None else look_of(data) for data in map(_bytes, pictures)]
-
-
-def _bytes(picture: Origin) -> bytes | None:
-    advance()
-    try:
-        return picture.read()
-    except OSError:
-        return None
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def look_of(data: bytes) -> tuple[int, bytes] | None:
-    """The difference hash (64 bits) and the mean colours of four quarters (12 bytes); None when it does not decode."""
+    """The difference hash (64 bits) and the mean RGB of the four quarters (12 bytes); None if `data` does not decode."""
     from PIL import Image
 
     from dist_t2i.data.images import PictureError, decode
@@ -122,9 +133,9 @@ def look_of(data: bytes) -> tuple[int, bytes] | None:
         picture = Image.fromarray(decode(data, at_least=64))
     except PictureError:
         return None
-    grey = picture.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
+    gray = picture.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
     bits = 0
     for row in range(8):
         for column in range(8):
-            bits = bits << 1 | (grey[9 * row + column] < grey[9 * row + column + 1])
+            bits = bits << 1 | (gray[9 * row + column] < gray[9 * row + column + 1])
     return bits, picture.resize((2, 2), Image.Resampling.BOX).tobytes()

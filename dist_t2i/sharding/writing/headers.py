@@ -1,7 +1,7 @@
-"""Width and height from the first bytes of a picture, and whether it has its last: no pixel is decoded.
+"""Width and height from the header of a picture, and a check of its last bytes, without decoding any pixel.
 
-Cheap and strict: what is not plainly an ordinary, whole JPEG, PNG or WebP gets no answer, and is decoded instead. So
-it finds what was cut short, and cannot find a byte that changed in the middle.
+Cheap and strict: only an ordinary, complete JPEG, PNG or WebP is measured; the caller decodes any other picture. The
+check detects truncated files, but not a changed byte in the middle.
 
 Sources: ITU-T T.81 annex B (JPEG), the PNG specification sections 5 and 11, RFC 9649 (WebP).
 """
@@ -13,13 +13,13 @@ import zlib
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _FRAMES = (0xC0, 0xC1, 0xC2)
-"""Baseline, extended and progressive JPEGs with Huffman coding: what every decoder reads."""
+"""Baseline, extended and progressive JPEGs with Huffman coding, which every decoder reads."""
 _BEFORE_FRAME = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
-"""Applications' segments, comments and tables."""
+"""Application segments, comments and tables."""
 
 
 def kind_of(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, or "" for everything else."""
+    """`jpg`, `png`, `webp`, or "" for any other data."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == _PNG:
@@ -28,7 +28,7 @@ def kind_of(data: bytes) -> str:
 
 
 def measure(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as stored, of a picture that looks whole; None when it should be decoded to know."""
+    """Stored (width, height) of a picture that looks complete; None when it must be decoded to be measured."""
     kind = kind_of(data)
     if kind == "jpg":
         return _jpeg(data)

@@ -1,8 +1,9 @@
-"""One function over many arguments in several processes, which say how far they are."""
+"""One function over many arguments in several processes, with a common progress line."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import signal
 import sys
@@ -10,30 +11,40 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_t2i.errors import DataError
+from dist_t2i.utils.progress import Progress
 
-Spread = Callable[[Callable, Sequence[tuple]], list[Any]]
-"""`spread(work, arguments)` is `[work(*a) for a in arguments]`, perhaps in several processes."""
 
-_counter: Any = None
+def _no_progress() -> None:
+    pass
+
+
+_advance: Callable[[], None] = _no_progress
+
+
+def advance() -> None:
+    """Count one more finished picture; called by the work that `in_processes` runs."""
+    _advance()
 
 
 def in_processes(
-    work: Callable, arguments: Sequence[tuple], processes: int, show: Callable[[int], None] = lambda done: None
+    work: Callable[..., Any], arguments: Sequence[tuple], processes: int, progress: Progress | None = None
 ) -> list[Any]:
-    """`[work(*a) for a in arguments]`, in several processes; `show` hears how often `advance` was called in them.
+    """`[work(*a) for a in arguments]` in up to `processes` processes; `progress` shows the number of `advance` calls.
 
     Raises DataError when a process is killed.
     """
-    global _counter
+    global _advance
+    show = progress.show if progress else lambda done: None
     if processes <= 1 or len(arguments) <= 1:
-        _counter = _Count(show)
-        return [work(*one) for one in arguments]
-    # A client of an object store has threads, and a fork of a process that has them hangs (see apart.py).
+        numbers = itertools.count(1)
+        _advance = lambda: show(next(numbers))  # noqa: E731
+        return [work(*call) for call in arguments]
+    # Clients of object stores have threads, and the fork of a process with threads hangs (see storage/reader_process).
     forks = sys.platform == "linux" and not {"obstore", "fsspec"} & sys.modules.keys()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     counter = context.Value("q", 0)
     pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(arguments)), context, _start_process, (counter,))
-    waiting = {pool.submit(work, *one): number for number, one in enumerate(arguments)}
+    waiting = {pool.submit(work, *call): number for number, call in enumerate(arguments)}
     results: list[Any] = [None] * len(arguments)
     try:
         while waiting:
@@ -45,35 +56,18 @@ def in_processes(
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, concurrent.futures.process.BrokenProcessPool):
             raise DataError(
-                "a process was killed (out of memory? Try a smaller --processes); the same command goes on from here"
+                "a process was killed (out of memory? Try a smaller --processes); run the same command again to resume"
             ) from error
         raise
-    pool.shutdown()  # a process that comes too late for any work must still find what it was started with
+    pool.shutdown()  # waits, because a process that starts after the last task still needs the counter
     return results
 
 
-class _Count:
-    """Counts in one process what `multiprocessing.Value` counts in several."""
-
-    def __init__(self, show: Callable[[int], None]) -> None:
-        self.value, self._show = 0, show
-
-    def add(self) -> None:
-        self.value += 1
-        if not self.value & 15:
-            self._show(self.value)
-
-
 def _start_process(counter: Any) -> None:
-    global _counter
-    _counter = counter
+    def add() -> None:
+        with counter.get_lock():
+            counter.value += 1
+
+    global _advance
+    _advance = add
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def advance() -> None:
-    """One more picture is done; called by the work that `in_processes` runs."""
-    if isinstance(_counter, _Count):
-        _counter.add()
-    elif _counter is not None:
-        with _counter.get_lock():
-            _counter.value += 1

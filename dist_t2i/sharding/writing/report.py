@@ -1,59 +1,55 @@
-"""One page about a set: counts, statistics of the captions, a sheet of pictures, what was left out and why."""
+"""The report page of a set: counts, statistics of the captions, a sheet of pictures, and what was left out and why."""
 
 from __future__ import annotations
 
 import contextlib
 import html
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.data.shard_set import BadSample, Sample
-from dist_t2i.sharding.writing.shard_writer import count_reasons
 from dist_t2i.storage.folders import Folder, locate
 
 _SHEET, _COLUMNS, _TILE = 48, 12, 96
 _MAX_LISTED = 200
 
 
-def write_report(place: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
-    """Write report.html and contact_sheet.png beside the shards; the same bytes for the same set. Raises OSError."""
-    samples = some_samples(place, manifest)
-    place.write("contact_sheet.png", contact_sheet(samples))
-    place.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
+def write_report(folder: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
+    """Write report.html and contact_sheet.png; their bytes depend on the set only. Raises OSError."""
+    samples = some_samples(folder, manifest)
+    folder.write("contact_sheet.png", contact_sheet(samples))
+    folder.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
 
 
-def some_samples(place: Folder, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
-    """Some samples of a split, evenly spread; those that cannot be read are left out. Raises OSError, DataError."""
+def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
+    """Up to `count` samples of a split, evenly spaced, without unreadable ones. Raises OSError, DataError."""
     shards = manifest["splits"][split]["shards"]
     total = sum(shard["samples"] for shard in shards)
     count = min(count, total)
-    wanted = [place * total // count for place in range(count)]
-    chosen, start = [], 0
+    wanted = [number * total // count for number in range(count)]
+    samples, start = [], 0
     for shard in shards:
         rows = [number - start for number in wanted if start <= number < start + shard["samples"]]
         start += shard["samples"]
-        if rows:
-            index = ShardIndex.from_bytes(place.read(index_name(shard)), shard["name"])
-            chosen.extend(_samples_of(*locate(place, shard["name"]), index, rows))
-    return chosen
+        if not rows:
+            continue
+        index = ShardIndex.from_bytes(folder.read(index_name(shard)), shard["name"])
+        tars, name = locate(folder, shard["name"])
+        for row in rows:
+            raw: dict[str, Any] = {"__key__": index.keys[row], "__url__": tars.file_url(name)}
+            for member in index.members(row):
+                raw[member.extension] = tars.read_range(name, member.offset, member.size)
+            with contextlib.suppress(BadSample):
+                samples.append(Sample(raw))
+    return samples
 
 
 def index_name(shard: dict[str, Any]) -> str:
-    """The index of a shard in a manifest: beside it unless said otherwise."""
+    """The index file of a shard in a manifest; by default next to the tar."""
     return shard.get("index") or f"{shard['name'][:-4]}.index"
-
-
-def _samples_of(place: Folder, name: str, index: ShardIndex, rows: Sequence[int]) -> list[Sample]:
-    found = []
-    for row in rows:
-        raw: dict[str, Any] = {"__key__": index.keys[row], "__url__": place.file_url(name)}
-        for member in index.members(row):
-            raw[member.extension] = place.read_range(name, member.offset, member.size)
-        with contextlib.suppress(BadSample):
-            found.append(Sample(raw))
-    return found
 
 
 def contact_sheet(samples: Sequence[Sample]) -> bytes:
@@ -62,12 +58,10 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
     rows = max(1, -(-len(samples) // _COLUMNS))
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * _TILE), "white")
-    for place, sample in enumerate(samples):
-        try:
+    for number, sample in enumerate(samples):
+        with contextlib.suppress(ValueError):  # the header is intact, but the picture does not decode
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
-        except ValueError:  # it looked whole and does not decode
-            continue
-        sheet.paste(tile, (place % _COLUMNS * _TILE, place // _COLUMNS * _TILE))
+            sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
@@ -81,8 +75,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _split_table(splits: Mapping[str, Any]) -> str:
-    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "words a caption"]
-    head += ["tokens a caption, mean / max", "distinct words", "words that train lacks"]
+    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "mean words per caption"]
+    head += ["tokens per caption, mean / max", "distinct words", "words missing from train"]
     rows = [
         (
             split,
@@ -102,18 +96,19 @@ def _split_table(splits: Mapping[str, Any]) -> str:
 
 
 def _problem_tables(problems: Sequence[dict[str, Any]]) -> str:
-    """How often each reason came, and the first problems one by one."""
+    """The count of each reason, and the first problems."""
     if not problems:
         return "<p>Nothing.</p>"
+    counts = Counter(problem["reason"] for problem in problems)
     listed = [(p["where"], p["picture"], p["reason"]) for p in problems[:_MAX_LISTED]]
-    tables = f"{_table(('reason', 'count'), count_reasons(problems).most_common())}<h3>Which</h3>"
+    tables = f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>"
     tables += _table(("where", "picture", "reason"), listed)
     more = len(problems) - _MAX_LISTED
     return tables + (f"<p>{more:,} more are in bad_samples.jsonl.</p>" if more > 0 else "")
 
 
 def _shard_table(splits: Mapping[str, Any]) -> str:
-    head = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "sha256 begins")
+    head = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "start of its SHA-256")
     rows = [
         (
             shard["name"],
@@ -133,7 +128,7 @@ def _shard_table(splits: Mapping[str, Any]) -> str:
 
 def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
     name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
-    captions = [(place + 1, sample.key, " | ".join(sample.captions)) for place, sample in enumerate(samples)]
+    captions = [(number, sample.key, " | ".join(sample.captions)) for number, sample in enumerate(samples, 1)]
     credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>
@@ -145,7 +140,7 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 {manifest["tokenizer"]["known_words"]:,} known words.</p>
 {_split_table(manifest["splits"])}
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
-<h2>Their captions</h2>{_table(("", "key", "captions"), captions)}
+<h2>Captions of these pictures</h2>{_table(("", "key", "captions"), captions)}
 <h2>Left out or changed</h2>{_problem_tables(problems)}
 <h2>Shards</h2>{_shard_table(manifest["splits"])}
 </html>

@@ -1,7 +1,7 @@
-"""A tar, written in large pieces, with its checksums taken on the way: nothing is read twice.
+"""Writes a tar in large pieces and computes its checksums at the same time, so that no data is read twice.
 
-The bytes are those that `tarfile` writes in GNU format; a header that needs no more than a name and a size is made here,
-ten times faster than there.
+The bytes equal those that `tarfile` writes in GNU format. A header that contains no more than a name and a size is
+built here, ten times faster than by `tarfile`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRITE = 2**20
 _SMALL = 4096
 _ZEROS = bytes(_BLOCK)
 _MOST_PIECES = 512
-"""Pieces to one `writev`; systems allow 1,024."""
+"""Maximum number of pieces in one `writev`; systems allow 1,024."""
 
 
 def _info(name: str, size: int) -> tarfile.TarInfo:
@@ -40,7 +40,7 @@ _EMPTY_SUM = sum(_EMPTY[:148]) + sum(_EMPTY[156:]) + 8 * ord(" ") - sum(_EMPTY[1
 
 
 def header(name: str, size: int) -> bytes:
-    """The header of a file that depends on its name and size only."""
+    """The tar header of a file with this name and size, mode 0644 and time 0."""
     encoded = name.encode("utf-8", "surrogateescape")
     if len(encoded) > 100 or len(encoded) != len(name) or size >= 8**11:
         return _info(name, size).tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
@@ -50,9 +50,9 @@ def header(name: str, size: int) -> bytes:
 
 
 def _make_room(descriptor: int, size: int) -> None:
-    """Reserve space where the file system can: writing is a third cheaper then, and a full disk is told at once.
+    """Reserve space if the file system can, which makes writing a third cheaper. Raises OSError when the disk is full.
 
-    `os.posix_fallocate` would write every block where it cannot. Raises OSError when the disk is full.
+    `os.posix_fallocate` would write every block on a file system that cannot.
     """
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None) if sys.platform == "linux" else None
     if size > 0 and allocate and allocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
@@ -62,10 +62,10 @@ def _make_room(descriptor: int, size: int) -> None:
 
 
 class TarWriter:
-    """Use as a context manager; `size` and `sha256` are known after `finish()`. Raises OSError."""
+    """A context manager; `size` and `sha256` are valid after `finish()`. All methods raise OSError."""
 
     def __init__(self, path: Path, expected: int = 0) -> None:
-        """`expected`: bytes that will come, about; room for them is made at once."""
+        """`expected`: the approximate size in bytes, which is reserved at once."""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _make_room(self._descriptor, expected)
@@ -85,11 +85,11 @@ class TarWriter:
         os.close(self._descriptor)
 
     def add(self, name: str, data: bytes) -> tuple[int, int, int]:
-        """Add a file; returns the offset, the size and the crc32 of its bytes."""
-        before, size = header(name, len(data)), len(data)
-        offset = self.size + len(before)
+        """Add a file; returns the offset, the size and the CRC-32 of its bytes."""
+        head, size = header(name, len(data)), len(data)
+        offset = self.size + len(head)
         padding = -size % _BLOCK
-        self._small.append(before)
+        self._small.append(head)
         if size < _SMALL:
             self._small.append(data)
         else:
@@ -104,7 +104,7 @@ class TarWriter:
         return offset, size, crc32(data)
 
     def _join(self) -> None:
-        """Small pieces become one: every piece costs a call of the hash and of the system."""
+        """Join the small pieces into one, because each piece costs one call of the hash and of the system."""
         if self._small:
             piece = b"".join(self._small)
             self._small = []
@@ -116,8 +116,8 @@ class TarWriter:
         self._join()
         for start in range(0, len(self._pieces), _MOST_PIECES):
             pieces = self._pieces[start : start + _MOST_PIECES]
-            written, whole = os.writev(self._descriptor, pieces), sum(map(len, pieces))
-            if written < whole:
+            written = os.writev(self._descriptor, pieces)
+            if written < sum(map(len, pieces)):
                 rest = memoryview(b"".join(pieces))[written:]
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
@@ -133,5 +133,5 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all bytes so far, in hexadecimal."""
+        """SHA-256 of all bytes written so far, in hexadecimal."""
         return self._digest.hexdigest()

@@ -239,6 +239,6 @@ def test_a_folder_that_is_missing_is_told_with_the_layout(tmp_path, source, miss
     (cub_tree if source == "cub" else flower_tree)(tmp_path / "data")
     (tmp_path / "data" / missing).rename(tmp_path / "elsewhere")
     done = shard(source, tmp_path / "data", "--out", tmp_path / "set", check=False)
-    assert done.returncode == 2 and says in done.stderr and "What is expected" in done.stderr
+    assert done.returncode == 2 and says in done.stderr and "Expected files" in done.stderr
     layout = shard(source, "--help").stdout
     assert "text_c10" in layout and "testclasses.txt" in layout

@@ -5,7 +5,7 @@ import json
 import numpy
 from PIL import Image
 
-from dist_t2i.sharding.writing.duplicates import MAX_BITS, MAX_COLOUR, look_of
+from dist_t2i.sharding.writing.duplicates import MAX_BITS, MAX_COLOR, look_of
 from pictures import encoded
 from shard_tool import captions_by_key, contents, problems, shard
 
@@ -94,6 +94,6 @@ def test_the_hash_bears_what_it_should(tmp_path):
         whole = encoded(picture, compress_level=1)
         small = encoded(picture.resize((320, 240), Image.Resampling.LANCZOS), "WEBP", quality=60)
         bits, colours = differ(whole, small)
-        assert bits <= MAX_BITS and colours <= MAX_COLOUR
+        assert bits <= MAX_BITS and colours <= MAX_COLOR
         assert differ(whole, encoded(scene(number + 100)))[0] > 10
     assert look_of(b"nothing") is None

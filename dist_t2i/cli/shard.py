@@ -1,0 +1,332 @@
+"""Write captioned pictures as WebDataset shards that dist_t2i trains on; inspect such a set; verify it.
+
+python tools/shard.py openmoji --size 64 --out DIR
+python tools/shard.py folder --images DIR --captions FILE.jsonl --out DIR
+python tools/shard.py coco DIR --karpathy dataset_coco.json --out s3://bucket/coco
+python tools/shard.py parquet part-{000..063}.parquet --image-column URL --caption-column TEXT --size 256 --out DIR
+python tools/shard.py webdataset "s3://bucket/old/{00000..00331}.tar" --min-side 256 --out DIR
+python tools/shard.py index "s3://bucket/coco/train-{000000..000591}.tar"
+python tools/shard.py inspect DIR
+python tools/shard.py verify DIR
+
+Every command has its own --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_t2i.errors import run_command
+from dist_t2i.sharding.sources.class_folders import CUB, FLOWERS
+from dist_t2i.sharding.sources.coco import LAYOUT as COCO_LAYOUT
+from dist_t2i.utils.processes import usable_cores
+
+if TYPE_CHECKING:
+    from dist_t2i.sharding.items import Gathered
+
+_RESUME = """Pictures and captions that cannot be used are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
+After an interruption, run the same command again: it keeps every shard whose checksums match. With --retry-failed, it
+also retries pictures that could not be downloaded or read."""
+_FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
+or a .csv or .tsv file with the columns image and caption; paths are relative to --images or to the folder of the
+caption file. Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png.
+Captions longer than 1,000 characters are cut."""
+_TABLE = """Each row of a table holds a picture and a caption (in JSONL and Parquet: or a list of captions). A picture is a
+path, relative to --images or to the folder of the table, or a URL: http(s)://, s3://, gs://, az://. A download that may
+still succeed is tried three times; failures are listed, and --retry-failed retries them. Columns: url, image,
+file_name, path ... and captions, caption, text, description, or those that you name."""
+_TARS = """Input: tars written by webdataset, img2dataset or this tool, as local paths, folders, globs or URLs; braces
+expand: train-{00000..00591}.tar. Each sample holds a picture (jpg, jpeg, png, webp) and captions in json ("captions" or
+"caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if there is no
+such tar. Members that only a pickle decoder reads are skipped, because unpickling runs code. From a truncated tar, the
+samples before the cut are used. A tar behind a URL is read once to locate the pictures; each picture is read again when
+its shard is written."""
+_INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer; the tars are neither copied
+nor changed. Training on the same list (data.train=URL...) then starts at once; otherwise the first training run builds
+the same index. A rerun reads only tars that are new or changed. URLs as in data.train:
+s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
+
+
+def main() -> int:
+    args = parse()
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    """The arguments, with `run`, the function of the command, and for a command that writes a set `gather`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="shard.py", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Namespace], int], short: str, text: str = "") -> ArgumentParser:
+        added = commands.add_parser(name, help=short, description=text or short, formatter_class=form)
+        added.set_defaults(run=run)
+        return added
+
+    def writer(name: str, gather: Callable[[Namespace], Gathered], short: str, text: str) -> ArgumentParser:
+        added = command(name, _write, short, f"{text}\n\n{_RESUME}" if text else "")
+        added.set_defaults(gather=gather)
+        writers[name] = added
+        return added
+
+    writers: dict[str, ArgumentParser] = {}
+    writer("openmoji", _gather_openmoji, "3,953 emoji with names (CC BY-SA 4.0), from installed packages", "")
+
+    folder = writer("folder", _gather_folder, "a folder of your own pictures with captions", _FOLDER)
+    add = folder.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched recursively")
+    add("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv (default: a.txt for a.png)")
+    _add_holdout(folder)
+
+    coco = writer("coco", _gather_coco, "MS-COCO 2014 or 2017", f"Expected files:\n{COCO_LAYOUT}")
+    add = coco.add_argument
+    add("root", type=Path, metavar="DIR", help="the folder shown above")
+    add("--year", type=int, choices=(2014, 2017), help="needed only if DIR holds both")
+    karpathy_help = "dataset_coco.json: splits train (with restval), val and test (default: train, and val as `test`)"
+    add("--karpathy", type=Path, metavar="FILE", help=karpathy_help)
+
+    for name, short, layout in (
+        ("cub", "CUB-200-2011 with ten captions a bird", CUB.layout),
+        ("flowers", "Oxford-102 flowers", FLOWERS.layout),
+    ):
+        add = writer(name, _gather_classes, short, f"Expected files:\n{layout}").add_argument
+        add("root", type=Path, metavar="DIR", help="the folder shown above")
+        add("--texts", type=Path, metavar="DIR", help="folder of the captions, if it is not inside DIR")
+        add("--train-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
+        add("--test-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
+
+    for name in ("jsonl", "csv", "tsv", "parquet"):
+        table = writer(name, _gather_tables, f"{name} tables of paths or URLs", _TABLE)
+        add = table.add_argument
+        add("tables", nargs="+", metavar="FILE", help="paths or URLs; braces expand: part-{000..063}.parquet")
+        add("--images", default="", metavar="DIR", help="folder or URL of the pictures (default: the table's folder)")
+        add("--image-column", "--url-col", default="", metavar="NAME", help="column of paths or URLs")
+        add("--caption-column", "--caption-col", default="", metavar="NAME", help="column of captions")
+        add("--threads", type=positive, default=16, help="parallel downloads in each process (default: %(default)s)")
+        _add_holdout(table)
+
+    tars = writer("webdataset", _gather_tars, "existing tars: re-shard, filter, shrink", _TARS)
+    add = tars.add_argument
+    add("tars", nargs="+", metavar="URL", help="tars or folders of tars")
+    add("--name", default="", help="name of the set in its manifest (default: the first tar's)")
+    add("--threads", type=positive, default=16, help="parallel reads of URLs in each process (default: %(default)s)")
+    _add_holdout(tars, 0.0)
+
+    for name, added in writers.items():
+        _add_picture_options(added, size=64 if name == "openmoji" else 0)
+        _add_output_options(added, samples=1_000 if name == "openmoji" else 10_000)
+
+    index = command("index", _index, "index existing tars in place; they are neither copied nor changed", _INDEX)
+    add = index.add_argument
+    add("urls", nargs="+", metavar="URL", help="tars: paths, globs, URLs with braces")
+    add("--out", type=Path, metavar="DIR", help="for data.train=DIR (default: the user's cache, where training looks)")
+    add("--quick", action="store_true", help="skip the pictures' bytes: faster, but without checksums")
+    add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
+    add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
+
+    inspect = command("inspect", _inspect, "describe a set: counts, sizes, captions, bad samples, a contact sheet")
+    add = inspect.add_argument
+    add("url", metavar="URL", help="folder or URL of a set")
+    add("--split", default="train", help="split of the contact sheet (default: %(default)s)")
+    add("--sheet", type=Path, default=Path("contact_sheet.png"), metavar="FILE", help="(default: %(default)s)")
+
+    verify = command("verify", _verify, "read a full set and check every checksum; status 1 on any difference")
+    verify.add_argument("url", metavar="URL", help="folder or URL of a set")
+    verify.add_argument("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _add_holdout(parser: ArgumentParser, default: float = 0.02) -> None:
+    text = "share of the pictures that are held out of training, as the split `test` (default: %(default)s)"
+    parser.add_argument("--holdout", type=share, default=default, metavar="SHARE", help=text)
+
+
+def _add_picture_options(parser: ArgumentParser, size: int) -> None:
+    add = parser.add_argument_group("pictures").add_argument
+    size_help = (
+        "side in pixels (default: %(default)s)"
+        if size
+        else "shrink to this short side, in pixels (default: keep bytes)"
+    )
+    add("--size", type=positive, default=size, help=size_help)
+    add("--format", choices=("jpg", "webp", "png"), default="", help="encode all pictures as (default: keep bytes)")
+    add("--quality", type=percent, default=95, help="of encoded JPEGs and WebPs, 1 to 100 (default: %(default)s)")
+    check_help = "how a picture is checked: its header and end, or every pixel (default: %(default)s)"
+    add("--check", choices=("header", "decode"), default="header", help=check_help)
+    add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out smaller pictures")
+    add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out longer pictures")
+    add("--caption-matches", default="", metavar="REGEX", help="keep only captions that match")
+    add("--caption-excludes", default="", metavar="REGEX", help="drop captions that match")
+    deduplicate_help = "drop pictures that repeat another: same bytes, or same look (a 64-bit difference hash)"
+    add("--deduplicate", choices=("exact", "perceptual"), default="", help=deduplicate_help)
+
+
+def _add_output_options(parser: ArgumentParser, samples: int) -> None:
+    add = parser.add_argument_group("output").add_argument
+    out_help = "new folder for the set: a path, s3://, gs://, az://, any fsspec URL"
+    add("--out", required=True, metavar="URL", help=out_help)
+    retry_help = "rewrite shards of an earlier run in which a picture could not be downloaded or read"
+    add("--retry-failed", action="store_true", help=retry_help)
+    add("--shard-samples", type=positive, default=samples, help="maximum per shard (default: %(default)s)")
+    add("--shard-mb", type=float, default=512.0, help="maximum MB per shard (default: %(default)s)")
+    add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
+    add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
+    title = "on a cluster: a Slurm array writes the shards; its tasks must see all paths"
+    add = parser.add_argument_group(title).add_argument
+    add("--slurm", action="store_true", help="submit (with submitit), wait, and finish the set here")
+    add("--slurm-cluster", default="slurm", help="`local` runs the tasks on this machine")
+    add("--slurm-tasks", type=positive, default=16, help="tasks in the array (default: %(default)s)")
+    add("--slurm-partition", default="", metavar="NAME")
+    add("--slurm-account", default="", metavar="NAME")
+    add("--slurm-minutes", type=positive, default=1440, help="time limit (default: %(default)s)")
+    add("--slurm-memory", type=positive, default=8, metavar="GB", help="per task (default: %(default)s)")
+    add("--slurm-parallel", type=positive, default=256, help="maximum of running tasks (default: %(default)s)")
+    add("--slurm-folder", type=Path, default=Path("slurm-logs"), metavar="DIR", help="(default: %(default)s)")
+    set_help = "further parameter of sbatch: qos=long"
+    add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=set_help)
+
+
+def positive(text: str) -> int:
+    """An integer above 0. Raises ValueError or ArgumentTypeError, as the other argument types do."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def percent(text: str) -> int:
+    """An integer from 1 to 100."""
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
+    return number
+
+
+def share(text: str) -> float:
+    """A number in [0, 1)."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`; digits become an int, the type that submitit expects for numeric sbatch parameters."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return name, int(value) if value.isdigit() else value
+
+
+def _gather_openmoji(args: Namespace) -> Gathered:
+    from dist_t2i.sharding.sources.openmoji import ABOUT, openmoji_items
+
+    return openmoji_items(args.size), [], ABOUT
+
+
+def _gather_folder(args: Namespace) -> Gathered:
+    from dist_t2i.sharding.sources.folder import find_items
+
+    return *find_items(args.images, args.captions, args.holdout), {"name": args.images.resolve().name}
+
+
+def _gather_coco(args: Namespace) -> Gathered:
+    from dist_t2i.sharding.sources.coco import coco_items
+
+    return coco_items(args.root, args.year, args.karpathy)
+
+
+def _gather_classes(args: Namespace) -> Gathered:
+    class_set = CUB if args.command == "cub" else FLOWERS
+    return class_set.items(args.root, args.texts, args.train_classes, args.test_classes)
+
+
+def _gather_tables(args: Namespace) -> Gathered:
+    from dist_t2i.sharding.sources.tables import table_items
+
+    return table_items(args.command, args.tables, args.images, args.image_column, args.caption_column, args.holdout)
+
+
+def _gather_tars(args: Namespace) -> Gathered:
+    from dist_t2i.sharding.sources.webdataset_tars import webdataset_items
+
+    return webdataset_items(args.tars, args.name, args.holdout, args.processes)
+
+
+def _write(args: Namespace) -> int:
+    """Write a set of gathered pictures and print its counts."""
+    from dist_t2i.sharding.items import filter_captions
+    from dist_t2i.sharding.slurm_array import SlurmArray
+    from dist_t2i.sharding.write_set import write_set
+    from dist_t2i.sharding.writing.duplicates import without_duplicates
+    from dist_t2i.sharding.writing.prepare import Options
+
+    items, problems, about = args.gather(args)
+    if args.caption_matches or args.caption_excludes:
+        items = filter_captions(items, problems, args.caption_matches, args.caption_excludes)
+    if args.deduplicate:
+        items = without_duplicates(items, args.deduplicate, problems, args.processes)
+    named = vars(args) | {"about": about}
+    options = Options(**{field.name: named[field.name] for field in dataclasses.fields(Options) if field.name in named})
+    array = SlurmArray(**{field.name: named[f"slurm_{field.name}"] for field in dataclasses.fields(SlurmArray)})
+    manifest = write_set(args.out, items, problems, options, array.write if args.slurm else None)
+    for split, part in manifest["splits"].items():
+        print(f"{split}: {part['samples']:,} pictures, {part['captions']['count']:,} captions")
+    for reason, count in manifest["bad_samples"].items():
+        print(f"left out or changed: {count:,} x {reason}")
+    print(f"set: {args.out}\nreport: {args.out.rstrip('/')}/report.html")
+    return 0
+
+
+def _index(args: Namespace) -> int:
+    """Index existing tars in place and print their counts."""
+    from dist_t2i.config.sections import DataConfig
+    from dist_t2i.data.indexing import indexed_set
+    from dist_t2i.data.open_data import storage_options
+    from dist_t2i.storage.urls import expand
+
+    tars, storage = expand(args.urls), storage_options(DataConfig())
+    indexed = indexed_set(
+        tars, storage, args.out, processes=args.processes, checksums=not args.quick, vocabulary=args.vocabulary
+    )
+    part = indexed.manifest["splits"]["train"]
+    print(f"train: {part['samples']:,} pictures in {len(part['shards']):,} tars, {part['bytes'] / 1e6:,.1f} MB")
+    for reason, count in indexed.manifest["bad_samples"].items():
+        print(f"left out: {count:,} x {reason}")
+    print(f"set: {indexed.folder}")
+    return 0
+
+
+def _inspect(args: Namespace) -> int:
+    from dist_t2i.sharding.inspect_set import describe
+
+    print(describe(args.url, args.sheet, args.split))
+    return 0
+
+
+def _verify(args: Namespace) -> int:
+    from dist_t2i.sharding.inspect_set import table, verify
+
+    shards, differences = verify(args.url, args.processes)
+    if differences:
+        print(table(("file", "what", "expected", "actual"), differences))
+        print(
+            f"{args.url}: {len(differences)} differences in {shards} shards; rerun the command that wrote it to repair it"
+        )
+        return 1
+    print(f"{args.url}: all {shards} shards, their indexes and every member are as the manifest says")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
