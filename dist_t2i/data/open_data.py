@@ -47,6 +47,16 @@ def open_data(data: DataConfig) -> ShardSet:
     return sets[0] if len(sets) == 1 else joined(sets)
 
 
+def index_tars(
+    patterns: Sequence[str], home: Path | None, *, processes: int, checksums: bool, vocabulary: int
+) -> ShardSet:
+    """Index tars in place as the first start of training on them would; the arguments are those of `indexed_set`."""
+    options = storage_options(DataConfig())
+    return indexed_set(
+        expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary
+    )
+
+
 def open_entry(entry: str, options: StorageOptions) -> ShardSet:
     """The set of one entry of `data.train`. Raises DataError."""
     if is_list(entry):

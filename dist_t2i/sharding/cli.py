@@ -290,14 +290,10 @@ def _write(args: Namespace) -> int:
 
 def _index(args: Namespace) -> int:
     """Index existing tars in place and print their counts."""
-    from dist_t2i.config.sections import DataConfig
-    from dist_t2i.data.indexing import indexed_set
-    from dist_t2i.data.open_data import storage_options
-    from dist_t2i.storage.urls import expand
+    from dist_t2i.data.open_data import index_tars
 
-    tars, storage = expand(args.urls), storage_options(DataConfig())
-    indexed = indexed_set(
-        tars, storage, args.out, processes=args.processes, checksums=not args.quick, vocabulary=args.vocabulary
+    indexed = index_tars(
+        args.urls, args.out, processes=args.processes, checksums=not args.quick, vocabulary=args.vocabulary
     )
     part = indexed.manifest["splits"]["train"]
     print(f"train: {part['samples']:,} pictures in {len(part['shards']):,} tars, {part['bytes'] / 1e6:,.1f} MB")
