@@ -136,7 +136,7 @@ class DownloadError(OSError):
         return DownloadError, (str(self), self.temporary)
 
 
-def _temporary(error: BaseException) -> bool:
+def _temporary(error: OSError) -> bool:
     return getattr(error, "temporary", not isinstance(error, FileNotFoundError | PermissionError))
 
 
