@@ -52,9 +52,7 @@ def index_tars(
 ) -> ShardSet:
     """Index tars in place as the first start of training on them would; the arguments are those of `indexed_set`."""
     options = storage_options(DataConfig())
-    return indexed_set(
-        expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary
-    )
+    return indexed_set(expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary)
 
 
 def open_entry(entry: str, options: StorageOptions) -> ShardSet:
