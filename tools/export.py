@@ -1,36 +1,11 @@
-"""Export the newest checkpoint of a run as a folder that others can use: weights, configuration, tokenizer, model card.
+"""Export a model from a run: dist_t2i/cli/export.py as a program."""
 
-python tools/export.py --run RUN --out DIR       then, anywhere: dist_t2i.load("DIR").generate(["..."])
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-from dist_t2i.errors import run_command
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder (or an export, to copy it)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
-    parser.add_argument("--force", action="store_true", help="replace an earlier export at --out")
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    chosen = parse()
-    from dist_t2i.publish.export import export
-
-    out = export(chosen.run, chosen.out, replace=chosen.force)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"exported to {out} ({size / 1e6:.1f} MB): {', '.join(sorted(path.name for path in out.iterdir()))}")
-    return 0
-
+from dist_t2i.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run("export")

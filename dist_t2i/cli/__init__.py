@@ -1,1 +1,16 @@
-"""The commands: what tools/*.py and an installed package run."""
+"""The commands: one module each, with `main()`; tools/*.py run them from a checkout."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+from dist_t2i.errors import run_command
+
+
+def run(command: str) -> NoReturn:
+    """Run `main()` of dist_t2i.cli.COMMAND and exit with its status; Ctrl-C exits with 130."""
+    try:
+        sys.exit(run_command(importlib.import_module(f"dist_t2i.cli.{command}").main))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from here", file=sys.stderr)
+        sys.exit(130)

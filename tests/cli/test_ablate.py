@@ -1,8 +1,8 @@
 """An ablation as a command at a size that takes seconds: really trained, interrupted, gone on with, and looked at again."""
 
 import dataclasses
+import importlib
 import json
-import runpy
 import signal
 import statistics
 import subprocess
@@ -75,7 +75,7 @@ def start(plan, out, *more):
 def inside(monkeypatch, plan, out, *more):
     """The command's exit status, without starting a process for it."""
     monkeypatch.setattr("sys.argv", ["ablate.py", "--config", str(plan), "--out", str(out), *map(str, more)])
-    return run_command(runpy.run_path(str(TOOL))["main"])
+    return run_command(importlib.import_module("dist_t2i.cli.ablate").main)
 
 
 def finish(process, seconds=300):

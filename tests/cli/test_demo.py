@@ -1,7 +1,7 @@
 """The demo as a newcomer meets it, at a size that takes seconds: interrupted, gone on with, finished, looked at again."""
 
 import argparse
-import runpy
+import importlib
 import signal
 import subprocess
 import sys
@@ -28,7 +28,7 @@ train: {global_batch: 8}
 
 @pytest.fixture(scope="module")
 def demo():
-    return runpy.run_path(str(TOOL))
+    return vars(importlib.import_module("dist_t2i.cli.demo"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Probes and neighbours: on vectors whose answer is known, and on tiny models of every text mode as a command."""
 
+import importlib
 import json
-import runpy
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_what_a_caption_says(caption, tone, gender, thing):
 
 def command(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["embeddings.py", *map(str, words)])
-    return run_command(runpy.run_path(str(TOOL))["main"])
+    return run_command(importlib.import_module("dist_t2i.cli.embeddings").main)
 
 
 @pytest.fixture(scope="module")
