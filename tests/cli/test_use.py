@@ -26,7 +26,7 @@ def command(name, *arguments):
 def inside(name, *arguments, monkeypatch):
     """The command's exit status, without starting a process for it."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return run_command(importlib.import_module(f"dist_t2i.cli.{name.removesuffix(".py")}").main)
+    return run_command(importlib.import_module(f"dist_t2i.cli.{name.removesuffix('.py')}").main)
 
 
 @pytest.fixture(scope="module")
