@@ -113,8 +113,12 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
     on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
     with signals_blocked():
         stream = open_stream(
-            config,
+            config.data,
             data.tokenizer,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            accumulation=config.engine.accumulation,
+            edit=config.edit,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             start_images=images,

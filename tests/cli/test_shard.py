@@ -16,8 +16,7 @@ import webdataset
 from PIL import Image
 
 from dist_t2i.data.shard_set import open_set
-from dist_t2i.data.stream.stream import open_stream
-from pictures import colour, config_for, encoded, make_folder, picture
+from pictures import colour, config_for, encoded, make_folder, picture, stream_of
 from shard_tool import ROOT, TOOL, captions_by_key, contents, reasons, shard
 
 # The sources
@@ -145,7 +144,7 @@ def test_bad_pictures_are_listed_and_the_rest_is_used(tmp_path):
     for sample in open_set(tmp_path / "set").samples("train"):
         assert sample.image.mode == "RGB" and min(sample.image.size) >= 20
     config = config_for(open_set(tmp_path / "set"), batch=2 * len(usable), on_bad="strict")
-    batch = next(open_stream(config, open_set(tmp_path / "set").tokenizer))
+    batch = next(stream_of(config, open_set(tmp_path / "set").tokenizer))
     assert len(set(batch.keys)) == len(usable)
     plain = webdataset.WebDataset(str(tmp_path / "set" / "train-00000.tar"), shardshuffle=False).decode("pil")
     assert len(list(plain)) == len(usable)

@@ -13,12 +13,11 @@ import webdataset
 
 from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.open_data import open_data, open_entry
-from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.data.tar_reader import read_tar
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.storage.shard_file import LocalFile
-from pictures import config_for, encoded, make_set, picture
+from pictures import config_for, encoded, make_set, picture, stream_of
 from ranks import ROOT
 from tars import write_tar
 
@@ -45,7 +44,7 @@ def tars(tmp_path, monkeypatch):
 
 
 def keys_read(data, config, count):
-    stream = open_stream(config, data.tokenizer, data_set=data)
+    stream = stream_of(config, data.tokenizer, data_set=data)
     found = []
     while len(found) < count:
         found += next(stream).keys

@@ -12,6 +12,8 @@ from PIL import Image
 from dist_t2i.config import Config
 from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
 from dist_t2i.data.shard_set import ShardSet, open_set
+from dist_t2i.data.stream.stream import Stream, open_stream
+from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.sharding.sources.folder import find_items
 from dist_t2i.sharding.write_set import write_set
 from dist_t2i.sharding.writing.prepare import Options
@@ -78,4 +80,17 @@ def config_for(
         data=DataConfig(train=str(data_set.folder), image_size=size, **data),
         train=TrainConfig(global_batch=batch, seed=seed),
         engine=EngineConfig(accumulation=accumulation),
+    )
+
+
+def stream_of(config: Config, tokenizer: Tokenizer, **options) -> Stream:
+    """The stream that a configuration asks for."""
+    return open_stream(
+        config.data,
+        tokenizer,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        accumulation=config.engine.accumulation,
+        edit=config.edit,
+        **options,
     )

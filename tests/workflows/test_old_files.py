@@ -19,8 +19,8 @@ from PIL import Image
 import dist_t2i
 from dist_t2i.config import files as config_files
 from dist_t2i.data.shard_set import open_set
-from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.inference.pipeline import TextToImage
+from pictures import stream_of
 from ranks import ROOT
 from runs import Run, whole_lines
 from shard_tool import shard
@@ -40,7 +40,7 @@ def old(request, tmp_path):
 def streamed(folder: Path) -> list[dict]:
     """The first samples of the set, as the run reads them: key, caption, its tokens, and the sum of the picture's bytes."""
     config = config_files.load(folder / CONFIG, [f"data.train={folder / 'set'}", "data.workers=0"])
-    stream = open_stream(config, open_set(str(folder / "set")).tokenizer)
+    stream = stream_of(config, open_set(str(folder / "set")).tokenizer)
     rows: list[dict] = []
     try:
         while len(rows) < SAMPLES:

@@ -73,17 +73,15 @@ def collate(samples: list[Any]) -> tuple[torch.Tensor, list[str]]:
 
 def dist_t2i(place: Place, decode: Decode) -> Batches:
     """Ours; it also tokenizes."""
-    from dist_t2i.config import Config
-    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
+    from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.data.stream.stream import open_stream
 
     data = DataConfig(
         train=place.url("set"), image_size=SIZE, workers=place.workers, flip=False, cache=place.cache or "auto"
     )
-    config = Config(data=data, train=TrainConfig(global_batch=BATCH), engine=EngineConfig(accumulation=1))
-    data_set = open_data(config.data)
-    for batch in open_stream(config, data_set.tokenizer, data_set=data_set):
+    data_set = open_data(data)
+    for batch in open_stream(data, data_set.tokenizer, seed=0, global_batch=BATCH, data_set=data_set):
         yield batch.images, batch.captions
 
 

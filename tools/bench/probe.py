@@ -218,16 +218,15 @@ def measure_start(order: dict[str, Any]) -> dict[str, float]:
     import numpy
     import psutil
 
-    from dist_t2i.config import Config
-    from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
+    from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.data.stream.stream import open_stream, order_of
 
     data = DataConfig(train=order["folder"], image_size=256, workers=order["workers"], flip=False)
-    config = Config(data=data, train=TrainConfig(global_batch=64), engine=EngineConfig(accumulation=1))
     started = time.perf_counter()
-    data_set = open_data(config.data)
-    stream = open_stream(config, data_set.tokenizer, data_set=data_set, start_images=order["start"])
+    data_set = open_data(data)
+    start = order["start"]
+    stream = open_stream(data, data_set.tokenizer, seed=0, global_batch=64, data_set=data_set, start_images=start)
     opened = time.perf_counter()
     next(stream)
     first = time.perf_counter()
@@ -236,10 +235,10 @@ def measure_start(order: dict[str, Any]) -> dict[str, float]:
     children = psutil.Process().children()
     private = [child.memory_full_info().uss for child in children]
     before = time.perf_counter()
-    places = order_of(data_set.shards("train"), config)
-    places.at(numpy.arange(order["start"], order["start"] + 64))
+    places = order_of(data_set.shards("train"), data, 0)
+    places.at(numpy.arange(start, start + 64))
     positioned = time.perf_counter()
-    places.at(numpy.arange(order["start"] + 64, order["start"] + 64 + 64_000))
+    places.at(numpy.arange(start + 64, start + 64 + 64_000))
     return {
         "open": opened - started,
         "first": first - started,

@@ -1,13 +1,13 @@
-"""Which other pictures of a set have a caption near a picture's own: what editing is learned from.
+"""Pairs of samples with near captions, from which editing is learned.
 
-Two captions are near when they agree but for one run of up to `longest` words, which either of them may lack: "woman
-pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot". The samples
-that agree in what is left of a caption when a certain run is taken out form a *group*. Small groups say more than large
-ones ("pilot dark skin tone" more than "woman dark skin tone"), so those of more than `LARGEST` samples count only
-where there are no others, and then the smallest. Our own.
+Two captions are near if they differ in a single run of at most `longest` words, which may be empty in one of them: "woman
+pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot". The samples whose
+captions agree once a certain run is removed form a *group*. Small groups are more specific than large ones ("pilot dark skin
+tone" than "woman dark skin tone"), so groups of more than `LARGEST` samples count only for samples without a smaller one, and
+then only the smallest. Our own.
 
-The rule needs every caption of a split at once, so it is for sets that fit on a disk of this machine: reading the
-captions of 100,000 pictures takes seconds, and finding their groups tens of bytes for every word.
+The rule compares all captions of a split, so the set must be on a disk of this machine: reading 100,000 captions takes
+seconds, and their groups take tens of bytes per word.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.shard_set import BadSample, Shards, captions_of
 from dist_t2i.data.stream.order import draw
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import DataError
 
 LARGEST = 16
-"""Samples of a group that is used wherever there is one."""
+"""Samples in the largest group that always counts."""
 MOST_SAMPLES = 200_000
 """Larger splits are refused."""
 NONE = -1
-"""In place of a sample's number: no source picture."""
+"""In place of a sample's number: no source."""
 _WHETHER, _WHICH = 110, 111
 
 
@@ -39,28 +39,28 @@ class Neighbors:
         keys: list[int] = []
         counts: list[int] = []
         for texts in captions:
-            found = dict.fromkeys(key for text in texts for key in _remainders(words(text), longest))
-            keys.extend(found)
-            counts.append(len(found))
+            own = dict.fromkeys(key for text in texts for key in _remainders(words(text), longest))
+            keys.extend(own)
+            counts.append(len(own))
         _, group, sizes = numpy.unique(numpy.array(keys, dtype=numpy.uint64), return_inverse=True, return_counts=True)
+        # _group: the groups of sample 0, of sample 1, ...; _members: the samples of group 0, of group 1, ...
         self._group, self._sizes = group.reshape(-1), sizes
         self._starts = numpy.cumsum([0, *counts])
-        """Where the groups of each sample begin in `_group`."""
         owners = numpy.repeat(numpy.arange(len(counts)), counts)
         self._members = owners[numpy.argsort(self._group, kind="stable")]
         self._ends = numpy.cumsum(sizes)
 
     def groups(self, number: int) -> list[numpy.ndarray]:
-        """The groups that sample `number` is in and that count, each with its samples in order; [] where it is alone."""
-        mine = self._group[self._starts[number] : self._starts[number + 1]]
-        shared = mine[self._sizes[mine] > 1]
+        """The groups of sample `number` that count, each with its sorted samples; [] if no other caption is near."""
+        own = self._group[self._starts[number] : self._starts[number + 1]]
+        shared = own[self._sizes[own] > 1]
         small = shared[self._sizes[shared] <= LARGEST]
         if not len(small) and len(shared):
             small = shared[[int(numpy.argmin(self._sizes[shared]))]]
         return [self._members[self._ends[g] - self._sizes[g] : self._ends[g]] for g in small]
 
     def pick(self, number: int, random: int) -> int:
-        """A neighbour of sample `number`, chosen by 64 random bits: a group, then one of its others. Without any, `number`."""
+        """A neighbor of sample `number`, selected by 64 random bits: first a group, then a sample. Without any, `number`."""
         groups = self.groups(number)
         if not groups:
             return number
@@ -70,53 +70,53 @@ class Neighbors:
 
 
 class SourceChoice:
-    """Which picture each visit of a sample is made from: its own, a neighbour's, or none. A function of (seed, position)."""
+    """The source of each visit of a sample: the sample itself, a neighbor, or none. A function of (seed, position)."""
 
-    def __init__(self, neighbours: Neighbors, config: Config) -> None:
-        self._neighbours, self._seed = neighbours, config.train.seed
-        self._none, self._own = config.edit.none, config.edit.own
+    def __init__(self, neighbors: Neighbors, edit: EditConfig, seed: int) -> None:
+        self._neighbors, self._seed = neighbors, seed
+        self._none, self._own = edit.none, edit.own
 
     def __call__(self, number: int, position: int) -> int:
-        """The number of the source for the sample `number` that is visited at `position`; `NONE` for none."""
+        """The number of the source when sample `number` is visited at `position`; `NONE` without one."""
         share = draw(self._seed, position, _WHETHER) / 2**64
         if share < self._none:
             return NONE
         if share < self._none + self._own:
             return number
-        return self._neighbours.pick(number, draw(self._seed, position, _WHICH))
+        return self._neighbors.pick(number, draw(self._seed, position, _WHICH))
 
 
-def source_choice(shards: Shards, config: Config) -> SourceChoice:
-    """Reads all captions of a split. Raises DataError when it is remote or too large for that."""
+def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:
+    """Reads all captions of a split. Raises DataError if it is remote or too large."""
     samples = sum(shards.sizes)
     if shards.remote or samples > MOST_SAMPLES:
-        what = "lies behind a network" if shards.remote else f"has {samples:,} samples"
+        problem = "is remote" if shards.remote else f"has {samples:,} samples"
         raise DataError(
-            f"the training split {what}, but learning to edit (edit.width) compares all captions of a set, which must lie "
-            f"on this machine's disk and hold at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
+            f"the training split {problem}, but training for edits (edit.width) compares all captions of a set, which must "
+            f"be on this machine's disk and have at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
         )
-    return SourceChoice(Neighbors(read_captions(shards), config.edit.words), config)
+    return SourceChoice(Neighbors(read_captions(shards), edit.words), edit, seed)
 
 
 def read_captions(shards: Shards) -> list[tuple[str, ...]]:
-    """The captions of every sample of a split, without its pictures; none for a sample that cannot be read."""
+    """The captions of every sample of a split; () for samples that cannot be read."""
     captions: list[tuple[str, ...]] = []
     for shard, size in enumerate(shards.sizes):
         for row in range(size):
             try:
                 captions.append(captions_of(shards.read(shard, row, only=("json", "txt")))[0])
-            except BadSample:  # the stream counts it when its turn comes
+            except BadSample:  # the stream counts it when it reads it
                 captions.append(())
     return captions
 
 
-def _remainders(said: Sequence[str], longest: int) -> Iterator[int]:
-    """64 bits for the words themselves, and for what is left of them without each run of up to `longest` words."""
-    yield _key(said)
-    for length in range(1, min(longest, len(said) - 1) + 1):
-        for first in range(len(said) - length + 1):
-            yield _key([*said[:first], *said[first + length :]])
+def _remainders(tokens: Sequence[str], longest: int) -> Iterator[int]:
+    """64-bit keys of the words, and of the words without each run of up to `longest` words."""
+    yield _key(tokens)
+    for length in range(1, min(longest, len(tokens) - 1) + 1):
+        for first in range(len(tokens) - length + 1):
+            yield _key([*tokens[:first], *tokens[first + length :]])
 
 
-def _key(said: Sequence[str]) -> int:
-    return int.from_bytes(hashlib.blake2b(" ".join(said).encode("utf-8", "replace"), digest_size=8).digest(), "big")
+def _key(tokens: Sequence[str]) -> int:
+    return int.from_bytes(hashlib.blake2b(" ".join(tokens).encode("utf-8", "replace"), digest_size=8).digest(), "big")

@@ -1,8 +1,8 @@
-"""Several lists of shards, drawn with given shares: an order made of orders.
+"""A mixture of several lists of shards with fixed shares: an order that combines orders.
 
-Positions come in cycles of `CYCLE`. Each list has a fixed number of slots in a cycle, shuffled anew in each; the n-th
-slot of a list takes the n-th sample of that list's own order. So shares are exact over a cycle, every list runs
-through its own epochs without loss or repetition, and any position is computed at once.
+Positions are divided into cycles of `CYCLE`. Each list has a fixed number of slots per cycle, which are shuffled anew in each
+cycle; the n-th slot of a list takes the n-th sample in the list's own order. So shares are exact in every cycle, every list
+has its own epochs without loss or repetition, and a reader can start at any position at once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _MIX = 0x4D495854
 
 
 def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
-    """Whole numbers with the sum `cycle`, at least 1 each, nearest to the weights (largest remainders)."""
+    """Integers of at least 1 whose sum is `cycle`, nearest to the weights' shares (largest remainder method)."""
     total = sum(weights)
     shares = [max(1.0, weight / total * cycle) for weight in weights]
-    found = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: found[i] - shares[i])
-    for i in range(cycle - sum(found)):
-        found[by_remainder[i % len(found)]] += 1
-    while sum(found) > cycle:
-        found[max(range(len(found)), key=found.__getitem__)] -= 1
-    return found
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in range(cycle - sum(counts)):
+        counts[by_remainder[i % len(counts)]] += 1
+    while sum(counts) > cycle:
+        counts[max(range(len(counts)), key=counts.__getitem__)] -= 1
+    return counts
 
 
 class Mixture:
-    """`parts` with relative `weights`; the shards of part i count on after those of the parts before it."""
+    """Orders `parts` with relative `weights`; the shards of a part are numbered after those of the parts before it."""
 
     def __init__(self, parts: Sequence[Order], weights: Sequence[float], seed: int) -> None:
         self.parts, self.seed = list(parts), seed
@@ -42,46 +42,46 @@ class Mixture:
         self._first = numpy.cumsum([0, *(len(part.sizes) for part in parts)])
 
     def at(self, positions: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each position (int64 arrays of the same shape)."""
+        """Shard and row of each position: int64 arrays with the shape of `positions`."""
         positions = numpy.asarray(positions, dtype=numpy.int64)
         shards, rows = numpy.empty_like(positions), numpy.empty_like(positions)
         cycles = positions // CYCLE
         for cycle in numpy.unique(cycles):
-            chosen = numpy.flatnonzero(cycles == cycle)
+            in_cycle = numpy.flatnonzero(cycles == cycle)
             part, count = self._cycle(int(cycle))
-            place = positions[chosen] % CYCLE
+            slot = positions[in_cycle] % CYCLE
             for number, order in enumerate(self.parts):
-                of_part = part[place] == number
-                here = chosen[of_part]
-                if len(here):
-                    shard, rows[here] = order.at(int(cycle) * self._slots[number] + count[place[of_part]])
-                    shards[here] = shard + self._first[number]
+                of_part = part[slot] == number
+                index = in_cycle[of_part]
+                if len(index):
+                    shard, rows[index] = order.at(int(cycle) * self._slots[number] + count[slot[of_part]])
+                    shards[index] = shard + self._first[number]
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
-        """As `Order.windows`: all lists' windows that are open at `position`, then each when it begins."""
+        """As `Order.windows`: the windows of all parts that contain `position`, then each window when it begins."""
         return heapq.merge(*(self._windows(number, position) for number in range(len(self.parts))), key=lambda w: w[0])
 
     def _windows(self, number: int, position: int) -> Iterator[tuple[int, list[Run]]]:
-        cycle, place = divmod(position, CYCLE)
+        cycle, slot = divmod(position, CYCLE)
         part, _ = self._cycle(cycle)
-        taken = cycle * int(self._slots[number]) + int((part[:place] == number).sum())
+        taken = cycle * int(self._slots[number]) + int((part[:slot] == number).sum())
+        first = int(self._first[number])
         for begin, runs in self.parts[number].windows(taken):
-            moved = [Run(run.shard + int(self._first[number]), run.start, run.stop) for run in runs]
-            yield self._position(number, begin), moved
+            yield self._position(number, begin), [run._replace(shard=run.shard + first) for run in runs]
 
     def _position(self, number: int, count: int) -> int:
-        """The position of a list's `count`-th sample."""
-        cycle, place = divmod(count, int(self._slots[number]))
+        """The position of the `count`-th sample of a part."""
+        cycle, row = divmod(count, int(self._slots[number]))
         part, _ = self._cycle(cycle)
-        return cycle * CYCLE + int(numpy.flatnonzero(part == number)[place])
+        return cycle * CYCLE + int(numpy.flatnonzero(part == number)[row])
 
     def _cycle(self, cycle: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """For each slot of a cycle: its list, and how many slots of the same list come before it."""
-        drawn = permute(numpy.arange(CYCLE), CYCLE, draw(self.seed, cycle, _MIX))
-        part = numpy.searchsorted(self._ends, drawn, side="right")
+        """For each slot of a cycle, int64 [CYCLE]: its part, and the number of earlier slots of the same part."""
+        shuffled = permute(numpy.arange(CYCLE), CYCLE, draw(self.seed, cycle, _MIX))
+        part = numpy.searchsorted(self._ends, shuffled, side="right")
         count = numpy.empty(CYCLE, dtype=numpy.int64)
         for number in range(len(self.parts)):
-            mine = part == number
-            count[mine] = numpy.arange(int(mine.sum()))
+            of_part = part == number
+            count[of_part] = numpy.arange(int(of_part.sum()))
         return part, count

@@ -1,15 +1,15 @@
 """The order of the samples: a pure function (seed, position) -> (shard, row), without a list of samples.
 
-A *position* counts samples from the start of training (0, 1, 2, ...) over all ranks; `position // samples` is its
-epoch. In each epoch the shards are permuted and dealt into groups of about `spread`. A group is read in windows of
-about `window` samples: each window takes the next run of rows of every shard of the group, and is shuffled in itself.
-So every sample comes exactly once an epoch, whatever the world size; every shard is read from front to back, in long
-runs; neighbours come from `spread` shards; and a reader that starts anywhere computes where it is at once.
+A *position* counts samples from the start of training (0, 1, 2, ...) over all ranks; its epoch is `position // samples`.
+Each epoch permutes the shards and divides them into groups of about `spread`. A group is read in windows of about `window`
+samples: a window takes the next run of rows of every shard of the group, and is shuffled. So every sample occurs once per
+epoch for any number of ranks; each shard is read from front to back in long runs; the samples of a batch come from `spread`
+shards; and a reader can start at any position at once.
 
-What a reader holds at a time is one window (and the next, to be ahead): `window` times the mean bytes of a sample.
+A reader needs the data of one window at a time, and of the next one to prefetch it.
 
-The permutations are Feistel networks (Luby & Rackoff 1988) over the next power of two, walked until the result lies
-inside (Black & Rogaway 2002): no memory, and the same for every version of every library.
+The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002): they need no memory
+and do not depend on the version of a library.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
-_KEPT_GROUPS = 64
+_CACHED_GROUPS = 64
 
 
 def _mix(value: numpy.ndarray) -> numpy.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014) on uint64 arrays: every bit depends on every other."""
+    """The finalizer of splitmix64 (Steele et al. 2014) on uint64 arrays: every output bit depends on every input bit."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
 
 
 def draw(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position: the same ones for the same arguments, on every rank and machine."""
+    """64 random bits for one position and purpose: equal for equal arguments on every rank and machine."""
     value = seed & _MASK
     for part in (purpose, position):
         value = (value * 31 + part + 1) * _GOLDEN & _MASK
@@ -44,7 +44,10 @@ def draw(seed: int, position: int, purpose: int) -> int:
 
 
 def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
-    """Where the permutation of range(`size`) that `key` (64 bits) chooses sends `index` (int64, 0 <= index < size)."""
+    """The images of `index` (int64, 0 <= index < size) under a permutation of range(`size`) with a 64-bit `key`."""
+    # Cycle walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): E permutes [0, 2^b) with 2^b >= size;
+    # i is mapped to the first element of E(i), E(E(i)), ... that is below `size`. The cycle of i returns to i < size, so the
+    # walk ends, and it is a permutation of [0, size) since it follows the cycles of E. On average it takes less than 2 steps.
     bits = max(2, (size - 1).bit_length())
     result = _feistel(numpy.asarray(index, dtype=numpy.uint64), bits, key)
     while (outside := result >= size).any():
@@ -53,7 +56,10 @@ def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
 
 
 def _feistel(value: numpy.ndarray, bits: int, key: int) -> numpy.ndarray:
-    """A permutation of range(2**bits), elementwise; the halves may differ by a bit, and change places every round."""
+    """A keyed permutation of range(2**bits), elementwise."""
+    # Feistel network (Luby & Rackoff 1988): a round maps the halves (L, R) to (R, L xor F_k(R)), which is invertible for any
+    # F. Here F_k is splitmix64's finalizer, applied twice to R + k. For odd `bits` the halves differ by one bit, so their
+    # widths are exchanged every round, too.
     low_bits, high_bits = bits // 2, bits - bits // 2
     for step in range(_ROUNDS):
         round_key = numpy.uint64((key + (step + 1) * _GOLDEN) & _MASK)
@@ -73,21 +79,22 @@ class Run(NamedTuple):
 
 
 class _Group:
-    """The shards of a group, and how its windows cut them."""
+    """The shards of a group and their division into windows."""
 
     def __init__(self, shards: numpy.ndarray, sizes: numpy.ndarray, window: int) -> None:
         self.shards = shards
         windows = max(1, round(int(sizes.sum()) / window))
-        # cuts[j, k]: the first row of the k-th shard in window j. Divisions in Python's whole numbers cannot overflow.
+        # cuts[j, k] = floor(sizes[k] * j / windows): the first row of shard k in window j, int64 [windows + 1, shards].
+        # Python's integers cannot overflow.
         cuts = [[size * j // windows for size in sizes.tolist()] for j in range(windows + 1)]
         self.cuts = numpy.array(cuts, dtype=numpy.int64)
         self.starts = self.cuts.sum(axis=1)
-        """Offset of each window in the group, and at last the group's samples."""
+        """The offset of each window in the group, then the size of the group: int64 [windows + 1]."""
 
 
 class Order:
-    """The order over shards of `sizes` samples each. Holds one number a shard, one permutation of the shards, and the
-    cuts of the groups used last."""
+    """The order over shards with these numbers of samples. Holds one number per shard, one permutation of the shards, and the
+    windows of recently used groups."""
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int, spread: int = 16) -> None:
         self.sizes = numpy.asarray(sizes, dtype=numpy.int64)
@@ -98,28 +105,27 @@ class Order:
             raise ValueError("an order over no samples")
         count = len(self.sizes)
         groups = max(1, round(count / max(1, spread)))
+        # Group g consists of the permuted shards [bounds[g], bounds[g + 1]).
         self._bounds = numpy.array([group * count // groups for group in range(groups + 1)], dtype=numpy.int64)
         self._epoch = -1
         self._shards = self._ends = numpy.zeros(0, dtype=numpy.int64)
         self._groups: dict[int, _Group] = {}
 
     def at(self, positions: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each position (int64 arrays of the same shape)."""
+        """Shard and row of each position: int64 arrays with the shape of `positions`."""
         positions = numpy.asarray(positions, dtype=numpy.int64)
         shards, rows = numpy.empty_like(positions), numpy.empty_like(positions)
         epochs = positions // self.samples
         for epoch in numpy.unique(epochs):
-            chosen = epochs == epoch
-            shards[chosen], rows[chosen] = self._in_epoch(int(epoch), positions[chosen] % self.samples)
+            mask = epochs == epoch
+            shards[mask], rows[mask] = self._in_epoch(int(epoch), positions[mask] % self.samples)
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
-        """The windows from the one that holds `position` on, endlessly: the position of its first sample, its runs."""
+        """The windows from the one that contains `position` on, endlessly: the position of its first sample, its runs."""
         epoch, offset = divmod(position, self.samples)
         while True:
-            self._lay(epoch)
-            number = int(numpy.searchsorted(self._ends, offset, side="right"))
-            first = int(self._ends[number - 1]) if number else 0
+            number, first = self._group_at(epoch, offset)
             group = self._group(number)
             window = int(numpy.searchsorted(group.starts, offset - first, side="right")) - 1
             cuts = zip(group.shards, group.cuts[window], group.cuts[window + 1], strict=True)
@@ -127,35 +133,40 @@ class Order:
             yield begin, [Run(int(shard), int(start), int(stop)) for shard, start, stop in cuts if stop > start]
             epoch, offset = divmod(epoch * self.samples + first + int(group.starts[window + 1]), self.samples)
 
-    def _in_epoch(self, epoch: int, offset: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each offset within the epoch."""
-        self._lay(epoch)
-        shards, rows = numpy.empty_like(offset), numpy.empty_like(offset)
-        numbers = numpy.searchsorted(self._ends, offset, side="right")
+    def _in_epoch(self, epoch: int, offsets: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Shard and row of each offset (int64 [n]) in an epoch."""
+        self._lay_out(epoch)
+        shards, rows = numpy.empty_like(offsets), numpy.empty_like(offsets)
+        # Step 1: the group that contains each offset.
+        numbers = numpy.searchsorted(self._ends, offsets, side="right")
         for number in numpy.unique(numbers):
-            chosen = numbers == number
+            in_group = numbers == number
             group, first = self._group(int(number)), int(self._ends[number - 1]) if number else 0
-            inside = offset[chosen] - first
+            inside = offsets[in_group] - first
+            # Step 2: the window of the group that contains each offset.
             windows = numpy.searchsorted(group.starts, inside, side="right") - 1
-            place, row = numpy.empty_like(inside), numpy.empty_like(inside)
+            columns, group_rows = numpy.empty_like(inside), numpy.empty_like(inside)
             for window in numpy.unique(windows):
-                here = windows == window
+                in_window = windows == window
                 key = draw(self.seed, epoch, 2 + first + int(group.starts[window]))
-                place[here], row[here] = self._in_window(group, int(window), inside[here], key)
-            shards[chosen], rows[chosen] = group.shards[place], row
+                columns[in_window], group_rows[in_window] = self._in_window(group, int(window), inside[in_window], key)
+            shards[in_group], rows[in_group] = group.shards[columns], group_rows
         return shards, rows
 
     @staticmethod
     def _in_window(group: _Group, window: int, inside: numpy.ndarray, key: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Place in the group's list of shards, and row, of offsets that lie in one window of the group."""
+        """Column (the index of the shard in the group) and row of offsets in the group, all of them in one window."""
+        # Step 3: the shuffle within the window.
         first, size = int(group.starts[window]), int(group.starts[window + 1] - group.starts[window])
-        drawn = permute(inside - first, size, key)
+        shuffled = permute(inside - first, size, key)
+        # Step 4: the window is the concatenation of one run per shard; run k covers [ends[k - 1], ends[k]) and its last row
+        # is cuts[window + 1, k] - 1.
         ends = numpy.cumsum(group.cuts[window + 1] - group.cuts[window])
-        place = numpy.searchsorted(ends, drawn, side="right")
-        return place, group.cuts[window + 1][place] - (ends[place] - drawn)
+        column = numpy.searchsorted(ends, shuffled, side="right")
+        return column, group.cuts[window + 1][column] - (ends[column] - shuffled)
 
-    def _lay(self, epoch: int) -> None:
-        """Permute the shards of an epoch and measure its groups."""
+    def _lay_out(self, epoch: int) -> None:
+        """Permutes the shards of an epoch and computes the end of each group."""
         if epoch != self._epoch:
             count = len(self.sizes)
             self._shards = permute(numpy.arange(count), count, draw(self.seed, epoch, 1))
@@ -163,23 +174,29 @@ class Order:
             self._ends = totals[self._bounds[1:] - 1]
             self._epoch, self._groups = epoch, {}
 
+    def _group_at(self, epoch: int, offset: int) -> tuple[int, int]:
+        """The group that contains an offset in an epoch, and the offset of its first sample."""
+        self._lay_out(epoch)
+        number = int(numpy.searchsorted(self._ends, offset, side="right"))
+        return number, int(self._ends[number - 1]) if number else 0
+
     def _group(self, number: int) -> _Group:
-        found = self._groups.get(number)
-        if found is None:
+        group = self._groups.get(number)
+        if group is None:
             shards = self._shards[self._bounds[number] : self._bounds[number + 1]]
-            if len(self._groups) >= _KEPT_GROUPS:
+            if len(self._groups) >= _CACHED_GROUPS:
                 self._groups.clear()
-            found = self._groups[number] = _Group(shards, self.sizes[shards], self.window)
-        return found
+            group = self._groups[number] = _Group(shards, self.sizes[shards], self.window)
+        return group
 
 
 def rows_of_rank(
     first: int, sequence: int, *, rank: int, world_size: int, global_batch: int, accumulation: int
 ) -> numpy.ndarray:
-    """The positions of a rank's `sequence`-th micro-batch, counted from the step that starts at position `first`.
+    """The positions of a rank's `sequence`-th micro-batch after the position `first`, where a step begins: int64 [m].
 
-    Micro-batch a of rank r takes the rows [(a*W + r)*m, (a*W + r + 1)*m) of the step's `global_batch`, with
-    m = global_batch / (W * accumulation): which rows make a step does not depend on W or on the accumulation.
+    Micro-batch a of rank r has the rows [(a*W + r)*m, (a*W + r + 1)*m) of the step's `global_batch`, with
+    m = global_batch / (W * accumulation). So the rows of a step do not depend on W or the accumulation.
     """
     rows = global_batch // (world_size * accumulation)
     step, micro = divmod(sequence, accumulation)

@@ -1,7 +1,7 @@
-"""Being ahead of the reader: the chunks of this and the next window are fetched into the disk cache by threads.
+"""Prefetches the chunks of the current and the next window into the disk cache.
 
-All loader workers of a machine read the same windows, each a part of the samples. They share the work: every chunk is
-fetched by one of them, whoever comes first, and read by all.
+All loader workers of a machine read the same windows, and each of them a part of the samples. They share the work: each chunk
+is fetched by the first worker that wants it, and read by all.
 """
 
 from __future__ import annotations
@@ -22,67 +22,65 @@ from dist_t2i.storage.shard_file import CachedFile, cache_of
 
 _THREADS = 4
 _SHARE = 0.4
-"""Share of the cache that one window may take, so that the next one does not push it out."""
+"""Largest share of the cache for one window, so that the next window does not evict it."""
 
 
 class Windows(Protocol):
-    """An order that says what it reads next; see `Order.windows`."""
+    """An order that announces its next reads; see `Order.windows`."""
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]: ...
 
 
-class ReadAhead:
-    """Fetches in the background, from `position` on; `reached` tells where the reader is. Does nothing without a cache."""
+class Prefetcher:
+    """Prefetches in background threads, from `position` on; `advance` reports the reader's progress. Idle without a cache."""
 
-    def __init__(self, shards: Shards, order: Windows, position: int, turn: float = 0.0) -> None:
-        """turn: 0 to 1, where in a window this worker begins, so that workers do not all want the same chunk."""
-        self._shards, self._order, self._turn = shards, order, turn
+    def __init__(self, shards: Shards, order: Windows, position: int, offset: float = 0.0) -> None:
+        """`offset` (0 to 1): where in a window this worker begins, so that workers want different chunks."""
+        self._shards, self._order, self._offset = shards, order, offset
         self._position = position
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
         if cache is not None and cache.works:
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
-            threading.Thread(target=self._until_the_end, args=(cache,), name="read ahead", daemon=True).start()
+            threading.Thread(target=self._run, args=(cache,), name="prefetch", daemon=True).start()
 
-    def reached(self, position: int) -> None:
-        """The reader is at this position."""
+    def advance(self, position: int) -> None:
+        """The reader has reached `position`."""
         with self._moved:
             self._position = position
             self._moved.notify()
 
-    def _until_the_end(self, cache: ChunkCache) -> None:
-        with contextlib.suppress(RuntimeError):  # the process ends, and its pool takes no more work
-            self._run(cache)
-
     def _run(self, cache: ChunkCache) -> None:
         previous = -1
-        for begin, runs in self._order.windows(self._position):
-            with self._moved:
-                # A window is fetched while the reader is in the one before it.
-                while self._position < previous:
-                    self._moved.wait()
-            if not cache.works:
-                return
-            self._fetch(runs, int(cache.limit * _SHARE) // CHUNK)
-            previous = begin
-
-    def _fetch(self, runs: list[Run], room: int) -> None:
-        wanted = self._chunks(runs)[:room]
-        first = int(self._turn * len(wanted))
-        for _ in self._pool.map(self._fill, wanted[first:] + wanted[:first]):
-            pass
+        with contextlib.suppress(RuntimeError):  # at the end of the process its thread pool refuses work
+            for begin, runs in self._order.windows(self._position):
+                # Step 1: wait until the reader has entered the window before this one.
+                with self._moved:
+                    while self._position < previous:
+                        self._moved.wait()
+                if not cache.works:
+                    return
+                # Step 2: fetch the window's chunks, beginning at this worker's share of them.
+                chunks = self._chunks(runs)[: int(cache.limit * _SHARE) // CHUNK]
+                first = int(self._offset * len(chunks))
+                for _ in self._pool.map(self._fill, chunks[first:] + chunks[:first]):
+                    pass
+                previous = begin
 
     def _chunks(self, runs: list[Run]) -> list[tuple[CachedFile, int]]:
-        """The chunks in which the runs lie, taking turns between the shards as the shuffled reader will."""
-        columns = []
-        for opened in self._pool.map(self._opened, runs):
-            if opened is not None:
-                file, span = opened
-                columns.append([(file, number) for number in span])
+        """The chunks that contain the runs: the first of every shard, the second of every shard, ...; a shuffled window
+        needs them in about this order."""
+        columns = [
+            [(file, number) for number in numbers]
+            for opened in self._pool.map(self._open, runs)
+            if opened is not None
+            for file, numbers in [opened]
+        ]
         return [chunk for row in zip_longest(*columns) for chunk in row if chunk is not None]
 
-    def _opened(self, run: Run) -> tuple[CachedFile, range] | None:
-        with contextlib.suppress(OSError, DataError):  # whoever reads a sample there meets the same error and tells it
+    def _open(self, run: Run) -> tuple[CachedFile, range] | None:
+        """The file of a run and the numbers of its chunks; None if there is nothing to prefetch."""
+        with contextlib.suppress(OSError, DataError):  # the reader of the samples meets and reports the same error
             file, index = self._shards.open(run.shard)
             if isinstance(file, CachedFile):
                 first, last = index.members(run.start), index.members(run.stop - 1)

@@ -1,87 +1,85 @@
-"""The training stream: a webdataset pipeline whose source follows an order of ours, in DataLoader workers.
+"""The training stream: a webdataset pipeline over samples in our own order, in DataLoader workers.
 
-    source (order, shards) -> your stages -> decode -> choose a caption -> augment -> batch
+    read (order, shards) -> your stages -> decode -> choose a caption -> batch
 
-The source yields webdataset samples (`__key__`, `__url__`, extension -> bytes) with `__position__`, the place in the
-global stream. Everything drawn at random is a function of (seed, position), so the n-th batch of a run is the same
-for any number of ranks, workers and restarts. Stopping is dropping the stream, resuming is opening one elsewhere.
+The reader yields webdataset samples (`__key__`, `__url__`, extension -> bytes) with `__position__`, their position in the
+global stream. All randomness is a function of (seed, position), so the n-th batch of a run does not depend on the number of
+ranks, workers and restarts. To stop, close the stream; to resume, open one at another position.
 
 A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following shards),
 recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
 
-Where `edit` is configured, each sample has a source picture beside it (neighbours.py), which your stages do not see.
+If `edit` is configured, each sample has a source (edit_pairs.py), which your stages do not process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import DataConfig, EditConfig
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import Shards, ShardSet
 from dist_t2i.data.stream.batch import SMALL_BYTES, Batch, caption_id
 from dist_t2i.data.stream.buffers import Buffers
+from dist_t2i.data.stream.caption_stage import ChooseCaption
 from dist_t2i.data.stream.decode_stage import Decode
 from dist_t2i.data.stream.edit_pairs import SourceChoice, source_choice
 from dist_t2i.data.stream.mixture import Mixture
-from dist_t2i.data.stream.order import Order, draw
-from dist_t2i.data.stream.reader import BadRecord, Plan, Source, Stage
+from dist_t2i.data.stream.order import Order
+from dist_t2i.data.stream.reader import Plan, SampleReader, Stage
 from dist_t2i.data.stream.workers import Failure, WorkerPool
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
 
-_CAPTION, _FLIP = 100, 101
-"""Purposes of `draw`; those of decoding.py follow them."""
 
+@dataclass(frozen=True)
+class BadRecord:
+    """A replaced sample: a line of bad_samples.jsonl."""
 
-class Choose:
-    """Stage: one of the `captions` as `caption`, and the `image` mirrored on every other visit."""
-
-    def __init__(self, config: Config) -> None:
-        self.seed, self.flip = config.train.seed, config.data.flip
-
-    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for sample in samples:
-            position, captions = sample["__position__"], sample["captions"]
-            sample["caption"] = captions[draw(self.seed, position, _CAPTION) % len(captions)]
-            if self.flip and draw(self.seed, position, _FLIP) & 1:
-                for picture in (sample["image"], *([sample["source"]] if "source" in sample else [])):
-                    picture.copy_(picture.flip(-1))
-            yield sample
+    position: int
+    shard: str
+    key: str
+    reason: str
+    replaced_by: str
 
 
 class Collate:
-    """Last stage: micro-batches, checked to hold the positions that the plan asks for."""
+    """Last stage: micro-batches and the records of their replaced samples.
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.source, self.tokenizer, self.max_tokens = source, tokenizer, max_tokens
+    Raises DataError if the positions are not those of the plan.
+    """
+
+    def __init__(self, reader: SampleReader, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self._reader, self._tokenizer, self._max_tokens = reader, tokenizer, max_tokens
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Batch, list[BadRecord]]]:
-        sequence, rows = self.source.first, self.source.plan.rows
-        expected = self.source.plan.positions(sequence)
-        held: list[dict[str, Any]] = []
+        sequence, plan = self._reader.first, self._reader.plan
+        expected = plan.positions(sequence)
+        collected: list[dict[str, Any]] = []
         for sample in samples:
-            if sample["__position__"] != expected[len(held)]:
+            if sample["__position__"] != expected[len(collected)]:
                 raise DataError(
-                    f"a stage of the data pipeline dropped or moved position {expected[len(held)]}: stages must yield "
+                    f"a stage of the data pipeline dropped or moved position {expected[len(collected)]}: stages must yield "
                     "one sample for each they get, in order"
                 )
-            held.append(sample)
-            if len(held) == rows:
-                bad, self.source.bad[:] = list(self.source.bad), []
-                yield self.batch(held), bad
-                sequence += self.source.step
-                expected, held = self.source.plan.positions(sequence), []
+            collected.append(sample)
+            if len(collected) == plan.rows:
+                yield self._batch(collected), [_record(sample) for sample in collected if "__bad__" in sample]
+                sequence += self._reader.step
+                expected, collected = plan.positions(sequence), []
 
-    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
         captions = [sample["caption"] for sample in samples]
-        tokens, lengths = self.tokenizer.encode(captions, self.max_tokens)
+        tokens, lengths = self._tokenizer.encode(captions, self._max_tokens)
+        edited = "sources" in samples[0]
         return Batch(
             images=samples[0]["images"],
             tokens=tokens,
@@ -91,75 +89,71 @@ class Collate:
             positions=torch.tensor([sample["__position__"] for sample in samples]),
             captions=captions,
             keys=[sample["__key__"] for sample in samples],
-            **self._sources(samples),
+            sources=samples[0]["sources"] if edited else None,
+            source_ids=torch.tensor([sample["source_id"] for sample in samples]) if edited else None,
         )
 
-    def _sources(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        if "sources" not in samples[0]:
-            return {}
-        ids = torch.tensor([sample["source_id"] for sample in samples])
-        return {"sources": samples[0]["sources"], "source_ids": ids}
+
+def _record(sample: dict[str, Any]) -> BadRecord:
+    bad = sample["__bad__"]
+    return BadRecord(sample["__position__"], bad.shard, bad.key, bad.reason, replaced_by=sample["__key__"])
 
 
-def order_of(shards: Shards, config: Config) -> Order | Mixture:
-    """The order that a configuration asks for over these shards."""
-    data, seed = config.data, config.train.seed
+def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
+    """The order over these shards that the configuration requests."""
     if not data.weights:
         return Order(shards.sizes, seed, data.shuffle_window, data.shuffle_shards)
     parts = [Order(sizes, seed + i, data.shuffle_window, data.shuffle_shards) for i, sizes in enumerate(shards.parts())]
     return Mixture(parts, data.weights, seed)
 
 
+@dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
-    """The pipeline of one worker; yields (Batch, records of replaced samples), or one Failure and nothing more."""
+    """The stages of one worker, which computes every `step`-th micro-batch from `first` on.
 
-    def __init__(
-        self,
-        shards: Shards,
-        plan: Plan,
-        config: Config,
-        tokenizer: Tokenizer,
-        stages: Sequence[Stage],
-        choice: SourceChoice | None = None,
-    ) -> None:
-        self.shards, self.plan, self.config, self.tokenizer, self.stages = shards, plan, config, tokenizer, list(stages)
-        self.choice = choice
-        self.first = 0
-        self.lane = 0, 1
-        """Which worker of how many this is; set before each is started."""
-        self.buffers: Buffers | None = None
-        """Memory that it shares with its parent; likewise."""
+    Iterates over pairs of a Batch and the records of its replaced samples. A DataError becomes a Failure, the last item.
+    """
 
-    def new_buffers(self, waiting: int) -> Buffers | None:
-        """For a worker of which so many batches may wait for the parent; None where batches are small.
+    shards: Shards
+    plan: Plan
+    data: DataConfig
+    seed: int
+    tokenizer: Tokenizer
+    stages: Sequence[Stage] = ()
+    choice: SourceChoice | None = None
+    first: int = 0
+    step: int = 1
+    buffers: Buffers | None = None
+    """Memory that the worker shares with its parent."""
 
-        Four more than wait: one in the making, one in the parent's hands, and two that it may hold meanwhile.
+    def of_worker(self, first: int, step: int, waiting: int = 0) -> Pipeline:
+        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers.
+
+        It gets buffers for four more batches: one being filled, one in the parent's hands, and two that the parent may keep.
         """
-        data = self.config.data
-        size = self.plan.rows * data.image_size**2 * 3
-        pictures = 2 if self.config.edit.width else 1
-        return Buffers((waiting + 4) * pictures, size) if size > SMALL_BYTES else None
-
-    def stream(self, worker: int, workers: int) -> Iterator[tuple[Batch, list[BadRecord]]]:
-        import webdataset
-
-        data = self.config.data
-        order = order_of(self.shards, self.config)
-        source = Source(self.shards, order, self.plan, self.first + worker, workers)
-        source.strict, source.choice = data.on_bad == "strict", self.choice
-        return iter(
-            webdataset.DataPipeline(
-                source,
-                *self.stages,
-                Decode(source, self.stages, self.config, order.samples, shared=data.workers > 0, buffers=self.buffers),
-                Choose(self.config),
-                Collate(source, self.tokenizer, data.max_tokens),
-            )
-        )
+        size = self.plan.rows * self.data.image_size**2 * 3
+        pictures = 1 if self.choice is None else 2
+        buffers = Buffers((waiting + 4) * pictures, size) if waiting and size > SMALL_BYTES else None
+        return replace(self, first=first, step=step, buffers=buffers)
 
     def __iter__(self) -> Iterator[Any]:
+        import webdataset
+
         try:
-            stream = self.stream(*self.lane)
+            order = order_of(self.shards, self.data, self.seed)
+            strict = self.data.on_bad == "strict"
+            reader = SampleReader(
+                self.shards, order, self.plan, self.first, self.step, strict=strict, choice=self.choice
+            )
+            stream = iter(
+                webdataset.DataPipeline(
+                    reader,
+                    *self.stages,
+                    Decode(reader, self.stages, self.data, self.seed, self.buffers),
+                    ChooseCaption(self.seed, self.data.flip),
+                    Collate(reader, self.tokenizer, self.data.max_tokens),
+                )
+            )
             while True:
                 with secured():
                     item = next(stream)
@@ -170,7 +164,7 @@ class Pipeline(torch.utils.data.IterableDataset):
 
 @contextlib.contextmanager
 def secured() -> Iterator[None]:
-    """WDS_SECURE=1 for a while: whatever stage a user inserts, webdataset opens no pickles and runs no commands."""
+    """Sets WDS_SECURE=1 inside: no stage of a user makes webdataset open pickles or run commands."""
     from webdataset import utils
 
     before, utils.enforce_security = utils.enforce_security, True
@@ -183,9 +177,9 @@ def secured() -> Iterator[None]:
 class Stream:
     """An endless iterator over Batch. `bad_counts` counts the replaced samples of this rank by reason."""
 
-    def __init__(self, pipeline: Pipeline, config: Config, allowance: int, bad_file: str | None) -> None:
-        self._pool = WorkerPool(pipeline, config.data.workers)
-        self._limit, self._allowance, self._bad_file = config.data.max_bad_fraction, allowance, bad_file
+    def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
+        self._pool = WorkerPool(pipeline, pipeline.data.workers)
+        self._limit, self._allowance, self._bad_file = pipeline.data.max_bad_fraction, allowance, bad_file
         self._seen = 0
         self.bad_counts: Counter[str] = Counter()
 
@@ -193,7 +187,7 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        """Raises DataError when a sample is bad under `strict`, or too many were."""
+        """Raises DataError for a bad sample if `data.on_bad` is strict, and if too many samples were bad."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -201,12 +195,10 @@ class Stream:
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def close(self) -> None:
-        """End the workers at once; the stream yields no more. Safe to call twice."""
+        """Ends the workers at once, and the stream with them. May be called twice."""
         self._pool.close()
 
     def _record(self, bad: list[BadRecord]) -> None:
-        import json
-
         self.bad_counts.update(record.reason for record in bad)
         if self._bad_file:
             lines = "".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in bad)
@@ -214,18 +206,22 @@ class Stream:
                 file.write(lines)
         count = sum(self.bad_counts.values())
         if count > self._limit * max(self._seen, self._allowance):
-            worst = bad[-1]
+            last = bad[-1]
             raise DataError(
                 f"{count} of the {self._seen} samples seen could not be used, more than data.max_bad_fraction "
-                f"({self._limit:g}) allows; the last one: {worst.key} of {worst.shard}: {worst.reason}. "
+                f"({self._limit:g}) allows; the last one: {last.key} of {last.shard}: {last.reason}. "
                 f"Mend or rewrite the set{f' (all are listed in {self._bad_file})' if self._bad_file else ''}"
             )
 
 
 def open_stream(
-    config: Config,
+    data: DataConfig,
     tokenizer: Tokenizer,
     *,
+    seed: int,
+    global_batch: int,
+    accumulation: int = 1,
+    edit: EditConfig | None = None,
     split: str = "train",
     rank: int = 0,
     world_size: int = 1,
@@ -237,26 +233,28 @@ def open_stream(
     """The micro-batches of one rank from position `start_images` on, endlessly, in the order of `rows_of_rank`.
 
     Args:
-        bad_file: where replaced samples are listed, one JSON object a line, appended.
-        stages: webdataset stages between the source and the decoder, such as `wds.map(f)`; one out for one in.
-        data_set: the set, when it is open already; else that of `config.data.train`.
+        accumulation: micro-batches of each rank per step.
+        edit: adds sources to the batches if its `width` is not 0.
+        bad_file: a file to which replaced samples are appended, one JSON object per line.
+        stages: webdataset stages between the reader and the decoder, such as `wds.map(f)`; they yield one sample for each.
+        data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError when the set cannot be read or the batch does not divide; later, see `Stream.__next__`.
+    Raises: DataError if the set cannot be read or the batch is not divisible; later, see `Stream.__next__`.
     """
-    import webdataset  # noqa: F401  before the workers are forked, so that each need not
+    import webdataset  # noqa: F401  before the fork of the workers, so that they need not import it
 
-    data_set = data_set or open_data(config.data)
+    data_set = data_set or open_data(data)
     shards = data_set.shards(split)
     samples = sum(shards.sizes)
     if samples == 0:
         raise DataError(f"the split {split!r} of {data_set.folder} is empty")
-    batch, parts = config.train.global_batch, world_size * config.engine.accumulation
-    if batch % (2 * parts):
+    parts = world_size * accumulation
+    if global_batch % (2 * parts):
         raise DataError(
-            f"train.global_batch {batch} must be an even number for each of the {world_size} ranks x "
-            f"{config.engine.accumulation} micro-batches: a multiple of {2 * parts}"
+            f"train.global_batch {global_batch} must be an even number for each of the {world_size} ranks x "
+            f"{accumulation} micro-batches: a multiple of {2 * parts}"
         )
-    plan = Plan(rank, world_size, batch, config.engine.accumulation, start_images)
-    choice = source_choice(shards, config) if config.edit.width else None
-    pipeline = Pipeline(shards, plan, config, tokenizer, stages, choice)
-    return Stream(pipeline, config, -(-samples // world_size), os.fspath(bad_file) if bad_file else None)
+    plan = Plan(rank, world_size, global_batch, accumulation, start_images)
+    choice = source_choice(shards, edit, seed) if edit and edit.width else None
+    pipeline = Pipeline(shards, plan, data, seed, tokenizer, list(stages), choice)
+    return Stream(pipeline, -(-samples // world_size), os.fspath(bad_file) if bad_file else None)

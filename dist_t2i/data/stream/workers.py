@@ -1,11 +1,13 @@
-"""DataLoader workers that a signal does not end, and that do not outlive the run.
+"""DataLoader workers that ignore signals and end with the training process.
 
-Slurm, a terminal's Ctrl-C and a launcher send their signals to the whole process group. Workers ignore them: the
-training process decides, saves first, and ends its workers. If it dies without doing so, the kernel kills them.
+Slurm, Ctrl-C in a terminal and launchers send signals to the whole process group. Workers ignore them: the training process
+saves first, then ends its workers. If it dies before that, the kernel kills them.
 
-Workers are forked: two of them deliver their first batch within a second, where spawned ones spend it on imports. A
-fork is safe here because a worker touches neither the GPU, nor a process group, nor threads of its parent, and opens
-its files itself. Where there is no fork worth having (macOS, Windows), they are spawned.
+Workers are forked: two of them deliver their first batch within a second, which spawned ones spend on imports. The fork is
+safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew. On
+systems other than Linux, workers are spawned.
+
+This module uses private parts of torch's DataLoader; tests/data/stream/test_library_internals.py lists them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import os
 import signal
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,20 +27,28 @@ from dist_t2i.storage.reader_process import allow_clients
 from dist_t2i.utils.processes import end_with
 
 _MAX_RESTARTS = 3
-_WAITING = 4
-"""Batches that a worker may have ready."""
+_PREFETCH = 4
+"""Finished batches that may wait in each worker."""
 _FORKS = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker sends in place of a batch: the message of the error that ended it, without its traceback."""
+    """Sent by a worker in place of a batch: the message of the error that ended it, without the traceback."""
 
     message: str
 
 
+class WorkerPipeline(Protocol):
+    """What a pool runs in its workers."""
+
+    def of_worker(self, first: int, step: int, waiting: int = 0) -> Any:
+        """An iterable dataset over every `step`-th item from `first` on, `waiting` of which may wait for the parent."""
+        ...
+
+
 class StartWorker:
-    """`worker_init_fn`: signals off, one thread, killed with the parent. Picklable."""
+    """`worker_init_fn`: ignores signals, ends with the parent, uses one thread. Picklable."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()
@@ -51,22 +62,29 @@ class StartWorker:
 
 
 class Lanes:
-    """An iterator over the items of several workers in turn, each with a pipe of its own.
+    """Iterates over the items of several workers in turn; each worker has its own pipe.
 
-    In the DataLoader's usual shared pipe, a worker that is killed in mid-message leaves half of one behind, which its
-    parent then waits for without end. Here nobody but the worker holds the pipe's writing end, so its death is an EOF.
+    A worker that is killed while it writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits
+    for the rest forever. Here only the worker holds the writing end of its pipe, so its death is an EOF.
     """
 
-    def __init__(self, loaders: list[torch.utils.data.DataLoader], pipeline: Any) -> None:
-        self._iterators = []
-        self._buffers = []  # held here: what a worker sends is looked for in them
-        for lane, loader in enumerate(loaders):
-            pipeline.lane = lane, len(loaders)
-            pipeline.buffers = pipeline.new_buffers(_WAITING) if _FORKS else None
-            self._buffers.append(pipeline.buffers)
+    def __init__(self, pipeline: WorkerPipeline, first: int, workers: int) -> None:
+        self._iterators: list[Any] = []
+        self._datasets: list[Any] = []  # the parent resolves references to their shared buffers
+        for worker in range(workers):
+            dataset = pipeline.of_worker(first + worker, workers, _PREFETCH if _FORKS else 0)
+            loader = torch.utils.data.DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=1,
+                prefetch_factor=_PREFETCH,
+                worker_init_fn=StartWorker(),
+                multiprocessing_context="fork" if _FORKS else "spawn",
+            )
             iterator: Any = iter(loader)
             iterator._worker_result_queue._writer.close()  # before the next fork, which would inherit it
             self._iterators.append(iterator)
+            self._datasets.append(dataset)
         self._next = 0
 
     @property
@@ -74,13 +92,16 @@ class Lanes:
         """The worker processes."""
         return [worker for iterator in self._iterators for worker in iterator._workers]
 
+    def __iter__(self) -> Lanes:
+        return self
+
     def __next__(self) -> Any:
         item = next(self._iterators[self._next])
         self._next = (self._next + 1) % len(self._iterators)
         return item
 
     def end(self) -> None:
-        """The loader's own way first; workers that do not follow it are killed: they ignore SIGTERM, and hold nothing."""
+        """Ends the workers as the loader does, then kills those that are left: they ignore SIGTERM and hold no state."""
         workers = self.workers
         for iterator in self._iterators:
             iterator._shutdown_workers()
@@ -90,24 +111,23 @@ class Lanes:
 
 
 class WorkerPool:
-    """Reads `pipeline` in `workers` processes, or in this one when 0; a worker that was killed is started anew."""
+    """The items of `pipeline`, computed in `workers` processes (0: in this one). Restarts workers that were killed."""
 
-    def __init__(self, pipeline: Any, workers: int) -> None:
+    def __init__(self, pipeline: WorkerPipeline, workers: int) -> None:
         self._pipeline, self._workers = pipeline, workers
         self._taken = self._restarts = 0
-        self._iterator: Any = None
+        self._iterator: Iterator[Any] | None = None
         self._finalizer: weakref.finalize | None = None
 
     def next(self) -> Any:
-        """The next item. Raises DataError for a Failure, or when workers keep dying."""
+        """The next item. Raises DataError for a Failure, and if workers keep dying."""
         while True:
-            if self._iterator is None:
-                self._start()
+            iterator = self._iterator or self._start()
             try:
-                item = next(self._iterator)
+                item = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
-                # A worker that dies while it hands over a batch breaks a pipe; elsewhere the loader notices.
-                if not self._someone_died():
+                # A worker that dies while it sends a batch breaks its pipe; otherwise the loader notices its death.
+                if not _worker_died(iterator):
                     raise
                 self._restart(error)
                 continue
@@ -118,41 +138,24 @@ class WorkerPool:
             return item
 
     def close(self) -> None:
-        """End the workers. Safe to call twice; also happens when the pool is forgotten, and at exit."""
+        """Ends the workers. May be called twice; also called when the pool is garbage-collected, and at exit."""
         self._iterator = None
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
 
-    def _start(self) -> None:
-        self._pipeline.first = self._taken
+    def _start(self) -> Iterator[Any]:
         if self._workers == 0:
-            self._iterator = iter(self._pipeline)
-            return
-        loaders = [
-            torch.utils.data.DataLoader(
-                self._pipeline,
-                batch_size=None,
-                num_workers=1,
-                prefetch_factor=_WAITING,
-                worker_init_fn=StartWorker(),
-                multiprocessing_context="fork" if _FORKS else "spawn",
-            )
-            for _ in range(self._workers)
-        ]
+            self._iterator = iter(self._pipeline.of_worker(self._taken, 1))
+            return self._iterator
         before = signal.getsignal(signal.SIGCHLD)
-        self._iterator = Lanes(loaders, self._pipeline)
+        self._iterator = lanes = Lanes(self._pipeline, self._taken, self._workers)
         if signal.getsignal(signal.SIGCHLD) is not before:
-            # The loader's handler raises in whatever the main thread is doing, such as saving a checkpoint. Without
-            # it `next` notices a dead worker within seconds, which is soon enough.
+            # The loader's handler would raise in any code of the main thread, for example while it saves a checkpoint.
+            # Without the handler, `next` still notices a dead worker within seconds.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        self._finalizer = weakref.finalize(self, self._iterator.end)
-
-    def _someone_died(self) -> bool:
-        workers = self._iterator.workers if isinstance(self._iterator, Lanes) else ()
-        for worker in workers:
-            worker.join(timeout=0.1)
-        return any(not worker.is_alive() for worker in workers)
+        self._finalizer = weakref.finalize(self, lanes.end)
+        return lanes
 
     def _restart(self, error: Exception) -> None:
         self.close()
@@ -161,4 +164,11 @@ class WorkerPool:
             raise DataError(
                 f"data loader workers died {self._restarts} times (out of memory? Try a smaller data.workers): {error}"
             ) from error
-        print(f"warning: a data loader worker was killed; going on from its last batch ({error})", file=sys.stderr)
+        print(f"warning: a data loader worker was killed; continuing after its last batch ({error})", file=sys.stderr)
+
+
+def _worker_died(iterator: Iterator[Any]) -> bool:
+    workers = iterator.workers if isinstance(iterator, Lanes) else []
+    for worker in workers:
+        worker.join(timeout=0.1)
+    return any(not worker.is_alive() for worker in workers)

@@ -11,8 +11,7 @@ import torch
 
 from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.stream.batch import SMALL_BYTES
-from dist_t2i.data.stream.stream import open_stream
-from pictures import config_for, make_set
+from pictures import config_for, make_set, stream_of
 
 BATCH, SIZE = 32, 160
 IN_THE_MAP = 4 + 4
@@ -26,21 +25,21 @@ def data(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("buffers"), 90)
 
 
-def stream_of(data, workers, **changes):
+def opened(data, workers, **changes):
     config = config_for(data, batch=BATCH, size=SIZE, workers=workers)
-    return open_stream(dataclasses.replace(config, **changes), data.tokenizer, data_set=data)
+    return stream_of(dataclasses.replace(config, **changes), data.tokenizer, data_set=data)
 
 
 @pytest.fixture(scope="module")
 def expected(data):
     """The first batches, made without workers: each has its own memory."""
-    return list(itertools.islice(stream_of(data, 0), 40))
+    return list(itertools.islice(opened(data, 0), 40))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_is_used_again_and_what_is_held_stays(data, expected, workers):
     held, places = [], set()
-    stream = stream_of(data, workers)
+    stream = opened(data, workers)
     for number, batch in zip(range(40), stream, strict=False):
         assert batch.keys == expected[number].keys and torch.equal(batch.images, expected[number].images), number
         places.add(batch.images.data_ptr())
@@ -55,7 +54,7 @@ def test_memory_is_used_again_and_what_is_held_stays(data, expected, workers):
 
 
 def test_whoever_holds_more_than_there_are_gets_fresh_memory(data, expected):
-    stream = stream_of(data, 1)
+    stream = opened(data, 1)
     held = list(itertools.islice(stream, 2 * IN_THE_MAP))
     assert len({batch.images.data_ptr() for batch in held}) == len(held)
     assert all(torch.equal(batch.images, wanted.images) for batch, wanted in zip(held, expected, strict=False))
@@ -66,7 +65,7 @@ def test_whoever_holds_more_than_there_are_gets_fresh_memory(data, expected):
 
 
 def test_a_copy_of_a_batch_is_a_copy(data, expected):
-    stream = stream_of(data, 1)
+    stream = opened(data, 1)
     kept = copy.deepcopy(next(stream))
     for _ in range(2 * IN_THE_MAP):
         next(stream)
@@ -75,7 +74,7 @@ def test_a_copy_of_a_batch_is_a_copy(data, expected):
 
 def test_sources_of_edits_have_buffers_of_their_own(data):
     change = {"edit": EditConfig(width=8)}
-    plain, forked = stream_of(data, 0, **change), stream_of(data, 1, **change)
+    plain, forked = opened(data, 0, **change), opened(data, 1, **change)
     before = None
     for _ in range(20):
         wanted, batch = next(plain), next(forked)

@@ -9,12 +9,11 @@ import torch
 from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.shard_set import Shard, Shards, open_set
 from dist_t2i.data.stream.edit_pairs import LARGEST, NONE, Neighbors, SourceChoice, source_choice
-from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.sources.folder import find_items
 from dist_t2i.sharding.write_set import write_set
 from dist_t2i.sharding.writing.prepare import Options
-from pictures import config_for, picture
+from pictures import config_for, picture, stream_of
 
 NAMES = [
     "woman pilot light skin tone",
@@ -95,13 +94,13 @@ def rows(stream, batches: int) -> dict[int, tuple]:
 
 def test_the_stream_brings_sources_whatever_the_ranks_and_workers(data):
     config = editing(data)
-    one = rows(open_stream(config, data.tokenizer, data_set=data), 12)
-    parts = [rows(open_stream(config, data.tokenizer, rank=r, world_size=2, data_set=data), 12) for r in range(2)]
+    one = rows(stream_of(config, data.tokenizer, data_set=data), 12)
+    parts = [rows(stream_of(config, data.tokenizer, rank=r, world_size=2, data_set=data), 12) for r in range(2)]
     assert parts[0] | parts[1] == one
-    later = rows(open_stream(config, data.tokenizer, start_images=40, data_set=data), 7)
+    later = rows(stream_of(config, data.tokenizer, start_images=40, data_set=data), 7)
     assert later == {position: row for position, row in one.items() if position >= 40}
     workers = editing(data, workers=2)
-    assert rows(open_stream(workers, data.tokenizer, data_set=data), 12) == one
+    assert rows(stream_of(workers, data.tokenizer, data_set=data), 12) == one
     assert any(own == source for own, source, *_ in one.values()) and any(s == NONE for _, s, *_ in one.values())
     shown = {}
     for own, source, image, pixels in one.values():
@@ -119,8 +118,8 @@ def test_the_stream_brings_sources_whatever_the_ranks_and_workers(data):
 def test_without_editing_the_same_pictures_come_and_no_sources(data):
     config = editing(data)
     plain = dataclasses.replace(config, edit=EditConfig())
-    with_sources = rows(open_stream(config, data.tokenizer, data_set=data), 4)
-    stream = open_stream(plain, data.tokenizer, data_set=data)
+    with_sources = rows(stream_of(config, data.tokenizer, data_set=data), 4)
+    stream = stream_of(plain, data.tokenizer, data_set=data)
     for _ in range(4):
         batch = next(stream)
         assert batch.sources is None and batch.source_ids is None
@@ -129,24 +128,24 @@ def test_without_editing_the_same_pictures_come_and_no_sources(data):
 
 
 def test_source_and_picture_are_mirrored_and_cut_alike(data):
-    found = rows(open_stream(editing(data, own=1.0, none=0.0, crop=0.5), data.tokenizer, data_set=data), 6)
+    found = rows(stream_of(editing(data, own=1.0, none=0.0, crop=0.5), data.tokenizer, data_set=data), 6)
     assert all(source == own and pixels == image for own, source, image, pixels in found.values())
     assert len({image for *_, image, _ in found.values()}) > 24
 
 
 def test_a_source_that_does_not_decode_is_replaced_by_the_picture_itself(data):
     broken = Shards([Shard(s.url, s.samples, s.index_url) for s in data.shards("train")._shards])
-    choice = SourceChoice(Neighbors([[f"thing {i // 2}"] for i in range(24)], 1), editing(data, own=0.0, none=0.0))
+    config = editing(data, own=0.0, none=0.0)
+    choice = SourceChoice(Neighbors([[f"thing {i // 2}"] for i in range(24)], 1), config.edit, config.train.seed)
     assert choice(4, 0) == 5 and choice(5, 17) == 4
     from dist_t2i.data.stream.decode_stage import Decode
-    from dist_t2i.data.stream.reader import Plan, Source
+    from dist_t2i.data.stream.reader import Plan, SampleReader
     from dist_t2i.data.stream.stream import order_of
 
-    config = editing(data, own=0.0, none=0.0)
-    source = Source(broken, order_of(broken, config), Plan(0, 1, 8, 1, 0))
-    source.choice = choice
-    decode = Decode(source, (), config, 24)
-    sample = source._read(3, 0, 4)
+    order = order_of(broken, config.data, config.train.seed)
+    reader = SampleReader(broken, order, Plan(0, 1, 8, 1, 0), choice=choice)
+    decode = Decode(reader, (), config.data, config.train.seed)
+    sample = reader._read(3, 0, 4)
     assert sample["__source__"]["__id__"] == 5
     sample["__source__"]["png"] = sample["__source__"]["png"][:20]
     (decoded,) = decode([sample])
@@ -155,7 +154,7 @@ def test_a_source_that_does_not_decode_is_replaced_by_the_picture_itself(data):
 
 def test_sets_whose_captions_cannot_be_compared_are_refused(data):
     far = Shards([Shard("https://example.org/a.tar", 10, "https://example.org/a.index")])
-    with pytest.raises(DataError, match="behind a network"):
-        source_choice(far, editing(data))
+    with pytest.raises(DataError, match="is remote"):
+        source_choice(far, editing(data).edit, 3)
     with pytest.raises(DataError, match="300,000 samples"):
-        source_choice(Shards([Shard("a.tar", 300_000, "a.index")]), editing(data))
+        source_choice(Shards([Shard("a.tar", 300_000, "a.index")]), editing(data).edit, 3)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.stream.mixture import CYCLE, Mixture, slots
 from dist_t2i.data.stream.order import Order
-from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import ConfigError
-from pictures import config_for, make_set
+from pictures import config_for, make_set, stream_of
 
 
 def mixture(seed=5, weights=(3, 1)):
@@ -64,7 +63,7 @@ def test_a_weighted_stream(tmp_path):
     config = config.__class__(**{**vars(config), "data": both})
     data = open_data(both)
     assert data.manifest["splits"]["train"]["samples"] == 64
-    stream = open_stream(config, data.tokenizer, data_set=data)
+    stream = stream_of(config, data.tokenizer, data_set=data)
     ids = [number for _ in range(128) for number in next(stream).image_ids.tolist()]
     assert abs(sum(number < 24 for number in ids) / 1024 - 0.25) < 0.05
     assert set(ids) == set(range(64))

@@ -14,9 +14,8 @@ from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.stream.order import Order
-from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.errors import DataError
-from pictures import colour, config_for, make_set
+from pictures import colour, config_for, make_set, stream_of
 from tars import harmful_pickle
 
 COUNT = 37
@@ -28,7 +27,7 @@ def small(tmp_path_factory):
 
 
 def read(data_set, config, batches, **where):
-    stream = open_stream(config, data_set.tokenizer, **where)
+    stream = stream_of(config, data_set.tokenizer, **where)
     try:
         return [next(stream) for _ in range(batches)], stream
     finally:
@@ -87,7 +86,7 @@ def test_every_picture_once_an_epoch_across_its_end(small, reference):
 
 
 def test_captions_and_flips_vary(small):
-    stream = open_stream(config_for(small), small.tokenizer)
+    stream = stream_of(config_for(small), small.tokenizer)
     seen = Counter()
     mirrored = 0
     for _ in range(40):
@@ -166,7 +165,7 @@ def test_inserted_stages_run_no_commands_and_unpickle_nothing(small, tmp_path, w
 @pytest.mark.parametrize(("batch", "world_size", "accumulation"), [(8, 3, 1), (6, 2, 2), (3, 1, 1)])
 def test_batches_that_do_not_divide(small, batch, world_size, accumulation):
     with pytest.raises(DataError, match=r"train\.global_batch .* must be"):
-        open_stream(config_for(small, batch=batch, accumulation=accumulation), small.tokenizer, world_size=world_size)
+        stream_of(config_for(small, batch=batch, accumulation=accumulation), small.tokenizer, world_size=world_size)
 
 
 # Bad samples

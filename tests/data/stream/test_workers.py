@@ -9,20 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from dist_t2i.data.stream.stream import open_stream
-from pictures import config_for, make_set
+from pictures import config_for, make_set, stream_of
 from ranks import ROOT
 
 PROGRAM = """
 import os, sys, time
 from dist_t2i.data.shard_set import open_set
-from dist_t2i.data.stream.stream import open_stream
-from pictures import config_for
+from pictures import config_for, stream_of
 import signal
 for name in ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_: None)
 data_set = open_set(sys.argv[1])
-stream = open_stream(config_for(data_set, workers=2), data_set.tokenizer)
+stream = stream_of(config_for(data_set, workers=2), data_set.tokenizer)
 next(stream)
 print(*[worker.pid for worker in stream._pool._iterator.workers], flush=True)
 while True:
@@ -89,7 +87,7 @@ def test_signals_to_the_group_do_not_end_workers_and_death_of_the_parent_does(pr
 def test_a_killed_worker_costs_nothing(small, delay):
     """Killed at several moments, in the middle of handing over a batch among them."""
     config = config_for(small, workers=2)
-    stream = open_stream(config, small.tokenizer)
+    stream = stream_of(config, small.tokenizer)
     positions = []
     for step in range(30):
         positions.extend(next(stream).positions.tolist())
@@ -103,7 +101,7 @@ def test_a_killed_worker_costs_nothing(small, delay):
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
 def test_close_ends_the_workers_quickly(small):
     handler = signal.getsignal(signal.SIGCHLD)
-    stream = open_stream(config_for(small, workers=2), small.tokenizer)
+    stream = stream_of(config_for(small, workers=2), small.tokenizer)
     next(stream)
     assert signal.getsignal(signal.SIGCHLD) == handler
     workers = [worker.pid for worker in stream._pool._iterator.workers]
@@ -116,7 +114,7 @@ def test_close_ends_the_workers_quickly(small):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
 def test_a_forgotten_stream_ends_its_workers(small):
-    stream = open_stream(config_for(small, workers=1), small.tokenizer)
+    stream = stream_of(config_for(small, workers=1), small.tokenizer)
     next(stream)
     worker = stream._pool._iterator.workers[0].pid
     assert running(worker)

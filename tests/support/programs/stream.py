@@ -30,8 +30,12 @@ def main() -> None:
     try:
         data = open_data(config.data)
         stream = open_stream(
-            config,
+            config.data,
             data.tokenizer,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            accumulation=config.engine.accumulation,
+            edit=config.edit,
             rank=own["rank"],
             world_size=own["world_size"],
             start_images=own["start"],
