@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.evaluate import evaluate, load_judges
+from dist_t2i.eval.evaluate import evaluate, load_networks
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import keys_of
@@ -95,10 +95,10 @@ class Judging:
             return kept["scores"]
         self.say(f"scores of {run}")
         if not self.judges:
-            loaded = load_judges(self.protocol, model.device)
+            loaded = load_networks(self.protocol, model.device)
             self.judges = {name: RememberingJudge.of(one, self.out / "features") for name, one in loaded.items()}
         started = time.monotonic()
-        found = evaluate(model, self.data, self.protocol, say=lambda line: None, judges=self.judges)
+        found = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.judges)
         scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)

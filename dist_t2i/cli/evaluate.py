@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dist_t2i.eval.judges.features import FeatureNetwork
     from dist_t2i.eval.protocol import Protocol
     from dist_t2i.eval.ranks import Ranks
-    from dist_t2i.eval.selection import Chosen
+    from dist_t2i.eval.selection import Selection
     from dist_t2i.inference.pipeline import TextToImage
 
 _NETWORKS = ("efficientnet", "inception", "clip")
@@ -103,17 +103,17 @@ def main() -> int:
 
 def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     """Scores to a file and to the terminal. Collective; a UserError is raised on all ranks."""
-    from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
+    from dist_t2i.eval.evaluate import select_all, evaluate, load_networks
     from dist_t2i.eval.scores import table
 
     model, data, protocol, sources = ranks.all(lambda: opened(chosen, local_rank, ranks.world))
-    rows = choose_all(data, protocol, ranks)
+    rows = select_all(data, protocol, ranks)
     run = model.files.folder
     ranks.from_main(lambda: keep_captions(run, protocol, rows))
     judges: dict[str, FeatureNetwork] = {}
 
     def load() -> None:
-        judges.update(load_judges(protocol, model.device, sources, chosen.without))
+        judges.update(load_networks(protocol, model.device, sources, chosen.without))
 
     ranks.from_main(load)  # first one of them, which may have to download
     ranks.all(lambda: None if ranks.main else load())
@@ -121,7 +121,7 @@ def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> Non
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    scores = evaluate(model, data, protocol, say=say, judges=judges, ranks=ranks, chosen=rows)
+    scores = evaluate(model, data, protocol, say=say, networks=judges, ranks=ranks, selections=rows)
     out = chosen.out or run / (
         "scores.json" if chosen.run.samefile(run) else f"scores-{chosen.run.resolve().name}.json"
     )
@@ -190,7 +190,7 @@ def _sources(given: list[str], without: list[str]) -> dict[str, str]:
     return found
 
 
-def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Chosen]) -> None:
+def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
     """Beside a run's scores lie the captions they are about, where the protocol does not list them: the next ones must be
     the same. Raises UserError when they are not."""
     from dist_t2i.eval.evaluate import captions_hash
@@ -222,11 +222,11 @@ def captions(chosen: argparse.Namespace) -> int:
     """Write the list and say its hash."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.evaluate import captions_hash, choose_all
+    from dist_t2i.eval.evaluate import captions_hash, select_all
     from dist_t2i.eval.protocol import captions_text, load_protocol
 
     protocol = load_protocol(chosen.protocol)
-    rows = choose_all(open_data(DataConfig(train=chosen.data)), protocol)
+    rows = select_all(open_data(DataConfig(train=chosen.data)), protocol)
     out = chosen.out or Path(f"{protocol.name}-captions.txt")
     found = captions_hash(rows)
     if protocol.captions_sha256 and found != protocol.captions_sha256:

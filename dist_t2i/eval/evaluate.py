@@ -1,7 +1,7 @@
-"""Following a protocol: from a model and a set to scores that can be compared, with all that they depend on.
+"""Scores a model on a set by a protocol, with a manifest of everything that the scores depend on.
 
-`rules.py` says what a protocol fixes, `selection.py` finds its captions, `measure.py` makes and judges the pictures,
-`scoring.py` computes the numbers. Works alone or on several ranks, with the same result.
+`protocol.py` defines the rules, `selection.py` finds the pictures and captions, `measure.py` generates pictures and
+computes features, `scoring.py` computes the scores. One process and several ranks give the same result.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.eval.judges.features import FeatureNetwork, load_features, own_judge
+from dist_t2i.eval.judges.features import FeatureNetwork, load_features, own_network
 from dist_t2i.eval.measure import measure
 from dist_t2i.eval.protocol import Protocol, captions_sha256, load_protocol, rules_sha256
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.scores import Scores, SplitScores
 from dist_t2i.eval.scoring import scores_of
-from dist_t2i.eval.selection import Chosen, choose, has_listed, splits_of
+from dist_t2i.eval.selection import Selection, has_listed, select, splits_of
+from dist_t2i.utils import environment
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,9 @@ if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
-Say = Callable[[str], None]
-
 
 def protocol_for(data: ShardSet) -> Protocol:
-    """The protocol that fits a set: `openmoji` if it holds the pictures that this lists, else `held-out`."""
+    """The default protocol of a set: `openmoji` if the set has the pictures that it lists, else `held-out`."""
     listed = load_protocol("openmoji")
     return listed if has_listed(data, listed) else load_protocol("held-out")
 
@@ -41,94 +40,89 @@ def evaluate(
     data: ShardSet,
     protocol: Protocol,
     *,
-    say: Say = print,
-    judges: Mapping[str, FeatureNetwork] | None = None,
+    say: Callable[[str], None] = print,
+    networks: Mapping[str, FeatureNetwork] | None = None,
     ranks: Ranks = ALONE,
-    chosen: Mapping[str, Chosen] | None = None,
-    seen: Mapping[str, dict[str, Tensor]] | None = None,
+    selections: Mapping[str, Selection] | None = None,
+    cache: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Scores:
-    """The scores of a model on the held-out splits of a set, on every rank; `say` gets a line of progress now and then.
+    """Scores a model on the held-out splits of a set; every rank gets the scores. Collective.
 
-    Without `judges`, the protocol's are loaded; a metric whose judge is not among them is left out, and the manifest says
-    so. `chosen`: what `choose_all` gave, where it was asked before. `seen` (split -> an empty dictionary at first) keeps
-    what the judges made of the real pictures for the next call. Collective.
-    Raises UserError when the set has no such split, too few pictures, or not those that the protocol lists. Takes about
-    0.1 s a picture and seed on one core at 32 px, nearly all of it in the judge.
+    `say` prints progress. `networks` defaults to the feature networks of the protocol; metrics whose network is missing
+    are left out and listed in the manifest. `selections` defaults to `select_all`. `cache` (split -> a dictionary, empty
+    at first) keeps the features of the real pictures for the next call.
+
+    Raises UserError when the set lacks a split, pictures, or captions that the protocol needs. Takes about 0.1 s per
+    picture and seed on one core at 32 px, nearly all of it in the feature network.
     """
-    chosen = chosen or choose_all(data, protocol, ranks)
-    judges = dict(judges if judges is not None else load_judges(protocol, model.device))
-    if "own" in {network for _, network in protocol.wanted}:
-        judges.setdefault("own", own_judge(model))
-    used = {name: judge for name, judge in judges.items() if name in {network for _, network in protocol.wanted}}
+    selections = selections or select_all(data, protocol, ranks)
+    networks = dict(networks if networks is not None else load_networks(protocol, model.device))
+    wanted = {key for _, key in protocol.wanted}
+    if "own" in wanted:
+        networks.setdefault("own", own_network(model))
+    used = {key: network for key, network in networks.items() if key in wanted}
     measured = {}
-    for split, rows in chosen.items():
+    for split, rows in selections.items():
         if ranks.main:
-            named = ", ".join(judge.name for judge in used.values())
-            say(f"{split}: {len(rows)} pictures, captions x seeds: {_made(rows, protocol):,}; judged by {named}")
-        measured[split] = measure(model, rows, protocol, used, ranks, seen[split] if seen else None)
+            count = len(rows) * len(rows.captions[0]) * len(protocol.seeds)
+            names = ", ".join(network.name for network in used.values())
+            say(f"{split}: {len(rows)} real pictures, {count:,} to generate (captions x seeds); features: {names}")
+        measured[split] = measure(model, rows, protocol, used, ranks, cache[split] if cache else None)
 
     def scores() -> Scores:
-        say("all pictures are judged; computing the metrics and their intervals")
+        say("all features are computed; computing the metrics and their intervals")
         parts = {split: part for split, part in measured.items() if part is not None}
-        found = {
+        by_split = {
             split: SplitScores(len(part.captions), scores_of(part, protocol, used)) for split, part in parts.items()
         }
+        generator = model.config.model.generator
         about = manifest(model, data, protocol, used) | {
-            "truncation": model.config.model.generator.truncation
-            if protocol.truncation is None
-            else protocol.truncation,
-            "color_sharpness": model.config.model.generator.color_sharpness,
-            "captions_sha256": captions_hash(chosen),
+            "truncation": generator.truncation if protocol.truncation is None else protocol.truncation,
+            "color_sharpness": generator.color_sharpness,
+            "captions_sha256": captions_hash(selections),
             "reference_sha256": {split: part.reference_sha256 for split, part in parts.items()},
-            "left_out": [f"{metric}/{network}" for metric, network in protocol.wanted if network not in {"", *used}],
+            "left_out": [f"{metric}/{key}" for metric, key in protocol.wanted if key not in {"", *used}],
         }
-        return Scores(dataclasses.asdict(protocol), about, found)
+        return Scores(dataclasses.asdict(protocol), about, by_split)
 
     return ranks.from_main(scores)
 
 
-def choose_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Chosen]:
+def select_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Selection]:
     """Split -> its pictures and captions. Collective. Raises UserError."""
     splits = ranks.all(lambda: splits_of(data, protocol))
-    return {split: choose(data, split, protocol, ranks) for split in splits}
+    return {split: select(data, split, protocol, ranks) for split in splits}
 
 
-def _made(rows: Chosen, protocol: Protocol) -> int:
-    return len(rows) * len(rows.captions[0]) * len(protocol.seeds)
-
-
-def load_judges(
+def load_networks(
     protocol: Protocol,
     device: torch.device | str | None = None,
-    sources: Mapping[str, str] | None = None,
+    weights: Mapping[str, str] | None = None,
     without: Collection[str] = (),
 ) -> dict[str, FeatureNetwork]:
-    """The networks that a protocol names, but the model's own.
+    """Loads the feature networks that a protocol names, except the model's own.
 
-    `sources` and `without` go by the network's first word: `inception`, `clip`. Raises UserError when one cannot be had.
+    The keys of `weights` (paths or URLs) and of `without` are the first word of a network's key: `inception`, `clip`.
+    Raises UserError when a network cannot be loaded.
     """
-    names = dict.fromkeys(network for _, network in protocol.wanted if network not in ("", "own"))
-    sources = sources or {}
+    keys = dict.fromkeys(key for _, key in protocol.wanted if key not in ("", "own"))
+    families = {key: key.partition("-")[0] for key in keys}
     return {
-        name: load_features(name, device, sources.get(name.partition("-")[0]))
-        for name in names
-        if name.partition("-")[0] not in without
+        key: load_features(key, device, (weights or {}).get(family))
+        for key, family in families.items()
+        if family not in without
     }
 
 
-def captions_hash(chosen: Mapping[str, Chosen]) -> str:
-    """Hash of the list of captions, as `rules.captions_text` writes it."""
-    return captions_sha256({split: rows.rows() for split, rows in chosen.items()})
+def captions_hash(selections: Mapping[str, Selection]) -> str:
+    """Hash of the list of captions, as `protocol.captions_text` writes it."""
+    return captions_sha256({split: rows.rows() for split, rows in selections.items()})
 
 
-# ---- what the numbers depend on --------------------------------------------------------------------------------------
-
-
-def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[str, FeatureNetwork]) -> dict[str, Any]:
-    """Hashes and versions that two scores by a protocol (a dataclass of rules) share, or by which they differ; see
-    comparing.py."""
-    from dist_t2i.utils import environment
-
+def manifest(
+    model: TextToImage, data: ShardSet, protocol: Any, networks: Mapping[str, FeatureNetwork]
+) -> dict[str, Any]:
+    """Hashes and versions that scores depend on; `compare.py` compares them. `protocol` is any dataclass of rules."""
     about = environment.describe()
     return {
         "weights_sha256": model.files.sha256(),
@@ -137,8 +131,8 @@ def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[
         "data_fingerprint": data.fingerprint,
         "protocol_sha256": rules_sha256(protocol),
         "judges": {
-            name: {"name": judge.name, "weights_sha256": judge.weights_sha256, "side": judge.side}
-            for name, judge in judges.items()
+            key: {"name": network.name, "weights_sha256": network.weights_sha256, "side": network.side}
+            for key, network in networks.items()
         },
         "packages": about["packages"],
         "code": {**about["code"], "sha256": code_sha256()},
@@ -147,10 +141,15 @@ def manifest(model: TextToImage, data: ShardSet, protocol: Any, judges: Mapping[
 
 
 def code_sha256() -> str:
-    """Hash of this package's source files: there is not always a git revision to name."""
-    root = Path(__file__).resolve().parents[1]
+    """Hash of all modules of dist_t2i: an installed package has no git revision to name."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        digest.update(f"{path.relative_to(root).as_posix()} {len(data := path.read_bytes())}\n".encode())
+    for name, path in code_files().items():
+        digest.update(f"{name} {len(data := path.read_bytes())}\n".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def code_files() -> dict[str, Path]:
+    """Path inside dist_t2i -> file of every module, in sorted order."""
+    root = Path(__file__).resolve().parents[1]
+    return dict(sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")))

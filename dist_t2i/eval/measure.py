@@ -1,4 +1,4 @@
-"""The pass over pictures: made, damaged, judged, a chunk at a time on whichever rank; features stay, pictures do not."""
+"""Features of generated and of real pictures, a chunk of rows at a time on any rank; only features are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_t2i.eval import metrics, references
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
-from dist_t2i.eval.selection import Chosen
+from dist_t2i.eval.selection import Selection
 from dist_t2i.eval.skin_tones import group_of, tone_pair
 from dist_t2i.utils.seeds import mix
 
@@ -30,90 +30,102 @@ _COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "noisy": references.noisy,
     "random": references.random,
 }
-"""Real pictures whole and damaged, by the number of the first one."""
+"""Copies of the real pictures, intact and damaged: functions of pictures and of the number of the first one."""
 _NEEDED = {
     "kid": ("real", "mirrored", "shrunk", "blurred", "noisy", "random"),
     "retrieval": ("real", "mirrored", "shrunk", "random"),
     "fid": ("real", "mirrored", "noisy", "random"),
     "inception-score": ("real", "random"),
     "precision-recall": ("real", "mirrored", "random"),
-    "clip-score": ("real", "random"),
-    "r-precision": ("real", "random"),
+    "clip-score": ("real", "random", "texts"),
+    "r-precision": ("real", "random", "texts"),
 }
-"""What a metric's floor and ceiling are made from."""
-_WITH_TEXTS = ("clip-score", "r-precision")
+"""Metric -> the copies that its floor and ceiling need, and `texts` where it needs embeddings of the captions."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one judge saw of N pictures: float32, D numbers a picture."""
+    """One network's features of N pictures: float32, D numbers per picture."""
 
     fake: Tensor
-    """[S, N, D], S = seeds x J captions a picture: row s * J + j holds caption j from seed s"""
+    """[S, N, D], S = seeds x J captions per picture: row s * J + j holds caption j from seed s"""
     real: Mapping[str, Tensor]
     """Copy of the real pictures (`real`, `mirrored`, `noisy`, `random`, ...) -> [N, D]"""
     texts: Tensor | None
-    """[J, N, D], where the judge reads texts and a metric needs them"""
+    """[J, N, D], where the network embeds texts and a metric needs them"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the metrics of one split are computed from; on rank 0."""
+    """The input of one split's metrics; on rank 0."""
 
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
     features: Mapping[str, Features]
     """By network."""
     luma: Tensor
-    """[seeds, M] mean luma of the pictures made for `prompts`"""
+    """[seeds, M] mean luma of the pictures generated for `prompts`"""
     real_luma: Tensor
-    """[N] of the real pictures"""
+    """[N] mean luma of the real pictures"""
     prompts: tuple[str, ...]
-    """N first captions, then those of the tone pairs that are not among them."""
+    """The N first captions, then those captions of `pairs` that are not among them."""
     pairs: tuple[tuple[str, str], ...]
     """The same caption in light and in dark skin tone."""
     reference_sha256: str
-    """Hash of the real pictures as they were judged."""
+    """Hash of the real pictures at the model's size."""
 
 
 def generate(model: TextToImage, captions: Sequence[str], seed: int, protocol: Protocol) -> Tensor:
-    """One picture a caption, uint8 [N, 3, H, W]. Captions that differ by skin tone alone get the same noise."""
+    """One picture per caption, uint8 [N, 3, H, W]. Captions that differ in skin tone only get the same noise."""
     noise_seeds = [mix(seed, caption_id(group_of(caption)), 4) for caption in captions]
     return model.sample(captions, noise_seeds, protocol.truncation)
 
 
 def measure(
     model: TextToImage,
-    chosen: Chosen,
+    selection: Selection,
     protocol: Protocol,
-    judges: Mapping[str, FeatureNetwork],
+    networks: Mapping[str, FeatureNetwork],
     ranks: Ranks = ALONE,
-    references_seen: dict[str, Tensor] | None = None,
+    cache: dict[str, Tensor] | None = None,
 ) -> Measured | None:
-    """The features that the protocol's metrics need, on rank 0; None elsewhere. Collective.
+    """The features that the protocol's metrics need, on rank 0; None on other ranks. Collective.
 
-    `references_seen` keeps what the real pictures gave, for the next measurement of the same ones by the same judges. What
-    the model itself sees in them is never kept: it has learned meanwhile.
+    `cache` keeps the features of the real pictures for the next call with the same selection and networks. The features
+    of the model's own network are never cached, because this network changes with training.
     """
-    wanted = _wanted(protocol, judges)
-    kept = {} if references_seen is None else references_seen
-    others, own = ({name: j for name, j in judges.items() if (name == "own") is mine} for mine in (False, True))
-    if not kept:
-        kept.update(ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, others, wanted)))
-    real = dict(kept)
+    cache = {} if cache is None else cache
+    own = {key: network for key, network in networks.items() if key == "own"}
+    others = {key: network for key, network in networks.items() if key != "own"}
+    if not cache:
+        cache.update(ranks.collect(len(selection), lambda rows: _real_chunk(model, selection, rows, protocol, others)))
+    real = dict(cache)
     if own:
-        real |= ranks.collect(len(chosen), lambda rows: _real_chunk(model, chosen, rows, own, wanted))
-    fake = ranks.collect(len(chosen), lambda rows: _fake_chunk(model, chosen, rows, protocol, judges, wanted))
-    firsts = [row[0] for row in chosen.captions]
+        real |= ranks.collect(len(selection), lambda rows: _real_chunk(model, selection, rows, protocol, own))
+    fake = ranks.collect(len(selection), lambda rows: _fake_chunk(model, selection, rows, protocol, networks))
+    firsts = [row[0] for row in selection.captions]
     pairs = sorted({pair for caption in firsts if (pair := tone_pair(caption))})
     extra = sorted({caption for pair in pairs for caption in pair} - set(firsts))
-    more = ranks.collect(len(extra), lambda rows: {"luma": _luma(model, [extra[i] for i in rows], protocol)})
+
+    def extra_luma(rows: range) -> dict[str, Tensor]:
+        captions = extra[rows.start : rows.stop]
+        lumas = [metrics.brightness(generate(model, captions, seed, protocol)) for seed in protocol.seeds]
+        return {"luma": torch.stack(lumas, dim=1)}
+
+    more = ranks.collect(len(extra), extra_luma)
     if not ranks.main:
         return None
-    luma = fake["luma"][:, :: len(chosen.captions[0])]  # of the first captions
+    luma = fake["luma"][:, :: len(selection.captions[0])]  # of the first captions
     return Measured(
-        captions=chosen.captions,
-        features={name: _features(name, fake, real) for name in judges},
+        captions=selection.captions,
+        features={
+            key: Features(
+                fake=fake[f"{key} fake"].transpose(0, 1),
+                real={copy: real[f"{key} {copy}"] for copy in _COPIES if f"{key} {copy}" in real},
+                texts=real[f"{key} texts"].transpose(0, 1) if f"{key} texts" in real else None,
+            )
+            for key in networks
+        },
         luma=torch.cat([luma, more["luma"]] if more else [luma]).T,
         real_luma=real["luma"],
         prompts=(*firsts, *extra),
@@ -122,69 +134,42 @@ def measure(
     )
 
 
-def _wanted(protocol: Protocol, judges: Mapping[str, FeatureNetwork]) -> dict[str, tuple[list[str], bool]]:
-    """Network -> the copies of real pictures it must see, and whether it must read captions."""
-    found = {}
-    for name in judges:
-        mine = [metric for metric, network in protocol.wanted if network == name]
-        copies = [copy for copy in _COPIES if any(copy in _NEEDED[metric] for metric in mine)]
-        found[name] = (copies, any(metric in _WITH_TEXTS for metric in mine))
-    return found
-
-
 def _real_chunk(
-    model: TextToImage, chosen: Chosen, rows: range, judges: Mapping[str, FeatureNetwork], wanted: Mapping
+    model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """What the judges see of real pictures and read in their captions; rows first."""
-    pictures = torch.stack([chosen.picture(row, model.image_size) for row in rows])
+    """Features of the copies of these rows' real pictures and of their captions; rows first."""
+    pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
     digests = [hashlib.sha256(picture.contiguous().numpy().tobytes()).digest() for picture in pictures]
-    found = {
+    result = {
         "luma": metrics.brightness(pictures),
         "digest": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
     }
-    copies = {copy for name in judges for copy in wanted[name][0]}
-    for copy in (name for name in _COPIES if name in copies):
-        changed = _COPIES[copy](pictures, rows.start)
-        for name, judge in judges.items():
-            if copy in wanted[name][0]:
-                found[f"{name} {copy}"] = judge(changed)
-    for name, judge in judges.items():
-        if wanted[name][1]:
-            assert judge.embed_texts is not None, f"{name} reads no texts"
-            captions = [caption for row in rows for caption in chosen.captions[row]]
-            found[f"{name} texts"] = judge.embed_texts(captions).unflatten(0, (len(rows), -1))
-    return found
+    needed = {
+        key: {need for metric, network in protocol.wanted if network == key for need in _NEEDED[metric]}
+        for key in networks
+    }
+    for copy, change in _COPIES.items():
+        keys = [key for key in networks if copy in needed[key]]
+        if keys:
+            changed = change(pictures, rows.start)
+            result |= {f"{key} {copy}": networks[key](changed) for key in keys}
+    for key, network in networks.items():
+        if "texts" in needed[key]:
+            assert network.embed_texts is not None, f"{key} embeds no texts"
+            captions = [caption for row in rows for caption in selection.captions[row]]
+            result[f"{key} texts"] = network.embed_texts(captions).unflatten(0, (len(rows), -1))
+    return result
 
 
 def _fake_chunk(
-    model: TextToImage,
-    chosen: Chosen,
-    rows: range,
-    protocol: Protocol,
-    judges: Mapping[str, FeatureNetwork],
-    wanted: Mapping,
+    model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """What the judges see of the pictures made for these rows' captions: [n, S, ...]."""
-    found: dict[str, list[Tensor]] = {}
+    """Luma and features of the pictures generated for these rows' captions: [n, S, ...]."""
+    parts: dict[str, list[Tensor]] = {}
     for seed in protocol.seeds:
-        for number in range(len(chosen.captions[0])):
-            pictures = generate(model, [chosen.captions[row][number] for row in rows], seed, protocol)
-            found.setdefault("luma", []).append(metrics.brightness(pictures))
-            for name, judge in judges.items():
-                if wanted[name][0]:
-                    found.setdefault(f"{name} fake", []).append(judge(pictures))
-    return {name: torch.stack(parts, dim=1) for name, parts in found.items()}
-
-
-def _luma(model: TextToImage, captions: Sequence[str], protocol: Protocol) -> Tensor:
-    made = [metrics.brightness(generate(model, captions, seed, protocol)) for seed in protocol.seeds]
-    return torch.stack(made, dim=1)
-
-
-def _features(name: str, fake: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Features:
-    texts = real.get(f"{name} texts")
-    return Features(
-        fake=fake[f"{name} fake"].transpose(0, 1),
-        real={copy: real[f"{name} {copy}"] for copy in _COPIES if f"{name} {copy}" in real},
-        texts=None if texts is None else texts.transpose(0, 1),
-    )
+        for number in range(len(selection.captions[0])):
+            pictures = generate(model, [selection.captions[row][number] for row in rows], seed, protocol)
+            parts.setdefault("luma", []).append(metrics.brightness(pictures))
+            for key, network in networks.items():
+                parts.setdefault(f"{key} fake", []).append(network(pictures))
+    return {name: torch.stack(tensors, dim=1) for name, tensors in parts.items()}

@@ -1,12 +1,12 @@
-"""Protocols as files: every rule of an evaluation written out, frozen under a name and a version.
+"""Protocols as files: all rules of an evaluation, frozen under a name and a version.
 
     dist_t2i/eval/protocols/
-      openmoji.yaml       one protocol; every key is given, none has a default there
-      openmoji.txt        its captions, where they can be listed: `split <tab> key <tab> caption` a line
-      frozen.json         "NAME VERSION" -> SHA-256 of the rules, the hash of the list among them
+      openmoji.yaml       one protocol; a file gives every key, because keys have no defaults there
+      openmoji.txt        its captions, if the protocol lists them: `split <tab> key <tab> caption` per line
+      frozen.json         "NAME VERSION" -> SHA-256 of the rules, which include the hash of the list
 
-Rules that change need another version: a file that does not have the hash its name and version were frozen with is
-refused. A protocol of one's own is a file anywhere; its hash goes with every score all the same.
+Changed rules need a new version: a file whose hash differs from the frozen one of its name and version is refused. Users
+may write their own protocols as files anywhere; scores record the hash of those rules too.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from dist_t2i.config.fields import expected, field_types
-from dist_t2i.config.files import convert
+from dist_t2i.config.fields import field_types
+from dist_t2i.config.files import read_section
 from dist_t2i.errors import UserError
 
 FOLDER = Path(__file__).with_name("protocols")
@@ -38,59 +37,62 @@ _ONLY = {
     "r-precision": ("clip", "own"),
     "tone-order": ("",),
 }
-"""Metrics that not every network can judge: those that need classes, or texts, or none at all."""
+"""Metric -> the networks that it is restricted to: those with classes, those that embed texts, or no network."""
+_LEAST = dict.fromkeys(
+    ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"), 1
+) | dict.fromkeys(("min_pictures", "gallery", "kid_subset_size", "costly_resamples"), 2)
 
 
 @dataclass(frozen=True)
 class Protocol:
     """The rules of an evaluation."""
 
-    name: str
+    name: str = ""
     version: int = 1
     splits: tuple[str, ...] = ()
-    """Whose pictures are the reference and whose captions are drawn; empty: every split whose name begins with `test`."""
+    """Splits with the reference pictures and their captions; empty: every split whose name begins with `test`."""
     captions: Literal["first", "hash", "listed"] = "first"
-    """Which pictures and captions: `first`: the first `max_pictures` in the set's order, and each one's first captions;
-    `hash`: the pictures with the smallest hash of (protocol, key), and of each a caption that this hash picks;
-    `listed`: those of the committed list beside the protocol."""
+    """Selection rule. `first`: the first `max_pictures` in the set's order, and the first captions of each; `hash`: the
+    pictures with the smallest hash of (protocol, key), and one caption of each, selected by this hash; `listed`: the
+    committed list in NAME.txt."""
     captions_per_picture: int = 1
-    """So many pictures are made for each picture's first captions, one each, round and round where it has fewer."""
+    """Captions per picture that a picture is generated for; they repeat where a picture has fewer."""
     captions_sha256: str = ""
-    """Hash of the list of captions; empty where it depends on the set: it is then kept with the run's scores."""
+    """Hash of the list of captions; empty where the list depends on the set and is saved with the run's scores."""
     min_pictures: int = 4
-    """A split with fewer is refused."""
+    """A split with fewer pictures is refused."""
     max_pictures: int = 2_000
-    """At most so many of a split."""
+    """Pictures per split, at most."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """One picture per caption and seed. KID is taken within each seed and averaged, as are the others."""
+    """One picture is generated per caption and seed. KID and others are computed per seed and averaged."""
     ema: bool = True
-    """Whether the generator's moving average makes the pictures, or its weights as they are."""
+    """Whether the generator has its moving average or its current weights."""
     truncation: float | None = None
-    """Factor on the noise; None: the configuration's."""
+    """Factor on the noise; None: the model's configuration."""
     crop: Literal["centre"] = "centre"
-    """Of real pictures: the largest square in the middle ..."""
+    """Of real pictures: the largest central square ..."""
     resize: Literal["bilinear-antialias"] = "bilinear-antialias"
-    """... brought to the size of the model's pictures. How judges resize is part of their names."""
+    """... resized to the model's size. The resizing before a feature network is part of the network's name."""
     metrics: tuple[str, ...] = ("kid/efficientnet-lite0", "retrieval/efficientnet-lite0", "tone-order")
-    """METRIC/NETWORK each: the metrics are those of `METRICS`, the networks those of `NETWORKS`."""
+    """METRIC/NETWORK each, of `METRICS` and `NETWORKS`."""
     gallery: int = 100
-    """Pictures (retrieval) or captions (R-precision) among which the true one is looked for."""
+    """Pictures (retrieval) or captions (R-precision) that include the true one."""
     neighbours: int = 3
     """k of precision and recall (Kynkaanniemi et al. 2019, sec. 3)."""
     kid_subsets: int = 100
-    """KID by Inception is the mean over so many subsets (Binkowski et al. 2018) ..."""
+    """Number of random subsets that KID by Inception is averaged over (Binkowski et al. 2018) ..."""
     kid_subset_size: int = 1_000
-    """... of so many pictures, or of all where there are fewer."""
+    """... and pictures per subset, at most."""
     inception_splits: int = 10
     """Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
     resamples: int = 1_000
     """Bootstrap resamples for the intervals."""
     costly_resamples: int = 20
-    """The same for the Frechet distance, whose resamples take seconds each."""
+    """Bootstrap resamples for metrics that take seconds per resample, such as the Frechet distance."""
 
     @property
     def sha256(self) -> str:
-        """Hash of all rules, the list's hash among them."""
+        """Hash of all rules, which include the hash of the list of captions."""
         return rules_sha256(self)
 
     @property
@@ -99,22 +101,22 @@ class Protocol:
         return tuple((metric, network) for metric, _, network in (entry.partition("/") for entry in self.metrics))
 
     def listed(self) -> dict[str, list[tuple[str, str]]]:
-        """Split -> (key, caption) of the committed list. Raises UserError when it is not the one that was frozen."""
+        """Split -> (key, caption) of the committed list. Raises UserError when its hash is not the frozen one."""
         path = FOLDER / f"{self.name}.txt"
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: the captions of protocol {self.name} cannot be read ({error.strerror})") from None
-        found: dict[str, list[tuple[str, str]]] = {}
+        captions: dict[str, list[tuple[str, str]]] = {}
         for line in text.splitlines():
             split, key, caption = line.split("\t")
-            found.setdefault(split, []).append((key, caption))
-        if captions_sha256(found) != self.captions_sha256:
+            captions.setdefault(split, []).append((key, caption))
+        if captions_sha256(captions) != self.captions_sha256:
             raise UserError(
                 f"{path}: these are not the captions of {self.name} version {self.version} (their hash differs); "
-                "put the file back, or give the protocol another version"
+                "restore the file, or give the protocol a new version"
             )
-        return found
+        return captions
 
 
 def rules_sha256(rules: Any) -> str:
@@ -122,13 +124,13 @@ def rules_sha256(rules: Any) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(rules), sort_keys=True).encode()).hexdigest()
 
 
-def captions_sha256(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:
-    """Hash of a list of captions: split -> (key, caption). What `captions_text` writes has this SHA-256."""
+def captions_sha256(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
+    """Hash of a list of captions (split -> (key, caption)): the SHA-256 of what `captions_text` returns."""
     return hashlib.sha256(captions_text(captions).encode()).hexdigest()
 
 
-def captions_text(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> str:
-    """A list of captions as a file: `split <tab> key <tab> caption` a line, blanks of a caption as single spaces."""
+def captions_text(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
+    """A list of captions as a file: `split <tab> key <tab> caption` per line, white space in captions normalized."""
     lines = [
         f"{split}\t{key}\t{' '.join(caption.split())}\n" for split, rows in captions.items() for key, caption in rows
     ]
@@ -136,14 +138,14 @@ def captions_text(captions: Mapping[str, typing.Iterable[tuple[str, str]]]) -> s
 
 
 def known_protocols() -> list[str]:
-    """Names of the protocols that the package holds."""
+    """Names of the package's protocols."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_protocol(name: str | Path) -> Protocol:
-    """The protocol of that name, or in that .yaml file.
+    """Loads the protocol of that name, or from that .yaml file.
 
-    Raises UserError for an unknown name, a file that is none, and rules that were changed under their old version.
+    Raises UserError for an unknown name, an invalid file, and rules that were changed under their old version.
     """
     path = Path(name)
     packaged = path.suffix not in (".yaml", ".yml")
@@ -151,14 +153,14 @@ def load_protocol(name: str | Path) -> Protocol:
         path = FOLDER / f"{name}.yaml"
         if str(name) not in known_protocols():
             known = ", ".join(known_protocols())
-            raise UserError(f"no protocol {str(name)!r}; there are {known}, or name a .yaml file of your own")
+            raise UserError(f"no protocol {str(name)!r}; there are {known}, or name your own .yaml file")
     protocol = _read(path)
     frozen = json.loads(FROZEN.read_text(encoding="utf-8")).get(f"{protocol.name} {protocol.version}")
     if frozen != protocol.sha256 and (frozen or packaged):
-        what = "is not the one that was frozen: its rules were changed" if frozen else "was never frozen"
+        problem = "is not the one that was frozen: its rules were changed" if frozen else "was never frozen"
         raise UserError(
-            f"{path}: protocol {protocol.name} version {protocol.version} {what}. Scores under one version must stay "
-            f"comparable: put the rules back, or give them another version (hash of these rules: {protocol.sha256})"
+            f"{path}: protocol {protocol.name} version {protocol.version} {problem}. Scores of one version must stay "
+            f"comparable: restore the rules, or give them a new version (hash of these rules: {protocol.sha256})"
         )
     return protocol
 
@@ -170,37 +172,28 @@ def _read(path: Path) -> Protocol:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a protocol is a list of `key: value` lines")
-    types = field_types(Protocol)
-    problems = [f"{key}: unknown" for key in content if key not in types]
-    problems += [f"{key}: missing (a protocol gives every key)" for key in types if key not in content]
-    values: dict[str, Any] = {}
-    for key in types.keys() & content.keys():
-        try:
-            values[key] = convert(content[key], types[key])
-        except ValueError as error:
-            problems.append(f"{key}: expected {expected(types[key])}, got {error}")
-    if not problems:
-        problems = list(_wrong(Protocol(**values)))
+    problems: list[str] = []
+    protocol: Protocol = read_section(content, Protocol, "", problems, "a protocol")
+    if isinstance(content, dict):
+        given = {key for key, value in content.items() if value is not None or key == "truncation"}
+        problems += [
+            f"{key}: missing (a protocol gives every key)" for key in field_types(Protocol) if key not in given
+        ]
+    problems = problems or list(_problems(protocol))
     if problems:
         raise UserError(f"{path}: not a protocol: {'; '.join(sorted(problems))}")
-    return Protocol(**values)
+    return protocol
 
 
-def _wrong(protocol: Protocol) -> typing.Iterator[str]:
+def _problems(protocol: Protocol) -> Iterator[str]:
     for entry, (metric, network) in zip(protocol.metrics, protocol.wanted, strict=True):
         if metric not in METRICS:
             yield f"metrics: no metric {metric!r} (in {entry!r}); there are {', '.join(METRICS)}"
         elif network not in _ONLY.get(metric, NETWORKS):
             yield f"metrics: {entry!r}: {metric} goes with {' or '.join(_ONLY.get(metric, NETWORKS)) or 'no network'}"
-    if not protocol.metrics:
-        yield "metrics: names none"
-    for key in ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"):
-        if getattr(protocol, key) < 1:
-            yield f"{key}: must be at least 1"
-    for key in ("min_pictures", "gallery", "kid_subset_size", "costly_resamples"):
-        if getattr(protocol, key) < 2:
-            yield f"{key}: must be at least 2"
-    if not protocol.seeds:
-        yield "seeds: names none"
+    for key in ("metrics", "seeds"):
+        if not getattr(protocol, key):
+            yield f"{key}: empty; name at least one"
+    for key, least in _LEAST.items():
+        if getattr(protocol, key) < least:
+            yield f"{key}: must be at least {least}"

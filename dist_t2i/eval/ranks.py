@@ -1,7 +1,7 @@
-"""An evaluation over several processes: what each does depends on how many there are, what comes out does not.
+"""Evaluation on several processes, with the same result for any number of them.
 
-Rows are cut into chunks of a fixed size, and whole chunks are dealt out: a network sees the same batches whoever computes
-them, so that features are the same to the bit on one rank and on four (with the same number of threads).
+Rows are split into chunks of a fixed size, and the ranks share the chunks. A feature network sees the same batches on any
+number of ranks, so features are bitwise the same on one rank and on four (with the same number of threads).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,102 +19,84 @@ from dist_t2i.errors import UserError
 T = TypeVar("T")
 CHUNK = 32
 """Rows of a chunk."""
-_PATIENCE = datetime.timedelta(hours=12)
-"""How long the others wait for one that is slower, or for rank 0 while it computes the metrics."""
+_TIMEOUT = datetime.timedelta(hours=12)
+"""For a slower rank, or for rank 0 while it computes the metrics."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` that evaluate together. By itself unless `join` made it."""
+    """This process and the `world` processes that evaluate together; a single process unless `join` made it."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def join(cls, rank: int, world: int) -> Ranks:
-        """Meet the others under gloo (addresses come from the environment, see launch.py): features travel by the CPU."""
+        """Joins the other ranks under gloo, because features are on the CPU; addresses come from the environment."""
         if world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=_PATIENCE)
+            torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=_TIMEOUT)
         return cls(rank, world)
 
     def leave(self) -> None:
-        """Part with the others, all having come so far."""
+        """Waits for the other ranks and leaves the process group."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:
-        """Whether this one computes the metrics and speaks."""
+        """Whether this rank computes the metrics and prints."""
         return self.rank == 0
 
     def chunks(self, rows: int) -> Iterator[range]:
-        """This rank's share of the chunks of so many rows."""
+        """This rank's share of the chunks of `rows` rows."""
         for start in range(self.rank * CHUNK, rows, self.world * CHUNK):
             yield range(start, min(start + CHUNK, rows))
 
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors over all rows on rank 0, from a function that makes them for a chunk (rows first); empty elsewhere.
+        """Concatenates the tensors that `compute` returns for each chunk (rows first) on rank 0; empty on other ranks.
 
-        Collective. A UserError of any rank is raised on all, to be told by rank 0.
+        Collective. A UserError of any rank is raised on all ranks, for rank 0 to print.
         """
         parts = self.map(rows, compute, to_all=False)
-        names = parts[0] if parts else ()
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def map(self, rows: int, compute: Callable[[range], T], *, to_all: bool = True) -> list[T]:
-        """`compute(chunk)` of every chunk in order, on all ranks or on rank 0 alone. Collective; errors as in `collect`."""
-        mine: dict[int, T] = {}
-        problem: UserError | None = None
-        try:
-            for chunk in self.chunks(rows):
-                mine[chunk.start] = compute(chunk)
-        except UserError as error:
-            problem = error
-        self._raise_first(problem)
+        """`compute(chunk)` of every chunk in order, on all ranks or on rank 0 only. Collective; errors as in `collect`."""
+        own = self.all(lambda: {chunk.start: compute(chunk) for chunk in self.chunks(rows)})
         if self.world == 1:
-            return list(mine.values())
-        found: list = [None] * self.world
+            return list(own.values())
+        shares: list[dict[int, T] | None] = [None] * self.world
         if to_all:
-            torch.distributed.all_gather_object(found, mine)
+            torch.distributed.all_gather_object(shares, own)
         else:
-            torch.distributed.gather_object(mine, found if self.main else None)
-        everything = {start: part for share in found if share for start, part in share.items()}
-        return [everything[start] for start in sorted(everything)]
+            torch.distributed.gather_object(own, shares if self.main else None)
+        results = {start: part for share in shares for start, part in (share or {}).items()}
+        return [results[start] for start in sorted(results)]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """`function()` of rank 0, on all ranks. Collective; errors as in `collect`."""
-        said: list = [None]
-        problem: UserError | None = None
-        if self.main:
-            try:
-                said[0] = function()
-            except UserError as error:
-                problem = error
-        self._raise_first(problem)
+        """Runs `function` on rank 0 and returns its result on all ranks. Collective; errors as in `collect`."""
+        result = [self.all(lambda: function() if self.main else None)]
         if self.world > 1:
-            torch.distributed.broadcast_object_list(said, src=0)
-        return said[0]
+            torch.distributed.broadcast_object_list(result, src=0)
+        return cast(T, result[0])
 
     def all(self, function: Callable[[], T]) -> T:
-        """`function()` on every rank, each with its own result. Collective; errors as in `collect`."""
+        """Runs `function` on every rank; each rank gets its own result. Collective; errors as in `collect`."""
+        result: T | None = None
         problem: UserError | None = None
         try:
             result = function()
         except UserError as error:
             problem = error
-        self._raise_first(problem)
-        return result
-
-    def _raise_first(self, problem: UserError | None) -> None:
-        problems: list = [problem]
+        problems = [problem] * self.world
         if self.world > 1:
-            problems = [None] * self.world
             torch.distributed.all_gather_object(problems, problem)
-        first = next((one for one in problems if one is not None), None)
+        first = next((problem for problem in problems if problem is not None), None)
         if first is not None:
             first.reported_by_main = not self.main
             raise first
+        return cast(T, result)
 
 
 ALONE = Ranks()

@@ -1,7 +1,7 @@
-"""Real pictures left alone and damaged on purpose: the floor and the ceiling that stand beside every score.
+"""Damaged copies of real pictures, for the floor and the ceiling of each score.
 
-Each function takes and returns uint8 [N, 3, H, W]. Damage is relative to the side (a 32nd of it is a pixel at 32 px),
-so it means the same at every resolution; what is drawn is a function of a picture's number.
+Each function takes and returns uint8 [N, 3, H, W]. The strength of damage is relative to the side (1/32 of it is one
+pixel at 32 px), so it is comparable across resolutions. Random damage is a function of a picture's number.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dist_t2i.utils.seeds import mix
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Left and right exchanged: another picture of the same thing, about the best that a generator can hope for."""
+    """Left and right exchanged: another picture of the same content, close to the best that a generator can reach."""
     return images.flip(-1)
 
 
 def shrunk(images: Tensor, side: int = 8) -> Tensor:
-    """Averaged down to `side` pixels and interpolated back: the colours and the rough shape, nothing else."""
+    """Averaged down to `side` pixels and interpolated back: the colors and rough shapes only."""
     small = F.interpolate(images.float(), size=(side, side), mode="area")
-    return to_bytes(F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False))
+    return _rounded(F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False))
 
 
 def blurred(images: Tensor) -> Tensor:
@@ -31,28 +31,28 @@ def blurred(images: Tensor) -> Tensor:
     line = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device).float() ** 2) / (2 * sigma**2))
     line = line / line.sum()
     kernel = (line[:, None] * line[None, :]).expand(3, 1, -1, -1).contiguous()
-    return to_bytes(F.conv2d(F.pad(images.float(), (reach,) * 4, mode="replicate"), kernel, groups=3))
+    return _rounded(F.conv2d(F.pad(images.float(), (reach,) * 4, mode="replicate"), kernel, groups=3))
 
 
 def noisy(images: Tensor, first: int = 0, sigma: float = 15.0) -> Tensor:
-    """Gaussian noise of `sigma` grey levels of 255; image i has that of number `first` + i, the same on every machine."""
+    """Gaussian noise of `sigma` levels of 255; image i has the noise of number `first` + i, the same on every machine."""
     noise = torch.stack([torch.randn(images.shape[1:], generator=_generator(first + i)) for i in range(len(images))])
-    return to_bytes(images.float() + sigma * noise.to(images.device))
+    return _rounded(images.float() + sigma * noise.to(images.device))
 
 
 def random(images: Tensor, first: int = 0) -> Tensor:
-    """Pictures of the same size whose every byte is drawn by itself; image i is random picture number `first` + i."""
-    drawn = [
+    """Independent random bytes in the shape of `images`; image i is random picture number `first` + i."""
+    pictures = [
         torch.randint(256, images.shape[1:], generator=_generator(first + i), dtype=torch.uint8)
         for i in range(len(images))
     ]
-    return torch.stack(drawn).to(images.device)
+    return torch.stack(pictures).to(images.device)
 
 
 def _generator(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(number, 6))
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Float pixels to uint8, rounded and clipped."""
+def _rounded(images: Tensor) -> Tensor:
+    """Float pixels to uint8, rounded and clamped."""
     return images.round().clamp(0, 255).to(torch.uint8)

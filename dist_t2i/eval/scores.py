@@ -1,4 +1,4 @@
-"""Scores as data: a number with its interval, its floor and its ceiling, and the manifest that makes it comparable."""
+"""Scores as data: values with interval, floor and ceiling, and the manifest that makes them comparable."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Score:
     key: str
     """Machine name, such as `kid` or `recall_at_1`."""
     name: str
-    """What it is called, with its judge: "KID (EfficientNet-Lite0)"."""
+    """Printed name with its feature network: "KID (EfficientNet-Lite0)"."""
     value: float
     low: float
-    """95% bootstrap interval over captions (groups of captions that belong together are drawn together) ..."""
+    """95% bootstrap interval over captions (groups of related captions are resampled together) ..."""
     high: float
-    """... of the same model and noise: it says nothing about other training seeds."""
+    """... for this model and this noise: other training seeds may differ by more."""
     better: str
     """`higher` or `lower`."""
     floor: Mapping[str, float] = field(default_factory=dict)
-    """What the low end of the scale looks like: description -> value."""
+    """The low end of the scale: description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
-    """What the high end of the scale looks like."""
+    """The high end of the scale."""
     network: str = ""
-    """The judge, by its key in the manifest's `judges`; "" where none was asked."""
+    """The feature network, by its key in the manifest's `judges`; "" for a metric that needs none."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     protocol: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    """Hashes of weights, data, captions, judges and code, versions: all that the numbers depend on."""
+    """Hashes of weights, data, captions, feature networks and code, and versions: everything that the scores depend on."""
     splits: Mapping[str, SplitScores]
 
-    def __getitem__(self, place: tuple[str, str]) -> Score:
+    def __getitem__(self, split_and_key: tuple[str, str]) -> Score:
         """scores["test-combinations", "kid"]. Raises KeyError."""
-        split, key = place
-        return next((score for score in self.splits[split].scores if score.key == key), None) or _missing(key)
+        split, key = split_and_key
+        return {score.key: score for score in self.splits[split].scores}[key]
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -69,7 +69,7 @@ class Scores:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """A file that `Scores.save` wrote. Raises UserError when it cannot be read, or an older version wrote it."""
+    """Reads a file that `Scores.save` wrote. Raises UserError when it is unreadable or of another format."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         version = scores["format"]
@@ -85,17 +85,15 @@ def read_scores(path: Path) -> dict[str, Any]:
     return scores
 
 
-def _missing(key: str) -> Score:
-    raise KeyError(key)
-
-
-def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[str]]]:
-    """(split, pictures, [name, value and interval, better, floor, ceiling]) of each score in a scores.json."""
-    for split, found in scores["splits"].items():
-        for score in found["scores"]:
+def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]]:
+    """(split, pictures, [name, value and interval, better, floor, ceiling] of each score) of a scores.json."""
+    for split, part in scores["splits"].items():
+        cells = []
+        for score in part["scores"]:
             value = f"{_number(score['value'])} ({_number(score['low'])} to {_number(score['high'])})"
             ends = ["; ".join(f"{_number(v)} {what}" for what, v in score[end].items()) for end in ("floor", "ceiling")]
-            yield split, found["pictures"], [score["name"], value, score["better"], *ends]
+            cells.append([score["name"], value, score["better"], *ends])
+        yield split, part["pictures"], cells
 
 
 def _number(value: float) -> str:
@@ -103,30 +101,23 @@ def _number(value: float) -> str:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """A scores.json for a terminal: every number with floor and ceiling beneath it."""
+    """A scores.json for a terminal: each score with its floor and ceiling below it."""
     lines: list[str] = []
-    shown = ""
-    for split, pictures, (name, value, better, floor, ceiling) in rows(scores):
-        if split != shown:
-            lines.append(f"{split}: {pictures:,} held-out pictures" + ("" if lines else ", 95% intervals in brackets"))
-            shown = split
-        lines.append(f"  {name:<34} {value}   {better} is better")
-        lines.append(f"      floor    {floor}")
-        lines.append(f"      ceiling  {ceiling}")
+    for split, pictures, cells in rows(scores):
+        lines.append(f"{split}: {pictures:,} held-out pictures" + ("" if lines else ", 95% intervals in brackets"))
+        for name, value, better, floor, ceiling in cells:
+            lines.append(f"  {name:<34} {value}   {better} is better")
+            lines += [f"      floor    {floor}", f"      ceiling  {ceiling}"]
     return "\n".join(lines)
 
 
 def markdown(scores: Mapping[str, Any]) -> str:
     """A scores.json as Markdown tables."""
     lines: list[str] = []
-    shown = ""
     for split, pictures, cells in rows(scores):
-        if split != shown:
-            lines += ["", f"On `{split}` ({pictures:,} held-out pictures; 95% intervals over captions):", ""]
-            lines += ["| score | this model | better | floor | ceiling |", "|---|---|---|---|---|"]
-            shown = split
-        lines.append("| " + " | ".join(cells) + " |")
-    about, judges = scores["protocol"], scores["manifest"]["judges"]
-    named = "; ".join(judge["name"] for judge in judges.values())
-    lines += ["", f"Protocol `{about['name']}` version {about['version']}; judges: {named}."]
-    return "\n".join(lines).lstrip("\n")
+        lines += [f"On `{split}` ({pictures:,} held-out pictures; 95% intervals over captions):", ""]
+        lines += ["| score | this model | better | floor | ceiling |", "|---|---|---|---|---|"]
+        lines += [*("| " + " | ".join(row) + " |" for row in cells), ""]
+    about, networks = scores["protocol"], scores["manifest"]["judges"]
+    names = "; ".join(network["name"] for network in networks.values())
+    return "\n".join([*lines, f"Protocol `{about['name']}` version {about['version']}; feature networks: {names}."])

@@ -1,4 +1,4 @@
-"""Which pictures and captions of a set a protocol is about: by its committed list, or by its rule."""
+"""The pictures and captions of a set that a protocol selects: by its committed list, or by its rule."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
 
+_REMEDY = "make the set with the packages that constraints.txt pins, or evaluate with --protocol held-out"
+
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """N pictures of a split and J captions of each."""
 
     split: str
     samples: Samples
     numbers: tuple[int, ...]
-    """Where they are in the split."""
+    """Position of each picture in the split."""
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
-    kept: Tensor | None = None
-    """uint8 [N, 3, size, size], where all of them were read before."""
+    pictures: Tensor | None = None
+    """uint8 [N, 3, size, size], once `loaded`."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -37,24 +39,24 @@ class Chosen:
         return [(key, caption) for key, row in zip(self.keys, self.captions, strict=True) for caption in row]
 
     def picture(self, row: int, size: int) -> Tensor:
-        """The picture as the protocol says: its middle square at the model's size, uint8 [3, size, size].
+        """The central square of a picture at the model's size, uint8 [3, size, size].
 
-        Raises UserError when it cannot be used: a protocol with a picture less is another protocol.
+        Raises UserError when the picture cannot be used: without it, the scores would follow another protocol.
         """
-        if self.kept is not None:
-            return self.kept[row]
+        if self.pictures is not None:
+            return self.pictures[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
         except PictureError as error:
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
 
-    def loaded(self, size: int) -> Chosen:
-        """The same with all pictures in memory."""
-        return replace(self, kept=torch.stack([self.picture(row, size) for row in range(len(self))]))
+    def loaded(self, size: int) -> Selection:
+        """The same selection with all pictures in memory."""
+        return replace(self, pictures=torch.stack([self.picture(row, size) for row in range(len(self))]))
 
 
 def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
-    """The splits that a protocol is about. Raises UserError when the set lacks one, or has none to evaluate on."""
+    """The splits that a protocol evaluates. Raises UserError when the set lacks one, or has no held-out split."""
     splits = protocol.splits or tuple(name for name in data.splits if name.startswith("test"))
     missing = [name for name in splits if name not in data.splits]
     if missing or not splits:
@@ -63,40 +65,43 @@ def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
     return splits
 
 
-def choose(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE) -> Chosen:
-    """The pictures and captions of a split. Collective. Raises UserError when there are too few, or not those listed."""
-    samples, numbers, wanted = ranks.all(lambda: _found(data, split, protocol))
+def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE) -> Selection:
+    """Selects the pictures and captions of a split. Collective.
+
+    Raises UserError when the split has too few pictures, or lacks pictures or captions that the protocol lists.
+    """
+    samples, numbers, listed = ranks.all(lambda: _pictures(data, split, protocol))
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
-        found = [_read(samples, split, numbers[row]) for row in chunk]
-        return [
-            (sample.key, _captions(sample, split, protocol, wanted.get(numbers[row])))
-            for row, sample in zip(chunk, found, strict=True)
-        ]
+        chunk_samples = [(number, _read(samples, split, number)) for number in numbers[chunk.start : chunk.stop]]
+        return [(s.key, _captions(s, split, protocol, listed.get(number))) for number, s in chunk_samples]
 
     rows = [row for part in ranks.map(len(numbers), read) for row in part]
-    return Chosen(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
+    return Selection(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
 
 
-def _found(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
-    """The split, the numbers of the pictures in it, and number -> caption where these are listed."""
+def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
+    """The split's samples, the numbers of the selected ones, and number -> caption where the protocol lists captions."""
     samples = data.samples(split)
+    listed: dict[int, str] = {}
     if protocol.captions == "listed":
-        listed = protocol.listed().get(split, [])
-        numbers = _numbers_of(data, samples, split, [key for key, _ in listed], protocol)
-        wanted = dict(zip(numbers, (caption for _, caption in listed), strict=True))
+        listed = _listed(data, samples, split, protocol)
+        numbers = list(listed)
+    elif protocol.captions == "first":
+        numbers = list(range(min(len(samples), protocol.max_pictures)))
     else:
-        numbers, wanted = _by_rule(samples, protocol), {}
+        ordered = sorted((_hash(protocol, key), key, number) for number, key in enumerate(_keys(samples)))
+        numbers = [number for _, _, number in ordered[: protocol.max_pictures]]
     if len(numbers) < protocol.min_pictures:
         raise UserError(
             f"{data.folder}: {split} has {len(numbers):,} pictures, too few for protocol {protocol.name}, which needs "
             f"{protocol.min_pictures:,}; hold out more, or take another protocol"
         )
-    return samples, numbers, wanted
+    return samples, numbers, listed
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:
-    """Whether a set holds all that a protocol lists, by the keys."""
+    """Whether a set has all pictures that a protocol lists, by their keys."""
     if not set(protocol.splits) <= set(data.splits):
         return False
     listed = protocol.listed()
@@ -110,42 +115,36 @@ def _keys(samples: Samples) -> list[str]:
         raise UserError(f"the keys of the samples cannot be read: {error}") from None
 
 
-def _numbers_of(data: ShardSet, samples: Samples, split: str, keys: list[str], protocol: Protocol) -> list[int]:
-    place = {key: number for number, key in enumerate(_keys(samples))}
-    missing = [key for key in keys if key not in place]
+def _listed(data: ShardSet, samples: Samples, split: str, protocol: Protocol) -> dict[int, str]:
+    """Number -> caption of the pictures that the protocol lists, in the order of the list."""
+    number_of = {key: number for number, key in enumerate(_keys(samples))}
+    listed = protocol.listed().get(split, [])
+    missing = [key for key, _ in listed if key not in number_of]
     if missing:
         raise UserError(
-            f"{data.folder}: {split} lacks {len(missing)} of the {len(keys)} pictures that protocol {protocol.name} "
-            f"version {protocol.version} lists ({', '.join(missing[:3])}, ...): make the set with the packages that "
-            "constraints.txt pins, or evaluate with --protocol held-out"
+            f"{data.folder}: {split} lacks {len(missing)} of the {len(listed)} pictures that protocol {protocol.name} "
+            f"version {protocol.version} lists ({', '.join(missing[:3])}, ...): {_REMEDY}"
         )
-    return [place[key] for key in keys]
-
-
-def _by_rule(samples: Samples, protocol: Protocol) -> list[int]:
-    if protocol.captions == "first":
-        return list(range(min(len(samples), protocol.max_pictures)))
-    ordered = sorted((_hash(protocol, key), key, number) for number, key in enumerate(_keys(samples)))
-    return [number for _, _, number in ordered[: protocol.max_pictures]]
+    return {number_of[key]: caption for key, caption in listed}
 
 
 def _captions(sample: Sample, split: str, protocol: Protocol, listed: str | None) -> tuple[str, ...]:
-    said = sample.captions
+    captions = sample.captions
     if listed is not None:
-        match = next((caption for caption in said if " ".join(caption.split()) == listed), None)
+        match = next((caption for caption in captions if " ".join(caption.split()) == listed), None)
         if match is None:
             raise UserError(
-                f"{split}: {sample.key} is captioned {said[0]!r}, but protocol {protocol.name} lists {listed!r}: make the "
-                "set with the packages that constraints.txt pins, or evaluate with --protocol held-out"
+                f"{split}: {sample.key} is captioned {captions[0]!r}, but protocol {protocol.name} lists {listed!r}: "
+                f"{_REMEDY}"
             )
         return (match,)
     if protocol.captions == "hash":
-        return (said[_hash(protocol, f"{sample.key} caption") % len(said)],)
-    return tuple(said[number % len(said)] for number in range(protocol.captions_per_picture))
+        return (captions[_hash(protocol, f"{sample.key} caption") % len(captions)],)
+    return tuple(captions[number % len(captions)] for number in range(protocol.captions_per_picture))
 
 
 def _hash(protocol: Protocol, key: str) -> int:
-    """64 bits of the SHA-256 of the protocol's name and a key: nothing that a version changes, so that it stays."""
+    """64 bits of the SHA-256 of the protocol's name and a key, so that a new version selects the same pictures."""
     return int.from_bytes(hashlib.sha256(f"{protocol.name} {key}".encode()).digest()[:8], "big")
 
 

@@ -126,18 +126,17 @@ def _history(run: Path) -> str:
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    parts, shown = [], ""
-    for split, pictures, (name, value, better, floor, ceiling) in score_rows(scores):
-        if split != shown:
-            parts.append("</table>" if shown else "")
-            parts.append(
-                f"<table><caption>{text(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
-                "model (95% interval over captions)</th><th>better</th><th>floor</th><th>ceiling</th></tr>"
-            )
-            shown = split
-        cells = [text(name), f"<b>{text(value)}</b>", text(better)]
-        cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
-        parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    parts = []
+    for split, pictures, rows in score_rows(scores):
+        parts.append(
+            f"<table><caption>{text(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
+            "model (95% interval over captions)</th><th>better</th><th>floor</th><th>ceiling</th></tr>"
+        )
+        for name, value, better, floor, ceiling in rows:
+            cells = [text(name), f"<b>{text(value)}</b>", text(better)]
+            cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
+            parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        parts.append("</table>")
     rules = scores["protocol"]
     judges = ", ".join(judge["name"] for judge in scores["manifest"]["judges"].values())
     note = (
@@ -145,7 +144,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
         f"picture among the k nearest, of {rules['gallery']}? Judges: {judges}. EfficientNet-Lite0 is an ImageNet "
         "classifier that had no part in training: its KID is not comparable with KID or FID by Inception features."
     )
-    return "".join(parts) + f"</table><p class=note>{text(note)}</p>"
+    return "".join(parts) + f"<p class=note>{text(note)}</p>"
 
 
 def _made(command: str, facts: Mapping[str, str], config: str) -> str:

@@ -21,7 +21,7 @@ from dist_t2i.checkpoint.store import folder_name
 from dist_t2i.config.sections import Config
 from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.errors import UserError
-from dist_t2i.eval.evaluate import choose_all, evaluate, load_judges
+from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
 from dist_t2i.eval.protocol import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
 from dist_t2i.inference.model_files import ModelFiles, read_frozen
@@ -76,9 +76,9 @@ class Periodic:
         if self._config.eval.data:
             self._data = open_entry(self._config.eval.data, storage_options(self._config.data))
         size = self._config.data.image_size
-        self._chosen = {split: rows.loaded(size) for split, rows in choose_all(self._data, self._protocol).items()}
-        self._judges = load_judges(self._protocol, self._device)
-        self._seen: dict[str, dict[str, Tensor]] = {split: {} for split in self._chosen}
+        self._selections = {split: rows.loaded(size) for split, rows in select_all(self._data, self._protocol).items()}
+        self._networks = load_networks(self._protocol, self._device)
+        self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
         text, limit = self._config.text, self._config.data.max_tokens
         self._frozen = read_frozen(text, self._words, limit) if text.mode == "frozen" else None
 
@@ -92,9 +92,9 @@ class Periodic:
                 self._data,
                 self._protocol,
                 say=lambda line: None,
-                judges=self._judges,
-                chosen=self._chosen,
-                seen=self._seen,
+                networks=self._networks,
+                selections=self._selections,
+                cache=self._features,
             )
         try:
             (folder / FOLDER).mkdir(exist_ok=True)

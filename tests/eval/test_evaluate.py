@@ -18,7 +18,7 @@ from dist_t2i.eval.measure import Features, generate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.ranks import Ranks
 from dist_t2i.eval.scores import markdown, read_scores, table
-from dist_t2i.eval.selection import choose
+from dist_t2i.eval.selection import select
 from dist_t2i.eval.skin_tones import group_of
 from judges import JUDGE
 from models_on_disk import write_run, write_tone_set
@@ -46,7 +46,7 @@ def model(tmp_path_factory, data):
 
 
 def scored(model, data, protocol=QUICK, **more):
-    return evaluate(model, data, protocol, say=lambda line: None, judges=JUDGES, **more)
+    return evaluate(model, data, protocol, say=lambda line: None, networks=JUDGES, **more)
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +95,19 @@ def test_the_same_evaluation_gives_the_same_numbers(scores, model, data):
 
 
 def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
-    seen = {"test": {}}
-    assert scored(model, data, seen=seen).splits == scores.splits
-    assert seen["test"]
-    assert scored(model, data, seen=seen).splits == scores.splits
+    cache = {"test": {}}
+    assert scored(model, data, cache=cache).splits == scores.splits
+    assert cache["test"]
+    assert scored(model, data, cache=cache).splits == scores.splits
 
 
 def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_path):
     """Nor its own of an earlier day: between two evaluations of a run it learns."""
-    seen = {"test": {}}
+    cache = {"test": {}}
     runs = [write_run(tmp_path / str(seed), seed=seed, words=data.tokenizer) for seed in (1, 2)]
     first, second = (dist_t2i.load(run, "cpu") for run in runs)
-    before = scored(first, data, seen=seen)
-    after = scored(second, data, seen=seen)
+    before = scored(first, data, cache=cache)
+    after = scored(second, data, cache=cache)
     assert after.splits == scored(second, data).splits != before.splits
 
 
@@ -191,7 +191,7 @@ def test_compared_or_not_and_why(scores, model, data, tmp_path):
     other = json.loads(json.dumps(a))
     other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
     said = compare.table(a, other, ("a", "b"))
-    assert said.count("judges' weights_sha256 differ") == 6 and not compare.differences(a, other)
+    assert said.count("feature networks' weights_sha256 differ") == 6 and not compare.differences(a, other)
     other = json.loads(json.dumps(a))
     other["protocol"]["version"] = 2
     assert compare.differences(a, other) == ["protocol: test version 1 and test version 2"]
@@ -215,12 +215,12 @@ def test_pairs_share_their_noise(model):
 
 def test_perfect_pictures_reach_the_ends_of_the_scales(data):
     """The scores of the real pictures themselves, taken for generated ones."""
-    chosen = choose(data, "test", QUICK)
-    real = torch.stack([chosen.picture(row, 32) for row in range(len(chosen))])
+    selection = select(data, "test", QUICK)
+    real = torch.stack([selection.picture(row, 32) for row in range(len(selection))])
     features = JUDGE(real)
     copies = dict.fromkeys(("real", "mirrored", "noisy", "shrunk", "blurred", "random"), features)
-    weights = metrics.bootstrap_weights(range(len(chosen)), 50)
-    case = scoring.Case("x", JUDGE, Features(features[None], copies, None), chosen.captions, QUICK, weights)
+    weights = metrics.bootstrap_weights(range(len(selection)), 50)
+    case = scoring.Case("x", JUDGE, Features(features[None], copies, None), selection.captions, QUICK, weights)
     assert scoring.kid_scores(case)[0].value < 0.01
     assert scoring.retrieval_scores(case)[0].value == 1.0
     assert [score.value for score in scoring.precision_recall_scores(case)] == [1.0, 1.0]

@@ -12,7 +12,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import protocol as rules
 from dist_t2i.eval.protocol import Protocol, load_protocol
-from dist_t2i.eval.selection import choose, has_listed
+from dist_t2i.eval.selection import has_listed, select
 from models_on_disk import write_tone_set
 
 
@@ -80,7 +80,7 @@ def test_mistakes_in_a_file_are_told_in_a_line(tmp_path):
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(Protocol("mine")).items()}
     for wrong, said in (
         ({"seeds": "none"}, "seeds: expected a list of whole numbers"),
-        ({"seeds": []}, "seeds: names none"),
+        ({"seeds": []}, "seeds: empty"),
         ({"sedes": [1]}, "sedes: unknown"),
         ({"metrics": ["fid"]}, "fid goes with efficientnet-lite0"),
         ({"metrics": ["ssim/clip"]}, "no metric 'ssim'"),
@@ -106,14 +106,14 @@ def test_mistakes_in_a_file_are_told_in_a_line(tmp_path):
 
 def test_captions_by_hash_do_not_depend_on_the_order_of_the_set(data):
     protocol = Protocol("mine", captions="hash", max_pictures=10)
-    chosen = choose(data, "test", protocol)
+    selection = select(data, "test", protocol)
     expected = sorted(
         (sample.key for sample in data.samples("test")),
         key=lambda key: hashlib.sha256(f"mine {key}".encode()).digest()[:8],
     )[:10]
-    assert list(chosen.keys) == expected
+    assert list(selection.keys) == expected
     again = dataclasses.replace(protocol, version=2, max_pictures=12)
-    assert choose(data, "test", again).keys[:10] == chosen.keys, "another version draws alike"
+    assert select(data, "test", again).keys[:10] == selection.keys, "another version draws alike"
 
 
 def test_listed_captions_are_looked_for(folder, data):
@@ -122,7 +122,7 @@ def test_listed_captions_are_looked_for(folder, data):
     (folder / "mine.txt").write_text(text)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     protocol = Protocol("mine", splits=("test",), captions="listed", captions_sha256=sha256)
-    assert choose(data, "test", protocol).rows() == keys and has_listed(data, protocol)
+    assert select(data, "test", protocol).rows() == keys and has_listed(data, protocol)
     for change, said in (
         (("nowhere", "a caption"), "lacks 1 of the 4"),
         ((keys[0][0], "no"), "but protocol mine lists"),
@@ -132,4 +132,4 @@ def test_listed_captions_are_looked_for(folder, data):
         other = dataclasses.replace(protocol, captions_sha256=rules.captions_sha256(listed))
         assert has_listed(data, other) == (change[0] != "nowhere")
         with pytest.raises(UserError, match=said):
-            choose(data, "test", other)
+            select(data, "test", other)

@@ -1,1 +1,1 @@
-"""Feature networks that score pictures."""
+"""Feature networks: pictures and texts to vectors."""

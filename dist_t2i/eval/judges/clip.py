@@ -1,4 +1,4 @@
-"""CLIP as a judge of pictures and texts: a folder in the Hugging Face layout, or a name on its hub, by `transformers`.
+"""CLIP for pictures and texts, by `transformers`: a folder in the Hugging Face layout, or a name on the hub.
 
 Radford et al. 2021; CLIP score: Hessel et al. 2021. Weights are read from safetensors, or from a .bin without its code.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 from dist_t2i.errors import UserError
 from dist_t2i.eval.judges import resizing
 from dist_t2i.eval.judges.features import FeatureNetwork, register
-from dist_t2i.eval.judges.weights import remedy, source_of
+from dist_t2i.eval.judges.weights import location_of, remedy
 from dist_t2i.utils.files import file_sha256
 
 HUB = "openai/clip-vit-base-patch32"
 KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}
-"""SHA-256 of a file of weights -> whose they are: only with these a number is called CLIP score."""
+"""SHA-256 of a weights file -> its name: scores are called CLIP score with these weights only."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,7 +29,10 @@ _BATCH = 32
 
 
 class Vision(torch.nn.Module):
-    """Pixels [B, 3, side, side] in 0 to 1 to embeddings [B, width], not normalised."""
+    """Pixels [B, 3, side, side] in 0 to 1 to embeddings [B, width], not normalized."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Vision(torch.nn.Module):
 
 
 class Texts:
-    """Texts to embeddings [N, width] on the CPU. Cut after as many tokens as CLIP can read (77)."""
+    """Texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._text, self._projection, self._tokenizer = model.text_model, model.text_projection, tokenizer
@@ -66,8 +69,8 @@ class Texts:
 
 
 @register("clip")
-def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
-    """CLIP: by default OpenAI's ViT-B/32, which the field's CLIP scores and R-precisions use.
+def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
+    """CLIP: by default OpenAI's ViT-B/32, which published CLIP scores and R-precisions use.
 
     Raises UserError when transformers is missing, or the model cannot be downloaded or read.
     """
@@ -78,7 +81,7 @@ def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
             f"transformers, which reads CLIP, cannot be imported ({problem}); run: pip install 'dist_t2i[clip]', or do "
             "without with --without clip"
         ) from None
-    folder = _folder(source_of("clip", source) or HUB)
+    folder = _folder(location_of("clip", weights) or HUB)
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: no {' or '.join(_FILES)} in it; {remedy('clip', 'FOLDER')}")
@@ -87,7 +90,7 @@ def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
             warnings.simplefilter("ignore")
             model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many things
+    except Exception as error:  # transformers raises many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: not a CLIP model ({reason}); {remedy('clip', 'FOLDER')}") from None
     model = model.to(device)
@@ -108,19 +111,19 @@ def clip(device: torch.device, source: str | None = None) -> FeatureNetwork:
     )
 
 
-def _folder(source: str) -> Path:
-    """A folder as it is; a name on the hub downloaded (or found where an earlier download left it)."""
-    if Path(source).is_dir():
-        return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"{source}: no such folder, nor a name on the Hugging Face hub; {remedy('clip', 'FOLDER')}")
+def _folder(location: str) -> Path:
+    """The folder itself, or the (cached) download of a name on the hub."""
+    if Path(location).is_dir():
+        return Path(location)
+    if location.count("/") != 1 or location.startswith((".", "/", "~")):
+        raise UserError(f"{location}: no such folder, nor a name on the Hugging Face hub; {remedy('clip', 'FOLDER')}")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(source, allow_patterns=["*.json", "merges.txt", *_FILES]))
-    except Exception as error:  # the hub's client raises many things
+        return Path(snapshot_download(location, allow_patterns=["*.json", "merges.txt", *_FILES]))
+    except Exception as error:  # the hub's client raises many types
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"CLIP cannot be had from the Hugging Face hub as {source} ({reason}); fetch its folder elsewhere and "
+            f"CLIP cannot be had from the Hugging Face hub as {location} ({reason}); download its folder elsewhere and "
             f"{remedy('clip', 'FOLDER')}"
         ) from None

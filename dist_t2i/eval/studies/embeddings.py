@@ -1,25 +1,26 @@
-"""What a model's text embeddings have learned: nearest words, linear probes with their baselines, a map.
+"""Studies a model's text embeddings: nearest words, linear probes with their baselines, a map.
 
-Probes learn from captions that the model was trained on and are scored on held-out ones (or, in a set without held-out
-splits, on a fifth of the captions by their hash). Which there are depends on the set:
+Probes learn from captions of the training split and are scored on held-out ones (a fifth of the captions, by their hash,
+in sets without held-out splits). Which probes exist depends on the set:
 
-* *skin tone*: captions with exactly one;
-* *gender*: captions with words of one gender, or a word for people of none;
-* *object*: a person without tone and gender ("pilot"), where the set has tones: held-out captions show it in a tone that
-  training never had it in; elsewhere, which of the set's most frequent words a caption has, if it has one of them.
+* *skin tone*: captions that name exactly one;
+* *gender*: captions with words of one gender, or with a word for a person that has none;
+* *object*: in sets with skin tones, the person without tone and gender ("pilot"), which held-out captions combine with a
+  tone that training never combined it with; in other sets, the one of the most frequent words that a caption has.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dist_t2i.data.shard_set import BadSample
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
@@ -35,182 +36,170 @@ if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
 
 MOST = 4000
-"""Captions looked at, of each side."""
+"""Captions of each side, at most."""
 LEARNED = 1000
 """Captions that a probe learns from at most, evenly spread."""
 MANY = 20
-"""Of a property with more classes, only those that held-out captions have."""
+"""Of a property with more classes than this, only those in held-out captions are probed."""
 GENDERS = {
     "male": frozenset("man men boy father prince king mr he".split()),
     "female": frozenset("woman women girl mother princess queen mrs she".split()),
     "neither": frozenset("person people child adult baby".split()),
 }
 _GENDERED = frozenset(word for group in GENDERS.values() for word in group)
-_DULL = frozenset("a an the of in on with and to is are at by for from this that it its has have".split())
+_STOP_WORDS = frozenset("a an the of in on with and to is are at by for from this that it its has have".split())
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions to learn probes from, and held-out ones; the pictures of the latter where they come with a set."""
+    """Captions that probes learn from, and held-out ones."""
 
     train: list[str]
     test: list[str]
     pictures: list[Image]
-    """Of the held-out captions, the same order."""
+    """Of the held-out captions in the same order; empty in sets without held-out splits."""
     split: str
-    """What the held-out ones are."""
+    """Name of the held-out split."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How well one property is read from each embedding."""
+    """How accurately one property is read from each embedding."""
 
     name: str
     classes: tuple[str, ...]
     train: int
     test: int
     chance: float
-    """What always saying the most frequent class of the training captions gets."""
+    """Accuracy of always answering the most frequent class of the training captions."""
     accuracy: Mapping[str, tuple[float, float, float]]
     """Embedding or baseline -> value, and its 95% bootstrap interval over groups of held-out captions."""
     share: Mapping[str, float | None]
-    """Embedding or baseline -> how much of its variance over the held-out captions the classes account for."""
+    """Embedding or baseline -> share of its variance over the held-out captions that the classes explain."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that was found."""
+    """All results."""
 
     names: tuple[str, ...]
-    """The embeddings that the model has: S_G and S_D, or the one there is."""
+    """The model's embeddings: S_G and S_D, or its only one."""
     captions: Captions
     probes: tuple[Probe, ...]
     neighbours: Mapping[str, Mapping[str, Sequence[str]]]
     """embedding -> word (or caption) -> its nearest."""
     maps: Mapping[str, tuple[Tensor, tuple[float, float]]]
-    """embedding -> places [N, 2] of the held-out captions, and shares of the variance."""
+    """embedding -> positions [N, 2] of the held-out captions, and shares of the variance."""
     labels: Mapping[str, Sequence[str]]
-    """property -> class of each held-out caption, "" where it has none."""
+    """property -> class of each held-out caption, or ""."""
     alike: float | None
     """Linear CKA of S_G and S_D on the held-out captions."""
 
     def as_json(self) -> dict[str, Any]:
+        renamed = {"share": "variance_share"}
         return {
             "embeddings": list(self.names),
             "held_out": {"split": self.captions.split, "captions": len(self.captions.test)},
-            "probes": [
-                {
-                    **{"name": one.name, "classes": list(one.classes), "train": one.train, "test": one.test},
-                    **{
-                        "chance": one.chance,
-                        "variance_share": dict(one.share),
-                        "accuracy": {name: list(v) for name, v in one.accuracy.items()},
-                    },
-                }
-                for one in self.probes
-            ],
-            "neighbours": {name: {k: list(v) for k, v in found.items()} for name, found in self.neighbours.items()},
-            "variance_shares": {name: list(shares) for name, (_, shares) in self.maps.items()},
+            "probes": [{renamed.get(k, k): v for k, v in asdict(probe).items()} for probe in self.probes],
+            "neighbours": self.neighbours,
+            "variance_shares": {name: shares for name, (_, shares) in self.maps.items()},
             "cka": self.alike,
         }
 
 
 def embeddings_of(model: TextToImage) -> dict[str, str]:
-    """Name -> which (as in `embed_text`) of the embeddings that a model has."""
+    """Name of each of the model's embeddings -> its `which` in `embed_text`."""
     mode = model.config.text.mode
     return {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}[mode]
 
 
 def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = (), seed: int = 0) -> Study:
-    """Looks at the embeddings of a model on a set's captions. Raises UserError when there are too few to say anything."""
+    """Studies the embeddings of a model on a set's captions; `queries` are words whose neighbours are wanted.
+
+    Raises UserError when the set has too few captions.
+    """
     captions = gather(data)
     if len(captions.train) < 20 or len(captions.test) < 8:
         raise UserError(f"{data.folder}: too few captions to probe ({len(captions.train)} and {len(captions.test)})")
-    which = embeddings_of(model)
+    embeddings = embeddings_of(model)
     sides = captions.train, captions.test
-    spaces = {name: tuple(model.embed_text(texts, one) for texts in sides) for name, one in which.items()}
-    maps = {name: probes.plane(test) for name, (_, test) in spaces.items()}
-    pair = [test for _, test in spaces.values()]
+    spaces = {name: tuple(model.embed_text(texts, which) for texts in sides) for name, which in embeddings.items()}
+    tests = [test for _, test in spaces.values()]
     baselines = {
         "bag of words": probes.bag_of_words(*sides),
         "untrained encoder": tuple(_untrained(model, texts, seed) for texts in sides),
     }
-    labels = {name: (label(captions.train), label(captions.test)) for name, label in properties(captions).items()}
+    labels = {
+        name: tuple([label(text) for text in texts] for texts in sides)
+        for name, label in properties(captions.train).items()
+    }
+    results = [
+        run_probe(name, train, test, captions.test, {**spaces, **baselines}) for name, (train, test) in labels.items()
+    ]
     return Study(
-        names=tuple(which),
+        names=tuple(embeddings),
         captions=captions,
-        probes=tuple(
-            found
-            for name, (train, test) in labels.items()
-            if (found := run_probe(name, train, test, captions.test, {**spaces, **baselines})) is not None
-        ),
-        neighbours={name: neighbours(model, one, captions, queries) for name, one in which.items()},
-        maps=maps,
+        probes=tuple(probe for probe in results if probe is not None),
+        neighbours={name: neighbours(model, which, captions, queries) for name, which in embeddings.items()},
+        maps={name: probes.plane(test) for name, (_, test) in spaces.items()},
         labels={name: test for name, (_, test) in labels.items()},
-        alike=probes.alike(*pair) if len(pair) == 2 else None,
+        alike=probes.alike(*tests) if len(tests) == 2 else None,
     )
 
 
 def gather(data: ShardSet) -> Captions:
-    """The captions of the training split, and the first captions of the first held-out one."""
-    from dist_t2i.data.shard_set import BadSample
-
+    """The captions of the training split, and the first captions of the first held-out split."""
     samples = data.samples("train")
     train = [caption for i in range(min(MOST, len(samples))) for caption in samples[i].captions]
     train = list(dict.fromkeys(train))[:MOST]
-    held = next((name for name in data.splits if name.startswith("test")), "")
-    if not held:
-        aside = [text for text in train if caption_id(text) % 5 == 0]
-        return Captions([text for text in train if caption_id(text) % 5], aside, [], "a fifth of the captions")
-    found, pictures = [], []
-    samples = data.samples(held)
+    split = next((name for name in data.splits if name.startswith("test")), "")
+    if not split:
+        held_out = [text for text in train if caption_id(text) % 5 == 0]
+        return Captions([t for t in train if caption_id(t) % 5], held_out, [], "a fifth of the captions")
+    test, pictures = [], []
+    samples = data.samples(split)
     for i in range(min(MOST, len(samples))):
         try:
             picture = samples[i].image.convert("RGB")
         except (BadSample, OSError):
             continue
-        found.append(samples[i].captions[0])
+        test.append(samples[i].captions[0])
         pictures.append(picture)
-    return Captions(train, found, pictures, held)
+    return Captions(train, test, pictures, split)
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 
-def properties(captions: Captions) -> dict[str, Any]:
-    """Name -> a function from captions to their classes, "" for none."""
-    toned = sum(bool(tone_of(text)) for text in captions.train)
-    objects = _objects if toned >= 20 else _frequent(captions.train)
-    return {
-        "skin tone": lambda texts: [tone_of(text) for text in texts],
-        "gender": lambda texts: [gender_of(text) for text in texts],
-        "object": lambda texts: [objects(text) for text in texts],
-    }
+def properties(train: Sequence[str]) -> dict[str, Callable[[str], str]]:
+    """Name -> a function from a caption to its class, "" for none."""
+    has_tones = sum(bool(tone_of(text)) for text in train) >= 20
+    return {"skin tone": tone_of, "gender": gender_of, "object": _objects if has_tones else _frequent(train)}
 
 
 def gender_of(caption: str) -> str:
-    """`male`, `female`, `neither` (people without one), or "" where none or several are named."""
-    said = set(words(caption))
-    found = [name for name, group in GENDERS.items() if said & group]
-    return found[0] if len(found) == 1 else ""
+    """`male`, `female`, `neither` (a person of no gender), or "" for captions with none or several of them."""
+    in_caption = set(words(caption))
+    genders = [name for name, group in GENDERS.items() if in_caption & group]
+    return genders[0] if len(genders) == 1 else ""
 
 
 def _objects(caption: str) -> str:
-    """Who is shown, without tone and gender: "pilot"; "" for captions without a skin tone."""
+    """The person without tone and gender: "pilot"; "" for captions without a skin tone."""
     parts = split_tone(caption)
     if parts is None:
         return ""
     return " ".join(word for word in words(parts[0] + parts[2]) if word not in _GENDERED) or "only a person"
 
 
-def _frequent(train: Sequence[str], most: int = 20):
-    """A function from a caption to the one frequent word that it has; "" for none or several."""
-    counts = Counter(word for text in train for word in set(words(text)) if word not in _DULL)
-    chosen = {word for word, count in counts.most_common(most) if count < 0.5 * len(train)}
+def _frequent(train: Sequence[str], most: int = 20) -> Callable[[str], str]:
+    """A function from a caption to its only frequent word, "" where it has none or several."""
+    counts = Counter(word for text in train for word in set(words(text)) if word not in _STOP_WORDS)
+    frequent = {word for word, count in counts.most_common(most) if count < 0.5 * len(train)}
 
     def only(caption: str) -> str:
-        found = chosen & set(words(caption))
-        return found.pop() if len(found) == 1 else ""
+        in_caption = frequent & set(words(caption))
+        return in_caption.pop() if len(in_caption) == 1 else ""
 
     return only
 
@@ -222,12 +211,13 @@ def run_probe(
     texts: Sequence[str],
     spaces: Mapping[str, tuple[Tensor, ...]],
 ) -> Probe | None:
-    """The accuracies of one property; None where it has fewer than two classes, or too few captions on a side.
+    """Probes one property; None if it has fewer than two classes, or too few captions on a side.
 
-    `train` and `test` are classes, "" for captions that are left out; `texts` the held-out captions themselves.
+    `train` and `test` are classes ("" leaves the caption out), `texts` the held-out captions. `spaces` maps each
+    embedding and baseline to the vectors of both sides.
     """
-    known = Counter(label for label in train if label)
-    classes = sorted(label for label, count in known.items() if count >= 2)
+    counts = Counter(label for label in train if label)
+    classes = sorted(label for label, count in counts.items() if count >= 2)
     if len(classes) > MANY:
         classes = [label for label in classes if label in set(test)]
     index = {label: i for i, label in enumerate(classes)}
@@ -236,23 +226,23 @@ def run_probe(
     ask = torch.tensor([i for i, label in enumerate(test) if label in index], dtype=torch.long)
     if len(classes) < 2 or len(learn) < 20 or len(ask) < 8:
         return None
-    wanted, truth = (torch.tensor([index[side[i]] for i in rows]) for side, rows in ((train, learn), (test, ask)))
+    targets, truth = (torch.tensor([index[side[i]] for i in rows]) for side, rows in ((train, learn), (test, ask)))
     weights = metrics.bootstrap_weights([group_of(texts[i]) for i in ask])
-    found, shares = {}, {}
-    for space, (rows, held) in spaces.items():
-        right = (probes.probe(rows[learn], wanted, held[ask], len(classes)) == truth).double()
-        low, high = metrics.interval(torch.as_tensor(metrics.weighted_mean(right, weights)))
-        found[space] = (right.mean().item(), low, high)
-        share = probes.explained(held[ask], truth)
+    accuracy, shares = {}, {}
+    for space, (vectors, held_out) in spaces.items():
+        right = (probes.probe(vectors[learn], targets, held_out[ask], len(classes)) == truth).double()
+        low, high = metrics.interval(metrics.weighted_mean(right, weights))
+        accuracy[space] = (right.mean().item(), low, high)
+        share = probes.explained(held_out[ask], truth)
         shares[space] = None if math.isnan(share) else share
-    most = index[max(classes, key=lambda label: known[label])]
-    chance = (truth == most).double().mean().item()
-    return Probe(name, tuple(classes), len(learn), len(ask), chance, found, shares)
+    most_frequent = index[max(classes, key=lambda label: counts[label])]
+    chance = (truth == most_frequent).double().mean().item()
+    return Probe(name, tuple(classes), len(learn), len(ask), chance, accuracy, shares)
 
 
 @torch.no_grad()
 def _untrained(model: TextToImage, texts: Sequence[str], seed: int) -> Tensor:
-    """The sentences of an encoder as the configuration describes it, with fresh weights."""
+    """Sentence embeddings by an encoder of the model's architecture with fresh weights."""
     limit = model.config.data.max_tokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -268,20 +258,20 @@ def _untrained(model: TextToImage, texts: Sequence[str], seed: int) -> Tensor:
 def neighbours(
     model: TextToImage, which: str, captions: Captions, queries: Sequence[str], count: int = 6, most: int = 600
 ) -> dict[str, list[str]]:
-    """Query -> its nearest among the training captions' words, each embedded as a text of its own.
+    """Query -> its nearest among the words of the training captions, each embedded as a separate text.
 
-    A table of captions has no vectors of single words: there, captions and their nearest captions.
+    A table of captions has no vectors of single words: its queries and neighbours are captions.
     """
-    counts = Counter(word for text in captions.train for word in set(words(text)))
-    texts = [word for word, n in counts.most_common(most) if n >= 2 and len(word) > 1]
+    frequency = Counter(word for text in captions.train for word in set(words(text)))
+    texts = [word for word, n in frequency.most_common(most) if n >= 2 and len(word) > 1]
     if has_table(model):
         texts = captions.test[:most]
-        queries = [query for query in queries if query in texts]
-    chosen = [query for query in queries if query in texts] or _spread([t for t in texts if t not in _DULL], 14)
     if len(texts) < 2:
         return {}
-    found = probes.nearest(model.embed_text(texts, which), count)
-    return {query: [texts[i] for i in found[texts.index(query)]] for query in chosen}
+    queries = [query for query in queries if query in texts]
+    queries = queries or _spread([text for text in texts if text not in _STOP_WORDS], 14)
+    nearest = probes.nearest(model.embed_text(texts, which), count)
+    return {query: [texts[i] for i in nearest[texts.index(query)]] for query in queries}
 
 
 def has_table(model: TextToImage) -> bool:
@@ -290,7 +280,7 @@ def has_table(model: TextToImage) -> bool:
 
 
 def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """The most frequent ones and some of each further part."""
+    """The `count` / 2 most frequent texts, and others evenly spread over the next ones up to rank 200."""
     if len(texts) <= count:
         return list(texts)
     head = list(texts[: count // 2])

@@ -1,9 +1,9 @@
-"""What can be read from embeddings with straight lines: pure functions of vectors and labels.
+"""Linear analysis of embeddings: pure functions of vectors and labels.
 
-A linear probe (Alain & Bengio 2016) that finds a property in an embedding says that it is there in a form which the next
-layer can use, not that the network uses it. Words are in captions in any case, so a probe means something beside the two
-baselines only: a bag of words (everything that is said, word by word), and an encoder of the same kind that was never
-trained (what the architecture passes on by itself).
+A linear probe (Alain & Bengio 2016) that reads a property from an embedding shows that the next layer can use this
+property, not that the network does. Because captions contain the words themselves, a probe is meaningful only in
+comparison with two baselines: a bag of words (all words of the caption), and an untrained encoder of the same kind (what
+the architecture preserves without training).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 from dist_t2i.data.tokenizer import words
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""Weight decays that a probe chooses from."""
+"""Weight decays of which a probe selects one."""
 
 
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     """Predicted classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E], labels int64 [N].
 
-    Features are standardised by the training rows. The weight decay is the one of `STRENGTHS` that does best on every
-    fifth training row when fitted to the others.
+    Features are standardized by the training rows. The weight decay is the one of `STRENGTHS` with the best accuracy on
+    every fifth training row when fitted to the others.
     """
     mean, std = train.double().mean(0), train.double().std(0)
-    told = std > 1e-6  # what never changes in training tells nothing
-    train, test = (((rows.double() - mean) / std)[:, told] for rows in (train, test))
-    aside = torch.arange(len(train)) % 5 == 4
+    varying = std > 1e-6  # constant features carry no information
+    train, test = (((rows.double() - mean) / std)[:, varying] for rows in (train, test))
+    fifth = torch.arange(len(train)) % 5 == 4
     best = STRENGTHS[-1]
-    if aside.any() and len(train) >= 20:
-        found = [
-            (_predict(_fit(train[~aside], labels[~aside], classes, decay), train[aside]) == labels[aside]).sum()
+    if len(train) >= 20:
+        hits = [
+            (_predict(_fit(train[~fifth], labels[~fifth], classes, decay), train[fifth]) == labels[fifth]).sum()
             for decay in STRENGTHS
         ]
-        best = STRENGTHS[int(torch.stack(found).argmax())]
+        best = STRENGTHS[int(torch.stack(hits).argmax())]
     return _predict(_fit(train, labels, classes, best), test)
 
 
@@ -61,14 +61,14 @@ def _predict(fitted: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
 
 
 def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Which words of the training texts each text has: float32 [N, V] and [M, V]."""
+    """1 for each word of the training texts that a text has, else 0: float32 [N, V] and [M, V]."""
     index = {word: i for i, word in enumerate(sorted({word for text in train for word in words(text)}))}
 
     def rows(texts: Sequence[str]) -> Tensor:
-        found = torch.zeros(len(texts), len(index))
+        counts = torch.zeros(len(texts), len(index))
         for row, text in enumerate(texts):
-            found[row, [index[word] for word in words(text) if word in index]] = 1.0
-        return found
+            counts[row, [index[word] for word in words(text) if word in index]] = 1.0
+        return counts
 
     return rows(train), rows(test)
 
@@ -76,29 +76,29 @@ def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Ten
 def nearest(vectors: Tensor, count: int) -> Tensor:
     """Row numbers int64 [N, count] of the nearest other rows of vectors [N, E], nearest first.
 
-    By the cosine after the mean is taken off: what all texts share would make everything alike.
+    Nearness is the cosine after the mean is subtracted, because the shared part of all texts would dominate it.
     """
-    centred = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
-    return (centred @ centred.T).fill_diagonal_(-2.0).topk(min(count, len(vectors) - 1), dim=1).indices
+    centered = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
+    return (centered @ centered.T).fill_diagonal_(-2.0).topk(min(count, len(vectors) - 1), dim=1).indices
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The two principal components of vectors [N, E] as [N, 2], and the share of the variance that each holds.
+    """The two principal components of vectors [N, E] as [N, 2], and the share of the variance that each explains.
 
     Signs are fixed (the largest loading is positive), so that the same vectors give the same map.
     """
-    centred = vectors.double() - vectors.double().mean(0)
-    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+    centered = vectors.double() - vectors.double().mean(0)
+    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
     axes = directions[:2]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     shares = (singular.square() / singular.square().sum().clamp_min(1e-12))[:2].tolist()
-    return centred @ axes.T, (shares[0], shares[1])
+    return centered @ axes.T, (shares[0], shares[1])
 
 
 def explained(vectors: Tensor, labels: Tensor) -> float:
-    """The share of the variance of vectors [N, E] that classes int64 [N] account for: omega squared, summed over E.
+    """The share of the variance of vectors [N, E] that classes int64 [N] explain: omega squared, summed over E.
 
-    Unlike the plain ratio it is about 0 for classes that say nothing, however many there are. NaN where no class has two.
+    Unlike the plain ratio, it is about 0 for any number of uninformative classes. NaN if every class has one member only.
     """
     vectors = vectors.double() - vectors.double().mean(0)
     classes, index = labels.unique(return_inverse=True)

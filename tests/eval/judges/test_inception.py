@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
-from dist_t2i.eval.evaluate import load_judges
+from dist_t2i.eval.evaluate import load_networks
 from dist_t2i.eval.judges import features, inception, resizing
 from dist_t2i.eval.judges.weights import weights_file
 from dist_t2i.eval.protocol import Protocol, load_protocol
@@ -179,7 +179,7 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
 
 def test_judges_may_be_left_out(weights):
     protocol = load_protocol("coco30k")
-    judges = load_judges(protocol, "cpu", {"inception": str(weights)}, without=("clip",))
+    judges = load_networks(protocol, "cpu", {"inception": str(weights)}, without=("clip",))
     assert list(judges) == ["inception-clean", "inception-legacy"]
 
 
