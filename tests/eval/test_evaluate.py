@@ -13,7 +13,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import compare, metrics, scoring
 from dist_t2i.eval import ranks as ranks_module
-from dist_t2i.eval.evaluate import evaluate, manifest, protocol_for
+from dist_t2i.eval.evaluate import code_files, evaluate, manifest, protocol_for
 from dist_t2i.eval.measure import Features, generate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.ranks import Ranks
@@ -146,6 +146,15 @@ def test_the_manifest_says_what_the_numbers_depend_on(scores, model, data):
     assert scores.manifest["left_out"] == []
     other = Protocol("test", seeds=(0, 2), resamples=50)
     assert manifest(model, data, other, JUDGES)["protocol_sha256"] != scores.manifest["protocol_sha256"]
+
+
+def test_the_hash_of_the_code_covers_every_package():
+    packages = {
+        path.parent.relative_to(ROOT / "dist_t2i").as_posix() for path in (ROOT / "dist_t2i").rglob("__init__.py")
+    }
+    assert {"eval/judges", "models", "training", "utils"} < packages
+    assert {Path(name).parent.as_posix() for name in code_files()} == packages
+    assert code_files()["eval/metrics.py"] == Path(metrics.__file__)
 
 
 def test_what_no_judge_is_there_for_is_left_out_and_said(model, data):
