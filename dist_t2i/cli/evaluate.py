@@ -103,7 +103,7 @@ def main() -> int:
 
 def evaluation(chosen: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     """Scores to a file and to the terminal. Collective; a UserError is raised on all ranks."""
-    from dist_t2i.eval.evaluate import select_all, evaluate, load_networks
+    from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
     from dist_t2i.eval.scores import table
 
     model, data, protocol, sources = ranks.all(lambda: opened(chosen, local_rank, ranks.world))
