@@ -2,7 +2,7 @@
 
     python -m dist_t2i.checkpoint.mirror_worker look URL                    whose it is and which checkpoints it has
     python -m dist_t2i.checkpoint.mirror_worker fetch URL IMAGES FOLDER     one of them
-    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              what a training run starts: uploads what stdin names
+    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              uploads the checkpoints that stdin names
 
 The training process starts them (`mirroring.py`) because it must not have clients of object stores itself: it forks
 loader workers later. Answers and events are JSON lines on stdout. `follow` reads images seen from stdin, a line a
@@ -150,19 +150,22 @@ def main() -> int:
     if options.command == "follow":
         keep = Retention(options.keep_last, options.keep_every_images)
         return follow(options.url, options.run, keep, options.damaged, allow_changes=options.allow_changes)
+    print(json.dumps(answer(options)), flush=True)
+    return 0
+
+
+def answer(options: argparse.Namespace) -> dict[str, Any]:
+    """The answer to `look` or `fetch`; `unreachable` or `mistake` says why the mirror cannot be read."""
     try:
         if options.command == "look":
-            answer = look(options.url, options.patience)
-        else:
-            answer = fetch(options.url, options.images, options.folder, options.patience, check=not options.parent)
+            return look(options.url, options.patience)
+        return fetch(options.url, options.images, options.folder, options.patience, check=not options.parent)
     except Unreachable as error:
-        answer = {"unreachable": str(error)}
+        return {"unreachable": str(error)}
     except UserError as error:
-        answer = {"mistake": str(error)}
+        return {"mistake": str(error)}
     except OSError as error:  # of this machine: a full disk
-        answer = {"mistake": f"{error.filename or options.url}: {error.strerror or error}"}
-    print(json.dumps(answer), flush=True)
-    return 0
+        return {"mistake": f"{error.filename or options.url}: {error.strerror or error}"}
 
 
 if __name__ == "__main__":

@@ -396,7 +396,7 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
 
 def test_by_hand(small, tmp_path):
     def ask(*words: str) -> dict:
-        command = [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", *words]
+        command = [sys.executable, str(ROOT / "tools" / "mirror.py"), *words]
         return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     small("run").begin().upload(100, 200)

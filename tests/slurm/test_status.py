@@ -88,8 +88,9 @@ def test_a_folder_of_somebody_else(tmp_path, action):
     note(tmp_path / "mine" / "run")
     (tmp_path / "mine").chmod(0o700)
     words = ["submit.py", action, str(tmp_path / "mine" / "run")]
-    code = f"import os, sys, runpy; sys.argv[:] = {words!r}; sys.path[0] = {str(ROOT)!r}; import tools.submit as tool; "
-    code += "tool.need_slurm = lambda: None; os.setuid(65534); sys.exit(tool.run_command(tool.main))"
+    code = f"import os, sys; sys.argv[:] = {words!r}; sys.path[0] = {str(ROOT)!r}; "
+    code += "from dist_t2i.cli import submit; from dist_t2i.errors import run_command; "
+    code += "submit.need_slurm = lambda: None; os.setuid(65534); sys.exit(run_command(submit.main))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
@@ -128,7 +129,7 @@ def test_a_controller_that_is_away(cluster, tmp_path):
         said = submit("status", str(run), env=one.environment)
         assert ": unknown, job 1\n" in said.stdout and "Slurm does not answer" in said.stdout
         said = submit("cancel", str(run), env=one.environment)
-        assert said.returncode == 2 and "cannot be told whether job 1" in said.stderr
+        assert said.returncode == 2 and "Slurm does not answer: job 1 of" in said.stderr
     finally:
         one.down()
 

@@ -1,0 +1,34 @@
+"""Read a mirror of checkpoints by hand.
+
+python tools/mirror.py look URL                    prints which run the mirror belongs to and its checkpoints
+python tools/mirror.py fetch URL IMAGES FOLDER     copies the checkpoint at IMAGES seen and compares its checksums
+
+The answer is one line of JSON: docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dist_t2i.checkpoint import mirror_worker
+
+
+def main() -> int:
+    """Returns the exit status: 0 unless this program is at fault."""
+    parser = argparse.ArgumentParser(
+        prog="mirror.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("look", help="which run the mirror belongs to, and its checkpoints")
+    fetch = commands.add_parser("fetch", help="copy one checkpoint")
+    for command in (look, fetch):
+        command.add_argument("url", metavar="URL")
+        command.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an answer (%(default)s)")
+    fetch.add_argument("images", type=int, metavar="IMAGES", help="images seen at the checkpoint")
+    fetch.add_argument("folder", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    options.parent = 0
+    print(json.dumps(mirror_worker.answer(options)), flush=True)
+    return 0
