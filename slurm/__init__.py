@@ -1,4 +1,4 @@
-"""Training as a Slurm job: the job and its life (job, after, attempts), cluster profiles, Slurm on one machine.
+"""Training as a Slurm job: the job (job, rank), its end (after, attempts), cluster profiles, and Slurm on one machine.
 
-Submitting and looking after jobs is `tools/submit.py`; what runs inside a job is `dist_t2i/train.py`, as anywhere.
+`tools/submit.py` submits and manages jobs; a job runs `dist_t2i/train.py`.
 """

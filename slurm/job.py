@@ -1,9 +1,8 @@
-"""What runs on every rank of the job: `dist_t2i/train.py`, with word left of what it failed of.
+"""What runs on every rank of the job: `dist_t2i/train.py`; a failure is recorded.
 
-submitit starts it (one srun task per rank), from the copy of the code in the run folder. submitit's own handling of
-signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Here all ranks
-agree at a step boundary, save together and end (dist_t2i/distributed/preemption.py); the end of the batch script decides what then
-(after.py).
+submitit starts it, one srun task per rank, from the copy of the code in the run folder. submitit's own handling of signals
+is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Instead all ranks agree at
+a step boundary, save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the job is queued again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from slurm import attempts
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The training of one run; picklable by name, as it is in a module. Called on every rank, it does not return."""
+    """The training of one run, called on every rank; does not return. Pickled by name, hence in an importable module."""
 
     run: str
     arguments: tuple[str, ...]
@@ -31,8 +30,8 @@ class TrainJob:
 
     def __call__(self) -> None:
         rank = int(os.environ.get("SLURM_PROCID", "0"))
-        stop = StopFlag(announce=rank == 0).install()  # before the long imports: from here on no signal is lost
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit says a line about it, in every loader's process too
+        stop = StopFlag(announce=rank == 0).install()  # before the long imports, so that no signal is lost
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would log a line in every process
         job, restart = os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         run = Path(self.run)
         if rank == 0:
@@ -58,5 +57,5 @@ class TrainJob:
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
-        ignore_stop_signals()  # srun ends the others when the first has ended; so late, that would spoil the exit status
-        sys.exit(status)  # past submitit, which would pickle a result that nobody asks for
+        ignore_stop_signals()  # srun signals the other ranks when the first ends, which would change their status
+        sys.exit(status)  # past submitit, which would pickle a result

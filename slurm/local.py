@@ -1,14 +1,13 @@
-"""Slurm on this one machine, to try jobs and preemption at home: several nodes, every one a slurmd of its own.
+"""Slurm on this one machine, to try jobs and preemption: several virtual nodes, each with its own slurmd.
 
     python -m slurm.local up [--nodes 4]      start it; prints the line that points Slurm's commands to it
     python -m slurm.local run COMMAND ...     run a command with Slurm's commands pointed to it
     python -m slurm.local down                end its jobs and stop it
 
-Two partitions: jobs in `high` push out those in `low` (the default one), which get SIGTERM and 20 seconds, and are queued
-again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`), but no
-root and no accounting. Nothing limits what the nodes take of the machine: they share all of it. Its ports can be reached
-from other machines, as Slurm's daemons listen everywhere, but it only listens to the user who started it: that is seen
-to by a munged of its own, whose socket nobody else can open.
+It has two partitions: jobs in `high` preempt those in `low` (the default), which get SIGTERM and 20 seconds and are
+queued again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`),
+but no root and no accounting. The nodes share the whole machine. Slurm's daemons listen on all interfaces, but obey only
+the user who started them: they authenticate through their own munged, whose socket only that user can open.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 from dist_t2i.distributed.launch import free_ports
@@ -38,9 +36,9 @@ from dist_t2i.utils.processes import is_alive
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 _UP_SECONDS = 60.0
-"""How long the nodes may take until all of them are idle."""
+"""Time limit until all nodes are idle."""
 _DOWN_SECONDS = 20.0
-"""How long daemons may take to end before they are killed."""
+"""Time limit for the daemons to end before they are killed."""
 
 _SETTINGS = {
     "ClusterName": "local",
@@ -65,7 +63,7 @@ _SETTINGS = {
 
 
 def missing_programs() -> list[str]:
-    """Those of Slurm's programs that are not on this machine."""
+    """Slurm's programs that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
 
 
@@ -74,7 +72,7 @@ def _search_path() -> str:
 
 
 class LocalSlurm:
-    """A cluster in `folder`: its slurm.conf, state, logs and pid files. `settings` go before the built-in ones."""
+    """A cluster in `folder`: slurm.conf, state, logs, pid files. `settings` of slurm.conf replace the built-in ones."""
 
     def __init__(self, folder: Path, *, nodes: int = 4, settings: Mapping[str, str] | None = None) -> None:
         self.folder, self.settings = folder.absolute(), dict(settings or {})
@@ -90,11 +88,10 @@ class LocalSlurm:
     # ---- up and down -------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Start it and wait until every node is idle. Raises UserError saying what stands in the way."""
+        """Starts the cluster and waits until every node is idle. Raises UserError."""
         if not self.nodes:
             raise UserError("--nodes: a cluster has at least one")
-        missing = missing_programs()
-        if missing:
+        if missing := missing_programs():
             raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
         if self.running():
             raise UserError(f"it is up already, in {self.folder}; `down` stops it")
@@ -104,8 +101,8 @@ class LocalSlurm:
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
         ports = free_ports(len(self.nodes) + 1)
         self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
-        # Not 1 again: a run keeps its job's number, and would be taken for a job of the next cluster.
-        # Nor a round number: from jobs' numbers come the ports of their ranks, and clusters may run side by side.
+        # Random, because a run keeps its job's number, which must not name a job of the next cluster, and because the
+        # ports of ranks derive from job numbers and must differ between clusters that run at the same time.
         self._first_job = 1000 + secrets.randbelow(60_000_000)
         self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
@@ -118,64 +115,51 @@ class LocalSlurm:
         self._await_or_down(self._idle)
 
     def down(self) -> None:
-        """End the jobs and stop the daemons; whatever they have started and left behind is killed."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # whatever a daemon still answers
+        """Ends the jobs, stops the daemons, and kills the processes that outlive them."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # the daemons need not answer
             self.command("scancel", "--user", _user(), timeout=10)
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
-        for programs in ("slurm*", "munged"):  # the others cannot end in order without it
-            daemons = self._daemons(programs)
-            _end(daemons, signal.SIGTERM)
-            with contextlib.suppress(UserError):
-                self._await(partial(_all_ended, daemons), _DOWN_SECONDS)
-            _end(daemons, signal.SIGKILL)
+        self._stop("slurm*")
+        self._stop("munged")  # last: the other daemons need it to end in order
         _end(self.leftovers(), signal.SIGKILL)
         with contextlib.suppress(UserError):
             self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
         shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
 
+    def _stop(self, programs: str) -> None:
+        _end(self._daemons(programs), signal.SIGTERM)
+        with contextlib.suppress(UserError):
+            self._await(lambda: not self._daemons(programs), _DOWN_SECONDS)
+        _end(self._daemons(programs), signal.SIGKILL)
+
     def running(self) -> bool:
-        """Whether any of its daemons runs."""
-        return any(is_alive(pid) for pid in self._daemons())
+        """Whether any daemon runs."""
+        return bool(self._daemons())
 
     def start_node(self, node: str) -> None:
-        """Start the slurmd of a node (again, after it was killed)."""
+        """Starts the slurmd of a node."""
         self._start(f"slurmd-{node}", "-D", "-N", node, "-f", str(self.conf), program="slurmd")
 
-    def node_processes(self, node: str) -> dict[str, list[int]]:
-        """Pids of a node's `slurmd`, of its `slurmstepd`s, and of the `tasks` below these."""
-        import psutil
-
-        found: dict[str, list[int]] = {"slurmd": [], "slurmstepd": [], "tasks": []}
-        with contextlib.suppress(OSError, ValueError):
-            found["slurmd"] = [int((self.folder / "run" / f"slurmd-{node}").read_text())]
-        for process in psutil.process_iter(["pid", "name"]):
-            with contextlib.suppress(psutil.Error):
-                environment = process.environ()
-                if environment.get("SLURM_CONF") == str(self.conf) and environment.get("SLURMD_NODENAME") == node:
-                    found["tasks"].append(process.pid)
-                elif process.name().startswith("slurmstepd") and self._spool(node) in _open_paths(process):
-                    found["slurmstepd"].append(process.pid)
-        return found
-
     def leftovers(self) -> list[int]:
-        """Pids of whatever still runs with this cluster's slurm.conf in its environment, this process aside."""
+        """Pids of other processes with this cluster's slurm.conf and a job in their environment."""
         import psutil
 
-        found = []
+        pids = []
         for process in psutil.process_iter(["pid"]):
             with contextlib.suppress(psutil.Error):
-                told = process.environ()
-                if process.pid != os.getpid() and told.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in told:
-                    found.append(process.pid)
-        return found
+                environment = process.environ()
+                in_job = environment.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in environment
+                if in_job and process.pid != os.getpid():
+                    pids.append(process.pid)
+        return pids
 
     # ---- talking to it -----------------------------------------------------------------------------------------------
 
     def command(self, *words: str, timeout: float = 60.0) -> str:
-        """What one of Slurm's commands prints. Raises subprocess.CalledProcessError, with its stderr, when it fails."""
+        """The output of one of Slurm's commands. Raises subprocess.CalledProcessError with the command's stderr."""
         for _ in range(5):
             done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout)
-            # munged refuses a credential that it sees twice, or too late, as on a busy machine: nothing was done.
+            # On a busy machine munged refuses credentials that are late or repeated. Nothing was done then.
             if not done.returncode or not re.search("authentication|munge", done.stderr, re.IGNORECASE):
                 break
             time.sleep(0.5)
@@ -185,13 +169,13 @@ class LocalSlurm:
     def configuration(self) -> str:
         """The text of slurm.conf."""
         host, user = socket.gethostname().split(".")[0], _user()
-        places = {  # in quotes: a path may have spaces
+        locations = {  # in quotes, because a path may have spaces
             "SlurmctldHost": f"{host}(127.0.0.1)",
             "SlurmctldPort": str(self._ports["slurmctld"]),
             "SlurmUser": user,
             "SlurmdUser": user,
             "FirstJobId": str(self._first_job),
-            # A requeued job waits for twice `cred_expire` and a little: 10 s instead of 121.
+            # A requeued job waits a little more than 2 * cred_expire: 10 s instead of 121.
             "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
             "StateSaveLocation": f'"{self.folder}/state"',
             "SlurmdSpoolDir": f"{self._keys}/spool/%n",
@@ -200,7 +184,7 @@ class LocalSlurm:
             "SlurmctldPidFile": f'"{self.folder}/pid/slurmctld.pid"',
             "SlurmdPidFile": f'"{self.folder}/pid/%n.pid"',
         }
-        lines = [f"{name}={value}" for name, value in {**_SETTINGS, **places, **self.settings}.items()]
+        lines = [f"{name}={value}" for name, value in {**_SETTINGS, **locations, **self.settings}.items()]
         cores, memory = max(4, os.cpu_count() or 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         for node in self.nodes:
             address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[node]}"
@@ -227,27 +211,25 @@ class LocalSlurm:
         (self.folder / "run" / name).write_text(str(daemon.pid))
 
     def _new_keys(self) -> Path:
-        """A folder for sockets and munged's secret that only this user can enter; elsewhere, as sockets want short paths."""
+        """Makes a folder, on a short path, for sockets and munged's secret; only this user can enter it."""
         folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
         (folder / "spool").mkdir()
         (folder / "key").touch(mode=0o600)
         (folder / "key").write_bytes(secrets.token_bytes(128))
-        shutil.rmtree(link.resolve(), ignore_errors=True)  # of one that was not taken down
+        shutil.rmtree(link.resolve(), ignore_errors=True)  # of a cluster that was not taken down
         link.unlink(missing_ok=True)
         link.symlink_to(folder)
         return folder
 
     def _daemons(self, programs: str = "*") -> list[int]:
-        found = []
+        """Pids of the daemons that run; their pid files' names match `programs`."""
+        pids = []
         for file in (self.folder / "run").glob(programs):
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
                 if is_alive(pid) and _runs(pid, file.name.partition("-")[0]):
-                    found.append(pid)
-        return found
-
-    def _spool(self, node: str) -> str:
-        return str((self.folder / "keys").resolve() / "spool" / node)
+                    pids.append(pid)
+        return pids
 
     def _idle(self) -> bool:
         with contextlib.suppress(subprocess.SubprocessError):
@@ -260,7 +242,7 @@ class LocalSlurm:
         except UserError as error:
             self.down()
             logs = "".join(file.read_text(errors="replace")[-1500:] for file in (self.folder / "log").iterdir())
-            raise UserError(f"Slurm's daemons did not come up ({error}). What they say:\n{logs}") from None
+            raise UserError(f"Slurm's daemons did not come up ({error}). Their logs:\n{logs}") from None
 
     @staticmethod
     def _await(condition: Callable[[], bool], seconds: float) -> None:
@@ -272,29 +254,21 @@ class LocalSlurm:
 
 
 def _user() -> str:
-    """Whose processes these are, whatever the environment says (`runuser` and containers leave another's name in it)."""
+    """The owner of this process; USER names somebody else under `runuser` and in containers."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
 
 
-def _all_ended(pids: list[int]) -> bool:
-    return not any(is_alive(pid) for pid in pids)
-
-
 def _runs(pid: int, program: str) -> bool:
-    """Whether the process is this program: its pid may have gone to another one since."""
+    """Whether the process runs this program: the pid may have been reused."""
     import psutil
 
     try:
         return Path(psutil.Process(pid).cmdline()[0]).name == program
     except (psutil.Error, IndexError):
         return False
-
-
-def _open_paths(process) -> str:
-    return " ".join(process.cmdline()) + " ".join(file.path for file in process.open_files())
 
 
 def _end(pids: list[int], number: int) -> None:
@@ -307,49 +281,49 @@ def _end(pids: list[int], number: int) -> None:
 
 
 def default_folder() -> Path:
-    """Where the cluster lives unless `--folder` says otherwise."""
+    """The default of `--folder`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "dist_t2i" / "slurm"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status; `run` does not return, and has the command's own."""
+    """Returns the exit status; `run` does not return: the command replaces this process."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where it lives (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="folder of the cluster (%(default)s)")
     parser.add_argument("--nodes", type=int, default=4, help="virtual nodes that `up` starts (%(default)s)")
     parser.add_argument("action", choices=("up", "run", "down"))
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="of `run`")
-    chosen = parser.parse_args(arguments)
-    if chosen.action != "run" and chosen.command:  # options after the word: `up --nodes 2`
-        chosen = parser.parse_args([*chosen.command, chosen.action], namespace=chosen)
-    cluster = LocalSlurm(chosen.folder, nodes=chosen.nodes)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command of `run`")
+    options = parser.parse_args(arguments)
+    if options.action != "run" and options.command:  # options after the action: `up --nodes 2`
+        options = parser.parse_args([*options.command, options.action], namespace=options)
+    cluster = LocalSlurm(options.folder, nodes=options.nodes)
     try:
-        return _act(chosen, cluster)
+        return _act(options, cluster)
     except OSError as error:
         raise UserError(f"{error.filename or cluster.folder}: {error.strerror or error}") from error
 
 
-def _act(chosen: argparse.Namespace, cluster: LocalSlurm) -> int:
-    if chosen.action == "up":
+def _act(options: argparse.Namespace, cluster: LocalSlurm) -> int:
+    if options.action == "up":
         cluster.up()
         print(f"Slurm is up: {len(cluster.nodes)} nodes, partitions low (default) and high. In this shell:")
         print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
         return 0
-    if chosen.action == "down":
+    if options.action == "down":
         was = cluster.running()
         cluster.down()
         print("Slurm is down" if was else f"Slurm was not up in {cluster.folder}")
         return 0
-    if not chosen.command:
+    if not options.command:
         raise UserError("run what? Such as: python -m slurm.local run squeue")
     if not cluster.running():
         raise UserError("Slurm is not up: python -m slurm.local up")
-    program = shutil.which(chosen.command[0], path=_search_path())
+    program = shutil.which(options.command[0], path=_search_path())
     if program is None:
-        raise UserError(f"there is no program {chosen.command[0]} to run")
-    os.execve(program, chosen.command, cluster.environment)  # its signals and exit status are its own
+        raise UserError(f"there is no program {options.command[0]} to run")
+    os.execve(program, options.command, cluster.environment)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Cluster profiles: what a Slurm cluster wants to be asked, as YAML, so that a submission is one short line.
+"""Cluster profiles: the options of sbatch that a Slurm cluster needs, as YAML.
 
-Keys and their defaults are the fields of `Profile`. Command-line options go before a profile's values. Texts may name
-environment variables of the job (`/scratch/$USER/$SLURM_JOB_ID`); they are filled in where the job runs.
+The keys and their defaults are the fields of `Profile`. Command-line options replace a profile's values. Texts may name
+environment variables (`/scratch/$USER/$SLURM_JOB_ID`), which the job expands.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from dist_t2i.errors import ConfigError
 
 @dataclass(frozen=True)
 class Container:
-    """An image in which the ranks run. Run folder, code and data must be where its mounts show them."""
+    """An image in which the ranks run. Its mounts must contain the run folder, the code and the data."""
 
     runtime: Literal["pyxis", "apptainer"] = "apptainer"
     image: str = ""
     mounts: tuple[str, ...] = ()
-    """`OUTSIDE:INSIDE`, or a path that is the same on both sides."""
+    """`OUTSIDE:INSIDE`, or one path for both."""
     python: str = "python3"
-    """Python within the image."""
+    """Python inside the image."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a cluster wants. Empty and 0 mean: not asked for, the cluster's own default holds."""
+    """Options of a cluster. Empty and 0 mean the cluster's default."""
 
     partition: str = ""
     account: str = ""
     qos: str = ""
     time: str = "24h"
-    """Time limit of one attempt: `90m`, `24h`, `2d`, or as Slurm takes it, in quotes: `"12:00:00"`, `"1-12"`."""
+    """Time limit of one attempt: `90m`, `24h`, `2d`, or Slurm's form in quotes: `"12:00:00"`, `"1-12"`."""
     gpus_per_node: int = 0
     tasks_per_node: int = 0
-    """Ranks per node; 0: one per GPU, or one."""
+    """Ranks per node; 0: one per GPU, or one without GPUs."""
     cpus_per_task: int = 0
     memory_gb: int = 0
-    """Of a node."""
+    """Memory of a node."""
     constraint: str = ""
     exclude: str = ""
-    """Nodes to stay away from."""
+    """Nodes that the job must not use."""
     exclusive: bool = False
     signal_seconds: int = 120
-    """How long before the time limit the job is told to save; at least a step, a checkpoint and half a minute."""
+    """Seconds before the time limit at which the job is signalled to save: a step, a checkpoint and half a minute at least."""
     modules: tuple[str, ...] = ()
-    """For `module load`."""
+    """Arguments of `module load`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
     interface: str = ""
     """Network interface of NCCL and gloo, such as `ib0`."""
     scratch: str = ""
-    """Folder on each node's own disk, for the shard cache."""
+    """Folder on each node's local disk, for the shard cache."""
     python: str = ""
-    """Python of the environment on the nodes; empty: the one that submits. With a container it only runs what decides at
-    the end, outside of the image: 3.7 or newer; empty: `python3`."""
+    """Python on the nodes; empty: the Python that submits. With a container it runs only after.py, outside of the image: 3.7
+    or newer; empty: `python3`."""
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch by name, such as `mail-type: FAIL`."""
@@ -71,40 +71,41 @@ class Profile:
 def load(path: Path) -> Profile:
     """A checked profile. Raises ConfigError that names every problem."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        profile = _read(yaml.safe_load(text), str(path))
     except FileNotFoundError:
-        known = sorted(str(near) for near in (Path(__file__).parent / "profiles").glob("*.yaml"))
-        raise ConfigError(f"no profile {path}; those that come along: {', '.join(known)}") from None
+        known = sorted(str(file) for file in (Path(__file__).parent / "profiles").glob("*.yaml"))
+        raise ConfigError(f"no profile {path}; the project has {', '.join(known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the profile {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the profile {path} is not YAML: {' '.join(str(error).split())}") from None
-    problems: list[str] = []
-    profile = read_section({} if found is None else found, Profile, "", problems, "a profile")
-    if problems:
-        raise _error(str(path), problems)
     return check(profile, str(path))
 
 
-def from_plain(found: dict[str, Any]) -> Profile:
+def from_plain(values: dict[str, Any]) -> Profile:
     """A profile from what `dataclasses.asdict` made of one, through JSON. Raises ConfigError."""
+    return _read(values, "the profile of the run")
+
+
+def _read(values: Any, origin: str) -> Profile:
     problems: list[str] = []
-    profile = read_section(found, Profile, "", problems, "a profile")
+    profile = read_section({} if values is None else values, Profile, "", problems, "a profile")
     if problems:
-        raise ConfigError("the profile of the run cannot be read: " + "; ".join(problems), problems)
+        raise _error(origin, problems)
     return profile
 
 
-def check(profile: Profile, source: str = "the profile") -> Profile:
-    """The profile, if its values can be. Raises ConfigError that names every problem."""
+def check(profile: Profile, origin: str = "the profile") -> Profile:
+    """The profile, if its values are valid. Raises ConfigError that names every problem."""
     if problems := _contradictions(profile):
-        raise _error(source, problems)
+        raise _error(origin, problems)
     return profile
 
 
-def _error(source: str, problems: list[str]) -> ConfigError:
+def _error(origin: str, problems: list[str]) -> ConfigError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ConfigError(f"{source}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
+    return ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
 
 
 def _contradictions(profile: Profile) -> list[str]:
@@ -127,23 +128,23 @@ def _contradictions(profile: Profile) -> list[str]:
 
 
 def minutes(text: str) -> int:
-    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, or as Slurm takes it: a number of minutes, `MM:SS`,
-    `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ConfigError."""
+    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, or one of Slurm's forms: minutes, `MM:SS`, `HH:MM:SS`,
+    `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ConfigError."""
     text = text.strip()
     units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
     slurm = re.fullmatch(r"(\d+)-(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?|(?:(\d+):)?(\d+):(\d{1,2})", text)
     if text.isdecimal():
-        found = int(text)
+        total = int(text)
     elif units and text:
         days, hours, rest = (int(part or 0) for part in units.groups())
-        found = days * 1440 + hours * 60 + rest
+        total = days * 1440 + hours * 60 + rest
     elif slurm:
         days, hours, rest, seconds, *short = (int(part or 0) for part in slurm.groups())
         if not slurm[1]:
             hours, rest, seconds = short
-        found = days * 1440 + hours * 60 + rest + -(-seconds // 60)
+        total = days * 1440 + hours * 60 + rest + -(-seconds // 60)
     else:
         raise ConfigError(f"{text!r} is not a time: write 90m, 24h, 2d, or 1-12:00:00")
-    if found <= 0:
+    if total <= 0:
         raise ConfigError(f"{text!r}: a job needs at least a minute")
-    return found
+    return total

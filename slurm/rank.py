@@ -1,7 +1,6 @@
 """Starts one rank of a job through submitit, with this copy of the code first on the module search path.
 
-`python -m submitit...` would look for modules in the folder in which the job was submitted first, where the code may
-have changed since.
+`python -m submitit...` would import from the folder in which the job was submitted, where the code may have changed.
 """
 
 import sys

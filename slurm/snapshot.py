@@ -1,8 +1,8 @@
-"""A copy of the code in the run folder, so that a job that starts again next week runs what was submitted today.
+"""A copy of the code in the run folder, so that a job that starts again next week runs the code that was submitted.
 
-RUN/code/            the project's files as git knows them, changes and new files included
-RUN/code.json        git revision, whether anything differed from it, and when the copy was made
-RUN/code.diff        what differed
+RUN/code/            the project's files: those that git tracks or would add, with their uncommitted changes
+RUN/code.json        git revision, whether files differed from it, and when the copy was made
+RUN/code.diff        the differences from the revision
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from dist_t2i.utils.environment import git_state
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "code"
 MARKS = ("slurm/rank.py", "slurm/after.py", "dist_t2i/train.py")
-"""What a job starts of a copy: one without them is none."""
+"""The files of a copy that a job starts: a folder without one of them is not a copy."""
 _PARTS = ("dist_t2i", "slurm", "tools", "configs", "pyproject.toml")
 
 
 def take(run: Path) -> Path:
-    """Copy the code that runs here into `run`, in place of an older copy; the copy's folder. Raises UserError."""
-    target, aside = run / CODE, run / f".{CODE}.new"
+    """Copies the running code into `run`, replaces an older copy, and returns the copy's folder. Raises UserError."""
+    target, new = run / CODE, run / f".{CODE}.new"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        for source in _files():
-            place = aside / source.relative_to(ROOT)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, place)
+        shutil.rmtree(new, ignore_errors=True)
+        for file in _files():
+            copy = new / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
         shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        new.rename(target)
         about = {**git_state(ROOT), "copied": time.strftime("%Y-%m-%d %H:%M:%S"), "from": str(ROOT)}
         (run / "code.json").write_text(json.dumps(about, indent=1) + "\n")
         (run / "code.diff").write_bytes(os.fsencode(_git("diff", "HEAD") or ""))
@@ -44,39 +44,39 @@ def take(run: Path) -> Path:
 
 
 def keep(run: Path) -> bool:
-    """Whether `run` has a copy from before: its own, or that of the array of seeds that it was submitted in. Raises OSError."""
-    mine, arrays = run / CODE, run.parent / CODE
-    if not _is_copy(mine) and run.name.startswith("seed-") and _is_copy(arrays):
-        shutil.copytree(arrays, mine, dirs_exist_ok=True)
-    return _is_copy(mine)
+    """Whether `run` has an earlier copy; a run of an array of seeds gets that of the array. Raises OSError."""
+    copy, of_array = run / CODE, run.parent / CODE
+    if not _is_copy(copy) and run.name.startswith("seed-") and _is_copy(of_array):
+        shutil.copytree(of_array, copy, dirs_exist_ok=True)
+    return _is_copy(copy)
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether it is the code: `code` is the name of many folders, and a copy may have been swept in part."""
+    """Whether it is a copy of the code: other folders are called `code` too, and a clean-up may have removed files."""
     return all((folder / part).is_file() for part in MARKS)
 
 
 def _files() -> list[Path]:
-    """The project's files: those that git tracks or would add; without git, those of the known folders."""
-    listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS)
-    if listed:
-        found = [ROOT / name for name in listed.split("\0") if name]
+    """The project's files: those that git tracks or would add; without git, those of `_PARTS`."""
+    listing = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS)
+    if listing:
+        files = [ROOT / name for name in listing.split("\0") if name]
     else:
-        parts = [ROOT / name for name in _PARTS if (ROOT / name).exists()]
-        found = [path for part in parts for path in ([part] if part.is_file() else part.rglob("*"))]
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+        files = [
+            path for part in _PARTS for path in ((ROOT / part).rglob("*") if (ROOT / part).is_dir() else [ROOT / part])
+        ]
+    return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, whatever its encoding (`os.fsencode` gives the bytes); None outside of a checkout."""
+    """The output of git, in any encoding (`os.fsencode` gives the bytes); None where ROOT is not the root of a checkout."""
 
-    def said(*words: str) -> str:
+    def output(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True)
         return os.fsdecode(done.stdout)
 
     try:
-        if Path(said("rev-parse", "--show-toplevel").removesuffix("\n")).resolve() != ROOT:
-            return None  # a checkout around us, not ours
-        return said(*arguments)
+        top = Path(output("rev-parse", "--show-toplevel").removesuffix("\n")).resolve()
+        return output(*arguments) if top == ROOT else None
     except (OSError, subprocess.SubprocessError):
         return None

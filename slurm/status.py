@@ -1,4 +1,4 @@
-"""How a submitted run is doing: from Slurm where it can be asked, and from the run folder's own files always."""
+"""The state of a submitted run: from Slurm where it answers, and always from the files of the run folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,9 @@ from dist_t2i.utils.progress import duration
 from slurm import attempts
 from slurm.submission import FOLDER, JOB
 
-_LIVE = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "SUSPENDED",
-    "STOPPED",
-    "SIGNALING",
-}
+_LIVE = set("PENDING CONFIGURING RUNNING COMPLETING REQUEUED REQUEUE_HOLD SUSPENDED STOPPED SIGNALING".split())
+_NEEDED = ("job", "logs", "nodes", "ranks", "profile")
+"""Keys of RUN/slurm/job.json that the commands read."""
 
 
 class _Silent(Exception):
@@ -35,13 +27,14 @@ class _Silent(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """A submitted run at this moment. `queue` is Slurm's word for the job, "" when it does not know it (any more)."""
+    """A submitted run at one moment."""
 
     run: Path
     job: str
     queue: str = ""
+    """Slurm's word for the job's state; "" when Slurm does not know the job (any more)."""
     where: str = ""
-    """Nodes, or why it waits."""
+    """The job's nodes, or why it waits."""
     progress: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: int = -1
@@ -49,7 +42,7 @@ class State:
     submitted: float = 0.0
     """Unix time of the latest submission."""
     silent: bool = False
-    """Whether Slurm is here and does not answer: the job may be in any state."""
+    """Whether Slurm is installed and does not answer: the job may be in any state."""
 
     @property
     def live(self) -> bool:
@@ -57,29 +50,23 @@ class State:
         return self.queue in _LIVE
 
     @property
+    def begins(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.attempts if entry["event"] == "begin"]
+
+    @property
     def ends(self) -> list[dict[str, Any]]:
         return [entry for entry in self.attempts if entry["event"] == "end"]
 
     @property
-    def begun(self) -> int:
-        """Attempts that have begun."""
-        return sum(entry["event"] == "begin" for entry in self.attempts)
-
-    @property
     def interruptions(self) -> tuple[int, int]:
-        """Attempts that were followed by another, or wait for it: ended by a stop or by Slurm, and by a failure."""
-        ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
-        begins = [entry for entry in self.attempts if entry["event"] == "begin"]
-        over = begins if self.word in ("queued", "failed") else begins[:-1]
-        failed = sum(bool(ended.get((one["job"], one["restart"]), {}).get("kind")) for one in over)
-        return len(over) - failed, failed
+        """Interrupted attempts: how many a signal or Slurm ended, and how many failed.
 
-    @property
-    def _just_finished(self) -> bool:
-        """Whether the progress file says so, and was written by the latest attempt: one that goes on begins with an older one's."""
-        begins = [entry["time"] for entry in self.attempts if entry["event"] == "begin"]
-        newest = max([self.submitted, *begins])
-        return self.progress.get("state") == "finished" and self.progress.get("updated", 0.0) >= newest
+        Every attempt counts that another one follows or will follow.
+        """
+        ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
+        over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
+        failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
+        return len(over) - failed, failed
 
     @property
     def word(self) -> str:
@@ -87,7 +74,9 @@ class State:
         last = self.ends[-1] if self.ends else {}
         if self.live and self.queue not in ("RUNNING", "COMPLETING"):
             return "queued"
-        if self._just_finished:
+        # A progress file that is older than the latest attempt comes from an earlier one.
+        newest = max([self.submitted, *(begin["time"] for begin in self.begins)])
+        if self.progress.get("state") == "finished" and self.progress.get("updated", 0.0) >= newest:
             return "finished"
         if self.live:
             return "running"
@@ -101,12 +90,11 @@ class State:
 
     @property
     def why(self) -> str:
-        """Why it failed; "" when it did not."""
+        """Why the run failed; "" when it did not."""
         if self.word != "failed":
             return ""
-        last = self.ends[-1] if self.ends else {}
-        if last.get("verdict") == "given up":
-            return str(last.get("reason", ""))
+        if self.ends and self.ends[-1].get("verdict") == "given up":
+            return str(self.ends[-1].get("reason", ""))
         if self.queue == "TIMEOUT":
             return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"
         return f"Slurm ended it: {self.queue}"
@@ -114,31 +102,30 @@ class State:
 
 def submitted(run: Path) -> dict[str, Any]:
     """RUN/slurm/job.json. Raises UserError when the run was not submitted."""
+    file = run / FOLDER / JOB
     try:
-        found = json.loads((run / FOLDER / JOB).read_text(encoding="utf-8"))
+        about = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         seeds = _seeds(run)
         hint = f"; it is an array: name one of its runs, such as {seeds[0]}" if seeds else ""
         raise UserError(f"{run} is not a submitted run: there is no {FOLDER}/{JOB} in it{hint}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{run / FOLDER / JOB} cannot be read: {error}") from None
-    needed = ("job", "logs", "nodes", "ranks", "profile")
-    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
+        raise UserError(f"{file} cannot be read: {error}") from None
+    missing = [name for name in _NEEDED if not isinstance(about, dict) or name not in about]
     if missing:
-        raise UserError(f"{run / FOLDER / JOB} lacks {', '.join(missing)}: submit the run again with --config")
-    return found
+        raise UserError(f"{file} lacks {', '.join(missing)}: submit the run again with --config")
+    return about
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError when there is none, unless that
-    is `missing_ok`."""
+    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError without any, unless `missing_ok`."""
     try:
-        seeds = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
+        runs = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    if not seeds and not missing_ok:
+    if not runs and not missing_ok:
         submitted(folder)
-    return seeds
+    return runs
 
 
 def _seeds(folder: Path) -> list[Path]:
@@ -168,20 +155,17 @@ def look(run: Path) -> State:
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state and where it runs or why it waits, from squeue, else scontrol, else sacct; empty when none knows it.
+    """A job's state, and its nodes or why it waits: from squeue, else scontrol, else sacct; empty when none knows the job.
 
     Raises _Silent when the controller is away.
     """
-    said = _output("squeue", "-h", "-j", job, "-o", "%T|%R")
-    if said:
-        state, _, where = said.splitlines()[0].partition("|")
+    queue = _output("squeue", "-h", "-j", job, "-o", "%T|%R")
+    if queue:
+        state, _, where = queue.splitlines()[0].partition("|")
         return state, where.strip("()")
-    shown = _output("scontrol", "-o", "show", "job", job)
-    found = re.search(r"JobState=(\S+)", shown)
-    if found:
-        return found[1], ""
-    counted = _output("sacct", "-n", "-X", "-P", "-j", job, "-o", "State")
-    return (counted.split()[0], "") if counted.strip() else ("", "")
+    if match := re.search(r"JobState=(\S+)", _output("scontrol", "-o", "show", "job", job)):
+        return match[1], ""
+    return (_output("sacct", "-n", "-X", "-P", "-j", job, "-o", "State").split() or [""])[0], ""
 
 
 def _output(*command: str) -> str:
@@ -200,36 +184,29 @@ def describe(state: State) -> str:
     """The state in a few lines for people."""
     head = f"{state.run}: {state.word}, job {state.job}"
     if state.word == "running":
-        head += f", attempt {max(1, state.begun)}" + (f" on {state.where}" if state.where else "")
+        head += f", attempt {max(1, len(state.begins))}" + (f" on {state.where}" if state.where else "")
     elif state.word == "queued":
         head += f" ({state.where or state.queue})"
     lines = [head + (f" because {state.why}" if state.why else "")]
     if state.silent:
-        lines.append("  Slurm does not answer: this is what the run folder says, and the job may be in any state")
-    seen = state.progress
-    if seen:
-        lines.append(f"  {_progress(seen, running=state.word == 'running')}")
-    lines.append(
-        f"  last committed checkpoint: {f'{state.checkpoint:,} images' if state.checkpoint >= 0 else 'none yet'}"
-    )
-    stopped, failed = state.interruptions
-    if stopped or failed:
-        parts = [f"preempted or stopped {_times(stopped)}"] * bool(stopped) + [f"failed {_times(failed)}"] * bool(
-            failed
-        )
-        lines.append(f"  {' and '.join(parts)}, {state.begun} attempts so far")
+        lines.append("  Slurm does not answer: this is the state in the run folder, and the job may be in any state")
+    if state.progress:
+        lines.append(f"  {_progress(state.progress, running=state.word == 'running')}")
+    checkpoint = f"{state.checkpoint:,} images" if state.checkpoint >= 0 else "none yet"
+    lines.append(f"  last committed checkpoint: {checkpoint}")
+    counts = zip(("preempted or stopped", "failed"), state.interruptions, strict=True)
+    parts = [f"{what} {'once' if count == 1 else f'{count} times'}" for what, count in counts if count]
+    if parts:
+        lines.append(f"  {' and '.join(parts)}, {len(state.begins)} attempts so far")
     if state.ends and state.ends[-1].get("kind") and state.word != "failed":
         lines.append(f"  last failure: {state.ends[-1]['reason']}")
     return "\n".join(lines)
 
 
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
-
-
-def _progress(seen: dict[str, Any], *, running: bool) -> str:
-    images, total, rate = seen.get("images", 0), seen.get("total_images", 0), seen.get("images_per_second") or 0.0
+def _progress(progress: dict[str, Any], *, running: bool) -> str:
+    images, total = progress.get("images", 0), progress.get("total_images", 0)
+    rate = progress.get("images_per_second") or 0.0
     text = f"{images:,} of {total:,} images" + (f" ({100 * images / total:.1f}%)" if total else "")
     if running and rate:
         text += f", {rate:,.3g} images/s, eta {duration((total - images) / rate)}"
-    return f"{text}; as of {duration(max(0.0, time.time() - seen.get('updated', 0)))} ago"
+    return f"{text}; as of {duration(max(0.0, time.time() - progress.get('updated', 0)))} ago"

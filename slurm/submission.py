@@ -3,10 +3,9 @@
     RUN/slurm/config.yaml            the resolved configuration that the job trains with
     RUN/slurm/job.json               the latest submission: job id, nodes, ranks, script, when
     RUN/slurm/JOB_submission.sh      the batch script
-    RUN/slurm/JOB_RANK_log.out       what a rank said, over all attempts of the job
+    RUN/slurm/JOB_RANK_log.out       the log of a rank, over all attempts of the job
 
-Everything that can be checked is checked before anything is queued: configuration, world size, data, profile, and
-`sbatch --test-only` on the very script.
+Configuration, world size, data, profile and the script (`sbatch --test-only`) are checked before anything is queued.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from dist_t2i.errors import UserError
 from dist_t2i.utils.files import write_atomic
 from slurm import snapshot
 from slurm.job import TrainJob
-from slurm.profile import Container, Profile, minutes
+from slurm.profile import Profile, minutes
 
 FOLDER = "slurm"
 JOB = "job.json"
 
 
 class SubmitError(UserError):
-    """Slurm is not there, or does not take the job."""
+    """Slurm is missing, or refuses the job."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A run to submit. `seeds` above 0 submits an array of so many runs, in RUN/seed-N each."""
+    """A run to submit. `seeds` above 0 submits an array of this many runs, each in RUN/seed-N."""
 
     run: Path
-    """Absolute."""
+    """The run folder, absolute."""
     config: Config
     profile: Profile
     nodes: int = 1
@@ -60,7 +59,7 @@ class Submission:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each node: one per GPU unless the profile says otherwise."""
+        """Ranks on each node: one per GPU, unless the profile sets tasks_per_node."""
         return self.profile.tasks_per_node or self.profile.gpus_per_node or 1
 
     @property
@@ -76,23 +75,25 @@ class Submission:
         return self.run / snapshot.CODE
 
     def check(self) -> str:
-        """Check world size and data; says in a line what the data is. Raises UserError."""
-        from dist_t2i.data.open_data import open_data
+        """Checks world size and data; returns a line that describes the data. Raises UserError."""
+        from dist_t2i.data.open_data import open_data  # late: `status` and the other commands start faster
 
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")
         if self.seeds < 0:
-            raise UserError(f"--array-seeds {self.seeds}: how many runs, or 0 for one that is no array")
+            raise UserError(
+                f"--array-seeds {self.seeds}: give a number of runs, or 0 for a single run without an array"
+            )
         check_world(self.config, self.ranks)
         data = open_data(self.config.data)
-        about = data.manifest["splits"]["train"]
-        captions = about.get("captions", {}).get("count", 0)
-        return f"{about['samples']:,} pictures, {captions:,} captions, {len(about['shards']):,} shards in {data.folder}"
+        train = data.manifest["splits"]["train"]
+        captions = train.get("captions", {}).get("count", 0)
+        return f"{train['samples']:,} pictures, {captions:,} captions, {len(train['shards']):,} shards in {data.folder}"
 
     # ---- the script --------------------------------------------------------------------------------------------------
 
     def script(self) -> str:
-        """The batch script; of an array, where there are several seeds."""
+        """The batch script: that of an array, if `seeds` is above 1."""
         executor = self._executor()
         if self.seeds > 1:
             executor.parameters["map_count"] = self.seeds  # as `map_array` does
@@ -101,7 +102,7 @@ class Submission:
     def _executor(self) -> _Executor:
         profile = self.profile
         executor = _Executor(self.folder, self._python(), self.code)
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "job_name": self.name or self.run.name,
             "time": minutes(profile.time),
             "nodes": self.nodes,
@@ -117,9 +118,9 @@ class Submission:
             "exclusive": profile.exclusive,
             "dependency": self.dependency,
         }
-        _refuse_what_breaks_lines({**given, **profile.sbatch}, self.run)
+        _refuse_line_breaks({**options, **profile.sbatch}, self.run)
         executor.update_parameters(
-            **{name: value for name, value in given.items() if value},
+            **{name: value for name, value in options.items() if value},
             wckey=None,
             signal_delay_s=profile.signal_seconds,
             stderr_to_stdout=True,
@@ -131,14 +132,18 @@ class Submission:
         return executor
 
     def _python(self) -> str:
-        box = self.profile.container
-        if not box.image:
+        container = self.profile.container
+        if not container.image:
             return shlex.quote(self.profile.python or sys.executable)
-        if box.runtime == "pyxis":
-            return shlex.quote(box.python)  # srun enters the image
-        binds = [word for mount in _mounts(box, self.run) for word in ("--bind", mount)]
+        if container.runtime == "pyxis":
+            return shlex.quote(container.python)  # srun enters the image
+        binds = [word for mount in self._mounts() for word in ("--bind", mount)]
         gpus = ["--nv"] if self.profile.gpus_per_node else []
-        return shlex.join(["apptainer", "exec", *gpus, *binds, box.image, box.python])
+        return shlex.join(["apptainer", "exec", *gpus, *binds, container.image, container.python])
+
+    def _mounts(self) -> list[str]:
+        mounts = (*self.profile.container.mounts, str(self.run))
+        return [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
 
     def _setup(self) -> list[str]:
         profile = self.profile
@@ -150,16 +155,16 @@ class Submission:
             lines.append(f"export SLURM_TMPDIR={_expanding(profile.scratch)}")
         lines.append(f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
         lines.append("export PYTHONFAULTHANDLER=1")
-        lines.append("trap : USR2 TERM  # the ranks save on these; what comes after them is decided at the end")
+        lines.append("trap : USR2 TERM  # the ranks save on these signals; after.py decides what follows")
         return lines
 
     def _srun(self) -> list[str]:
         profile, words = self.profile, ["--kill-on-bad-exit=1", "--open-mode=append"]
         if profile.cpus_per_task:
-            words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun does not take it from sbatch
+            words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun does not inherit it from sbatch
         if profile.container.image and profile.container.runtime == "pyxis":
             words.append(f"--container-image={profile.container.image}")
-            words.append(f"--container-mounts={','.join(_mounts(profile.container, self.run))}")
+            words.append(f"--container-mounts={','.join(self._mounts())}")
             words.append(f"--container-workdir={self.run}")
         return [*words, *profile.srun]
 
@@ -169,32 +174,27 @@ class Submission:
             run += f"/seed-$(({self.config.train.seed} + ${{SLURM_ARRAY_TASK_ID:-0}}))"
         if self.seeds > 1:
             log = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
-        outside = shlex.quote(self.profile.python or "python3")
-        python = outside if self.profile.container.image else self._python()
+        # after.py must run outside of the container, where Slurm's commands are.
+        python = shlex.quote(self.profile.python or "python3") if self.profile.container.image else self._python()
         after = f"{python} {shlex.quote(str(self.code / 'slurm' / 'after.py'))}"
-        logs = f"{shlex.quote(str(self.folder))}/{log}_0_log.out"
-        return [
-            "status=$?",
-            f'{after} --run {run} --status "$status" --log {logs}',
-            "exit $?",
-        ]
+        log = f"{shlex.quote(str(self.folder))}/{log}_0_log.out"
+        return ["status=$?", f'{after} --run {run} --status "$status" --log {log}', "exit $?"]
 
     # ---- submitting --------------------------------------------------------------------------------------------------
 
     def test(self) -> str:
-        """What `sbatch --test-only` says of the script, such as when it could start. Raises SubmitError."""
+        """The answer of `sbatch --test-only` to the script, such as when it could start. Raises SubmitError."""
         need_slurm()
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
             file.write(self.script())
             file.flush()
             done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
-        said = " ".join(done.stderr.split())
         if done.returncode != 0:
-            raise SubmitError(f"Slurm does not take this job: {_reason(said)}")
-        return said.removeprefix("sbatch: ")
+            raise SubmitError(f"Slurm does not take this job: {_reason(done.stderr)}")
+        return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
     def prepare(self, *, keep_code: bool = False) -> None:
-        """Write what the job needs into the run folder; an earlier copy of the code stays if asked. Raises UserError."""
+        """Writes the code and the configuration of each run; `keep_code` keeps an earlier copy. Raises UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (keep_code and snapshot.keep(self.run)):
@@ -206,9 +206,9 @@ class Submission:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
     def submit(self, *, keep_code: bool = False) -> list[str]:
-        """`prepare` and queue it; the job ids, one a run.
+        """Calls `prepare`, queues the job, and returns the job ids, one per run.
 
-        Raises UserError; what an earlier submission had configured is put back then.
+        Raises UserError, after it has restored the configuration of an earlier submission.
         """
         need_slurm()
         files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
@@ -227,7 +227,7 @@ class Submission:
         return [str(job.job_id) for job in queued]
 
     def _note(self, run: Path, job: str) -> None:
-        said = {
+        about = {
             "job": job,
             "logs": str(self.folder),
             "name": self.name,
@@ -238,27 +238,22 @@ class Submission:
             "folder": os.getcwd(),
             "profile": dataclasses.asdict(self.profile),
         }
-        write_atomic(run / FOLDER / JOB, json.dumps(said, indent=1) + "\n")
+        write_atomic(run / FOLDER / JOB, json.dumps(about, indent=1) + "\n")
 
     def _runs(self) -> list[tuple[Path, Config]]:
         if not self.seeds:
             return [(self.run, _in_folder(self.config, self.run))]
-        runs = []
-        for number in range(self.seeds):
-            seed = self.config.train.seed + number
-            run = self.run / f"seed-{seed}"
-            seeded = replace(self.config, train=replace(self.config.train, seed=seed))
-            runs.append((run, _in_folder(seeded, run)))
-        return runs
+        seeds = range(self.config.train.seed, self.config.train.seed + self.seeds)
+        return [(run, _in_folder(self.config, run, seed)) for seed in seeds for run in [self.run / f"seed-{seed}"]]
 
 
 def arguments(run: Path, allow_changes: bool = False) -> tuple[str, ...]:
-    """The command line of train.py for a run that was prepared."""
+    """The arguments of train.py for a prepared run."""
     return ("--config", str(run / FOLDER / "config.yaml"), *(["--allow-changes"] if allow_changes else []))
 
 
 def need_slurm() -> None:
-    """Raises SubmitError where Slurm's commands are not."""
+    """Raises SubmitError without Slurm's commands."""
     if shutil.which("sbatch") is None:
         raise SubmitError(
             "there is no sbatch on this machine: submit from a login node of the cluster, train here with --local,\n"
@@ -266,8 +261,12 @@ def need_slurm() -> None:
         )
 
 
+PRIVATE = ("_make_submission_file_text", "_submitit_command_str")
+"""Names of submitit.SlurmExecutor that are used here although they are private; tests/slurm/test_submit.py checks each."""
+
+
 class _Executor(submitit.SlurmExecutor):
-    """Starts ranks from the run's copy of the code; renders scripts where there is no Slurm, too."""
+    """Starts ranks from the run's copy of the code, and renders scripts on machines without Slurm too."""
 
     def __init__(self, folder: Path, python: str, code: Path) -> None:
         super().__init__(folder=folder, python=python)
@@ -279,13 +278,13 @@ class _Executor(submitit.SlurmExecutor):
 
     @classmethod
     def affinity(cls) -> int:
-        return 2
+        return 2  # submitit would refuse to start without srun
 
 
-def _refuse_what_breaks_lines(options: dict[str, Any], run: Path) -> None:
-    """A line break ends an `#SBATCH` line, and the shell runs what comes after it; Slurm fills in `%j` within paths.
+def _refuse_line_breaks(options: dict[str, Any], run: Path) -> None:
+    """Raises SubmitError for texts that would change the script.
 
-    Raises SubmitError.
+    A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and backslashes in paths of logs.
     """
     for name, value in options.items():
         if "\n" in str(value):
@@ -294,20 +293,18 @@ def _refuse_what_breaks_lines(options: dict[str, Any], run: Path) -> None:
         raise SubmitError(f"run folder {str(run)!r}: Slurm's logs cannot lie there; choose one without % and backslash")
 
 
-def _in_folder(config: Config, run: Path) -> Config:
-    return replace(config, run=replace(config.run, folder=str(run)))
-
-
-def _mounts(box: Container, run: Path) -> list[str]:
-    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (*box.mounts, str(run))]
+def _in_folder(config: Config, run: Path, seed: int | None = None) -> Config:
+    train = config.train if seed is None else replace(config.train, seed=seed)
+    return replace(config, run=replace(config.run, folder=str(run)), train=train)
 
 
 def _expanding(value: str) -> str:
-    """A value for the shell in which only variables are filled in."""
+    """`value` quoted for a shell that expands variables in it, but runs no commands."""
     return '"' + re.sub(r'(["\\`])', r"\\\1", value).replace("$(", "\\$(") + '"'
 
 
 def _reason(text: str) -> str:
-    """Slurm's own words out of an error message."""
-    said = re.findall(r"(?:sbatch: )?error: ([^\n]+?)(?= sbatch: |$)", " ".join(text.split()))
-    return "; ".join(dict.fromkeys(said)) or " ".join(text.split())[-300:]
+    """Slurm's own messages in an error's text."""
+    text = " ".join(text.split())
+    errors = re.findall(r"(?:sbatch: )?error: ([^\n]+?)(?= sbatch: |$)", text)
+    return "; ".join(dict.fromkeys(errors)) or text[-300:]

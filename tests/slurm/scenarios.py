@@ -25,7 +25,7 @@ import pytest
 
 from dist_t2i.distributed.launch import job_port
 from dist_t2i.utils.processes import is_alive
-from jobs import CALM, LOCAL, Job, new_user, until
+from jobs import CALM, LOCAL, Job, new_user, node_processes, until
 from models_on_disk import write_tone_set
 from ranks import ROOT
 from runs import CONFIG
@@ -174,7 +174,7 @@ def orphan(slurm, folder, data, projects, slow) -> Job:
     run = _job(slurm, folder, data, slow, OFTEN, nodes=1, images=200).submit()
     run.wait_images(48)
     node, rank = run.node_list(), run.rank_pid(0)
-    os.kill(slurm.node_processes(node)["slurmd"][0], signal.SIGKILL)
+    os.kill(node_processes(slurm, node)["slurmd"][0], signal.SIGKILL)
     os.kill(rank, signal.SIGSTOP)  # busy elsewhere, until the new attempt has begun
     try:
         run.wait_restart(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import new_user, until
+from jobs import new_user, node_processes, until
 from ranks import ROOT
 from slurm.local import LocalSlurm
 
@@ -77,7 +77,7 @@ def test_what_does_not_answer_is_ended_all_the_same(cluster, tmp_path, monkeypat
     one.up()
     one.command("sbatch", "-o", "/dev/null", "--wrap", "sleep 100")
     until(lambda: "RUNNING" in one.command("squeue", "-h", "-o", "%T"))
-    os.kill(one.node_processes("n1")["slurmd"][0], signal.SIGSTOP)
+    os.kill(node_processes(one, "n1")["slurmd"][0], signal.SIGSTOP)
     one.down()
     assert not one.running() and one.leftovers() == []
 

@@ -15,7 +15,7 @@ from dist_t2i.errors import UserError
 from jobs import submit
 from ranks import ROOT
 from slurm import attempts, status
-from slurm.after import said_by_srun
+from slurm.after import srun_error
 from slurm.local import LocalSlurm
 from slurm.status import State
 
@@ -151,10 +151,10 @@ def test_the_task_that_was_killed_is_named_and_not_those_that_it_took_along(tmp_
     log.write_text(
         before + "\n".join(lines if killed_first else lines[::-1]) + "\nsrun: Force Terminated StepId=12.0\n"
     )
-    assert said_by_srun(log) == " (n2: task 1: Killed)"
+    assert srun_error(log) == " (n2: task 1: Killed)"
     log.write_text(
         before + "srun: error: n1: task 0: Exited with exit code 3\nsrun: error: n2: task 1: Exited with exit code 1\n"
     )
-    assert said_by_srun(log) == " (n1: task 0: Exited with exit code 3)"
+    assert srun_error(log) == " (n1: task 0: Exited with exit code 3)"
     log.write_text(before)
-    assert said_by_srun(log) == "" and said_by_srun(tmp_path / "none") == ""
+    assert srun_error(log) == "" and srun_error(tmp_path / "none") == ""

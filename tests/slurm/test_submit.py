@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 
 from dist_t2i.errors import ConfigError
 from jobs import Job, submit
 from ranks import ROOT
 from runs import CONFIG
-from slurm import attempts
+from slurm import attempts, submission
 from slurm import profile as profiles
 from slurm.local import LocalSlurm
 
@@ -171,6 +172,11 @@ def test_odd_names_stay_what_they_are(tmp_path, config):
 def test_what_would_break_the_script(config, words, problem):
     done = submit("--config", str(config), *words, "--dry-run")
     assert done.returncode == 2 and problem in done.stderr and not done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", submission.PRIVATE)
+def test_private_names_of_submitit(name):
+    assert hasattr(submitit.SlurmExecutor, name)
 
 
 # ---- before anything is queued ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from jobs import CALM, LOCAL, Job
+from jobs import CALM, LOCAL, Job, node_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 AT_STOPS_ONLY = "checkpoint.every_images=100000"
@@ -148,7 +148,7 @@ def test_a_lost_node(cluster, run2, whole2):
     node = cluster.command("scontrol", "show", "hostnames", run2.node_list()).split()[1]
 
     def lose() -> None:
-        for pids in cluster.node_processes(node).values():
+        for pids in node_processes(cluster, node).values():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):  # it may end of the death of the one before
                     os.kill(pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from prefork import Program
@@ -42,6 +44,24 @@ def new_user(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**kept, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": path}
+
+
+def node_processes(cluster: LocalSlurm, node: str) -> dict[str, list[int]]:
+    """Pids of a node's `slurmd`, of its `slurmstepd`s, and of the `tasks` below these."""
+    spool = str((cluster.folder / "keys").resolve() / "spool" / node)
+    pids: dict[str, list[int]] = {"slurmd": [], "slurmstepd": [], "tasks": []}
+    with contextlib.suppress(OSError, ValueError):
+        pids["slurmd"] = [int((cluster.folder / "run" / f"slurmd-{node}").read_text())]
+    for process in psutil.process_iter(["pid", "name"]):
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("SLURM_CONF") == str(cluster.conf) and environment.get("SLURMD_NODENAME") == node:
+                pids["tasks"].append(process.pid)
+            elif process.name().startswith("slurmstepd"):
+                paths = [*process.cmdline(), *(file.path for file in process.open_files())]
+                if any(spool in path for path in paths):
+                    pids["slurmstepd"].append(process.pid)
+    return pids
 
 
 def until(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -150,8 +170,6 @@ class Job(Run):
 
     def rank_pid(self, rank: int) -> int:
         """The process of a rank of the attempt that runs now."""
-        import psutil
-
         wanted = {"SLURM_JOB_ID": self.id, "SLURM_PROCID": str(rank), "SLURM_CONF": str(self.cluster.conf)}
         newest = (-1.0, 0)
         for process in psutil.process_iter():
