@@ -10,8 +10,8 @@
 cancel` is about to end it | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
-The decision is made here, and not in a rank, because it must not depend on the state of the ranks. Slurm is asked for the
-job's state first, so that a job that its user has cancelled does not come back. Standard library only, Python 3.7.
+The decision is made here, and not in a rank, because it must not depend on the state of the ranks. Slurm is asked for
+the job's state first, so that a job that its user has cancelled does not come back. Standard library only, Python 3.7.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (`finished`, `requeued`, `given up`, `ended by Slurm` or `superseded`), its reason, and the kind of failure.
+    """The verdict (finished, requeued, given up, ended by Slurm or superseded), its reason, and the kind of failure.
 
     Equal failures have equal kinds; without a failure the kind is "".
     """
@@ -136,7 +136,7 @@ def srun_error(log: Path | None) -> str:
 
 
 def slurm_name(job: str) -> str:
-    """The job's name for Slurm's commands: one task of an array has the array's own number, which would mean all tasks."""
+    """The job's name for Slurm's commands. One task of an array has the array's number, which would mean all tasks."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else job
 

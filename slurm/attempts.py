@@ -6,9 +6,9 @@ An attempt is one start of a Slurm job: the first, and one more each time the jo
     {"event": "end", "job": "12", "restart": 0, "time": ..., "status": 75, "verdict": "requeued", "images": 640, ...}
     {"event": "cancel", "job": "12", "time": ...}
 
-Rank 0 writes `begin`, the end of the batch script (after.py) `end`, and `submit.py cancel` writes `cancel` before it calls
-scancel and `cancel failed` when scancel fails. A begin without an end: Slurm or the loss of a node cut the attempt off.
-A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json.
+Rank 0 writes `begin`, and the end of the batch script (after.py) `end`; `submit.py cancel` writes `cancel` before it
+calls scancel, and `cancel failed` when scancel fails. A begin without an end means that Slurm or the loss of a node cut
+the attempt off. A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json.
 
 Standard library only, Python 3.7: the end of the batch script runs outside of containers and virtual environments.
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures"
 AWAY = re.compile(r"contact|connect|timed out|communication|authentication|munge", re.IGNORECASE)
-"""Errors of Slurm's commands that changed nothing: the controller is away, or refuses a credential that is late or repeated,
-as on a busy machine."""
+"""Errors of Slurm's commands that changed nothing: the controller is away, or refuses a credential that is late or
+repeated, as on a busy machine."""
 _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I
 )
@@ -71,7 +71,7 @@ def newest_checkpoint(run: Path) -> int:
 
 
 def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, message: str, *, own: bool = False) -> None:
-    """Record why a rank failed. `own`: the cause is certainly not the loss of another rank, whatever the message says."""
+    """Records why a rank failed. `own`: the cause is not the loss of another rank, whatever the message says."""
     failure = {"rank": rank, "kind": kind, "message": message[:4000], "own": own, "time": time.time()}
     try:
         (run / FAILURES).mkdir(exist_ok=True)

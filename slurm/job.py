@@ -1,8 +1,9 @@
 """What runs on every rank of the job: `dist_t2i/train.py`; a failure is recorded.
 
-submitit starts it, one srun task per rank, from the copy of the code in the run folder. submitit's own handling of signals
-is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Instead all ranks agree at
-a step boundary, save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the job is queued again.
+submitit starts it, one srun task per rank, from the copy of the code in the run folder. submitit's own handling of
+signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Instead all ranks
+agree at a step boundary, save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the
+job is queued again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from slurm import attempts
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The training of one run, called on every rank; does not return. Pickled by name, hence in an importable module."""
+    """The training of one run; called on every rank, it does not return. Pickled by name, so it lives in a module."""
 
     run: str
     arguments: tuple[str, ...]

@@ -49,7 +49,7 @@ class Profile:
     """Nodes that the job must not use."""
     exclusive: bool = False
     signal_seconds: int = 120
-    """Seconds before the time limit at which the job is signalled to save: a step, a checkpoint and half a minute at least."""
+    """Seconds between the signal to save and the time limit; at least a step, a checkpoint and half a minute."""
     modules: tuple[str, ...] = ()
     """Arguments of `module load`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Profile:
     scratch: str = ""
     """Folder on each node's local disk, for the shard cache."""
     python: str = ""
-    """Python on the nodes; empty: the Python that submits. With a container it runs only after.py, outside of the image: 3.7
-    or newer; empty: `python3`."""
+    """Python on the nodes; empty: the Python that submits. With a container it only runs after.py, outside of the
+    image: 3.7 or newer; empty: `python3`."""
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch by name, such as `mail-type: FAIL`."""
@@ -128,8 +128,10 @@ def _contradictions(profile: Profile) -> list[str]:
 
 
 def minutes(text: str) -> int:
-    """A time limit in minutes, rounded up: `90m`, `24h`, `2d`, `1d12h`, or one of Slurm's forms: minutes, `MM:SS`, `HH:MM:SS`,
-    `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ConfigError."""
+    """A time limit in minutes, rounded up. Raises ConfigError.
+
+    `90m`, `24h`, `2d`, `1d12h`, or one of Slurm's forms: minutes, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`.
+    """
     text = text.strip()
     units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
     slurm = re.fullmatch(r"(\d+)-(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?|(?:(\d+):)?(\d+):(\d{1,2})", text)

@@ -69,7 +69,7 @@ def _files() -> list[Path]:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of git, in any encoding (`os.fsencode` gives the bytes); None where ROOT is not the root of a checkout."""
+    """git's output, in any encoding (`os.fsencode` gives the bytes); None if ROOT is not the root of a checkout."""
 
     def output(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True)

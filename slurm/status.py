@@ -118,7 +118,7 @@ def submitted(run: Path) -> dict[str, Any]:
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The submitted runs of a folder: itself, or the seeds of an array. Raises UserError without any, unless `missing_ok`."""
+    """The submitted runs of a folder: itself, or the seeds of an array. Without any, raises UserError or returns []."""
     try:
         runs = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
     except OSError as error:
@@ -155,7 +155,7 @@ def look(run: Path) -> State:
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state, and its nodes or why it waits: from squeue, else scontrol, else sacct; empty when none knows the job.
+    """A job's state, and its nodes or why it waits. Asks squeue, then scontrol, then sacct; empty for an unknown job.
 
     Raises _Silent when the controller is away.
     """

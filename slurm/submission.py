@@ -262,7 +262,7 @@ def need_slurm() -> None:
 
 
 PRIVATE = ("_make_submission_file_text", "_submitit_command_str")
-"""Names of submitit.SlurmExecutor that are used here although they are private; tests/slurm/test_submit.py checks each."""
+"""Private names of submitit.SlurmExecutor that this module uses; tests/slurm/test_submit.py checks each."""
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -284,7 +284,7 @@ class _Executor(submitit.SlurmExecutor):
 def _refuse_line_breaks(options: dict[str, Any], run: Path) -> None:
     """Raises SubmitError for texts that would change the script.
 
-    A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and backslashes in paths of logs.
+    A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and `\\` in paths of logs.
     """
     for name, value in options.items():
         if "\n" in str(value):
