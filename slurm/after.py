@@ -11,7 +11,8 @@ cancel` is about to end it | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 The decision is made here, and not in a rank, because it must not depend on the state of the ranks. Slurm is asked for
-the job's state first, so that a job that its user has cancelled does not come back. Standard library only, Python 3.7.
+the job's state first, so that a job that its user has cancelled does not come back. The system's Python may run this file:
+only the standard library and dist_t2i.errors, Python 3.7.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -158,3 +159,15 @@ def test_the_task_that_was_killed_is_named_and_not_those_that_it_took_along(tmp_
     assert srun_error(log) == " (n1: task 0: Exited with exit code 3)"
     log.write_text(before)
     assert srun_error(log) == "" and srun_error(tmp_path / "none") == ""
+
+
+def test_the_end_of_the_script_runs_with_the_systems_python():
+    """Outside of containers and environments: no library, and the syntax of Python 3.7."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import slurm.after; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    own = {name for name in done.stdout.split() if name.partition(".")[0] in ("dist_t2i", "slurm")}
+    assert own == {"dist_t2i", "dist_t2i.errors", "slurm", "slurm.after", "slurm.attempts"}
+    for name in own:
+        file = ROOT / name.replace(".", "/")
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        ast.parse(file.read_text(), feature_version=(3, 7))
