@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -45,11 +46,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; copies from pinned memory overlap with computation."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch with its tensors in page-locked memory."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return self._mapped(torch.Tensor.pin_memory)
 
     def __getstate__(self) -> dict[str, Any]:
         """How a worker sends a batch: tensors in a shared buffer as references, small tensors as bytes through the pipe, which
@@ -61,6 +62,10 @@ class Batch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: _received(value) for name, value in state.items()})
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changes: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return replace(self, **changes)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -7,7 +7,7 @@ Workers are forked: two of them deliver their first batch within a second, which
 safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew. On
 systems other than Linux, workers are spawned.
 
-This module uses private parts of torch's DataLoader; tests/data/stream/test_library_internals.py lists them.
+This module uses private parts of torch's DataLoader; tests/data/test_library_internals.py lists them.
 """
 
 from __future__ import annotations
