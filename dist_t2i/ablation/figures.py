@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.ablation.plan import Plan, run_folder
 from dist_t2i.ablation.scoring import as_images
 from dist_t2i.ablation.statistics import Measure
-from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
 from dist_t2i.utils.files import replacing
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Pr
 
 def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> Path:
     """The rows as a PNG, with the arms' names above their columns."""
-    save_grid(draw_grid(rows, title=title, tile=96, columns=1, headings=[plan.label(arm) for arm in plan.arms]), path)
+    save_grid(render_grid(rows, title=title, tile=96, columns=1, headings=[plan.label(arm) for arm in plan.arms]), path)
     return path
 
 

@@ -1,13 +1,15 @@
-"""The processes that talk to a mirror of checkpoints; `mirrorstore.py` says what lies there.
+"""Talks to the mirror of a run's checkpoints. See docs/checkpoints.md.
 
-    python -m dist_t2i.checkpoint.mirror_worker look URL                    whose it is and which checkpoints it has
-    python -m dist_t2i.checkpoint.mirror_worker fetch URL IMAGES FOLDER     one of them
-    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              uploads the checkpoints that stdin names
+    python -m dist_t2i.checkpoint.mirror_worker look URL                    print the run it belongs to and its checkpoints
+    python -m dist_t2i.checkpoint.mirror_worker fetch URL IMAGES FOLDER     download a checkpoint and compare its checksums
+    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              upload checkpoints; a training run starts this
 
-The training process starts them (`mirroring.py`) because it must not have clients of object stores itself: it forks
-loader workers later. Answers and events are JSON lines on stdout. `follow` reads images seen from stdin, a line a
-checkpoint, uploads the newest of those that wait, tries again until it succeeds, and ends with its input.
+The output is JSON, an object a line. `follow` reads images seen from stdin, a line a checkpoint, uploads the newest of the
+waiting checkpoints, retries until it succeeds, and ends with its input.
 """
+
+# The training process starts these commands instead of calling them: it forks loader workers later, so it must not have
+# clients of object stores, which run threads.
 
 from __future__ import annotations
 
@@ -30,20 +32,23 @@ from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 
 def look(url: str, patience: float) -> dict[str, Any]:
-    """`identity` (None: nobody's), `strange` (what is wrong when it is nobody's), `images` (newest first)."""
+    """The mirror's `identity` (None without one), why it is `strange` without an identity, and `images` (newest first).
+
+    Raises Unreachable after `patience` seconds without an answer, and UserError when the URL cannot be used.
+    """
     store = MirrorStore(url, patience, LOOK_SECONDS)
     identity = store.identity()
     return {
         "identity": dataclasses.asdict(identity) if identity else None,
-        "strange": [] if identity else store.unnamed(),
+        "strange": [] if identity else store.unidentified(),
         "images": store.newest(),
     }
 
 
 def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) -> dict[str, Any]:
-    """An empty answer, or `damaged`: why this checkpoint cannot be had, although the mirror answers.
+    """Download a checkpoint; the result is empty, or `damaged` says why the checkpoint cannot be used.
 
-    Checksums are only compared with `check`: a training run does that itself.
+    `check` compares checksums; a training run does that itself. Raises as `look` does, and OSError.
     """
     try:
         MirrorStore(url, patience).fetch(images, folder)
@@ -55,37 +60,37 @@ def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) 
 
 
 def follow(url: str, run: Path, keep: Retention, damaged: list[int], *, allow_changes: bool) -> int:
-    """Uploads until stdin ends. Events: `uploaded` images, `failing` and `works` (once each time), `refused`, `skipped`."""
-    store, wanted, failing = MirrorStore(url), _Wanted(), False
-    claimed, waits = False, pauses(*PAUSES)
+    """Upload until stdin ends. Prints events: `uploaded`, `failing` and `works` (once each time), `refused`, `skipped`."""
+    store, requests, failing = MirrorStore(url), _Requests(), False
+    acquired, waits = False, pauses(*PAUSES)
     while True:
         try:
-            if not claimed:
-                store.claim(run, damaged=damaged, allow_changes=allow_changes)
-                claimed = True
-            images = wanted.newest()
-            with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile: a newer one is on its way
+            if not acquired:
+                store.acquire(run, damaged=damaged, allow_changes=allow_changes)
+                acquired = True
+            images = requests.newest()
+            with contextlib.suppress(FileNotFoundError):  # retention deleted it: a newer one will be requested
                 store.push(run, images, keep)
-            wanted.done(images)
+            requests.done(images)
             if failing:
-                tell("works")
+                _emit("works")
             failing, waits = False, pauses(*PAUSES)
-            tell("uploaded", images=images)
+            _emit("uploaded", images=images)
         except LocalDamage as error:
-            wanted.done(images)
-            tell("skipped", images=images, problem=str(error))
+            requests.done(images)
+            _emit("skipped", images=images, problem=str(error))
         except (Refused, UserError) as error:
-            tell("refused", problem=str(error))
+            _emit("refused", problem=str(error))
             return 0
         except (Unreachable, OSError) as error:
             if not failing:
-                tell("failing", problem=str(error))
+                _emit("failing", problem=str(error))
             failing = True
             time.sleep(next(waits))
 
 
-class _Wanted:
-    """The newest checkpoint asked for on stdin. The process ends with the input: its parent has ended."""
+class _Requests:
+    """The newest checkpoint requested on stdin. The process ends with its input: its parent has ended."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -93,13 +98,14 @@ class _Wanted:
         threading.Thread(target=self._read, daemon=True).start()
 
     def newest(self) -> int:
-        """Images seen of the checkpoint to upload; waits until there is one."""
+        """Images seen of the checkpoint to upload; waits for a request."""
         with self._changed:
             self._changed.wait_for(lambda: self._images is not None)
             assert self._images is not None
             return self._images
 
     def done(self, images: int) -> None:
+        """Forget the request for `images`, unless a newer one has replaced it."""
         with self._changed:
             if self._images == images:
                 self._images = None
@@ -112,8 +118,7 @@ class _Wanted:
         os._exit(0)
 
 
-def tell(event: str, **more: Any) -> None:
-    """One line on stdout."""
+def _emit(event: str, **more: Any) -> None:
     print(json.dumps({"event": event, **more}), flush=True)
 
 
@@ -135,7 +140,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("run", type=Path)
             command.add_argument("--keep-last", type=int, default=2)
             command.add_argument("--keep-every-images", type=int, default=0)
-            command.add_argument("--damaged", type=int, nargs="*", default=[], help="images seen of known bad ones")
+            command.add_argument(
+                "--damaged", type=int, nargs="*", default=[], help="images seen of damaged checkpoints"
+            )
             command.add_argument("--allow-changes", action="store_true")
     return parser.parse_args(arguments)
 
@@ -146,7 +153,7 @@ def main() -> int:
     if options.parent:
         end_with(options.parent)
         ignore_stop_signals()
-        os.nice(10)  # the steps of the training come first
+        os.nice(10)  # training has priority
     if options.command == "follow":
         keep = Retention(options.keep_last, options.keep_every_images)
         return follow(options.url, options.run, keep, options.damaged, allow_changes=options.allow_changes)

@@ -1,24 +1,24 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints, written atomically.
 
     RUN/checkpoints/
-      latest                        text: the name of the newest committed checkpoint; replaced in one step
-      images-000001280/             committed: it came into being by one rename
-        generator.safetensors       fp32 weights, whole, by name: `generator.*`, `text_g.*`
+      latest                        text: the name of the newest committed checkpoint; replaced by one rename
+      images-000001280/             committed: one rename made it visible
+        generator.safetensors       complete fp32 weights by name: `generator.*`, `text_g.*`
         discriminator.safetensors   `discriminator.*`, `text_d.*`
         text.safetensors            `text.*` (text.mode=shared only)
-        ema.safetensors             the moving average of the generator and the encoder that it reads
+        ema.safetensors             the moving average of the generator and of its text encoder
         optimizer-*.safetensors     the optimizers' moments, one file per network
-        state.json                  images seen, counters, the size and SHA-256 of every other file, and its own
-      .claim-*/                     of the process that may commit, see claim.py: what is being written or deleted
+        state.json                  images seen, counters, the size and SHA-256 of every other file, and its own SHA-256
+      .claim-*/                     the lease of the process that may commit (lease.py): what it is writing or deleting
 
-Tensors are gathered before they are written, so a checkpoint knows nothing of world size, ZeRO stage or precision, and
-any of them can read it. Everything random in a run is a function of (seed, images seen), so images seen is all the
-state that the data stream, the schedules and the noise have. Nothing here uses pickle.
+Tensors are gathered before they are written, so a checkpoint does not depend on world size, ZeRO stage or precision, and
+a run with other values of these can resume from it. Everything random in a run is a function of (seed, images seen), so
+the data stream, the schedules and the noise have no other state than images seen. Nothing here uses pickle.
 
-Order of events in `save`: write into a staging folder, fsync each file and the folder, rename, fsync the parent,
-replace `latest`, delete what retention no longer keeps (again by a rename first). A kill between any two of them leaves
-either the old state or the new one. Each rename is out of or into the folder of the process's claim (claim.py), so that
-one whose run was taken over by another process can change nothing.
+`save` writes into a staging folder, syncs each file and the folder, renames the folder, syncs its parent, replaces
+`latest`, and deletes the checkpoints that retention no longer keeps (each by a rename first). A kill between any two of
+these steps leaves the old state or the new one. Each rename moves something out of the lease's folder or into it, so a
+process that lost the lease can change nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.checkpoint.lease import Claim
+from dist_t2i.checkpoint.lease import Lease
 from dist_t2i.errors import CheckpointError
 from dist_t2i.utils.files import file_sha256, fsync, write_synced
 
@@ -50,26 +50,27 @@ _NAME = re.compile(r"images-(\d{9,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. `tensors(stem)` reads one of its files, `state` is what `save` was given."""
+    """A committed checkpoint; `state` is what was passed to `save`."""
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def images(self) -> int:
-        """Images seen when it was saved."""
+        """Images seen at the time of the checkpoint."""
         return int(self.state["images"])
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors (fp32, CPU) of `STEM.safetensors`. Raises CheckpointError when it is missing or unreadable."""
+        """The tensors (fp32, CPU) of `STEM.safetensors`. Raises CheckpointError when the file is missing or unreadable."""
         from safetensors.torch import load_file
 
         path = self.folder / f"{stem}.safetensors"
         try:
             return load_file(path)
-        except Exception as error:  # safetensors raises its own, undocumented types
+        except Exception as error:  # safetensors raises undocumented types of its own
             raise CheckpointError(
-                f"{path}: cannot be read ({error}).\nDelete the folder {self.folder.name} to go on from the one before."
+                f"{path}: cannot be read ({error}).\n"
+                f"Delete the folder {self.folder.name} to resume from the checkpoint before it."
             ) from error
 
 
@@ -85,7 +86,7 @@ def images_in(name: str) -> int | None:
 
 
 def folder_of(run: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     return run / "checkpoints"
 
 
@@ -106,89 +107,78 @@ def _committed(root: Path) -> list[int]:
 
 
 def save(
-    claim: Claim, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: Retention
+    lease: Lease, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], *, keep: Retention
 ) -> Path:
-    """Commit a checkpoint under a run's claim and apply retention; returns its folder.
+    """Commit a checkpoint under a run's lease and apply retention; returns the checkpoint's folder.
 
-    `files` maps a stem (`generator`) to fp32 CPU tensors by name. An existing checkpoint of the same `images` is
-    left as it is: the run is a function of images seen, so it holds the same.
-    Raises CheckpointError when it cannot be written (disk full, no permission); earlier checkpoints are then untouched.
-    Raises Superseded when another process has claimed the run; nothing was changed then.
+    `files` maps a stem (`generator`) to fp32 CPU tensors by name. An intact checkpoint of the same `images` is kept
+    instead: the run is a function of images seen, so both hold the same. Raises CheckpointError when the checkpoint cannot
+    be written (disk full, no permission), and Superseded when another process holds the lease; both leave earlier
+    checkpoints unchanged.
     """
-    root = claim.root
-    target = root / folder_name(images)
-    with _errors_of_writing(claim, images):
-        if target.exists() and not _intact(target):
-            claim.remove(target)
-        if not target.exists():
-            with _staged(claim) as staging:
-                _write(staging, files, {"format": FORMAT, "images": images, **state})
-                claim.commit(staging, target)
-            fsync(root)
-        _point_latest(claim, target.name)
-        for expired in keep.with_best(state).expired(_committed(root)):
-            claim.remove(root / folder_name(expired))
+    target = lease.root / folder_name(images)
+    with _writing_errors(lease, images):
+        if not _is_intact(target):
+            _commit(
+                lease, target, lambda staging: _write(staging, files, {"format": FORMAT, "images": images, **state})
+            )
+        _point_latest(lease, target.name)
+        for expired in keep.with_best(state).expired(_committed(lease.root)):
+            lease.remove(lease.root / folder_name(expired))
     return target
 
 
-def adopt(claim: Claim, images: int, fill: Callable[[Path], None]) -> Path:
-    """Commit a checkpoint that comes from elsewhere and make it the newest; returns its folder.
+def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
+    """Commit a checkpoint from another origin and make it the newest; returns its folder.
 
-    `fill(folder)` puts it there, whole and checked; what it raises leaves the run as it was. A damaged one of the same
-    `images` is replaced. Raises CheckpointError when it cannot be written, and Superseded as `save` does.
+    `fill(folder)` writes the complete, checked checkpoint there; an exception in it leaves the run unchanged. Replaces a
+    damaged checkpoint of the same `images`. Raises CheckpointError and Superseded as `save` does.
     """
-    root = claim.root
-    target = root / folder_name(images)
-    with _errors_of_writing(claim, images):
-        with _staged(claim) as staging:
-            fill(staging)
-            for path in (*staging.iterdir(), staging):
-                fsync(path)
-            os.chmod(staging, 0o755 & ~_umask())
-            if target.exists():
-                claim.remove(target)
-            claim.commit(staging, target)
-        fsync(root)
-        _point_latest(claim, target.name)
+    target = lease.root / folder_name(images)
+    with _writing_errors(lease, images):
+        _commit(lease, target, fill)
+        _point_latest(lease, target.name)
     return target
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last `last`, those that are the first past each multiple of `every_images`, and `best`."""
+    """Which checkpoints to keep: the last `last`, the first at or past each multiple of `every_images`, and `best`."""
 
     last: int = 2
     every_images: int = 0
     best: int = -1
-    """Images seen of the one with the best scores; -1: none is known."""
+    """Images seen of the checkpoint with the best scores; -1 when unknown."""
 
     def with_best(self, state: Mapping[str, Any]) -> Retention:
-        """The same, with the best one that a checkpoint's state names (periodic.py)."""
+        """The same retention with the best checkpoint that a checkpoint's state names (training/validation.py)."""
         best = (state.get("evaluation") or {}).get("best")
         return replace(self, best=int(best["images"])) if best else self
 
     def expired(self, images: Iterable[int]) -> list[int]:
-        """Of checkpoints at these image counts (ascending), the ones to delete."""
+        """The checkpoints to delete among those at `images`, ascending."""
         ordered = sorted(images)
         kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
-            milestones: set[int] = set()
+            milestones: dict[int, int] = {}
             for count in ordered:
-                milestone = count // self.every_images
-                if milestone > 0 and milestone not in milestones:
-                    milestones.add(milestone)
-                    kept.add(count)
+                milestones.setdefault(count // self.every_images, count)
+            kept.update(count for milestone, count in milestones.items() if milestone > 0)
         return [count for count in ordered if count not in kept]
 
 
-def load_latest(run: Path, *, warn=lambda message: None) -> Checkpoint | None:
-    """The newest checkpoint whose files are all there and have their checksums, or None when there is none at all.
+def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
+    """The checkpoint named by `latest` if it is intact, else the newest intact one; None when the run has no checkpoint.
 
-    A damaged one is passed over with a `warn`ing that names the file. Raises CheckpointError when every one is damaged.
+    Skips a damaged checkpoint with a warning that names the file. Raises CheckpointError when all are damaged.
     """
-    folders = list(reversed(committed(run)))
-    pointer = _read_latest(folder_of(run))
-    folders.sort(key=lambda folder: folder.name != pointer)  # stable: `latest` first, then the newest
+    root = folder_of(run)
+    try:
+        latest = (root / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        latest = ""
+    folders = committed(run)[::-1]
+    folders.sort(key=lambda folder: folder.name != latest)  # stable: `latest` first, then the newest
     for folder in folders:
         try:
             return open_checkpoint(folder)
@@ -196,26 +186,26 @@ def load_latest(run: Path, *, warn=lambda message: None) -> Checkpoint | None:
             warn(f"checkpoint passed over: {error}")
     if folders:
         raise CheckpointError(
-            f"none of the {len(folders)} checkpoints under {folder_of(run)} is intact.\n"
+            f"none of the {len(folders)} checkpoints under {root} is intact.\n"
             "Restore one from a copy, or start again in another folder."
         )
     return None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint with every file's size and SHA-256 checked. Raises CheckpointError naming the file that differs."""
+    """A checkpoint after a check of every file's size and SHA-256. Raises CheckpointError naming the file that differs."""
     try:
         data = (folder / STATE).read_bytes()
         if (version := json.loads(data)["format"]) != FORMAT:
             raise CheckpointError(f"{folder}: format {version}, but this version reads format {FORMAT}.")
         state = unseal(data)
-        listed = {name: (about["bytes"], about["sha256"]) for name, about in state["files"].items()}
+        files = {name: (about["bytes"], about["sha256"]) for name, about in state["files"].items()}
         images = int(state["images"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
     if images_in(folder.name) not in (images, None):
         raise CheckpointError(f"{folder / STATE}: damaged, it is of {images:,} images.")
-    for name, (size, sha256) in listed.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing.")
@@ -225,16 +215,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def seal(state: Mapping[str, Any]) -> bytes:
-    """`state` as state.json holds it: with the SHA-256 of all it says."""
+    """The content of state.json: `state` with the SHA-256 of its own content."""
     return json.dumps({**state, _SEAL: _state_sha256(json.loads(json.dumps(state)))}, indent=1).encode()
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """What `seal` was given. Raises ValueError when it is not what was written."""
-    found = json.loads(data)
-    if not isinstance(found, dict) or found.pop(_SEAL, None) != _state_sha256(found):
+    """The inverse of `seal`. Raises ValueError when the checksum differs."""
+    state = json.loads(data)
+    if not isinstance(state, dict) or state.pop(_SEAL, None) != _state_sha256(state):
         raise ValueError("it does not have the checksum it was saved with")
-    return found
+    return state
 
 
 def _state_sha256(state: Any) -> str:
@@ -245,27 +235,32 @@ def _state_sha256(state: Any) -> str:
 
 
 @contextlib.contextmanager
-def _staged(claim: Claim) -> Iterator[Path]:
-    """A staging folder, to be committed inside; gone when that fails."""
-    staging = claim.staging()
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _errors_of_writing(claim: Claim, images: int) -> Iterator[None]:
+def _writing_errors(lease: Lease, images: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if claim.broken():
-            raise claim.error() from error
+        if lease.broken():
+            raise lease.error() from error
         raise CheckpointError(
-            f"checkpoint at {images:,} images could not be written to {claim.root}: {error.strerror or error}.\n"
-            "Earlier checkpoints are untouched. Free space or mend the permissions."
+            f"checkpoint at {images:,} images could not be written to {lease.root}: {error.strerror or error}.\n"
+            "Earlier checkpoints are unchanged. Free space or correct the permissions."
         ) from error
+
+
+def _commit(lease: Lease, target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a staging folder, sync it and rename it to `target`; an exception leaves no staging folder."""
+    staging = lease.staging()
+    try:
+        fill(staging)
+        for path in (*staging.iterdir(), staging):
+            fsync(path)
+        if target.exists():
+            lease.remove(target)
+        lease.commit(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    fsync(lease.root)
 
 
 def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -278,32 +273,17 @@ def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, 
         write_synced(staging / name, [data])
         listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_synced(staging / STATE, [seal({**state, "files": listed})])
-    fsync(staging)
-    os.chmod(staging, 0o755 & ~_umask())
 
 
-def _point_latest(claim: Claim, name: str) -> None:
-    write_synced(claim.folder / LATEST, [f"{name}\n".encode()])
-    claim.commit(claim.folder / LATEST, claim.root / LATEST)
-    fsync(claim.root)
+def _point_latest(lease: Lease, name: str) -> None:
+    write_synced(lease.folder / LATEST, [f"{name}\n".encode()])
+    lease.commit(lease.folder / LATEST, lease.root / LATEST)
+    fsync(lease.root)
 
 
-def _read_latest(root: Path) -> str:
-    try:
-        return (root / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _intact(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     try:
         open_checkpoint(folder)
     except CheckpointError:
         return False
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parse()
     from dist_t2i.inference.pipeline import PromptWarning, load
-    from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+    from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
 
     model = load(chosen.run, chosen.device)
     count = chosen.images_per_prompt
@@ -43,7 +43,7 @@ def main() -> int:
         print(f"warning: {warning.message}", file=sys.stderr)
     rows = [GridRow(prompt, pictures[i * count : (i + 1) * count]) for i, prompt in enumerate(chosen.prompts)]
     try:
-        save_grid(draw_grid(rows, tile=max(128, model.image_size)), chosen.out)
+        save_grid(render_grid(rows, tile=max(128, model.image_size)), chosen.out)
     except OSError as error:
         raise UserError(f"cannot write {chosen.out}: {error.strerror}; name another file with --out") from None
     print(f"{len(pictures)} pictures in {chosen.out} (a row a prompt, seed {chosen.seed})")

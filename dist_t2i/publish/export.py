@@ -1,6 +1,7 @@
-"""A run as a folder that others can use: weights, configuration, tokenizer, model card. `modelfiles.py` draws it.
+"""Exports a run as a folder for others: weights, configuration, tokenizer, samples, model card.
 
-Written aside and renamed, so an export exists whole or not at all. Nothing of the machine goes in: no paths, no names.
+inference/model_files.py lists the files. The export is written to a temporary folder and renamed, so it appears
+atomically. It contains nothing about this machine: no paths, no names.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +33,13 @@ from dist_t2i.inference.model_files import (
 )
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.publish.model_card import SetAbout, model_card
-from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
 from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from dist_t2i.config.sections import Config
 
 SCORES = "scores.json"
@@ -42,31 +47,37 @@ SAMPLES = "samples.png"
 
 
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
-    """Writes the newest checkpoint of a run (or another export) to the new folder `out`; returns its path.
+    """Export the newest checkpoint of a run, or another export, to the new folder `out`; returns its path.
 
-    With `replace`, an earlier export at `out` makes room. Raises UserError when `out` holds anything else, or `run` no
-    model, or the disk is full (then nothing is left behind).
+    `replace` allows that an earlier export at `out` is replaced. Raises UserError when `out` contains anything else, `run`
+    contains no model, or the disk is full; nothing is left behind then.
     """
     out = Path(out)
     _check_target(out, replace)
     files = read_model(run)
-    model = TextToImage(files, "cpu")  # an export that cannot be used is not written
+    model = TextToImage(files, "cpu")  # raises for a model that cannot be used, before anything is written
     about_set = SetAbout.of(files)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
     try:
-        _write(aside, files, model, about_set)
-        aside.chmod(0o755)
-        _put(aside, out)
+        _write(temporary, files, model, about_set)
+        temporary.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            os.rename(out, old / "old")
+            os.rename(temporary, out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, out)
     except OSError as error:
         raise UserError(
             f"the export to {out} failed: {error.strerror or error}; free space or choose another folder"
         ) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -77,17 +88,6 @@ def _check_target(out: Path, replace: bool) -> None:
         raise UserError(f"{out} exists and is not an exported model; choose a new folder")
     if not replace:
         raise UserError(f"{out} holds an exported model already; choose a new folder, or replace it with --force")
-
-
-def _put(aside: Path, out: Path) -> None:
-    """Renames the finished folder to its place; an earlier export is moved away first, and then deleted."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        os.rename(out, old / "old")
-        os.rename(aside, out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(aside, out)
 
 
 def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAbout) -> None:
@@ -111,7 +111,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
         },
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    save_grid(sample_grid(model, about_set), folder / SAMPLES)
+    save_grid(_sample_grid(model, about_set), folder / SAMPLES)
     scores = _scores(files)
     if scores is not None:
         (folder / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf-8")
@@ -119,7 +119,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
 
 
 def published(config: Config) -> Config:
-    """The configuration without what belongs to one machine or person: paths and the run's name."""
+    """The configuration without paths and the run's name, which belong to a machine or person."""
     text = dataclasses.replace(config.text, frozen=FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(
         config,
@@ -130,23 +130,23 @@ def published(config: Config) -> Config:
     )
 
 
-def sample_grid(model: TextToImage, about_set: SetAbout, pictures: int = 4):
-    """A grid of the run's sample prompts, or of example captions of its set."""
+def _sample_grid(model: TextToImage, about_set: SetAbout, pictures: int = 4) -> Image:
+    """A sample grid for the run's sample prompts, or for example captions of its set."""
     prompts = list(model.config.report.sample_prompts or about_set.examples)[:8]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = model.generate(prompts, seed=0, images_per_prompt=pictures)
     rows = [GridRow(prompt, images[i * pictures : (i + 1) * pictures]) for i, prompt in enumerate(prompts)]
-    return draw_grid(rows, tile=96)
+    return render_grid(rows, tile=96)
 
 
-def _plain(tensors) -> dict:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, which safetensors requires."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _scores(files: ModelFiles) -> dict[str, Any] | None:
-    """scores.json of the folder, if it was made with exactly these weights."""
+    """The content of the folder's scores.json if it is about exactly these weights, else None."""
     from dist_t2i.eval.scores import read_scores
 
     try:

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, what it was trained on and under which licence, how good, how to use."""
+"""The README of an exported model: usage, architecture, training data with its licence, scores, limits."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _TEXT = {
     "dual": "Two text encoders were trained from scratch with the networks that read them: S_G for the generator,\n"
     "S_D for the discriminator",
     "shared": "One text encoder was trained from scratch by the generator's and the discriminator's losses together",
-    "frozen": "The text embedding was given, not trained with the model",
+    "frozen": "The text embedding is a fixed one that was not trained with the model",
 }
 
 
 @dataclass(frozen=True)
 class SetAbout:
-    """What a model should say about the pictures it was trained on; empty where it is not known."""
+    """Facts about the training set for the model card; empty where unknown."""
 
     name: str = ""
     licence: str = ""
     credit: str = ""
     pictures: int = 0
-    """In the training split."""
+    """Number of pictures in the training split."""
     fingerprint: str = ""
     examples: tuple[str, ...] = ()
-    """A few captions, held-out ones where the set has some."""
+    """A few captions, from a test split where the set has one."""
 
     @classmethod
     def of(cls, files: ModelFiles) -> SetAbout:
-        """From the export's own record, or from the manifest of the run's set if it is still where it was."""
+        """Read from an export's record, or from the manifest of a run's set if the set can still be opened."""
         if files.about.get("set"):
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}
@@ -43,19 +43,19 @@ class SetAbout:
         from dist_t2i.data.open_data import open_data
 
         try:
-            found = open_data(files.config.data)
-            split = next((name for name in found.splits if name.startswith("test")), "train")
-            samples = found.samples(split)
+            data = open_data(files.config.data)
+            split = next((name for name in data.splits if name.startswith("test")), "train")
+            samples = data.samples(split)
             examples = tuple(samples[i].captions[0] for i in range(min(8, len(samples))))
         except UserError:
             return cls(examples=tuple(files.config.report.sample_prompts))
-        about = {**found.manifest, **found.manifest.get("about", {})}
+        about = {**data.manifest, **data.manifest.get("about", {})}
         texts = {name: str(about.get(name) or "") for name in ("name", "licence", "credit")}
-        return cls(**texts, pictures=len(found.samples("train")), fingerprint=found.fingerprint, examples=examples)
+        return cls(**texts, pictures=len(data.samples("train")), fingerprint=data.fingerprint, examples=examples)
 
 
 def model_card(files: ModelFiles, about: SetAbout, scores: Mapping[str, Any] | None) -> str:
-    """Markdown for people and for model hubs (a YAML header names library and licence)."""
+    """The model card in Markdown; its YAML header gives model hubs the library and the licence."""
     size, example = files.config.data.image_size, (about.examples or ("a caption",))[0]
     return f"""---
 library_name: dist_t2i
@@ -72,14 +72,14 @@ license: {_hub_licence(about.licence)}
     pictures[0].save("picture.png")
 {_edit(files, example)}
 `model.embed_text(texts, which="g" or "d")`, `model.embed_image(pictures)` and `model.score(pictures, texts)` give the
-embeddings and how well pictures and texts agree in the model's own opinion. Loading runs no code from this folder
-(safetensors, JSON, YAML) and needs no DeepSpeed.
+embeddings and the agreement of pictures and texts by the model's own discriminator, which is not an independent metric.
+Loading runs no code from this folder (safetensors, JSON, YAML) and needs no DeepSpeed.
 
 ## What it is
-A single-stage GAN: one pass makes a picture. {_TEXT[files.config.text.mode]}
+A single-stage GAN: one forward pass generates a picture. {_TEXT[files.config.text.mode]}
 (after Ahmed & Mittal, "End-to-end Training for Text-to-Image Synthesis using Dual-Text Embeddings").
-{files.images:,} images were seen in training; the generator's weights are a moving average. `config.yaml` has every
-setting. SHA-256 of the weights: {files.sha256()}
+Training saw {files.images:,} images; the generator's weights are a moving average. `config.yaml` has every setting.
+SHA-256 of the weights: {files.sha256()}
 
 ## What it was trained on
 {_data(about)}
@@ -88,26 +88,26 @@ setting. SHA-256 of the weights: {files.sha256()}
 {_scores(scores)}
 
 ## Limits
-It draws what its training captions describe, at {size} pixels; words that it never saw are named in a warning and
-otherwise ignored or misread. It was not filtered or tested for use in products.
+It generates what its training captions describe, at {size} pixels. It warns about words that it never saw, and ignores
+or misreads them. It was not filtered or tested for use in products.
 """
 
 
 def _edit(files: ModelFiles, example: str) -> str:
-    """The line of code for a model that changes pictures, too."""
+    """The line of code for editing pictures, if the model can edit."""
     if not files.config.edit.width:
         return ""
     return f'    model.edit("your/picture.png", {json.dumps(example, ensure_ascii=False)}).save("edit.png")\n'
 
 
 def _hub_licence(licence: str) -> str:
-    """The licence as model hubs spell it: `CC BY-SA 4.0` is `cc-by-sa-4.0`."""
+    """The licence in the spelling of model hubs: `CC BY-SA 4.0` is `cc-by-sa-4.0`."""
     return licence.lower().replace(" ", "-") or "other"
 
 
 def _data(about: SetAbout) -> str:
     if not (about.pictures or about.credit or about.licence):
-        return "Not recorded: the set was not at hand when the model was exported. Say it here before you publish."
+        return "Not recorded: the set could not be opened when the model was exported. Describe it here before you publish."
     lines = [f"{about.name or 'A captioned set'}: {about.pictures:,} pictures in the training split."]
     lines += [about.credit] if about.credit else []
     lines += [f"Licence of the pictures: {about.licence}."] if about.licence else []

@@ -1,6 +1,7 @@
-"""A run as one web page: held-out prompts beside their real pictures, how it learned, curves, scores, how it was made.
+"""A run as one self-contained web page, RUN/report/index.html.
 
-RUN/report/index.html holds its pictures itself, loads nothing from elsewhere, and can be mailed or opened from disk.
+It shows held-out prompts next to their real pictures, the sample grids of the training, curves, scores, and how to
+reproduce the run.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
 
 GRIDS = 12
-"""Sample grids shown at most, evenly spread over training."""
+"""At most this many sample grids are shown, evenly spread over the training."""
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A held-out caption, the real picture it was written for, and what the model drew."""
+    """A held-out caption, the real picture that it describes, and generated pictures."""
 
     caption: str
     real: Image
@@ -38,15 +39,17 @@ class PromptRow:
 
 
 def held_out_rows(model: TextToImage, data: ShardSet, split: str, count: int, pictures: int = 4) -> list[PromptRow]:
-    """`count` captions of a split with `pictures` drawings each; chosen by the set's own (hashed) order, not by looks."""
-    samples = data.samples(split)
-    chosen = [samples[i] for i in range(min(count, len(samples)))]
-    captions = [sample.captions[0] for sample in chosen]
+    """The first `count` captions of a split, in the set's hashed order, with `pictures` generated pictures each."""
+    split_samples = data.samples(split)
+    samples = [split_samples[i] for i in range(min(count, len(split_samples)))]
+    captions = [sample.captions[0] for sample in samples]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # words that the model never saw are the point of some splits
-        drawn = model.generate(captions, seed=0, images_per_prompt=pictures)
-    parts = [drawn[i * pictures : (i + 1) * pictures] for i in range(len(chosen))]
-    return [PromptRow(caption, s.image, part) for caption, s, part in zip(captions, chosen, parts, strict=True)]
+        warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
+        generated = model.generate(captions, seed=0, images_per_prompt=pictures)
+    return [
+        PromptRow(caption, sample.image, generated[i * pictures : (i + 1) * pictures])
+        for i, (caption, sample) in enumerate(zip(captions, samples, strict=True))
+    ]
 
 
 def write_page(
@@ -60,27 +63,26 @@ def write_page(
     command: str,
     facts: Mapping[str, str],
 ) -> Path:
-    """Writes RUN/report/index.html, whole or not at all, and returns its path.
+    """Write RUN/report/index.html atomically; returns its path.
 
-    rows: split -> held-out prompts. scores: as in scores.json. config: the run's YAML. command: how to make it again.
-    facts: what else to say about the run, in order.
+    rows: split -> held-out prompts. scores: the content of scores.json. config: the run's YAML. command: reproduces the
+    run. facts: label -> text, in this order.
     """
-    name = str(run)
     body = [
         f"<h1>{text(title)}</h1>",
-        "<p>One pass through a small network makes each picture. It learned from captioned pictures alone, its two text "
-        "embeddings included: nothing in it was pretrained.</p>",
-        *(_prompts(split, chosen) for split, chosen in rows.items()),
+        "<p>One forward pass through a small network generates each picture. The network and its two text embeddings were "
+        "trained only on captioned pictures: nothing was pretrained.</p>",
+        *(_prompts(split, prompts) for split, prompts in rows.items()),
         _history(run),
         "<h2>Scores</h2>" + _scores(scores),
-        _picture_section("Curves", run / "curves.png"),
-        _made(command, facts, config),
+        f"<h2>Curves</h2>{file(run / 'curves.png', 'Curves')}" if (run / "curves.png").is_file() else "",
+        _reproduction(command, facts, config),
         _credit(about),
-        "<h2>Go on</h2><pre>"
+        "<h2>Next steps</h2><pre>"
         + text(
-            f'python tools/sample.py --run {name} "woman astronaut dark skin tone" --out grid.png\n'
-            f"python tools/export.py --run {name} --out model\n"
-            f"python tools/evaluate.py --run {name}"
+            f'python tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png\n'
+            f"python tools/export.py --run {run} --out model\n"
+            f"python tools/evaluate.py --run {run}"
         )
         + "</pre>",
     ]
@@ -88,28 +90,28 @@ def write_page(
 
 
 def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
-    told = {
+    texts = {
         "test-combinations": (
-            "Prompts it never saw",
-            "Every word was in training, never in this combination. Framed: the real picture, which training never saw "
-            "either. Beside it: four drawings of the model. Taken in order, not picked.",
+            "Prompts that the model never saw",
+            "Training saw every word, but never this combination of words. Framed: the real picture, which training never "
+            "saw either. The other pictures are generated. The prompts are the first of the split, not a selection.",
         ),
         "test-nouns": (
-            "Words it never saw",
-            "These nouns occur in no training caption. It cannot know them; this is what it makes of the rest.",
+            "Words that the model never saw",
+            "These nouns are in no training caption, so the model can only use the other words.",
         ),
     }
-    heading, note = told.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not picked."))
+    heading, note = texts.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not a selection."))
     cards = []
     for row in rows:
-        generated = "".join(img(picture, "drawn by the model") for picture in row.generated)
+        generated = "".join(img(picture, "generated picture") for picture in row.generated)
         real = f"<span class=real>{img(row.real, 'the real picture')}</span>"
         cards.append(f"<figure>{real}{generated}<figcaption>{text(row.caption)}</figcaption></figure>")
     return f"<h2>{text(heading)}</h2><p>{text(note)}</p><div class=cards>{''.join(cards)}</div>"
 
 
 def _history(run: Path) -> str:
-    """The sample grids of the run behind a slider; all of them, one below the other, without JavaScript."""
+    """The run's sample grids with a slider; without JavaScript, all of them one below the other."""
     found = ((images_in(path.stem), path) for path in (run / "samples").glob("*.png"))
     grids = sorted((images, path) for images, path in found if images is not None)
     if len(grids) > GRIDS:
@@ -122,7 +124,7 @@ def _history(run: Path) -> str:
         figures.append(f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>")
     last = len(grids) - 1
     slider = f'<input id=when type=range min=0 max={last} value={last} aria-label="when in training">'
-    return f"<h2>How it learned</h2><p>Drag to go back in training.</p>{slider}{''.join(figures)}{_SLIDER}"
+    return f"<h2>How it learned</h2><p>Drag to see earlier states.</p>{slider}{''.join(figures)}{_SLIDER}"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
@@ -137,17 +139,18 @@ def _scores(scores: Mapping[str, Any]) -> str:
             cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
             parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts.append("</table>")
-    rules = scores["protocol"]
-    judges = ", ".join(judge["name"] for judge in scores["manifest"]["judges"].values())
+    protocol = scores["protocol"]
+    networks = ", ".join(network["name"] for network in scores["manifest"]["judges"].values())
     note = (
-        f"Protocol {rules['name']} version {rules['version']}: {len(rules['seeds'])} drawings a caption; R@k: is the real "
-        f"picture among the k nearest, of {rules['gallery']}? Judges: {judges}. EfficientNet-Lite0 is an ImageNet "
-        "classifier that had no part in training: its KID is not comparable with KID or FID by Inception features."
+        f"Protocol {protocol['name']} version {protocol['version']}: {len(protocol['seeds'])} generated pictures per "
+        f"caption; R@k: is the real picture among the k nearest of {protocol['gallery']}? Feature networks: {networks}. "
+        "EfficientNet-Lite0 is an ImageNet classifier without part in training: its KID is not comparable with KID or FID "
+        "by Inception features."
     )
     return "".join(parts) + f"<p class=note>{text(note)}</p>"
 
 
-def _made(command: str, facts: Mapping[str, str], config: str) -> str:
+def _reproduction(command: str, facts: Mapping[str, str], config: str) -> str:
     listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
     return (
         f"<h2>How it was made</h2><pre>{text(command)}</pre><dl>{listed}</dl>"
@@ -156,20 +159,19 @@ def _made(command: str, facts: Mapping[str, str], config: str) -> str:
 
 
 def _credit(about: SetAbout) -> str:
-    said = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
-    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', text(said))
-    return f"<h2>Pictures</h2><p>{linked}</p>" if said else ""
+    credit = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
+    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', text(credit))
+    return f"<h2>Pictures</h2><p>{linked}</p>" if credit else ""
 
 
 def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
-    """What a reader wants to know about how a run was made, from its files."""
+    """Facts about how a run was made, by label, from its files."""
     try:
-        made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        made = {}
-    processor, code = made.get("processor", {}), made.get("code", {})
-    packages = made.get("packages", {})
-    hardware = ", ".join(gpu["name"] for gpu in made.get("gpus", [])) or processor.get("model", "")
+        environment = {}
+    processor, code, packages = (environment.get(name, {}) for name in ("processor", "code", "packages"))
+    hardware = ", ".join(gpu["name"] for gpu in environment.get("gpus", [])) or processor.get("model", "")
     facts = {
         "images seen": f"{model.images_seen:,}",
         "hardware": f"{hardware}, {processor.get('cores', '?')} cores" if hardware else "",
@@ -181,10 +183,6 @@ def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
         "weights": f"SHA-256 {model.files.sha256()}",
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _picture_section(heading: str, path: Path) -> str:
-    return f"<h2>{text(heading)}</h2>{file(path, heading)}" if path.is_file() else ""
 
 
 _SLIDER = """<script>

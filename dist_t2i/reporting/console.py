@@ -1,4 +1,4 @@
-"""The progress line: images, percent, ETA, images/s, data wait, losses, logits, gradients, memory, on one line."""
+"""Messages and the progress line: percent, images, ETA, images/s, data wait, losses, logits, gradients, memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_t2i.utils.progress import duration
 
 
 def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
-    """One line of plain ASCII; with `width`, first written tighter and then shortened from the end until it fits."""
+    """The progress line in ASCII. A `width` that is too small first tightens the line and then drops its last parts."""
     full = _parts(images, total, values, tight=False)
     line = "  ".join(full)
     if width is None or len(line) <= width:
@@ -44,19 +44,19 @@ def _parts(images: int, total: int, values: Mapping[str, float], *, tight: bool)
 
 def _group(values: Mapping[str, float], title: str, names: Mapping[str, str], form: str, tight: bool) -> list[str]:
     space = "" if tight else " "
-    shown = [f"{short}{space}{form.format(values[name])}" for short, name in names.items() if name in values]
-    return [" ".join([title, *shown] if title else shown)] if shown else []
+    parts = [f"{short}{space}{form.format(values[name])}" for short, name in names.items() if name in values]
+    return [" ".join([title, *parts] if title else parts)] if parts else []
 
 
 def line_interval(elapsed: float) -> float:
-    """Seconds from one printed line to the next: 10 in the first ten minutes, 60 after an hour."""
+    """Seconds between two printed lines: 10 in the first ten minutes, 60 after an hour."""
     return min(60.0, max(10.0, elapsed / 60))
 
 
 class Console:
-    """Messages, and on a terminal one line beneath them that is rewritten in place.
+    """Messages, and on a terminal a live progress line below them.
 
-    Elsewhere (a file, a pipe, TERM=dumb) the line is printed now and then, see `line_interval`.
+    Elsewhere (a file, a pipe, TERM=dumb) a new progress line is printed every `line_interval` seconds.
     """
 
     REFRESH = 0.2
@@ -67,32 +67,32 @@ class Console:
         self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._begin = time.monotonic()
         self._next = 0.0
-        self._shown = ""
+        self._live_line = ""
 
     def line(self, images: int, total: int, values: Mapping[str, float], *, now: bool = False) -> None:
-        """Show the progress line if it is due (or `now`)."""
+        """Print or rewrite the progress line if it is due, or `now`."""
         time_now = time.monotonic()
         if time_now < self._next and not now:
             return
         self._next = time_now + (self.REFRESH if self.live else line_interval(time_now - self._begin))
         if self.live:
-            self._shown = format_line(images, total, values, self._width() - 1)
-            self._write(f"\r{self._shown}\x1b[K")
+            self._live_line = format_line(images, total, values, self._width() - 1)
+            self._write(f"\r{self._live_line}\x1b[K")
         else:
             self._write(format_line(images, total, values) + "\n")
 
     def say(self, message: str) -> None:
-        """Print a message above the live line."""
-        if self._shown:
-            self._write(f"\r\x1b[K{message}\n{self._shown}")
+        """Print a message, above the live line if there is one."""
+        if self._live_line:
+            self._write(f"\r\x1b[K{message}\n{self._live_line}")
         else:
             self._write(message + "\n")
 
     def close(self) -> None:
-        """Leave the live line behind."""
-        if self._shown:
+        """End the live line; it stays on the terminal."""
+        if self._live_line:
             self._write("\n")
-            self._shown = ""
+            self._live_line = ""
 
     def _width(self) -> int:
         try:
@@ -104,5 +104,5 @@ class Console:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # the terminal is gone (a closed ssh session): training does not depend on it
+        except (OSError, ValueError):  # the terminal is gone (a closed ssh session): training continues
             self.live = False

@@ -1,4 +1,4 @@
-"""curves.png from metrics.jsonl: losses, logits, gradient norms, and what the machine did."""
+"""Plots curves.png from metrics.jsonl: losses, logits, gradient norms, scores, speed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _PANELS = (
     ("evaluation: scores", r"eval/.*/(clip|inception)_score.*", False),
     ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
 )
-"""Title, the metrics shown, and whether the axis is logarithmic."""
+"""Heading, the names of the metrics, and whether the axis is logarithmic."""
 
 
-def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
-    """Draw the curves of a metrics.jsonl into a PNG; False when there is nothing to draw yet.
+def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
+    """Plot a metrics.jsonl into a PNG; returns False when there is nothing to plot yet.
 
-    Raises ImportError without matplotlib (the extras `demo` and `eval` bring it).
+    Raises ImportError without matplotlib (the extras `demo` and `eval` install it).
     """
     entries = metrics_log.read(metrics)
     names = list(dict.fromkeys(name for entry in entries for name in entry))
-    series = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]
-    panels = [(title, shown, log) for (title, _, log), shown in zip(_PANELS, series, strict=True) if shown]
+    panels = []
+    for heading, pattern, log in _PANELS:
+        if series := [name for name in names if re.fullmatch(pattern, name)]:
+            panels.append((heading, series, log))
     if not panels:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,12 +42,12 @@ def draw_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
 
     rows = -(-len(panels) // 2)
     height = 2.8 * rows
-    figure = Figure(figsize=(12, height))  # margins by hand: matplotlib's own layouts double the time
+    figure = Figure(figsize=(12, height))  # fixed margins: matplotlib's layout engines double the time
     figure.subplots_adjust(0.05, 0.5 / height, 0.99, 1 - 0.7 / height, wspace=0.12, hspace=0.38)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, 2, squeeze=False).flat
-    for axes, (name, shown, log) in zip(grid, panels, strict=False):
-        _panel(axes, entries, name, shown, log)
+    for axes, panel in zip(grid, panels, strict=False):
+        _panel(axes, entries, *panel)
     for axes in figure.axes[len(panels) :]:
         axes.set_visible(False)
     if title:
@@ -62,13 +64,7 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], title: str, series: Seq
             continue
         images, values = zip(*points, strict=True)
         line = axes.plot(images, values, alpha=0.25 if len(values) > 40 else 1.0, linewidth=1)[0]
-        label = (
-            name.removeprefix("loss/")
-            .removeprefix("logit/")
-            .removeprefix("grad/")
-            .removeprefix("eval/")
-            .replace("_", " ")
-        )
+        label = re.sub("^(loss|logit|grad|eval)/", "", name).replace("_", " ")
         if len(values) > 40:
             axes.plot(images, smooth(values), color=line.get_color(), linewidth=1.5, label=label)
         else:
@@ -83,7 +79,7 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], title: str, series: Seq
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential average over about a fiftieth of the series, corrected for its start."""
+    """Exponential moving average over about a fiftieth of the series, with bias correction at its start."""
     decay = 1 - 1 / max(2.0, len(values) / 50)
     mean = weight = 0.0
     smoothed = []

@@ -1,4 +1,4 @@
-"""Sample grids: a row a caption, the caption beside it, the real picture (if any) first, then generated ones."""
+"""Sample grids: one row per caption with the caption, the real picture (if any) and the generated pictures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _GAP, _TEXT_WIDTH, _FONT_SIZE = 6, 230, 13
 
 @dataclass(frozen=True)
 class GridRow:
-    """A caption with its pictures, each uint8 [H, W, 3] or a PIL image; `real` is the picture it was written for."""
+    """A caption with its pictures, each uint8 [H, W, 3] or a PIL image; `real` is the picture that the caption describes."""
 
     caption: str
     generated: Sequence[np.ndarray | Image.Image]
     real: np.ndarray | Image.Image | None = None
 
 
-def draw_grid(
+def render_grid(
     rows: Sequence[GridRow],
     *,
     title: str = "",
@@ -33,10 +33,10 @@ def draw_grid(
     columns: int | None = None,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """A picture of all rows; small pictures are enlarged to `tile` pixels without smoothing.
+    """One image of all rows. Pictures smaller than `tile` pixels are enlarged without smoothing.
 
-    `columns` rows stand side by side; by default two blocks once there are more than eight rows. `headings` stand above
-    the generated pictures of a row, one each.
+    The rows are spread over `columns` blocks, by default two for more than eight rows. `headings` are the texts above the
+    columns of generated pictures.
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
     tile = max(tile, *(_picture(picture).width for row in rows for picture in row.generated)) if rows else tile
@@ -56,11 +56,11 @@ def draw_grid(
             draw.multiline_text(corner, wrap(heading, tile, 2, font), _INK, font, spacing=4)
     for index, row in enumerate(rows):
         block, line = divmod(index, lines)
-        _draw_row(grid, draw, font, row, (block * width + _GAP, top + line * (tile + _GAP)), tile)
+        _render_row(grid, draw, font, row, (block * width + _GAP, top + line * (tile + _GAP)), tile)
     return grid
 
 
-def _draw_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, corner: tuple[int, int], tile: int):
+def _render_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, corner: tuple[int, int], tile: int):
     left, top = corner
     text = wrap(row.caption, _TEXT_WIDTH - 2 * _GAP, tile // (_FONT_SIZE + 4), font)
     draw.multiline_text((left, top + tile // 2), text, _INK, font, anchor="lm", spacing=4)
@@ -76,7 +76,7 @@ def _draw_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, 
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans (most alphabets) where matplotlib brings it, else Pillow's own (Latin)."""
+    """DejaVu Sans (most alphabets) from matplotlib if it is installed, else Pillow's built-in font (Latin)."""
     matplotlib = find_spec("matplotlib")
     if matplotlib and matplotlib.origin:
         font = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -88,28 +88,28 @@ def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def wrap(text: str, width: int, lines: int, font) -> str:
     """`text` broken at spaces (and inside words that are too wide) into at most `lines` lines of `width` pixels."""
     words, line = text.split()[:200], ""
-    done: list[str] = []
-    while words and len(done) < lines:
+    wrapped: list[str] = []
+    while words and len(wrapped) < lines:
         word = words.pop(0)
         joined = f"{line} {word}".strip()
         if font.getlength(joined) <= width:
             line = joined
         elif line:
-            done.append(line)
+            wrapped.append(line)
             line = ""
             words.insert(0, word)
         else:
             longest = min(len(word), width)  # no letter is narrower than a pixel
             size = next(n for n in range(longest, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            done.append(word[:size])
+            wrapped.append(word[:size])
             if word[size:]:
                 words.insert(0, word[size:])
-    if line and len(done) < lines:
-        done.append(line)
+    if line and len(wrapped) < lines:
+        wrapped.append(line)
         line = ""
-    if done and (words or line):
-        done[-1] = done[-1][: max(1, len(done[-1]) - 3)] + "..."
-    return "\n".join(done)
+    if wrapped and (words or line):
+        wrapped[-1] = wrapped[-1][: max(1, len(wrapped[-1]) - 3)] + "..."
+    return "\n".join(wrapped)
 
 
 def _picture(picture: np.ndarray | Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Averages of a step's numbers and of its time, between two reports. Every rank has one; `take` brings them together."""
+"""Averages of the steps' metrics and times between two reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Collects metrics without waiting for the device: tensors are summed where they are, and read once in `take`."""
+    """Averages metrics without synchronizing with the device: tensors are summed on their device and read in `take`.
+
+    Every rank has a meter; `take` averages over the ranks.
+    """
 
     def __init__(self) -> None:
         self._restart()
@@ -28,7 +31,7 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside counts as waiting for data."""
+        """A context whose time counts as waiting for data."""
         begin = time.perf_counter()
         try:
             yield
@@ -37,7 +40,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (a checkpoint, a sample grid) does not count at all."""
+        """A context whose time (a checkpoint, a sample grid) does not count."""
         begin = time.perf_counter()
         try:
             yield
@@ -45,9 +48,9 @@ class Meter:
             self._paused += time.perf_counter() - begin
 
     def add(self, images: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """One step of `images` images, over all ranks. A metric that not every step has is averaged over those that do.
+        """Add a step of `images` images, counted over all ranks. Each metric is averaged over the steps that have it.
 
-        Tensors are scalars; they are detached, and averaged over the ranks later (so give means over this rank's rows).
+        Tensors are scalars, means over this rank's rows; `take` averages them over the ranks.
         """
         self._images += images
         self._steps += 1
@@ -57,11 +60,10 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self, all_reduce_mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The averages since the last call, and begin anew. Collective if `all_reduce_mean` is.
+        """The averages since the last call; starts new ones. Collective if `all_reduce_mean` is.
 
-        `all_reduce_mean` averages a float64 CPU vector over the ranks: all of them get the same numbers, so that all
-        come to the same verdict. Beside the metrics: `images_per_second`, `seconds_per_step`, and `data_wait` (the
-        share of the time, 0 to 1). Empty before the first `add`.
+        `all_reduce_mean` averages a float64 CPU vector over the ranks, so that all ranks get the same numbers. Adds
+        `images_per_second`, `seconds_per_step`, and `data_wait` (a share of the time, 0 to 1). Empty without any `add`.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a report, keyed by `images`, which only grows from line to line."""
+"""metrics.jsonl: one JSON object per line and report; `images` increases from line to line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_t2i.utils.files import write_atomic
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one line in one write. Numbers that are not finite become the texts "NaN", "Infinity", "-Infinity"."""
+    """Append a line with one write. Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity"."""
     text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -25,24 +25,24 @@ def _finite(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line that a crash has cut is left out. Empty if there is no file."""
+    """All complete lines, without a last line that a crash has truncated; empty without a file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    entries = []
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and "images" in entry:
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def cut(path: Path, images: int) -> int:
-    """Drop what lies beyond `images`, where a run resumes: those steps are done again. Returns the lines dropped."""
+    """Drop the lines beyond `images`, where a run resumes; returns how many were dropped."""
     entries = read(path)
     kept = [entry for entry in entries if entry["images"] <= images]
     if path.exists():

@@ -1,17 +1,17 @@
-"""What a run tells: the progress line, log.txt, metrics.jsonl, progress.json, sample grids, curves and W&B.
+"""A run's reports: progress line, log.txt, metrics.jsonl, progress.json, sample grids, curves and W&B.
 
-    RUN/log.txt         what was said, with times
-    RUN/metrics.jsonl   a line a report: images, step, time, losses, logits, gradient norms, rates, memory; and one an
-                        evaluation: images, step, time, eval/SPLIT/SCORE
-    RUN/progress.json   where the run is now, for whoever asks from outside
+    RUN/log.txt         messages with their times
+    RUN/metrics.jsonl   one object a report: images, step, time, losses, logits, gradient norms, rates, memory; and one
+                        object an evaluation: images, step, time, eval/SPLIT/SCORE
+    RUN/progress.json   the run's position now, for other programs
     RUN/samples/images-000123456.png
     RUN/curves.png
 
-Only rank 0 writes; on the others a `Reporter` takes the same calls and does nothing, so the loop needs no ifs. A file
-that cannot be written (a full disk) is told once and done without: reports are never a reason to lose a run.
+Only rank 0 writes; on other ranks a `Reporter` takes the same calls and does nothing, so the training loop needs no
+conditions. A file that cannot be written (a full disk) causes one warning, and training continues.
 
-Metrics that the line and the curves know: `loss/d`, `loss/g`, their terms (`loss/d_adversarial`, ...), `logit/real`,
-`logit/fake`, `logit/mismatched`, `grad/<engine>`, `fake/std`, and what `Meter.take` adds. Others are kept as they are.
+The progress line and the curves know `loss/d`, `loss/g`, their terms (`loss/d_adversarial`, ...), `logit/real`,
+`logit/fake`, `logit/mismatched`, `grad/<engine>`, `fake/std`, and what `Meter.take` adds. Other metrics are only recorded.
 """
 
 from __future__ import annotations
@@ -24,29 +24,40 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import ReportConfig
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.console import Console, format_line, line_interval
-from dist_t2i.reporting.image_grid import GridRow, draw_grid, save_grid
+from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
 from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
-    from dist_t2i.reporting.wandb_logger import WandbSink
-
-STATES = ("starting", "training", "stopped", "finished", "failed")
+    from dist_t2i.reporting.wandb_logger import WandbLogger
 
 
 class Reporter:
-    """Call `start`, then `tick` every step, `metrics` and `samples` now and then, and `close` at the end."""
+    """Call `start`, then `tick` every step, `metrics` and `samples` now and then, and `close` at the end.
+
+    `title` heads the plots and names the W&B run. `wandb_config` is the configuration that W&B shows.
+    """
 
     PROGRESS_EVERY = 2.0
     """Seconds between two versions of progress.json while training."""
 
-    def __init__(self, folder: Path, config: Config, *, main: bool, stream: TextIO | None = None) -> None:
-        self.folder, self.config, self._main = Path(folder), config, main
-        self._total = config.train.total_images
+    def __init__(
+        self,
+        folder: Path,
+        report: ReportConfig,
+        *,
+        total_images: int,
+        title: str,
+        wandb_config: Mapping[str, Any],
+        main: bool,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.folder, self._report, self._main = folder, report, main
+        self._total, self._title, self._wandb_config = total_images, title, wandb_config
         self._console = Console(stream)
         self._stream = stream
         self._values: dict[str, float] = {}
@@ -56,13 +67,13 @@ class Reporter:
         self._next_progress = 0.0
         self._begin = time.monotonic()
         self._next_line = 0.0
-        self._told: set[tuple[int | None, str | None]] = set()
-        self._wandb: WandbSink | None = None
-        self._can_draw = True
-        self._drawn_at = -1
+        self._warned: set[tuple[int | None, str | None]] = set()
+        self._wandb: WandbLogger | None = None
+        self._can_plot = True
+        self._plotted_at = -1
 
     def start(self, images: int, checkpoint: Path | None = None) -> None:
-        """Begin, or go on from a checkpoint at `images`: what was reported beyond it is dropped, it comes again."""
+        """Start the reports at `images` seen. Drops the metrics beyond this position: training will report them again."""
         self._images = images
         self._checkpoint = str(checkpoint or "")
         if not self._main:
@@ -72,29 +83,30 @@ class Reporter:
             self.folder.mkdir(parents=True, exist_ok=True)
             dropped = metrics_log.cut(self.folder / "metrics.jsonl", images)
         if dropped:
-            self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; they come again")
-        if self.config.report.wandb != "disabled":
-            self._open_wandb()
+            self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; training reports them again")
+        if self._report.wandb != "disabled":
+            from dist_t2i.reporting.wandb_logger import WandbLogger
+
+            self._wandb = WandbLogger(self.folder, self._report, self._title, self._wandb_config, self.warn)
         self._state = "training"
         self._write_progress(force=True)
 
     def say(self, message: str) -> None:
-        """A message for the person in front of it, and for log.txt; on rank 0 only."""
+        """Print a message and append it to log.txt; rank 0 only."""
         if self._main:
             self._console.say(message)
             self._log(message)
 
     def warn(self, message: str) -> None:
-        """A warning, from any rank."""
+        """Print a warning, from any rank; rank 0 also appends it to log.txt."""
         if self._main:
             self.say(f"warning: {message}")
         else:
-            print(
-                f"rank {os.environ.get('RANK', '?')}: warning: {message}", file=self._stream or sys.stderr, flush=True
-            )
+            rank = os.environ.get("RANK", "?")
+            print(f"rank {rank}: warning: {message}", file=self._stream or sys.stderr, flush=True)
 
     def tick(self, images: int) -> None:
-        """After every step: refreshes the live line, or prints one where there is no terminal, when it is due."""
+        """After every step: update the progress line, log.txt and progress.json where that is due."""
         self._images = images
         if self._main and self._values:
             self._console.line(images, self._total, self._values)
@@ -104,37 +116,28 @@ class Reporter:
             self._write_progress()
 
     def metrics(self, images: int, step: int, values: Mapping[str, float]) -> None:
-        """A line for metrics.jsonl and W&B from what `Meter.take` gave; the progress line shows it from now on."""
+        """Record the result of `Meter.take`; the progress line shows it from now on."""
         self._images = images
         if not self._main or not values:
             return
         self._values = {**values, "memory_bytes": memory_bytes()}
-        line = {"images": images, "step": step, "time": round(time.time(), 3), **self._values}
-        with self._writing():
-            metrics_log.append(self.folder / "metrics.jsonl", line)
-        if self._wandb is not None:
-            self._wandb.log(images, {**self._values, "step": step})
+        self._record(images, step, self._values)
         self.tick(images)
 
     def evaluated(self, images: int, step: int, values: Mapping[str, float], *, best: bool) -> None:
-        """Scores of the weights at `images`: a line of their own in metrics.jsonl, and in W&B."""
+        """Record and print the scores of the weights at `images`."""
         if not self._main:
             return
-        with self._writing():
-            line = {"images": images, "step": step, "time": round(time.time(), 3), **values}
-            metrics_log.append(self.folder / "metrics.jsonl", line)
-        if self._wandb is not None:
-            self._wandb.log(images, {**values, "step": step})
-        told = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
-        self.say(f"evaluated at {images:,} images: {told}{'; the best so far' if best else ''}")
+        self._record(images, step, values)
+        scores = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
+        self.say(f"evaluated at {images:,} images: {scores}{'; the best so far' if best else ''}")
 
-    def samples(self, images: int, rows: Sequence[GridRow]) -> Path | None:
-        """Draw a sample grid and the curves; the grid's path on rank 0, if it could be written."""
+    def samples(self, images: int, rows: Sequence[GridRow], *, name: str) -> Path | None:
+        """Write a sample grid, RUN/samples/NAME.png, and the curves; the grid's path on rank 0 if it could be written."""
         if not self._main:
             return None
-        path = self.folder / "samples" / f"images-{images:09d}.png"
-        title = f"{self.config.run.name or self.folder.name}: {images:,} images seen"
-        grid = draw_grid(rows, title=title, tile=max(64, self.config.data.image_size))
+        path = self.folder / "samples" / f"{name}.png"
+        grid = render_grid(rows, title=f"{self._title}: {images:,} images seen", tile=64)
         with self._writing():
             save_grid(grid, path)
         self.curves()
@@ -145,29 +148,28 @@ class Reporter:
         return path
 
     def curves(self) -> None:
-        """Draw curves.png from metrics.jsonl, once for these images seen; without matplotlib, say so once."""
-        if not self._main or not self._can_draw or self._drawn_at == self._images:
+        """Plot curves.png, at most once per position; a missing matplotlib causes one message."""
+        if not self._main or not self._can_plot or self._plotted_at == self._images:
             return
-        self._drawn_at = self._images
+        self._plotted_at = self._images
         try:
-            from dist_t2i.reporting.curves import draw_curves
+            from dist_t2i.reporting.curves import plot_curves
 
-            name = self.config.run.name or self.folder.name
             with self._writing():
-                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=name)
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=self._title)
         except ImportError as error:
-            self._can_draw = False
-            self.say(f"no curves.png: {error} (`pip install matplotlib` brings it)")
+            self._can_plot = False
+            self.say(f"no curves.png: {error} (install it with `pip install matplotlib`)")
 
     def saved(self, images: int, checkpoint: Path) -> None:
-        """A checkpoint was committed."""
+        """Record a committed checkpoint."""
         self._checkpoint = str(checkpoint)
         if self._main:
             self._log(f"checkpoint at {images:,} images: {checkpoint}")
             self._write_progress(force=True)
 
     def close(self, state: str, message: str = "", *, hurry: bool = False) -> None:
-        """The end: `stopped` (goes on later), `finished` or `failed`, and the last words. In a `hurry`, nothing is drawn."""
+        """End the reports. `state`: `stopped` (can be resumed), `finished` or `failed`. A `hurry` skips the curves."""
         if not self._main:
             return
         self._state = state
@@ -182,14 +184,12 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.close(1 if state == "failed" else 0)
 
-    def _open_wandb(self) -> None:
-        from dist_t2i.config.fields import flatten
-        from dist_t2i.reporting.wandb_logger import WandbSink
-
-        report = self.config.report
-        name = self.config.run.name or self.folder.name
-        values = flatten(self.config)
-        self._wandb = WandbSink(self.folder, report.wandb, report.wandb_project, name, values, self.warn)
+    def _record(self, images: int, step: int, values: Mapping[str, float]) -> None:
+        line = {"images": images, "step": step, "time": round(time.time(), 3), **values}
+        with self._writing():
+            metrics_log.append(self.folder / "metrics.jsonl", line)
+        if self._wandb is not None:
+            self._wandb.log(images, {**values, "step": step})
 
     def _log(self, message: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -217,17 +217,18 @@ class Reporter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Turns an OSError into one warning for each file and cause."""
         try:
             yield
         except OSError as error:
             problem = (error.errno, error.filename)
-            if problem not in self._told:
-                self._told.add(problem)
-                self._console.say(f"warning: {error.filename or self.folder}: {error.strerror}; training goes on")
+            if problem not in self._warned:
+                self._warned.add(problem)
+                self._console.say(f"warning: {error.filename or self.folder}: {error.strerror}; training continues")
 
 
 def memory_bytes() -> int:
-    """The most GPU memory that torch has held where it uses CUDA, else this process's resident memory."""
+    """Peak GPU memory allocated by torch where it uses CUDA, else this process's resident memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())

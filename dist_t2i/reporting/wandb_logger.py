@@ -1,86 +1,91 @@
-"""Weights & Biases, when it is asked for. It may fail, be slow or be unreachable: the run goes on without it."""
+"""Weights & Biases, if `report.wandb` enables it. Training continues when W&B fails, is slow or cannot be reached."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from dist_t2i.config.sections import ReportConfig
 from dist_t2i.utils.processes import signals_blocked
 
 ID_FILE = "wandb_id.txt"
-Mode = Literal["disabled", "offline", "online"]
+SETTINGS: dict[str, Any] = {
+    "init_timeout": 30,
+    "finish_timeout": 20,
+    "console": "off",
+    "silent": True,
+    "disable_git": True,
+}
+"""Fields of wandb.Settings, which wandb does not promise to keep; a test checks that the installed version has them."""
 
 
-class WandbSink:
-    """One W&B run per run folder: resumed runs go on under the id that the folder keeps.
+class WandbLogger:
+    """One W&B run per run folder: a resumed run continues under the ID in RUN/wandb_id.txt.
 
-    `warn` gets a line when something fails; after that nothing more is sent.
+    Any failure is passed to `warn` and ends the logging.
     """
 
-    def __init__(self, folder: Path, mode: Mode, project: str, name: str, config: Mapping, warn: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, report: ReportConfig, name: str, config: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
         self._warn = warn
         self._run: Any = None
         try:
-            self._run = self._start(folder, mode, project, name, config)
-        except Exception as error:  # whatever W&B raises, training is worth more
+            self._run = self._start(folder, report, name, config)
+        except Exception as error:  # no exception of W&B may end the training
             self._fail(error)
 
-    def _start(self, folder: Path, mode: Mode, project: str, name: str, config: Mapping[str, Any]) -> Any:
+    def _start(self, folder: Path, report: ReportConfig, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
 
-        identity = folder / ID_FILE
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        with signals_blocked():  # its service process must not die of a signal that asks us to save
+        id_file = folder / ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        with signals_blocked():  # a stop signal must not kill W&B's service process
             run = wandb.init(
                 dir=folder,
-                project=project,
+                project=report.wandb_project,
                 name=name,
-                id=identity.read_text(encoding="utf-8").strip(),
+                id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
-                mode=self._reachable(mode),
+                mode="online" if report.wandb == "online" and self._reachable() else "offline",
                 config=dict(config),
-                settings=wandb.Settings(
-                    init_timeout=30, finish_timeout=20, console="off", silent=True, disable_git=True
-                ),
+                settings=wandb.Settings(**SETTINGS),
             )
         run.define_metric("images")
         run.define_metric("*", step_metric="images")
         return run
 
-    def _reachable(self, mode: Mode) -> Mode:
-        """`mode`, or `offline` where online is out of reach."""
+    def _reachable(self) -> bool:
         import wandb
 
-        if mode != "online":
-            return mode
         try:
             if wandb.login(prompt=False):
-                return "online"
+                return True
             reason = "no API key: run `wandb login` or set WANDB_API_KEY"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        self._warn(f"W&B is out of reach ({reason}). Kept in the run folder; `wandb sync` sends it later.")
-        return "offline"
+        self._warn(f"W&B is out of reach ({reason}). Logging into the run folder; `wandb sync` uploads it later.")
+        return False
 
     def log(self, images: int, values: Mapping[str, Any]) -> None:
-        """Send one report: numbers, or the `Path` of a PNG."""
+        """Log one report: numbers, or the `Path` of a PNG."""
         if self._run is None:
             return
         try:
             import wandb
 
-            sent = {
+            entries = {
                 name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()
             }
-            self._run.log({"images": images, **sent})
+            self._run.log({"images": images, **entries})
         except Exception as error:
             self._fail(error)
 
     def close(self, exit_code: int) -> None:
-        """End the session; 0 also for a run that was stopped to go on later."""
+        """End the W&B run; 0 also for a stopped run that can be resumed."""
         if self._run is None:
             return
         try:
@@ -91,4 +96,4 @@ class WandbSink:
 
     def _fail(self, error: Exception) -> None:
         self._run = None
-        self._warn(f"W&B: {type(error).__name__}: {error}. The run goes on without it.")
+        self._warn(f"W&B: {type(error).__name__}: {error}. Training continues without it.")

@@ -1,4 +1,4 @@
-"""Web pages that hold their pictures themselves, load nothing from elsewhere, and can be mailed or opened from disk."""
+"""Self-contained web pages: pictures are embedded, so a page can be mailed or opened from disk."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def write(path: Path, title: str, body: Sequence[str]) -> Path:
 
 
 def file(path: Path, label: str) -> str:
-    """A PNG file as a wide picture."""
+    """HTML of a PNG file as a wide picture."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img class=wide alt="{text(label)}" src="data:image/png;base64,{data}">'
 
 
 def img(image: Image, label: str) -> str:
-    """A small picture."""
+    """HTML of a small picture."""
     out = io.BytesIO()
     image.save(out, "PNG")
     data = base64.b64encode(out.getvalue()).decode()
@@ -38,7 +38,7 @@ def img(image: Image, label: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table of plain texts."""
+    """HTML of a table of plain texts."""
     above = f"<caption>{text(caption)}</caption>" if caption else ""
     head = "".join(f"<th>{text(cell)}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -46,7 +46,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 
 
 def text(value: str) -> str:
-    """A text as HTML shows it."""
+    """A text with HTML's special characters escaped."""
     return html.escape(value, quote=True)
 
 

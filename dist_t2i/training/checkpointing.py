@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import Claim, Superseded
-from dist_t2i.checkpoint.mirror import Mirroring
+from dist_t2i.checkpoint.lease import Lease, Superseded
+from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.checkpoint.store import Checkpoint, Retention
 from dist_t2i.config.sections import CheckpointConfig
 from dist_t2i.distributed.collectives import on_main
@@ -40,14 +40,14 @@ class Checkpointer:
     def __init__(
         self,
         config: CheckpointConfig,
-        lease: Claim | None,
+        lease: Lease | None,
         latest: Checkpoint | None,
         *,
         engines: Sequence[NetworkEngine],
         average: Average,
         validation: Periodic | None,
         reporter: Reporter,
-        mirror: Mirroring,
+        mirror: Mirror,
         watchdog: Watchdog,
         seed: int,
         batch: int,

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_t2i.checkpoint import run_folder, store
-from dist_t2i.checkpoint.lease import Claim
-from dist_t2i.checkpoint.mirror import Mirroring
+from dist_t2i.checkpoint.lease import Lease
+from dist_t2i.checkpoint.mirror import Mirror
+from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import flatten
 from dist_t2i.config.resume import is_free
 from dist_t2i.config.sections import Config
@@ -60,7 +61,8 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
         watchdog.stop()
         with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
             dist.destroy_process_group()
-    trainer.parts.mirror.finish(status, stop)  # the other ranks need not wait for the upload
+    # The other ranks need not wait for the upload.
+    trainer.parts.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
     return status
 
 
@@ -75,9 +77,24 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
     batch = config.train.global_batch
 
     # Data, and the run's folder: checked, leased, and filled from the mirror where it lacks the newest checkpoint.
-    reporter = Reporter(folder, config, main=main)
+    reporter = Reporter(
+        folder,
+        config.report,
+        total_images=config.train.total_images,
+        title=config.run.name or folder.name,
+        wandb_config=flatten(config),
+        main=main,
+    )
     data = open_data(config.data)
-    mirror = Mirroring(config, reporter, main=main, allow_changes=allow_changes)
+    mirror = Mirror(
+        config.checkpoint,
+        folder,
+        config_files.dump(config),
+        reporter,
+        retry_seconds=config.data.retry_seconds,
+        main=main,
+        allow_changes=allow_changes,
+    )
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
     lease = _take_lease(folder, config, data, allow_changes)
     on_main(lambda: mirror.restore(lease), slow=True)
@@ -146,14 +163,15 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
     )
 
 
-def _take_lease(folder: Path, config: Config, data: ShardSet, allow_changes: bool) -> Claim | None:
+def _take_lease(folder: Path, config: Config, data: ShardSet, allow_changes: bool) -> Lease | None:
     """The lease on the run, on rank 0; None on the others. Collective."""
-    lease: Claim | None = None
+    lease: Lease | None = None
 
     def take() -> None:
         nonlocal lease
         warn = lambda message: print(f"warning: {message}", flush=True)  # noqa: E731  the log is not this process's yet
-        lease = run_folder.prepare(folder, config, data, allow_changes=allow_changes, warn=warn)
+        text = config_files.dump(config)
+        lease = run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=warn)
 
     on_main(take)
     return lease

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dist_t2i.checkpoint.lease import Superseded
-from dist_t2i.checkpoint.mirror import Mirroring
+from dist_t2i.checkpoint.mirror import Mirror
+from dist_t2i.checkpoint.store import folder_name
 from dist_t2i.config.sections import DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
 from dist_t2i.data.stream.stream import Stream
 from dist_t2i.distributed.collectives import max_over_ranks, mean_over_ranks, on_main
@@ -61,7 +62,7 @@ class RunParts:
     sample_sheet: SampleSheet | None
     """Rank 0 only."""
     reporter: Reporter
-    mirror: Mirroring
+    mirror: Mirror
     watchdog: Watchdog
 
 
@@ -142,7 +143,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Report the averages since the last report. Collective. Raises TrainingError when one is not finite."""
-        self.parts.mirror.tell()
+        self.parts.mirror.poll()
         values = self.meter.take(mean_over_ranks)
         if not values:
             return
@@ -165,7 +166,8 @@ class Trainer:
         self.watchdog.doing("sample grid", self.images, extra=_SAMPLE_SECONDS)
         with self.meter.paused():
             if self.parts.sample_sheet is not None:
-                self.reporter.samples(self.images, self.parts.sample_sheet.rows(self.average))
+                rows = self.parts.sample_sheet.rows(self.average)
+                self.reporter.samples(self.images, rows, name=folder_name(self.images))
 
     def _save(self, *, last: bool) -> None:
         with self.meter.paused():

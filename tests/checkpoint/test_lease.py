@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import Owner, Superseded, claim
+from dist_t2i.checkpoint.lease import Owner, Superseded, acquire
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.errors import ExitStatus, UserError
 from ranks import ROOT
@@ -31,12 +31,12 @@ def attempt(monkeypatch, restart: int, job: str = "12") -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
 
 
-def test_whoever_claims_last_may_commit(tmp_path, monkeypatch):
+def test_the_last_to_acquire_the_lease_may_commit(tmp_path, monkeypatch):
     attempt(monkeypatch, 0)
-    old = claim(tmp_path / "checkpoints")
+    old = acquire(tmp_path / "checkpoints")
     save(old, 100)
     attempt(monkeypatch, 1)
-    new = claim(tmp_path / "checkpoints")
+    new = acquire(tmp_path / "checkpoints")
     with pytest.raises(Superseded, match="attempt 2"):
         save(old, 200)
     assert old.lost() and not new.lost()
@@ -47,9 +47,9 @@ def test_whoever_claims_last_may_commit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["_write", "fsync", "_point_latest"])
 def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
-    """The new attempt claims, goes on and commits between any two steps of the old one's save: the newest stays newest."""
+    """The new attempt acquires the lease, continues and commits between any two steps of the old one's save: the newest stays newest."""
     attempt(monkeypatch, 0)
-    old = claim(tmp_path / "checkpoints")
+    old = acquire(tmp_path / "checkpoints")
     save(old, 100)
     real, overtaken = getattr(store, moment), []
 
@@ -57,7 +57,7 @@ def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
         if not overtaken:
             overtaken.append(True)
             attempt(monkeypatch, 1)
-            new = claim(tmp_path / "checkpoints")
+            new = acquire(tmp_path / "checkpoints")
             for images in (300, 400):
                 save(new, images)
         return real(*arguments)
@@ -70,37 +70,37 @@ def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
     assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000400\n"
 
 
-def test_a_late_earlier_attempt_cannot_claim_over_a_later_one(tmp_path, monkeypatch):
+def test_an_earlier_attempt_cannot_take_the_lease_of_a_later_one(tmp_path, monkeypatch):
     attempt(monkeypatch, 3)
-    new = claim(tmp_path / "checkpoints")
+    new = acquire(tmp_path / "checkpoints")
     attempt(monkeypatch, 2)
     with pytest.raises(Superseded, match=r"attempt 4\) is a later attempt"):
-        claim(tmp_path / "checkpoints")
+        acquire(tmp_path / "checkpoints")
     assert not new.broken()
     save(new, 100)
 
 
-def test_nothing_is_left_of_claims(tmp_path, monkeypatch):
+def test_nothing_is_left_of_leases(tmp_path, monkeypatch):
     attempt(monkeypatch, 0)
-    claim(tmp_path / "checkpoints").staging()
+    acquire(tmp_path / "checkpoints").staging()
     attempt(monkeypatch, 1)
-    mine = claim(tmp_path / "checkpoints")
+    mine = acquire(tmp_path / "checkpoints")
     save(mine, 100)
     mine.release()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["images-000000100", "latest"]
 
 
-def test_a_deleted_folder_is_a_lost_claim(tmp_path):
+def test_a_deleted_folder_is_a_lost_lease(tmp_path):
     import shutil
 
-    mine = claim(tmp_path / "checkpoints")
+    mine = acquire(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints")
     assert mine.broken()
     with pytest.raises(Superseded, match="was deleted"):
         save(mine, 100)
 
 
-def test_names_of_claims(tmp_path):
+def test_names_of_leases(tmp_path):
     for owner in (Owner("n1.example", 5, 1700000000), Owner("n-2", 7, 3, job="99", restart=4)):
         assert Owner.of(tmp_path / owner.folder_name()) == owner
     assert Owner.of(tmp_path / ".claim-x") is None
@@ -109,8 +109,8 @@ def test_names_of_claims(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from dist_t2i.checkpoint.lease import claim
-claim(Path(sys.argv[1]))
+from dist_t2i.checkpoint.lease import acquire
+acquire(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(float(sys.argv[2]))
 """
@@ -131,21 +131,21 @@ def test_a_running_training_is_not_taken_over_by_accident(tmp_path, monkeypatch)
         monkeypatch.setattr("dist_t2i.checkpoint.lease._PATIENCE", 0.5)
         said = []
         with pytest.raises(UserError, match=f"is being trained by process {process.pid}") as caught:
-            claim(tmp_path / "checkpoints", say=said.append)
+            acquire(tmp_path / "checkpoints", say=said.append)
         assert not isinstance(caught.value, Superseded) and f"kill -USR2 {process.pid}" in str(caught.value)
         assert said == [
-            f"waiting for {Owner.of(next((tmp_path / 'checkpoints').glob('.claim-*')))} to end, which has this run"
+            f"waiting for {Owner.of(next((tmp_path / 'checkpoints').glob('.claim-*')))} to end: it holds this run's lease"
         ]
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    claim(tmp_path / "checkpoints")  # the dead hold nothing
+    acquire(tmp_path / "checkpoints")  # the dead hold nothing
 
 
 def test_one_that_is_about_to_end_is_waited_for(tmp_path):
     process = holder(tmp_path / "checkpoints", 1.0)
     try:
-        save(claim(tmp_path / "checkpoints"), 100)
+        save(acquire(tmp_path / "checkpoints"), 100)
         assert process.wait(240) == 0
     finally:
         process.kill()

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import Claim, claim
-from dist_t2i.checkpoint.mirror import FINISH_SECONDS, STOP_SECONDS, Mirroring
+from dist_t2i.checkpoint.lease import Lease, acquire
+from dist_t2i.checkpoint.mirror import FINISH_SECONDS, STOP_SECONDS, Mirror
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import build
@@ -77,13 +77,21 @@ class Small:
     """A run folder with checkpoints of a few numbers, and its mirror."""
 
     def __init__(self, folder: Path, url: str = URL, allow_changes: bool = False, **values):
-        self.folder, self.said, self._claim = folder, [], None
+        self.folder, self.said, self._lease = folder, [], None
         self.config: Config = build(
             {"run.folder": str(folder), "checkpoint.mirror": url, "data.retry_seconds": 1.0}
             | {name.replace("__", "."): value for name, value in values.items()}
         )
         reporter = SimpleNamespace(say=self.said.append, warn=self.said.append)
-        self.mirror = Mirroring(self.config, reporter, main=True, allow_changes=allow_changes)
+        self.mirror = Mirror(
+            self.config.checkpoint,
+            folder,
+            config_files.dump(self.config),
+            reporter,
+            retry_seconds=self.config.data.retry_seconds,
+            main=True,
+            allow_changes=allow_changes,
+        )
 
     def begin(self) -> Small:
         """As a training run does."""
@@ -92,13 +100,13 @@ class Small:
         (self.folder / "config.yaml").write_text(config_files.dump(self.config))
         (self.folder / "environment.json").write_text(json.dumps({"data": {"fingerprint": FINGERPRINT}}))
         (self.folder / "tokenizer.json").write_text("{}")
-        self.mirror.restore(self.claim)
+        self.mirror.restore(self.lease)
         return self
 
     @property
-    def claim(self) -> Claim:
-        self._claim = self._claim or claim(self.folder / "checkpoints")
-        return self._claim
+    def lease(self) -> Lease:
+        self._lease = self._lease or acquire(self.folder / "checkpoints")
+        return self._lease
 
     def save(self, images: int, size: int = 1000, best: int | None = None) -> Path:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -106,7 +114,7 @@ class Small:
         files = {"generator": {"w": torch.full((size,), float(images))}, "ema": {"w": torch.ones(3)}}
         keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
         state = {"seed": 1} | ({"evaluation": {"best": {"images": best, "value": 0.5}}} if best else {})
-        return store.save(self.claim, images, files, state, keep=keep)
+        return store.save(self.lease, images, files, state, keep=keep)
 
     def upload(self, *images: int, best: int | None = None) -> None:
         for count in images:
@@ -118,11 +126,11 @@ class Small:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.said
-            self.mirror.tell(0.05)
+            self.mirror.poll(0.05)
             time.sleep(0.01)
 
     def finish(self, status: int = ExitStatus.FINISHED) -> None:
-        self.mirror.finish(status, SimpleNamespace(requested=False))
+        self.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: False)
 
     def checkpoints(self) -> list[int]:
         return [int(folder.name[7:]) for folder in store.committed(self.folder)]
@@ -303,7 +311,7 @@ def test_the_newer_of_run_folder_and_mirror_is_gone_on_from(small, tmp_path):
 def test_anothers_mirror_is_refused_and_untouched(small, server, capsys):
     small("run").begin().upload(100)
     before = {key: server.get(key) for key in keys(server)}
-    with pytest.raises(CheckpointError, match=r"another run:\n  loss.kl: there .*, here 0.5\nName another place"):
+    with pytest.raises(CheckpointError, match=r"another run:\n  loss.kl: there .*, here 0.5\nChoose another location"):
         small("other", loss__kl=0.5).begin()
     moved = small("other", report__every_steps=7)
     with pytest.raises(CheckpointError, match="the data set is another one"):
@@ -333,7 +341,7 @@ def test_anothers_mirror_is_left_alone_by_a_run_that_could_not_look(small, proxy
     other.wait(lambda: other.told("is the mirror of another run"))
     other.mirror.offer(60)
     other.finish()
-    assert keys(server) == before and other.told("Training goes on without a mirror") == 1
+    assert keys(server) == before and other.told("Training continues without a mirror") == 1
 
 
 def test_one_that_goes_on_takes_the_mirror_over(small, server):
@@ -349,17 +357,17 @@ def test_one_that_goes_on_takes_the_mirror_over(small, server):
 
 def test_a_mirror_out_of_reach(small, proxy, capsys):
     with proxy.down():
-        with pytest.raises(CheckpointError, match=r"cannot be told where to begin(.|\n)*checkpoint\.mirror="):
+        with pytest.raises(CheckpointError, match=r"the position to resume from is unknown(.|\n)*checkpoint\.mirror="):
             small("empty").begin()
         own = small("own")
         own.folder.mkdir()
         own.save(100)
         own.begin()
-        assert "going on with the run folder alone" in capsys.readouterr().out
+        assert "using only the run folder" in capsys.readouterr().out
         own.mirror.offer(100)
         own.wait(lambda: own.told("fails:"))
         began = time.monotonic()
-        own.mirror.finish(ExitStatus.FINISHED, SimpleNamespace(requested=True))
+        own.mirror.finish(finished=True, stopping=lambda: True)
         assert time.monotonic() - began < FINISH_SECONDS / 10 and own.told("lacks the checkpoint at 100 images")
 
 
@@ -457,7 +465,7 @@ def test_markers_lead_nowhere_else(small, server, tmp_path):
     server.put(key, json.dumps(marker).encode())
     server.put("runs/mine/evil", b"")
     other = small("other").begin()
-    assert other.checkpoints() == [100] and other.told("no name of a file") and not list(tmp_path.rglob("evil"))
+    assert other.checkpoints() == [100] and other.told("not the name of a file") and not list(tmp_path.rglob("evil"))
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------

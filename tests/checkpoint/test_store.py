@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import claim
+from dist_t2i.checkpoint.lease import acquire
 from dist_t2i.checkpoint.store import Retention
 from dist_t2i.errors import CheckpointError
 from ranks import ROOT
@@ -23,7 +23,7 @@ KEEP = Retention(last=2)
 
 
 def save(run, images, keep=KEEP, files=FILES):
-    mine = claim(run / "checkpoints")
+    mine = acquire(run / "checkpoints")
     try:
         return store.save(mine, images, files, {"seed": 1}, keep=keep)
     finally:
@@ -154,7 +154,7 @@ KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import claim
+from dist_t2i.checkpoint.lease import acquire
 
 def die_at(moment, run):
     count = 0
@@ -167,7 +167,7 @@ def die_at(moment, run):
                     os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(trace)
     files = {"generator": {"w": torch.full((1000,), 3.0)}}
-    store.save(claim(run / "checkpoints"), 300, files, {}, keep=store.Retention(last=1))
+    store.save(acquire(run / "checkpoints"), 300, files, {}, keep=store.Retention(last=1))
     return count
 
 ended = []

@@ -1,4 +1,4 @@
-"""What a run tells: lines, files, pictures, W&B. Terminals are real pseudo-terminals."""
+"""Reports of a run: lines, files, pictures, W&B. Terminals are real pseudo-terminals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+from dist_t2i.config.fields import flatten
 from dist_t2i.config.files import loads
 from dist_t2i.reporting import metrics_log
 from dist_t2i.reporting.console import Console, format_line
-from dist_t2i.reporting.curves import draw_curves, smooth
-from dist_t2i.reporting.image_grid import GridRow, draw_grid, wrap
+from dist_t2i.reporting.curves import plot_curves, smooth
+from dist_t2i.reporting.image_grid import GridRow, render_grid, wrap
 from dist_t2i.reporting.meter import Meter
 from dist_t2i.reporting.reporter import Reporter
+from dist_t2i.reporting.wandb_logger import SETTINGS
 from dist_t2i.utils.progress import duration
 from ranks import ROOT
 
@@ -172,7 +174,7 @@ def test_metrics_are_averaged_over_the_steps_that_have_them():
     assert meter.take() == {}
 
 
-def test_time_is_told_apart():
+def test_times_are_separated():
     meter = Meter()
     with meter.waiting():
         time.sleep(0.06)
@@ -226,7 +228,7 @@ def picture(seed: int, size: int = 32) -> np.ndarray:
 
 def test_a_grid_shows_every_picture_whole_and_the_real_one_first():
     rows = [GridRow(f"caption {n}", [picture(10 * n), picture(10 * n + 1)], picture(10 * n + 2)) for n in range(3)]
-    grid = np.asarray(draw_grid(rows, title="a run", tile=64))
+    grid = np.asarray(render_grid(rows, title="a run", tile=64))
     for n, row in enumerate(rows):
         top = grid.shape[0] - (3 - n) * 70
         for column, expected in enumerate(row.generated):
@@ -234,14 +236,14 @@ def test_a_grid_shows_every_picture_whole_and_the_real_one_first():
             tile = grid[top : top + 64, left : left + 64]
             assert np.array_equal(tile[::2, ::2], expected)
     text = grid[:, :230]
-    assert (text < 128).any(), "captions are drawn"
+    assert (text < 128).any(), "captions are rendered"
 
 
 def test_grids_of_many_rows_of_other_sizes_and_of_nothing():
-    many = draw_grid([GridRow("x", [picture(n, 256)]) for n in range(11)])
+    many = render_grid([GridRow("x", [picture(n, 256)]) for n in range(11)])
     assert many.width > many.height / 4
-    assert draw_grid([]).size[0] > 0
-    draw_grid([GridRow("", [Image.new("L", (32, 32))], None), GridRow("b", [])])
+    assert render_grid([]).size[0] > 0
+    render_grid([GridRow("", [Image.new("L", (32, 32))], None), GridRow("b", [])])
 
 
 @pytest.mark.parametrize(
@@ -258,12 +260,12 @@ def test_captions_are_wrapped_to_their_place(text: str):
         assert "".join("".join(lines).split()) in "".join(text.split()) + "..."
 
 
-def test_curves_are_drawn_from_the_metrics(tmp_path: Path):
+def test_curves_are_plotted_from_the_metrics(tmp_path: Path):
     metrics, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
-    assert not draw_curves(metrics, out)
+    assert not plot_curves(metrics, out)
     for n in range(100):
         metrics_log.append(metrics, {"images": n * 64, **VALUES, "loss/d": 2 / (n + 1) if n != 50 else math.nan})
-    assert draw_curves(metrics, out, title="a run")
+    assert plot_curves(metrics, out, title="a run")
     image = Image.open(out)
     assert image.width >= 1000
     assert len(image.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 20
@@ -278,9 +280,21 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
 # ---- the reporter ----------------------------------------------------------------------------------------------------
 
 
-def report_run(folder: Path, begin: int, end: int, *overrides: str, state: str = "stopped") -> Reporter:
+def make_reporter(folder: Path, *overrides: str, main: bool = True, stream: io.StringIO | None = None) -> Reporter:
     config = loads("train: {total_images: 1000}", overrides)
-    reporter = Reporter(folder, config, main=True, stream=io.StringIO())
+    return Reporter(
+        folder,
+        config.report,
+        total_images=config.train.total_images,
+        title="a run",
+        wandb_config=flatten(config),
+        main=main,
+        stream=stream or io.StringIO(),
+    )
+
+
+def report_run(folder: Path, begin: int, end: int, *overrides: str, state: str = "stopped") -> Reporter:
+    reporter = make_reporter(folder, *overrides)
     reporter.start(begin)
     for images in range(begin + 100, end + 1, 100):
         reporter.metrics(images, images // 10, {"loss/d": 1.0, "images_per_second": 50.0})
@@ -292,7 +306,10 @@ def report_run(folder: Path, begin: int, end: int, *overrides: str, state: str =
 def test_a_run_folder_after_a_stop_and_a_resume(tmp_path: Path):
     run = tmp_path / "run"
     first = report_run(run, 0, 500)
-    assert first.samples(500, [GridRow("a cat", [picture(1)])]) == run / "samples" / "images-000000500.png"
+    assert (
+        first.samples(500, [GridRow("a cat", [picture(1)])], name="images-000000500")
+        == run / "samples" / "images-000000500.png"
+    )
     report_run(run, 300, 1000, state="finished")
     images = [entry["images"] for entry in metrics_log.read(run / "metrics.jsonl")]
     assert images == list(range(100, 1001, 100))
@@ -316,14 +333,14 @@ def test_scores_are_lines_of_their_own_and_panels_of_the_curves(tmp_path: Path):
     entries = metrics_log.read(tmp_path / "metrics.jsonl")
     assert [entry["images"] for entry in entries] == [100, 200, 300]
     assert entries[1].keys() == {"images", "step", "time", *scores} and "loss/d" not in entries[1]
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").height > without
     log = (tmp_path / "log.txt").read_text()
     assert log.count("evaluated at") == 2 and log.count("test/kid 0.500") == 2 and log.count("the best so far") == 1
 
 
-def test_progress_tells_where_the_run_is(tmp_path: Path):
-    reporter = Reporter(tmp_path, loads("train: {total_images: 1000}"), main=True, stream=io.StringIO())
+def test_progress_json_has_the_position(tmp_path: Path):
+    reporter = make_reporter(tmp_path)
     reporter.start(0)
     reporter.metrics(250, 25, {"images_per_second": 50.0})
     reporter.saved(250, tmp_path / "checkpoints" / "images-000000250")
@@ -336,12 +353,12 @@ def test_progress_tells_where_the_run_is(tmp_path: Path):
 def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "3")
     stream = io.StringIO()
-    reporter = Reporter(tmp_path / "run", loads(""), main=False, stream=stream)
+    reporter = make_reporter(tmp_path / "run", main=False, stream=stream)
     reporter.start(0)
     reporter.metrics(64, 1, VALUES)
     reporter.tick(64)
     reporter.say("for rank 0 to say")
-    assert reporter.samples(64, [GridRow("a cat", [picture(1)])]) is None
+    assert reporter.samples(64, [GridRow("a cat", [picture(1)])], name="images-000000064") is None
     reporter.saved(64, tmp_path)
     reporter.warn("a slow disk")
     reporter.close("finished", "the end")
@@ -349,21 +366,21 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path):
+def test_a_full_disk_causes_one_warning_and_training_continues(tmp_path: Path):
     stream = io.StringIO()
-    reporter = Reporter(tmp_path, loads("train: {total_images: 1000}"), main=True, stream=stream)
+    reporter = make_reporter(tmp_path, stream=stream)
     reporter.start(0)
     for name in ("metrics.jsonl", "log.txt", "samples"):
         (tmp_path / name).symlink_to("/dev/full")
     for images in range(100, 600, 100):
         reporter.metrics(images, images // 10, {"loss/d": 1.0, "images_per_second": 50.0})
     (tmp_path / "metrics.jsonl").unlink()  # reading /dev/full never ends
-    assert reporter.samples(500, [GridRow("a cat", [picture(1)])]) is None
+    assert reporter.samples(500, [GridRow("a cat", [picture(1)])], name="images-000000500") is None
     reporter.metrics(600, 60, {"loss/d": 1.0, "images_per_second": 50.0})
     assert [entry["images"] for entry in metrics_log.read(tmp_path / "metrics.jsonl")] == [600]
     warnings = [line for line in stream.getvalue().splitlines() if "warning" in line]
     assert len(warnings) == len(set(warnings)) <= 4
-    assert any("No space left on device; training goes on" in line for line in warnings)
+    assert any("No space left on device; training continues" in line for line in warnings)
 
 
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------
@@ -402,8 +419,15 @@ def test_wandb_that_cannot_be_reached_does_not_stop_the_run(tmp_path: Path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "kept for a later sync"
 
 
-def test_wandb_that_is_not_installed_is_told_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_wandb_the_run_warns_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     report_run(tmp_path / "run", 0, 300, "report.wandb=offline")
     assert "W&B: " in (tmp_path / "run" / "log.txt").read_text()
     assert len(metrics_log.read(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+def test_wandb_has_the_settings_that_are_passed_to_it():
+    import wandb
+
+    fields = wandb.Settings(**SETTINGS).model_dump()
+    assert {name: fields[name] for name in SETTINGS} == SETTINGS

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dist_t2i.checkpoint import store
-from dist_t2i.checkpoint.lease import claim
+from dist_t2i.checkpoint.lease import acquire
 from dist_t2i.config import files as config_files
 from dist_t2i.config.sections import Config
 from dist_t2i.data.tokenizer import Tokenizer, train_tokenizer
@@ -67,7 +67,7 @@ def write_run(
     if networks.text is not None:
         files["text"] = networks.text.state_dict()
         ema = ema | {name: value * 0.9 for name, value in files["text"].items()}
-    mine = claim(run / "checkpoints")
+    mine = acquire(run / "checkpoints")
     store.save(mine, images, {**files, "ema": ema}, {"step": 2}, keep=store.Retention())
     mine.release()
     return run

@@ -27,7 +27,7 @@ from dist_t2i.eval import metrics, skin_tones
 from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.scores import Score, Scores, SplitScores
-from dist_t2i.reporting.image_grid import GridRow, draw_grid
+from dist_t2i.reporting.image_grid import GridRow, render_grid
 from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def evaluate_edits(
         rows += grid_rows(answers, 6) if kind != OWN else []
     about = manifest(model, data, protocol, {protocol.features: network}) | {"base_weights_sha256": base.files.sha256()}
     title = "source, edit, true target, generated from scratch; captions: the target's, with the source's in brackets"
-    return Scores(dataclasses.asdict(protocol), about, parts), draw_grid(rows, title=title, tile=64, columns=2)
+    return Scores(dataclasses.asdict(protocol), about, parts), render_grid(rows, title=title, tile=64, columns=2)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
