@@ -8,10 +8,10 @@ A change that is meant to move the numbers commits new ones. A person writes the
     python tests/workflows/test_golden_curve.py --write
 
 Other processors and thread counts add up in another order. Round-off alone moves the numbers by about 1e-6, but now and
-then it also takes an activation across a kink of a leaky ReLU, and one gradient jumps. Therefore the learning rates rise
-slowly and AdamW's epsilon is wide: such a jump hardly moves the first ten steps. Gradient norms show it at once, so they
-are not compared. After the first ten steps jumps add up: of the other thirty steps, single values say little, and only the
-means of the two totals are compared, loosely.
+then it also takes an activation across the kink of a leaky ReLU, and a gradient jumps. Therefore the learning rates are low
+and rise slowly, and AdamW's epsilon is wide: such a jump hardly moves the first ten steps. Gradient norms show it at once,
+so they are not compared. Jumps add up over the other thirty steps, where single values must be finite, and the means of
+the two totals are compared loosely.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # pytest finds the helpers by pyproject.toml
-    sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
+if __name__ == "__main__":  # pytest finds the helpers by tests/conftest.py, and the package from the project's folder
+    sys.path[1:1] = [str(TESTS / "support"), str(TESTS.parent)]
 
 from dist_t2i.config.files import loads  # noqa: E402
 from dist_t2i.config.sections import LossConfig  # noqa: E402
@@ -47,7 +47,7 @@ TOLERANCE = 1e-4
 """Of the first steps: relative to the committed number, or to `SMALLEST` where that is larger."""
 SMALLEST = 0.1
 """Logits and adversarial losses swing around zero by about 1, where a relative difference has no meaning."""
-LATER_TOLERANCE = 0.2
+LATER_TOLERANCE = 0.05
 """Of the means of `TOTALS` over the later steps, relative."""
 TOTALS = ("loss/d", "loss/g")
 
@@ -61,7 +61,7 @@ model:
   generator: {noise: 8, condition: 8, channels: [16, 12, 8], layout: 256}
   discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8}
 loss: {mismatched: 0.5, penalty_every: 2}
-optimizer: {generator_lr: 8.0e-4, discriminator_lr: 8.0e-4, warmup_images: 3200, decay: constant, epsilon: 0.1}
+optimizer: {generator_lr: 2.0e-4, discriminator_lr: 2.0e-4, warmup_images: 3200, decay: constant, epsilon: 0.1}
 train: {global_batch: 8, seed: 0}
 engine: {precision: fp32}
 report: {every_steps: 1, sample_every_images: 1000000}
@@ -157,11 +157,16 @@ def differences(got: Curve, wanted: Curve) -> list[str]:
     found = [f"{name}: only in one of the two" for name in sorted(got.keys() ^ wanted.keys())]
     for name in sorted(got.keys() & wanted.keys()):
         for step, (new, old) in enumerate(zip(got[name][:FIRST], wanted[name][:FIRST], strict=True), 1):
-            both = new is not None and old is not None
-            same = abs(new - old) <= TOLERANCE * max(abs(old), SMALLEST) if both else new is old  # never true of NaN
-            if not same:
+            if not same(new, old):
                 found.append(f"{name}, step {step}: {new}, committed {old}")
     return found
+
+
+def same(new: float | None, old: float | None) -> bool:
+    """Whether two values of a step agree within the tolerance; NaN agrees with nothing."""
+    if new is None or old is None:
+        return new is old
+    return abs(new - old) <= TOLERANCE * max(abs(old), SMALLEST)
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +185,9 @@ def test_the_curve_is_the_committed_one(variant, data, tmp_path):
         assert statistics.fmean(later[name]) == pytest.approx(mean, rel=LATER_TOLERANCE), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_alone_are_the_first_ten(variant, data, tmp_path):
-    """So whatever the test below finds is the work of the weight."""
-    assert not differences(run_curve(tmp_path / "run", data, variant, steps=FIRST), committed(variant))
+def test_ten_steps_alone_are_the_first_ten(data, tmp_path):
+    """So what the last test finds is the work of the weight."""
+    assert not differences(run_curve(tmp_path / "run", data, "dual", steps=FIRST), committed("dual"))
 
 
 def test_every_weight_is_seen_in_a_variant():
