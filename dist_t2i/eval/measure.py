@@ -17,7 +17,7 @@ from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.selection import Selection
 from dist_t2i.eval.skin_tones import group_of, tone_pair
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
@@ -77,7 +77,7 @@ class Measured:
 
 def generate(model: TextToImage, captions: Sequence[str], seed: int, protocol: Protocol) -> Tensor:
     """One picture per caption, uint8 [N, 3, H, W]. Captions that differ in skin tone only get the same noise."""
-    noise_seeds = [mix(seed, caption_id(group_of(caption)), 4) for caption in captions]
+    noise_seeds = [mix(seed, caption_id(group_of(caption)), Purpose.EVALUATION_NOISE) for caption in captions]
     return model.sample(captions, noise_seeds, protocol.truncation)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_t2i.data.stream.batch import caption_id
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 # ---- distances between two sets of pictures --------------------------------------------------------------------------
 
@@ -171,7 +171,9 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
     count = min(count, len(set(ids)) - 1)
     result = []
     for own in ids:
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(mix(own, 5))).tolist()
+        order = torch.randperm(
+            len(ids), generator=torch.Generator().manual_seed(mix(own, Purpose.R_PRECISION_CANDIDATES))
+        ).tolist()
         rows: dict[int, int] = {own: -1}
         for row in order:
             rows.setdefault(ids[row], row)

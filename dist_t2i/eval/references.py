@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 
 def mirrored(images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def random(images: Tensor, first: int = 0) -> Tensor:
 
 
 def _generator(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mix(number, 6))
+    return torch.Generator().manual_seed(mix(number, Purpose.REFERENCE_PICTURES))
 
 
 def _rounded(images: Tensor) -> Tensor:

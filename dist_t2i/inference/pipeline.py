@@ -23,7 +23,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.models.networks import build_networks
 from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 from dist_t2i.utils.tensors import fill
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 CHUNK = 16
 """Rows that a GPU computes at a time."""
-_PURPOSE = 3
-"""Separates this noise from the random numbers of training."""
 
 
 class PromptError(UserError, ValueError):
@@ -105,7 +103,9 @@ class TextToImage:
         """
         prompts = check_texts(prompts, "prompts")
         count = _integer(images_per_prompt, "images_per_prompt", least=1)
-        noise_seeds = [mix(_integer(seed, "seed"), index, _PURPOSE) for index in range(count)]
+        noise_seeds = [
+            mix(_integer(seed, "seed"), index, Purpose.NEGATIVES_AND_INFERENCE_NOISE) for index in range(count)
+        ]
         self._warn(prompts)
         pixels = self.sample(
             [prompt for prompt in prompts for _ in range(count)], noise_seeds * len(prompts), truncation
@@ -153,7 +153,7 @@ class TextToImage:
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))
-        noise_seeds = [mix(_integer(seed, "seed"), 0, _PURPOSE)]
+        noise_seeds = [mix(_integer(seed, "seed"), 0, Purpose.NEGATIVES_AND_INFERENCE_NOISE)]
         pixels = self.sample_edits(source[None], [text], noise_seeds, strength, truncation)
         return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_t2i.config.sections import Config
 from dist_t2i.models.augmentation import UNIFORMS_PER_ROW
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 
 class Draws(NamedTuple):
@@ -34,7 +34,7 @@ def draw(config: Config, positions: Tensor) -> Draws:
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     generator = torch.Generator()
     for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(config.train.seed, position, 1))
+        generator.manual_seed(mix(config.train.seed, position, Purpose.TRAINING_NOISE))
         normal[row].normal_(generator=generator)
         uniform[row].uniform_(generator=generator)
     noise, condition_noise = normal.split(widths, dim=1)
@@ -47,7 +47,7 @@ def draw_places(config: Config, images: int) -> Tensor | None:
     count, sides = config.loss.region_negatives, config.model.discriminator.regions
     if not count or not sides:
         return None
-    generator = torch.Generator().manual_seed(mix(config.train.seed, images, 3))
+    generator = torch.Generator().manual_seed(mix(config.train.seed, images, Purpose.NEGATIVES_AND_INFERENCE_NOISE))
     maps, first = [], 0
     for side in sides:
         places = side**2
@@ -62,6 +62,6 @@ def draw_pixels(config: Config, positions: Tensor, size: int) -> Tensor:
     pixels = torch.empty(len(positions), 3, size, size)
     generator = torch.Generator()
     for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(config.train.seed, position, 2))
+        generator.manual_seed(mix(config.train.seed, position, Purpose.FD_R1_PIXELS))
         pixels[row].normal_(generator=generator)
     return pixels

@@ -13,7 +13,7 @@ from dist_t2i.data.stream.edit_pairs import Neighbors, read_captions
 from dist_t2i.errors import DataError
 from dist_t2i.reporting.image_grid import GridRow
 from dist_t2i.training.ema import Average
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 ROWS = 8
 PER_CAPTION = 4
@@ -78,7 +78,9 @@ class SampleSheet:
             sources = [to_unit(shown)]
             columns += sources
         for column in range(len(columns), PER_CAPTION):
-            generator = torch.Generator().manual_seed(mix(self._config.train.seed, column, 3))
+            generator = torch.Generator().manual_seed(
+                mix(self._config.train.seed, column, Purpose.NEGATIVES_AND_INFERENCE_NOISE)
+            )
             drawn = torch.randn(1, sum(widths), generator=generator) * self._config.model.generator.truncation
             noise, condition = drawn.split(widths, dim=1)
             count = len(self.captions)

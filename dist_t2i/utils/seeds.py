@@ -1,8 +1,51 @@
-"""Random seeds as functions of integers, such as (seed, images seen, purpose)."""
+"""Random numbers as pure functions of integers such as (seed, images seen, purpose): the same on any machine.
+
+There are two hash functions. `mix` seeds torch's generators; `random_bits` gives 64 bits directly and serves the training
+stream. Each has its own enum of purposes, because their numbers overlap without meaning the same: the windows of the
+stream's order take every number from `StreamPurpose.WINDOWS` on. All values are part of what a run computes, so they never
+change. A new purpose gets a new value.
+"""
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 _MASK = (1 << 64) - 1
+
+
+class Purpose(IntEnum):
+    """Purposes of `mix`. Uses that share a value differ in their other arguments, or never occur in one program."""
+
+    TRAINING_NOISE = 1
+    """Noise, conditioning noise and augmentation of one row of a training batch."""
+    FD_R1_PIXELS = 2
+    """The perturbation of one row's picture in finite-difference R1."""
+    NEGATIVES_AND_INFERENCE_NOISE = 3
+    """Region negatives of one training step; noise of one column of the sample grid; noise of one generated picture."""
+    EVALUATION_NOISE = 4
+    """Noise of one picture generated or edited in an evaluation."""
+    R_PRECISION_CANDIDATES = 5
+    REFERENCE_PICTURES = 6
+    """Damage done to real pictures, which serve as references for scores."""
+
+
+class StreamPurpose(IntEnum):
+    """Purposes of `random_bits`, apart from tests."""
+
+    SHARDS = 1
+    """The order of the shards in one epoch."""
+    WINDOWS = 2
+    """Shuffling within one window of the order: this value plus the window's offset in its epoch."""
+    CAPTION = 100
+    FLIP = 101
+    CROP_SHARE = 102
+    CROP_ACROSS = 103
+    CROP_DOWN = 104
+    EDIT_KIND = 110
+    """Whether a picture is edited from itself, from another one, or made from its text only."""
+    EDIT_SOURCE = 111
+    MIXTURE = 0x4D495854
+    """The slots of one cycle of a mixture of sets."""
 
 
 def mix(*values: int) -> int:
@@ -14,3 +57,14 @@ def mix(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def random_bits(seed: int, position: int, purpose: int) -> int:
+    """64 random bits for one position in the training stream (splitmix64's finaliser, as `mix`, over another sum)."""
+    value = seed & _MASK
+    for part in (purpose, position):
+        value = (value * 31 + part + 1) * 0x9E3779B97F4A7C15 & _MASK
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+        value ^= value >> 31
+    return value

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dist_t2i.data.stream.order import draw
-
-_CAPTION, _FLIP = 100, 101
-"""Purposes of random bits, before those of decode_stage.py."""
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 
 class ChooseCaption:
@@ -20,7 +17,9 @@ class ChooseCaption:
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
             position, captions = sample["__position__"], sample["captions"]
-            if self._flip and draw(self._seed, position, _FLIP) & 1:
+            if self._flip and random_bits(self._seed, position, StreamPurpose.FLIP) & 1:
                 for image in (sample[name] for name in ("image", "source") if name in sample):
                     image.copy_(image.flip(-1))
-            yield sample | {"caption": captions[draw(self._seed, position, _CAPTION) % len(captions)]}
+            yield sample | {
+                "caption": captions[random_bits(self._seed, position, StreamPurpose.CAPTION) % len(captions)]
+            }

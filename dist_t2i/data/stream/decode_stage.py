@@ -14,13 +14,11 @@ from dist_t2i.data.shard_set import BadSample, captions_of, picture_of
 from dist_t2i.data.stream.batch import SMALL_BYTES
 from dist_t2i.data.stream.buffers import Buffers
 from dist_t2i.data.stream.edit_pairs import NONE
-from dist_t2i.data.stream.order import draw
 from dist_t2i.data.stream.reader import SampleReader, Stage
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 REMEMBERED_BYTES = 128 * 2**20
 """Decoded images of a split that fit in this are decoded once per worker and kept."""
-_SHARE, _ACROSS, _DOWN = 102, 103, 104
-"""Purposes of random bits, after those of caption_stage.py."""
 
 
 class Decode:
@@ -106,8 +104,9 @@ class Decode:
             if self._crop >= 1:
                 square(decode(data, self._size, self._scratch), self._size, out=image)
                 return
+            purposes = (StreamPurpose.CROP_SHARE, StreamPurpose.CROP_ACROSS, StreamPurpose.CROP_DOWN)
             share, across, down = (
-                draw(self._seed, sample["__position__"], purpose) / 2**64 for purpose in (_SHARE, _ACROSS, _DOWN)
+                random_bits(self._seed, sample["__position__"], purpose) / 2**64 for purpose in purposes
             )
             share = self._crop + (1 - self._crop) * share
             pixels = decode(data, int(self._size / self._crop) + 1, self._scratch)

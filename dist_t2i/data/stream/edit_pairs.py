@@ -19,9 +19,9 @@ import numpy
 
 from dist_t2i.config.sections import EditConfig
 from dist_t2i.data.shard_set import BadSample, Shards, captions_of
-from dist_t2i.data.stream.order import draw
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import DataError
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 LARGEST = 16
 """Samples in the largest group that always counts."""
@@ -29,7 +29,6 @@ MOST_SAMPLES = 200_000
 """Larger splits are refused."""
 NONE = -1
 """In place of a sample's number: no source."""
-_WHETHER, _WHICH = 110, 111
 
 
 class Neighbors:
@@ -78,12 +77,12 @@ class SourceChoice:
 
     def __call__(self, number: int, position: int) -> int:
         """The number of the source when sample `number` is visited at `position`; `NONE` without one."""
-        share = draw(self._seed, position, _WHETHER) / 2**64
+        share = random_bits(self._seed, position, StreamPurpose.EDIT_KIND) / 2**64
         if share < self._none:
             return NONE
         if share < self._none + self._own:
             return number
-        return self._neighbors.pick(number, draw(self._seed, position, _WHICH))
+        return self._neighbors.pick(number, random_bits(self._seed, position, StreamPurpose.EDIT_SOURCE))
 
 
 def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:

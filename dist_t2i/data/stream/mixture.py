@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from dist_t2i.data.stream.order import Order, Run, draw, permute
+from dist_t2i.data.stream.order import Order, Run, permute
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 CYCLE = 4096
-_MIX = 0x4D495854
 
 
 def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
@@ -78,7 +78,7 @@ class Mixture:
 
     def _cycle(self, cycle: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """For each slot of a cycle, int64 [CYCLE]: its part, and the number of earlier slots of the same part."""
-        shuffled = permute(numpy.arange(CYCLE), CYCLE, draw(self.seed, cycle, _MIX))
+        shuffled = permute(numpy.arange(CYCLE), CYCLE, random_bits(self.seed, cycle, StreamPurpose.MIXTURE))
         part = numpy.searchsorted(self._ends, shuffled, side="right")
         count = numpy.empty(CYCLE, dtype=numpy.int64)
         for number in range(len(self.parts)):

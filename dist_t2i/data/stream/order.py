@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy
 
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
+
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -30,17 +32,6 @@ def _mix(value: numpy.ndarray) -> numpy.ndarray:
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
-
-
-def draw(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position and purpose: equal for equal arguments on every rank and machine."""
-    value = seed & _MASK
-    for part in (purpose, position):
-        value = (value * 31 + part + 1) * _GOLDEN & _MASK
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
-        value ^= value >> 31
-    return value
 
 
 def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
@@ -148,7 +139,7 @@ class Order:
             columns, group_rows = numpy.empty_like(inside), numpy.empty_like(inside)
             for window in numpy.unique(windows):
                 in_window = windows == window
-                key = draw(self.seed, epoch, 2 + first + int(group.starts[window]))
+                key = random_bits(self.seed, epoch, StreamPurpose.WINDOWS + first + int(group.starts[window]))
                 columns[in_window], group_rows[in_window] = self._in_window(group, int(window), inside[in_window], key)
             shards[in_group], rows[in_group] = group.shards[columns], group_rows
         return shards, rows
@@ -169,7 +160,7 @@ class Order:
         """Permutes the shards of an epoch and computes the end of each group."""
         if epoch != self._epoch:
             count = len(self.sizes)
-            self._shards = permute(numpy.arange(count), count, draw(self.seed, epoch, 1))
+            self._shards = permute(numpy.arange(count), count, random_bits(self.seed, epoch, StreamPurpose.SHARDS))
             totals = numpy.cumsum(self.sizes[self._shards])
             self._ends = totals[self._bounds[1:] - 1]
             self._epoch, self._groups = epoch, {}

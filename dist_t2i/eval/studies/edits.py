@@ -28,7 +28,7 @@ from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.reporting.image_grid import GridRow, render_grid
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -254,7 +254,7 @@ def answer(
 ) -> Answers:
     """All answers to the cases. An edit has the same noise as its picture from scratch."""
     texts = [case.text for case in cases]
-    seeds = [mix(protocol.seed, caption_id(case.group), 4) for case in cases]
+    seeds = [mix(protocol.seed, caption_id(case.group), Purpose.EVALUATION_NOISE) for case in cases]
     sources = library.pictures([case.source for case in cases])
     pictures = {
         "edit": model.sample_edits(sources, texts, seeds, protocol.strength),
