@@ -1,4 +1,4 @@
-"""Write captioned pictures as WebDataset shards: see dist_t2i.sharding.cli.py."""
+"""Write captioned pictures as WebDataset shards: see dist_t2i/sharding/cli.py."""
 
 import sys
 from pathlib import Path
