@@ -1,11 +1,11 @@
-"""Write captioned pictures as WebDataset shards: see dist_t2i/sharding/cli.py."""
+"""Write captioned pictures as WebDataset shards: dist_t2i/cli/shard.py as a program."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-from dist_t2i.errors import run_command  # noqa: E402
-from dist_t2i.sharding.cli import main  # noqa: E402
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dist_t2i.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run("shard")

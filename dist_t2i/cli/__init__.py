@@ -12,5 +12,5 @@ def run(command: str) -> NoReturn:
     try:
         sys.exit(run_command(importlib.import_module(f"dist_t2i.cli.{command}").main))
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

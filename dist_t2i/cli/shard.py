@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.errors import run_command
+from dist_t2i.cli import run
 from dist_t2i.sharding.sources.class_folders import CUB, FLOWERS
 from dist_t2i.sharding.sources.coco import LAYOUT as COCO_LAYOUT
 from dist_t2i.utils.processes import usable_cores
@@ -55,41 +53,26 @@ s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
 
 def main() -> int:
     args = parse()
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+    return {"index": _index, "inspect": _inspect, "verify": _verify}.get(args.command, _write)(args)
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """The arguments, with `run`, the function of the command, and for a command that writes a set `gather`."""
+    """`command` and its arguments."""
     form = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(prog="shard.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Namespace], int], short: str, text: str = "") -> ArgumentParser:
-        added = commands.add_parser(name, help=short, description=text or short, formatter_class=form)
-        added.set_defaults(run=run)
-        return added
+    def command(name: str, short: str, text: str = "") -> ArgumentParser:
+        return commands.add_parser(name, help=short, description=text or short, formatter_class=form)
 
-    def writer(name: str, gather: Callable[[Namespace], Gathered], short: str, text: str) -> ArgumentParser:
-        added = command(name, _write, short, f"{text}\n\n{_RESUME}" if text else "")
-        added.set_defaults(gather=gather)
-        writers[name] = added
-        return added
+    command("openmoji", "3,953 emoji with names (CC BY-SA 4.0), from installed packages")
 
-    writers: dict[str, ArgumentParser] = {}
-    writer("openmoji", _gather_openmoji, "3,953 emoji with names (CC BY-SA 4.0), from installed packages", "")
-
-    folder = writer("folder", _gather_folder, "a folder of your own pictures with captions", _FOLDER)
-    add = folder.add_argument
+    add = command("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{_RESUME}").add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched recursively")
     add("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv (default: a.txt for a.png)")
-    _add_holdout(folder)
 
-    coco = writer("coco", _gather_coco, "MS-COCO 2014 or 2017", f"Expected files:\n{COCO_LAYOUT}")
-    add = coco.add_argument
+    coco_help = f"Expected files:\n{COCO_LAYOUT}\n\n{_RESUME}"
+    add = command("coco", "MS-COCO 2014 or 2017", coco_help).add_argument
     add("root", type=Path, metavar="DIR", help="the folder shown above")
     add("--year", type=int, choices=(2014, 2017), help="needed only if DIR holds both")
     karpathy_help = "dataset_coco.json: splits train (with restval), val and test (default: train, and val as `test`)"
@@ -99,90 +82,83 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         ("cub", "CUB-200-2011 with ten captions a bird", CUB.layout),
         ("flowers", "Oxford-102 flowers", FLOWERS.layout),
     ):
-        add = writer(name, _gather_classes, short, f"Expected files:\n{layout}").add_argument
+        add = command(name, short, f"Expected files:\n{layout}\n\n{_RESUME}").add_argument
         add("root", type=Path, metavar="DIR", help="the folder shown above")
         add("--texts", type=Path, metavar="DIR", help="folder of the captions, if it is not inside DIR")
         add("--train-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
         add("--test-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
 
     for name in ("jsonl", "csv", "tsv", "parquet"):
-        table = writer(name, _gather_tables, f"{name} tables of paths or URLs", _TABLE)
-        add = table.add_argument
+        add = command(name, f"{name} tables of paths or URLs", f"{_TABLE}\n\n{_RESUME}").add_argument
         add("tables", nargs="+", metavar="FILE", help="paths or URLs; braces expand: part-{000..063}.parquet")
         add("--images", default="", metavar="DIR", help="folder or URL of the pictures (default: the table's folder)")
         add("--image-column", "--url-col", default="", metavar="NAME", help="column of paths or URLs")
         add("--caption-column", "--caption-col", default="", metavar="NAME", help="column of captions")
-        add("--threads", type=positive, default=16, help="parallel downloads in each process (default: %(default)s)")
-        _add_holdout(table)
 
-    tars = writer("webdataset", _gather_tars, "existing tars: re-shard, filter, shrink", _TARS)
-    add = tars.add_argument
+    add = command("webdataset", "existing tars: re-shard, filter, shrink", f"{_TARS}\n\n{_RESUME}").add_argument
     add("tars", nargs="+", metavar="URL", help="tars or folders of tars")
     add("--name", default="", help="name of the set in its manifest (default: the first tar's)")
-    add("--threads", type=positive, default=16, help="parallel reads of URLs in each process (default: %(default)s)")
-    _add_holdout(tars, 0.0)
 
-    for name, added in writers.items():
-        _add_picture_options(added, size=64 if name == "openmoji" else 0)
-        _add_output_options(added, samples=1_000 if name == "openmoji" else 10_000)
+    for name, added in commands.choices.items():  # every command so far writes a set
+        _add_writing_options(added, name)
 
-    index = command("index", _index, "index existing tars in place; they are neither copied nor changed", _INDEX)
-    add = index.add_argument
+    add = command("index", "index existing tars in place; they are neither copied nor changed", _INDEX).add_argument
     add("urls", nargs="+", metavar="URL", help="tars: paths, globs, URLs with braces")
     add("--out", type=Path, metavar="DIR", help="for data.train=DIR (default: the user's cache, where training looks)")
     add("--quick", action="store_true", help="skip the pictures' bytes: faster, but without checksums")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
-    inspect = command("inspect", _inspect, "describe a set: counts, sizes, captions, bad samples, a contact sheet")
-    add = inspect.add_argument
+    add = command("inspect", "describe a set: counts, sizes, captions, bad samples, a contact sheet").add_argument
     add("url", metavar="URL", help="folder or URL of a set")
     add("--split", default="train", help="split of the contact sheet (default: %(default)s)")
     add("--sheet", type=Path, default=Path("contact_sheet.png"), metavar="FILE", help="(default: %(default)s)")
 
-    verify = command("verify", _verify, "read a full set and check every checksum; status 1 on any difference")
-    verify.add_argument("url", metavar="URL", help="folder or URL of a set")
-    verify.add_argument("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
+    add = command("verify", "read a full set and check every checksum; status 1 on any difference").add_argument
+    add("url", metavar="URL", help="folder or URL of a set")
+    add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
     return parser.parse_args(arguments)
 
 
-def _add_holdout(parser: ArgumentParser, default: float = 0.02) -> None:
-    text = "share of the pictures that are held out of training, as the split `test` (default: %(default)s)"
-    parser.add_argument("--holdout", type=share, default=default, metavar="SHARE", help=text)
+def _add_writing_options(parser: ArgumentParser, name: str) -> None:
+    """The options that the commands which write a set share."""
+    if name in ("jsonl", "csv", "tsv", "parquet", "webdataset"):
+        text = "parallel reads of URLs in each process (default: %(default)s)"
+        parser.add_argument("--threads", type=positive, default=16, help=text)
+    if name not in ("openmoji", "coco", "cub", "flowers"):
+        text = "share of the pictures that are held out of training, as the split `test` (default: %(default)s)"
+        holdout = 0.0 if name == "webdataset" else 0.02
+        parser.add_argument("--holdout", type=share, default=holdout, metavar="SHARE", help=text)
 
-
-def _add_picture_options(parser: ArgumentParser, size: int) -> None:
     add = parser.add_argument_group("pictures").add_argument
-    size_help = (
-        "side in pixels (default: %(default)s)"
-        if size
-        else "shrink to this short side, in pixels (default: keep bytes)"
-    )
-    add("--size", type=positive, default=size, help=size_help)
+    if name == "openmoji":
+        add("--size", type=positive, default=64, help="side in pixels (default: %(default)s)")
+    else:
+        add("--size", type=positive, default=0, help="shrink to this short side, in pixels (default: keep bytes)")
     add("--format", choices=("jpg", "webp", "png"), default="", help="encode all pictures as (default: keep bytes)")
     add("--quality", type=percent, default=95, help="of encoded JPEGs and WebPs, 1 to 100 (default: %(default)s)")
-    check_help = "how a picture is checked: its header and end, or every pixel (default: %(default)s)"
-    add("--check", choices=("header", "decode"), default="header", help=check_help)
+    text = "how a picture is checked: its header and end, or every pixel (default: %(default)s)"
+    add("--check", choices=("header", "decode"), default="header", help=text)
     add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out smaller pictures")
     add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out longer pictures")
     add("--caption-matches", default="", metavar="REGEX", help="keep only captions that match")
     add("--caption-excludes", default="", metavar="REGEX", help="drop captions that match")
-    deduplicate_help = "drop pictures that repeat another: same bytes, or same look (a 64-bit difference hash)"
-    add("--deduplicate", choices=("exact", "perceptual"), default="", help=deduplicate_help)
+    text = "drop pictures that repeat another: same bytes, or same look (a 64-bit difference hash)"
+    add("--deduplicate", choices=("exact", "perceptual"), default="", help=text)
 
-
-def _add_output_options(parser: ArgumentParser, samples: int) -> None:
     add = parser.add_argument_group("output").add_argument
-    out_help = "new folder for the set: a path, s3://, gs://, az://, any fsspec URL"
-    add("--out", required=True, metavar="URL", help=out_help)
-    retry_help = "rewrite shards of an earlier run in which a picture could not be downloaded or read"
-    add("--retry-failed", action="store_true", help=retry_help)
+    text = "new folder for the set: a path, s3://, gs://, az://, any fsspec URL"
+    add("--out", required=True, metavar="URL", help=text)
+    text = "rewrite shards of an earlier run in which a picture could not be downloaded or read"
+    add("--retry-failed", action="store_true", help=text)
+    samples = 1_000 if name == "openmoji" else 10_000
     add("--shard-samples", type=positive, default=samples, help="maximum per shard (default: %(default)s)")
     add("--shard-mb", type=float, default=512.0, help="maximum MB per shard (default: %(default)s)")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
-    title = "on a cluster: a Slurm array writes the shards; its tasks must see all paths"
-    add = parser.add_argument_group(title).add_argument
+
+    text = "on a cluster: a Slurm array writes the shards; its tasks must see all paths"
+    add = parser.add_argument_group(text).add_argument
     add("--slurm", action="store_true", help="submit (with submitit), wait, and finish the set here")
     add("--slurm-cluster", default="slurm", help="`local` runs the tasks on this machine")
     add("--slurm-tasks", type=positive, default=16, help="tasks in the array (default: %(default)s)")
@@ -192,8 +168,8 @@ def _add_output_options(parser: ArgumentParser, samples: int) -> None:
     add("--slurm-memory", type=positive, default=8, metavar="GB", help="per task (default: %(default)s)")
     add("--slurm-parallel", type=positive, default=256, help="maximum of running tasks (default: %(default)s)")
     add("--slurm-folder", type=Path, default=Path("slurm-logs"), metavar="DIR", help="(default: %(default)s)")
-    set_help = "further parameter of sbatch: qos=long"
-    add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=set_help)
+    text = "further parameter of sbatch: qos=long"
+    add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=text)
 
 
 def positive(text: str) -> int:
@@ -228,39 +204,30 @@ def pair(text: str) -> tuple[str, Any]:
     return name, int(value) if value.isdigit() else value
 
 
-def _gather_openmoji(args: Namespace) -> Gathered:
-    from dist_t2i.sharding.sources.openmoji import ABOUT, openmoji_items
+def _gather(args: Namespace) -> Gathered:
+    """The captioned pictures of the input that the command names."""
+    if args.command == "openmoji":
+        from dist_t2i.sharding.sources.openmoji import ABOUT, openmoji_items
 
-    return openmoji_items(args.size), [], ABOUT
+        return openmoji_items(args.size), [], ABOUT
+    if args.command == "folder":
+        from dist_t2i.sharding.sources.folder import find_items
 
+        return *find_items(args.images, args.captions, args.holdout), {"name": args.images.resolve().name}
+    if args.command == "coco":
+        from dist_t2i.sharding.sources.coco import coco_items
 
-def _gather_folder(args: Namespace) -> Gathered:
-    from dist_t2i.sharding.sources.folder import find_items
+        return coco_items(args.root, args.year, args.karpathy)
+    if args.command in ("cub", "flowers"):
+        class_set = CUB if args.command == "cub" else FLOWERS
+        return class_set.items(args.root, args.texts, args.train_classes, args.test_classes)
+    if args.command == "webdataset":
+        from dist_t2i.sharding.sources.webdataset_tars import webdataset_items
 
-    return *find_items(args.images, args.captions, args.holdout), {"name": args.images.resolve().name}
-
-
-def _gather_coco(args: Namespace) -> Gathered:
-    from dist_t2i.sharding.sources.coco import coco_items
-
-    return coco_items(args.root, args.year, args.karpathy)
-
-
-def _gather_classes(args: Namespace) -> Gathered:
-    class_set = CUB if args.command == "cub" else FLOWERS
-    return class_set.items(args.root, args.texts, args.train_classes, args.test_classes)
-
-
-def _gather_tables(args: Namespace) -> Gathered:
+        return webdataset_items(args.tars, args.name, args.holdout, args.processes)
     from dist_t2i.sharding.sources.tables import table_items
 
     return table_items(args.command, args.tables, args.images, args.image_column, args.caption_column, args.holdout)
-
-
-def _gather_tars(args: Namespace) -> Gathered:
-    from dist_t2i.sharding.sources.webdataset_tars import webdataset_items
-
-    return webdataset_items(args.tars, args.name, args.holdout, args.processes)
 
 
 def _write(args: Namespace) -> int:
@@ -271,7 +238,7 @@ def _write(args: Namespace) -> int:
     from dist_t2i.sharding.writing.duplicates import without_duplicates
     from dist_t2i.sharding.writing.prepare import Options
 
-    items, problems, about = args.gather(args)
+    items, problems, about = _gather(args)
     if args.caption_matches or args.caption_excludes:
         items = filter_captions(items, problems, args.caption_matches, args.caption_excludes)
     if args.deduplicate:
@@ -325,4 +292,4 @@ def _verify(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run("shard")
