@@ -1,12 +1,13 @@
-"""One process per rank, whoever started it: `deepspeed`, `torchrun`, `srun`, or plain `python` (one rank).
+"""One process per rank under any launcher: `deepspeed`, `torchrun`, `srun`, or plain `python` (one rank).
 
-`prepare()` reads or fills RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and what the
-libraries read when they are first imported. Call it before torch or DeepSpeed is: nothing here imports them.
+`prepare()` completes RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and the variables
+that libraries read on import. Call it before the first import of torch or DeepSpeed; this module imports neither.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -23,32 +24,33 @@ from dist_t2i.errors import LaunchError
 from dist_t2i.utils.processes import is_alive, usable_cores
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+Launcher = Literal["deepspeed", "torchrun", "srun", "plain"]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among the others of the run."""
+    """The position of this process among the run's processes."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    launcher: Literal["deepspeed", "torchrun", "srun", "plain"]
+    launcher: Launcher
 
 
 def prepare(environment: MutableMapping[str, str] | None = None) -> Rank:
-    """Complete the environment (default: this process's) of one rank and say which one it is.
+    """Completes the environment (default: this process's) of one rank, and returns the rank.
 
-    Raises `LaunchError` when the launcher gave only a part of it, or a Slurm job's first node has no address.
+    Raises LaunchError when the launcher set only some variables, or the first node of a Slurm job has no address.
     """
     env = os.environ if environment is None else environment
-    given = [name for name in _NEEDED if env.get(name)]
-    if len(given) == len(_NEEDED):
-        rank = _from_variables(env, _launcher(env))
-    elif given:
-        missing = ", ".join(name for name in _NEEDED if name not in given)
+    present = [name for name in _NEEDED if env.get(name)]
+    if len(present) == len(_NEEDED):
+        rank = _from_variables(env)
+    elif present:
+        missing = ", ".join(name for name in _NEEDED if name not in present)
         raise LaunchError(
-            f"{', '.join(given)} set, but not {missing}: unset them all for a single process, "
+            f"{', '.join(present)} set, but not {missing}: unset them all for a single process, "
             "or start with deepspeed, torchrun or srun, which set them all"
         )
     elif env.get("SLURM_PROCID") and env.get("SLURM_STEP_ID", "").isdigit():
@@ -56,34 +58,34 @@ def prepare(environment: MutableMapping[str, str] | None = None) -> Rank:
     else:
         rank = Rank(0, 1, 0, 1, "plain")
     _complete(env, rank)
-    _settle_libraries(env, rank)
+    _set_up_libraries(env, rank)
     return rank
 
 
-def _from_variables(env: Mapping[str, str], launcher: Literal["deepspeed", "torchrun", "srun", "plain"]) -> Rank:
+def _from_variables(env: Mapping[str, str]) -> Rank:
+    if env.get("TORCHELASTIC_RUN_ID"):
+        launcher: Launcher = "torchrun"
+    else:
+        launcher = "deepspeed" if env.get("CROSS_RANK") else "plain"  # only DeepSpeed's launcher sets CROSS_RANK
     local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
-    rank = Rank(_whole(env, "RANK"), _whole(env, "WORLD_SIZE"), _whole(env, "LOCAL_RANK"), int(local_world), launcher)
+    rank = Rank(
+        _integer(env, "RANK"), _integer(env, "WORLD_SIZE"), _integer(env, "LOCAL_RANK"), int(local_world), launcher
+    )
     if not 0 <= rank.rank < rank.world_size:
         raise LaunchError(f"RANK={rank.rank} is not below WORLD_SIZE={rank.world_size}")
     return rank
 
 
-def _launcher(env: Mapping[str, str]) -> Literal["deepspeed", "torchrun", "plain"]:
-    if env.get("TORCHELASTIC_RUN_ID"):
-        return "torchrun"
-    return "deepspeed" if env.get("CROSS_RANK") else "plain"  # DeepSpeed's launcher sets CROSS_RANK
-
-
 def _from_slurm(env: MutableMapping[str, str]) -> Rank:
-    world, local = _whole(env, "SLURM_NTASKS"), _whole(env, "SLURM_LOCALID")
+    world, local = _integer(env, "SLURM_NTASKS"), _integer(env, "SLURM_LOCALID")
     per_node = _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1"), env)
     if world > 1 and not env.get("MASTER_ADDR"):
         env["MASTER_ADDR"] = slurm_master(env)
-    return Rank(_whole(env, "SLURM_PROCID"), world, local, per_node, "srun")
+    return Rank(_integer(env, "SLURM_PROCID"), world, local, per_node, "srun")
 
 
 def _tasks_here(pattern: str, env: Mapping[str, str]) -> int:
-    """Tasks on this node from Slurm's `2(x3),1`: two on each of the first three nodes, one on the last."""
+    """Number of tasks on this node, from Slurm's `2(x3),1`: two on each of the first three nodes, one on the last."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern):
         counts += [int(count)] * int(repeat or 1)
@@ -92,7 +94,7 @@ def _tasks_here(pattern: str, env: Mapping[str, str]) -> int:
 
 
 def slurm_master(env: Mapping[str, str]) -> str:
-    """Address of the first node of the job step: its name where that resolves, else its NodeAddr in Slurm's books."""
+    """Address of the first node of the job step: its name if that resolves, else its NodeAddr from Slurm."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     first = _scontrol("show", "hostnames", nodes).split()[:1] if re.search(r"[\[,]", nodes) else [nodes]
     if not first or not first[0]:
@@ -120,7 +122,7 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(rank.local_rank), str(rank.local_world_size)
     if rank.world_size == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        # 0: any port that is free, found as it is taken. Nobody else needs to know it.
+        # 0: the system picks a free port, which no other process needs to know.
         env["MASTER_PORT"] = env.get("MASTER_PORT") or "0"
     elif not env.get("MASTER_ADDR"):
         raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: the address of rank 0's machine")
@@ -129,27 +131,24 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
 
 
 def job_port(env: Mapping[str, str]) -> int:
-    """A port that all ranks of a Slurm job know, another one after each restart (the old one may still be held)."""
+    """A port that all ranks of a Slurm job derive alike. It changes at a restart: the old port may still be in use."""
     job, restart = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_RESTART_COUNT", "0"))
     step = int(env.get("SLURM_STEP_ID", "0"))
     return 20_000 + (job * 37 + step * 11 + restart * 7) % 10_000  # below Linux's ephemeral ports (32768)
 
 
 def free_ports(count: int, apart: int = 0) -> list[int]:
-    """`count` ports of this machine, 12000 to 21999, on which nobody listens; with `apart`, port + apart is free as well.
+    """`count` free ports of this machine between 12000 and 21999; with `apart`, port + apart is free too.
 
-    Drawn at random, so that programs that look at the same time find others, and below 32768, where Linux begins to
-    give ports to outgoing connections: what was free a moment ago still is. Raises LaunchError where too few are free.
+    Chosen at random, so that programs that search at the same time choose different ports, and below 32768, from where
+    Linux takes ports for outgoing connections. Raises LaunchError when fewer ports are free.
     """
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(12_000, 22_000), 10_000):
-        if len(found) == count:
-            break
-        if all(_is_free(number) for number in {port, port + apart}):
-            found.append(port)
-    if len(found) < count:
-        raise LaunchError(f"only {len(found)} of {count} ports are free between 12000 and 22000 on this machine")
-    return found
+    candidates = random.SystemRandom().sample(range(12_000, 22_000), 10_000)
+    free = (port for port in candidates if all(_is_free(number) for number in {port, port + apart}))
+    ports = list(itertools.islice(free, count))
+    if len(ports) < count:
+        raise LaunchError(f"only {len(ports)} of {count} ports are free between 12000 and 22000 on this machine")
+    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -161,45 +160,42 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _settle_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
-    if not env.get("OMP_NUM_THREADS") or _is_torchruns_default(env, rank):
+def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
+    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it.
+    several = rank.local_world_size > 1
+    default = several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
+    if not env.get("OMP_NUM_THREADS") or default:
         env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // rank.local_world_size))
     if not has_gpu(env):
-        env.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerator that it cannot find
+        env.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it finds no accelerator
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo would take what this machine's own name resolves to: nothing, or 127.0.1.1, where no other machine finds it
+        # gloo would take the address of this machine's name: often none, or 127.0.1.1, which no other machine reaches
         env["GLOO_SOCKET_IFNAME"] = interface
-    binaries = str(Path(sys.executable).parent)  # not resolved: a venv's python is a link
+    binaries = str(Path(sys.executable).parent)  # unresolved: a venv's python is a link
     if binaries not in env.get("PATH", "").split(os.pathsep):
-        env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # ninja, for what DeepSpeed compiles (offload)
+        env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # DeepSpeed's offload needs ninja
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this machine reaches an address (its own included); None when that is unknown."""
+    """The network interface through which this machine reaches an address, its own included; None if unknown."""
     import psutil
 
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as unsent:
             unsent.connect(target)  # sends nothing: the kernel picks the route
-            own = unsent.getsockname()[0]
+            local = unsent.getsockname()[0]
         interfaces = psutil.net_if_addrs()
     except OSError:
         return None
     for name, addresses in interfaces.items():
-        if any(known.address.partition("%")[0] == own for known in addresses):
+        if any(each.address.partition("%")[0] == local for each in addresses):
             return name
     return None
 
 
-def _is_torchruns_default(env: Mapping[str, str], rank: Rank) -> bool:
-    """torchrun writes OMP_NUM_THREADS=1 where the user has said nothing and it starts several ranks."""
-    several = rank.local_world_size > 1
-    return several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
-
-
 def has_gpu(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether a GPU can be used: one is there, not hidden, and the installed torch is built for it. No torch import."""
+    """Whether a GPU is present and visible, and torch is built for it. Does not import torch."""
     if env.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -211,7 +207,7 @@ def has_gpu(env: Mapping[str, str] = os.environ) -> bool:
     return bool(re.search(r"^(cuda|hip)\b[^=\n]*= *['\"]", version.read_text(), re.MULTILINE))
 
 
-def _whole(env: Mapping[str, str], name: str) -> int:
+def _integer(env: Mapping[str, str], name: str) -> int:
     try:
         return int(env[name])
     except (KeyError, ValueError):
@@ -219,13 +215,13 @@ def _whole(env: Mapping[str, str], name: str) -> int:
 
 
 class LauncherWatch:
-    """Notices that the `deepspeed` or `torchrun` that started this rank has died without telling it.
+    """Notices when the `deepspeed` or `torchrun` that started this rank has died without a signal to the rank.
 
-    `kill` of the `deepspeed` command leaves its launcher and the ranks running. Other parents (a shell, srun) may go.
+    `kill` of the `deepspeed` command leaves its launcher and the ranks running. Other parents (a shell, srun) may end.
     """
 
     INTERVAL = 1.0
-    """Seconds between two looks at the process table."""
+    """Seconds between two checks."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -233,7 +229,7 @@ class LauncherWatch:
         self._next = 0.0
 
     def gone(self) -> bool:
-        """Whether it has died; looks at most every `INTERVAL`."""
+        """Whether it has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
         if not self._watched or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self.INTERVAL
@@ -256,5 +252,5 @@ def _launchers_above() -> dict[int, float]:
                 break
             launchers[process.pid] = process.create_time()
     except psutil.Error:
-        pass  # a process that vanished, or that we may not read: nothing to watch
+        pass  # the process has ended, or this user may not read it: nothing to watch
     return launchers

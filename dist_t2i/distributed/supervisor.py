@@ -1,8 +1,7 @@
-"""A training run as a child process under the `deepspeed` launcher: started, watched, and stopped so that it saves.
+"""A training run as a child process under the `deepspeed` launcher: starts, watches, and stops it so that it saves.
 
-Its output, the live line included, passes through to the terminal. It is a session of its own, so that a Ctrl-C does not
-tear its launcher down before the ranks have saved: the parent gets the Ctrl-C, and asks rank 0 to stop. Who that is and
-where the run stands is read from RUN/progress.json.
+The run's output passes through to the terminal. The run has its own session, so that Ctrl-C does not end its launcher
+before the ranks have saved: this process gets the Ctrl-C and signals rank 0, whose pid RUN/progress.json holds.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from dist_t2i.utils.processes import is_alive
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
-"""How long a run that was asked to stop may take to save before nobody waits for it any more."""
-_LOOK = 0.25
-"""Seconds between two looks at the child."""
+"""How long to wait for a run to save after it was asked to stop."""
+_POLL_SECONDS = 0.25
 
 
 class Interrupted(UserError):
-    """The run was asked to stop by Ctrl-C or SIGTERM, and has saved if it had begun to train."""
+    """Ctrl-C or SIGTERM has stopped the run, which has saved if it had begun to train."""
 
     status = ExitStatus.INTERRUPTED
 
@@ -47,13 +45,13 @@ def train(
     entry: Path = ENTRY,
     launcher: Sequence[str] = (),
 ) -> None:
-    """`deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()` says so.
+    """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()`.
 
-    What it prints goes to the terminal, or to the file `log`, whose end is shown if the training fails. `launcher` are
-    further options of `deepspeed`; `entry` is the script, when it is not this package's own.
+    The output goes to the terminal, or to the file `log`, whose end is printed if the training fails. `launcher` are
+    further options of `deepspeed`; `entry` is the script of another copy of the code.
 
     Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
-    at once. Raises TrainingError when the training fails; it has then said why itself. Main thread only.
+    at once. Raises TrainingError when the training fails, after it has printed why. Main thread only.
     """
     child = _Child([*launcher, str(entry), "--config", str(config), f"run.folder={run}", *overrides], run, log)
     with child.signals():
@@ -61,21 +59,21 @@ def train(
             if enough is not None and not child.stopping and enough():
                 child.stop()
         child.wait_until_gone()
-    if child.asked or (status == ExitStatus.STOPPED and enough is None):
-        where = progress(run) if enough is None else {}
-        seen = f" at {where['images']:,} of {where['total_images']:,} images" if "images" in where else ""
-        raise Interrupted(f"stopped{seen}; the same command goes on from there")
+    if child.interrupted or (status == ExitStatus.STOPPED and enough is None):
+        state = progress(run) if enough is None else {}
+        seen = f" at {state['images']:,} of {state['total_images']:,} images" if "images" in state else ""
+        raise Interrupted(f"stopped{seen}; the same command resumes")
     if status not in (ExitStatus.FINISHED, ExitStatus.STOPPED):
         if log is not None:
             print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
-        raise TrainingError(f"training failed (exit status {status}); what went wrong is said above")
+        raise TrainingError(f"training failed (exit status {status}); the reason is printed above")
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """RUN/progress.json; empty when there is none yet."""
+    """RUN/progress.json; empty without one."""
     try:
-        found = json.loads((run / "progress.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        state = json.loads((run / "progress.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -85,18 +83,17 @@ class _Child:
 
     def __init__(self, arguments: Sequence[str], run: Path, log: Path | None) -> None:
         self.run, self.started = run, time.time()
-        self.stopping = self.asked = False
+        self.stopping = self.interrupted = False
         binaries = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        # The launcher's own talk is switched off: what matters is said by the run itself.
+        # The run logs all that a user needs; the launcher's own messages are off.
         launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_ports(1)[0]}"]
-        command = [*launcher, *arguments]
         try:
             with open(log, "wb") if log else contextlib.nullcontext() as output:
                 self.process = subprocess.Popen(
-                    command,
+                    [*launcher, *arguments],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -104,17 +101,17 @@ class _Child:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
+            raise UserError(f"cannot start {launcher[0]}: {error.strerror}; install DeepSpeed (make install)") from None
 
     def wait(self) -> int | None:
-        """The launcher's exit status, or None after a moment."""
+        """The launcher's exit status, or None while it runs; returns after `_POLL_SECONDS`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=_LOOK)
+            return self.process.wait(timeout=_POLL_SECONDS)
         return None
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and the end of the terminal stop the child; the previous handlers come back."""
+        """Ctrl-C, SIGTERM and the end of the terminal stop the child; the previous handlers are restored at the end."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -126,41 +123,41 @@ class _Child:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print("\nstopping: what was learned is saved first (Ctrl-C again stops at once)", flush=True)
-            self.asked = True
+        if not self.interrupted:
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print("\nstopping: the run saves a checkpoint first (Ctrl-C again stops at once)", flush=True)
+            self.interrupted = True
             self.stop()
 
     def stop(self) -> None:
-        """Ask rank 0 to save and stop; before it trains there is nothing to save, and all of them are ended."""
+        """Asks rank 0 to save and stop. Before rank 0 trains there is nothing to save, and all processes are ended."""
         self.stopping = True
         rank = self._rank()
-        if rank is not None:
+        if rank is None:
+            self._send(signal.SIGTERM)
+        else:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGUSR2)
-        else:
-            self._send(signal.SIGTERM)
 
     def wait_until_gone(self) -> None:
-        """Until the last process of the run has ended: a launcher may end before its ranks have saved."""
+        """Waits for the run's last process: a launcher may end before its ranks have saved."""
         deadline = time.monotonic() + SAVE_SECONDS
         while self._members() and time.monotonic() < deadline:
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
 
     def _members(self) -> list[int]:
-        """The processes of the child's session."""
+        """The pids of the child's session."""
         import psutil
 
-        found = []
+        members = []
         for pid in psutil.pids():
-            with contextlib.suppress(OSError, psutil.Error):
+            with contextlib.suppress(OSError):
                 if os.getsid(pid) == self.process.pid and is_alive(pid):
-                    found.append(pid)
-        return found
+                    members.append(pid)
+        return members
 
     def _send(self, number: int) -> None:
         for pid in self._members():
@@ -168,10 +165,10 @@ class _Child:
                 os.kill(pid, number)
 
     def _rank(self) -> int | None:
-        """The pid of rank 0 if it runs, and is this child's: progress.json may come from an earlier run."""
+        """The pid of rank 0 if it runs and is this child's: progress.json may come from an earlier run."""
         state = progress(self.run)
         try:
-            ours = state["host"] == socket.gethostname() and state["updated"] >= self.started
-            return state["pid"] if ours and is_alive(state["pid"], earliest=self.started - 1) else None
+            current = state["host"] == socket.gethostname() and state["updated"] >= self.started
+            return state["pid"] if current and is_alive(state["pid"], earliest=self.started - 1) else None
         except (KeyError, TypeError, ValueError):
             return None

@@ -1,18 +1,18 @@
-"""Ends a run in which a rank hangs, and names the rank: a launcher only notices those that end.
+"""Ends a run in which a rank hangs, and names the rank. A launcher only notices ranks that end.
 
-Every rank has a thread that writes, now and then, where the rank is:
+Every rank has a thread that regularly writes the rank's state:
 
-    RUN/ranks/rank-00003.json    a count that goes up as long as the process runs, images seen, what it is doing and
-                                 for how long, the stacks of its threads
-    RUN/ranks/hang.json          the verdict, when there was a hang
+    RUN/ranks/rank-00003.json    a count that grows while the process runs, images seen, the current activity and its
+                                 duration, the stacks of the threads
+    RUN/ranks/hang.json          the verdict after a hang
 
-When a rank has not moved on for its time, the others do not move on either: they wait for it in a collective. Python
-runs no signal handlers there, so it is the threads that look at each other's files. Guilty is, first, who gives no sign
-of life (stopped, or its machine is gone); else who is anywhere but in a collective. The verdict is told and the process
-ends with status 77, so that the launcher ends the others and the job can go on from the last checkpoint.
+When one rank hangs, the others wait for it in a collective, where Python runs no signal handlers; so the threads
+compare the ranks' files. Silent ranks are guilty (the process is stopped, or its machine is gone); without silent
+ranks, those that are not in a collective. The verdict is printed, and the process exits with `ExitStatus.HUNG`, so that
+the launcher ends the other ranks and the job can resume from the last checkpoint.
 
-With NCCL, ranks also wait for each other in any call that waits for the device. Where all of them do, nobody is named,
-and the stacks are what there is to go by.
+With NCCL, ranks also wait for each other in any call that waits for the device. If all of them do, no rank is named,
+and the stacks are the evidence.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dist_t2i.utils.files import write_atomic
 FOLDER = "ranks"
 VERDICT = "hang.json"
 _FRAMES = 14
-"""Innermost frames that are kept of a stack."""
+"""Number of innermost frames that are kept of a stack."""
 
 
 @dataclass
 class _State:
-    """What the main thread says and the watching thread reads."""
+    """Written by the main thread, read by the watching thread."""
 
     doing: str = "starting"
     images: int = 0
@@ -50,10 +50,10 @@ class _State:
 
 
 class Watchdog:
-    """Watches the main thread of the process that makes it. `seconds`: how long a step may take; 0 watches nothing.
+    """Watches the main thread of the process that creates it. `seconds`: time limit of a step; 0 disables the watchdog.
 
-    Call `doing` whenever the run moves on; before the first call nothing is too long (what can hang at the start, the
-    meeting of the ranks, has a time limit of its own). Files are those of `run`; `rank` of `world_size`.
+    Call `doing` whenever the run makes progress. Before the first call there is no time limit: the rendezvous of the
+    ranks has its own. `run` is the run folder; `end` is called with the exit status.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, seconds: float, end: Callable[[int], Any] = os._exit):
@@ -65,20 +65,20 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
-        """Begin to watch; not under a debugger, whose user may take all the time there is."""
+        """Starts the thread, except under a debugger, whose user may pause for any time."""
         if self.seconds > 0 and sys.gettrace() is None:
             self._thread.start()
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """The run has moved on: it does `what` now, at `images` seen, which may take `extra` seconds more than a step.
+        """The run begins the activity `what` at `images` seen; it may take `extra` seconds more than a step.
 
-        A rank that gives no sign of life is not given the extra.
+        Silent ranks do not get the extra seconds.
         """
         self._state = _State(what, images, allowed=self.seconds + extra)
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Ends the thread."""
         self._stopped.set()
 
     # ---- the watching thread -----------------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ class Watchdog:
             state = self._state
             self._write(state)
             if state.allowed < float("inf") and time.monotonic() - state.moved > self.seconds:
-                self._accuse(state)
+                self._diagnose(state)
 
     def _write(self, state: _State) -> None:
         self._count += 1
-        said = {
+        report = {
             "rank": self.rank,
             "host": socket.gethostname(),
             "node": os.environ.get("SLURMD_NODENAME", ""),
@@ -104,12 +104,12 @@ class Watchdog:
             "time": time.time(),
             "stacks": self._stacks(),
         }
-        with contextlib.suppress(OSError):  # a full disk: `_accuse` sees that files prove nothing then
+        with contextlib.suppress(OSError):  # a full disk; `_diagnose` notices that no rank can write
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._file(self.rank), json.dumps(said, indent=1) + "\n")
+            write_atomic(self._file(self.rank), json.dumps(report, indent=1) + "\n")
 
     def _stacks(self) -> dict[str, list[str]]:
-        """Thread name -> its innermost frames, outermost of these first; the main thread is `MainThread`."""
+        """Thread name -> its innermost frames, the innermost last; the main thread is `MainThread`."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = {}
         for ident, frame in sys._current_frames().items():
@@ -122,14 +122,14 @@ class Watchdog:
         return self.folder / f"rank-{rank:05d}.json"
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        reports = {}
         for rank in range(self.world_size):
             with contextlib.suppress(OSError, ValueError):
-                found[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
-        return found
+                reports[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
+        return reports
 
-    def _accuse(self, state: _State) -> None:
-        """Look at all ranks twice, with time for each to be heard, and end the run unless it has moved on meanwhile."""
+    def _diagnose(self, state: _State) -> None:
+        """Reads all ranks' files twice, with time for each rank to write, and ends the run unless it makes progress."""
         before = self._read()
         for _ in range(3):
             if self._stopped.wait(self.interval):
@@ -137,55 +137,56 @@ class Watchdog:
             self._write(state)
         if self._state is not state:
             return
-        verdict = judge(before, self._read(), self.world_size)
-        if any(one["rank"] == self.rank for one in verdict["guilty"] if verdict["silent"]):
-            verdict = {"guilty": [], "silent": False, "waiting": []}  # files cannot be written now, by nobody
+        verdict = diagnose(before, self._read(), self.world_size)
+        if verdict["silent"] and any(report["rank"] == self.rank for report in verdict["guilty"]):
+            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive: no rank can write files now
         if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
-            return  # something that takes long, and everybody lives
+            return  # a long activity, and every rank is alive
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
-            if not self._told():
+            if not self._reported():
                 write_atomic(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
-                os.write(2, f"\n{tell(verdict)}\n".encode())
+                os.write(2, f"\n{describe(verdict)}\n".encode())
         self._end(ExitStatus.HUNG)
 
-    def _told(self) -> bool:
-        """Whether another rank has told it already: the first to end has the launcher end the others."""
+    def _reported(self) -> bool:
+        """Whether another rank has written the verdict of this hang."""
         with contextlib.suppress(OSError, ValueError):
-            said = json.loads((self.folder / VERDICT).read_text(encoding="utf-8"))
-            return time.time() - said["time"] < self.seconds
+            verdict = json.loads((self.folder / VERDICT).read_text(encoding="utf-8"))
+            return time.time() - verdict["time"] < self.seconds
         return False
 
 
-def judge(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
-    """Who hangs, by what the ranks wrote at two moments (rank -> its file) between which each should have been heard.
+def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
+    """Which ranks hang, from their files at two moments (rank -> file) between which each rank should have written.
 
-    Gives `guilty` (their files, with `how` they hang), whether they are `silent`, and `waiting` (ranks in a collective).
+    Returns `guilty` (these ranks' files, with `how` they hang), whether they are `silent`, and the ranks that are
+    `waiting` in a collective.
     """
-    alive = [rank for rank, said in after.items() if said["count"] != before.get(rank, {}).get("count")]
+    alive = [rank for rank, report in after.items() if report["count"] != before.get(rank, {}).get("count")]
     silent = [rank for rank in range(world_size) if rank not in alive]
     waiting = [rank for rank in alive if in_collective(after[rank]["stacks"])]
     guilty = silent or [rank for rank in alive if rank not in waiting]
     how = "gives no sign of life" if silent else "is not in a collective, in which the others wait"
-    named = [{"rank": rank, **after.get(rank, {}), "how": how} for rank in guilty]
-    return {"guilty": named, "silent": bool(silent), "waiting": waiting}
+    reports = [{"rank": rank, **after.get(rank, {}), "how": how} for rank in guilty]
+    return {"guilty": reports, "silent": bool(silent), "waiting": waiting}
 
 
 def in_collective(stacks: dict[str, list[str]]) -> bool:
-    """Whether a thread waits for the other ranks. Backward hooks may run in another thread than the main one."""
-    places = ("torch/distributed/", "deepspeed/comm/")
-    return any(place in frame for frames in stacks.values() for frame in frames[-6:] for place in places)
+    """Whether a thread waits for other ranks. Any thread counts: backward hooks need not run in the main thread."""
+    paths = ("torch/distributed/", "deepspeed/comm/")
+    return any(path in frame for frames in stacks.values() for frame in frames[-6:] for path in paths)
 
 
-def tell(verdict: dict[str, Any]) -> str:
-    """The verdict for people: who, where, doing what, with the main thread's stack."""
-    lines = [f"hung: nothing has moved on for {verdict['seconds']:.0f} s, at {verdict['images']:,} images"]
-    for one in verdict["guilty"]:
-        where = f" (process {one['pid']} on {one.get('node') or one['host']})" if "pid" in one else ""
-        doing = f"; last seen in: {one['doing']}" if "doing" in one else ""
-        lines.append(f"rank {one['rank']}{where} {one['how']}{doing}")
-        lines += [f"    {frame}" for frame in one.get("stacks", {}).get("MainThread", [])]
+def describe(verdict: dict[str, Any]) -> str:
+    """The verdict for people: rank, process, activity, and the main thread's stack."""
+    lines = [f"hung: no progress for {verdict['seconds']:.0f} s, at {verdict['images']:,} images"]
+    for report in verdict["guilty"]:
+        process = f" (process {report['pid']} on {report.get('node') or report['host']})" if "pid" in report else ""
+        doing = f"; last seen in: {report['doing']}" if "doing" in report else ""
+        lines.append(f"rank {report['rank']}{process} {report['how']}{doing}")
+        lines += [f"    {frame}" for frame in report.get("stacks", {}).get("MainThread", [])]
     if not verdict["guilty"]:
         lines.append(f"every rank waits for the others or for the device; their stacks: RUN/{FOLDER}/rank-*.json")
-    lines.append("the run is ended, so that it can go on from its last checkpoint")
+    lines.append("the watchdog ends the run; it can resume from its last checkpoint")
     return "\n".join(lines)

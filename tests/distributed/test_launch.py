@@ -1,4 +1,4 @@
-"""Which rank am I, and where are the others? (`test_preempt.py` starts ranks under the real launchers.)"""
+"""Which rank am I, and where are the others? (`test_preemption.py` starts ranks under the real launchers.)"""
 
 from __future__ import annotations
 

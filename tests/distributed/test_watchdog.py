@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from dist_t2i.distributed.watchdog import Watchdog, judge, tell
+from dist_t2i.distributed.watchdog import Watchdog, describe, diagnose
 from dist_t2i.errors import ExitStatus
 from runs import Run, make_set
 
@@ -23,26 +23,26 @@ def said(count: int, stacks=STEP) -> dict:
 
 
 def test_a_silent_rank_is_guilty_whatever_the_others_do():
-    verdict = judge({0: said(1), 1: said(1), 2: said(1)}, {0: said(4), 1: said(1), 2: said(4, ELSEWHERE)}, 3)
+    verdict = diagnose({0: said(1), 1: said(1), 2: said(1)}, {0: said(4), 1: said(1), 2: said(4, ELSEWHERE)}, 3)
     assert [one["rank"] for one in verdict["guilty"]] == [1] and verdict["waiting"] == [0]
-    text = tell(verdict | {"seconds": 12.0, "images": 1234})
+    text = describe(verdict | {"seconds": 12.0, "images": 1234})
     assert "rank 1 (process 7 on n1) gives no sign of life; last seen in: training step" in text
     assert "12 s, at 1,234 images" in text and "trainer.py:9 _step" in text
 
 
 def test_a_rank_that_never_wrote_is_silent():
-    assert [one["rank"] for one in judge({0: said(1)}, {0: said(2)}, 2)["guilty"]] == [1]
+    assert [one["rank"] for one in diagnose({0: said(1)}, {0: said(2)}, 2)["guilty"]] == [1]
 
 
 def test_who_is_not_in_the_collective_is_guilty():
-    verdict = judge({0: said(1), 1: said(1)}, {0: said(2), 1: said(2, ELSEWHERE)}, 2)
+    verdict = diagnose({0: said(1), 1: said(1)}, {0: said(2), 1: said(2, ELSEWHERE)}, 2)
     assert [one["rank"] for one in verdict["guilty"]] == [1] and verdict["waiting"] == [0]
-    assert "is not in a collective" in tell(verdict | {"seconds": 1.0, "images": 0})
+    assert "is not in a collective" in describe(verdict | {"seconds": 1.0, "images": 0})
 
 
 def test_where_all_wait_nobody_is_named():
-    verdict = judge({0: said(1), 1: said(1)}, {0: said(2), 1: said(2)}, 2)
-    assert verdict["guilty"] == [] and "every rank waits" in tell(verdict | {"seconds": 1.0, "images": 0})
+    verdict = diagnose({0: said(1), 1: said(1)}, {0: said(2), 1: said(2)}, 2)
+    assert verdict["guilty"] == [] and "every rank waits" in describe(verdict | {"seconds": 1.0, "images": 0})
 
 
 def test_moving_on_is_no_hang_and_standing_still_is(tmp_path):
