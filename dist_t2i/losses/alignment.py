@@ -1,9 +1,9 @@
-"""The alignments: what is contrasted of D's embeddings of pictures and captions. The one list of them.
+"""The alignment terms: which of D's embeddings of pictures and captions are contrasted. The only list of them.
 
-Embeddings are named tensors with one row a picture or caption, made by `Discriminator.embed_pictures` and
-`embed_captions`; whoever trains gathers and compares them without knowing the names. D's terms align real pictures with
-their captions; G's align fakes with what D's step made of the captions and of the real pictures. The name of a term is
-its weight's in section `loss`. Row i of everything belongs to picture i of the global batch.
+`Discriminator.embed_pictures` and `embed_captions` give embeddings by name, with one row per picture or caption of the
+global batch in the same order; the trainer gathers them without knowing the names. D's terms align real pictures with their
+captions; G's terms align fakes with the embeddings that D's step computed for the captions and the real pictures. A
+term's weight is the key of the same name in section `loss`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ class Negatives(NamedTuple):
     """What the rows of the global batch are contrasted with, and what not."""
 
     same: Tensor
-    """bool [B, B]: pairs that show the same picture or say the same, never each other's negatives"""
-    places: Tensor | None = None
-    """int64 [K, P]: other places of region maps that are negatives too (`losses.region_info_nce`)"""
+    """bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives."""
+    positions: Tensor | None = None
+    """int64 [K, P]: other positions of region maps that are also negatives (`losses.region_info_nce`)."""
 
 
 def discriminator_terms(e: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:
     """D's losses, scalars by name, from the embeddings of real pictures and their captions."""
     same = negatives.same
+    # Pictures [B, A] with sentences [B, A]: InfoNCE (van den Oord et al. 2018, Eq. 4) in both directions.
     terms = {"d_alignment": losses.info_nce(e["image"], e["text"], loss.temperature, same)}
+    # Positions of region maps [B, P, A'] with sentences [B, A']: our reading.
     if "regions" in e and loss.d_alignment_regions:
         regions, text = e["regions"], e["region_text"]
         terms["d_alignment_regions"] = losses.region_info_nce(regions, text, loss.region_temperature, same)
+    # Positions [B, P, A'] with words [B, T, A']: DAMSM (AttnGAN, Eq. 7-13).
     if "words" in e and loss.d_alignment_words:
         terms["d_alignment_words"] = _words(e, e, loss, same)
     return terms
@@ -40,14 +43,17 @@ def discriminator_terms(e: Embeddings, loss: LossConfig, negatives: Negatives) -
 
 def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:
     """G's losses, scalars by name; `real` has the embeddings of real pictures and of their captions, as constants."""
-    same, places = negatives
+    same, positions = negatives
+    # Fakes [B, A] with their sentences [B, A] and with the real pictures of the same captions [B, A].
     terms = {
         "g_alignment_text": losses.info_nce(fake["image"], real["text"], loss.temperature, same),
         "g_alignment_image": losses.info_nce(fake["image"], real["image"], loss.temperature, same),
     }
+    # Positions of fakes [B, P, A'] with the same positions of real pictures [B, P, A'] (PatchNCE, Park et al. 2020).
     if "regions" in fake and loss.g_alignment_regions:
         regions = fake["regions"], real["regions"]
-        terms["g_alignment_regions"] = losses.region_info_nce(*regions, loss.region_temperature, same, places)
+        terms["g_alignment_regions"] = losses.region_info_nce(*regions, loss.region_temperature, same, positions)
+    # Positions of fakes [B, P, A'] with words [B, T, A']: DAMSM (AttnGAN, Eq. 7-13).
     if "words" in real and loss.g_alignment_words:
         terms["g_alignment_words"] = _words(fake, real, loss, same)
     return terms

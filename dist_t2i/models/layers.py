@@ -1,4 +1,4 @@
-"""Pieces that the generator and the discriminator share, and the arithmetic of their scales.
+"""Layers that the generator and the discriminator share, and the arithmetic of their scales.
 
 Legend of shapes: B batch, C channels, H W pixels, N width of a condition.
 """
@@ -16,10 +16,9 @@ SLOPE = 0.2
 
 
 def patch_size(channels: tuple[int, ...], image_size: int) -> int:
-    """Side of the square of pixels that one position of the finest computed map stands for.
+    """Side, in pixels, of the square that one position of the finest computed map covers: the factor of the pixel shuffle.
 
-    `channels` holds one entry per computed scale 4, 8, 16, ...; what is left up to `image_size` is pixel (un)shuffle.
-    Raises ValueError when the scales do not divide the image size.
+    `channels` has one entry per computed scale 4, 8, 16, ... Raises ValueError when the scales do not divide `image_size`.
     """
     finest = FIRST_SIZE * 2 ** (len(channels) - 1)
     if image_size % finest:
@@ -30,16 +29,16 @@ def patch_size(channels: tuple[int, ...], image_size: int) -> int:
 
 
 def activate(x: Tensor) -> Tensor:
-    """Leaky ReLU, in place: call it on a tensor that nothing else needs."""
+    """Leaky ReLU, in place: `x` must not be used afterwards."""
     return F.leaky_relu(x, SLOPE, inplace=True)
 
 
 class Convolution(nn.Conv2d):
     """A convolution whose kernel is stored as [outputs, height, width, inputs].
 
-    That is the layout in memory that channels-last convolutions want. As the parameter's own shape, and not as strides of
-    the usual one, it outlives ZeRO's stages 1 to 3, which make every parameter a plain view of a flat buffer: with the
-    usual shape each convolution copies its kernel into that layout first, some 8% of a step at a peer's size.
+    Channels-last convolutions need this memory layout. ZeRO's stages 1 to 3 make each parameter a contiguous view of a
+    flat buffer, so the layout must be the parameter's shape rather than its strides: with the usual shape each convolution
+    first copies its kernel into the layout, which takes some 8% of a step at a peer's size.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, gain: float):
@@ -54,13 +53,13 @@ class Convolution(nn.Conv2d):
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5) -> Convolution:
-    """A square convolution that keeps H and W, initialised to keep the variance (He et al. 2015) times gain^2 / 2."""
+    """A square convolution that keeps H and W, initialized to scale the variance by gain^2 / 2 (He et al. 2015)."""
     return Convolution(inputs, outputs, size, gain)
 
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Gives the patch^2 outputs that a pixel shuffle lays side by side the same fresh weights: no checkerboards.
+    """Initializes the patch^2 outputs that a pixel shuffle makes neighbors with the same weights, against checkerboards.
 
     Aitken et al. 2017, "Checkerboard artifact free sub-pixel convolution".
     """
@@ -70,7 +69,7 @@ def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
 
 
 def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    """A linear layer whose outputs have gain^2 times the inputs' mean square; zero bias."""
+    """A linear layer whose outputs have gain^2 times the mean square of the inputs; zero bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=gain / inputs**0.5)
     nn.init.zeros_(layer.bias)
@@ -78,10 +77,11 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
 
 
 class Modulation(nn.Module):
-    """Normalise each picture's features, then scale and shift every channel as the condition says.
+    """Normalizes each picture's features, then scales and shifts each channel by a function of the condition.
 
-    The normalisation is one root mean square over all of a row's features (no mean, no statistics over the batch): one
-    cheap pass that is folded into the scale. Text-conditioned affine modulation: DF-GAN, sec. 3.3, our reading here.
+    The normalization divides by one root mean square over all of a row's features (no mean, no batch statistics), a cheap
+    pass that is folded into the scale. Text-conditioned affine modulation as in DF-GAN's blocks; the normalization is our
+    own.
     """
 
     def __init__(self, channels: int, condition: int):
@@ -96,11 +96,11 @@ class Modulation(nn.Module):
 
 
 class WordAttention(nn.Module):
-    """Adds to each position of a map what it finds among the caption's words.
+    """Adds to each position of a map a mixture of the caption's words.
 
-    AttnGAN's attention (eq. 4): a position's query against the words' keys, a softmax over the words, their values'
-    mean. Our reading for a single stage: several heads, added to the map instead of laid beside it, and both sides
-    normalised first, because fresh LSTM states are small and maps grow.
+    AttnGAN's attention (sec. 3.1): each position's query against the words' keys, a softmax over the words, the weighted
+    mean of their values. Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and
+    both inputs normalized first, because initial LSTM states are small and maps grow.
     """
 
     def __init__(self, channels: int, text_width: int, width: int, heads: int):
@@ -110,19 +110,19 @@ class WordAttention(nn.Module):
         self.key = linear(text_width, width)
         self.value = linear(text_width, channels, gain=0.5)
 
-    def attention(self, places: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """places [B, P, C], words [B, T, E], mask bool [B, T] -> fp32 shares [B, heads, P, T], 0 for padding."""
-        query, key = self._split(self.query(places)), self._split(self.key(words))
+    def attention(self, positions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """positions [B, P, C], words [B, T, E], mask bool [B, T] -> fp32 weights [B, heads, P, T], 0 for padding."""
+        query, key = self._split(self.query(positions)), self._split(self.key(words))
         scores = (query @ key.transpose(2, 3)).float() / query.shape[3] ** 0.5
         return scores.masked_fill(~mask[:, None, None, :], float("-inf")).softmax(dim=3)
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """x [B, C, H, W], words [B, T, E], mask bool [B, T], True at one word or more a row -> [B, C, H, W]."""
-        places = x.flatten(2).transpose(1, 2)  # no copy: maps are channels-last
+        """x [B, C, H, W], words [B, T, E], mask bool [B, T], True at least once per row -> [B, C, H, W]."""
+        positions = x.flatten(2).transpose(1, 2)  # no copy: maps are channels-last
         words = F.layer_norm(words, words.shape[2:])
-        shares = self.attention(F.layer_norm(places, places.shape[2:]), words, mask)
-        found = shares.to(x.dtype) @ self._split(self.value(words))  # [B, heads, P, C / heads]
-        return x + found.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+        weights = self.attention(F.layer_norm(positions, positions.shape[2:]), words, mask)
+        mixture = weights.to(x.dtype) @ self._split(self.value(words))  # [B, heads, P, C / heads]
+        return x + mixture.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _split(self, rows: Tensor) -> Tensor:
         """[B, R, heads * D] -> [B, heads, R, D]."""
@@ -144,7 +144,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side: the four pixels of a square side by side, then a 1x1 convolution; nothing is thrown away."""
+    """Halves the side without losing information: pixel unshuffle (2 x 2 to channels), then a 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()

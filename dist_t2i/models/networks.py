@@ -1,11 +1,11 @@
-"""The networks of a run, grouped by the engine that owns their parameters (a parameter lives in one engine only).
+"""The networks of a run, grouped by the engine that owns their parameters; each parameter has one engine.
 
     text.mode   generator engine        discriminator engine        text engine   outside
     dual        generator, text_g       discriminator, text_d       -             -
     shared      generator               discriminator               text          -
     frozen      generator               discriminator               -             a frozen encoder
 
-Where pictures are edited (edit.width), the generator's engine owns the encoder of the source picture, `source`, as well.
+With edit.width, the generator's engine also owns the encoder of source pictures, `source`.
 The names in this table are the prefixes of the parameters in checkpoints and exported models.
 """
 
@@ -26,7 +26,7 @@ from dist_t2i.models.text_encoder import TextEmbedding, build_text_encoder
 
 
 class GeneratorSide(nn.Module):
-    """The generator, S_G where it is the generator's own, and the encoder of source pictures where they are edited."""
+    """The generator, S_G unless it is shared or frozen, and the encoder of source pictures when editing."""
 
     def __init__(self, generator: Generator, text_g: nn.Module | None, source: SourceEncoder | None = None):
         super().__init__()
@@ -44,8 +44,8 @@ class GeneratorSide(nn.Module):
         pictures: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Generated:
-        """Pictures for B captions; `text` replaces the own encoder's embedding (shared and frozen text). `pictures` and
-        `given` are the source pictures, see `SourceEncoder`."""
+        """Pictures for B captions; `text` is their embedding if S_G is shared or frozen. `pictures` and `given` are the
+        source pictures, see `SourceEncoder`."""
         if self.text_g is not None:
             text = self.text_g(tokens, lengths)
         if pictures is None:
@@ -55,7 +55,7 @@ class GeneratorSide(nn.Module):
 
 
 class DiscriminatorSide(nn.Module):
-    """The discriminator, and S_D where it is the discriminator's own."""
+    """The discriminator, and S_D unless it is shared or frozen."""
 
     def __init__(self, discriminator: Discriminator, text_d: nn.Module | None):
         super().__init__()
@@ -63,16 +63,16 @@ class DiscriminatorSide(nn.Module):
         self.text_d = text_d
 
     def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
-        """`function(self)`: all that a loss needs of this side happens in one forward call, as ZeRO's hooks expect."""
+        """`function(self)`: ZeRO's hooks require that a loss uses this side within one forward call."""
         return function(self)
 
     def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
-        """S_D of B captions; `text` is the embedding where there is no own encoder."""
+        """S_D of B captions; `text` is their embedding if S_D is shared or frozen."""
         return self.text_d(tokens, lengths) if self.text_d is not None else cast(TextEmbedding, text)
 
 
 class TextSide(nn.Module):
-    """The encoder that both sides read (text.mode=shared)."""
+    """The encoder that both sides share (text.mode=shared)."""
 
     def __init__(self, text: nn.Module):
         super().__init__()
@@ -84,7 +84,7 @@ class TextSide(nn.Module):
 
 @dataclass(frozen=True)
 class Networks:
-    """Fresh networks; `text` is there in mode shared, `frozen` in mode frozen."""
+    """Randomly initialized networks; `text` is set in mode shared, `frozen` in mode frozen."""
 
     generator: GeneratorSide
     discriminator: DiscriminatorSide
@@ -102,10 +102,10 @@ def build_networks(
     edit_width: int = 0,
     frozen: nn.Module | None = None,
 ) -> Networks:
-    """Fresh networks for pictures of `image_size` pixels, with weights from torch's global generator (seed it first).
+    """Networks for pictures of `image_size` pixels, initialized from torch's global generator (seed it first).
 
-    `frozen` is the given encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding.
-    `edit_width` (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
+    `frozen` is the encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding. `edit_width`
+    (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
     """
 
     def encoder() -> nn.Module:
@@ -117,7 +117,7 @@ def build_networks(
     generator_side = GeneratorSide(generator, encoder() if dual else None)
     discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
     shared = TextSide(encoder()) if text.mode == "shared" else None
-    if edit_width:  # last, so that the other weights are the same with and without it
+    if edit_width:  # last, so that it does not change the initial weights of the others
         generator_side.source = SourceEncoder(edit_width, model.generator.channels, image_size, width)
     return Networks(generator_side, discriminator_side, shared, frozen)
 
@@ -126,5 +126,5 @@ GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "attn": AttnGenera
 
 
 def build_generator(config: GeneratorConfig, image_size: int, text_width: int) -> Generator:
-    """The generator that the configuration names, with fresh weights. Raises ValueError for sizes that do not fit."""
+    """The generator that the configuration names, randomly initialized. Raises ValueError for sizes that do not fit."""
     return GENERATORS[config.kind](config, image_size, text_width)

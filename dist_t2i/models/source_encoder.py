@@ -1,16 +1,15 @@
-"""The picture that is to be changed, as a generator sees it: maps for its scales, and how much of each pixel stays.
+"""The encoder of source pictures for text-guided editing, and how a generator uses its output.
 
-Our reading of "the embeddings serve text-guided manipulation": the text-to-image generator goes on being what it was,
-and the source picture comes in beside it. Two ideas of the field meet here. Maps of the source are added into every
-scale through 1x1 convolutions that begin at zero (ControlNet: Zhang et al. 2023, "Adding Conditional Control", sec.
-3.1), so that at first nothing is disturbed. And the last map says for each pixel and colour how much of the source
-stays (GANimation: Pumarola et al. 2018, sec. 3.1, one share for all colours there; one each here, and not bounded, so
-that a colour can be multiplied: a darker or lighter skin keeps its shading and its outlines).
+Our reading of "the embeddings serve text-guided manipulation": the text-to-image generator stays the same and the source
+picture is an additional input, with two known ideas. Maps of the source are added to every scale through 1x1 convolutions
+initialized to zero (ControlNet: Zhang et al. 2023, "Adding Conditional Control", sec. 3.1), so that training starts from
+the unchanged generator. And the last map gives, for each pixel and color channel, the share of the source to keep
+(GANimation: Pumarola et al. 2018, sec. 3.1, where all channels have one share; here the shares are unbounded and separate,
+so that a color can be scaled: a darker or lighter skin keeps its shading and outlines).
 
-Before that the source is *repainted*, which is our own: the caption's words name colours, and each pixel of the source,
-with what lies around it and the words, says how much of it is to have which. What a text changes of a picture is often
-a colour, and this is a short way to it: through the generator alone, whose features are normalised over
-the whole picture, a skin tone stops half way to the one that was asked for.
+Before that the source is *repainted*, which is our own: the caption's words give a palette, and a mask per paint says which
+pixels get it. Edits are often changes of color, for which this is a short path; through the generator, whose features are
+normalized over the whole picture, a skin tone changes only half way to the target.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """
@@ -45,27 +44,27 @@ def _zero(layer: Convolution) -> Convolution:
 
 
 class SourceGuide:
-    """What one batch's source pictures tell a generator. A generator that can edit calls `add` at every scale, before
-    its blocks, and `blend` once, at the end."""
+    """The encoded source pictures of a batch. A generator calls `add` at every scale before its blocks, and `blend` once at
+    the end."""
 
     def __init__(self, repainted: Tensor, given: Tensor | None, maps: dict[int, Tensor], keep: nn.Module):
         self._repainted, self._maps, self._keep = repainted, maps, keep
         self._given = None if given is None else given.to(repainted.dtype)[:, None, None, None]
 
     def add(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W], a scale of the generator -> the same with the source's map of that size added."""
-        shown = self._maps[x.shape[-1]]
-        return x + (shown if self._given is None else shown * self._given)
+        """x [B, C, H, W], a map of the generator -> the sum with the source's map of that size."""
+        source = self._maps[x.shape[-1]]
+        return x + (source if self._given is None else source * self._given)
 
     def blend(self, last: Tensor, images: Tensor) -> Tensor:
-        """The activated last map and the pictures [B, 3, H, W] made of it -> pictures that keep what shall stay."""
+        """The activated last map and its pictures [B, 3, H, W] -> mixtures of these pictures and the repainted sources."""
         keep = self._keep(last)
         keep = keep if self._given is None else keep * self._given
         return images + keep * (self._repainted - images)
 
 
 class Keep(nn.Module):
-    """The share of the source that stays, for each pixel and colour; 0 everywhere at first."""
+    """The share of the source to keep, for each pixel and color channel; initially 0."""
 
     def __init__(self, channels: int, patch: int):
         super().__init__()
@@ -78,27 +77,28 @@ class Keep(nn.Module):
 
 
 class Palette(nn.Module):
-    """The colours that a caption's words name."""
+    """The colors that a caption's words name."""
 
     def __init__(self, text_width: int, paints: int):
         super().__init__()
         self.paints = paints
+        # The name `colour` is in checkpoints.
         self.share, self.colour = linear(text_width, paints), linear(text_width, 3 * paints)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """words [B, T, E], mask bool [B, T], True at one word or more a row -> [B, K, 3] in [-1, 1]."""
+        """words [B, T, E], mask bool [B, T], True at least once per row -> [B, K, 3] in [-1, 1]."""
         words = F.layer_norm(words, words.shape[2:])
         shares = self.share(words).float().masked_fill(~mask[:, :, None], float("-inf")).softmax(dim=1)
-        colours = self.colour(words).unflatten(2, (self.paints, 3))
-        return torch.tanh((shares[..., None].to(words.dtype) * colours).sum(1))
+        colors = self.colour(words).unflatten(2, (self.paints, 3))
+        return torch.tanh((shares[..., None].to(words.dtype) * colors).sum(1))
 
 
 class Repaint(nn.Module):
-    """Puts the colours that a caption names on the pixels of a source that are to have them."""
+    """Recolors the pixels of a source with the colors that a caption names."""
 
     PAINTS, WIDTH = 8, 48
-    LEFT = 6.0
-    """Logit of leaving a pixel as it is; fresh masks are near 0."""
+    UNPAINTED = 6.0
+    """Logit of not changing a pixel; the masks' initial logits are near 0."""
 
     def __init__(self, channels: int, text_width: int, patch: int):
         super().__init__()
@@ -113,25 +113,29 @@ class Repaint(nn.Module):
 
     def forward(self, pictures: Tensor, x: Tensor, text: TextEmbedding) -> Tensor:
         """pictures [B, 3, patch * H, patch * W] in [-1, 1] and their map x [B, C, H, W] -> pictures."""
-        around = self.shuffle(self.around(self.words(_per_place(x), text.words, text.mask)))
+        # A per-pixel perceptron on the pixel, its surroundings with the words, and the sentence (by modulation).
+        around = self.shuffle(self.around(self.words(_pixel_norm(x), text.words, text.mask)))
         scale1, shift1, scale2, shift2 = self.affine(text.sentence)[:, :, None, None].chunk(4, dim=1)
-        y = _per_place(self.pixel(pictures) + around)
-        y = _per_place(self.conv1(activate(torch.addcmul(shift1, y, 1 + scale1))))
+        y = _pixel_norm(self.pixel(pictures) + around)
+        y = _pixel_norm(self.conv1(activate(torch.addcmul(shift1, y, 1 + scale1))))
         y = self.masks(activate(self.conv2(activate(torch.addcmul(shift2, y, 1 + scale2)))))
-        left = torch.full_like(y[:, :1], self.LEFT)
-        shares = torch.cat([left, y], dim=1).float().softmax(dim=1)[:, 1:].to(pictures.dtype)
+
+        # Masks of the paints, [B, K, H', W'] at full resolution; the rest of each pixel stays unpainted.
+        unpainted = torch.full_like(y[:, :1], self.UNPAINTED)
+        shares = torch.cat([unpainted, y], dim=1).float().softmax(dim=1)[:, 1:].to(pictures.dtype)
         paint = torch.einsum("bkhw,bkc->bchw", shares, self.palette(text.words, text.mask))
         return paint + (1 - shares.sum(1, keepdim=True)) * pictures
 
 
-def _per_place(x: Tensor) -> Tensor:
-    """Features with a mean square of 1 at every place (Karras et al. 2018, "Progressive Growing of GANs", sec. 4.2)."""
+def _pixel_norm(x: Tensor) -> Tensor:
+    """Normalizes each position's features to a mean square of 1 (Karras et al. 2018, "Progressive Growing of GANs", sec.
+    4.2)."""
     return x * x.float().square().mean(dim=1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
 
 
 class SourceEncoder(nn.Module):
-    """Source pictures and the captions of what they shall show -> `SourceGuide` for a generator whose scales have these
-    `channels` (4 pixels first)."""
+    """Encodes source pictures and target captions into a `SourceGuide` for a generator whose scales have these `channels`
+    (4 pixels first)."""
 
     def __init__(self, width: int, channels: Sequence[int], image_size: int, text_width: int):
         super().__init__()
@@ -146,13 +150,12 @@ class SourceEncoder(nn.Module):
         self.repaint = Repaint(width, text_width, patch)
 
     def forward(self, pictures: Tensor, text: TextEmbedding, given: Tensor | None = None) -> SourceGuide:
-        """pictures [B, 3, H, W] in [-1, 1]; text: S_G's; given bool [B], False where a row has no source (None: all have
-        one)."""
+        """pictures [B, 3, H, W] in [-1, 1], S_G's text, given bool [B] (False for rows without a source; None: all True)."""
         x = self.stem(self.unshuffle(pictures).contiguous(memory_format=torch.channels_last))
-        seen = []
+        features = []
         for i, block in enumerate(self.blocks):
             x = block(self.downsamples[i - 1](x) if i else x)
-            seen.append(x)
-        shown = zip(self.sizes, self.into, seen, strict=True)
-        maps = {size: into(F.leaky_relu(x, SLOPE)) for size, into, x in shown}
-        return SourceGuide(self.repaint(pictures, seen[0], text), given, maps, self.keep)
+            features.append(x)
+        scales = zip(self.sizes, self.into, features, strict=True)
+        maps = {size: into(F.leaky_relu(x, SLOPE)) for size, into, x in scales}
+        return SourceGuide(self.repaint(pictures, features[0], text), given, maps, self.keep)

@@ -1,4 +1,4 @@
-"""The text embeddings S_G and S_D: encoders that read token ids and are trained from scratch with their network.
+"""The text embeddings S_G and S_D: encoders of token ids, trained from scratch together with their network.
 
 Legend of shapes: B batch, T tokens, E embedding width.
 """
@@ -15,14 +15,14 @@ from dist_t2i.models.config import TextConfig
 
 
 class TextEmbedding(NamedTuple):
-    """What an encoder makes of a batch of captions; row i depends on caption i alone."""
+    """The embeddings of a batch of captions; row i depends on caption i only."""
 
     sentence: Tensor
-    """[B, E], one vector a caption."""
+    """[B, E], one vector per caption."""
     words: Tensor
-    """[B, T, E], one vector a token; zero where `mask` is False."""
+    """[B, T, E], one vector per token; zero where `mask` is False."""
     mask: Tensor
-    """[B, T] bool, True at the caption's own tokens."""
+    """[B, T] bool, True at the caption's tokens, False at padding."""
 
 
 def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Together(torch.autograd.Function):
-    """The same tensors; their gradients are passed on all at once, when the last is there."""
+    """The identity; its backward pass runs once all gradients have arrived, and passes them on in a fixed order."""
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,10 +43,10 @@ class _Together(torch.autograd.Function):
 
 
 class OrderedLSTM(nn.LSTM):
-    """An LSTM whose parameters get their gradients in an order that does not depend on the captions' lengths.
+    """An LSTM whose parameters receive their gradients in an order that does not depend on the captions' lengths.
 
-    On packed sequences that order follows the lengths, which differ between ranks; ZeRO stage 2 puts gradients into its
-    reduction buckets in the order in which they come, and so would silently add one tensor to another.
+    On packed sequences the order follows the lengths, which differ between ranks. ZeRO stage 2 fills its reduction buckets
+    in order of arrival and would silently add gradients of different parameters.
     """
 
     def forward(self, input, hx=None):
@@ -62,8 +62,7 @@ class OrderedLSTM(nn.LSTM):
 class LstmText(nn.Module):
     """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default).
 
-    The sentence is normalised over its width: fresh LSTM states are so small that a network which reads them beside
-    noise would hear little else.
+    The sentence is normalized over its width, because initial LSTM states are so small that noise would drown them.
     """
 
     def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
@@ -97,7 +96,7 @@ class TransformerBlock(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, E], mask [B, T] bool -> [B, T, E]; padding is never attended to."""
+        """x [B, T, E], mask [B, T] bool -> [B, T, E]; padding gets no attention."""
         rows, tokens, width = x.shape
         split = self.query_key_value(self.attention_norm(x)).view(rows, tokens, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
@@ -107,7 +106,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerText(nn.Module):
-    """A small transformer with learned positions; the sentence is the mean over the caption's own tokens."""
+    """A small transformer with learned positions; the sentence is the mean over the caption's tokens."""
 
     def __init__(self, vocab_size: int, embedding: int, layers: int, heads: int, max_tokens: int):
         super().__init__()
@@ -130,7 +129,7 @@ class TransformerText(nn.Module):
 
 
 def build_text_encoder(text: TextConfig, vocab_size: int, max_tokens: int) -> nn.Module:
-    """The encoder that the configuration names, with fresh weights (or, in `mode: frozen`, wrapped by the caller).
+    """The encoder that the configuration names, randomly initialized.
 
     Returns a module with `.width` (E) and forward(tokens int64 [B, T], lengths int64 [B]) -> `TextEmbedding`.
     """

@@ -35,7 +35,7 @@ from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.losses import functional as losses
 from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
-from dist_t2i.losses.global_batch import GlobalRows, RowIds
+from dist_t2i.losses.global_batch import GlobalRows, global_same_pairs
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features
 from dist_t2i.models.generator import Generated
@@ -269,7 +269,7 @@ class Gan:
     def _negatives(self, batches: Sequence[Batch], images: int) -> Negatives:
         """What the rows of this step are contrasted with. Collective."""
         places, device = draw_places(self.config, images), self.generator.device
-        same = RowIds([batch.to(device) for batch in batches]).same
+        same = global_same_pairs([batch.to(device) for batch in batches])
         return Negatives(same, None if places is None else places.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
