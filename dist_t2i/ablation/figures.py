@@ -1,4 +1,4 @@
-"""An ablation as pictures: the arms side by side on the same prompts and noise, and every seed of every metric as a dot."""
+"""Figures of an ablation: samples of all arms for the same prompts and noise, and a plot of every metric by seed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Protocol, out: Path) -> list[GridRow]:
-    """A row a held-out caption, spread evenly over the split: the real picture, then one of each arm's run of that seed."""
+    """One row per held-out caption, evenly spaced in the split: the real picture, then one sample of each arm."""
     from dist_t2i.eval.measure import generate
     from dist_t2i.inference.pipeline import load
 
     samples = data.samples(split)
     count = min(plan.prompts, len(samples))
-    chosen = [samples[i * len(samples) // count] for i in range(count)]
-    captions = [sample.captions[0] for sample in chosen]
+    selected = [samples[i * len(samples) // count] for i in range(count)]
+    captions = [sample.captions[0] for sample in selected]
     columns = []
     for arm in plan.arms:
         model = load(run_folder(out, arm, seed))
@@ -33,18 +33,18 @@ def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Pr
     size = model.image_size
     return [
         GridRow(caption, [column[row] for column in columns], sample.image.convert("RGB").resize((size, size)))
-        for row, (caption, sample) in enumerate(zip(captions, chosen, strict=True))
+        for row, (caption, sample) in enumerate(zip(captions, selected, strict=True))
     ]
 
 
 def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> Path:
-    """The rows as a PNG, with the arms' names above their columns."""
+    """Writes the rows as a PNG with the arms' labels above the columns."""
     save_grid(render_grid(rows, title=title, tile=96, columns=1, headings=[plan.label(arm) for arm in plan.arms]), path)
     return path
 
 
-def draw_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
-    """One panel a metric: a dot for each run, a bar for the mean and its interval. Raises ImportError without matplotlib."""
+def plot_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
+    """One panel per metric: a dot for each run, a bar for mean and interval. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,11 +63,11 @@ def _panel(axes: Any, plan: Plan, measure: Measure, *, first: bool) -> None:
     names = [arm for arm in plan.arms if measure.values[arm]]
     for row, arm in enumerate(names):
         values = list(measure.values[arm].values())
-        found = measure.estimate(arm)
+        estimate = measure.estimate(arm)
         axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.45, markersize=5)
-        if found.n > 1:
-            axes.plot([found.low, found.high], [row, row], color="black", linewidth=1.2)
-        axes.plot([found.mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
+        if estimate.n > 1:
+            axes.plot([estimate.low, estimate.high], [row, row], color="black", linewidth=1.2)
+        axes.plot([estimate.mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
     axes.set_yticks(range(len(names)), [plan.label(arm) for arm in names] if first else [""] * len(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     name = measure.name.split(" (")

@@ -1,4 +1,4 @@
-"""The file of an ablation (configs/ablation-*.yaml): which arms, on what, how long, how often, judged how."""
+"""The plan of an ablation, read from configs/ablation-*.yaml: arms, data, budget, seeds, protocol."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SOURCES = ("", "openmoji")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train."""
+    """One of the configurations that an ablation compares."""
 
     label: str = ""
-    """How tables call it; empty: its name."""
+    """Name in tables; empty: the arm's key."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value` on top of the plan's, as on the command line of train.py."""
+    """`section.key=value`, applied after the plan's overrides."""
     sentences: bool = False
-    """Whether `text.frozen` is a table of this set's captions, written with the sentence encoder of a package."""
+    """Whether `text.frozen` is a table of sentence vectors of this set's captions (see sentence_encoder.py)."""
     claim: str = ""
-    """What is said of this arm: `REFERENCE does better than it` is put to the test."""
+    """Hypothesis about this arm, in words; the test is whether the reference does better than this arm."""
     note: str = ""
-    """What a reader must know to judge the comparison."""
+    """What a reader must know about this comparison."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Plan:
 
     name: str = ""
     base: str = ""
-    """Configuration that all arms share, relative to the folder where the command runs."""
+    """Configuration file that all arms share, relative to the working directory."""
     data: str = ""
-    """The set; empty: the base configuration's data.train."""
+    """Sharded set; empty: data.train of the base configuration."""
     source: str = ""
-    """`openmoji`: a set that is not there yet is made with `tools/shard.py openmoji`."""
+    """`openmoji`: a missing set is written with `tools/shard.py openmoji`."""
     images: int = 0
-    """Budget of each run in images seen; 0: the base configuration's."""
+    """Images that each run sees; 0: train.total_images of the base configuration."""
     seeds: int = 3
     """Runs of each arm: seeds train.seed, train.seed + 1, ..."""
     overrides: tuple[str, ...] = ()
-    """Of every arm."""
+    """`section.key=value`, applied to every arm."""
     reference: str = ""
-    """The arm that the others are compared with; empty: the first."""
+    """Arm that the others are compared with; empty: the first arm."""
     decides: tuple[str, ...] = ("kid", "recall_at_1")
-    """Metrics that the verdict is about, on the first split; the others are reported."""
+    """Metrics of the first split that decide the verdict; the others are only reported."""
     prompts: int = 10
     """Rows of the sample grid."""
     protocol: str = "held-out"
-    """By which runs are scored: its name, or a .yaml file."""
+    """Evaluation protocol: a name, or a .yaml file."""
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def label(self, arm: str) -> str:
@@ -65,11 +65,11 @@ class Plan:
 
     @property
     def others(self) -> list[str]:
-        """The arms that are compared with the reference."""
+        """All arms except the reference."""
         return [name for name in self.arms if name != self.reference]
 
     def config(self, arm: str, number: int, out: Path) -> Config:
-        """The configuration of one run: seed number `number` of an arm. Raises ConfigError."""
+        """Configuration of one run: train.seed + `number` of an arm. Raises ConfigError."""
         config = self._load(arm, out)
         seed = config.train.seed + number
         folder = str(run_folder(out, arm, seed))
@@ -80,67 +80,66 @@ class Plan:
         )
 
     def configs(self, out: Path) -> dict[tuple[str, int], Config]:
-        """(arm, seed) -> configuration of every run, seed by seed: stopped early, arms can be compared all the same.
+        """(arm, seed) -> configuration of every run. Raises ConfigError with every problem of every arm.
 
-        Raises ConfigError that names every problem of every arm.
+        Runs are ordered by seed, so that an ablation that stops early has runs of all arms.
         """
         problems: list[str] = []
-        found: dict[tuple[str, int], Config] = {}
+        configs: dict[tuple[str, int], Config] = {}
         for number in range(self.seeds):
             for arm in self.arms:
                 try:
                     config = self.config(arm, number, out)
-                    found[arm, config.train.seed] = config
+                    configs[arm, config.train.seed] = config
                 except ConfigError as error:
-                    said = error.problems or str(error).splitlines()
-                    problems += [f"arms.{arm}: {line}" for line in said]
+                    problems += [f"arms.{arm}: {line}" for line in error.problems or str(error).splitlines()]
             if problems:
                 break
         if problems:
-            raise _error(self.name, _said_once(problems, len(self.arms)))
-        return found
+            raise _error(self.name, _without_repeats(problems, len(self.arms)))
+        return configs
 
     def _load(self, arm: str, out: Path) -> Config:
-        given = [f"data.train={self.data}"] if self.data else []
-        given += [f"train.total_images={self.images}"] if self.images else []
+        common = [f"data.train={self.data}"] if self.data else []
+        common += [f"train.total_images={self.images}"] if self.images else []
         table = [f"text.frozen={table_of(out)}"] if self.arms[arm].sentences else []
-        config = config_files.load(self.base, [*given, *self.overrides, *self.arms[arm].overrides, *table])
+        config = config_files.load(self.base, [*common, *self.overrides, *self.arms[arm].overrides, *table])
         if any("checkpoint.every_images" in text for text in self.overrides):
             return config
-        # Few enough not to cost, often enough that an interruption loses little; what is drawn comes at the end.
+        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. Samples come at the end.
         total = config.train.total_images
-        kept = dataclasses.replace(config.checkpoint, every_images=-(-total // 5), keep_last=1)
+        checkpoint = dataclasses.replace(config.checkpoint, every_images=-(-total // 5), keep_last=1)
         return dataclasses.replace(
-            config, checkpoint=kept, report=dataclasses.replace(config.report, sample_every_images=total)
+            config, checkpoint=checkpoint, report=dataclasses.replace(config.report, sample_every_images=total)
         )
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
-    """Where a run lives: as `tools/submit.py --array-seeds` lays them out."""
+    """Folder of a run, in the layout of `tools/submit.py --array-seeds`."""
     return out / arm / f"seed-{seed}"
 
 
 def table_of(out: Path) -> Path:
-    """The table of caption vectors of the arms with `sentences`."""
+    """Table of caption vectors for arms with `sentences`."""
     return out / "sentences.safetensors"
 
 
 def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> Plan:
-    """The checked plan of a file; `seeds` and `images` go before what it says.
+    """The validated plan of a file; `seeds` and `images` override its values.
 
-    Raises ConfigError with every problem of the file at once, those of the arms' configurations included.
+    Raises ConfigError with all problems at once, including those of the arms' configurations.
     """
     try:
-        found = config_files.parse(path.read_text(encoding="utf-8"))
+        content = config_files.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(near) for near in path.parent.glob("ablation*.yaml"))) or "none"
-        raise ConfigError(f"no ablation {path}; in that folder there are: {known}") from None
+        raise ConfigError(f"{path} does not exist; ablations in that folder: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the ablation {path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the ablation {path} is not YAML: {' '.join(str(error).split())}") from None
     problems: list[str] = []
-    plan: Plan = read_section({} if found is None else found, Plan, "", problems, "an ablation")
+    plan: Plan = read_section({} if content is None else content, Plan, "", problems, "an ablation")
     plan = dataclasses.replace(
         plan,
         name=plan.name or path.stem.removeprefix("ablation-"),
@@ -160,36 +159,36 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
 
 
 def _contradictions(plan: Plan) -> list[str]:
-    from dist_t2i.ablation import scoring  # it brings torch along
+    from dist_t2i.ablation import scoring  # imports torch
 
     problems = []
     if not plan.base:
         problems.append("base: missing: the configuration file that the arms share, such as configs/openmoji32.yaml")
     elif not Path(plan.base).is_file():
-        problems.append(f"base: there is no {plan.base} (looked for from {Path.cwd()})")
+        problems.append(f"base: {plan.base} does not exist (working directory: {Path.cwd()})")
     if len(plan.arms) < 2:
-        problems.append(f"arms: a comparison needs at least two, has {len(plan.arms)}")
+        problems.append(f"arms: a comparison needs at least two, this file has {len(plan.arms)}")
     for name in plan.arms:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            problems.append(f"arms.{name}: becomes a folder: use letters, digits, - and _")
+            problems.append(f"arms.{name}: is also the name of a folder: use letters, digits, - and _")
         elif name in ("features", "report"):
-            problems.append(f"arms.{name}: is the name of a folder of the ablation itself: choose another")
+            problems.append(f"arms.{name}: is reserved for a folder of the ablation: choose another name")
     if plan.arms and plan.reference not in plan.arms:
-        problems.append(f"reference: {plan.reference} is none of the arms {', '.join(plan.arms)}")
+        problems.append(f"reference: {plan.reference} is not among the arms {', '.join(plan.arms)}")
     if plan.seeds < 1:
-        problems.append(f"seeds: at least 1 (and 3 for an interval that says something), is {plan.seeds}")
+        problems.append(f"seeds: must be at least 1 (at least 3 for a useful interval), is {plan.seeds}")
     if plan.images < 0:
-        problems.append(f"images: at least 1, is {plan.images}")
+        problems.append(f"images: must be at least 1, is {plan.images}")
     if plan.source not in SOURCES:
-        problems.append(f"source: openmoji or nothing, is {plan.source}")
+        problems.append(f"source: must be openmoji or empty, is {plan.source}")
     return problems + scoring.problems_of(plan.protocol, plan.decides)
 
 
-def _said_once(problems: list[str], arms: int) -> list[str]:
-    """Problems that every arm has are the base's, and told once."""
+def _without_repeats(problems: list[str], arms: int) -> list[str]:
+    """Problems that every arm has come from the base configuration, and are listed once."""
     texts = [line.split(": ", 1)[1] for line in problems]
-    found = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
-    return found + [line for line, text in zip(problems, texts, strict=True) if text not in found]
+    shared = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
+    return shared + [line for line, text in zip(problems, texts, strict=True) if text not in shared]
 
 
 def _error(source: str, problems: list[str]) -> ConfigError:

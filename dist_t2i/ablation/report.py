@@ -19,7 +19,7 @@ from dist_t2i.reporting import web_page
 
 FORMAT = 1
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
-"""(arm, seed) -> what `Judging.scores` gave."""
+"""(arm, seed) -> the scores that `RunScorer.scores` returns."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The runs of an ablation: which are done, which have to go on, and training them, one or several at a time.
+"""The runs of an ablation: which are finished, and training the others, one or several at a time.
 
-OUT/ARM/seed-N/            a run folder as every run has one
-OUT/ARM/seed-N.yaml        its configuration, before it begins
-OUT/ARM/seed-N.log         what it said, where several train at a time
-OUT/sentences.safetensors  caption vectors of the set, where an arm reads them
+OUT/ARM/seed-N/            run folder
+OUT/ARM/seed-N.yaml        configuration of the run
+OUT/ARM/seed-N.log         output of the run, if several train at a time
+OUT/sentences.safetensors  caption vectors, if an arm needs them
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dist_t2i.utils.processes import usable_cores
 Configs = Mapping[tuple[str, int], Config]
 Say = Callable[[str], None]
 _LOOK = 0.25
-"""Seconds between two looks at runs that train side by side."""
+"""Seconds between two polls of runs that train in parallel."""
 
 
 def is_finished(config: Config) -> bool:
@@ -42,7 +42,7 @@ def is_finished(config: Config) -> bool:
 
 
 def seconds_trained(run: Path) -> float:
-    """Seconds of training by the run's own reports; starting, sample grids and checkpoints not counted."""
+    """Seconds of training according to metrics.jsonl, without start-up, sample grids and checkpoints."""
     seconds, before = 0.0, 0
     for entry in metrics_log.read(run / "metrics.jsonl"):
         rate = entry.get("images_per_second")
@@ -53,17 +53,17 @@ def seconds_trained(run: Path) -> float:
 
 
 def check_kept(configs: Configs, data: ShardSet) -> None:
-    """Raises UserError, naming all of them, when runs that are there are not those that the plan describes."""
+    """Raises CheckpointError that lists all existing runs whose configuration or data differ from the plan."""
     problems = []
     for config in configs.values():
         run = Path(config.run.folder)
         if not (run / "config.yaml").exists():
             continue
         try:
-            kept = config_files.load(run / "config.yaml")
-            if config.engine.precision == "auto":  # a run notes what that was where it began
-                config = replace(config, engine=replace(config.engine, precision=kept.engine.precision))
-            refuse_changes(kept, config)
+            saved = config_files.load(run / "config.yaml")
+            if config.engine.precision == "auto":  # a run saves the precision that `auto` chose
+                config = replace(config, engine=replace(config.engine, precision=saved.engine.precision))
+            refuse_changes(saved, config)
         except ConfigError as error:
             problems += [f"{run}: {line}" for line in error.problems or [str(error)]]
         known = fingerprint_of(run)
@@ -72,12 +72,12 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
     if problems:
         listed = "".join(f"\n  {line}" for line in problems)
         raise CheckpointError(
-            f"runs of another ablation are in the way:{listed}\nChoose another folder with --out, or remove them."
+            f"the folder has runs of another ablation:{listed}\nChoose another folder with --out, or remove these runs."
         )
 
 
 def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
-    """The table of caption vectors, if an arm needs one and it is not there for this set yet. Raises UserError."""
+    """Writes the table of caption vectors if an arm needs one and this set has none yet. Raises UserError."""
     path = table_of(out)
     stamp = path.with_suffix(".set")
     if not any(arm.sentences for arm in plan.arms.values()):
@@ -93,80 +93,80 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
 
 
 def all_captions(data: ShardSet) -> list[str]:
-    """Every caption of a set, of all splits, and those that differ from one by skin tone (which evaluation asks for)."""
+    """Every caption of all splits, and its variants by skin tone (which the evaluation scores)."""
     from dist_t2i.eval.skin_tones import tone_pair
 
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for split in data.splits:
         samples = data.samples(split)
         for i in range(len(samples)):
-            found.update(dict.fromkeys(samples[i].captions))
-    for caption in list(found):
-        found.update(dict.fromkeys(tone_pair(caption) or ()))
-    return list(found)
+            captions.update(dict.fromkeys(samples[i].captions))
+    for caption in list(captions):
+        captions.update(dict.fromkeys(tone_pair(caption) or ()))
+    return list(captions)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains what is not finished, `jobs` at a time; (arm, seed) -> why, of those that broke down.
+    """Trains the unfinished runs, `jobs` at a time; returns (arm, seed) -> reason of the runs that failed.
 
-    Raises Interrupted when it was asked to stop; the runs have saved.
+    Raises Interrupted after a stop signal; the runs have saved checkpoints.
     """
-    left = {key: config for key, config in configs.items() if not is_finished(config)}
-    if len(left) < len(configs):
-        say(f"{len(configs) - len(left)} of {len(configs)} runs are finished already")
-    for config in left.values():
+    unfinished = {key: config for key, config in configs.items() if not is_finished(config)}
+    if len(unfinished) < len(configs):
+        say(f"{len(configs) - len(unfinished)} of {len(configs)} runs are finished")
+    for config in unfinished.values():
         file = config_file(config)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, config_files.dump(config))
-    return _side_by_side(left, jobs, say) if jobs > 1 else _in_turn(left, say)
+    return _in_parallel(unfinished, jobs, say) if jobs > 1 else _in_turn(unfinished, say)
 
 
 def config_file(config: Config) -> Path:
-    """Where the configuration of a run is written before it begins (the run keeps its own copy)."""
+    """File that holds the configuration of a run before it begins (the run keeps a copy)."""
     return Path(config.run.folder + ".yaml")
 
 
-def _in_turn(left: Configs, say: Say) -> dict[tuple[str, int], str]:
+def _in_turn(configs: Configs, say: Say) -> dict[tuple[str, int], str]:
     failed = {}
-    for number, (key, config) in enumerate(left.items(), 1):
-        say(f"run {number} of {len(left)}: {_begins(key, config)}")
+    for number, (key, config) in enumerate(configs.items(), 1):
+        say(f"run {number} of {len(configs)}: {_describe(key, config)}")
         started = time.monotonic()
         try:
             train(config_file(config), [], Path(config.run.folder))
         except TrainingError as error:
             failed[key] = str(error)
-            say(f"{_name(key)} broke down: {error}")
+            say(f"{_name(key)} failed: {error}")
         else:
             say(f"{_name(key)}: {time.monotonic() - started:,.0f} s")
     return failed
 
 
-def _begins(key: tuple[str, int], config: Config) -> str:
+def _describe(key: tuple[str, int], config: Config) -> str:
     seen = newest_images(Path(config.run.folder))
-    where = f"goes on at {seen:,} of" if seen else "has to see"
-    return f"{_name(key)} {where} {config.train.total_images:,} images"
+    progress = f"resumes at {seen:,} of" if seen else "trains for"
+    return f"{_name(key)} {progress} {config.train.total_images:,} images"
 
 
 def _name(key: tuple[str, int]) -> str:
     return f"{key[0]}/seed-{key[1]}"
 
 
-def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Each run under a process of its own (this module as a command), which is asked to stop when this one is."""
+def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
+    """Trains each run in a separate process (this module as a command), which stops when this process is asked to."""
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-    waiting, failed = list(left.items()), {}
+    waiting, failed = list(configs.items()), {}
     live: dict[tuple[str, int], tuple[subprocess.Popen, float]] = {}
     with _stopping(live) as asked:
         while live or (waiting and not asked):
             while waiting and len(live) < jobs and not asked:
                 key, config = waiting.pop(0)
-                say(f"{_begins(key, config)}; {len(waiting)} wait; it tells {config.run.folder}.log")
+                say(f"{_describe(key, config)}; {len(waiting)} wait; log: {config.run.folder}.log")
                 command = [sys.executable, "-m", __name__, str(config_file(config)), config.run.folder]
                 live[key] = (subprocess.Popen(command, env=environment, start_new_session=True), time.monotonic())
             for key, (process, started) in list(live.items()):
@@ -175,22 +175,22 @@ def _side_by_side(left: Configs, jobs: int, say: Say) -> dict[tuple[str, int], s
                     continue
                 del live[key]
                 if status not in (ExitStatus.FINISHED, ExitStatus.INTERRUPTED):
-                    failed[key] = f"exit status {status}; see {left[key].run.folder}.log"
+                    failed[key] = f"exit status {status}; see {configs[key].run.folder}.log"
                 say(f"{_name(key)}: {failed.get(key) or f'{time.monotonic() - started:,.0f} s'}")
             time.sleep(_LOOK)
     if asked:
-        raise Interrupted("stopped; the same command goes on from there")
+        raise Interrupted("stopped; the same command resumes the runs")
     return failed
 
 
 @contextlib.contextmanager
 def _stopping(live: Mapping) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM ask the live runs to stop; the list that is given fills up with such signals."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the live runs to stop; yields the list of the signals received."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         if not asked:
-            print("\nstopping: what was learned is saved first", flush=True)
+            print("\nstopping: the runs save checkpoints first", flush=True)
         asked.append(number)
         for process, _ in live.values():
             with contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ def _stopping(live: Mapping) -> Iterator[list[int]]:
 
 
 def main() -> int:
-    """One run, under the process that trains several at a time: CONFIG RUN."""
+    """Trains one run for `_in_parallel`; arguments: CONFIG RUN."""
     config, run = map(Path, sys.argv[1:])
     try:
         train(config, [], run, log=Path(f"{run}.log"))

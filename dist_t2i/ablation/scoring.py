@@ -1,7 +1,7 @@
-"""The scores of the runs of an ablation, each computed once: an independent judge's, and the model's own opinion.
+"""The scores of an ablation's runs, cached: by an independent feature network, and by the model itself.
 
-OUT/features/HASH.safetensors      what the judge saw in pictures that are asked for again, such as the real ones
-OUT/ARM/seed-N/ablation.json       a run's scores, with hashes of all that they depend on
+OUT/features/HASH.safetensors      features of pictures, by the hash of their pixels
+OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything they depend on
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 FILE = "ablation.json"
 OWN = "_own"
-"""End of the keys of what the model's own D and S_D say."""
+"""Suffix of the keys of scores that the model's own D and S_D give."""
 
 
 @dataclass(frozen=True)
-class RememberingJudge(FeatureNetwork):
-    """A judge that looks at the same pictures once: features are kept in a folder, by the hash of the pixels."""
+class CachedFeatures(FeatureNetwork):
+    """A feature network that caches features in a folder, by the hash of the pixels."""
 
     folder: Path = Path()
 
     @classmethod
-    def of(cls, judge: FeatureNetwork, folder: Path) -> RememberingJudge:
+    def of(cls, judge: FeatureNetwork, folder: Path) -> CachedFeatures:
         plain = {field.name: getattr(judge, field.name) for field in dataclasses.fields(judge)}
         return cls(**plain, folder=folder)
 
@@ -52,54 +52,55 @@ class RememberingJudge(FeatureNetwork):
         path = self.folder / f"{digest}.safetensors"
         if path.is_file():
             return load_file(path)["features"]
-        found = super().__call__(images, batch=batch)
+        features = super().__call__(images, batch=batch)
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
-            save_file({"features": found.contiguous()}, part)
-        return found
+            save_file({"features": features.contiguous()}, part)
+        return features
 
 
 def problems_of(protocol: str, decides: Sequence[str]) -> list[str]:
-    """What is wrong with how an ablation is to be judged, before anything is trained."""
+    """Problems of an ablation's protocol and deciding metrics, one line each."""
     try:
         known = keys_of(load_protocol(protocol))
     except UserError as error:
         return [f"protocol: {error}"]
-    problems = [] if decides else ["decides: names no metric: a verdict needs at least one, such as recall_at_1"]
+    problems = [] if decides else ["decides: is empty: a verdict needs at least one metric, such as recall_at_1"]
     for key in decides:
         if key not in known:
-            problems.append(f"decides: no metric {key!r}; {protocol} gives {', '.join(known)}")
+            problems.append(f"decides: unknown metric {key!r}; {protocol} has {', '.join(known)}")
         elif key.endswith(OWN):
-            problems.append(f"decides: {key} is the model's own opinion: every arm is its own judge there")
+            problems.append(f"decides: {key} is scored by each arm's own networks, so it cannot decide between arms")
     return problems
 
 
-class Judging:
+class RunScorer:
     """Scores runs on one set by one protocol."""
 
     def __init__(self, data: ShardSet, protocol: Protocol, out: Path, say: Callable[[str], None]) -> None:
         self.data, self.protocol, self.out, self.say = data, protocol, out, say
         self.judges: dict[str, FeatureNetwork] = {}
-        """The independent ones that the protocol asks for, by network; loaded when they are first needed."""
+        """The protocol's feature networks by name; loaded on first use."""
 
     def scores(self, run: Path) -> dict[str, Any]:
-        """As in scores.json: those that are kept if they are about this model, this set and this protocol, else new ones.
-        Raises UserError. `seconds` is how long it took, `parameters` counts those of each network.
+        """Scores of a run as in scores.json, from the cache if model, set and protocol are the same. Raises UserError.
+
+        Adds `seconds` (duration of the scoring) and `parameters` (number of weights by network).
         """
         from dist_t2i.inference.pipeline import load
 
         model = load(run)
         key = self._key(model)
-        kept = _read(run / FILE)
-        if kept.get("key") == key:
-            return kept["scores"]
+        cached = _read(run / FILE)
+        if cached.get("key") == key:
+            return cached["scores"]
         self.say(f"scores of {run}")
         if not self.judges:
             loaded = load_networks(self.protocol, model.device)
-            self.judges = {name: RememberingJudge.of(one, self.out / "features") for name, one in loaded.items()}
+            self.judges = {name: CachedFeatures.of(judge, self.out / "features") for name, judge in loaded.items()}
         started = time.monotonic()
-        found = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.judges)
-        scores = json.loads(json.dumps(found.as_json()))  # as it will be read back
+        result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.judges)
+        scores = json.loads(json.dumps(result.as_json()))  # the same types as when read back from the cache
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
         write_atomic(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
@@ -115,14 +116,14 @@ class Judging:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def parameters(model: TextToImage) -> dict[str, int]:
-    """How many numbers each network has: generator, discriminator, and the trained text encoders together."""
+    """Number of weights of the generator, the discriminator and all trained text encoders."""
     counted = {"generator": 0, "discriminator": 0, "text": 0}
     encoders: dict[str, int] = {}
     for tensors in (model.files.generator, model.files.discriminator):

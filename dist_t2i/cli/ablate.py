@@ -165,7 +165,7 @@ def report(
     from dist_t2i.eval.protocol import load_protocol
 
     protocol = load_protocol(plan.protocol)
-    judge = scoring.Judging(data, protocol, out, say)
+    judge = scoring.RunScorer(data, protocol, out, say)
     done = {key: config for key, config in configs.items() if is_finished(config)}
     empty = [arm for arm in plan.arms if not any(name == arm for name, _ in done)]
     if empty:
@@ -196,7 +196,7 @@ def draw(plan: Plan, found: Any, data: ShardSet, protocol: Any, out: Path, seed:
     split = found.measures[0].split
     shown = [one for one in found.measures if one.split == split]
     try:
-        drawn["Every run as a dot, means and intervals as bars"] = figures.draw_seeds(plan, shown, out / "seeds.png")
+        drawn["Every run as a dot, means and intervals as bars"] = figures.plot_seeds(plan, shown, out / "seeds.png")
     except ImportError as error:
         say(f"no seeds.png: {error} (`pip install matplotlib` brings it)")
     rows = figures.side_by_side(plan, seed, data, split, protocol, out)

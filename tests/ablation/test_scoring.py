@@ -31,7 +31,7 @@ JUDGE = FeatureNetwork("Averages", 32, 48, "0" * 64, Averages(), mean=127.0, std
 
 
 def test_a_judge_remembers_what_it_has_seen(tmp_path):
-    judge = scoring.RememberingJudge.of(JUDGE, tmp_path)
+    judge = scoring.CachedFeatures.of(JUDGE, tmp_path)
     pictures = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first = judge(pictures)
     assert torch.equal(first, JUDGE(pictures)) and judge.name == "Averages"
@@ -54,8 +54,8 @@ def test_scores_are_kept_until_something_changes(data, tmp_path):
 
     def scores(seeds):
         protocol = dataclasses.replace(load_protocol("openmoji-ablation"), splits=(), seeds=seeds)
-        one = scoring.Judging(data, protocol, tmp_path, told.append)
-        one.judges = {"efficientnet-lite0": scoring.RememberingJudge.of(JUDGE, tmp_path / "features")}
+        one = scoring.RunScorer(data, protocol, tmp_path, told.append)
+        one.judges = {"efficientnet-lite0": scoring.CachedFeatures.of(JUDGE, tmp_path / "features")}
         return one.scores(run)
 
     first = scores((0,))

@@ -101,7 +101,7 @@ def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, cap
     doc = tmp_path / "docs" / "ablation.md"
     status, said = finish(start(plan, out, "--jobs", 2, "--write-doc", doc))
     assert status == 0, said
-    assert "1 of 4 runs are finished already" in said and "frozen/seed-0 goes on at" in said
+    assert "1 of 4 runs are finished" in said and "frozen/seed-0 resumes at" in said
     assert (out / "dual" / "seed-0" / "metrics.jsonl").read_bytes() == kept
     check_table(out)
     check_pages(out, doc)
@@ -112,7 +112,7 @@ def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, cap
 
     assert inside(monkeypatch, plan, out, "--budget", 400) == 2
     said = capsys.readouterr().err
-    assert "runs of another ablation are in the way" in said
+    assert "the folder has runs of another ablation" in said
     assert said.count("train.total_images: was 800, is now 400") == 4 and "--out" in said
 
 
