@@ -1,9 +1,9 @@
-# make demo      install, then train on OpenMoji for ten minutes and show what came out (BUDGET=3m shortens it)
-# make test      install, then run every test (TESTS=tests/data: some; WORKERS=4: so many processes)
+# make demo      install, train on OpenMoji for ten minutes, and write a report (BUDGET=3m: a shorter run)
+# make test      install, then run every test (TESTS=tests/data: some tests; WORKERS=4: number of processes)
 # make quick     the tests that take seconds
 # make lint      ruff and mypy
-# make install   only install, all of it (into .venv; VENV=elsewhere, PYTHON=python3.12)
-# make clean     remove the virtual environment and caches; runs/ and data/ stay
+# make install   install everything (into .venv; VENV=elsewhere, PYTHON=python3.12)
+# make clean     remove the virtual environment and caches; keeps runs/ and data/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,8 +37,8 @@ format: $(installed)
 
 install: $(installed)
 
-# The stamp comes last, so that an install that was cut short is taken up again and a whole one is not repeated.
-# What the tests need besides takes as long again to install, so `make demo` leaves it out.
+# The stamp comes last, so that an interrupted install is repeated and a complete one is not.
+# `make demo` leaves out the packages of the tests, which would double the time of the install.
 $(installed): pyproject.toml constraints.txt tools/install.sh
 	@PYTHON="$(PYTHON)" sh tools/install.sh "$(VENV)" demo,eval,test
 	@touch $(for_demo) $(installed)
