@@ -34,9 +34,9 @@ def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Children created inside start with the stop signals blocked, so that none can kill them before they are set up.
+    """Children created inside start with the stop signals blocked, so that no signal kills them during their start.
 
-    A signal that comes meanwhile is not lost: another thread takes it, or this one at the end.
+    Signals that arrive meanwhile are not lost: another thread handles them, or this one at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -46,7 +46,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """In a worker process: leave stopping to the parent, which still needs data until its step boundary."""
+    """For worker processes: the parent decides when to stop, and needs data until its next step boundary."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -56,9 +56,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """The kernel kills this process when `parent` ends. Linux only."""
+    """Has the kernel kill this process when the process `parent` ends. Linux only."""
     if sys.platform == "linux":
-        # Follows the thread that forked: that is the main one, which ends with the process.
+        # The signal comes when the thread that forked ends: the main thread, which ends with the process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from scenarios import LANES, Beside
+from scenarios import LANES, Background
 
 from jobs import STEP, Job
 from ranks import ROOT
@@ -33,7 +33,7 @@ def cluster(tmp_path_factory, request):
         pytest.skip(message)
     slurm = LocalSlurm(tmp_path_factory.mktemp("cluster"), settings=SETTINGS)
     slurm.up()
-    request.getfixturevalue("beside")  # begins beside the tests that need hands
+    request.getfixturevalue("background")  # begins in the background
     yield slurm
     slurm.down()
     assert slurm.leftovers() == [], "processes outlived the cluster"
@@ -90,18 +90,18 @@ def job(cluster, data, slow, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def beside(request, tmp_path_factory, data, projects, slow) -> Iterator[Beside]:
-    """Runs the scenarios that the chosen tests ask for, those of each lane on a Slurm of its own."""
+def background(request, tmp_path_factory, data, projects, slow) -> Iterator[Background]:
+    """Runs the scenarios that the selected tests need, those of each lane on a Slurm of its own."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    running = Beside(tmp_path_factory.mktemp, data, projects, slow)
+    running = Background(tmp_path_factory.mktemp, data, projects, slow)
     clusters = []
     try:
         for lane in LANES:
-            chosen = [scenario for scenario in lane if scenario.__name__ in wanted]
-            if chosen:
-                clusters.append(LocalSlurm(tmp_path_factory.mktemp("beside"), settings=SETTINGS))
+            scenarios = [scenario for scenario in lane if scenario.__name__ in wanted]
+            if scenarios:
+                clusters.append(LocalSlurm(tmp_path_factory.mktemp("background"), settings=SETTINGS))
                 clusters[-1].up()
-                running.begin(clusters[-1], chosen)
+                running.begin(clusters[-1], scenarios)
         yield running
     finally:
         running.stop()
@@ -111,11 +111,11 @@ def beside(request, tmp_path_factory, data, projects, slow) -> Iterator[Beside]:
 
 def _of(name: str):
     @pytest.fixture(scope="session", name=name)
-    def came_of(cluster, beside):
-        """What came of the scenario of this name; `cluster` for its check that Slurm is there."""
-        return beside.ended(name)
+    def result(cluster, background):
+        """The result of the scenario of this name; `cluster` for its check that Slurm is there."""
+        return background.ended(name)
 
-    return came_of
+    return result
 
 
 for _scenario in chain(*LANES):

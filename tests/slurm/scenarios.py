@@ -1,7 +1,7 @@
 """Jobs that need no hand while they run: what undisturbed runs make, what a defect leads to, ten random events in a row.
 
-They take minutes in which the machine mostly waits. So they run beside the tests, in lanes, each lane on a Slurm of its
-own (`Beside`); the fixture of a scenario's name gives what came of it. A scenario is called with that Slurm, a folder of its
+They take minutes in which the machine mostly waits. So they run in the background of the tests, in lanes, each lane on a Slurm of its
+own (`Background`); the fixture of a scenario's name gives what came of it. A scenario is called with that Slurm, a folder of its
 own, the set, the maker of copies of the project (`projects`) and the copy with slow steps.
 """
 
@@ -34,7 +34,7 @@ from slurm.local import LocalSlurm
 OFTEN = "checkpoint.every_images=40"
 
 
-class Beside:
+class Background:
     """Runs lanes of scenarios, those of a lane one after the other. `tools` are what each is called with after its Slurm and
     its folder."""
 

@@ -66,7 +66,7 @@ def test_without_git(project, tmp_path):
 
 
 def test_only_a_copy_of_the_code_is_kept(project, tmp_path):
-    """Neither what is left of one, nor a folder beside the run that has its name; a seed has that of its array."""
+    """Neither what is left of one, nor a folder next to the run that has its name; a seed has that of its array."""
     run = tmp_path / "run"
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "my.txt").write_text("other work")

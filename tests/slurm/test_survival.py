@@ -42,7 +42,7 @@ def test_usr2_by_the_user(cluster, run4, whole4):
 
 
 def test_the_time_limit(cluster, run4, whole4):
-    """Cut to a minute or two from now, of which the job is told 110 s before."""
+    """Cut to a minute or two from now, of which the job gets notice 110 s before."""
 
     def cut_short() -> None:
         number = run4.restarts()

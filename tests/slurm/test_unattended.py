@@ -1,4 +1,4 @@
-"""How the jobs and commands ended that ran beside the other tests and were left alone (scenarios.py)."""
+"""The results of the jobs and commands that ran in the background of the other tests (scenarios.py)."""
 
 from __future__ import annotations
 

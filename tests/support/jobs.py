@@ -32,7 +32,7 @@ _SUBMIT = Program(ROOT / "tools" / "submit.py", "slurm.submission", "slurm.statu
 
 
 def submit(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`python tools/submit.py ...` of this checkout, and what came of it."""
+    """`python tools/submit.py ...` of this checkout, and its result."""
     with _SUBMIT.start(*words, environment=env, cwd=ROOT) as process:
         out, err = process.communicate(timeout=300)
     assert process.returncode is not None
@@ -82,7 +82,7 @@ class Job(Run):
     # ---- commands ----------------------------------------------------------------------------------------------------
 
     def tool(self, *words: str, status: int | None = 0) -> str:
-        """`python tools/submit.py ...`; what it prints. Its exit status must be `status`, unless that is None."""
+        """`python tools/submit.py ...`; what it prints. Its exit status must be `status`, unless `status` is None."""
         command = [sys.executable, str(self.project / "tools" / "submit.py"), *words]
         done = subprocess.run(
             command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=300
@@ -128,7 +128,7 @@ class Job(Run):
         return self.slurm_state() == "RUNNING"
 
     def shown(self, name: str) -> str:
-        """A field of `scontrol show job`, such as JobState; "" when there is none."""
+        """A field of `scontrol show job`, such as JobState; "" without one."""
         found = re.search(rf" {name}=(\S+)", self.cluster.command("scontrol", "-o", "show", "job", self.id))
         return found[1] if found else ""
 
@@ -174,8 +174,8 @@ class Job(Run):
         newest = (-1.0, 0)
         for process in psutil.process_iter():
             try:
-                told = process.environ()
-                if all(told.get(name) == value for name, value in wanted.items()) and "rank.py" in " ".join(
+                environment = process.environ()
+                if all(environment.get(name) == value for name, value in wanted.items()) and "rank.py" in " ".join(
                     process.cmdline()
                 ):
                     parent = process.parent()

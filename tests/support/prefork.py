@@ -136,9 +136,9 @@ def _serve() -> dict[str, Any]:
             return request
         print(pid, flush=True)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        aside = Path(f"{request['place']}.part")
-        aside.write_text(str(status))
-        aside.replace(f"{request['place']}.status")
+        part = Path(f"{request['place']}.part")
+        part.write_text(str(status))
+        part.replace(f"{request['place']}.status")
         os._exit(0)
     sys.exit()
 

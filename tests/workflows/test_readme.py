@@ -39,7 +39,7 @@ COMMANDS = [line.split("#")[0].strip() for block in blocks("sh") for line in blo
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """The project as a user has it, beside a folder of pictures."""
+    """The project as a user has it, with a folder of pictures."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("dist_t2i", "tools", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
