@@ -26,7 +26,7 @@ from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.scores import Score, Scores, SplitScores
 from dist_t2i.reporting.image_grid import GridRow, render_grid
-from dist_t2i.utils.seeds import mix
+from dist_t2i.utils.seeds import Purpose, mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,7 +143,7 @@ def evaluate_edits(
             continue
         say(f"{kind}: {len(cases)} edits")
         texts = [case.text for case in cases]
-        seeds = [mix(protocol.seed, caption_id(case.group), 4) for case in cases]
+        seeds = [mix(protocol.seed, caption_id(case.group), Purpose.EVALUATION_NOISE) for case in cases]
         sources = library.pictures([case.source for case in cases])
         edits, scratch = model.sample_edits(sources, texts, seeds, protocol.strength), base.sample(texts, seeds)
         pictures = {"edit": edits, "copy": sources, "scratch": scratch, "target": library.pictures(texts)}
