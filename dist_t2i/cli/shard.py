@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,28 +173,22 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=text)
 
 
-def positive(text: str) -> int:
-    """An integer above 0. Raises ValueError or ArgumentTypeError, as the other argument types do."""
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+def number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:
+    """An argument type for numbers that `accepts` accepts; the error message for any other is "... is not NEEDS"."""
+
+    def parse_number(text: str) -> Any:
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {needs}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # for argparse's message "invalid int value"
+    return parse_number
 
 
-def percent(text: str) -> int:
-    """An integer from 1 to 100."""
-    number = int(text)
-    if not 1 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
-    return number
-
-
-def share(text: str) -> float:
-    """A number in [0, 1)."""
-    number = float(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return number
+positive = number(int, lambda value: value > 0, "positive")
+percent = number(int, lambda value: 1 <= value <= 100, "from 1 to 100")
+share = number(float, lambda value: 0 <= value < 1, "from 0 to 1")
 
 
 def pair(text: str) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dist_t2i.data.shard_index import ShardIndex
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.writing.finish import fingerprint
 from dist_t2i.sharding.writing.processes import advance, in_processes
-from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples
+from dist_t2i.sharding.writing.report import contact_sheet, index_name, some_samples, split_table
 from dist_t2i.sharding.writing.tar_writer import crc32
 from dist_t2i.storage.folders import Folder, locate, open_folder
 from dist_t2i.utils.progress import Progress
@@ -54,7 +54,7 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
         f"fingerprint {manifest['fingerprint']}, image size {manifest.get('image_size') or 'unchanged'}",
         f"tokenizer of {tokenizer['vocabulary']:,} tokens, {tokenizer['known_words']:,} words",
         "",
-        _split_table(manifest["splits"]),
+        table(*split_table(manifest["splits"])),
         "",
         f"frequent words of {split}: {' '.join(manifest['splits'][split]['captions'].get('frequent_words', ()))}",
         "",
@@ -70,29 +70,6 @@ def describe(url: str, sheet: Path | None, split: str = "train") -> str:
         lines += ["", f"contact sheet: {sheet}"]
         lines += [f"  {sample.key}: {' | '.join(sample.captions)}" for sample in samples[:12]]
     return "\n".join(lines)
-
-
-def _split_table(splits: Mapping[str, Any]) -> str:
-    head = ["split", "pictures", "shards", "MB", "KB each", "short side", "captions"]
-    head += ["words, mean / max", "tokens, mean / 99% / max"]
-    rows = []
-    for name, part in splits.items():
-        captions = part["captions"]
-        words, tokens = captions["words"], captions["tokens"]
-        rows.append(
-            (
-                name,
-                f"{part['samples']:,}",
-                len(part["shards"]),
-                f"{part['bytes'] / 1e6:,.1f}",
-                f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-                " to ".join(map(str, part.get("short_side") or ["unknown"])),
-                f"{captions['count']:,}",
-                f"{words['mean']} / {words['max']}",
-                f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
-            )
-        )
-    return table(head, rows)
 
 
 def _bad_samples(folder: Folder, manifest: dict[str, Any]) -> str:

@@ -91,7 +91,10 @@ class PictureUrl(Picture):
         return 0, self.url
 
     def read(self) -> bytes:
-        return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), lambda error, _: _temporary(error))
+        def temporary(error: OSError, _: float) -> bool:
+            return getattr(error, "temporary", not isinstance(error, FileNotFoundError | PermissionError))
+
+        return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), temporary)
 
     def _read_once(self) -> bytes:
         if scheme_of(self.url) in WEB:
@@ -134,10 +137,6 @@ class DownloadError(OSError):
 
     def __reduce__(self) -> tuple:
         return DownloadError, (str(self), self.temporary)
-
-
-def _temporary(error: OSError) -> bool:
-    return getattr(error, "temporary", not isinstance(error, FileNotFoundError | PermissionError))
 
 
 def _download(url: str) -> bytes:

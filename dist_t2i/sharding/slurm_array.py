@@ -121,10 +121,9 @@ class SlurmArray:
         reasons = []
         for job in jobs:
             with contextlib.suppress(Exception):
-                error = job.exception()
-                if error is not None:
-                    lines = [line for line in str(error).splitlines() if line.strip()]
-                    reasons.append(f"\n  {job.job_id}: {lines[-1].strip() if lines else type(error).__name__}")
+                if (error := job.exception()) is not None:
+                    last_line = str(error).strip().rpartition("\n")[2].strip()
+                    reasons.append(f"\n  {job.job_id}: {last_line or type(error).__name__}")
         return (
             f"{len(missing)} shards were not written ({', '.join(missing[:5])}); logs: {self.folder}"
             f"{''.join(reasons[:5])}\nrun the same command again to resume"

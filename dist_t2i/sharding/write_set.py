@@ -48,7 +48,8 @@ def write_set(
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
-    _need_training_samples(sum(item.split == "train" for item in items), listed)
+    if not any(item.split == "train" for item in items):
+        raise _nothing_to_train_on(listed)
     try:
         plans = plan_shards(items, options)
         reserve(folder, plan_hash(plans, options))
@@ -57,7 +58,7 @@ def write_set(
             listed.extend(result["problems"])
         if not any(result["samples"] for result in results if result["split"] == "train"):
             forget(folder, plans)
-            _need_training_samples(0, listed)
+            raise _nothing_to_train_on(listed)
         manifest = finish(folder, plans, results, listed, options)
         folder.clear_staging()
         return manifest
@@ -65,13 +66,11 @@ def write_set(
         raise DataError(f"cannot write to --out {out}: {error}; run the same command again to resume") from error
 
 
-def _need_training_samples(count: int, problems: Sequence[dict[str, Any]]) -> None:
-    if count:
-        return
+def _nothing_to_train_on(problems: Sequence[dict[str, Any]]) -> DataError:
     counts = Counter(problem["reason"] for problem in problems)
     reasons = "".join(f"\n  {number} x {reason}" for reason, number in counts.most_common(10))
     examples = "".join(f"\n  {p['where']} {p['picture']}: {p['reason']}" for p in problems[:3])
-    raise DataError(
+    return DataError(
         f"no picture with a caption is left to train on{':' if reasons else ' (none was found)'}{reasons}"
         f"{f'{chr(10)}for example{examples}' if examples else ''}"
     )
@@ -106,16 +105,11 @@ def write_here(
 ) -> dict[str, dict[str, Any]]:
     """Write shards with `options.processes` processes of this machine; returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
-    results = in_processes(_write_without_collecting, calls, options.processes, progress)
-    return {plan.name: result for plan, result in zip(plans, results, strict=True)}
-
-
-def _write_without_collecting(folder: Folder, plan: ShardPlan, options: Options) -> dict[str, Any]:
-    """`write_shard` without garbage collection, which would scan all items (they hold no cycles) for 10% of the time."""
     enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # for 10% of the time, it would scan all items, which hold no cycles
     try:
-        return write_shard(folder, plan, options)
+        results = in_processes(write_shard, calls, options.processes, progress)
     finally:
         if enabled:
             gc.enable()
+    return {plan.name: result for plan, result in zip(plans, results, strict=True)}

@@ -120,7 +120,10 @@ class ClassSet:
         texts = texts or first_folder(root, self.texts, self.layout)
         if not texts.is_dir():
             raise DataError(f"--texts {texts}: there is no such folder. Expected files:\n{self.layout}")
-        classes = self._classes(images, texts)
+        parent, prefix = (images, "") if self.nested else (texts, "class_")
+        classes = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name.startswith(prefix))
+        if not classes:
+            raise DataError(f"{parent} has no folder {prefix}... of a class. Expected files:\n{self.layout}")
         folders = (root, texts.parent, images.parent)
         split, rule = class_split(classes, folders, train, test, lambda number: number % self.hold_out_every == 0)
         print(f"classes are split by {rule}", file=sys.stderr)
@@ -133,14 +136,6 @@ class ClassSet:
                 listed[folder] = files_of(folder)
             items += _class_items(texts / name, folder, listed[folder], split[name], problems)
         return sorted(items, key=lambda item: item.key), problems, self.about
-
-    def _classes(self, images: Path, texts: Path) -> list[str]:
-        if self.nested:
-            return sorted(path.name for path in images.iterdir() if path.is_dir())
-        classes = sorted(path.name for path in texts.iterdir() if path.is_dir() and path.name.startswith("class_"))
-        if not classes:
-            raise DataError(f"{texts} has no folders class_00001 ... Expected files:\n{self.layout}")
-        return classes
 
 
 def _class_items(texts: Path, images: Path, pictures: set[str], split: str, problems: list[Problem]) -> list[Item]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.items import Gathered, Item, Problem, captioned
@@ -39,19 +39,37 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
 
     Raises: DataError when the layout is another one, or a caption file cannot be read.
     """
+    items: list[Item] = []
     problems: list[Problem] = []
+    files: dict[str, set[str]] = {}
     year = 2014 if karpathy else year or _year_of(root)
-    if karpathy:
-        items = list(_of_karpathy(root, karpathy, problems))
-    else:
-        items = [
-            item
-            for part, split in ((f"train{year}", "train"), (f"val{year}", "test"))
-            for item in _of_captions(first_folder(root, (part,), LAYOUT), root, part, split, problems)
-        ]
-    name = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")
-    about = {"name": name, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
+    for entry in _karpathy_entries(karpathy, problems) if karpathy else _entries(root, year, problems):
+        folder, name = entry.folder, entry.name
+        if folder not in files:
+            files[folder] = files_of(first_folder(root, (folder,), LAYOUT)) if folder.isalnum() else set()
+        if name not in files[folder] or "/" in name:
+            problems.append(Problem(entry.where, f"{(root / folder).name}/{name}", "picture is missing"))
+            continue
+        key = name.rpartition(".")[0].replace(".", "_")
+        picture = PictureFile(f"{root / folder}/{name}")
+        item = captioned(key, picture, entry.captions, entry.where, problems, image_id=entry.image_id)
+        if item:
+            item.split = entry.split
+            items.append(item)
+    title = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")
+    about = {"name": title, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
     return sorted(items, key=lambda item: item.key), problems, about
+
+
+class _Entry(NamedTuple):
+    """A picture in a caption file."""
+
+    folder: str
+    name: str
+    image_id: Any
+    captions: list[str]
+    split: str
+    where: str
 
 
 def _year_of(root: Path) -> int:
@@ -82,58 +100,34 @@ def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
     return lists
 
 
-def _of_captions(folder: Path, root: Path, part: str, split: str, problems: list[Problem]) -> Iterator[Item]:
-    path = root / "annotations" / f"captions_{part}.json"
-    images, annotations = _read_lists(path, "images", "annotations")
-    names = {entry.get("id"): str(entry.get("file_name", "")) for entry in images}
-    texts: dict[Any, list[str]] = {}
-    for entry in annotations:
-        if entry.get("image_id") in names:
-            texts.setdefault(entry["image_id"], []).append(str(entry.get("caption", "")))
-        else:
-            where, image = f"{path.name}: {entry.get('id')}", str(entry.get("image_id"))
-            problems.append(Problem(where, image, "caption is of no known picture"))
-    files = files_of(folder)
-    for number, name in names.items():
-        where = f"{path.name}: {number}"
-        yield from _item(folder, name, files, texts.get(number, []), where, problems, number, split)
-    for name in sorted(files - set(names.values())):
-        problems.append(Problem("", f"{part}/{name}", f"picture is not in {path.name}"))
+def _entries(root: Path, year: int, problems: list[Problem]) -> Iterator[_Entry]:
+    for part, split in ((f"train{year}", "train"), (f"val{year}", "test")):
+        files = files_of(first_folder(root, (part,), LAYOUT))
+        path = root / "annotations" / f"captions_{part}.json"
+        images, annotations = _read_lists(path, "images", "annotations")
+        names = {entry.get("id"): str(entry.get("file_name", "")) for entry in images}
+        captions: dict[Any, list[str]] = {}
+        for entry in annotations:
+            if entry.get("image_id") in names:
+                captions.setdefault(entry["image_id"], []).append(str(entry.get("caption", "")))
+            else:
+                where, image = f"{path.name}: {entry.get('id')}", str(entry.get("image_id"))
+                problems.append(Problem(where, image, "caption is of no known picture"))
+        for number, name in names.items():
+            yield _Entry(part, name, number, captions.get(number, []), split, f"{path.name}: {number}")
+        for name in sorted(files - set(names.values())):
+            problems.append(Problem("", f"{part}/{name}", f"picture is not in {path.name}"))
 
 
-def _item(
-    folder: Path,
-    name: str,
-    files: set[str],
-    texts: list[str],
-    where: str,
-    problems: list[Problem],
-    image_id: Any,
-    split: str,
-) -> Iterator[Item]:
-    """The item of a picture, or a line in `problems`."""
-    if name not in files or "/" in name:
-        problems.append(Problem(where, f"{folder.name}/{name}", "picture is missing"))
-        return
-    key = name.rpartition(".")[0].replace(".", "_")
-    if item := captioned(key, PictureFile(f"{folder}/{name}"), texts, where, problems, image_id=image_id):
-        item.split = split
-        yield item
-
-
-def _of_karpathy(root: Path, path: Path, problems: list[Problem]) -> Iterator[Item]:
+def _karpathy_entries(path: Path, problems: list[Problem]) -> Iterator[_Entry]:
     (images,) = _read_lists(path, "images")
-    files: dict[str, set[str]] = {}
     for entry in images:
-        folder, name = str(entry.get("filepath", "")), str(entry.get("filename", ""))
-        if folder not in files:
-            files[folder] = files_of(first_folder(root, (folder,), LAYOUT)) if folder.isalnum() else set()
-        split = _SPLITS.get(str(entry.get("split")))
-        where, image_id = f"{path.name}: {entry.get('cocoid')}", entry.get("cocoid")
-        sentences = entry.get("sentences")
+        folder, name, image_id = str(entry.get("filepath", "")), str(entry.get("filename", "")), entry.get("cocoid")
+        split, sentences = _SPLITS.get(str(entry.get("split"))), entry.get("sentences")
+        where = f"{path.name}: {image_id}"
         if split is None or not isinstance(sentences, list):
             reason = f"split is {entry.get('split')!r}" if sentences else "has no captions"
             problems.append(Problem(where, name, reason))
             continue
-        texts = [str(sentence.get("raw", "")) for sentence in sentences if isinstance(sentence, dict)]
-        yield from _item(root / folder, name, files[folder], texts, where, problems, image_id, split)
+        captions = [str(sentence.get("raw", "")) for sentence in sentences if isinstance(sentence, dict)]
+        yield _Entry(folder, name, image_id, captions, split, where)

@@ -42,8 +42,12 @@ def table_items(
     tables = [table for pattern in patterns for table in expand(unchained(pattern))]
     for table in tables:
         folder, _, name = table.rpartition("/")
+        try:
+            data = open_folder(folder or ("/" if table.startswith("/") else ".")).read(name)
+        except OSError as error:
+            raise DataError(f"cannot read the table {table}: {error.strerror or error}") from error
         missing: dict[str, bool] = {}
-        for row in _rows(form, folder, name, table, columns):
+        for row in _parquet_rows(data, table, columns) if form == "parquet" else rows_of(data, form, table, columns):
             if row.problem:
                 problems.append(Problem(row.where, "", row.problem))
                 continue
@@ -61,14 +65,6 @@ def table_items(
     ordered = [items[key] for key in sorted(items)]
     hold_out(ordered, holdout)
     return ordered, problems, {"name": tables[0].rpartition("/")[2]}
-
-
-def _rows(form: str, folder: str, name: str, table: str, columns: Columns) -> Iterator[Row]:
-    try:
-        data = open_folder(folder or ("/" if table.startswith("/") else ".")).read(name)
-    except OSError as error:
-        raise DataError(f"cannot read the table {table}: {error.strerror or error}") from error
-    return _parquet_rows(data, table, columns) if form == "parquet" else rows_of(data, form, table, columns)
 
 
 def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:

@@ -68,12 +68,12 @@ def scan(url: str) -> TarContents:
             status = os.stat(url)
             with open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 version = f"{status.st_size} {status.st_mtime_ns}"
-                _scan_members(tar, tar_contents, status.st_size, version, remote=False)
+                _scan_members(tar, tar_contents, version, status.st_size)
         else:
             folder, _, name = url.rpartition("/")
             stream = cast(IO[bytes], _Stream(open_folder(folder).chunks(name)))
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                _scan_members(tar, tar_contents, None, "", remote=True)
+                _scan_members(tar, tar_contents, "", None)
     except tarfile.TarError as error:
         reason = f"tar ends in the middle or is damaged: {error}"
         tar_contents.problems.append(Problem(tar_contents.name, "", reason))
@@ -98,8 +98,8 @@ class _Stream:
         return data[:size]
 
 
-def _scan_members(tar: tarfile.TarFile, into: TarContents, end: int | None, version: str, remote: bool) -> None:
-    """Add the members of a tar of `end` bytes (None if unknown)."""
+def _scan_members(tar: tarfile.TarFile, into: TarContents, version: str, end: int | None) -> None:
+    """Add the members of a tar to `into`; `end` is the size of a local tar, and None for a remote one."""
     unsafe = 0
     for info in tar:
         named = key_and_extension(info.name)
@@ -111,13 +111,12 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, end: int | None, vers
         elif end is not None and info.offset_data + info.size > end:
             into.problems.append(Problem(into.name, key, "tar is cut short"))
         elif extension in PICTURES:
-            into.pictures.setdefault(key, TarMember(into.url, info.offset_data, info.size, version, remote))
+            into.pictures.setdefault(key, TarMember(into.url, info.offset_data, info.size, version, end is None))
         elif extension in ("json", "txt", "caption", "captions", "text") and info.size <= _MAX_TEXT:
             file = tar.extractfile(info)
             into.texts.setdefault(key, {})[extension] = file.read() if file else b""
     if unsafe:
-        reason = f"{unsafe} members are pickles, which can run code: not read"
-        into.problems.append(Problem(into.name, "", reason))
+        into.problems.append(Problem(into.name, "", f"{unsafe} members are pickles, which can run code: not read"))
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:

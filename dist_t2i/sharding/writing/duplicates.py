@@ -3,16 +3,12 @@
 **exact**: the same bytes (SHA-256). Only files of equal size are read.
 
 **perceptual**: nearly the same pixels. Each picture is decoded and shrunk to 9 x 8; the signs of the 64 differences
-between horizontal neighbors are its hash, compared together with the mean colors of its four quarters, because plain
-pictures differ in their colors only. Two pictures are duplicates when at most `MAX_BITS` signs differ, and no color
-differs by more than `MAX_COLOR` levels. Re-encoding, shrinking and slight retouching stay within these limits; crops,
-mirror images and rotations do not.
+between horizontal neighbors are its hash (dHash: N. Krawetz, "Kind of like that", 2013). At most `MAX_BITS` signs of
+duplicates differ, and the mean colors of each quarter by at most `MAX_COLOR` levels, which tells plain pictures apart.
+Re-encoding, shrinking and slight retouching stay within these limits; crops, mirror images and rotations do not.
 
 The first duplicate by (held-out splits first, then key) is kept, so that no held-out picture is trained on; the others
-are listed with the picture that they repeat. An exact duplicate within one split leaves its captions to the picture
-that is kept.
-
-The difference hash is known as dHash (N. Krawetz, "Kind of like that", 2013).
+are listed. An exact duplicate within one split leaves its captions to the picture that is kept.
 """
 
 from __future__ import annotations

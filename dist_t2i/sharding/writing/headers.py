@@ -29,12 +29,8 @@ def kind_of(data: bytes) -> str:
 
 def measure(data: bytes) -> tuple[int, int] | None:
     """Stored (width, height) of a picture that looks complete; None when it must be decoded to be measured."""
-    kind = kind_of(data)
-    if kind == "jpg":
-        return _jpeg(data)
-    if kind == "png":
-        return _png(data)
-    return _webp(data) if kind == "webp" else None
+    measure_kind = {"jpg": _jpeg, "png": _png, "webp": _webp}.get(kind_of(data))
+    return measure_kind(data) if measure_kind else None
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:

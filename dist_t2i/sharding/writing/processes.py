@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import itertools
 import multiprocessing
 import signal
@@ -70,4 +71,5 @@ def _start_process(counter: Any) -> None:
 
     global _advance
     _advance = add
+    gc.disable()  # see write_here; a spawned process does not inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)

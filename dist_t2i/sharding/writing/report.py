@@ -67,32 +67,40 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
     return out.getvalue()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -> str:
+    """A table of the first rows, and a line with the number of others; `rest` says where to see those."""
+
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
 
-    return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
+    more = f"<p>and {len(rows) - _MAX_LISTED:,} more{rest}.</p>" if len(rows) > _MAX_LISTED else ""
+    return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows[:_MAX_LISTED])}</table>\n{more}"
 
 
-def _split_table(splits: Mapping[str, Any]) -> str:
-    head = ["split", "pictures", "shards", "MB", "short side, pixels", "captions", "mean words per caption"]
-    head += ["tokens per caption, mean / max", "distinct words", "words missing from train"]
-    rows = [
-        (
-            split,
-            f"{part['samples']:,}",
-            len(part["shards"]),
-            f"{part['bytes'] / 1e6:,.1f}",
-            f"{part['short_side'][0]} to {part['short_side'][1]}",
-            f"{part['captions']['count']:,}",
-            part["captions"]["words"]["mean"],
-            f"{part['captions']['tokens']['mean']} / {part['captions']['tokens']['max']}",
-            f"{part['captions']['distinct_words']:,}",
-            part["captions"]["words_not_in_train"],
+def split_table(splits: Mapping[str, Any]) -> tuple[list[str], list[tuple]]:
+    """Head and rows of a table with the counts and statistics of each split."""
+    head = ["split", "pictures", "shards", "MB", "KB each", "short side, pixels", "captions", "words, mean / max"]
+    head += ["tokens, mean / 99% / max", "distinct words", "words missing from train"]
+    rows = []
+    for name, part in splits.items():
+        captions = part["captions"]
+        words, tokens = captions["words"], captions["tokens"]
+        rows.append(
+            (
+                name,
+                f"{part['samples']:,}",
+                len(part["shards"]),
+                f"{part['bytes'] / 1e6:,.1f}",
+                f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
+                " to ".join(map(str, part.get("short_side") or ["unknown"])),
+                f"{captions['count']:,}",
+                f"{words['mean']} / {words['max']}",
+                f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
+                f"{captions['distinct_words']:,}",
+                captions["words_not_in_train"],
+            )
         )
-        for split, part in splits.items()
-    ]
-    return _table(head, rows)
+    return head, rows
 
 
 def _problem_tables(problems: Sequence[dict[str, Any]]) -> str:
@@ -100,11 +108,9 @@ def _problem_tables(problems: Sequence[dict[str, Any]]) -> str:
     if not problems:
         return "<p>Nothing.</p>"
     counts = Counter(problem["reason"] for problem in problems)
-    listed = [(p["where"], p["picture"], p["reason"]) for p in problems[:_MAX_LISTED]]
-    tables = f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>"
-    tables += _table(("where", "picture", "reason"), listed)
-    more = len(problems) - _MAX_LISTED
-    return tables + (f"<p>{more:,} more are in bad_samples.jsonl.</p>" if more > 0 else "")
+    head = ("where", "picture", "reason")
+    details = _table(head, [[problem[name] for name in head] for problem in problems], " in bad_samples.jsonl")
+    return f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>{details}"
 
 
 def _shard_table(splits: Mapping[str, Any]) -> str:
@@ -122,8 +128,7 @@ def _shard_table(splits: Mapping[str, Any]) -> str:
         for part in splits.values()
         for shard in part["shards"]
     ]
-    more = len(rows) - _MAX_LISTED
-    return _table(head, rows[:_MAX_LISTED]) + (f"<p>and {more:,} more.</p>" if more > 0 else "")
+    return _table(head, rows)
 
 
 def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
@@ -138,7 +143,7 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 <h1>{name}</h1>{credit}
 <p>Fingerprint <code>{manifest["fingerprint"]}</code>; tokenizer of {manifest["tokenizer"]["vocabulary"]:,} tokens,
 {manifest["tokenizer"]["known_words"]:,} known words.</p>
-{_split_table(manifest["splits"])}
+{_table(*split_table(manifest["splits"]))}
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
 <h2>Captions of these pictures</h2>{_table(("", "key", "captions"), captions)}
 <h2>Left out or changed</h2>{_problem_tables(problems)}

@@ -164,8 +164,7 @@ def _read(item: Item) -> bytes | OSError:
 def _read_all(items: Sequence[Item], threads: int) -> Iterator[tuple[Item, Any]]:
     """Each item with the bytes of its picture, or with an OSError; remote pictures are read in parallel."""
     if threads <= 1 or not any(item.picture.remote for item in items):
-        for item in items:
-            yield item, _read(item)
+        yield from ((item, _read(item)) for item in items)
         return
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         pending: deque = deque()
@@ -198,15 +197,13 @@ def reserve(folder: Folder, plan: str) -> None:
     """
     file = f"{WORK}/plan.json"
     try:
-        if folder.path is not None:
-            folder.path.mkdir(parents=True, exist_ok=True)
         try:
             reserved = json.loads(folder.read(file))
         except FileNotFoundError:
             if folder.names():
                 raise DataError(f"--out {folder} is not empty: name a new folder, or delete its contents") from None
             if folder.path is not None:
-                (folder.path / WORK).mkdir()
+                (folder.path / WORK).mkdir(parents=True)
             folder.write(file, json.dumps({"plan": plan, "format": FORMAT, "version": VERSION}).encode())
             return
         if reserved.get("plan") != plan:
@@ -220,9 +217,6 @@ def reserve(folder: Folder, plan: str) -> None:
 def forget(folder: Folder, plans: Sequence[ShardPlan]) -> None:
     """Delete the shards and the reservation, so that the folder can be used again. Raises OSError."""
     for plan in plans:
-        for name in (f"{plan.name}.tar", f"{plan.name}.index", f"{WORK}/{plan.name}.json"):
-            folder.remove(name)
-    folder.remove(f"{WORK}/plan.json")
-    if folder.path is not None:
-        folder.clear_staging()
-        (folder.path / WORK).rmdir()
+        folder.remove(f"{plan.name}.tar")
+        folder.remove(f"{plan.name}.index")
+    folder.remove_folder(WORK)

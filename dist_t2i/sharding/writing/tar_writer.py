@@ -21,11 +21,11 @@ except ImportError:
     from zlib import crc32
 
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
-_WRITE = 2**20
-_SMALL = 4096
+_WRITE, _SMALL = 2**20, 4096
+"""Bytes that are collected for one `writev`, and below which a piece is joined with others: so a call has at most 513
+pieces, and systems allow 1,024."""
+_MOST_SMALL = 512
 _ZEROS = bytes(_BLOCK)
-_MOST_PIECES = 512
-"""Maximum number of pieces in one `writev`; systems allow 1,024."""
 
 
 def _info(name: str, size: int) -> tarfile.TarInfo:
@@ -99,7 +99,7 @@ class TarWriter:
             self._held += size
         self._small.append(_ZEROS[:padding])
         self.size = offset + size + padding
-        if self._held >= _WRITE or len(self._small) >= _MOST_PIECES:
+        if self._held >= _WRITE or len(self._small) >= _MOST_SMALL:
             self._flush()
         return offset, size, crc32(data)
 
@@ -114,13 +114,11 @@ class TarWriter:
 
     def _flush(self) -> None:
         self._join()
-        for start in range(0, len(self._pieces), _MOST_PIECES):
-            pieces = self._pieces[start : start + _MOST_PIECES]
-            written = os.writev(self._descriptor, pieces)
-            if written < sum(map(len, pieces)):
-                rest = memoryview(b"".join(pieces))[written:]
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
+        written = os.writev(self._descriptor, self._pieces)
+        if written < self._held:
+            rest = memoryview(b"".join(self._pieces))[written:]
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
         self._pieces, self._held = [], 0
 
     def finish(self) -> None:
