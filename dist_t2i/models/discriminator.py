@@ -16,10 +16,10 @@ from dist_t2i.models.config import DiscriminatorConfig, scales
 from dist_t2i.models.layers import (
     FIRST_SIZE,
     SLOPE,
+    Convolution,
     DiscriminatorBlock,
     Downsample,
     activate,
-    convolution,
     linear,
     patch_size,
 )
@@ -52,7 +52,7 @@ class PatchHead(nn.Module):
 
     def __init__(self, channels: int, text_width: int, width: int = 64):
         super().__init__()
-        self.embedding = convolution(channels, width, size=1)
+        self.embedding = Convolution(channels, width, size=1)
         self.realism = linear(width, 1)
         self.condition = linear(text_width, width)
 
@@ -86,7 +86,7 @@ class Discriminator(nn.Module):
         patch = patch_size(channels, image_size)
         self.region_sizes, self.patch_size, self.word_size = config.regions, config.patches, config.words
         self.unshuffle = nn.PixelUnshuffle(patch)
-        self.stem = convolution(3 * patch**2, channels[0], gain=1.0)
+        self.stem = Convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
         self.scales = nn.ModuleList(
             nn.ModuleList(DiscriminatorBlock(c) for _ in range(config.blocks)) for c in channels
@@ -100,14 +100,14 @@ class Discriminator(nn.Module):
         self.text_projection = linear(text_width, width)
         channels_of = dict(zip(scales(channels)[::-1], channels, strict=True))
         self.region_projections = nn.ModuleList(
-            convolution(channels_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
+            Convolution(channels_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
         )
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
         # The name `patch_judge` is in checkpoints.
         self.patch_judge = PatchHead(channels_of[config.patches], text_width) if config.patches else None
         self.word_projection = linear(text_width, config.region_embedding) if config.words else None
         self.word_region_projection = (
-            convolution(channels_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
+            Convolution(channels_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
         )
 
     def features(self, images: Tensor) -> Features:
@@ -160,37 +160,25 @@ class Discriminator(nn.Module):
         """S_D sentences [B, E] -> unit vectors [B, A]."""
         return F.normalize(self.text_projection(sentence).float(), dim=1)
 
-    def align_regions(self, features: Features) -> Tensor:
-        """Features of B pictures -> unit vectors [B, P, A'], one per position of each region map."""
-        maps = [layer(x).flatten(2) for layer, x in zip(self.region_projections, features.maps, strict=True)]
-        return F.normalize(torch.cat(maps, dim=2).transpose(1, 2).float(), dim=2)
-
-    def align_region_text(self, sentence: Tensor) -> Tensor:
-        """S_D sentences [B, E] -> unit vectors [B, A'] in the space of the regions."""
-        return F.normalize(self.region_text_projection(sentence).float(), dim=1)
-
-    def align_words(self, words: Tensor) -> Tensor:
-        """S_D words [B, T, E] -> unit vectors [B, T, A'] in the space of the map that words are aligned with."""
-        return F.normalize(self.word_projection(words).float(), dim=2)
-
-    def align_word_regions(self, features: Features) -> Tensor:
-        """Features of B pictures -> unit vectors [B, P, A'], one per position of the map that words are aligned with."""
-        return F.normalize(self.word_region_projection(features.words).flatten(2).transpose(1, 2).float(), dim=2)
-
     def embed_pictures(self, features: Features) -> Embeddings:
-        """B pictures for the alignment losses: `image` and, where configured, `regions` and `word_regions`."""
+        """B pictures for the alignment losses, as unit vectors: `image` [B, A] and, where configured, `regions` and
+        `word_regions` [B, P, A'], one per position of each region map, or of the map that words are aligned with."""
         embeddings = {"image": self.align_image(features)}
         if self.region_sizes:
-            embeddings["regions"] = self.align_regions(features)
+            maps = [layer(x).flatten(2) for layer, x in zip(self.region_projections, features.maps, strict=True)]
+            embeddings["regions"] = F.normalize(torch.cat(maps, dim=2).transpose(1, 2).float(), dim=2)
         if self.word_size:
-            embeddings["word_regions"] = self.align_word_regions(features)
+            regions = self.word_region_projection(features.words).flatten(2).transpose(1, 2)
+            embeddings["word_regions"] = F.normalize(regions.float(), dim=2)
         return embeddings
 
     def embed_captions(self, text: TextEmbedding) -> Embeddings:
-        """B captions for the alignment losses, from S_D: `text` and, where configured, `region_text`, `words`, `word_mask`."""
+        """S_D of B captions for the alignment losses, as unit vectors: `text` [B, A] and, where configured, `region_text`
+        [B, A'] and `words` [B, T, A'] with `word_mask` bool [B, T]."""
         embeddings = {"text": self.align_text(text.sentence)}
         if self.region_sizes:
-            embeddings["region_text"] = self.align_region_text(text.sentence)
+            embeddings["region_text"] = F.normalize(self.region_text_projection(text.sentence).float(), dim=1)
         if self.word_size:
-            embeddings["words"], embeddings["word_mask"] = self.align_words(text.words), text.mask
+            embeddings["words"] = F.normalize(self.word_projection(text.words).float(), dim=2)
+            embeddings["word_mask"] = text.mask
         return embeddings

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.models.config import GeneratorConfig
-from dist_t2i.models.layers import FIRST_SIZE, Modulation, activate, convolution, linear, patch_size, repeat_in_patches
+from dist_t2i.models.layers import FIRST_SIZE, Convolution, Modulation, activate, linear, patch_size, repeat_in_patches
 from dist_t2i.models.source_encoder import SourceGuide
 
 
@@ -56,9 +56,9 @@ class GeneratorBlock(nn.Module):
     def __init__(self, channels: int, condition: int):
         super().__init__()
         self.modulation1 = Modulation(channels, condition)
-        self.conv1 = convolution(channels, channels)
+        self.conv1 = Convolution(channels, channels)
         self.modulation2 = Modulation(channels, condition)
-        self.conv2 = convolution(channels, channels, gain=0.5)
+        self.conv2 = Convolution(channels, channels, gain=0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, C, H, W], condition [B, N] -> [B, C, H, W]."""
@@ -71,7 +71,7 @@ class Upsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = convolution(inputs, outputs, size=1, gain=1.0)
+        self.conv = Convolution(inputs, outputs, size=1, gain=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', 2H, 2W]."""
@@ -88,7 +88,7 @@ class Layout(nn.Module):
         super().__init__()
         self.size = size
         self.draw = linear(condition, values // size**2 * size**2)  # the name is in checkpoints
-        self.conv = convolution(values // size**2, channels, size=1, gain=0.5)
+        self.conv = Convolution(values // size**2, channels, size=1, gain=0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, C, H, W], condition [B, N] -> [B, C, H, W]."""
@@ -102,10 +102,10 @@ class ToRGB(nn.Module):
 
     def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
-        fresh = convolution(channels, (detail or outputs) * patch**2, gain=2**0.5 if detail else 1.0)
+        fresh = Convolution(channels, (detail or outputs) * patch**2, gain=2**0.5 if detail else 1.0)
         self.conv = repeat_in_patches(fresh, patch)
         self.shuffle = nn.PixelShuffle(patch)
-        self.smooth = convolution(detail, outputs, gain=1.0) if detail else None
+        self.smooth = Convolution(detail, outputs, gain=1.0) if detail else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, outputs, patch * H, patch * W], unbounded."""

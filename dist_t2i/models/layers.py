@@ -34,14 +34,15 @@ def activate(x: Tensor) -> Tensor:
 
 
 class Convolution(nn.Conv2d):
-    """A convolution whose kernel is stored as [outputs, height, width, inputs].
+    """A square convolution that keeps H and W, initialized to scale the variance by gain^2 / 2 (He et al. 2015), whose
+    kernel is stored as [outputs, height, width, inputs].
 
     Channels-last convolutions need this memory layout. ZeRO's stages 1 to 3 make each parameter a contiguous view of a
     flat buffer, so the layout must be the parameter's shape rather than its strides: with the usual shape each convolution
     first copies its kernel into the layout, which takes some 8% of a step at a peer's size.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: int, gain: float):
+    def __init__(self, inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5):
         super().__init__(inputs, outputs, size, padding=size // 2)
         kernel = nn.init.normal_(self.weight.detach(), std=gain / (inputs * size * size) ** 0.5)
         self.weight = nn.Parameter(kernel.permute(0, 2, 3, 1).contiguous())
@@ -50,11 +51,6 @@ class Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, inputs, H, W] -> [B, outputs, H, W]."""
         return self._conv_forward(x, self.weight.permute(0, 3, 1, 2), self.bias)
-
-
-def convolution(inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5) -> Convolution:
-    """A square convolution that keeps H and W, initialized to scale the variance by gain^2 / 2 (He et al. 2015)."""
-    return Convolution(inputs, outputs, size, gain)
 
 
 @torch.no_grad()
@@ -134,8 +130,8 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = convolution(channels, channels)
-        self.conv2 = convolution(channels, channels, gain=1.0)
+        self.conv1 = Convolution(channels, channels)
+        self.conv2 = Convolution(channels, channels, gain=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
@@ -148,7 +144,7 @@ class Downsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = convolution(4 * inputs, outputs, size=1, gain=1.0)
+        self.conv = Convolution(4 * inputs, outputs, size=1, gain=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C', H/2, W/2]."""

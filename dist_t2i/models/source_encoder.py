@@ -16,6 +16,7 @@ Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixe
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from math import gcd
 
@@ -31,7 +32,6 @@ from dist_t2i.models.layers import (
     Downsample,
     WordAttention,
     activate,
-    convolution,
     linear,
     patch_size,
 )
@@ -63,19 +63,6 @@ class SourceGuide:
         return images + keep * (self._repainted - images)
 
 
-class Keep(nn.Module):
-    """The share of the source to keep, for each pixel and color channel; initially 0."""
-
-    def __init__(self, channels: int, patch: int):
-        super().__init__()
-        self.conv = _zero(convolution(channels, 3 * patch**2))
-        self.shuffle = nn.PixelShuffle(patch)
-
-    def forward(self, last: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 3, patch * H, patch * W]."""
-        return self.shuffle(self.conv(last))
-
-
 class Palette(nn.Module):
     """The colors that a caption's words name."""
 
@@ -104,12 +91,12 @@ class Repaint(nn.Module):
         super().__init__()
         self.palette = Palette(text_width, self.PAINTS)
         self.words = WordAttention(channels, text_width, width=32, heads=gcd(channels, 4))
-        self.around = convolution(channels, self.WIDTH * patch**2, size=1, gain=1.0)
+        self.around = Convolution(channels, self.WIDTH * patch**2, size=1, gain=1.0)
         self.shuffle = nn.PixelShuffle(patch)
-        self.pixel = convolution(3, self.WIDTH, size=1, gain=1.0)
+        self.pixel = Convolution(3, self.WIDTH, size=1, gain=1.0)
         self.affine = linear(text_width, 4 * self.WIDTH, gain=0.3)
-        self.conv1, self.conv2 = (convolution(self.WIDTH, self.WIDTH, size=1) for _ in range(2))
-        self.masks = convolution(self.WIDTH, self.PAINTS, size=1, gain=1.0)
+        self.conv1, self.conv2 = (Convolution(self.WIDTH, self.WIDTH, size=1) for _ in range(2))
+        self.masks = Convolution(self.WIDTH, self.PAINTS, size=1, gain=1.0)
 
     def forward(self, pictures: Tensor, x: Tensor, text: TextEmbedding) -> Tensor:
         """pictures [B, 3, patch * H, patch * W] in [-1, 1] and their map x [B, C, H, W] -> pictures."""
@@ -142,11 +129,13 @@ class SourceEncoder(nn.Module):
         patch = patch_size(tuple(channels), image_size)
         self.sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
         self.unshuffle = nn.PixelUnshuffle(patch)
-        self.stem = convolution(3 * patch**2, width, gain=1.0)
+        self.stem = Convolution(3 * patch**2, width, gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(width, width) for _ in channels[1:])
         self.blocks = nn.ModuleList(DiscriminatorBlock(width) for _ in channels)
-        self.into = nn.ModuleList(_zero(convolution(width, c, size=1)) for c in reversed(channels))
-        self.keep = Keep(channels[-1], patch)
+        self.into = nn.ModuleList(_zero(Convolution(width, c, size=1)) for c in reversed(channels))
+        # The share of the source to keep, for each pixel and color channel; initially 0.
+        keep = {"conv": _zero(Convolution(channels[-1], 3 * patch**2)), "shuffle": nn.PixelShuffle(patch)}
+        self.keep = nn.Sequential(OrderedDict(keep))
         self.repaint = Repaint(width, text_width, patch)
 
     def forward(self, pictures: Tensor, text: TextEmbedding, given: Tensor | None = None) -> SourceGuide:

@@ -5,6 +5,7 @@ import torch
 
 from dist_t2i.models.config import DiscriminatorConfig
 from dist_t2i.models.discriminator import Discriminator
+from dist_t2i.models.text_encoder import TextEmbedding
 
 TEXT = 24
 
@@ -21,6 +22,11 @@ def inputs(image_size: int = 32, rows: int = 4) -> tuple[torch.Tensor, torch.Ten
     return images, torch.randn(rows, TEXT, generator=random)
 
 
+def text(sentence: torch.Tensor) -> TextEmbedding:
+    """Captions of one word each."""
+    return TextEmbedding(sentence, sentence[:, None], torch.ones(len(sentence), 1, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("image_size", [16, 32, 64, 256])
 @pytest.mark.parametrize("condition", ["projection", "joint"])
 def test_shapes_at_any_size(image_size, condition):
@@ -29,20 +35,17 @@ def test_shapes_at_any_size(image_size, condition):
     features = d.features(images)
     assert d.adversarial(features, sentence).shape == (4,)
     assert d.align_image(features).shape == d.align_text(sentence).shape == (4, 20)
-    assert d.align_regions(features).shape == (4, 8 * 8 + 4 * 4, 6)
-    assert d.align_region_text(sentence).shape == (4, 6)
+    assert d.embed_pictures(features)["regions"].shape == (4, 8 * 8 + 4 * 4, 6)
+    assert d.embed_captions(text(sentence))["region_text"].shape == (4, 6)
 
 
 def test_alignment_embeddings_are_unit_vectors():
     d = build()
     images, sentence = inputs()
     features = d.features(images)
-    for unit in (
-        d.align_image(features),
-        d.align_text(sentence),
-        d.align_regions(features),
-        d.align_region_text(sentence),
-    ):
+    units = d.embed_pictures(features) | d.embed_captions(text(sentence))
+    assert set(units) == {"image", "text", "regions", "region_text"}
+    for unit in units.values():
         torch.testing.assert_close(unit.norm(dim=-1), torch.ones(unit.shape[:-1]))
 
 
@@ -55,7 +58,8 @@ def test_rows_are_apart_and_one_pass_serves_two_halves(condition):
     torch.testing.assert_close(d.adversarial(d.features(images[1:3]), sentence[1:3]), logits[1:3], rtol=1e-4, atol=1e-5)
     half = features.rows(2, 4)
     torch.testing.assert_close(d.adversarial(half, sentence[2:]), logits[2:], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(d.align_regions(half), d.align_regions(features)[2:], rtol=1e-4, atol=1e-5)
+    regions = d.embed_pictures(features)["regions"]
+    torch.testing.assert_close(d.embed_pictures(half)["regions"], regions[2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("condition", ["projection", "joint"])
@@ -91,7 +95,9 @@ def test_each_branch_reaches_its_own_parameters_and_both_reach_the_trunk():
 
     adversarial = reached(lambda d, f, s: d.adversarial(f, s).square().sum())
     alignment = reached(lambda d, f, s: (d.align_image(f) * d.align_text(s)).sum())
-    regions = reached(lambda d, f, s: (d.align_regions(f) * d.align_region_text(s)[:, None]).sum())
+    regions = reached(
+        lambda d, f, s: (d.embed_pictures(f)["regions"] * d.embed_captions(text(s))["region_text"][:, None]).sum()
+    )
     assert adversarial >= adversarial_only | both and not adversarial & (alignment_only | regions_only)
     assert alignment >= alignment_only | both and not alignment & (adversarial_only | regions_only)
     assert regions >= regions_only | {"stem"} and not regions & (adversarial_only | alignment_only)
@@ -109,11 +115,12 @@ def test_words_are_aligned_with_the_positions_of_a_map_of_their_own():
     d, plain = build(words=8), build()
     images, _ = inputs()
     features = d.features(images)
-    regions, words = d.align_word_regions(features), d.align_words(torch.randn(4, 5, TEXT))
+    captions = TextEmbedding(torch.randn(4, TEXT), torch.randn(4, 5, TEXT), torch.ones(4, 5, dtype=torch.bool))
+    regions, words = d.embed_pictures(features)["word_regions"], d.embed_captions(captions)["words"]
     assert regions.shape == (4, 64, 6) and words.shape == (4, 5, 6)
     for unit in (regions, words):
         torch.testing.assert_close(unit.norm(dim=-1), torch.ones(unit.shape[:-1]))
-    torch.testing.assert_close(d.align_word_regions(features.rows(2, 4)), regions[2:])
+    torch.testing.assert_close(d.embed_pictures(features.rows(2, 4))["word_regions"], regions[2:])
     with torch.no_grad():
         assert not d.features(images).words.requires_grad
     assert plain.features(images).words is None

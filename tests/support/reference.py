@@ -135,17 +135,18 @@ class Reference:
         x = seen.real.clone().requires_grad_(True)
         fx, ff = d.features(x), d.features(fake)
         d_loss = self._hinge(fx, ff, sent_d, seen.same)
-        align_x, align_t = d.align_image(fx), d.align_text(sent_d)
+        pictures, captions = d.embed_pictures(fx), d.embed_captions(TextEmbedding(sent_d, word_d, mask))
+        align_x, align_t = pictures["image"], captions["text"]
         d_alignment = losses.info_nce(align_x, align_t, w.temperature, seen.same)
         total = d_loss + w.d_alignment * d_alignment
-        regions_x = d.align_regions(fx) if d.region_sizes else None
+        regions_x = pictures["regions"] if d.region_sizes else None
         if regions_x is not None:
             total = total + w.d_alignment_regions * losses.region_info_nce(
-                regions_x, d.align_region_text(sent_d), w.region_temperature, seen.same
+                regions_x, captions["region_text"], w.region_temperature, seen.same
             )
-        words = d.align_words(word_d) if d.word_size else None
+        words = captions["words"] if d.word_size else None
         if words is not None:
-            total = total + w.d_alignment_words * self._words(d.align_word_regions(fx), words, mask, seen)
+            total = total + w.d_alignment_words * self._words(pictures["word_regions"], words, mask, seen)
         if seen.images // self.config.train.global_batch % w.penalty_every == 0 and w.penalty != "none":
             total = total + w.penalty_weight * w.penalty_every * self._penalty(seen, x, fx, sent_d)
         parts = sent_d, align_t, align_x, regions_x, words, mask
@@ -180,7 +181,8 @@ class Reference:
         fake, out = self._fake(seen)
         ff = d.features(fake)
         g_loss = -d.adversarial(ff, real.sentence).mean()
-        align_f = d.align_image(ff)
+        pictures = d.embed_pictures(ff)
+        align_f = pictures["image"]
         to_text = losses.info_nce(align_f, real.text, w.temperature, seen.same)
         to_image = losses.info_nce(align_f, real.image, w.temperature, seen.same)
         kl = losses.kl_condition(out.mean, out.log_variance)
@@ -188,14 +190,14 @@ class Reference:
         if real.regions is not None:
             places = draw_places(self.config, seen.images)
             total = total + w.g_alignment_regions * losses.region_info_nce(
-                d.align_regions(ff), real.regions, w.region_temperature, seen.same, places
+                pictures["regions"], real.regions, w.region_temperature, seen.same, places
             )
         if w.pixels:
             total = total + w.pixels * (out.images - self._pixels(seen.batch.images)).abs().mean()
         if self.config.edit.width:
             total = total + self._pixel_errors(seen, out)
         if real.words is not None:
-            total = total + w.g_alignment_words * self._words(d.align_word_regions(ff), real.words, real.mask, seen)
+            total = total + w.g_alignment_words * self._words(pictures["word_regions"], real.words, real.mask, seen)
         return total, {
             "loss/g_adversarial": g_loss.item(),
             "loss/g_alignment_text": to_text.item(),
