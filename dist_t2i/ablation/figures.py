@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.ablation.plan import Plan, run_folder
 from dist_t2i.ablation.scoring import as_images
 from dist_t2i.ablation.statistics import Measure
+from dist_t2i.reporting.figures import new_figure, save_figure
 from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
-from dist_t2i.utils.files import replacing
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -45,17 +45,12 @@ def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> P
 
 def plot_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
     """One panel per metric: a dot for each run, a bar for mean and interval. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.1 * len(measures), 0.5 * len(plan.arms) + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.1 * len(measures), 0.5 * len(plan.arms) + 1.6)
     for number, (axes, measure) in enumerate(
         zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
     ):
         _panel(axes, plan, measure, first=number == 0)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=90)
+    save_figure(figure, path)
     return path
 
 

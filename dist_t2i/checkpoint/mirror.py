@@ -23,9 +23,17 @@ from typing import Any
 
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import Lease
-from dist_t2i.checkpoint.mirror_store import RECORD_FILES, RECORDS, Identity, another_run, without_records
+from dist_t2i.checkpoint.mirror_store import (
+    RECORD_FILES,
+    RECORDS,
+    Damaged,
+    Identity,
+    Unreachable,
+    another_run,
+    without_records,
+)
 from dist_t2i.config.sections import CheckpointConfig
-from dist_t2i.errors import CheckpointError, UserError
+from dist_t2i.errors import CheckpointError
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.storage.folders import open_folder
 from dist_t2i.utils.files import write_atomic
@@ -80,11 +88,10 @@ class Mirror:
         self._refuse_inside()
         has_own = bool(store.committed(self._run))
         patience = min(self._retry_seconds, _GLANCE_SECONDS) if has_own else self._retry_seconds
-        answer = self._ask("look", self.url, patience=patience)
-        if "unreachable" in answer:
-            if not has_own:
-                raise CheckpointError(_unreachable(self.url, answer["unreachable"]))
-            _warn(f"the mirror {self.url} cannot be read; using only the run folder: {answer['unreachable']}")
+        try:
+            answer = self._ask("look", patience=patience)
+        except Unreachable as error:
+            self._unreachable(error, has_own, _warn)
             return
         own = Identity(self._config, fingerprint)
         mismatches = Identity(**answer["identity"]).mismatches(own) if answer["identity"] else answer["strange"]
@@ -110,13 +117,11 @@ class Mirror:
             try:
                 store.adopt(lease, images, partial(self._fetch, images))
                 return
-            except _Damaged as error:
+            except Damaged as error:
                 self._damaged.append(images)
                 self._warn(f"mirrored checkpoint passed over: {error}")
-            except _Unreachable as error:
-                if own < 0:
-                    raise CheckpointError(_unreachable(self.url, str(error))) from error
-                self._warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
+            except Unreachable as error:
+                self._unreachable(error, own >= 0, self._warn)
                 return
         if own < 0:
             raise CheckpointError(
@@ -133,17 +138,13 @@ class Mirror:
 
     def _fetch(self, images: int, staging: Path) -> None:
         """Download a checkpoint into `staging`, check it, and move the records in it to the run folder."""
-        answer = self._ask("fetch", self.url, str(images), str(staging), patience=self._retry_seconds)
-        if "unreachable" in answer:
-            raise _Unreachable(answer["unreachable"])
-        if "damaged" in answer:
-            raise _Damaged(answer["damaged"])
+        self._ask("fetch", images=images, folder=str(staging), patience=self._retry_seconds, check=False)
         try:
             if store.open_checkpoint(staging).images != images:
                 raise CheckpointError(f"{staging / store.STATE}: damaged, it is not of {images:,} images.")
         except CheckpointError as error:
             mirrored = f"{self.url}/checkpoints/{store.folder_name(images)}"
-            raise _Damaged(str(error).replace(str(staging), mirrored)) from error
+            raise Damaged(str(error).replace(str(staging), mirrored)) from error
         for name in RECORD_FILES:
             if (record := staging / RECORDS / name).exists():
                 write_atomic(self._run / name, record.read_text(encoding="utf-8", errors="replace"))
@@ -159,16 +160,28 @@ class Mirror:
                 "choose a location on another disk or in object storage"
             )
 
-    def _ask(self, command: str, *arguments: str, patience: float) -> dict[str, Any]:
-        """The answer of a worker process. Raises CheckpointError when the mirror's URL cannot be used."""
-        words = _worker(command, *arguments, "--patience", str(patience))
-        with signals_blocked():
-            process = subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=_environment())
+    def _unreachable(self, error: Unreachable, has_own: bool, warn: Callable[[str], None]) -> None:
+        """A warning when the run folder has a checkpoint, else a CheckpointError."""
+        if has_own:
+            warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
+            return
+        raise CheckpointError(
+            f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume from "
+            f"is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
+        ) from error
+
+    def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """A worker's answer. Raises Unreachable, Damaged, and CheckpointError when the mirror's URL cannot be used."""
+        process = _start_worker(subprocess.DEVNULL, command=command, url=self.url, **arguments)
         output, _ = process.communicate()
         try:
             answer = json.loads(output)
         except ValueError:
-            return {"unreachable": f"its process ended with status {process.returncode}"}
+            raise Unreachable(f"its process ended with status {process.returncode}") from None
+        if "unreachable" in answer:
+            raise Unreachable(answer["unreachable"])
+        if "damaged" in answer:
+            raise Damaged(answer["damaged"])
         if "mistake" in answer:
             raise CheckpointError(f"checkpoint.mirror: {answer['mistake']}")
         return answer
@@ -182,10 +195,14 @@ class Mirror:
         if not self.url or self._refused:
             return
         if self._uploader is None:
-            keep = self._checkpoint
-            flags = ["--keep-last", str(keep.keep_last), "--keep-every-images", str(keep.keep_every_images)]
-            flags += ["--damaged", *map(str, self._damaged)] + ["--allow-changes"] * self._allow_changes
-            self._uploader = _Uploader(_worker("follow", self.url, str(self._run), *flags))
+            self._uploader = _Uploader(
+                url=self.url,
+                run=str(self._run),
+                keep_last=self._checkpoint.keep_last,
+                keep_every_images=self._checkpoint.keep_every_images,
+                damaged=self._damaged,
+                allow_changes=self._allow_changes,
+            )
         if images is not None:
             self._uploader.request(images)
 
@@ -239,22 +256,11 @@ class Mirror:
             self._uploader = None
 
 
-class _Damaged(UserError):
-    """This mirrored checkpoint cannot be used, but another one may be."""
-
-
-class _Unreachable(UserError):
-    """The mirror does not answer."""
-
-
 class _Uploader:
     """A `follow` process of mirror_worker.py. Main thread only: the process ends with the thread that starts it."""
 
-    def __init__(self, words: list[str]) -> None:
-        with signals_blocked():
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(), bufsize=0
-            )
+    def __init__(self, **arguments: Any) -> None:
+        self._process = _start_worker(subprocess.PIPE, command="follow", **arguments)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
         self._partial_line, self.ended = b"", False
@@ -283,24 +289,16 @@ class _Uploader:
                 pipe.close()
 
 
-def _worker(command: str, *arguments: str) -> list[str]:
-    module = "dist_t2i.checkpoint.mirror_worker"
-    return [sys.executable, "-m", module, command, *arguments, "--parent", str(os.getpid())]
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, with this very copy of the package first on the module search path."""
+def _start_worker(stdin: int, **request: Any) -> subprocess.Popen[bytes]:
+    """A process of mirror_worker.py from this very copy of the package, which comes first on its module search path."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}  # without it, the working folder would come first
+    words = [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", json.dumps({"parent": os.getpid(), **request})]
+    # PYTHONSAFEPATH: otherwise the working folder would come before PYTHONPATH.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    with signals_blocked():
+        return subprocess.Popen(words, stdin=stdin, stdout=subprocess.PIPE, env=environment, bufsize=0)
 
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", flush=True)
-
-
-def _unreachable(url: str, problem: str) -> str:
-    return (
-        f"the mirror {url} cannot be read, and the run folder has no checkpoint, so the position to resume from is unknown: "
-        f"{problem}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
-    )

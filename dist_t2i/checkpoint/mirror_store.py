@@ -15,6 +15,7 @@ storage/reader_process.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -70,8 +71,8 @@ class Refused(Exception):
     """The mirror belongs to another run, or another process uploads to it now."""
 
 
-class LocalDamage(Exception):
-    """The checkpoint in the run folder differs from what was saved."""
+class Damaged(Exception):
+    """A checkpoint differs from what was saved; other checkpoints may be usable."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class MirrorStore:
         self._root = open_folder(f"{self._top.url}/checkpoints", seconds=request_seconds)
         self._deadline = time.monotonic() + patience
         self._token = uuid.uuid4().hex
-        self._complete: set[int] | None = None
+        self._complete: set[int] = set()
         self._removed: set[int] = set()
 
     # ---- reading what is there ---------------------------------------------------------------------------------------
@@ -221,9 +222,8 @@ class MirrorStore:
         """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` lets expire.
 
         Raises Refused when another process has taken over the mirror, FileNotFoundError when the run folder no longer has
-        the checkpoint, and LocalDamage when the checkpoint's files differ from what was saved.
+        the checkpoint, and Damaged when the checkpoint's files differ from what was saved.
         """
-        assert self._complete is not None, "acquire first"
         self._check_owner()
         keep = keep.with_best(_saved(store.folder_of(run) / folder_name(images)))
         if images not in keep.expired({*self._complete, images}):
@@ -244,31 +244,27 @@ class MirrorStore:
         self._put(f"checkpoints/{folder_name(checkpoint.images)}/{STATE}", io.BytesIO(checkpoint.state_json))
 
     def _has(self, checkpoint: _OpenCheckpoint) -> bool:
-        if not self._complete or checkpoint.images not in self._complete:
-            return False
-        try:
-            return without_records(self._state(checkpoint.images) or b"") == checkpoint.state
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            state = self._state(checkpoint.images) if checkpoint.images in self._complete else None
+            return without_records(state or b"") == checkpoint.state
+        return False
 
     def _remove(self, images: int) -> None:
         name = folder_name(images)
         self._patiently(lambda: self._root.remove(f"{name}/{STATE}"))
         self._patiently(lambda: self._root.remove_folder(name))
         self._removed.add(images)
-        if self._complete:
-            self._complete.discard(images)
+        self._complete.discard(images)
 
     def _check_owner(self) -> None:
         """Keeps a lost older process of the run from uploading next to the current one. Raises Refused."""
-        try:
+        who = "another process"
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             owner = json.loads(self._read(_OWNER) or b"")
-            is_owner = owner["token"] == self._token
-        except (ValueError, KeyError, TypeError):
-            owner, is_owner = {}, False
-        if not is_owner:
-            who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
-            raise Refused(f"{self._top.url} was taken over by {who}: this run uploads no more")
+            if owner["token"] == self._token:
+                return
+            who = f"process {owner['pid']} on {owner['host']}"
+        raise Refused(f"{self._top.url} was taken over by {who}: this run uploads no more")
 
     def _write(self, name: str, data: bytes) -> None:
         if self._read(name) != data:
@@ -294,10 +290,10 @@ class _OpenCheckpoint:
         self.state_json = store.seal({**self.state, "files": {**self.state["files"], **listed}})
 
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
-        """Name and content of each file but state.json, after a check of its checksum. Raises LocalDamage."""
+        """Name and content of each file but state.json, after a check of its checksum. Raises Damaged."""
         for name, file in self._opened.items():
             if sha256_of(chunks(file)) != self.state["files"][name]["sha256"]:
-                raise LocalDamage(f"{file.name}: does not have the checksum it was saved with")
+                raise Damaged(f"{file.name}: does not have the checksum it was saved with")
             file.seek(0)
             yield name, file
         for name, data in self._records.items():
@@ -305,11 +301,11 @@ class _OpenCheckpoint:
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """The state of a committed checkpoint. Raises LocalDamage."""
+    """The state of a committed checkpoint. Raises Damaged."""
     try:
         return store.unseal((folder / STATE).read_bytes())
     except ValueError as error:
-        raise LocalDamage(f"{folder / STATE}: {error}") from error
+        raise Damaged(f"{folder / STATE}: {error}") from error
 
 
 def records(run: Path, images: int) -> dict[str, str]:

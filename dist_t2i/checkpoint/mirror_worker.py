@@ -1,19 +1,14 @@
-"""Talks to the mirror of a run's checkpoints. See docs/checkpoints.md.
+"""The processes that a training run starts to access its mirror: `python -m dist_t2i.checkpoint.mirror_worker REQUEST`.
 
-    python -m dist_t2i.checkpoint.mirror_worker look URL                    print the run it belongs to and its checkpoints
-    python -m dist_t2i.checkpoint.mirror_worker fetch URL IMAGES FOLDER     download a checkpoint and compare its checksums
-    python -m dist_t2i.checkpoint.mirror_worker follow URL RUN              upload checkpoints; a training run starts this
+REQUEST is a JSON object: `command` (look, fetch or follow), `parent` (the PID of the training process) and the arguments
+of the function with the command's name. The output is JSON, an object a line. `follow` reads images seen from stdin, a
+line a checkpoint. tools/mirror.py calls `answer` by hand.
 
-The output is JSON, an object a line. `follow` reads images seen from stdin, a line a checkpoint, uploads the newest of the
-waiting checkpoints, retries until it succeeds, and ends with its input.
+The training process must not have clients of object stores, which run threads: it forks loader workers later.
 """
-
-# The training process starts these commands instead of calling them: it forks loader workers later, so it must not have
-# clients of object stores, which run threads.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, PAUSES, LocalDamage, MirrorStore, Refused, Unreachable
+from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, PAUSES, Damaged, MirrorStore, Refused, Unreachable
 from dist_t2i.checkpoint.store import Retention, open_checkpoint
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.storage.retries import pauses
@@ -45,43 +40,57 @@ def look(url: str, patience: float) -> dict[str, Any]:
     }
 
 
-def fetch(url: str, images: int, folder: Path, patience: float, *, check: bool) -> dict[str, Any]:
-    """Download a checkpoint; the result is empty, or `damaged` says why the checkpoint cannot be used.
+def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: bool = True) -> dict[str, Any]:
+    """Download a checkpoint and compare its checksums (`check`); returns an empty answer.
 
-    `check` compares checksums; a training run does that itself. Raises as `look` does, and OSError.
+    Raises CheckpointError when the mirror answers but the checkpoint is damaged, OSError, and as `look` does.
     """
-    try:
-        MirrorStore(url, patience).fetch(images, folder)
-        if check:
-            open_checkpoint(folder)
-    except CheckpointError as error:
-        return {"damaged": str(error)}
+    MirrorStore(url, patience).fetch(images, Path(folder))
+    if check:
+        open_checkpoint(Path(folder))
     return {}
 
 
-def follow(url: str, run: Path, keep: Retention, damaged: list[int], *, allow_changes: bool) -> int:
-    """Upload until stdin ends. Prints events: `uploaded`, `failing` and `works` (once each time), `refused`, `skipped`."""
-    store, requests, failing = MirrorStore(url), _Requests(), False
-    acquired, waits = False, pauses(*PAUSES)
+def answer(command: str, **arguments: Any) -> dict[str, Any]:
+    """The result of `look` or `fetch`, or the reason why there is no result under `unreachable`, `damaged` or `mistake`."""
+    try:
+        return (look if command == "look" else fetch)(**arguments)
+    except Unreachable as error:
+        return {"unreachable": str(error)}
+    except CheckpointError as error:
+        return {"damaged": str(error)}
+    except UserError as error:
+        return {"mistake": str(error)}
+    except OSError as error:  # of this machine: a full disk
+        return {"mistake": f"{error.filename or arguments['url']}: {error.strerror or error}"}
+
+
+def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: list[int], allow_changes: bool) -> None:
+    """Upload the newest requested checkpoint until stdin ends; retries until it succeeds.
+
+    Prints the events `uploaded`, `failing` and `works` (once each time), `refused` and `skipped`.
+    """
+    store, keep, requests = MirrorStore(url), Retention(keep_last, keep_every_images), _Requests()
+    acquired, failing, waits = False, False, pauses(*PAUSES)
     while True:
         try:
             if not acquired:
-                store.acquire(run, damaged=damaged, allow_changes=allow_changes)
+                store.acquire(Path(run), damaged=damaged, allow_changes=allow_changes)
                 acquired = True
             images = requests.newest()
             with contextlib.suppress(FileNotFoundError):  # retention deleted it: a newer one will be requested
-                store.push(run, images, keep)
+                store.push(Path(run), images, keep)
             requests.done(images)
             if failing:
                 _emit("works")
             failing, waits = False, pauses(*PAUSES)
             _emit("uploaded", images=images)
-        except LocalDamage as error:
+        except Damaged as error:
             requests.done(images)
             _emit("skipped", images=images, problem=str(error))
         except (Refused, UserError) as error:
             _emit("refused", problem=str(error))
-            return 0
+            return
         except (Unreachable, OSError) as error:
             if not failing:
                 _emit("failing", problem=str(error))
@@ -122,58 +131,17 @@ def _emit(event: str, **more: Any) -> None:
     print(json.dumps({"event": event, **more}), flush=True)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="mirror", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("look", "fetch", "follow"):
-        command = commands.add_parser(name)
-        command.add_argument("url")
-        command.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
-        command.add_argument("--patience", type=float, default=30.0, help="seconds that the mirror may not answer")
-        if name == "fetch":
-            command.add_argument("images", type=int)
-            command.add_argument("folder", type=Path)
-        if name == "follow":
-            command.add_argument("run", type=Path)
-            command.add_argument("--keep-last", type=int, default=2)
-            command.add_argument("--keep-every-images", type=int, default=0)
-            command.add_argument(
-                "--damaged", type=int, nargs="*", default=[], help="images seen of damaged checkpoints"
-            )
-            command.add_argument("--allow-changes", action="store_true")
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    """Returns the exit status: 0 unless this program is at fault."""
-    options = parse()
-    if options.parent:
-        end_with(options.parent)
-        ignore_stop_signals()
-        os.nice(10)  # training has priority
-    if options.command == "follow":
-        keep = Retention(options.keep_last, options.keep_every_images)
-        return follow(options.url, options.run, keep, options.damaged, allow_changes=options.allow_changes)
-    print(json.dumps(answer(options)), flush=True)
-    return 0
-
-
-def answer(options: argparse.Namespace) -> dict[str, Any]:
-    """The answer to `look` or `fetch`; `unreachable` or `mistake` says why the mirror cannot be read."""
-    try:
-        if options.command == "look":
-            return look(options.url, options.patience)
-        return fetch(options.url, options.images, options.folder, options.patience, check=not options.parent)
-    except Unreachable as error:
-        return {"unreachable": str(error)}
-    except UserError as error:
-        return {"mistake": str(error)}
-    except OSError as error:  # of this machine: a full disk
-        return {"mistake": f"{error.filename or options.url}: {error.strerror or error}"}
+def main() -> None:
+    """Serve the request in the first argument."""
+    request = json.loads(sys.argv[1])
+    end_with(request.pop("parent"))
+    ignore_stop_signals()
+    os.nice(10)  # training has priority
+    if request["command"] == "follow":
+        follow(**{name: value for name, value in request.items() if name != "command"})
+    else:
+        print(json.dumps(answer(**request)), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -28,7 +28,5 @@ def main() -> int:
         command.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an answer (%(default)s)")
     fetch.add_argument("images", type=int, metavar="IMAGES", help="images seen at the checkpoint")
     fetch.add_argument("folder", type=Path, metavar="FOLDER")
-    options = parser.parse_args()
-    options.parent = 0
-    print(json.dumps(mirror_worker.answer(options)), flush=True)
+    print(json.dumps(mirror_worker.answer(**vars(parser.parse_args()))), flush=True)
     return 0

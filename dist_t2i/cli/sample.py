@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     chosen = parse()
     from dist_t2i.inference.pipeline import PromptWarning, load
-    from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
+    from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
 
     model = load(chosen.run, chosen.device)
     count = chosen.images_per_prompt
@@ -41,7 +41,7 @@ def main() -> int:
         pictures = model.generate(chosen.prompts, chosen.seed, count, chosen.truncation)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    rows = [GridRow(prompt, pictures[i * count : (i + 1) * count]) for i, prompt in enumerate(chosen.prompts)]
+    rows = grid_rows(chosen.prompts, pictures)
     try:
         save_grid(render_grid(rows, tile=max(128, model.image_size)), chosen.out)
     except OSError as error:

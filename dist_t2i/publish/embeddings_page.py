@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.eval.skin_tones import TONES
 from dist_t2i.reporting import web_page
-from dist_t2i.utils.files import replacing, write_atomic
+from dist_t2i.reporting.figures import new_figure, save_figure
+from dist_t2i.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.eval.studies.embeddings import Probe, Study
@@ -87,7 +88,7 @@ def _cell(probe: Probe, name: str) -> str:
 
 def plot_probes(probes: Sequence[Probe], path: Path) -> None:
     """Plot the accuracies as bars with their intervals, and chance as a line."""
-    figure = _figure(3.4 * len(probes), 3.0)
+    figure = new_figure(3.4 * len(probes), 3.0)
     for axes, probe in zip(figure.subplots(1, len(probes), squeeze=False)[0], probes, strict=True):
         for position, (name, (value, low, high)) in enumerate(probe.accuracy.items()):
             baseline = name in ("bag of words", "untrained encoder")
@@ -99,14 +100,14 @@ def plot_probes(probes: Sequence[Probe], path: Path) -> None:
         axes.set_title(f"{probe.name} ({len(probe.classes)} classes)", fontsize=10)
         axes.tick_params(axis="y", labelsize=8)
         axes.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_map(study: Study, path: Path) -> None:
     """Plot one row per embedding: the captions as dots colored by class, and as their pictures."""
     properties = [name for name, labels in study.labels.items() if 2 <= len(set(labels) - {""}) <= 8]
     columns = max(1, len(properties)) + bool(study.captions.pictures)
-    figure = _figure(4.2 * columns, 4.0 * len(study.maps))
+    figure = new_figure(4.2 * columns, 4.0 * len(study.maps))
     grid = figure.subplots(len(study.maps), columns, squeeze=False)
     for row, (name, (points, shares)) in zip(grid, study.maps.items(), strict=True):
         for axes in row:
@@ -117,7 +118,7 @@ def plot_map(study: Study, path: Path) -> None:
             _dots(axes, points, study.labels.get(heading, [""] * len(points)), heading)
         if study.captions.pictures:
             _thumbnails(row[-1], points, study.captions.pictures)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _dots(axes: Any, points: Any, labels: Sequence[str], heading: str) -> None:
@@ -144,17 +145,3 @@ def _thumbnails(axes: Any, points: Any, pictures: Sequence[Any]) -> None:
     axes.set_xlim(points[:, 0].min() * 1.08, points[:, 0].max() * 1.08)
     axes.set_ylim(points[:, 1].min() * 1.08, points[:, 1].max() * 1.08)
     axes.set_title("their pictures", fontsize=10)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=90)

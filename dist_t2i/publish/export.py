@@ -33,7 +33,7 @@ from dist_t2i.inference.model_files import (
 )
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.publish.model_card import SetAbout, model_card
-from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
+from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
 from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def _sample_grid(model: TextToImage, about_set: SetAbout, pictures: int = 4) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = model.generate(prompts, seed=0, images_per_prompt=pictures)
-    rows = [GridRow(prompt, images[i * pictures : (i + 1) * pictures]) for i, prompt in enumerate(prompts)]
-    return render_grid(rows, tile=96)
+    return render_grid(grid_rows(prompts, images), tile=96)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,18 +10,16 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.checkpoint.store import images_in
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
+from dist_t2i.reporting.image_grid import GridRow, grid_rows
 from dist_t2i.reporting.web_page import file, img, text, write
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
@@ -29,16 +27,7 @@ GRIDS = 12
 """At most this many sample grids are shown, evenly spread over the training."""
 
 
-@dataclass(frozen=True)
-class PromptRow:
-    """A held-out caption, the real picture that it describes, and generated pictures."""
-
-    caption: str
-    real: Image
-    generated: Sequence[Image]
-
-
-def held_out_rows(model: TextToImage, data: ShardSet, split: str, count: int, pictures: int = 4) -> list[PromptRow]:
+def held_out_rows(model: TextToImage, data: ShardSet, split: str, count: int, pictures: int = 4) -> list[GridRow]:
     """The first `count` captions of a split, in the set's hashed order, with `pictures` generated pictures each."""
     split_samples = data.samples(split)
     samples = [split_samples[i] for i in range(min(count, len(split_samples)))]
@@ -46,17 +35,14 @@ def held_out_rows(model: TextToImage, data: ShardSet, split: str, count: int, pi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
         generated = model.generate(captions, seed=0, images_per_prompt=pictures)
-    return [
-        PromptRow(caption, sample.image, generated[i * pictures : (i + 1) * pictures])
-        for i, (caption, sample) in enumerate(zip(captions, samples, strict=True))
-    ]
+    return grid_rows(captions, generated, [sample.image for sample in samples])
 
 
 def write_page(
     run: Path,
     *,
     title: str,
-    rows: Mapping[str, Sequence[PromptRow]],
+    rows: Mapping[str, Sequence[GridRow]],
     scores: Mapping[str, Any],
     about: SetAbout,
     config: str,
@@ -89,7 +75,7 @@ def write_page(
     return write(run / "report" / "index.html", title, body)
 
 
-def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
+def _prompts(split: str, rows: Sequence[GridRow]) -> str:
     texts = {
         "test-combinations": (
             "Prompts that the model never saw",
@@ -105,7 +91,7 @@ def _prompts(split: str, rows: Sequence[PromptRow]) -> str:
     cards = []
     for row in rows:
         generated = "".join(img(picture, "generated picture") for picture in row.generated)
-        real = f"<span class=real>{img(row.real, 'the real picture')}</span>"
+        real = f"<span class=real>{img(row.real, 'the real picture')}</span>" if row.real is not None else ""
         cards.append(f"<figure>{real}{generated}<figcaption>{text(row.caption)}</figcaption></figure>")
     return f"<h2>{text(heading)}</h2><p>{text(note)}</p><div class=cards>{''.join(cards)}</div>"
 

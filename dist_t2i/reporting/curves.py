@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.reporting import metrics_log
-from dist_t2i.utils.files import replacing
+from dist_t2i.reporting.figures import new_figure, save_figure
 
 _PANELS = (
     ("losses", r"loss/[dg](_adversarial)?", False),
@@ -37,14 +37,10 @@ def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
             panels.append((heading, series, log))
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // 2)
     height = 2.8 * rows
-    figure = Figure(figsize=(12, height))  # fixed margins: matplotlib's layout engines double the time
+    figure = new_figure(12, height, layout=None)  # fixed margins: matplotlib's layout engines double the time
     figure.subplots_adjust(0.05, 0.5 / height, 0.99, 1 - 0.7 / height, wspace=0.12, hspace=0.38)
-    FigureCanvasAgg(figure)
     grid = figure.subplots(rows, 2, squeeze=False).flat
     for axes, panel in zip(grid, panels, strict=False):
         _panel(axes, entries, *panel)
@@ -52,8 +48,7 @@ def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
         axes.set_visible(False)
     if title:
         figure.suptitle(title)
-    with replacing(out) as part:
-        figure.savefig(part, format="png", dpi=100)
+    save_figure(figure, out, dpi=100)
     return True
 
 

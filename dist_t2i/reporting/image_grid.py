@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,6 +26,15 @@ class GridRow:
     real: np.ndarray | Image.Image | None = None
 
 
+def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image] = ()) -> list[GridRow]:
+    """A row for each caption; `pictures` holds equally many for each, one caption after the other."""
+    count = len(pictures) // max(1, len(captions))
+    return [
+        GridRow(caption, pictures[i * count : (i + 1) * count], real[i] if real else None)
+        for i, caption in enumerate(captions)
+    ]
+
+
 def render_grid(
     rows: Sequence[GridRow],
     *,
@@ -39,7 +49,7 @@ def render_grid(
     columns of generated pictures.
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
-    tile = max(tile, *(_picture(picture).width for row in rows for picture in row.generated)) if rows else tile
+    tile = max(tile, *(as_image(picture).width for row in rows for picture in row.generated)) if rows else tile
     pictures = max((len(row.generated) for row in rows), default=0) + any(row.real is not None for row in rows)
     width = _TEXT_WIDTH + pictures * (tile + _GAP) + 2 * _GAP
     lines = -(-len(rows) // blocks)
@@ -60,7 +70,9 @@ def render_grid(
     return grid
 
 
-def _render_row(grid: Image.Image, draw: ImageDraw.ImageDraw, font, row: GridRow, corner: tuple[int, int], tile: int):
+def _render_row(
+    grid: Image.Image, draw: ImageDraw.ImageDraw, font: Any, row: GridRow, corner: tuple[int, int], tile: int
+):
     left, top = corner
     text = wrap(row.caption, _TEXT_WIDTH - 2 * _GAP, tile // (_FONT_SIZE + 4), font)
     draw.multiline_text((left, top + tile // 2), text, _INK, font, anchor="lm", spacing=4)
@@ -85,39 +97,32 @@ def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def wrap(text: str, width: int, lines: int, font) -> str:
-    """`text` broken at spaces (and inside words that are too wide) into at most `lines` lines of `width` pixels."""
-    words, line = text.split()[:200], ""
+def wrap(text: str, width: int, lines: int, font: Any) -> str:
+    """`text` broken at spaces, and inside words that are too wide, into at most `lines` lines of `width` pixels."""
     wrapped: list[str] = []
-    while words and len(wrapped) < lines:
-        word = words.pop(0)
-        joined = f"{line} {word}".strip()
-        if font.getlength(joined) <= width:
-            line = joined
-        elif line:
-            wrapped.append(line)
-            line = ""
-            words.insert(0, word)
-        else:
-            longest = min(len(word), width)  # no letter is narrower than a pixel
-            size = next(n for n in range(longest, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+    for word in text.split()[:200]:
+        if len(wrapped) > lines:
+            break
+        if wrapped and font.getlength(f"{wrapped[-1]} {word}") <= width:
+            wrapped[-1] += f" {word}"
+            continue
+        while word:  # a letter is at least a pixel wide
+            fitting = (n for n in range(min(len(word), width), 1, -1) if font.getlength(word[:n]) <= width)
+            size = next(fitting, 1)
             wrapped.append(word[:size])
-            if word[size:]:
-                words.insert(0, word[size:])
-    if line and len(wrapped) < lines:
-        wrapped.append(line)
-        line = ""
-    if wrapped and (words or line):
-        wrapped[-1] = wrapped[-1][: max(1, len(wrapped[-1]) - 3)] + "..."
+            word = word[size:]
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][: max(1, len(wrapped[lines - 1]) - 3)] + "..."]
     return "\n".join(wrapped)
 
 
-def _picture(picture: np.ndarray | Image.Image) -> Image.Image:
+def as_image(picture: np.ndarray | Image.Image) -> Image.Image:
+    """A picture, uint8 [H, W, 3] or a PIL image, as an RGB image."""
     return picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture, "RGB")
 
 
 def _enlarge(picture: np.ndarray | Image.Image, tile: int) -> Image.Image:
-    image = _picture(picture)
+    image = as_image(picture)
     smaller = image.width < tile
     return image.resize((tile, tile), Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS)
 

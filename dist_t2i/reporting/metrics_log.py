@@ -13,15 +13,10 @@ from dist_t2i.utils.files import write_atomic
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line with one write. Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity"."""
-    text = json.dumps({key: _finite(value) for key, value in line.items()}, allow_nan=False)
+    entry = {key: json.dumps(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+    text = json.dumps(entry, allow_nan=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

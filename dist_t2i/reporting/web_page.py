@@ -7,12 +7,12 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+from PIL import Image
+
+from dist_t2i.reporting.image_grid import as_image
 from dist_t2i.utils.files import write_atomic
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:
@@ -29,10 +29,10 @@ def file(path: Path, label: str) -> str:
     return f'<img class=wide alt="{text(label)}" src="data:image/png;base64,{data}">'
 
 
-def img(image: Image, label: str) -> str:
-    """HTML of a small picture."""
+def img(picture: np.ndarray | Image.Image, label: str) -> str:
+    """HTML of a small picture, uint8 [H, W, 3] or a PIL image."""
     out = io.BytesIO()
-    image.save(out, "PNG")
+    as_image(picture).save(out, "PNG")
     data = base64.b64encode(out.getvalue()).decode()
     return f'<img alt="{text(label)}" src="data:image/png;base64,{data}">'
 
