@@ -17,11 +17,11 @@ def test_pictures_are_as_large_as_cocos_and_always_the_same(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from tools.bench.sets import captions, picture
 
-    made = [picture(number) for number in range(24)]
-    assert made[7] == picture(7) and captions(7) == captions(7) and len(set(made)) == 24
-    assert Image.open(BytesIO(made[0])).size == (640, 480)
-    assert 100e3 < statistics.mean(map(len, made)) < 130e3
-    assert max(map(len, made)) > 1.5 * min(map(len, made))
+    pictures = [picture(number) for number in range(24)]
+    assert pictures[7] == picture(7) and captions(7) == captions(7) and len(set(pictures)) == 24
+    assert Image.open(BytesIO(pictures[0])).size == (640, 480)
+    assert 100e3 < statistics.mean(map(len, pictures)) < 130e3
+    assert max(map(len, pictures)) > 1.5 * min(map(len, pictures))
 
 
 @pytest.mark.slow
@@ -47,9 +47,11 @@ def test_it_starts_deep_in_an_epoch_and_in_sets_of_many_shards(monkeypatch, tmp_
     monkeypatch.setattr(deep, "SAMPLES", 200)
     monkeypatch.setattr(deep, "RESUME_SHARDS", 4)
     monkeypatch.setattr(deep, "SCALE_SHARDS", 40)
-    found = deep.run(tmp_path, 1, resume=True, scale=True)
-    assert set(found["resume"]) == {"0%", "10%", "90%"} and all(first > 0 for (first,) in found["resume"].values())
-    assert set(found["scale"]) == {"800", "8,000"} and all(row["private"] > 10e6 for (row,) in found["scale"].values())
+    numbers = deep.run(tmp_path, 1, resume=True, scale=True)
+    assert set(numbers["resume"]) == {"0%", "10%", "90%"} and all(first > 0 for (first,) in numbers["resume"].values())
+    assert set(numbers["scale"]) == {"800", "8,000"} and all(
+        row["private"] > 10e6 for (row,) in numbers["scale"].values()
+    )
     printed = capsys.readouterr().out
     assert "first batch of 800 samples" in printed and printed.count("\n90%") == 1
 
@@ -65,7 +67,7 @@ def test_a_peer_that_is_missing_is_named():
 
 
 @pytest.mark.slow
-def test_the_step_beside_deepspeed_and_a_published_peers(tmp_path):
+def test_the_step_under_deepspeed_and_a_published_peers_step(tmp_path):
     out = tmp_path / "numbers.json"
     command = [sys.executable, "tools/bench/step.py", "--config", "configs/bench-peer64.yaml", "--peer"]
     few = ["--ranks", "1", "--stages", "1", "--rounds", "1", "--steps", "2", "data.train=none", "train.global_batch=4"]
@@ -74,7 +76,7 @@ def test_the_step_beside_deepspeed_and_a_published_peers(tmp_path):
     (table,) = json.loads(out.read_text())
     assert set(table["rows"]) == {"plain", "stage 1"} and table["rows"]["plain"]["cost"] == 1.0
     assert all(row["rate"] > 0 and 0 < row["share"] < 1 for row in table["rows"].values())
-    # What is published of it, and about what our networks have in that configuration.
+    # The published numbers of parameters, which this project's networks match in that configuration.
     peer = table["peer"]
     assert (round(peer["generator"], -5), round(peer["discriminator"], -5)) == (4_900_000, 3_400_000)
     assert all(abs(table[name] - peer[name]) < 1e5 for name in ("generator", "discriminator"))

@@ -1,7 +1,6 @@
-"""What resuming deep in an epoch and very large sets cost: sets of one shard under many names.
+"""Cost of resuming deep in an epoch (`--resume`) and of very large sets (`--scale`).
 
-`--resume`: 100 names of a shard of 10,000 samples; `--scale`: 40,000 names of it, 400 million samples. The names are
-hard links, so that the real stream runs over them, with two workers.
+The sets are hard links to one shard of 10,000 samples: 100 links for `--resume`, 40,000 (400 million samples) for `--scale`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from tools.bench import probe
+from tools.bench.common import median_of, print_table
 
 SAMPLES = 10_000
 RESUME_SHARDS, SCALE_SHARDS = 100, 40_000
@@ -23,20 +23,20 @@ WORKERS = 2
 
 
 def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]:
-    """Print what was asked for; returns the numbers."""
-    one = one_shard(data)
-    found: dict[str, Any] = {}
+    """Print the requested tables; returns their numbers."""
+    shard = one_shard(data)
+    numbers: dict[str, Any] = {}
     if resume:
-        found["resume"] = measure_resume(many_shards(one, RESUME_SHARDS), rounds)
-        print_resume(found["resume"])
+        numbers["resume"] = measure_resume(many_shards(shard, RESUME_SHARDS), rounds)
+        print_resume(numbers["resume"])
     if scale:
-        found["scale"] = measure_scale(many_shards(one, RESUME_SHARDS), many_shards(one, SCALE_SHARDS), rounds)
-        print_scale(found["scale"])
-    return found
+        numbers["scale"] = measure_scale(many_shards(shard, RESUME_SHARDS), many_shards(shard, SCALE_SHARDS), rounds)
+        print_scale(numbers["scale"])
+    return numbers
 
 
 def one_shard(data: Path) -> Path:
-    """A set of SAMPLES small pictures in one shard, made once."""
+    """A set of SAMPLES small pictures in one shard; kept for the next run."""
     from dist_t2i.sharding.items import Item
     from dist_t2i.sharding.pictures import PictureFile
     from dist_t2i.sharding.write_set import write_set
@@ -44,7 +44,7 @@ def one_shard(data: Path) -> Path:
 
     folder = data / "small"
     if not (folder / "set" / "manifest.json").exists():
-        print(f"making {folder}", file=sys.stderr, flush=True)
+        print(f"writing {folder}", file=sys.stderr, flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "pictures").mkdir(parents=True)
         items = []
@@ -57,8 +57,6 @@ def one_shard(data: Path) -> Path:
 
 
 def small_picture(number: int) -> bytes:
-    from io import BytesIO
-
     import numpy
     from PIL import Image
 
@@ -69,11 +67,11 @@ def small_picture(number: int) -> bytes:
 
 
 def many_shards(one: Path, count: int) -> Path:
-    """The set `one` with its shard under `count` names."""
+    """A set with `count` links to the shard of the set `one`; kept for the next run."""
     folder = one.parent / f"set-{count}"
     if (folder / "manifest.json").exists():
         return folder
-    print(f"making {folder}", file=sys.stderr, flush=True)
+    print(f"writing {folder}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     manifest = json.loads((one / "manifest.json").read_text())
@@ -91,54 +89,49 @@ def many_shards(one: Path, count: int) -> Path:
 
 
 def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Share of the epoch -> seconds to the first batch from there, in every round."""
-    found: dict[str, list[float]] = {"0%": [], "10%": [], "90%": []}
+    """Share of the epoch -> seconds to the first batch after it, per round; each round starts with another share."""
+    seconds: dict[str, list[float]] = {"0%": [], "10%": [], "90%": []}
     for number in range(rounds):
-        for share in list(found)[number % 3 :] + list(found)[: number % 3]:
+        for share in list(seconds)[number % 3 :] + list(seconds)[: number % 3]:
             start = int(RESUME_SHARDS * SAMPLES * int(share[:-1]) / 100)
-            found[share].append(probe.run(start_order(folder, start), {})["first"])
-    return found
+            seconds[share].append(measure_start(folder, start)["first"])
+    return seconds
 
 
 def measure_scale(small: Path, large: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Samples -> what each round measured, at the start and 90% into the epoch in turn."""
-    found: dict[str, list[dict[str, float]]] = {}
+    """Samples of each set -> measurements of each round, 90% into the epoch."""
+    runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for folder, shards in ((small, RESUME_SHARDS), (large, SCALE_SHARDS)):
-            order = start_order(folder, shards * SAMPLES * 9 // 10)
-            found.setdefault(f"{shards * SAMPLES:,}", []).append(probe.run(order, {}))
-    return found
+            runs.setdefault(f"{shards * SAMPLES:,}", []).append(measure_start(folder, shards * SAMPLES * 9 // 10))
+    return runs
 
 
-def start_order(folder: Path, start: int) -> dict[str, Any]:
-    return {"loader": "start", "folder": str(folder), "start": start, "workers": WORKERS}
+def measure_start(folder: Path, start: int) -> dict[str, float]:
+    return probe.run({"loader": "start", "folder": str(folder), "start": start, "workers": WORKERS}, {})
 
 
-def print_resume(found: dict[str, list[float]]) -> None:
-    print(
-        f"\nTime to the first batch of {RESUME_SHARDS * SAMPLES:,} samples from disk, {WORKERS} workers, batch 64, 256 px"
-    )
-    print(f"{'start after':14}{'median s':>10}{'min':>8}{'max':>8}")
-    for share, seconds in found.items():
-        print(f"{share:14}{statistics.median(seconds):10.3f}{min(seconds):8.3f}{max(seconds):8.3f}", flush=True)
+def print_resume(seconds: dict[str, list[float]]) -> None:
+    caption = f"Time to the first batch of {RESUME_SHARDS * SAMPLES:,} samples from disk"
+    rows = [
+        [share, *(f"{statistic(values):.3f}" for statistic in (statistics.median, min, max))]
+        for share, values in seconds.items()
+    ]
+    print_table(f"{caption}, {WORKERS} workers, batch 64, 256 px", ["start after", "median s", "min", "max"], rows)
 
 
-def print_scale(found: dict[str, list[dict[str, float]]]) -> None:
-    print(
-        f"\nSets by size, one shard of {SAMPLES:,} samples each under many names, {WORKERS} workers, started 90% into the epoch"
-    )
-    print(
-        f"{'samples':>14}{'open s':>9}{'first batch s':>15}{'order s':>10}{'ms/1,000 positions':>20}"
-        f"{'MB/worker (USS)':>17}{'MB parent':>11}"
-    )
-    for samples, runs in found.items():
-        row = {key: median_of(runs, key) for key in runs[0]}
-        print(
-            f"{samples:>14}{row['open']:9.2f}{row['first']:15.2f}{row['position']:10.4f}{row['thousand'] * 1000:20.2f}"
-            f"{row['private'] / 1e6:17.1f}{row['parent'] / 1e6:11.1f}",
-            flush=True,
-        )
-
-
-def median_of(runs: Sequence[dict[str, float]], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+def print_scale(runs: dict[str, list[dict[str, float]]]) -> None:
+    columns = {  # head -> key, factor, decimals
+        "open s": ("open", 1, 2),
+        "first batch s": ("first", 1, 2),
+        "order s": ("position", 1, 4),
+        "ms/1,000 positions": ("thousand", 1000, 2),
+        "MB/worker (USS)": ("private", 1e-6, 1),
+        "MB parent": ("parent", 1e-6, 1),
+    }
+    rows = [
+        [samples, *(f"{median_of(rounds, key) * factor:.{decimals}f}" for key, factor, decimals in columns.values())]
+        for samples, rounds in runs.items()
+    ]
+    caption = f"Sets by size: links to one shard of {SAMPLES:,} samples, {WORKERS} workers, started 90% into the epoch"
+    print_table(caption, ["samples", *columns], rows)

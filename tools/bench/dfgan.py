@@ -1,21 +1,23 @@
-"""A published peer's step, as the yardstick of ours: DF-GAN (Tao et al. 2022, "DF-GAN: A Simple and Effective Baseline for
-Text-to-Image Synthesis", CVPR), written from the paper.
+"""The training step of a published peer, for comparison: DF-GAN (Tao et al. 2022, "DF-GAN: A Simple and Effective Baseline
+for Text-to-Image Synthesis", CVPR), written from the paper.
 
-At 64 px and a width of 32 it has 4.8M and 3.4M parameters. Its text encoder is trained beforehand and frozen, so a sentence
-is a given vector here. A step: hinge on real pictures, real ones with wrong captions and fakes; the matching-aware penalty
-(eq. 2) every time, on the pass of the real pictures; the generator's turn with a pass through D again; fp32, Adam.
+At 64 px and a width of 32, generator and discriminator have 4.8M and 3.4M parameters. The text encoder is pretrained and
+frozen, so a constant vector replaces the sentence embedding. A step in fp32 with Adam: the discriminator's hinge loss on
+real pictures, real pictures with wrong captions, and fakes, with the matching-aware penalty (eq. 2) on the pass of the real
+pictures in every step; then the generator's loss, with another pass through the discriminator.
 
-Legend of shapes: B batch, C channels, H W pixels, N width of noise and sentence together.
+Shapes: B batch, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tools.bench.common import now
 
 WIDTH, NOISE, SENTENCE = 32, 100, 256
 PENALTY_WEIGHT, PENALTY_POWER = 2.0, 6
@@ -23,12 +25,12 @@ SLOPE = 0.2
 
 
 def widths(size: int) -> list[int]:
-    """Channels at `size`, `size` / 2, ... 4 pixels."""
+    """Channels at `size`, `size` / 2, ..., 4 pixels."""
     return [WIDTH * min(2**scale, 8) for scale in range(size.bit_length() - 2)]
 
 
 class Affine(nn.Module):
-    """Scales and shifts channels, each by a small perceptron on the condition (sec. 3.3)."""
+    """Scales and shifts channels by two-layer perceptrons of the condition (sec. 3.3)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -42,7 +44,7 @@ class Affine(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Doubles the side; two fusion blocks of two affine layers each, before two convolutions, and a shortcut."""
+    """Doubles the resolution: two affine layers before each of two convolutions, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -60,7 +62,7 @@ class UpBlock(nn.Module):
 
 
 class PeerGenerator(nn.Module):
-    """noise [B, 100], sentence [B, 256] -> pictures [B, 3, H, W]."""
+    """noise [B, 100], sentence [B, 256] -> pictures [B, 3, H, W] in [-1, 1]."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -78,7 +80,7 @@ class PeerGenerator(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Halves the side: a 4x4 and a 3x3 convolution, weighed by a learned number, and a shortcut."""
+    """Halves the resolution: a 4x4 and a 3x3 convolution with a learned weight, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -106,50 +108,43 @@ class PeerDiscriminator(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         return self.blocks(self.first(images))
 
-    def judge(self, features: Tensor, sentence: Tensor) -> Tensor:
+    def logits(self, features: Tensor, sentence: Tensor) -> Tensor:
         tiled = sentence[:, :, None, None].expand(-1, -1, *features.shape[2:])
         return self.logit(F.leaky_relu(self.joint(torch.cat([features, tiled], dim=1)), SLOPE)).flatten()
 
 
 class Peer:
-    """Both networks and the step, in one process, on made-up pictures and sentences."""
+    """Both networks and the step, in one process, on synthetic pictures and sentences."""
 
     def __init__(self, size: int, batch: int, device: torch.device):
         self.generator, self.discriminator = PeerGenerator(size).to(device), PeerDiscriminator(size).to(device)
         self._optimizer_g = torch.optim.Adam(self.generator.parameters(), 1e-4, betas=(0.0, 0.9))
         self._optimizer_d = torch.optim.Adam(self.discriminator.parameters(), 4e-4, betas=(0.0, 0.9))
-        self.real = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-        self.sentence = torch.randn(batch, SENTENCE, device=device)
+        self.real = (torch.rand(batch, 3, size, size, device=device) * 2 - 1).requires_grad_()
+        self.sentence = torch.randn(batch, SENTENCE, device=device, requires_grad=True)
 
     @property
-    def parameters(self) -> tuple[int, int]:
-        """Those of the generator and of the discriminator."""
-        generator, discriminator = (
-            sum(p.numel() for p in network.parameters()) for network in (self.generator, self.discriminator)
-        )
-        return generator, discriminator
+    def parameters(self) -> dict[str, int]:
+        """Network -> number of weights."""
+        networks = {"generator": self.generator, "discriminator": self.discriminator}
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
     def run(self, steps: int) -> float:
-        """Seconds a step."""
-        begin = self._now()
+        """Seconds per step."""
+        begin = now(self.real.device)
         for _ in range(steps):
             self._step()
-        return (self._now() - begin) / steps
-
-    def _now(self) -> float:
-        if self.real.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return (now(self.real.device) - begin) / steps
 
     def _step(self) -> None:
-        d, real, sentence = self.discriminator, self.real.requires_grad_(), self.sentence.requires_grad_()
+        d, real, sentence = self.discriminator, self.real, self.sentence
         features = d.features(real)
-        logits = d.judge(features, sentence)
+        logits = d.logits(features, sentence)
         fake = self.generator(torch.randn(len(real), NOISE, device=real.device), sentence.detach())
-        wrong = d.judge(features[:-1], sentence[1:]), d.judge(d.features(fake.detach()), sentence)
-        negatives = sum(F.relu(1 + x).mean() for x in wrong) / 2
-        self._update(self._optimizer_d, F.relu(1 - logits).mean() + negatives + self._penalty(logits))
-        self._update(self._optimizer_g, -d.judge(d.features(fake), sentence.detach()).mean())
+        negatives = d.logits(features[:-1], sentence[1:]), d.logits(d.features(fake.detach()), sentence)
+        negative_loss = torch.stack([F.relu(1 + x).mean() for x in negatives]).sum() / 2
+        self._update(self._optimizer_d, F.relu(1 - logits).mean() + negative_loss + self._penalty(logits))
+        self._update(self._optimizer_g, -d.logits(d.features(fake), sentence.detach()).mean())
 
     def _penalty(self, logits: Tensor) -> Tensor:
         gradients = torch.autograd.grad(logits.sum(), (self.real, self.sentence), create_graph=True)

@@ -1,12 +1,14 @@
-"""The loaders of the stream benchmark: each a function that starts one and yields its batches.
+"""The loaders that the stream benchmark compares: each function starts one and returns an iterator of its batches.
 
-A batch is (uint8 or float images [64, 3, 256, 256], a list of captions). Every loader shuffles, decodes in `workers`
-processes, and is set up as its documentation does it. `decode` is None for that documentation's own decoding.
+A batch is (images [64, 3, 256, 256] as uint8 or float, a list of captions). Every loader shuffles, decodes in `workers`
+processes, and is set up as its documentation shows. `decode` None means the decoding of that documentation.
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib.machinery
+import io
 import json
 import os
 import sys
@@ -14,39 +16,42 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BATCH, SIZE, SHUFFLE = 64, 256, 1000
+Decode = Callable[[bytes], Any] | None
+Batches = Iterator[Any]
 
 
 @dataclass
-class Place:
-    """Where a loader reads: `folder` of Sets on disk, or the same below `bucket` of an S3 server."""
+class Location:
+    """The data of a loader: in `folder` (see sets.py), or under the same names below `remote`."""
 
     folder: str
-    images: int
     workers: int
     remote: str = ""
-    """s3://bucket/prefix, "" for the disk."""
+    """s3://bucket/prefix; empty: the disk."""
     cache: str = ""
-    """An empty folder for what a loader keeps on disk."""
+    """An empty folder for files that a loader keeps."""
 
     def url(self, name: str) -> str:
         return f"{self.remote or self.folder}/{name}"
 
 
-def fast(data: bytes) -> torch.Tensor:
-    """The decoder that all are given: uint8 [3, SIZE, SIZE]."""
+def fast(data: bytes) -> Tensor:
+    """The decoder of table 1: uint8 [3, SIZE, SIZE]."""
     from dist_t2i.data.images import decode, square
 
-    return square(decode(bytes(data), SIZE), SIZE)  # litdata gives a memoryview
+    return square(decode(bytes(data), SIZE), SIZE)  # litdata passes a memoryview
 
 
-def from_pillow(image: Any) -> torch.Tensor:
-    """The central square of a Pillow picture at SIZE, as torchvision's Resize, CenterCrop and ToTensor make it."""
+def from_pillow(image: Any) -> Tensor:
+    """The central square of a Pillow picture at SIZE, as torchvision's Resize, CenterCrop and ToTensor compute it."""
     import numpy
+    import torch
 
     scale = SIZE / min(image.size)
     image = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)), 2)
@@ -55,69 +60,62 @@ def from_pillow(image: Any) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float().div(255)
 
 
-def pillow(data: bytes) -> torch.Tensor:
-    import io
-
+def pillow(data: bytes) -> Tensor:
     from PIL import Image
 
     return from_pillow(Image.open(io.BytesIO(data)))
 
 
-Decode = Callable[[bytes], torch.Tensor] | None
-Batches = Iterator[Any]
+def collate(samples: list[Any]) -> tuple[Tensor, list[str]]:
+    import torch
 
-
-def collate(samples: list[Any]) -> tuple[torch.Tensor, list[str]]:
     return torch.stack([sample[0] for sample in samples]), [sample[1] for sample in samples]
 
 
-def dist_t2i(place: Place, decode: Decode) -> Batches:
-    """Ours; it also tokenizes."""
+def dist_t2i(location: Location, decode: Decode) -> Batches:
+    """The stream of this project, which also tokenizes; it has one decoder, `fast`."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.data.stream.stream import open_stream
 
-    data = DataConfig(
-        train=place.url("set"), image_size=SIZE, workers=place.workers, flip=False, cache=place.cache or "auto"
-    )
+    train, cache = location.url("set"), location.cache or "auto"
+    data = DataConfig(train=train, image_size=SIZE, workers=location.workers, flip=False, cache=cache)
     data_set = open_data(data)
     for batch in open_stream(data, data_set.tokenizer, seed=0, global_batch=BATCH, data_set=data_set):
         yield batch.images, batch.captions
 
 
-def webdataset(place: Place, decode: Decode) -> Batches:
-    """Over HTTP, its way to an S3 server without the AWS command line: signed URLs, read by curl."""
+def webdataset(location: Location, decode: Decode) -> Batches:
+    """Reads S3 through signed URLs and curl, which needs no AWS command line."""
     import webdataset as wds
 
-    urls = sorted(str(path) for path in Path(place.folder, "set").glob("train-*.tar"))
-    if place.remote:
-        urls = signed([place.url(f"set/{Path(url).name}") for url in urls])
+    urls = sorted(str(path) for path in Path(location.folder, "set").glob("train-*.tar"))
+    if location.remote:
+        urls = signed(location.remote, [f"set/{Path(url).name}" for url in urls])
     dataset = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(SHUFFLE)
     if decode:
         dataset = dataset.map(lambda sample: (decode(sample["jpg"]), json.loads(sample["json"])["captions"][0]))
     else:
         dataset = dataset.decode("pil").map(lambda sample: (from_pillow(sample["jpg"]), sample["json"]["captions"][0]))
     dataset = dataset.batched(BATCH, collation_fn=collate, partial=False)
-    return iter(wds.WebLoader(dataset, batch_size=None, num_workers=place.workers))
+    return iter(wds.WebLoader(dataset, batch_size=None, num_workers=location.workers))
 
 
-def signed(urls: list[str]) -> list[str]:
-    """s3:// URLs as http:// ones that are good for an hour."""
-    import datetime
-
+def signed(remote: str, names: list[str]) -> list[str]:
+    """http:// URLs of objects below s3://bucket/prefix, valid for an hour."""
     import obstore
     from obstore.store import S3Store
 
-    bucket = urls[0].split("/")[2]
-    keys = [url.split("/", 3)[3] for url in urls]
+    bucket, prefix = remote.removeprefix("s3://").split("/", 1)
+    keys = [f"{prefix}/{name}" for name in names]
     return list(obstore.sign(S3Store(bucket), "GET", keys, datetime.timedelta(hours=1)))
 
 
-def litdata(place: Place, decode: Decode) -> Batches:
+def litdata(location: Location, decode: Decode) -> Batches:
     import litdata
     from litdata.streaming import downloader
 
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no option for a server on plain HTTP
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # litdata has no option for a server on plain HTTP
     unpack = decode or pillow
 
     class Pictures(litdata.StreamingDataset):
@@ -125,13 +123,15 @@ def litdata(place: Place, decode: Decode) -> Batches:
             sample = super().__getitem__(index)
             return unpack(sample["image"]), json.loads(sample["captions"])[0]
 
-    cache = {"cache_dir": place.cache} if place.remote else {}
-    dataset = Pictures(place.url("litdata"), shuffle=True, drop_last=True, **cache)
-    return iter(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=place.workers, collate_fn=collate))
+    cache = {"cache_dir": location.cache} if location.remote else {}
+    dataset = Pictures(location.url("litdata"), shuffle=True, drop_last=True, **cache)
+    return iter(
+        litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=location.workers, collate_fn=collate)
+    )
 
 
-def mds(place: Place, decode: Decode) -> Batches:
-    stand_in_for_torchvision()
+def mds(location: Location, decode: Decode) -> Batches:
+    replace_torchvision()
     import streaming
 
     unpack = decode or pillow
@@ -142,17 +142,15 @@ def mds(place: Place, decode: Decode) -> Batches:
             return unpack(sample["image"]), sample["captions"][0]
 
     os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")
-    where = {"remote": place.url("mds"), "local": place.cache} if place.remote else {"local": place.url("mds")}
-    dataset = Pictures(**where, shuffle=True, batch_size=BATCH)
-    return iter(
-        streaming.StreamingDataLoader(
-            dataset, batch_size=BATCH, num_workers=place.workers, collate_fn=collate, drop_last=True
-        )
-    )
+    url = location.url("mds")
+    folders = {"remote": url, "local": location.cache} if location.remote else {"local": url}
+    options = {"batch_size": BATCH, "num_workers": location.workers, "collate_fn": collate, "drop_last": True}
+    return iter(streaming.StreamingDataLoader(Pictures(**folders, shuffle=True, batch_size=BATCH), **options))
 
 
-def stand_in_for_torchvision() -> None:
-    """mosaicml-streaming imports two names of torchvision that nothing here calls; its wheel needs a CUDA build of torch."""
+def replace_torchvision() -> None:
+    """Supplies the names that mosaicml-streaming imports from torchvision and never calls, where torchvision does not
+    load: its wheel needs a CUDA build of torch."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
@@ -169,11 +167,13 @@ def stand_in_for_torchvision() -> None:
             vars(module).update(values, __spec__=importlib.machinery.ModuleSpec(name, None))
 
 
-def energon(place: Place, decode: Decode) -> Batches:
+def energon(location: Location, decode: Decode) -> Batches:
     from megatron import energon as nv
 
-    if place.remote:
-        write_msc_config(Path(place.cache, "msc.yaml"), place.remote)
+    path = location.url("energon")
+    if location.remote:
+        write_msc_config(Path(location.cache, "msc.yaml"), location.remote)
+        path = "msc://bench/" + path.removeprefix("s3://").split("/", 1)[1]
 
     @nv.stateless
     def cook(sample: dict[str, Any]) -> Any:
@@ -185,17 +185,16 @@ def energon(place: Place, decode: Decode) -> Batches:
         decoder = None if decode else nv.SampleDecoder(image_decode="pil")
 
         @nv.stateless
-        def encode_sample(self, sample: Any) -> Any:  # behind the shuffle buffer, which so holds bytes
+        def encode_sample(self, sample: Any) -> Any:  # runs after the shuffle buffer, which therefore holds bytes
             sample.image = decode(sample.image) if decode else from_pillow(sample.image)
             return sample
 
         def batch(self, samples: list[Any]) -> Any:
             return collate([(sample.image, sample.caption) for sample in samples])
 
-    path = "msc://bench" + place.remote.removeprefix("s3://data") + "/energon" if place.remote else place.url("energon")
     dataset = nv.get_train_dataset(
         path,
-        worker_config=nv.WorkerConfig(rank=0, world_size=1, num_workers=place.workers),
+        worker_config=nv.WorkerConfig(rank=0, world_size=1, num_workers=location.workers),
         batch_size=BATCH,
         shuffle_buffer_size=SHUFFLE,
         max_samples_per_sequence=None,
@@ -205,41 +204,43 @@ def energon(place: Place, decode: Decode) -> Batches:
 
 
 def write_msc_config(path: Path, remote: str) -> None:
-    """The profile `bench` of NVIDIA's storage client, which energon reads S3 through."""
-    bucket = remote.split("/")[2]
+    """Writes the profile `bench` of NVIDIA's storage client, through which energon reads S3."""
+    variables = os.environ
+    location = {
+        "base_path": remote.split("/")[2],
+        "endpoint_url": variables["AWS_ENDPOINT_URL"],
+        "region_name": variables["AWS_REGION"],
+    }
+    keys = {"access_key": variables["AWS_ACCESS_KEY_ID"], "secret_key": variables["AWS_SECRET_ACCESS_KEY"]}
     profile = {
-        "storage_provider": {
-            "type": "s3",
-            "options": {
-                "base_path": bucket,
-                "endpoint_url": os.environ["AWS_ENDPOINT_URL"],
-                "region_name": os.environ["AWS_REGION"],
-            },
-        },
-        "credentials_provider": {
-            "type": "S3Credentials",
-            "options": {
-                "access_key": os.environ["AWS_ACCESS_KEY_ID"],
-                "secret_key": os.environ["AWS_SECRET_ACCESS_KEY"],
-            },
-        },
+        "storage_provider": {"type": "s3", "options": location},
+        "credentials_provider": {"type": "S3Credentials", "options": keys},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"profiles": {"bench": profile}}))
     os.environ["MSC_CONFIG"] = str(path)
 
 
-LOADERS: dict[str, Callable[[Place, Decode], Batches]] = {
-    "dist_t2i": dist_t2i,
-    "webdataset": webdataset,
-    "litdata": litdata,
-    "mds": mds,
-    "energon": energon,
+class Loader(NamedTuple):
+    batches: Callable[[Location, Decode], Batches]
+    modules: tuple[str, ...]
+    """What the first batch would otherwise import."""
+    package: str = ""
+    """Name on PyPI; empty for this project."""
+
+
+LOADERS = {
+    "dist_t2i": Loader(dist_t2i, ("webdataset", "dist_t2i.data.open_data", "dist_t2i.data.stream.stream")),
+    "webdataset": Loader(webdataset, ("webdataset",), "webdataset"),
+    "litdata": Loader(litdata, ("litdata",), "litdata"),
+    "mds": Loader(mds, ("streaming",), "mosaicml-streaming"),
+    "energon": Loader(energon, ("megatron.energon",), "megatron-energon"),
 }
-PACKAGES = {
-    "webdataset": "webdataset",
-    "litdata": "litdata",
-    "mds": "mosaicml-streaming",
-    "energon": "megatron-energon",
-}
-MODULES = {"webdataset": "webdataset", "litdata": "litdata", "mds": "streaming", "energon": "megatron.energon"}
+
+
+def preload(name: str) -> None:
+    """Import a loader's modules, so that imports do not count as part of its first batch."""
+    if name == "mds":
+        replace_torchvision()
+    for module in LOADERS[name].modules:
+        importlib.import_module(module)

@@ -1,0 +1,243 @@
+"""The ranks of the step benchmark: the training step under plain PyTorch and under DeepSpeed, on synthetic batches."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_t2i.config import files as config_files
+from dist_t2i.config.sections import Config
+from dist_t2i.data.stream.batch import Batch
+from dist_t2i.distributed import launch
+from dist_t2i.distributed.engine import DTYPES, NetworkEngine, init_distributed, resolve_precision
+from dist_t2i.distributed.optimizer import build_optimizer
+from dist_t2i.models.networks import build_networks
+from dist_t2i.training.ema import Average
+from dist_t2i.training.gan import Gan
+from dist_t2i.training.setup import assemble
+from tools.bench.common import median_of, now
+from tools.bench.dfgan import Peer
+
+VOCABULARY = 2000
+PEER_STEPS = 3
+"""Steps of DF-GAN in a measurement; each takes as long as several of this project's."""
+METHODS = {"prepare": "_prepare", "discriminator": "_discriminator_step", "generator": "_generator_step"}
+"""Phase -> method of Gan; the phase `average` is the moving average."""
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure as one rank; rank 0 prints the table as JSON."""
+    rank = launch.prepare()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    device = torch.device("cuda", rank.local_rank) if launch.has_gpu() else torch.device("cpu")
+    init_distributed(device)
+    config = config_files.load(options.config, options.overrides)
+    precision: Any = resolve_precision(config.engine.precision, device)
+    config = replace(config, engine=replace(config.engine, precision=precision, accumulation=1))
+    peak = matmul_peak(device, DTYPES[precision])
+    subjects = {"plain": Subject(config, None, device)}
+    subjects |= {f"stage {stage}": Subject(config, stage, device) for stage in options.stages}
+    for subject in subjects.values():
+        subject.run(2)  # warms up
+    flops, batch = count_flops(subjects["plain"]) * rank.world_size, config.train.global_batch
+    peer = Peer(config.data.image_size, batch, device) if options.peer and rank.world_size == 1 else None
+    if peer:
+        peer.run(1)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
+    peer_seconds = []
+    for _ in range(options.rounds):
+        for name, subject in subjects.items():
+            runs[name].append(subject.run(options.steps))
+        if peer:
+            peer_seconds.append(peer.run(PEER_STEPS))
+    if rank.rank == 0:
+        plain = [run["step"] for run in runs["plain"]]
+        table = {
+            "ranks": rank.world_size,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+            "precision": precision,
+            "batch": batch,
+            "size": config.data.image_size,
+            **subjects["plain"].parameters,
+            "gflop_per_image": flops / batch / 1e9,
+            "peak_gflops": peak / 1e9,
+            "rows": {
+                name: {
+                    "rate": batch / median_of(rounds, "step"),
+                    "cost": median_ratio([run["step"] for run in rounds], plain),
+                    "share": flops / median_of(rounds, "step") / peak,
+                    "phases": {phase: median_of(rounds, phase) * 1000 for phase in (*METHODS, "average")},
+                }
+                for name, rounds in runs.items()
+            },
+            "peer": peer
+            and {
+                "rate": batch / statistics.median(peer_seconds),
+                "ratio": median_ratio(peer_seconds, plain),
+                **peer.parameters,
+            },
+        }
+        print(json.dumps(table))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def median_ratio(seconds: list[float], plain: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds, plain, strict=True))
+
+
+class PlainEngine:
+    """The interface of `NetworkEngine` without DeepSpeed, the baseline; DistributedDataParallel on several ranks."""
+
+    accumulation = 1
+    loss_scale = 1.0
+    gradient_norm = 0.0
+
+    def __init__(self, name: str, module: nn.Module, config: Config, device: torch.device, rate: float):
+        self.name, self.device, self.dtype = name, device, DTYPES[config.engine.precision]
+        self._bare = module.to(device, self.dtype)
+        self._wrapped: nn.Module = self._bare
+        if dist.get_world_size() > 1:
+            self._wrapped = nn.parallel.DistributedDataParallel(self._bare)
+        self._optimizer = build_optimizer(self._bare, config.optimizer, rate, {})
+        self.module = self._wrapped
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        self._bare.requires_grad_(False)
+        self.module = self._bare
+        yield
+        self.module = self._wrapped
+        self._bare.requires_grad_(True)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate_scale: float) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[dict[str, Tensor]]:
+        yield dict(self._bare.named_parameters())
+
+
+class Subject:
+    """The step with separate weights, under plain PyTorch (`stage` None) or a ZeRO stage; all get the same batch."""
+
+    def __init__(self, config: Config, stage: Literal[0, 1, 2, 3] | None, device: torch.device):
+        self.config, self.device, self.images = config, device, 0
+        self.parameters: dict[str, int] = {}
+        """Weights of `generator`, `discriminator` and `text`, the text encoders; under plain PyTorch only."""
+        if stage is None:
+            self.gan, self.average = self._plain()
+        else:
+            engine = replace(config.engine, generator_stage=stage, discriminator_stage=stage)
+            self.gan, self.average = assemble(replace(config, engine=engine), VOCABULARY, device)
+        self.batch = synthetic_batch(config)
+        self._seconds: dict[str, float] = {}
+        for phase, method in METHODS.items():
+            setattr(self.gan, method, self._timed(phase, getattr(self.gan, method)))
+
+    def _plain(self) -> tuple[Gan, Average]:
+        config, rates = self.config, self.config.optimizer
+        torch.manual_seed(config.train.seed)
+        networks = build_networks(
+            config.model,
+            config.text,
+            image_size=config.data.image_size,
+            max_tokens=config.data.max_tokens,
+            vocab_size=VOCABULARY,
+            edit_width=config.edit.width,
+        )
+        sides = (networks.generator, networks.discriminator)
+        counts = {name: count(child) for side in sides for name, child in side.named_children()}
+        text = sum(number for name, number in counts.items() if name.startswith("text"))
+        self.parameters = {name: counts[name] for name in ("generator", "discriminator")} | {"text": text}
+        average = Average(networks, config.ema, self.device)
+        generator = PlainEngine("generator", networks.generator, config, self.device, rates.generator_lr)
+        discriminator = PlainEngine(
+            "discriminator", networks.discriminator, config, self.device, rates.discriminator_lr
+        )
+        return Gan(config, cast(NetworkEngine, generator), cast(NetworkEngine, discriminator)), average
+
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            begin = now(self.device)
+            result = function(*arguments)
+            self._seconds[phase] += now(self.device) - begin
+            return result
+
+        return run
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Seconds per step: `step` in all, and of each phase."""
+        dist.barrier()
+        self._seconds = dict.fromkeys((*METHODS, "average"), 0.0)
+        begin = now(self.device)
+        for _ in range(steps):
+            self.gan.step([self.batch], self.images, 1.0)
+            self.images += self.config.train.global_batch
+            self._timed("average", self.average.update)(self.gan, self.images)
+        seconds = self._seconds | {"step": now(self.device) - begin}
+        return {phase: total / steps for phase, total in seconds.items()}
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def synthetic_batch(config: Config) -> Batch:
+    """This rank's rows of a step: noise as pictures, captions of four to twelve tokens."""
+    rows = config.train.global_batch // dist.get_world_size()
+    first = dist.get_rank() * rows
+    generator = torch.Generator().manual_seed(first)
+    size, width = config.data.image_size, config.data.max_tokens
+    lengths = torch.randint(4, 13, (rows,), generator=generator).clamp(max=width)
+    tokens = torch.randint(3, VOCABULARY, (rows, width), generator=generator)
+    ids = torch.arange(first, first + rows)
+    return Batch(
+        images=torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8),
+        tokens=tokens * (torch.arange(width) < lengths[:, None]),
+        lengths=lengths,
+        image_ids=ids,
+        caption_ids=ids,
+        positions=ids,
+        captions=[""] * rows,
+        keys=[""] * rows,
+    )
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on all ranks at once: the best of 12 measurements, summed over the ranks."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    dist.barrier()
+    for _ in range(12):
+        begin = now(device)
+        for _ in range(4):
+            a @ b
+        seconds.append(now(device) - begin)
+    total = torch.tensor(4 * 2 * size**3 / min(seconds), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def count_flops(subject: Subject) -> float:
+    """FLOPs of convolutions and matrix products in one step of this rank, forward and backward, without the penalty."""
+    with FlopCounterMode(display=False) as counter:
+        subject.gan.step([subject.batch], subject.images, 1.0)
+    return float(counter.get_total_flops())
