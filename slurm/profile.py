@@ -127,26 +127,24 @@ def _contradictions(profile: Profile) -> list[str]:
     return problems
 
 
+_TIMES = (
+    r"(?P<m>\d+)",
+    r"(?=.)(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?",
+    r"(?P<d>\d+)-(?P<h>\d+)(?::(?P<m>\d{1,2}))?(?::(?P<s>\d{1,2}))?",
+    r"(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d{1,2})",
+)
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
 def minutes(text: str) -> int:
     """A time limit in minutes, rounded up. Raises ConfigError.
 
     `90m`, `24h`, `2d`, `1d12h`, or one of Slurm's forms: minutes, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`.
     """
-    text = text.strip()
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
-    slurm = re.fullmatch(r"(\d+)-(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?|(?:(\d+):)?(\d+):(\d{1,2})", text)
-    if text.isdecimal():
-        total = int(text)
-    elif units and text:
-        days, hours, rest = (int(part or 0) for part in units.groups())
-        total = days * 1440 + hours * 60 + rest
-    elif slurm:
-        days, hours, rest, seconds, *short = (int(part or 0) for part in slurm.groups())
-        if not slurm[1]:
-            hours, rest, seconds = short
-        total = days * 1440 + hours * 60 + rest + -(-seconds // 60)
-    else:
+    match = next(filter(None, (re.fullmatch(form, text.strip()) for form in _TIMES)), None)
+    if match is None:
         raise ConfigError(f"{text!r} is not a time: write 90m, 24h, 2d, or 1-12:00:00")
-    if total <= 0:
+    seconds = sum(int(number or 0) * _SECONDS[unit] for unit, number in match.groupdict().items())
+    if seconds <= 0:
         raise ConfigError(f"{text!r}: a job needs at least a minute")
-    return total
+    return -(-seconds // 60)

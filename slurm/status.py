@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import UserError
+from dist_t2i.utils.files import read_json
 from dist_t2i.utils.progress import duration
 from slurm import attempts
 from slurm.submission import FOLDER, JOB
@@ -71,7 +72,7 @@ class State:
     @property
     def word(self) -> str:
         """One of queued, running, finished, failed, cancelled, stopped, gone, unknown."""
-        last = self.ends[-1] if self.ends else {}
+        last = (self.ends or [{}])[-1]
         if self.live and self.queue not in ("RUNNING", "COMPLETING"):
             return "queued"
         # A progress file that is older than the latest attempt comes from an earlier one.
@@ -93,8 +94,9 @@ class State:
         """Why the run failed; "" when it did not."""
         if self.word != "failed":
             return ""
-        if self.ends and self.ends[-1].get("verdict") == "given up":
-            return str(self.ends[-1].get("reason", ""))
+        last = (self.ends or [{}])[-1]
+        if last.get("verdict") == "given up":
+            return str(last.get("reason", ""))
         if self.queue == "TIMEOUT":
             return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"
         return f"Slurm ended it: {self.queue}"
@@ -143,15 +145,8 @@ def look(run: Path) -> State:
         queue, where = ask_slurm(about["job"])
     except _Silent:
         silent = True
-    try:
-        progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        progress = {}
-    return State(
-        *(run, about["job"], queue, where, progress, attempts.read(run), attempts.newest_checkpoint(run)),
-        submitted=about.get("submitted", 0.0),
-        silent=silent,
-    )
+    state = (read_json(run / "progress.json"), attempts.read(run), attempts.newest_checkpoint(run))
+    return State(run, about["job"], queue, where, *state, submitted=about.get("submitted", 0.0), silent=silent)
 
 
 def ask_slurm(job: str) -> tuple[str, str]:

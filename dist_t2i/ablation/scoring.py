@@ -22,7 +22,7 @@ from dist_t2i.eval.evaluate import evaluate, load_networks
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import keys_of
-from dist_t2i.utils.files import replacing, write_atomic
+from dist_t2i.utils.files import read_json, replacing, write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -91,7 +91,7 @@ class RunScorer:
 
         model = load(run)
         key = self._key(model)
-        cached = _read(run / FILE)
+        cached = read_json(run / FILE)
         if cached.get("key") == key:
             return cached["scores"]
         self.say(f"scores of {run}")
@@ -112,14 +112,6 @@ class RunScorer:
             "data": self.data.fingerprint,
             "protocol": self.protocol.sha256,
         }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def parameters(model: TextToImage) -> dict[str, int]:

@@ -6,6 +6,7 @@ that libraries read on import. Call it before the first import of torch or DeepS
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -86,27 +87,22 @@ def _from_slurm(env: MutableMapping[str, str]) -> Rank:
 
 def _tasks_here(pattern: str, env: Mapping[str, str]) -> int:
     """Number of tasks on this node, from Slurm's `2(x3),1`: two on each of the first three nodes, one on the last."""
-    counts: list[int] = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern):
-        counts += [int(count)] * int(repeat or 1)
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else counts[-1]
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern)
+    counts = [int(count) for count, repeat in groups for _ in range(int(repeat or 1))]
+    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def slurm_master(env: Mapping[str, str]) -> str:
     """Address of the first node of the job step: its name if that resolves, else its NodeAddr from Slurm."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    first = _scontrol("show", "hostnames", nodes).split()[:1] if re.search(r"[\[,]", nodes) else [nodes]
-    if not first or not first[0]:
+    name = _scontrol("show", "hostnames", nodes).partition("\n")[0] if re.search(r"[\[,]", nodes) else nodes
+    if not name:
         raise LaunchError("SLURM_JOB_NODELIST names no node: set MASTER_ADDR to the address of the first node")
-    name = first[0]
-    try:
+    with contextlib.suppress(OSError):
         socket.getaddrinfo(name, None)
         return name
-    except OSError:
-        address = re.search(r"NodeAddr=(\S+)", _scontrol("-o", "show", "node", name))
-        if address:
-            return address[1]
+    if address := re.search(r"NodeAddr=(\S+)", _scontrol("-o", "show", "node", name)):
+        return address[1]
     raise LaunchError(f"the first node, {name}, has no address that resolves: set MASTER_ADDR to one")
 
 
@@ -188,10 +184,10 @@ def interface_towards(address: str) -> str | None:
         interfaces = psutil.net_if_addrs()
     except OSError:
         return None
-    for name, addresses in interfaces.items():
-        if any(each.address.partition("%")[0] == local for each in addresses):
-            return name
-    return None
+    names = (
+        name for name, each in interfaces.items() if local in (address.address.partition("%")[0] for address in each)
+    )
+    return next(names, None)
 
 
 def has_gpu(env: Mapping[str, str] = os.environ) -> bool:

@@ -7,7 +7,6 @@ before the ranks have saved: this process gets the Ctrl-C and signals rank 0, wh
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from dist_t2i.distributed.launch import free_ports, has_gpu
 from dist_t2i.errors import ExitStatus, TrainingError, UserError
+from dist_t2i.utils.files import read_json
 from dist_t2i.utils.processes import is_alive
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -60,22 +59,13 @@ def train(
                 child.stop()
         child.wait_until_gone()
     if child.interrupted or (status == ExitStatus.STOPPED and enough is None):
-        state = progress(run) if enough is None else {}
+        state = read_json(run / "progress.json") if enough is None else {}
         seen = f" at {state['images']:,} of {state['total_images']:,} images" if "images" in state else ""
         raise Interrupted(f"stopped{seen}; the same command resumes")
     if status not in (ExitStatus.FINISHED, ExitStatus.STOPPED):
         if log is not None:
             print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
         raise TrainingError(f"training failed (exit status {status}); the reason is printed above")
-
-
-def progress(run: Path) -> dict[str, Any]:
-    """RUN/progress.json; empty without one."""
-    try:
-        state = json.loads((run / "progress.json").read_text(encoding="utf-8"))
-        return state if isinstance(state, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 class _Child:
@@ -166,7 +156,7 @@ class _Child:
 
     def _rank(self) -> int | None:
         """The pid of rank 0 if it runs and is this child's: progress.json may come from an earlier run."""
-        state = progress(self.run)
+        state = read_json(self.run / "progress.json")
         try:
             current = state["host"] == socket.gethostname() and state["updated"] >= self.started
             return state["pid"] if current and is_alive(state["pid"], earliest=self.started - 1) else None

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import ExitStatus
-from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.files import read_json, write_atomic
 
 FOLDER = "ranks"
 VERDICT = "hang.json"
@@ -122,11 +122,8 @@ class Watchdog:
         return self.folder / f"rank-{rank:05d}.json"
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        reports = {}
-        for rank in range(self.world_size):
-            with contextlib.suppress(OSError, ValueError):
-                reports[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
-        return reports
+        reports = {rank: read_json(self._file(rank)) for rank in range(self.world_size)}
+        return {rank: report for rank, report in reports.items() if report}
 
     def _diagnose(self, state: _State) -> None:
         """Reads all ranks' files twice, with time for each rank to write, and ends the run unless it makes progress."""
@@ -151,10 +148,7 @@ class Watchdog:
 
     def _reported(self) -> bool:
         """Whether another rank has written the verdict of this hang."""
-        with contextlib.suppress(OSError, ValueError):
-            verdict = json.loads((self.folder / VERDICT).read_text(encoding="utf-8"))
-            return time.time() - verdict["time"] < self.seconds
-        return False
+        return time.time() - read_json(self.folder / VERDICT).get("time", 0.0) < self.seconds
 
 
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
