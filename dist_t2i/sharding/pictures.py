@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
-from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.folders import Folder, open_folder
 from dist_t2i.storage.retries import pauses, retry
-from dist_t2i.storage.urls import scheme_of, unchained
+from dist_t2i.storage.urls import scheme_of
 
-WEB = ("http", "https")
 MAX_DOWNLOAD = 2**28
 """Larger downloads, in bytes, are abandoned."""
 TIMEOUT, RETRIES = 30.0, 2
@@ -97,7 +95,7 @@ class PictureUrl(Picture):
         return retry(self._read_once, islice(pauses(0.5, 8.0, factor=4.0), RETRIES), temporary)
 
     def _read_once(self) -> bytes:
-        if scheme_of(self.url) in WEB:
+        if scheme_of(self.url) in ("http", "https"):
             return _download(self.url)
         folder, _, name = self.url.rpartition("/")
         return _open_folder(os.getpid(), folder).read(name)
@@ -131,12 +129,9 @@ class TarMember(Picture):
 class DownloadError(OSError):
     """The reason why a web server delivered nothing; `temporary` when a later try may succeed."""
 
-    def __init__(self, reason: str, temporary: bool) -> None:
+    def __init__(self, reason: str, temporary: bool = False) -> None:
         super().__init__(reason)
         self.temporary = temporary
-
-    def __reduce__(self) -> tuple:
-        return DownloadError, (str(self), self.temporary)
 
 
 def _download(url: str) -> bytes:
@@ -176,11 +171,6 @@ def _open_folder(process: int, url: str) -> Folder:
 @lru_cache(_OPEN_FILES)
 def _open_file(process: int, path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
-
-
-def reachable(url: str) -> bool:
-    """Whether pictures are read from URLs of this scheme. Raises DataError for commands and chained file systems."""
-    return scheme_of(unchained(url)) in (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
 
 
 def render(svg: Path, size: int) -> bytes:

@@ -194,7 +194,7 @@ def test_utf_16_as_windows_programs_write_it(tmp_path):
     assert captions_by_key(tmp_path / "set") == {"p0000": ("café",)}
 
 
-def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path):
+def test_a_quotation_mark_that_is_never_closed_is_reported(tmp_path):
     make_folder(tmp_path / "pictures", 100)
     lines = ["image,caption", 'p0000.png,"oops'] + [f"p{n:04d}.png,number {n}" for n in range(1, 100)]
     (tmp_path / "said.csv").write_text("\n".join(lines))

@@ -7,7 +7,7 @@ from shard_tool import contents, shard
 
 
 @pytest.mark.slow
-def test_an_array_writes_the_same_set_and_its_failures_are_told(tmp_path):
+def test_an_array_writes_the_same_set_and_its_failures_are_reported(tmp_path):
     captions = make_folder(tmp_path / "pictures", 60)
     base = ["folder", "--images", tmp_path / "pictures", "--captions", captions, "--shard-samples", 9]
     array = ["--slurm", "--slurm-cluster", "local", "--slurm-tasks", 2, "--slurm-folder", tmp_path / "logs"]
@@ -20,7 +20,7 @@ def test_an_array_writes_the_same_set_and_its_failures_are_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_that_cannot_write_is_told_and_the_command_goes_on(tmp_path):
+def test_a_task_that_cannot_write_is_reported_and_the_command_goes_on(tmp_path):
     captions = make_folder(tmp_path / "pictures", 20)
     base = ["folder", "--images", tmp_path / "pictures", "--captions", captions, "--shard-samples", 9, "--holdout", 0]
     base += ["--slurm", "--slurm-cluster", "local", "--slurm-tasks", 3, "--slurm-folder", tmp_path / "logs"]

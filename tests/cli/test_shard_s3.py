@@ -21,7 +21,7 @@ def test_from_a_folder_to_s3_and_back(tmp_path, server):
     shard(*base, "--out", tmp_path / "disk")
     url, known = "s3://data/some/set", {**server.environment, "TMPDIR": str(tmp_path)}
     shard(*base, "--out", url, "--processes", 2, **known)
-    assert not list(tmp_path.glob("dist_t2i-*")), "nothing is left where shards were written aside"
+    assert not list(tmp_path.glob("dist_t2i-*")), "the staging folder is removed"
     manifest = open_set(tmp_path / "disk").manifest
     done = shard("inspect", url, "--sheet", tmp_path / "sheet.png", **known)
     assert manifest["fingerprint"] in done.stdout and (tmp_path / "sheet.png").stat().st_size > 1000
@@ -39,7 +39,7 @@ def test_from_a_folder_to_s3_and_back(tmp_path, server):
     assert [contents(tmp_path / "again")[name] for name in tars] == [contents(tmp_path / "disk")[name] for name in tars]
 
 
-def test_a_store_that_does_not_answer_is_told(tmp_path):
+def test_a_store_that_does_not_answer_is_reported(tmp_path):
     captions = make_folder(tmp_path / "pictures", 3)
     known = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     done = shard("verify", "s3://data/set", check=False, **known)

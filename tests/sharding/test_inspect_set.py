@@ -65,7 +65,7 @@ def test_verify(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_what_is_no_set_is_told(tmp_path, command):
+def test_what_is_no_set_is_reported(tmp_path, command):
     done = shard(command, tmp_path, check=False)
     assert done.returncode == 2 and "there is no set" in done.stderr
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
@@ -81,7 +81,7 @@ def test_a_set_written_through_fsspec_is_the_one_on_a_disk(tmp_path):
     url = f"local://{tmp_path}/far/away"
     shard(*base, "--out", url, "--processes", 2, TMPDIR=str(tmp_path))
     assert contents(tmp_path / "far" / "away") == contents(tmp_path / "disk")
-    assert not list(tmp_path.glob("dist_t2i-*")), "nothing is left where shards were written aside"
+    assert not list(tmp_path.glob("dist_t2i-*")), "the staging folder is removed"
     hurt = tmp_path / "far" / "away" / "train-00002.tar"
     hurt.write_bytes(hurt.read_bytes()[:-1])
     (tmp_path / "far" / "away" / "manifest.json").unlink()

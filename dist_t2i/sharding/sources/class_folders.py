@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ def class_split(
     folders: Iterable[Path],
     train: Path | None,
     test: Path | None,
-    default: Callable[[int], bool],
+    hold_out_every: int,
 ) -> tuple[dict[str, str], str]:
     """Class -> `train` or `test`, and the files or rule that decided.
 
     If neither `train` nor `test` is given, the lists of the text release are used that lie in one of `folders`: classes
     in `testclasses.txt` are held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and
-    `valclasses.txt`, are trained on. Without any list, the classes are held out for whose number `default` is true.
+    `valclasses.txt`, are trained on. Without any list, the classes are held out whose number is a multiple of `hold_out_every`.
 
     Raises: DataError when a list cannot be read, a list names an unknown class, or a class is in both lists or none.
     """
@@ -52,7 +52,8 @@ def class_split(
         lists = (TEST_LIST, *TRAIN_LISTS)
         folder = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
         if folder is None:
-            return {name: "test" if default(_number(name)) else "train" for name in classes}, "the default rule"
+            rule = {name: "train" if _number(name) % hold_out_every else "test" for name in classes}
+            return rule, "the default rule"
         test = folder / TEST_LIST if (folder / TEST_LIST).is_file() else None
         train = next((folder / name for name in TRAIN_LISTS if (folder / name).is_file()), None)
     tested = _class_list(test, classes) if test else []
@@ -125,7 +126,7 @@ class ClassSet:
         if not classes:
             raise DataError(f"{parent} has no folder {prefix}... of a class. Expected files:\n{self.layout}")
         folders = (root, texts.parent, images.parent)
-        split, rule = class_split(classes, folders, train, test, lambda number: number % self.hold_out_every == 0)
+        split, rule = class_split(classes, folders, train, test, self.hold_out_every)
         print(f"classes are split by {rule}", file=sys.stderr)
         items: list[Item] = []
         problems: list[Problem] = []

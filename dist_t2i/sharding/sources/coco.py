@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.items import Gathered, Item, Problem, captioned
@@ -43,33 +43,26 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
     problems: list[Problem] = []
     files: dict[str, set[str]] = {}
     year = 2014 if karpathy else year or _year_of(root)
-    for entry in _karpathy_entries(karpathy, problems) if karpathy else _entries(root, year, problems):
-        folder, name = entry.folder, entry.name
+    entries = _karpathy_entries(karpathy, problems) if karpathy else _entries(root, year, problems)
+    for folder, name, image_id, captions, split, where in entries:
         if folder not in files:
             files[folder] = files_of(first_folder(root, (folder,), LAYOUT)) if folder.isalnum() else set()
         if name not in files[folder] or "/" in name:
-            problems.append(Problem(entry.where, f"{(root / folder).name}/{name}", "picture is missing"))
+            problems.append(Problem(where, f"{(root / folder).name}/{name}", "picture is missing"))
             continue
         key = name.rpartition(".")[0].replace(".", "_")
         picture = PictureFile(f"{root / folder}/{name}")
-        item = captioned(key, picture, entry.captions, entry.where, problems, image_id=entry.image_id)
+        item = captioned(key, picture, captions, where, problems, image_id=image_id)
         if item:
-            item.split = entry.split
+            item.split = split
             items.append(item)
     title = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")
     about = {"name": title, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
     return sorted(items, key=lambda item: item.key), problems, about
 
 
-class _Entry(NamedTuple):
-    """A picture in a caption file."""
-
-    folder: str
-    name: str
-    image_id: Any
-    captions: list[str]
-    split: str
-    where: str
+_Entry = tuple[str, str, Any, list[str], str, str]
+"""Folder, file name, image id, captions and split of a picture in a caption file, and where the file lists it."""
 
 
 def _year_of(root: Path) -> int:
@@ -114,7 +107,7 @@ def _entries(root: Path, year: int, problems: list[Problem]) -> Iterator[_Entry]
                 where, image = f"{path.name}: {entry.get('id')}", str(entry.get("image_id"))
                 problems.append(Problem(where, image, "caption is of no known picture"))
         for number, name in names.items():
-            yield _Entry(part, name, number, captions.get(number, []), split, f"{path.name}: {number}")
+            yield part, name, number, captions.get(number, []), split, f"{path.name}: {number}"
         for name in sorted(files - set(names.values())):
             problems.append(Problem("", f"{part}/{name}", f"picture is not in {path.name}"))
 
@@ -130,4 +123,4 @@ def _karpathy_entries(path: Path, problems: list[Problem]) -> Iterator[_Entry]:
             problems.append(Problem(where, name, reason))
             continue
         captions = [str(sentence.get("raw", "")) for sentence in sentences if isinstance(sentence, dict)]
-        yield _Entry(folder, name, image_id, captions, split, where)
+        yield folder, name, image_id, captions, split, where

@@ -14,6 +14,8 @@ from dist_t2i.sharding.items import Item, Problem, add_captions, hold_out
 from dist_t2i.sharding.pictures import PictureFile
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
+_Rows = Iterator[tuple[Path, str, tuple[str, ...]]]
+"""(picture, where, captions)"""
 
 
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
@@ -46,10 +48,8 @@ def _relative(path: Path, images: Path) -> str:
     return os.path.relpath(path, images).encode("utf-8", "backslashreplace").decode()
 
 
-def _from_caption_file(
-    images: Path, captions: Path, problems: list[Problem]
-) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
-    """(picture, where, captions) of each row of a caption file whose picture exists."""
+def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) -> _Rows:
+    """Each row of a caption file whose picture exists."""
     paths: dict[str, Path | None] = {}
     for row in read_captions(captions):
         if row.problem:
@@ -79,8 +79,8 @@ def _find(image: str, folders: tuple[Path, ...]) -> Path | None:
     return None
 
 
-def _from_text_files(images: Path, problems: list[Problem]) -> Iterator[tuple[Path, str, tuple[str, ...]]]:
-    """(picture, where, captions) of each picture that has a text file of the same name."""
+def _from_text_files(images: Path, problems: list[Problem]) -> _Rows:
+    """Each picture that has a text file of the same name."""
     for path in _pictures(images):
         text = path.with_suffix(".txt")
         try:

@@ -6,11 +6,10 @@ without tones.
 
 **Split.** The split is a function of the names, without any randomness, so it is the same on every machine.
 
-- A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects
-  (`unit_hash(role) < COMBINATION_SHARE`) put their *light* and their *dark* picture into `test-combinations`; the
-  toneless one and the three medium tones stay in training, so that training contains every word of the held-out name,
-  but not that combination. Roles that share one SVG ("cook", "man cook": `TWINS`) are never held out, because a training
-  picture would then be a test picture.
+- A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects put their
+  *light* and their *dark* picture into `test-combinations`; the toneless one and the three medium tones stay in training,
+  so that training contains every word of the held-out name, but not that combination. Roles that share one SVG ("cook",
+  "man cook": `TWINS`) are never held out, because a training picture would then be a test picture.
 - A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except the
   words in `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are
   dropped.
@@ -44,8 +43,6 @@ ABOUT = {
 }
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
-TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-
 _TONE = re.compile(r" ?(?<![a-z-])(medium-light|medium-dark|light|medium|dark) skin tone")
 
 TWINS = frozenset(
@@ -94,7 +91,7 @@ NOT_NOUNS = frozenset(
 
 
 class Entry(NamedTuple):
-    """One picture: `captions[0]` is its name, `tone` one of `TONES` or ""."""
+    """One picture: `captions[0]` is its name, `tone` the skin tone in it ("medium-light"), or ""."""
 
     key: str
     svg: Path

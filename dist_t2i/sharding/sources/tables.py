@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -13,11 +14,13 @@ from urllib.parse import urlsplit
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, Row, make_row, rows_of
 from dist_t2i.sharding.items import Gathered, Item, Problem, captioned, hold_out
-from dist_t2i.sharding.pictures import Picture, PictureFile, PictureUrl, reachable
+from dist_t2i.sharding.pictures import Picture, PictureFile, PictureUrl
+from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.folders import open_folder
-from dist_t2i.storage.urls import expand, unchained
+from dist_t2i.storage.urls import expand, scheme_of, unchained
 
 _BATCH = 10_000
+_SCHEMES = (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
 
 
 def table_items(
@@ -103,13 +106,13 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture |
         if path not in missing:
             missing[path] = not os.path.isfile(path)
         return (None, "picture is missing") if missing[path] else (PictureFile(path), "")
-    try:
+    with contextlib.suppress(DataError):  # raised for a command, or chained file systems
         url = image if url == image else f"{base.rstrip('/')}/{image.removeprefix('./')}"
         if url.startswith("file://"):
             return _picture(url.removeprefix("file://"), "", missing)
-        return (PictureUrl(url), "") if reachable(url) else (None, "URLs of this kind are not read")
-    except DataError:
-        return None, "URLs of this kind are not read"
+        if scheme_of(unchained(url)) in _SCHEMES:
+            return PictureUrl(url), ""
+    return None, "URLs of this kind are not read"
 
 
 def _key(image: str, existing: dict[str, Item]) -> str:

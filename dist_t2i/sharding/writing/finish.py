@@ -16,8 +16,6 @@ from dist_t2i.sharding.writing.report import write_report
 from dist_t2i.sharding.writing.shard_writer import ShardPlan
 from dist_t2i.storage.folders import WORK, Folder
 
-SHARD_FACTS = ("samples", "bytes", "sha256", "index_sha256", "captions")
-
 
 def finish(
     folder: Folder,
@@ -46,8 +44,7 @@ def finish(
             "bytes": sum(shard["bytes"] for shard in shards[split]),
             "captions": caption_statistics([item.captions for item in items], tokenizer),
             "short_side": [
-                min(shard["short_side"][0] for shard in shards[split]),
-                max(shard["short_side"][1] for shard in shards[split]),
+                limit(side for shard in shards[split] for side in shard["short_side"]) for limit in (min, max)
             ],
             "shards": shards[split],
         }
@@ -84,7 +81,7 @@ def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list
         new = f"{result['split']}-{len(listed):05d}.tar" if result["samples"] else ""
         _rename(folder, result, new)
         if new:
-            facts = {name: result[name] for name in SHARD_FACTS}
+            facts = {name: result[name] for name in ("samples", "bytes", "sha256", "index_sha256", "captions")}
             listed.append({"name": new, **facts, "left_out": len(result["rejected"]), "short_side": result["sides"]})
     return shards
 

@@ -103,16 +103,6 @@ def split_table(splits: Mapping[str, Any]) -> tuple[list[str], list[tuple]]:
     return head, rows
 
 
-def _problem_tables(problems: Sequence[dict[str, Any]]) -> str:
-    """The count of each reason, and the first problems."""
-    if not problems:
-        return "<p>Nothing.</p>"
-    counts = Counter(problem["reason"] for problem in problems)
-    head = ("where", "picture", "reason")
-    details = _table(head, [[problem[name] for name in head] for problem in problems], " in bad_samples.jsonl")
-    return f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>{details}"
-
-
 def _shard_table(splits: Mapping[str, Any]) -> str:
     head = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "start of its SHA-256")
     rows = [
@@ -134,6 +124,13 @@ def _shard_table(splits: Mapping[str, Any]) -> str:
 def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequence[dict[str, Any]]) -> str:
     name = html.escape(str(manifest.get("name", "A set of captioned pictures")))
     captions = [(number, sample.key, " | ".join(sample.captions)) for number, sample in enumerate(samples, 1)]
+    counts, head = Counter(problem["reason"] for problem in problems), ("where", "picture", "reason")
+    details = _table(head, [[problem[cell] for cell in head] for problem in problems], " in bad_samples.jsonl")
+    listed = (
+        f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>{details}"
+        if problems
+        else "<p>Nothing.</p>"
+    )
     credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>
@@ -146,7 +143,7 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 {_table(*split_table(manifest["splits"]))}
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
 <h2>Captions of these pictures</h2>{_table(("", "key", "captions"), captions)}
-<h2>Left out or changed</h2>{_problem_tables(problems)}
+<h2>Left out or changed</h2>{listed}
 <h2>Shards</h2>{_shard_table(manifest["splits"])}
 </html>
 """

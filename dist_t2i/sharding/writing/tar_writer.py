@@ -6,6 +6,7 @@ built here, ten times faster than by `tarfile`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,7 +14,6 @@ import os
 import sys
 import tarfile
 from pathlib import Path
-from types import TracebackType
 
 try:  # four times zlib's speed
     from zlib_ng.zlib_ng import crc32
@@ -61,7 +61,7 @@ def _make_room(descriptor: int, size: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-class TarWriter:
+class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
     """A context manager; `size` and `sha256` are valid after `finish()`. All methods raise OSError."""
 
     def __init__(self, path: Path, expected: int = 0) -> None:
@@ -78,10 +78,7 @@ class TarWriter:
         self._digest = hashlib.sha256()
         self.size = 0
 
-    def __enter__(self) -> TarWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         os.close(self._descriptor)
 
     def add(self, name: str, data: bytes) -> tuple[int, int, int]:

@@ -96,7 +96,7 @@ def test_what_is_wrong_in_coco_is_listed(tmp_path):
     }
 
 
-def test_a_coco_that_is_laid_out_otherwise_is_told(tmp_path):
+def test_a_coco_that_is_laid_out_otherwise_is_reported(tmp_path):
     def error(*more):
         done = shard("coco", tmp_path / "coco", *more, "--out", tmp_path / "set", check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -170,7 +170,7 @@ def test_cub_without_lists_holds_out_every_fourth_class(tmp_path):
     assert classes_of(tmp_path / "set") == {"train": set(CUB[:3]), "test": {CUB[3]}}
 
 
-def test_lists_of_classes_that_do_not_fit_are_told(tmp_path):
+def test_lists_of_classes_that_do_not_fit_are_reported(tmp_path):
     cub_tree(tmp_path / "cub")
 
     def error(*arguments):
@@ -235,7 +235,7 @@ def test_flowers(tmp_path):
         ("flowers", "text_c10", "text_c10/class_00001/image_06734.txt"),
     ],
 )
-def test_a_folder_that_is_missing_is_told_with_the_layout(tmp_path, source, missing, says):
+def test_a_folder_that_is_missing_is_reported_with_the_layout(tmp_path, source, missing, says):
     (cub_tree if source == "cub" else flower_tree)(tmp_path / "data")
     (tmp_path / "data" / missing).rename(tmp_path / "elsewhere")
     done = shard(source, tmp_path / "data", "--out", tmp_path / "set", check=False)

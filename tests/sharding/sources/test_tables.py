@@ -155,7 +155,7 @@ def test_lists_of_captions_and_rows_that_are_none(tmp_path):
     }
 
 
-def test_mistakes_with_tables_are_told(tmp_path):
+def test_mistakes_with_tables_are_reported(tmp_path):
     def error(form, *arguments):
         done = shard(form, *arguments, "--out", tmp_path / "set", check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -172,7 +172,7 @@ def test_mistakes_with_tables_are_told(tmp_path):
     assert quote("é") not in error("csv", tmp_path / "é.csv")
 
 
-def test_a_table_without_pyarrow_is_told_what_to_install(tmp_path):
+def test_a_table_without_pyarrow_names_what_to_install(tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError('not here')")
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     from shard_tool import ROOT

@@ -106,7 +106,7 @@ def test_odd_members_are_listed_and_nothing_is_run(tmp_path):
     ("argument", "says"),
     [("none.tar", "there is no such tar"), ("pipe:touch ran", "commands are not run"), ("s3::x://a", "not chained")],
 )
-def test_mistakes_are_told(tmp_path, argument, says):
+def test_mistakes_are_reported(tmp_path, argument, says):
     done = shard("webdataset", argument, "--out", tmp_path / "set", check=False, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "ran").exists()
