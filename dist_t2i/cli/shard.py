@@ -29,26 +29,25 @@ from dist_t2i.utils.processes import usable_cores
 if TYPE_CHECKING:
     from dist_t2i.sharding.items import Gathered
 
-_RESUME = """Pictures and captions that cannot be used are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
+_RESUME = """Unusable pictures and captions are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
 After an interruption, run the same command again: it keeps every shard whose checksums match. With --retry-failed, it
 also retries pictures that could not be downloaded or read."""
 _FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
-or a .csv or .tsv file with the columns image and caption; paths are relative to --images or to the folder of the
-caption file. Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png.
-Captions longer than 1,000 characters are cut."""
-_TABLE = """Each row of a table holds a picture and a caption (in JSONL and Parquet: or a list of captions). A picture is a
-path, relative to --images or to the folder of the table, or a URL: http(s)://, s3://, gs://, az://. A download that may
-still succeed is tried three times; failures are listed, and --retry-failed retries them. Columns: url, image,
-file_name, path ... and captions, caption, text, description, or those that you name."""
+or a .csv or .tsv file with the columns image and caption; paths are relative to --images or to the caption file's folder.
+Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png. Captions longer than
+1,000 characters are cut."""
+_TABLE = """A row holds a picture and a caption (in JSONL and Parquet: or a list of captions). A picture is a path,
+relative to --images or to the table's folder, or a URL: http(s)://, s3://, gs://, az://. A download that may still
+succeed is tried three times; failures are listed, and --retry-failed retries them. Columns: url, image, file_name,
+path ... and captions, caption, text, description, or those that you name."""
 _TARS = """Input: tars written by webdataset, img2dataset or this tool, as local paths, folders, globs or URLs; braces
 expand: train-{00000..00591}.tar. Each sample holds a picture (jpg, jpeg, png, webp) and captions in json ("captions" or
 "caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if there is no
-such tar. Members that only a pickle decoder reads are skipped, because unpickling runs code. From a truncated tar, the
-samples before the cut are used. A tar behind a URL is read once to locate the pictures; each picture is read again when
-its shard is written."""
-_INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer; the tars are neither copied
-nor changed. Training on the same list (data.train=URL...) then starts at once; otherwise the first training run builds
-the same index. A rerun reads only tars that are new or changed. URLs as in data.train:
+such tar. Pickled members are skipped, because unpickling runs code. A truncated tar yields the samples before the cut.
+A tar behind a URL is read once to locate the pictures; each picture is read again when its shard is written."""
+_INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer; the tars are neither
+copied nor changed. Training on the same list (data.train=URL...) then starts at once; otherwise the first training run
+builds the same index. A rerun reads only tars that are new or changed. URLs as in data.train:
 s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
 
 
@@ -278,9 +277,7 @@ def _verify(args: Namespace) -> int:
     shards, differences = verify(args.url, args.processes)
     if differences:
         print(table(("file", "what", "expected", "actual"), differences))
-        print(
-            f"{args.url}: {len(differences)} differences in {shards} shards; rerun the command that wrote it to repair it"
-        )
+        print(f"{args.url}: {len(differences)} differences in {shards} shards; to repair it, rerun the writing command")
         return 1
     print(f"{args.url}: all {shards} shards, their indexes and every member are as the manifest says")
     return 0

@@ -1,1 +1,1 @@
-"""Captioned pictures become a set of shards (tools/shard.py): sources, filters, writing, checking. `data` reads them."""
+"""Writes captioned pictures as a set of shards (tools/shard.py), and inspects such a set; `data` reads it."""

@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of the writer's bad_samples.jsonl: where (file or line), which picture, and a reason that many may share."""
+    """A line of bad_samples.jsonl: where (file or line), which picture, and a reason that many pictures share."""
 
     where: str
     picture: str

@@ -1,8 +1,8 @@
 """Writes shards by a Slurm array through submitit: each task writes a part of them; this process waits for all.
 
-The plan is made in this process and travels with the tasks, so a shard does not depend on who wrote it. Results are read
-from the notes that tasks leave with their shards, not from the jobs' states, which clusters without accounting do not
-report. All machines must see the pictures, OUT and the log folder.
+The plan is made in this process and sent to the tasks, so a shard does not depend on who wrote it. Results are read
+from the notes that tasks write into OUT, not from the jobs' states, which clusters without accounting do not report.
+All machines must see the pictures, OUT and the log folder.
 """
 
 from __future__ import annotations

