@@ -20,7 +20,7 @@ from typing import Any
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.write_set import write_here
 from dist_t2i.sharding.writing.prepare import Options
-from dist_t2i.sharding.writing.shard_writer import ShardPlan
+from dist_t2i.sharding.writing.shard_writer import Results, ShardPlan
 from dist_t2i.storage.folders import WORK, Folder
 from dist_t2i.utils.progress import Progress
 
@@ -48,9 +48,7 @@ class SlurmArray:
     extra: Sequence[tuple[str, Any]]
     """Further parameters of sbatch."""
 
-    def write(
-        self, folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    def write(self, folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress) -> Results:
         """Write the shards in tasks; returns their results by name. Raises DataError when shards remain unwritten."""
         for plan in plans:
             folder.remove(f"{WORK}/{plan.name}.json")
@@ -85,11 +83,9 @@ class SlurmArray:
             )
         return executor
 
-    def _wait(
-        self, folder: Folder, plans: Sequence[ShardPlan], jobs: Sequence[Any], progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    def _wait(self, folder: Folder, plans: Sequence[ShardPlan], jobs: Sequence[Any], progress: Progress) -> Results:
         waiting = {plan.name: plan for plan in plans}
-        results: dict[str, dict[str, Any]] = {}
+        results: Results = {}
         done, ended_at = 0, 0.0
         while True:
             for name in list(waiting):

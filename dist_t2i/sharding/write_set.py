@@ -16,6 +16,7 @@ from dist_t2i.sharding.writing.finish import finish, restore_names
 from dist_t2i.sharding.writing.prepare import Options
 from dist_t2i.sharding.writing.processes import in_processes
 from dist_t2i.sharding.writing.shard_writer import (
+    Results,
     ShardPlan,
     finished_result,
     forget,
@@ -27,7 +28,7 @@ from dist_t2i.sharding.writing.shard_writer import (
 from dist_t2i.storage.folders import Folder, open_folder
 from dist_t2i.utils.progress import Progress
 
-ShardWriter = Callable[[Folder, Sequence[ShardPlan], Options, Progress], dict[str, dict[str, Any]]]
+ShardWriter = Callable[[Folder, Sequence[ShardPlan], Options, Progress], Results]
 """Writes shards, perhaps on other machines, and returns their results by name."""
 
 
@@ -102,7 +103,7 @@ def _write_missing(
 
 def write_here(
     folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress | None = None
-) -> dict[str, dict[str, Any]]:
+) -> Results:
     """Write shards with `options.processes` processes of this machine; returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
     enabled = gc.isenabled()

@@ -29,6 +29,8 @@ from dist_t2i.storage.folders import WORK, Folder
 
 _OVERHEAD = 3 * 1024
 """Bytes of a sample in a tar, without those of its picture, roughly."""
+Results = dict[str, dict[str, Any]]
+"""Results of shards by the name of their plan; see `write_shard`."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
 
 
@@ -64,11 +66,8 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
             except OSError:  # listed as a problem when the shard is written
                 size, stamp = 0, ""
             megabytes = 0.0 if options.size or options.format else size / 1e6
-            if (
-                plan is None
-                or len(plan.items) >= options.shard_samples
-                or plan.megabytes + megabytes > options.shard_mb
-            ):
+            full = plan and (len(plan.items) >= options.shard_samples or plan.megabytes + megabytes > options.shard_mb)
+            if plan is None or full:
                 plan = ShardPlan(f"{split}-{number:05d}", split, [], [])
                 plans.append(plan)
                 number += 1
