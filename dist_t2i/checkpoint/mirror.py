@@ -21,17 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint import mirror_store, store
 from dist_t2i.checkpoint.lease import Lease
-from dist_t2i.checkpoint.mirror_store import (
-    RECORD_FILES,
-    RECORDS,
-    Damaged,
-    Identity,
-    Unreachable,
-    another_run,
-    without_records,
-)
+from dist_t2i.checkpoint.mirror_store import Damaged, Identity, Unreachable
 from dist_t2i.config.sections import CheckpointConfig
 from dist_t2i.errors import CheckpointError
 from dist_t2i.reporting.reporter import Reporter
@@ -97,7 +89,7 @@ class Mirror:
         mismatches = Identity(**answer["identity"]).mismatches(own) if answer["identity"] else answer["strange"]
         if mismatches:
             if not self._allow_changes:
-                raise CheckpointError(another_run(self.url, mismatches))
+                raise CheckpointError(mirror_store.another_run(self.url, mismatches))
             _warn(f"continuing although the mirror {self.url} is another run's: " + "; ".join(mismatches))
         self._images = answer["images"]
 
@@ -145,11 +137,11 @@ class Mirror:
         except CheckpointError as error:
             mirrored = f"{self.url}/checkpoints/{store.folder_name(images)}"
             raise Damaged(str(error).replace(str(staging), mirrored)) from error
-        for name in RECORD_FILES:
-            if (record := staging / RECORDS / name).exists():
+        for name in mirror_store.RECORD_FILES:
+            if (record := staging / mirror_store.RECORDS / name).exists():
                 write_atomic(self._run / name, record.read_text(encoding="utf-8", errors="replace"))
-        shutil.rmtree(staging / RECORDS, ignore_errors=True)
-        state = without_records((staging / store.STATE).read_bytes())
+        shutil.rmtree(staging / mirror_store.RECORDS, ignore_errors=True)
+        state = mirror_store.without_records((staging / store.STATE).read_bytes())
         (staging / store.STATE).write_bytes(store.seal(state))
 
     def _refuse_inside(self) -> None:

@@ -20,17 +20,8 @@ from safetensors.torch import save_file
 
 from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
-from dist_t2i.inference.model_files import (
-    ABOUT,
-    CONFIG,
-    DISCRIMINATOR,
-    FORMAT,
-    FROZEN,
-    GENERATOR,
-    TOKENIZER,
-    ModelFiles,
-    read_model,
-)
+from dist_t2i.inference import model_files
+from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.publish.model_card import SetAbout, model_card
 from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
@@ -84,7 +75,7 @@ def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
 def _check_target(out: Path, replace: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / ABOUT).is_file():
+    if not (out / model_files.ABOUT).is_file():
         raise UserError(f"{out} exists and is not an exported model; choose a new folder")
     if not replace:
         raise UserError(f"{out} holds an exported model already; choose a new folder, or replace it with --force")
@@ -92,15 +83,17 @@ def _check_target(out: Path, replace: bool) -> None:
 
 def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAbout) -> None:
     config = published(files.config)
-    save_file(_plain(files.generator), folder / GENERATOR)
-    save_file(_plain(files.discriminator), folder / DISCRIMINATOR)
+    save_file(_plain(files.generator), folder / model_files.GENERATOR)
+    save_file(_plain(files.discriminator), folder / model_files.DISCRIMINATOR)
     if files.frozen is not None:
-        save_file(_plain(files.frozen.tensors), folder / FROZEN)
-    (folder / CONFIG).write_text(config_files.dump(config), encoding="utf-8")
-    files.tokenizer.save(folder / TOKENIZER)
-    names = [CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR] + ([FROZEN] if files.frozen else [])
+        save_file(_plain(files.frozen.tensors), folder / model_files.FROZEN)
+    (folder / model_files.CONFIG).write_text(config_files.dump(config), encoding="utf-8")
+    files.tokenizer.save(folder / model_files.TOKENIZER)
+    names = [model_files.CONFIG, model_files.TOKENIZER, model_files.GENERATOR, model_files.DISCRIMINATOR] + (
+        [model_files.FROZEN] if files.frozen else []
+    )
     about: dict[str, Any] = {
-        "format": FORMAT,
+        "format": model_files.FORMAT,
         "library": "dist_t2i",
         "images": files.images,
         "weights_sha256": files.sha256(),
@@ -110,7 +103,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
             name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names
         },
     }
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (folder / model_files.ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     save_grid(_sample_grid(model, about_set), folder / SAMPLES)
     scores = _scores(files)
     if scores is not None:
@@ -120,7 +113,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
 
 def published(config: Config) -> Config:
     """The configuration without paths and the run's name, which belong to a machine or person."""
-    text = dataclasses.replace(config.text, frozen=FROZEN if config.text.mode == "frozen" else "")
+    text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder="", name=""),

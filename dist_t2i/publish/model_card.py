@@ -57,10 +57,11 @@ class SetAbout:
 def model_card(files: ModelFiles, about: SetAbout, scores: Mapping[str, Any] | None) -> str:
     """The model card in Markdown; its YAML header gives model hubs the library and the licence."""
     size, example = files.config.data.image_size, (about.examples or ("a caption",))[0]
+    licence = about.licence.lower().replace(" ", "-") or "other"  # in the spelling of model hubs: cc-by-sa-4.0
     return f"""---
 library_name: dist_t2i
 pipeline_tag: text-to-image
-license: {_hub_licence(about.licence)}
+license: {licence}
 ---
 # Text to {size}x{size} pictures, trained with dist_t2i
 
@@ -98,11 +99,6 @@ def _edit(files: ModelFiles, example: str) -> str:
     if not files.config.edit.width:
         return ""
     return f'    model.edit("your/picture.png", {json.dumps(example, ensure_ascii=False)}).save("edit.png")\n'
-
-
-def _hub_licence(licence: str) -> str:
-    """The licence in the spelling of model hubs: `CC BY-SA 4.0` is `cc-by-sa-4.0`."""
-    return licence.lower().replace(" ", "-") or "other"
 
 
 def _data(about: SetAbout) -> str:

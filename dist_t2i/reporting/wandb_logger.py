@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,15 @@ SETTINGS: dict[str, Any] = {
 
 
 class WandbLogger:
-    """One W&B run per run folder: a resumed run continues under the ID in RUN/wandb_id.txt.
-
-    Any failure is passed to `warn` and ends the logging.
-    """
+    """One W&B run per run folder: a resumed run continues under the ID in RUN/wandb_id.txt."""
 
     def __init__(
         self, folder: Path, report: ReportConfig, name: str, config: Mapping[str, Any], warn: Callable[[str], None]
     ) -> None:
         self._warn = warn
         self._run: Any = None
-        try:
+        with self._guarded():
             self._run = self._start(folder, report, name, config)
-        except Exception as error:  # no exception of W&B may end the training
-            self._fail(error)
 
     def _start(self, folder: Path, report: ReportConfig, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
@@ -74,26 +70,26 @@ class WandbLogger:
         """Log one report: numbers, or the `Path` of a PNG."""
         if self._run is None:
             return
-        try:
+        with self._guarded():
             import wandb
 
             entries = {
                 name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()
             }
             self._run.log({"images": images, **entries})
-        except Exception as error:
-            self._fail(error)
 
     def close(self, exit_code: int) -> None:
         """End the W&B run; 0 also for a stopped run that can be resumed."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._fail(error)
-        self._run = None
+        if self._run is not None:
+            with self._guarded():
+                self._run.finish(exit_code=exit_code)
+            self._run = None
 
-    def _fail(self, error: Exception) -> None:
-        self._run = None
-        self._warn(f"W&B: {type(error).__name__}: {error}. Training continues without it.")
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """No exception of W&B may end the training: a failure is a warning and ends the logging."""
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            self._warn(f"W&B: {type(error).__name__}: {error}. Training continues without it.")

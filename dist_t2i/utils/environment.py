@@ -1,4 +1,4 @@
-"""Where a run was made: versions, code, processor, GPUs. Written to RUN/environment.json by rank 0."""
+"""A description of this machine and code, which rank 0 writes to RUN/environment.json."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PACKAGES = (
     "fsspec", "wandb", "submitit",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
-"""Processor features that decide how fast, and in which precision, one can train."""
+"""Processor features that determine the speed and the precision of training."""
 
 
 def describe() -> dict[str, Any]:
-    """Everything about this machine and this code that a result may depend on. JSON types only."""
+    """Versions, code, processor and GPUs, on which a result may depend; JSON types only."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -45,21 +45,19 @@ def _version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """`revision` and `dirty` (tracked files differ from it); empty outside a git checkout or without git."""
+    """`revision`, and `dirty` if tracked files differ from it; empty outside a git checkout or without git."""
     try:
-        revision = _git(folder, "rev-parse", "HEAD")
-        return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+        revision, status = (
+            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+        return {"revision": revision.stdout.strip(), "dirty": bool(status.stdout.strip())}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-
 def processor() -> dict[str, Any]:
-    """Model name, usable cores, memory in bytes, and the features in `_FLAGS` that it has."""
+    """Model name, usable cores, memory in bytes, and those of `_FLAGS` that the processor has."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -81,5 +79,5 @@ def gpus() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in found]
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": d.name, "memory_bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in devices]

@@ -1,4 +1,4 @@
-"""Named tensors from safetensors files into modules, with every mismatch said in words. No pickle is ever read."""
+"""Loads named tensors from safetensors files into modules and explains every mismatch. Never reads pickles."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: missing; copy the folder again, or export it again with tools/export.py")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises its own, undocumented types
+    except Exception as error:  # safetensors raises undocumented types of its own
         raise UserError(
-            f"{path}: not a whole safetensors file ({error}); copy it again, or export again with tools/export.py. "
+            f"{path}: not a complete safetensors file ({error}); copy it again, or export again with tools/export.py. "
             "Pickled weights (.pt, .pth, .bin) are not read: they could run code."
         ) from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries in the header of a safetensors file that `read_tensors` could read."""
+    """The text entries in the header of an intact safetensors file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -40,9 +40,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path) -> Module:
-    """The module (built on the meta device or not) with its tensors replaced by those named `prefix` + name, in fp32.
+    """Replace the tensors of a module, also on the meta device, by those named `prefix` + name, in fp32; returns the module.
 
-    Raises UserError, naming the first few, when some are missing, unknown, of another shape, or not finite.
+    Raises UserError, naming the first problems, when tensors are missing, unknown, of another shape, or not finite.
     """
     expected = module.state_dict()
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -57,11 +57,11 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
-            f"{where}: the weights do not fit the configuration beside them:\n  "
+            f"{where}: the weights do not fit the configuration next to them:\n  "
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    # Copied, because a tensor within a mapped file begins anywhere, and with its alignment the last bits of a product change.
+    # Copies, because the alignment of a tensor in a mapped file is arbitrary, and the last bits of a product depend on it.
     fp32 = {
         name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         for name, value in given.items()

@@ -63,7 +63,7 @@ def keys(server) -> list[str]:
 
 
 def mirrored(server) -> list[int]:
-    """Images seen of the checkpoints that have their marker; there is nothing beside them."""
+    """Images seen of the checkpoints that have their marker; no other checkpoint has files."""
     found = {int(key.split("images-")[1][:9]) for key in keys(server) if "/checkpoints/images-" in key}
     whole = {int(key.split("images-")[1][:9]) for key in keys(server) if key.endswith("/state.json")}
     assert found == whole
@@ -135,7 +135,7 @@ class Small:
     def checkpoints(self) -> list[int]:
         return [int(folder.name[7:]) for folder in store.committed(self.folder)]
 
-    def told(self, text: str) -> int:
+    def count_of(self, text: str) -> int:
         return sum(text in line for line in self.said)
 
 
@@ -168,7 +168,7 @@ def test_what_goes_up_is_what_comes_down(small, tmp_path, where):
     first.save(300)
     first.finish()
     second = small("second", url).begin()
-    assert second.checkpoints() == [200] and second.told("has no intact checkpoint: fetching the one at 200 images")
+    assert second.checkpoints() == [200] and second.count_of("has no intact checkpoint: fetching the one at 200 images")
     was, now = (contents(one.folder / "checkpoints" / "images-000000200") for one in (first, second))
     assert now == was
     assert [json.loads(line)["images"] for line in (second.folder / "metrics.jsonl").open()] == [100, 200]
@@ -251,7 +251,7 @@ def test_a_checkpoint_damaged_here_is_not_mirrored(small, server):
     file.write_bytes(flip(file.read_bytes()))
     run.mirror.offer(100)
     run.finish()
-    assert run.told("not mirrored") == run.told("generator.safetensors") == 1
+    assert run.count_of("not mirrored") == run.count_of("generator.safetensors") == 1
     run.upload(200)
     assert mirrored(server) == [200], "what was begun is swept"
 
@@ -272,7 +272,11 @@ def test_a_damaged_one_is_passed_over_with_a_word(small, server, damage):
         server.put(key, data[: len(data) // 2] if damage in ("cut", "marker") else flip(data))
     other = small("other").begin()
     assert other.checkpoints() == [100]
-    assert other.told("mirrored checkpoint passed over") == other.told("images-000000200") == (damage != "no marker")
+    assert (
+        other.count_of("mirrored checkpoint passed over")
+        == other.count_of("images-000000200")
+        == (damage != "no marker")
+    )
     assert [json.loads(line)["images"] for line in (other.folder / "metrics.jsonl").open()] == [100]
     other.save(200)
     other.mirror.offer(200)
@@ -297,14 +301,14 @@ def test_the_newer_of_run_folder_and_mirror_is_gone_on_from(small, tmp_path):
     run.upload(200)
     run.mirror.close()
     backup = small("backup").begin()
-    assert backup.checkpoints() == [100, 200] and backup.told("has only older checkpoints (to 100 images)")
+    assert backup.checkpoints() == [100, 200] and backup.count_of("has only older checkpoints (to 100 images)")
     ahead = small("ahead")
     ahead.save(300)
     assert ahead.begin().checkpoints() == [100, 300] and not ahead.said
     file = backup.folder / "checkpoints" / "images-000000200" / "ema.safetensors"
     good = file.read_bytes()
     file.write_bytes(flip(good))
-    assert small("backup").begin().told("has only older checkpoints (to 100 images): fetching the one at 200")
+    assert small("backup").begin().count_of("has only older checkpoints (to 100 images): fetching the one at 200")
     assert file.read_bytes() == good
 
 
@@ -338,10 +342,10 @@ def test_anothers_mirror_is_left_alone_by_a_run_that_could_not_look(small, proxy
     with proxy.down():
         other.begin()
     other.mirror.offer(50)
-    other.wait(lambda: other.told("is the mirror of another run"))
+    other.wait(lambda: other.count_of("is the mirror of another run"))
     other.mirror.offer(60)
     other.finish()
-    assert keys(server) == before and other.told("Training continues without a mirror") == 1
+    assert keys(server) == before and other.count_of("Training continues without a mirror") == 1
 
 
 def test_one_that_goes_on_takes_the_mirror_over(small, server):
@@ -352,7 +356,7 @@ def test_one_that_goes_on_takes_the_mirror_over(small, server):
     lost.save(300)
     lost.mirror.offer(300)
     lost.finish()
-    assert lost.told("was taken over by process") == 1 and mirrored(server) == [100, 200]
+    assert lost.count_of("was taken over by process") == 1 and mirrored(server) == [100, 200]
 
 
 def test_a_mirror_out_of_reach(small, proxy, capsys):
@@ -365,10 +369,10 @@ def test_a_mirror_out_of_reach(small, proxy, capsys):
         own.begin()
         assert "using only the run folder" in capsys.readouterr().out
         own.mirror.offer(100)
-        own.wait(lambda: own.told("fails:"))
+        own.wait(lambda: own.count_of("fails:"))
         began = time.monotonic()
         own.mirror.finish(finished=True, stopping=lambda: True)
-        assert time.monotonic() - began < FINISH_SECONDS / 10 and own.told("lacks the checkpoint at 100 images")
+        assert time.monotonic() - began < FINISH_SECONDS / 10 and own.count_of("lacks the checkpoint at 100 images")
 
 
 @pytest.mark.parametrize(("status", "times"), [(403, 2), (503, 4)])  # the client itself tries 503 three times
@@ -378,8 +382,8 @@ def test_an_answer_that_is_an_error_is_told_once_and_got_over(small, proxy, serv
     run.save(100)
     run.mirror.offer(100)
     run.finish()
-    assert run.told("fails:") == run.told("works again") == 1 and mirrored(server) == [100]
-    assert run.told("waiting for s3://data/runs/mine") == 1
+    assert run.count_of("fails:") == run.count_of("works again") == 1 and mirrored(server) == [100]
+    assert run.count_of("waiting for s3://data/runs/mine") == 1
 
 
 def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
@@ -396,7 +400,7 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
     process.kill()
     process.wait()
     run.upload(300)
-    assert run.told("the mirror's process has ended") == 1 and mirrored(server) == [200, 300]
+    assert run.count_of("the mirror's process has ended") == 1 and mirrored(server) == [200, 300]
     began = time.monotonic()
     run.finish(ExitStatus.STOPPED)
     assert time.monotonic() - began < STOP_SECONDS
@@ -465,7 +469,9 @@ def test_markers_lead_nowhere_else(small, server, tmp_path):
     server.put(key, json.dumps(marker).encode())
     server.put("runs/mine/evil", b"")
     other = small("other").begin()
-    assert other.checkpoints() == [100] and other.told("not the name of a file") and not list(tmp_path.rglob("evil"))
+    assert (
+        other.checkpoints() == [100] and other.count_of("not the name of a file") and not list(tmp_path.rglob("evil"))
+    )
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
