@@ -123,14 +123,10 @@ class Lease:
         return Superseded(f"this run was taken over {by}: this process, {Owner.this()}, leaves it unchanged and ends")
 
     def staging(self) -> Path:
-        """A new folder in which to write what will be committed. Raises OSError."""
+        """A new folder for a checkpoint; one rename out of it commits, and fails once the lease is lost. Raises OSError."""
         folder = self.folder / f"staging-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o755)
         return folder
-
-    def commit(self, staging: Path, target: Path) -> None:
-        """Move a staged file or folder to `target` by one rename. Raises OSError, FileNotFoundError once the lease is lost."""
-        os.replace(staging, target)
 
     def remove(self, folder: Path) -> None:
         """Delete a folder: one rename makes it invisible, then its files are deleted. Raises OSError."""

@@ -181,7 +181,7 @@ class Mirror:
     # ---- while training ----------------------------------------------------------------------------------------------
 
     def offer(self, images: int | None) -> None:
-        """Upload the committed checkpoint at `images` in the background. None: only claim the mirror for this run."""
+        """Upload the committed checkpoint at `images` in the background. None: only take the mirror over."""
         self._offered = images
         self.poll()  # notices an uploader that has ended
         if not self.url or self._refused:

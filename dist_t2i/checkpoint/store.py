@@ -256,7 +256,7 @@ def _commit(lease: Lease, target: Path, fill: Callable[[Path], None]) -> None:
             fsync(path)
         if target.exists():
             lease.remove(target)
-        lease.commit(staging, target)
+        os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -277,7 +277,7 @@ def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, 
 
 def _point_latest(lease: Lease, name: str) -> None:
     write_synced(lease.folder / LATEST, [f"{name}\n".encode()])
-    lease.commit(lease.folder / LATEST, lease.root / LATEST)
+    os.replace(lease.folder / LATEST, lease.root / LATEST)
     fsync(lease.root)
 
 

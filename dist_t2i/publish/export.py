@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
+from dist_t2i.eval.scores import read_scores
 from dist_t2i.inference import model_files
 from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.inference.pipeline import TextToImage
@@ -139,8 +140,6 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _scores(files: ModelFiles) -> dict[str, Any] | None:
     """The content of the folder's scores.json if it is about exactly these weights, else None."""
-    from dist_t2i.eval.scores import read_scores
-
     try:
         scores = read_scores(files.folder / SCORES)
     except UserError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.errors import UserError
+from dist_t2i.eval.scores import markdown
 
 if TYPE_CHECKING:
     from dist_t2i.inference.model_files import ModelFiles
@@ -18,6 +19,7 @@ _TEXT = {
     "shared": "One text encoder was trained from scratch by the generator's and the discriminator's losses together",
     "frozen": "The text embedding is a fixed one that was not trained with the model",
 }
+_NOT_EVALUATED = "Not evaluated with these weights (`python tools/evaluate.py --run DIR`)."
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class SetAbout:
 
 def model_card(files: ModelFiles, about: SetAbout, scores: Mapping[str, Any] | None) -> str:
     """The model card in Markdown; its YAML header gives model hubs the library and the licence."""
-    size, example = files.config.data.image_size, (about.examples or ("a caption",))[0]
+    size, example = files.config.data.image_size, json.dumps((about.examples or ("a caption",))[0], ensure_ascii=False)
+    edit = f'    model.edit("your/picture.png", {example}).save("edit.png")\n' if files.config.edit.width else ""
     licence = about.licence.lower().replace(" ", "-") or "other"  # in the spelling of model hubs: cc-by-sa-4.0
     return f"""---
 library_name: dist_t2i
@@ -69,9 +72,9 @@ license: {licence}
 
     import dist_t2i
     model = dist_t2i.load("this/folder")
-    pictures = model.generate([{json.dumps(example, ensure_ascii=False)}], seed=0)
+    pictures = model.generate([{example}], seed=0)
     pictures[0].save("picture.png")
-{_edit(files, example)}
+{edit}
 `model.embed_text(texts, which="g" or "d")`, `model.embed_image(pictures)` and `model.score(pictures, texts)` give the
 embeddings and the agreement of pictures and texts by the model's own discriminator, which is not an independent metric.
 Loading runs no code from this folder (safetensors, JSON, YAML) and needs no DeepSpeed.
@@ -86,19 +89,12 @@ SHA-256 of the weights: {files.sha256()}
 {_data(about)}
 
 ## How good it is
-{_scores(scores)}
+{markdown(scores) if scores else _NOT_EVALUATED}
 
 ## Limits
 It generates what its training captions describe, at {size} pixels. It warns about words that it never saw, and ignores
 or misreads them. It was not filtered or tested for use in products.
 """
-
-
-def _edit(files: ModelFiles, example: str) -> str:
-    """The line of code for editing pictures, if the model can edit."""
-    if not files.config.edit.width:
-        return ""
-    return f'    model.edit("your/picture.png", {json.dumps(example, ensure_ascii=False)}).save("edit.png")\n'
 
 
 def _data(about: SetAbout) -> str:
@@ -109,11 +105,3 @@ def _data(about: SetAbout) -> str:
     lines += [f"Licence of the pictures: {about.licence}."] if about.licence else []
     lines += [f"Fingerprint of the set: {about.fingerprint}."] if about.fingerprint else []
     return "\n".join(lines)
-
-
-def _scores(scores: Mapping[str, Any] | None) -> str:
-    if scores is None:
-        return "Not evaluated with these weights (`python tools/evaluate.py --run DIR`)."
-    from dist_t2i.eval.scores import markdown
-
-    return markdown(scores)
