@@ -48,12 +48,10 @@ def evaluate(
 ) -> Scores:
     """Scores a model on the held-out splits of a set; every rank gets the scores. Collective.
 
-    `say` prints progress. `networks` defaults to the feature networks of the protocol; metrics whose network is missing
-    are left out and listed in the manifest. `selections` defaults to `select_all`. `cache` (split -> a dictionary, empty
-    at first) keeps the features of the real pictures for the next call.
-
-    Raises UserError when the set lacks a split, pictures, or captions that the protocol needs. Takes about 0.1 s per
-    picture and seed on one core at 32 px, nearly all of it in the feature network.
+    `networks` and `selections` default to `load_networks` and `select_all`; metrics without their network are left out
+    and listed in the manifest. `cache` (split -> a dictionary, empty at first) keeps the features of the real pictures for
+    the next call. Raises UserError when the set lacks splits, pictures, or captions that the protocol needs. Takes about
+    0.1 s per picture and seed on one core at 32 px, nearly all of it in the feature network.
     """
     selections = selections or select_all(data, protocol, ranks)
     networks = dict(networks if networks is not None else load_networks(protocol, model.device))

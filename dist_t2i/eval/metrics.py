@@ -24,11 +24,10 @@ from dist_t2i.utils.seeds import Purpose, mix
 def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     """Unbiased squared MMD of features a [N, D] and b [M, D] under the kernel (cosine + 1)^3; N, M >= 2.
 
-    KID's estimator and cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all pairs rather than averaged
-    over subsets, on features scaled to length sqrt(D), so that x.y / D is the cosine. Inception features have about this
-    length anyway; EfficientNet-Lite0's are shorter (16 instead of 36), and without the scaling the same damage gives a
-    ninth of the value. `scaled=False` leaves features unscaled. The value may be slightly negative for similar sets, and
-    more so (-.03 at N = 235) for sets that share pictures, because a picture is also compared with its own copy.
+    KID's estimator and cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all pairs rather than subsets, on
+    features scaled to length sqrt(D) unless `scaled` is False. Inception features have about this length anyway;
+    EfficientNet-Lite0's have 16 instead of 36, so without scaling the same damage gives a ninth of the value. The value
+    may be negative for similar sets, the more if they share pictures, which are then compared with their copies.
     """
     a, b = _kernel_rows(a, b, scaled)
     ones_a, ones_b = (torch.ones(1, len(x), dtype=torch.double) for x in (a, b))
@@ -80,9 +79,9 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    Equals torch-fidelity's, which computes the reported values; this one also takes the weights [N] and [M] of one
-    resample, and is faster with fewer rows than columns: the trace of the root of a product of covariances A'A B'B is
-    the sum of the singular values of AB'. The distance grows as the number of pictures falls: compare equal numbers only.
+    torch-fidelity computes the reported values; this one also takes weights [N] and [M], and is faster with fewer rows
+    than columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular values of AB'.
+    The distance grows as the number of pictures falls: compare equal numbers only.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -148,9 +147,8 @@ def unit(rows: Tensor) -> Tensor:
 def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tensor:
     """Per query, the probability that its picture is among the first `k` of a random gallery: float64 [N].
 
-    A gallery holds the true picture and `gallery` - 1 of the `pictures` - 1 others, or all of them if there are fewer.
-    The mean over all galleries has a closed form, which needs no seed: the true picture is among the first k when fewer
-    than k of the `rank` pictures that are nearer than it are in the gallery (hypergeometric).
+    A gallery holds the true picture and `gallery` - 1 of the `pictures` - 1 others (or all). The mean over all galleries is
+    hypergeometric: fewer than k of the `rank` pictures that are nearer than the true one are in the gallery.
     """
     others, sampled = pictures - 1, min(gallery, pictures) - 1
     total = math.comb(others, sampled)
@@ -171,9 +169,8 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
     count = min(count, len(set(ids)) - 1)
     result = []
     for own in ids:
-        order = torch.randperm(
-            len(ids), generator=torch.Generator().manual_seed(mix(own, Purpose.R_PRECISION_CANDIDATES))
-        ).tolist()
+        generator = torch.Generator().manual_seed(mix(own, Purpose.R_PRECISION_CANDIDATES))
+        order = torch.randperm(len(ids), generator=generator).tolist()
         rows: dict[int, int] = {own: -1}
         for row in order:
             rows.setdefault(ids[row], row)
@@ -207,10 +204,8 @@ def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:
     """1 where picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
 
-    Both come from one noise and from captions that differ in skin tone only, so the pictures differ in the skin, and the
-    mean luma of the full picture orders them. On real OpenMoji pairs at 32 px, this is right 331 times of 331, and
-    99.7% of the time under strong noise; selecting skin pixels by color fails on 3 pairs, and on 30% under noise,
-    because hair and clothes have skin colors too.
+    For captions that differ in skin tone only, the mean luma of the full picture orders real OpenMoji pairs at 32 px
+    correctly 331 times of 331 (99.7% under strong noise); selecting skin pixels by color fails on 3 (30%).
     """
     return (brightness(light) > brightness(dark)).double()
 
@@ -247,8 +242,8 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Normal interval around the value, with the standard deviation of the resamples [R].
 
-    For metrics that resampling shifts: a resample has fewer different pictures, and the Frechet distance and the
-    Inception Score depend on their number, so the percentiles of the resamples may not contain the value.
+    For metrics that depend on the number of different pictures, which resampling reduces: the Frechet distance and the
+    Inception Score.
     """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach

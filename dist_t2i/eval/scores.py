@@ -57,8 +57,7 @@ class Scores:
 
     def __getitem__(self, split_and_key: tuple[str, str]) -> Score:
         """scores["test-combinations", "kid"]. Raises KeyError."""
-        split, key = split_and_key
-        return {score.key: score for score in self.splits[split].scores}[key]
+        return {score.key: score for score in self.splits[split_and_key[0]].scores}[split_and_key[1]]
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

@@ -151,10 +151,8 @@ def read_export(folder: Path) -> ModelFiles:
     try:
         config = config_files.load(folder / CONFIG)
     except UserError as error:
-        exporter = about.get("library", "another version of dist_t2i")
-        raise UserError(
-            f"{error}\nThis model was exported by {exporter}: use that version, or export it again."
-        ) from None
+        library = about.get("library", "another version of dist_t2i")
+        raise UserError(f"{error}\nThis model was exported by {library}: use that version or export again.") from None
     frozen = None
     if config.text.mode == "frozen":
         frozen = FrozenEncoder(about.get("frozen") or {}, read_tensors(folder / FROZEN), folder / FROZEN)
@@ -181,9 +179,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         version, valid = FORMAT, False
     if version != FORMAT:
-        raise UserError(
-            f"{path}: format {version}, but this version reads format {FORMAT}; update dist_t2i or export again"
-        )
+        raise UserError(f"{path}: format {version}, but this version reads {FORMAT}; update dist_t2i or export again")
     if not valid:
         raise UserError(f"{path}: damaged or not an exported model; export again with tools/export.py")
     return about
@@ -207,11 +203,6 @@ def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
 # ---- frozen text encoders --------------------------------------------------------------------------------------------
 
 
-def load_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> nn.Module:
-    """The frozen encoder that the configuration names, as a module; see `read_frozen` and `FrozenEncoder.build`."""
-    return read_frozen(text, tokenizer, max_tokens).build()
-
-
 def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
     """Reads the encoder that `text.frozen` names, for captions of up to `max_tokens` tokens of `tokenizer`.
 
@@ -222,9 +213,7 @@ def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> Froz
         return _encoder_of_export(path, tokenizer, max_tokens)
     if path.suffix == ".safetensors":
         return _read_table(path, tokenizer, max_tokens)
-    raise UserError(
-        f"text.frozen={path}: neither an exported folder (tools/export.py makes one) nor a .safetensors table"
-    )
+    raise UserError(f"text.frozen={path}: neither an export (tools/export.py makes one) nor a .safetensors table")
 
 
 def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:

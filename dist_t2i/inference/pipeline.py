@@ -94,22 +94,18 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Generates RGB images for a list of texts: all images of the first prompt, then all of the second, and so on.
 
-        Image i of a prompt depends on (prompt, seed, i) only. Image i has the same noise for every prompt, so images of
-        different prompts differ by their texts only. `truncation` scales the noise: below 1, images are more typical and
-        less varied; at 0, every seed gives the same image; None uses the configured value.
-
-        Warns with UnknownWordsWarning about words that were in no training caption (the image is generated anyway) and
-        with PromptWarning about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
+        Image i of a prompt depends on (prompt, seed, i) only, and has the same noise for every prompt. `truncation` scales
+        the noise: below 1, images are more typical and less varied; at 0, every seed gives the same image; None uses the
+        configured value. Warns with UnknownWordsWarning about words that were in no training caption and with PromptWarning
+        about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
         """
         prompts = check_texts(prompts, "prompts")
         count = _integer(images_per_prompt, "images_per_prompt", least=1)
-        noise_seeds = [
-            mix(_integer(seed, "seed"), index, Purpose.NEGATIVES_AND_INFERENCE_NOISE) for index in range(count)
-        ]
+        seed = _integer(seed, "seed")
+        noise_seeds = [mix(seed, index, Purpose.NEGATIVES_AND_INFERENCE_NOISE) for index in range(count)]
         self._warn(prompts)
-        pixels = self.sample(
-            [prompt for prompt in prompts for _ in range(count)], noise_seeds * len(prompts), truncation
-        )
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        pixels = self.sample(repeated, noise_seeds * len(prompts), truncation)
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
 
     def sample(self, prompts: Sequence[str], noise_seeds: Sequence[int], truncation: float | None = None) -> Tensor:
@@ -143,13 +139,11 @@ class TextToImage:
     ) -> Image.Image:
         """Changes an image to match a text and leaves the rest as it was: an RGB image of the model's size.
 
-        `image` is a PIL image or a file of any size and format that training reads; its transparency is filled with
-        white and its central square is resized. `text` describes the full edited image, as a caption would, and not the
-        change only. `strength` 0 returns the source exactly, 1 the full edit; values between interpolate each pixel
-        linearly (our reading). `seed` and `truncation` are as in `generate`; for most edits the seed matters little.
-
-        Warns as `generate` does. Raises UserError when the model was not trained to edit, PromptError for arguments that
-        cannot be used.
+        `image` is a PIL image or a file that training could read; transparency is filled with white, the central square is
+        resized. `text` describes the full edited image, not the change only. `strength` 0 returns the source exactly, 1 the
+        full edit; values between interpolate each pixel linearly (our reading). `seed` and `truncation` are as in
+        `generate`, and so are the warnings. Raises UserError when the model was not trained to edit, PromptError for
+        arguments that cannot be used.
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))
@@ -270,22 +264,21 @@ class TextToImage:
 
     def _pixels(self, image: Image.Image | str | Path, name: str) -> Tensor:
         """A PIL image or an image file as training sees it: uint8 [3, H, W] at the model's size. Raises PromptError."""
-        if isinstance(image, (str, Path)) and name == "image":
-            return self._read(Path(image))
-        if not isinstance(image, Image.Image):
+        file = isinstance(image, (str, Path)) and name == "image"
+        if not file and not isinstance(image, Image.Image):
             raise PromptError(f"{name} must be a PIL image (PIL.Image.open reads a file), got {_kind(image)}")
         try:
-            return square(numpy.array(to_rgb(upright(image))), self.image_size)
+            if isinstance(image, Image.Image):
+                return square(numpy.array(to_rgb(upright(image))), self.image_size)
+            return square(decode(Path(image).read_bytes(), self.image_size), self.image_size)
         except (PictureError, OSError) as error:
-            raise PromptError(f"{name} cannot be used: it {error}") from None
-
-    def _read(self, path: Path) -> Tensor:
-        try:
-            return square(decode(path.read_bytes(), self.image_size), self.image_size)
-        except OSError as error:
-            raise PromptError(f"cannot read the picture {path}: {error.strerror or error}") from None
-        except PictureError as error:
-            raise PromptError(f"the picture {path} cannot be used: it {error}; {', '.join(FORMATS)} are read") from None
+            if not file:
+                raise PromptError(f"{name} cannot be used: it {error}") from None
+            if isinstance(error, OSError):
+                raise PromptError(f"cannot read the picture {image}: {error.strerror or error}") from None
+            raise PromptError(
+                f"the picture {image} cannot be used: it {error}; {', '.join(FORMATS)} are read"
+            ) from None
 
     def _warn(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):
@@ -317,26 +310,14 @@ class ImageEncoder(nn.Module):
 
 def build_parts(files: ModelFiles, device: torch.device) -> ModelParts:
     """Builds the networks with their weights. Raises UserError when the weights do not fit the configuration."""
-    model, text, size, limit = (
-        files.config.model,
-        files.config.text,
-        files.config.data.image_size,
-        files.config.data.max_tokens,
-    )
-    words, folder = files.tokenizer.vocab_size, files.folder
+    config, folder, vocabulary = files.config, files.folder, files.tokenizer.vocab_size
+    text, limit = config.text, config.data.max_tokens
     frozen = files.frozen.build() if files.frozen is not None else None
+    sizes = {"image_size": config.data.image_size, "max_tokens": limit, "vocab_size": vocabulary}
     try:
         with torch.device("meta"):  # allocates nothing until the shapes are known to agree
-            networks = build_networks(
-                model,
-                text,
-                image_size=size,
-                max_tokens=limit,
-                vocab_size=words,
-                edit_width=files.config.edit.width,
-                frozen=frozen,
-            )
-            encoders = [build_text_encoder(text, words, limit) for _ in range(2)]
+            networks = build_networks(config.model, text, **sizes, edit_width=config.edit.width, frozen=frozen)
+            encoders = [build_text_encoder(text, vocabulary, limit) for _ in range(2)]
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: its configuration describes no network that can be built: {error}") from None
     generator = fill(networks.generator.generator, files.generator, "generator.", folder)

@@ -28,7 +28,7 @@ from dist_t2i.distributed.launch import Rank, has_gpu
 from dist_t2i.distributed.preemption import StopFlag
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import ConfigError, ExitStatus, UserError
-from dist_t2i.inference.model_files import ModelFiles, load_frozen, read_model
+from dist_t2i.inference.model_files import ModelFiles, read_frozen, read_model
 from dist_t2i.models.networks import Networks, build_networks
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
@@ -102,7 +102,7 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
     # Networks under their engines. A resumed run needs no initial weights from another model.
     frozen = None
     if config.text.mode == "frozen":
-        frozen = load_frozen(config.text, data.tokenizer, config.data.max_tokens)
+        frozen = read_frozen(config.text, data.tokenizer, config.data.max_tokens).build()
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
     beginning = None if latest else read_beginning(config, data.tokenizer)
     gan, average = assemble(config, data.tokenizer.vocab_size, device, frozen, beginning)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.inference.model_files import load_frozen
+from dist_t2i.inference.model_files import read_frozen
 from dist_t2i.models.config import TextConfig
 from models_on_disk import tokenizer
 
@@ -40,7 +40,7 @@ def test_a_run_reads_the_table(encoder, tmp_path):
 
     captions = ["red apple", "woman pilot light skin tone", "red apple"]
     path = write_table(tmp_path / "made" / "table.safetensors", captions)
-    frozen = load_frozen(TextConfig(mode="frozen", frozen=str(path)), tokenizer(), 12)
+    frozen = read_frozen(TextConfig(mode="frozen", frozen=str(path)), tokenizer(), 12).build()
     sentences = frozen(*tokenizer().encode(captions, 12)).sentence
     expected = torch.nn.functional.layer_norm(encoder(captions), (384,))
     assert torch.allclose(sentences, expected, atol=1e-5) and torch.equal(sentences[0], sentences[2])

@@ -50,14 +50,14 @@ def write_run(
 ) -> Path:
     """A run folder with one committed checkpoint, as the trainer leaves it. What begins at zero among the parameters
     whose names begin with `stir` is random, where one is given."""
-    from dist_t2i.inference.model_files import load_frozen
+    from dist_t2i.inference.model_files import read_frozen
 
     cfg, words = config(*overrides), words or tokenizer()
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config_files.dump(cfg))
     words.save(run / "tokenizer.json")
     torch.manual_seed(seed)
-    frozen = load_frozen(cfg.text, words, cfg.data.max_tokens) if cfg.text.mode == "frozen" else None
+    frozen = read_frozen(cfg.text, words, cfg.data.max_tokens).build() if cfg.text.mode == "frozen" else None
     networks = networks_of(cfg, words.vocab_size, frozen)
     ema = dict(networks.generator.state_dict())
     for name, value in ema.items():

@@ -97,11 +97,11 @@ class FeatureNetwork:
 
 _LOADERS = {
     "efficientnet-lite0": ("features", "efficientnet_lite0"),
-    "inception-clean": ("inception", "inception_clean"),
-    "inception-legacy": ("inception", "inception_legacy"),
+    "inception-clean": ("inception", "inception", "clean"),
+    "inception-legacy": ("inception", "inception", "legacy"),
     "clip": ("clip", "clip"),
 }
-"""Key -> module, imported on demand because it needs optional packages, and its function of device and weights."""
+"""Key -> module, imported on demand because it needs optional packages, function, and arguments after the weights."""
 
 
 def load_features(
@@ -115,9 +115,9 @@ def load_features(
     if key not in _LOADERS:
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    module, function = _LOADERS[key]
+    module, function, *arguments = _LOADERS[key]
     with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
-        return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights)
+        return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights, *arguments)
 
 
 def own_network(model: TextToImage) -> FeatureNetwork:

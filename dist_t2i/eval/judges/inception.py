@@ -45,17 +45,8 @@ class Trunk(torch.nn.Module):
         return self.layers(images).flatten(1)
 
 
-def inception_clean(device: torch.device, weights: str | None = None) -> FeatureNetwork:
-    """InceptionV3 after clean-fid's resizing (Parmar et al. 2022)."""
-    return _inception(device, weights, "clean")
-
-
-def inception_legacy(device: torch.device, weights: str | None = None) -> FeatureNetwork:
-    """InceptionV3 after the resizing of the TensorFlow graph, as in the original FID and Inception Score."""
-    return _inception(device, weights, "legacy")
-
-
-def _inception(device: torch.device, weights: str | None, resize: str) -> FeatureNetwork:
+def inception(device: torch.device, weights: str | None, resize: str) -> FeatureNetwork:
+    """InceptionV3 after clean-fid's resizing (`clean`, Parmar et al. 2022) or that of the TensorFlow graph (`legacy`)."""
     path = weights_file("inception", weights, URL)
     sha256 = file_sha256(path)
     network = load_network(path, sha256)

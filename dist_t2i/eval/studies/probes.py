@@ -8,7 +8,7 @@ the architecture preserves without training).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,15 @@ def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     best = STRENGTHS[-1]
     if len(train) >= 20:
         hits = [
-            (_predict(_fit(train[~fifth], labels[~fifth], classes, decay), train[fifth]) == labels[fifth]).sum()
+            (_fit(train[~fifth], labels[~fifth], classes, decay)(train[fifth]) == labels[fifth]).sum()
             for decay in STRENGTHS
         ]
         best = STRENGTHS[int(torch.stack(hits).argmax())]
-    return _predict(_fit(train, labels, classes, best), test)
+    return _fit(train, labels, classes, best)(test)
 
 
-def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
+def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> Callable[[Tensor], Tensor]:
+    """A function from rows [M, E] to predicted classes [M]."""
     weight = torch.zeros(rows.shape[1], classes, dtype=torch.double, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
@@ -52,12 +53,7 @@ def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> tuple[Tens
         return value.item()
 
     optimizer.step(loss)
-    return weight.detach(), bias.detach()
-
-
-def _predict(fitted: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    weight, bias = fitted
-    return (rows @ weight + bias).argmax(1)
+    return lambda rows: (rows @ weight.detach() + bias.detach()).argmax(1)
 
 
 def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Tensor]:
