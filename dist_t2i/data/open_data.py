@@ -19,15 +19,8 @@ from dist_t2i.storage.urls import absolute, checked, expand, is_local, join, loc
 
 def storage_options(data: DataConfig) -> StorageOptions:
     """How remote data is read, from the keys of `data`."""
-    return StorageOptions(
-        endpoint=data.endpoint,
-        region=data.region,
-        anonymous=data.anonymous,
-        retry_seconds=data.retry_seconds,
-        stall_seconds=data.stall_seconds,
-        cache=_cache_folder(data.cache),
-        cache_bytes=int(data.cache_gb * 1e9),
-    )
+    shared = {name: getattr(data, name) for name in "endpoint region anonymous retry_seconds stall_seconds".split()}
+    return StorageOptions(**shared, cache=_cache_folder(data.cache), cache_bytes=int(data.cache_gb * 1e9))
 
 
 def _cache_folder(name: str) -> str:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,20 +68,12 @@ class Shards:
     def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
         self._shards, self.options = list(shards), options
         self.sizes = [shard.samples for shard in shards]
-        self._begin()
-
-    def _begin(self) -> None:
-        self._opened: OrderedDict[int, tuple[ShardFile, ShardIndex]] = OrderedDict()
         self._broken: dict[int, str] = {}
-        self._lock = threading.Lock()
-        self._opening: dict[int, threading.Lock] = {}
+        self._opened = lru_cache(_OPEN_SHARDS)(self._open)
+        self._locks = [threading.Lock() for _ in range(_OPEN_SHARDS)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_shards": self._shards, "options": self.options, "sizes": self.sizes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._begin()
+    def __reduce__(self) -> tuple:
+        return Shards, (self._shards, self.options)
 
     def parts(self) -> list[list[int]]:
         """The sizes of the shards of each entry of `data.train`, in their order."""
@@ -104,20 +95,8 @@ class Shards:
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
         """The file and the index of a shard. Raises DataError if the index does not fit, OSError if a read fails."""
-        with self._lock:
-            opened = self._opened.get(shard)
-            if opened is not None:
-                self._opened.move_to_end(shard)
-                return opened
-            turn = self._opening.setdefault(shard, threading.Lock())
-        with turn:
-            opened = self._opened.get(shard) or self._open(shard)
-        with self._lock:
-            self._opened[shard] = opened
-            self._opening.pop(shard, None)
-            if len(self._opened) > _OPEN_SHARDS:
-                self._opened.popitem(last=False)  # closes itself after the last reader has finished
-        return opened
+        with self._locks[shard % len(self._locks)]:  # so that only one of several threads opens it
+            return self._opened(shard)
 
     def _open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
         about = self._shards[shard]
@@ -261,13 +240,7 @@ class ShardSet:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises DataError if it cannot be read."""
-        name = join(self.folder, "tokenizer.json")
-        try:
-            return Tokenizer(read_file(name, self.options).decode("utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read the tokenizer {name}: {reason_of(error)}") from error
-        except (UnicodeError, DataError) as error:
-            raise DataError(f"{name}: not a tokenizer.json: {error}") from error
+        return Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
 
     def shards(self, split: str) -> Shards:
         """Raises DataError if the set has no such split."""

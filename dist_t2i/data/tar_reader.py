@@ -39,9 +39,6 @@ class _ShardReader(io.RawIOBase):
         self._position = offset if whence == io.SEEK_SET else self._position + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
         data = self._file.read(self._position, len(buffer))
         buffer[: len(data)] = data

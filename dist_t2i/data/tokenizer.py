@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_t2i.errors import DataError
+from dist_t2i.storage.clients import FROM_ENVIRONMENT, StorageOptions
+from dist_t2i.storage.shard_file import read_file, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +72,12 @@ class Tokenizer:
         self._cached: dict[str, tuple[int, ...]] = {}
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json, given by its path or its folder. Raises DataError."""
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+    def load(cls, path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> Tokenizer:
+        """Reads a tokenizer.json, given by its path or URL. Raises DataError."""
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(read_file(str(path), options).decode("utf-8"))
         except OSError as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+            raise DataError(f"cannot read the tokenizer {path}: {reason_of(error)}") from error
         except (UnicodeError, DataError) as error:
             raise DataError(f"{path}: not a tokenizer.json: {error}") from error
 

@@ -31,17 +31,7 @@ _POLL, _POLLED_FOR = 0.005, 0.1
 """Seconds between checks whether another process has finished a chunk, and for how long `await_fill` checks."""
 _ROOM = 0.9
 """Share of the bound to which an eviction reduces the cache."""
-_NO_ROOM = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.ELOOP,
-}
+_NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}
 
 
 def key_of(url: str, version: str) -> str:
@@ -63,18 +53,15 @@ class ChunkCache:
         self._open: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._lock = threading.Lock()
         self._filling: dict[Path, threading.Event] = {}
-        self._works = self.limit > 0
+        self.works = self.limit > 0
+        """Whether new chunks can be stored."""
         self.fill_seconds = 0.0
         """Seconds that this process needed for its latest full-sized chunk. 0 before the first one: readers that assumed a
         slow network would request most samples of the first window twice."""
         self._pid = os.getpid()
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "limit": self.limit}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._begin()
+    def __reduce__(self) -> tuple:
+        return ChunkCache, (str(self.folder), self.limit)
 
     def prepare(self) -> bool:
         """Creates the folder. False, after a warning, if it cannot be written."""
@@ -84,12 +71,7 @@ class ChunkCache:
                 pass
         except OSError as error:
             self._disable(error)
-        return self._works
-
-    @property
-    def works(self) -> bool:
-        """Whether new chunks can be stored."""
-        return self._works
+        return self.works
 
     def path(self, key: str, number: int) -> Path:
         """The file of a chunk, which need not exist."""
@@ -132,7 +114,7 @@ class ChunkCache:
 
         False if another process is fetching the chunk or nothing can be stored. Raises what `fetch` raises.
         """
-        if not self._works:
+        if not self.works:
             return False
         path = self.path(key, number)
         if path.exists():
@@ -182,34 +164,26 @@ class ChunkCache:
     @contextlib.contextmanager
     def _part(self, path: Path) -> Iterator[Path | None]:
         """The file that becomes `path`, locked; None if another process holds the lock."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        try:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with open(part, "ab") as file:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 yield None
                 return
             # The previous holder may have renamed the file: then the lock is on a finished chunk, not on the part.
-            current = part.exists() and os.fstat(descriptor).st_ino == part.stat().st_ino
+            current = part.exists() and os.fstat(file.fileno()).st_ino == part.stat().st_ino
             yield part if current else None
-        finally:
-            os.close(descriptor)
 
     def _disable(self, error: OSError) -> None:
         """Warns once and stores no more chunks. Raises errors that do not come from a full or unwritable disk."""
         if error.errno not in _NO_ROOM:
             raise error
-        if self._works:
-            self._works = False
-            print(
-                f"warning: data.cache {self.folder}: {error.strerror}; cached chunks are used, nothing new is kept",
-                file=sys.stderr,
-            )
+        if self.works:
+            self.works = False
+            message = f"{error.strerror}; cached chunks are used, nothing new is kept"
+            print(f"warning: data.cache {self.folder}: {message}", file=sys.stderr)
 
     # ---- the bound ---------------------------------------------------------------------------------------------------
 
@@ -233,12 +207,14 @@ class ChunkCache:
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):
                     about = os.stat(path)
                     if not name.endswith(".part"):
                         yield about.st_mtime, about.st_size, path
                     elif time.time() - about.st_mtime > 60:
-                        _remove_unlocked(path)
+                        with open(path, "r+b") as part:
+                            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            os.unlink(path)
 
     def _evict(self, target: int) -> int:
         """Removes the least recently used chunks until at most `target` bytes remain; returns the bytes that remain."""
@@ -251,9 +227,3 @@ class ChunkCache:
                 os.unlink(path)
             remaining -= size
         return remaining
-
-
-def _remove_unlocked(part: str) -> None:
-    with contextlib.suppress(OSError), open(part, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(part)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dist_t2i.errors import DataError
@@ -85,18 +85,7 @@ class Blocks(NamedTuple):
     bytes: Iterator[Any]
 
 
-class Client(Protocol):
-    """Reads one object."""
-
-    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
-        """The bytes [start, stop) of the version `tag` ("": any), in blocks of at least `block`; None reads to the end.
-
-        Raises StorageError, also while the bytes are iterated.
-        """
-        ...
-
-
-def client_of(url: str, options: StorageOptions) -> Client:
+def client_of(url: str, options: StorageOptions) -> ObstoreClient | FsspecClient:
     """The client for an object. Raises DataError if no installed library knows the scheme.
 
     Must not be called in a process that will fork (reader_process.py).
@@ -113,6 +102,10 @@ class ObstoreClient:
         self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
+        """The bytes [start, stop) of the version `tag` ("": any), in blocks of at least `block`; None reads to the end.
+
+        Raises StorageError, also while the bytes are iterated.
+        """
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
             options["if_match"] = tag
@@ -135,6 +128,7 @@ class FsspecClient:
         self._system, self._path = open_system(url)
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
+        """As `ObstoreClient.fetch`, in one block."""
         with storage_errors():
             about = self._system.info(self._path)
             current = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")

@@ -1,19 +1,17 @@
-"""Folders that sets and mirrors are written to and read from: on a disk, in an object store, or in any fsspec file system.
-
-Files are written atomically: on a disk under another name and then renamed; an object store shows completed uploads only;
-in other file systems also under another name first.
-"""
+"""Folders of sets and mirrors: on a disk, in an object store, or in any fsspec file system. Files are written atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -81,9 +79,9 @@ class Folder(ABC):
         """Removes the unfinished files of earlier runs."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
-    @abstractmethod
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
+        return b"".join(self.chunks(name))
 
     @abstractmethod
     def read_range(self, name: str, start: int, size: int) -> bytes:
@@ -93,17 +91,19 @@ class Folder(ABC):
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a file in order, about a megabyte at a time."""
 
-    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces a file atomically."""
+        self.put(io.BytesIO(data), name)
 
-    @abstractmethod
     def upload(self, path: Path, name: str) -> None:
         """Moves a file from `staging` to this folder."""
+        with open(path, "rb") as file:
+            self.put(file, name)
+        path.unlink()
 
     @abstractmethod
     def put(self, file: BinaryIO, name: str) -> None:
-        """Copies an open file from its current position to its end; creates the subfolder in `name`."""
+        """Copies an open file from its current position to its end, atomically; creates the subfolder in `name`."""
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
@@ -124,14 +124,6 @@ class Folder(ABC):
     def settle(self, names: list[str]) -> None:
         """Returns once these files would survive a power cut. An object store confirms a write only then."""
         return
-
-    def exists(self, name: str) -> bool:
-        """Whether a file exists and is not empty."""
-        try:
-            self.read_range(name, 0, 1)
-        except FileNotFoundError:
-            return False
-        return True
 
     def checksum(self, name: str) -> str:
         """SHA-256 of a file as 64 hex digits."""
@@ -155,9 +147,6 @@ class LocalFolder(Folder):
     def clear_staging(self) -> None:
         for part in self.staging.glob("*.part"):
             part.unlink(missing_ok=True)
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         with open(self.path / name, "rb", buffering=0) as file:
@@ -204,24 +193,16 @@ class ObjectFolder(Folder):
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)
         self._seconds = seconds
-        self._opened: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_seconds": self._seconds, "_opened": None}  # processes cannot share a connection
+    def __reduce__(self) -> tuple:
+        return ObjectFolder, (self.url, self._seconds)  # without the store: processes cannot share its connections
 
-    @property
+    @cached_property
     def _store(self) -> Any:
-        if self._opened is None:
-            retry: Any = None
-            if self._seconds:
-                retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
-            limits = {"timeout": f"{self._seconds or _LONGEST_REQUEST}s"}
-            self._opened = open_store(self.url, FROM_ENVIRONMENT, limits, retry)
-        return self._opened
-
-    def read(self, name: str) -> bytes:
-        with storage_errors(self.file_url(name)):
-            return bytes(self._store.get(name).bytes())
+        retry: dict[str, Any] | None = None
+        if self._seconds:
+            retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=self._seconds)}
+        return open_store(self.url, FROM_ENVIRONMENT, {"timeout": f"{self._seconds or _LONGEST_REQUEST}s"}, retry)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         with storage_errors(self.file_url(name)):
@@ -231,15 +212,6 @@ class ObjectFolder(Folder):
         with storage_errors(self.file_url(name)):
             for chunk in self._store.get(name).stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
-
-    def write(self, name: str, data: bytes) -> None:
-        with storage_errors(self.file_url(name)):
-            self._store.put(name, data)
-
-    def upload(self, path: Path, name: str) -> None:
-        with storage_errors(self.file_url(name)):
-            self._store.put(name, path, max_concurrency=4)
-        path.unlink()
 
     def put(self, file: BinaryIO, name: str) -> None:
         start = file.tell()
@@ -275,33 +247,19 @@ class ObjectFolder(Folder):
 class FsspecFolder(Folder):
     """A folder in any other file system that fsspec supports, such as `sftp://` or `hdfs://`."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self._opened: tuple[Any, str] | None = None
+    def __reduce__(self) -> tuple:
+        return FsspecFolder, (self.url,)  # without the file system: processes cannot share its connections
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_opened": None}
+    @cached_property
+    def _system(self) -> tuple[Any, str]:
+        return open_system(self.url)
 
     @contextlib.contextmanager
     def _at(self, name: str) -> Iterator[tuple[Any, str]]:
         """The file system, and the path in it of a file (of the folder with ""); errors inside are about that path."""
-        if self._opened is None:
-            self._opened = open_system(self.url)
-        system, root = self._opened
+        system, root = self._system
         with storage_errors(self.file_url(name) if name else self.url):
             yield system, f"{root.rstrip('/')}/{name}" if name else root
-
-    @contextlib.contextmanager
-    def _replacing(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The file system and a temporary path that replaces the file at the end."""
-        with self._at(name) as (system, path):
-            system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            yield system, f"{path}.part"
-            system.mv(f"{path}.part", path)
-
-    def read(self, name: str) -> bytes:
-        with self._at(name) as (system, path):
-            return system.cat_file(path)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         with self._at(name) as (system, path):
@@ -311,18 +269,12 @@ class FsspecFolder(Folder):
         with self._at(name) as (system, path), system.open(path, "rb") as file:
             yield from chunks(file)
 
-    def write(self, name: str, data: bytes) -> None:
-        with self._replacing(name) as (system, path):
-            system.pipe_file(path, data)
-
-    def upload(self, path: Path, name: str) -> None:
-        with self._replacing(name) as (system, remote):
-            system.put_file(str(path), remote)
-        path.unlink()
-
     def put(self, file: BinaryIO, name: str) -> None:
-        with self._replacing(name) as (system, path), system.open(path, "wb") as copy:
-            shutil.copyfileobj(file, copy, _CHUNK)
+        with self._at(name) as (system, path):
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with system.open(f"{path}.part", "wb") as copy:
+                shutil.copyfileobj(file, copy, _CHUNK)
+            system.mv(f"{path}.part", path)
 
     def rename(self, old: str, new: str) -> None:
         with self._at(old) as (system, path), self._at(new) as (_, target):

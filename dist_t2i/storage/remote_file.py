@@ -11,14 +11,16 @@ import io
 import sys
 import threading
 import time
+from functools import cached_property
 from typing import BinaryIO
 
 from dist_t2i.storage.clients import (
     BLOCK,
     LARGE_BLOCK,
     Changed,
-    Client,
+    FsspecClient,
     Gone,
+    ObstoreClient,
     Short,
     StorageError,
     StorageOptions,
@@ -71,7 +73,6 @@ class RemoteFile:
     def __init__(self, url: str, options: StorageOptions, size: int = -1, tag: str = "") -> None:
         self.url, self.options, self.size = url, options, size
         self._tag, self._pinned = tag, bool(tag)
-        self._client: Client | None = None
         self._retries = True
         self._lock = threading.Lock()
 
@@ -95,9 +96,6 @@ class RemoteFile:
     def tag(self) -> str:
         """The ETag of the version that is read; "" before the first answer, and from stores without ETags."""
         return self._tag
-
-    def close(self) -> None:
-        """Does nothing: all files of a process share its connections."""
 
     def _read(self, out: BinaryIO, start: int, stop: int | None) -> None:
         """Writes the bytes [start, stop) of the object to `out`, to its end with None."""
@@ -133,7 +131,7 @@ class RemoteFile:
 
     def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
         """Appends the missing bytes to `out` with one request. Returns where the range ends, None if that is unknown."""
-        answer = self._open_client().fetch(start + out.tell(), stop, self._tag, block)
+        answer = self._client.fetch(start + out.tell(), stop, self._tag, block)
         with self._lock:
             self._tag = self._tag or answer.tag
             self.size = answer.size if answer.size >= 0 else self.size
@@ -154,11 +152,9 @@ class RemoteFile:
             self._tag, self.size = "", -1
         _truncate(out, 0)
 
-    def _open_client(self) -> Client:
-        with self._lock:
-            if self._client is None:
-                self._client = client_of(self.url, self.options)
-            return self._client
+    @cached_property
+    def _client(self) -> ObstoreClient | FsspecClient:
+        return client_of(self.url, self.options)
 
 
 def _truncate(out: BinaryIO, size: int) -> None:

@@ -91,7 +91,7 @@ def test_evaluate_writes_scores_that_the_export_shows(tmp_path, monkeypatch):
     shard("folder", "--images", tmp_path, "--out", out, "--holdout", 0.6)
     from dist_t2i.data.tokenizer import Tokenizer
 
-    run = write_run(tmp_path / "run", f"data.train={out}", words=Tokenizer.load(out))
+    run = write_run(tmp_path / "run", f"data.train={out}", words=Tokenizer.load(out / "tokenizer.json"))
     done = command("evaluate.py", "--run", run)
     assert done.returncode == 0, done.stderr
     assert "KID (EfficientNet-Lite0)" in done.stdout and "floor" in done.stdout

@@ -61,7 +61,7 @@ def test_any_text_encodes(text):
 
 def test_save_load_pickle(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer.json")
-    for loaded in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(TOKENIZER))):
+    for loaded in (Tokenizer.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(TOKENIZER))):
         assert loaded == TOKENIZER
         assert loaded.known_words == TOKENIZER.known_words
         assert loaded.ids("a red bird") == TOKENIZER.ids("a red bird")
@@ -77,4 +77,4 @@ def test_not_a_tokenizer(tmp_path, text):
 
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match="cannot read the tokenizer"):
-        Tokenizer.load(tmp_path)
+        Tokenizer.load(tmp_path / "tokenizer.json")

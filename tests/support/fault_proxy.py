@@ -1,12 +1,12 @@
-"""A proxy in front of an HTTP server that breaks what it is told to break, and counts what it is asked for.
+"""A proxy in front of an HTTP server that applies faults to responses and records requests.
 
-    with FaultProxy(server.endpoint) as proxy:  # S3Server of storage.py; the faults are in faults.py
+    with FaultProxy(server.endpoint) as proxy:  # S3Server of object_store.py; the faults are in faults.py
         rule = proxy.add(Reset(after=10_000), path="*/train-00001.tar", first=2)
         ...a client of proxy.endpoint...
         assert rule.hits == 2 and len(proxy.seen(path="*/train-00001.tar")) == 3
 
-Requests pass unchanged, their Host too, so that signatures (which cover it) stay valid for a client that was given the
-proxy's endpoint. A fault is a change of one answer; the rule that adds it says which, and how often.
+Requests are forwarded unchanged, including their Host, so that signatures (which cover it) stay valid for clients that use
+the proxy's endpoint. A fault changes one response; its rule determines which responses, and how many.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from faults import Fault, HangUp
 from object_store import environment
 
 PIECE = 2**18
-"""Bytes passed on at a time."""
+"""Bytes forwarded at a time."""
 _HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
 _CODES = {403: "AccessDenied", 404: "NoSuchKey", 500: "InternalError", 503: "SlowDown"}
 
 
 @dataclass
 class Rule:
-    """A fault, and which requests it strikes: see `FaultProxy.add`."""
+    """A fault and the requests that it applies to, see `FaultProxy.add`."""
 
     fault: Fault
     path: str
@@ -50,7 +50,7 @@ class Rule:
     hits: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
-        """Whether it strikes this request, which then counts."""
+        """Whether the fault applies to this request, which then counts."""
         if self.until is not None and time.monotonic() > self.until:
             return False
         if not (fnmatchcase(path, self.path) and fnmatchcase(method, self.method)):
@@ -66,7 +66,7 @@ class Rule:
 
 @dataclass
 class Request:
-    """What the proxy was asked for and what it answered; `range` is the header, "" without."""
+    """A request and its response; `range` is the Range header, "" without one."""
 
     method: str
     path: str
@@ -79,7 +79,7 @@ class Request:
 
 
 class FaultProxy:
-    """A reverse proxy of `target` ("http://127.0.0.1:PORT") on a port of its own, from `open` to `close`."""
+    """A reverse proxy of `target` ("http://127.0.0.1:PORT") on a free port, from `open` to `close`."""
 
     def __init__(self, target: str) -> None:
         self.target = target.removeprefix("http://").rstrip("/")
@@ -96,7 +96,7 @@ class FaultProxy:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Like that of S3Server, with the proxy's endpoint."""
+        """The variables of `S3Server.environment`, with the proxy's endpoint."""
         return environment(self.endpoint)
 
     def __enter__(self) -> FaultProxy:
@@ -120,7 +120,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
-        """Within the block nobody listens on the port."""
+        """Closes the port inside the block."""
         self.close()
         try:
             yield
@@ -128,7 +128,7 @@ class FaultProxy:
             self.open()
 
     def down_for(self, seconds: float) -> threading.Thread:
-        """The same for some time from now on, without waiting for it; `join()` what it returns."""
+        """Closes the port for some seconds, without waiting; the returned thread can be joined."""
         self.close()
         timer = threading.Timer(seconds, self.open)
         timer.daemon = True
@@ -145,14 +145,14 @@ class FaultProxy:
         seconds: float | None = None,
         skip: int = 0,
     ) -> Rule:
-        """Break requests from now on. Where several rules fit, the one that was added first strikes.
+        """Applies a fault to requests from now on. Of several matching rules the one added first applies.
 
         Args:
-            path: a glob over "/bucket/key"; its `*` matches slashes as well.
+            path: a glob over "/bucket/key"; its `*` also matches slashes.
             method: a glob: "GET", "HEAD", "*".
-            first: how many requests are struck; all by default.
-            seconds: how long from now on.
-            skip: how many requests that fit are let through before.
+            first: number of requests that are affected; by default all.
+            seconds: duration of the rule.
+            skip: number of matching requests before that are not affected.
         """
         until = None if seconds is None else time.monotonic() + seconds
         rule = Rule(fault, path, method, first, until, skip)
@@ -161,18 +161,18 @@ class FaultProxy:
         return rule
 
     def clear(self) -> None:
-        """Break nothing any more, and forget the requests."""
+        """Removes all rules and recorded requests."""
         with self._lock:
             self._rules.clear()
             self.requests.clear()
 
     def seen(self, path: str = "*", method: str = "*") -> list[Request]:
-        """The requests that fit, in the order they came."""
+        """The matching requests in order."""
         with self._lock:
             return [r for r in self.requests if fnmatchcase(r.path, path) and fnmatchcase(r.method, method)]
 
     def note(self, request: Request) -> Fault:
-        """Record a request; the fault that strikes it."""
+        """Records a request and returns the fault that applies to it."""
         with self._lock:
             self.requests.append(request)
             for rule in self._rules:
@@ -182,13 +182,13 @@ class FaultProxy:
         return Fault()
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but not past `close`."""
+        """Sleeps, at most until `close`."""
         if self._closing.wait(seconds):
             raise HangUp(reset=False)
 
 
 class _Server(ThreadingHTTPServer):
-    """Listens from its creation to `end`, a thread for every connection."""
+    """Listens from its creation to `end`, with a thread per connection."""
 
     daemon_threads = True
     block_on_close = False
@@ -210,7 +210,7 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is nothing to print."""
+        """Prints nothing when a client disconnects."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
             pieces = iter(lambda: answer.read(PIECE), b"") if whole is None else iter([whole])
             for piece in fault.body(pieces, _start(answer), self.server.proxy.wait):
                 self._send(request, piece)
-            if whole is None and answer.length:  # the server went away in mid-body: so does the proxy
+            if whole is None and answer.length:  # the server broke off, and so does the proxy
                 raise HangUp(reset=True)
 
     def _answer(self, request: Request, status: int, headers: list[tuple[str, str]], length: int) -> None:
@@ -288,14 +288,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, request: Request, data: bytes) -> None:
-        request.sent += len(data)  # first: a client that has them all may ask at once
+        request.sent += len(data)  # before the write: a client may check as soon as it has all bytes
         self.wfile.write(data)
 
     def _hang_up(self, reset: bool) -> None:
         self.close_connection = True
         if not reset:
             return
-        for _ in range(500):  # a RST throws away what is still to be sent, and what was sent shall arrive
+        for _ in range(500):  # a RST discards unsent bytes, but they shall arrive
             if not struct.unpack("i", fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))[0]:
                 break
             time.sleep(0.002)
@@ -304,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         socket.close(self.connection.detach())  # before the server's own shutdown, which would send a FIN
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the terminal."""
+        """Prints nothing."""
 
 
 def _kept(headers: Any) -> list[tuple[str, str]]:
@@ -312,6 +312,6 @@ def _kept(headers: Any) -> list[tuple[str, str]]:
 
 
 def _start(answer: http.client.HTTPResponse) -> int:
-    """Where in the object the body begins."""
-    found = re.match(r"bytes (\d+)-", answer.getheader("Content-Range") or "")
-    return int(found[1]) if found else 0
+    """The offset of the body in the object."""
+    match = re.match(r"bytes (\d+)-", answer.getheader("Content-Range") or "")
+    return int(match[1]) if match else 0

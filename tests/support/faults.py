@@ -1,4 +1,4 @@
-"""What may go wrong with an answer of a server; `faultproxy.py` does it to the answers that a test picks."""
+"""Faults of a server's response; fault_proxy.py applies them to the responses that a test selects."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Wait = Callable[[float], Any]
-"""Sleeps for so many seconds."""
+"""Sleeps for a number of seconds."""
 
 
 class HangUp(Exception):
-    """Raised by a fault: end the connection here, with a RST or, cleanly, with a FIN."""
+    """Raised by a fault to end the connection, with a RST or, cleanly, with a FIN."""
 
     def __init__(self, reset: bool) -> None:
         super().__init__("reset" if reset else "close")
@@ -18,15 +18,15 @@ class HangUp(Exception):
 
 
 class Fault:
-    """What may go wrong with an answer. The base class changes nothing."""
+    """A change of one response. The base class changes nothing."""
 
     status: int | None = None
-    """Answer this instead of passing the request on."""
+    """Respond with this status instead of forwarding the request."""
     longer: int = 0
-    """How much more Content-Length promises than comes."""
+    """Bytes by which Content-Length exceeds the body."""
 
     def before(self, wait: Wait) -> None:
-        """Called before the request is passed on."""
+        """Called before the request is forwarded."""
 
     def body(self, pieces: Iterator[bytes], start: int, wait: Wait) -> Iterator[bytes]:
         """The bytes to send for `pieces`, which begin at byte `start` of the object. `wait` sleeps. Raises HangUp."""
@@ -95,7 +95,7 @@ class Trickle(Fault):
 
 
 class WrongLength(Fault):
-    """Content-Length is `longer` bytes more (less, when negative) than what comes; then the connection ends cleanly."""
+    """Content-Length exceeds the body by `longer` bytes (negative: falls short); then the connection ends cleanly."""
 
     def __init__(self, longer: int) -> None:
         self.longer = longer
@@ -106,7 +106,7 @@ class WrongLength(Fault):
 
 
 class Cut(Fault):
-    """The last `less` bytes do not come, and Content-Length agrees: nothing but the object's size tells."""
+    """Drops the last `less` bytes and adapts Content-Length: only the object's size shows it."""
 
     def __init__(self, less: int) -> None:
         self.less = less
@@ -133,7 +133,7 @@ class FlippedBit(Fault):
 
 
 class Replaced(Fault):
-    """`replace()`, which writes another object there: before the request, or after `after` bytes and then a RST."""
+    """Calls `replace()`, which replaces the object: before the request, or after `after` bytes, followed by a RST."""
 
     def __init__(self, replace: Callable[[], Any], after: int = 0) -> None:
         self.replace, self.after = replace, after
@@ -153,7 +153,7 @@ class Replaced(Fault):
 
 
 def split(pieces: Iterator[bytes], after: int) -> tuple[Iterator[bytes], Callable[[], Iterator[bytes]]]:
-    """The first `after` bytes, and a function that gives the rest once those are taken."""
+    """An iterator over the first `after` bytes, and a function that returns the rest once those are consumed."""
     held = b""
 
     def first() -> Iterator[bytes]:

@@ -1,6 +1,6 @@
-"""A real S3 server (SeaweedFS, from its wheel) on this machine, for tests and benchmarks of what reads object storage.
+"""A real S3 server (SeaweedFS, from its wheel) on this machine, for tests and benchmarks of object storage.
 
-`faultproxy.py` stands in front of it and breaks things. Both listen on loopback only.
+fault_proxy.py adds faults to its responses. Both listen on loopback only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from dist_t2i.distributed.launch import free_ports
 
 READY_SECONDS = 60.0
-"""How long the server may take to answer; it takes about one."""
+"""Seconds that the server may need until it responds; it needs about one."""
 _STARTED_BY = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, kept across exec: it dies with the test's process
@@ -30,7 +30,7 @@ _PARTS = ("master", "volume", "filer", "s3", "admin")
 
 
 class StorageError(RuntimeError):
-    """The server cannot be had; the message says why and what to do."""
+    """The server cannot be started; the message has the reason and the remedy."""
 
 
 class S3Server:
@@ -51,17 +51,17 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that clients of S3 know: obstore, boto3, s3fs, the AWS command line."""
+        """The environment variables of S3 clients: obstore, boto3, s3fs, the AWS command line."""
         return environment(self.endpoint)
 
     @property
     def ports(self) -> list[int]:
-        """What it listens on, each + 10000 as well."""
+        """The ports of the server, which also uses each port + 10000."""
         return list(self._ports.values())
 
     @property
     def pid(self) -> int | None:
-        """The server's process, None when it is stopped."""
+        """The process of the server; None when it is stopped."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> S3Server:
@@ -97,7 +97,7 @@ class S3Server:
             raise StorageError(f"{error}; its output ends: {log.read_text(errors='replace')[-1500:]}") from error
 
     def stop(self) -> None:
-        """Ask it to end, and wait until it has: it writes for some seconds. Does nothing when it is stopped."""
+        """Stops the server and waits until it has ended: it writes for some seconds. May be called twice."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -154,7 +154,7 @@ class S3Server:
             "admin.ui": "false",
             "master.telemetry": "false",
         }
-        # The gRPC port of each part is its port + 10000: told otherwise, the admin part looks there all the same.
+        # The gRPC port of each part is its port + 10000; the admin part ignores settings of them.
         ports = {f"{part}.port": port for part, port in self._ports.items()}
         return [f"-logdir={self.folder}", "mini", *(f"-{name}={value}" for name, value in (where | ports).items())]
 
@@ -188,7 +188,7 @@ def weed() -> str:
 
 
 def remove_sockets(ports: list[int]) -> None:
-    """What a server on these ports leaves in /tmp, all of it when it was killed."""
+    """Removes the files that a server on these ports leaves in /tmp when it is killed."""
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"):
             with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ def remove_sockets(ports: list[int]) -> None:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """The AWS_* variables of a client that shall use `endpoint`."""
+    """The AWS_* variables of a client of `endpoint`."""
     return {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "only-for-tests",
@@ -209,7 +209,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 def without_aws(variables: Mapping[str, str]) -> dict[str, str]:
-    """`variables` without what would lead a client to somebody's real account, or past loopback to a proxy."""
+    """`variables` without those that would lead a client to a real account, or to a proxy instead of loopback."""
     kept = {name: value for name, value in variables.items() if not name.startswith(("AWS_", "S3_"))}
     return kept | {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 

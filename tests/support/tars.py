@@ -1,4 +1,4 @@
-"""Tars as others write them, and what a hostile one would hold."""
+"""Tars as other tools write them, and the content of a hostile one."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class _Opens:
 
 
 def harmful_pickle(makes: Path) -> bytes:
-    """A pickle that makes a file when it is loaded, by which one sees that code was run."""
+    """A pickle that creates a file when it is loaded, which shows that its code ran."""
     return pickle.dumps(_Opens(makes))

@@ -39,12 +39,15 @@ class Decode:
         """`before`: the stages between the reader and this one, which a replacement has to pass, too."""
         self._reader, self._before = reader, before
         self._size, self._crop, self._seed = data.image_size, data.crop, seed
+        self._least = self._size if self._crop >= 1 else int(self._size / self._crop) + 1
         rows, shared = reader.plan.rows, data.workers > 0
         self._memory = BatchMemory(rows, self._size, shared, buffers)
         self._source_memory = None if reader.choice is None else BatchMemory(rows, self._size, shared, buffers)
         self._scratch = Scratch()
         fits = reader.order.samples * 3 * self._size**2 <= REMEMBERED_BYTES
-        self._remembered: dict[Any, Any] | None = {} if fits and self._crop >= 1 and not before else None
+        self._remembered: dict[tuple[int, int], torch.Tensor] | None = (
+            {} if fits and self._crop >= 1 and not before else None
+        )
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
@@ -62,57 +65,50 @@ class Decode:
         return next(iter(webdataset.DataPipeline(lambda: iter([sample]), *self._before)))
 
     def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
-        row, image = sample["__row__"], self._memory.row()
-        if self._remembered is not None and row in self._remembered:
-            pixels, captions = self._remembered[row]
-            image.copy_(pixels)
-        else:
-            captions = captions_of(sample)[0]
-            self._decode_into(image, sample)
-            if self._remembered is not None:
-                self._remembered[row] = image.clone(), captions
+        image, captions = self._memory.row(), captions_of(sample)[0]
+        self._decode_into(image, sample)
         self._memory.advance()
         decoded = sample | {"image": image, "images": self._memory.images, "captions": captions}
         return decoded if self._source_memory is None else decoded | self._source(decoded, self._source_memory)
 
     def _source(self, sample: dict[str, Any], memory: BatchMemory) -> dict[str, Any]:
         """The source, with the crop of the sample; the sample's own image if the source does not decode."""
-        source, image = sample["__source__"], memory.row()
-        number = NONE if source is None else source["__id__"]
-        if number == NONE:
+        source, image, number = sample["__source__"], memory.row(), NONE
+        if source is None:
             image.zero_()
-        elif number == sample["__id__"] or not self._decode_source(image, source):
-            number = sample["__id__"]
-            image.copy_(sample["image"])
+        else:
+            number = source["__id__"]
+            try:
+                if number != sample["__id__"]:
+                    self._decode_into(image, source)
+            except BadSample:
+                number = sample["__id__"]
+            if number == sample["__id__"]:
+                image.copy_(sample["image"])
         memory.advance()
         return {"source": image, "sources": memory.images, "source_id": number}
 
-    def _decode_source(self, image: torch.Tensor, source: dict[str, Any]) -> bool:
-        """Decodes a source that is another sample into `image`; False if it does not decode."""
-        if self._remembered is not None and source["__row__"] in self._remembered:
-            image.copy_(self._remembered[source["__row__"]][0])
-            return True
-        try:
-            self._decode_into(image, source)
-        except BadSample:
-            return False
-        return True
-
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
-        _, data = picture_of(sample)
+        """Decodes and crops an image, or copies it if it is remembered. Raises BadSample."""
+        row, remembered = sample["__row__"], self._remembered
+        if remembered is not None and row in remembered:
+            image.copy_(remembered[row])
+            return
         try:
-            if self._crop >= 1:
-                square(decode(data, self._size, self._scratch), self._size, out=image)
-                return
-            purposes = (StreamPurpose.CROP_SHARE, StreamPurpose.CROP_ACROSS, StreamPurpose.CROP_DOWN)
-            share, across, down = (
-                random_bits(self._seed, sample["__position__"], purpose) / 2**64 for purpose in purposes
-            )
-            share = self._crop + (1 - self._crop) * share
-            pixels = decode(data, int(self._size / self._crop) + 1, self._scratch)
-            square(pixels, self._size, share=share, across=across, down=down, out=image)
+            pixels = decode(picture_of(sample)[1], self._least, self._scratch)
         except PictureError as error:
             raise BadSample.of(sample, f"picture {error}") from error
+        square(pixels, self._size, out=image, **self._random_crop(sample["__position__"]))
+        if remembered is not None:
+            remembered[row] = image.clone()
+
+    def _random_crop(self, position: int) -> dict[str, float]:
+        """The arguments of `square` for a random crop."""
+        if self._crop >= 1:
+            return {}
+        purposes = (StreamPurpose.CROP_SHARE, StreamPurpose.CROP_ACROSS, StreamPurpose.CROP_DOWN)
+        share, across, down = (random_bits(self._seed, position, purpose) / 2**64 for purpose in purposes)
+        return {"share": self._crop + (1 - self._crop) * share, "across": across, "down": down}
 
 
 class BatchMemory:

@@ -15,6 +15,7 @@ and do not depend on the version of a library.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
@@ -106,55 +107,42 @@ class Order:
         """Shard and row of each position: int64 arrays with the shape of `positions`."""
         positions = numpy.asarray(positions, dtype=numpy.int64)
         shards, rows = numpy.empty_like(positions), numpy.empty_like(positions)
-        epochs = positions // self.samples
-        for epoch in numpy.unique(epochs):
-            mask = epochs == epoch
-            shards[mask], rows[mask] = self._in_epoch(int(epoch), positions[mask] % self.samples)
+        pending = numpy.ones(positions.shape, dtype=bool)
+        while pending.any():
+            # Step 1: the window that contains the first pending position, and all positions in the window.
+            begin, group, window = self._window_at(int(positions[pending][0]))
+            size = int(group.starts[window + 1] - group.starts[window])
+            inside = (positions >= begin) & (positions < begin + size)
+            # Step 2: the shuffle within the window.
+            epoch, offset = divmod(begin, self.samples)
+            shuffled = permute(
+                positions[inside] - begin, size, random_bits(self.seed, epoch, StreamPurpose.WINDOWS + offset)
+            )
+            # Step 3: the window is the concatenation of one run per shard; run k covers [ends[k - 1], ends[k]), and its last
+            # row is cuts[window + 1, k] - 1.
+            ends = numpy.cumsum(group.cuts[window + 1] - group.cuts[window])
+            column = numpy.searchsorted(ends, shuffled, side="right")
+            shards[inside] = group.shards[column]
+            rows[inside] = group.cuts[window + 1][column] - (ends[column] - shuffled)
+            pending &= ~inside
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
         """The windows from the one that contains `position` on, endlessly: the position of its first sample, its runs."""
-        epoch, offset = divmod(position, self.samples)
         while True:
-            number, first = self._group_at(epoch, offset)
-            group = self._group(number)
-            window = int(numpy.searchsorted(group.starts, offset - first, side="right")) - 1
+            begin, group, window = self._window_at(position)
             cuts = zip(group.shards, group.cuts[window], group.cuts[window + 1], strict=True)
-            begin = epoch * self.samples + first + int(group.starts[window])
             yield begin, [Run(int(shard), int(start), int(stop)) for shard, start, stop in cuts if stop > start]
-            epoch, offset = divmod(epoch * self.samples + first + int(group.starts[window + 1]), self.samples)
+            position = begin + int(group.starts[window + 1] - group.starts[window])
 
-    def _in_epoch(self, epoch: int, offsets: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each offset (int64 [n]) in an epoch."""
+    def _window_at(self, position: int) -> tuple[int, _Group, int]:
+        """The window that contains a position: the position of its first sample, its group, its number in the group."""
+        epoch, offset = divmod(position, self.samples)
         self._lay_out(epoch)
-        shards, rows = numpy.empty_like(offsets), numpy.empty_like(offsets)
-        # Step 1: the group that contains each offset.
-        numbers = numpy.searchsorted(self._ends, offsets, side="right")
-        for number in numpy.unique(numbers):
-            in_group = numbers == number
-            group, first = self._group(int(number)), int(self._ends[number - 1]) if number else 0
-            inside = offsets[in_group] - first
-            # Step 2: the window of the group that contains each offset.
-            windows = numpy.searchsorted(group.starts, inside, side="right") - 1
-            columns, group_rows = numpy.empty_like(inside), numpy.empty_like(inside)
-            for window in numpy.unique(windows):
-                in_window = windows == window
-                key = random_bits(self.seed, epoch, StreamPurpose.WINDOWS + first + int(group.starts[window]))
-                columns[in_window], group_rows[in_window] = self._in_window(group, int(window), inside[in_window], key)
-            shards[in_group], rows[in_group] = group.shards[columns], group_rows
-        return shards, rows
-
-    @staticmethod
-    def _in_window(group: _Group, window: int, inside: numpy.ndarray, key: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Column (the index of the shard in the group) and row of offsets in the group, all of them in one window."""
-        # Step 3: the shuffle within the window.
-        first, size = int(group.starts[window]), int(group.starts[window + 1] - group.starts[window])
-        shuffled = permute(inside - first, size, key)
-        # Step 4: the window is the concatenation of one run per shard; run k covers [ends[k - 1], ends[k]) and its last row
-        # is cuts[window + 1, k] - 1.
-        ends = numpy.cumsum(group.cuts[window + 1] - group.cuts[window])
-        column = numpy.searchsorted(ends, shuffled, side="right")
-        return column, group.cuts[window + 1][column] - (ends[column] - shuffled)
+        number = int(numpy.searchsorted(self._ends, offset, side="right"))
+        group, first = self._group(number), int(self._ends[number - 1]) if number else 0
+        window = int(numpy.searchsorted(group.starts, offset - first, side="right")) - 1
+        return epoch * self.samples + first + int(group.starts[window]), group, window
 
     def _lay_out(self, epoch: int) -> None:
         """Permutes the shards of an epoch and computes the end of each group."""
@@ -164,12 +152,6 @@ class Order:
             totals = numpy.cumsum(self.sizes[self._shards])
             self._ends = totals[self._bounds[1:] - 1]
             self._epoch, self._groups = epoch, {}
-
-    def _group_at(self, epoch: int, offset: int) -> tuple[int, int]:
-        """The group that contains an offset in an epoch, and the offset of its first sample."""
-        self._lay_out(epoch)
-        number = int(numpy.searchsorted(self._ends, offset, side="right"))
-        return number, int(self._ends[number - 1]) if number else 0
 
     def _group(self, number: int) -> _Group:
         group = self._groups.get(number)
@@ -181,15 +163,27 @@ class Order:
         return group
 
 
-def rows_of_rank(
-    first: int, sequence: int, *, rank: int, world_size: int, global_batch: int, accumulation: int
-) -> numpy.ndarray:
-    """The positions of a rank's `sequence`-th micro-batch after the position `first`, where a step begins: int64 [m].
+@dataclass(frozen=True)
+class Plan:
+    """The micro-batches of one rank from the position `start` on, where a step begins.
 
-    Micro-batch a of rank r has the rows [(a*W + r)*m, (a*W + r + 1)*m) of the step's `global_batch`, with
-    m = global_batch / (W * accumulation). So the rows of a step do not depend on W or the accumulation.
+    Micro-batch a of rank r has the rows [(a*W + r)*m, (a*W + r + 1)*m) of a step's `global_batch`, with
+    m = global_batch / (W * accumulation). So the rows of a step do not depend on the world size W or the accumulation.
     """
-    rows = global_batch // (world_size * accumulation)
-    step, micro = divmod(sequence, accumulation)
-    start = first + step * global_batch + (micro * world_size + rank) * rows
-    return numpy.arange(start, start + rows, dtype=numpy.int64)
+
+    rank: int
+    world_size: int
+    global_batch: int
+    accumulation: int
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """Samples per micro-batch, m."""
+        return self.global_batch // (self.world_size * self.accumulation)
+
+    def positions(self, sequence: int) -> numpy.ndarray:
+        """The positions of the `sequence`-th micro-batch: int64 [m]."""
+        step, micro = divmod(sequence, self.accumulation)
+        first = self.start + step * self.global_batch + (micro * self.world_size + self.rank) * self.rows
+        return numpy.arange(first, first + self.rows, dtype=numpy.int64)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Protocol
 
 from dist_t2i.data.shard_set import Shards
-from dist_t2i.data.stream.order import Run
+from dist_t2i.data.stream.mixture import Mixture
+from dist_t2i.data.stream.order import Order, Run
 from dist_t2i.errors import DataError
 from dist_t2i.storage.chunk_cache import CHUNK, ChunkCache
 from dist_t2i.storage.reader_process import clients_allowed
@@ -25,16 +24,10 @@ _SHARE = 0.4
 """Largest share of the cache for one window, so that the next window does not evict it."""
 
 
-class Windows(Protocol):
-    """An order that announces its next reads; see `Order.windows`."""
-
-    def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]: ...
-
-
 class Prefetcher:
     """Prefetches in background threads, from `position` on; `advance` reports the reader's progress. Idle without a cache."""
 
-    def __init__(self, shards: Shards, order: Windows, position: int, offset: float = 0.0) -> None:
+    def __init__(self, shards: Shards, order: Order | Mixture, position: int, offset: float = 0.0) -> None:
         """`offset` (0 to 1): where in a window this worker begins, so that workers want different chunks."""
         self._shards, self._order, self._offset = shards, order, offset
         self._position = position

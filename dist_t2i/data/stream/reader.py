@@ -9,7 +9,6 @@ import concurrent.futures
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -17,7 +16,7 @@ import numpy
 from dist_t2i.data.shard_set import BadSample, Shards
 from dist_t2i.data.stream.edit_pairs import NONE, SourceChoice
 from dist_t2i.data.stream.mixture import Mixture
-from dist_t2i.data.stream.order import Order, rows_of_rank
+from dist_t2i.data.stream.order import Order, Plan
 from dist_t2i.data.stream.prefetch import Prefetcher
 from dist_t2i.errors import DataError
 
@@ -30,33 +29,6 @@ _LOOK_AHEAD = 512
 _READERS, _READ_AHEAD = 16, 48
 """Threads that read remote samples, and samples that may wait to be decoded."""
 _MAX_TRIES = 1_000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The micro-batches of one rank from the position `start` on."""
-
-    rank: int
-    world_size: int
-    global_batch: int
-    accumulation: int
-    start: int
-
-    @property
-    def rows(self) -> int:
-        """Samples per micro-batch."""
-        return self.global_batch // (self.world_size * self.accumulation)
-
-    def positions(self, sequence: int) -> numpy.ndarray:
-        """The positions of the `sequence`-th micro-batch, int64 [rows]."""
-        return rows_of_rank(
-            self.start,
-            sequence,
-            rank=self.rank,
-            world_size=self.world_size,
-            global_batch=self.global_batch,
-            accumulation=self.accumulation,
-        )
 
 
 class SampleReader:

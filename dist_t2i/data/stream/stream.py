@@ -33,8 +33,8 @@ from dist_t2i.data.stream.caption_stage import ChooseCaption
 from dist_t2i.data.stream.decode_stage import Decode
 from dist_t2i.data.stream.edit_pairs import SourceChoice, source_choice
 from dist_t2i.data.stream.mixture import Mixture
-from dist_t2i.data.stream.order import Order
-from dist_t2i.data.stream.reader import Plan, SampleReader, Stage
+from dist_t2i.data.stream.order import Order, Plan
+from dist_t2i.data.stream.reader import SampleReader, Stage
 from dist_t2i.data.stream.workers import Failure, WorkerPool
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
@@ -178,7 +178,7 @@ class Stream:
     """An endless iterator over Batch. `bad_counts` counts the replaced samples of this rank by reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
-        self._pool = WorkerPool(pipeline, pipeline.data.workers)
+        self._pool = WorkerPool(pipeline.of_worker, pipeline.data.workers)
         self._limit, self._allowance, self._bad_file = pipeline.data.max_bad_fraction, allowance, bad_file
         self._seen = 0
         self.bad_counts: Counter[str] = Counter()
@@ -230,7 +230,7 @@ def open_stream(
     stages: Sequence[Stage] = (),
     data_set: ShardSet | None = None,
 ) -> Stream:
-    """The micro-batches of one rank from position `start_images` on, endlessly, in the order of `rows_of_rank`.
+    """The micro-batches of one rank from position `start_images` on, endlessly, in the order of `Plan`.
 
     Args:
         accumulation: micro-batches of each rank per step.

@@ -12,19 +12,20 @@ This module uses private parts of torch's DataLoader; tests/data/test_library_in
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from dist_t2i.errors import DataError
 from dist_t2i.storage.reader_process import allow_clients
-from dist_t2i.utils.processes import end_with
+from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 _MAX_RESTARTS = 3
 _PREFETCH = 4
@@ -39,26 +40,15 @@ class Failure:
     message: str
 
 
-class WorkerPipeline(Protocol):
-    """What a pool runs in its workers."""
-
-    def of_worker(self, first: int, step: int, waiting: int = 0) -> Any:
-        """An iterable dataset over every `step`-th item from `first` on, `waiting` of which may wait for the parent."""
-        ...
+DatasetOfWorker = Callable[[int, int, int], torch.utils.data.IterableDataset]
+"""(first, step, waiting) -> an iterable dataset over every `step`-th item from `first` on, of which `waiting` may wait."""
 
 
-class StartWorker:
-    """`worker_init_fn`: ignores signals, ends with the parent, uses one thread. Picklable."""
-
-    def __init__(self) -> None:
-        self.parent = os.getpid()
-
-    def __call__(self, worker: int) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-        end_with(self.parent)
-        allow_clients()
-        torch.set_num_threads(1)
+def _start_worker(parent: int, worker: int) -> None:
+    ignore_stop_signals()
+    end_with(parent)
+    allow_clients()
+    torch.set_num_threads(1)
 
 
 class Lanes:
@@ -68,17 +58,17 @@ class Lanes:
     for the rest forever. Here only the worker holds the writing end of its pipe, so its death is an EOF.
     """
 
-    def __init__(self, pipeline: WorkerPipeline, first: int, workers: int) -> None:
+    def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
         self._datasets: list[Any] = []  # the parent resolves references to their shared buffers
         for worker in range(workers):
-            dataset = pipeline.of_worker(first + worker, workers, _PREFETCH if _FORKS else 0)
-            loader = torch.utils.data.DataLoader(
+            dataset = dataset_of(first + worker, workers, _PREFETCH if _FORKS else 0)
+            loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
                 dataset,
                 batch_size=None,
                 num_workers=1,
                 prefetch_factor=_PREFETCH,
-                worker_init_fn=StartWorker(),
+                worker_init_fn=functools.partial(_start_worker, os.getpid()),
                 multiprocessing_context="fork" if _FORKS else "spawn",
             )
             iterator: Any = iter(loader)
@@ -111,10 +101,10 @@ class Lanes:
 
 
 class WorkerPool:
-    """The items of `pipeline`, computed in `workers` processes (0: in this one). Restarts workers that were killed."""
+    """The items of a dataset, computed in `workers` processes (0: in this one). Restarts workers that were killed."""
 
-    def __init__(self, pipeline: WorkerPipeline, workers: int) -> None:
-        self._pipeline, self._workers = pipeline, workers
+    def __init__(self, dataset_of: DatasetOfWorker, workers: int) -> None:
+        self._dataset_of, self._workers = dataset_of, workers
         self._taken = self._restarts = 0
         self._iterator: Iterator[Any] | None = None
         self._finalizer: weakref.finalize | None = None
@@ -146,10 +136,10 @@ class WorkerPool:
 
     def _start(self) -> Iterator[Any]:
         if self._workers == 0:
-            self._iterator = iter(self._pipeline.of_worker(self._taken, 1))
+            self._iterator = iter(self._dataset_of(self._taken, 1, 0))
             return self._iterator
         before = signal.getsignal(signal.SIGCHLD)
-        self._iterator = lanes = Lanes(self._pipeline, self._taken, self._workers)
+        self._iterator = lanes = Lanes(self._dataset_of, self._taken, self._workers)
         if signal.getsignal(signal.SIGCHLD) is not before:
             # The loader's handler would raise in any code of the main thread, for example while it saves a checkpoint.
             # Without the handler, `next` still notices a dead worker within seconds.

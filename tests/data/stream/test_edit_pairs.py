@@ -139,7 +139,8 @@ def test_a_source_that_does_not_decode_is_replaced_by_the_picture_itself(data):
     choice = SourceChoice(Neighbors([[f"thing {i // 2}"] for i in range(24)], 1), config.edit, config.train.seed)
     assert choice(4, 0) == 5 and choice(5, 17) == 4
     from dist_t2i.data.stream.decode_stage import Decode
-    from dist_t2i.data.stream.reader import Plan, SampleReader
+    from dist_t2i.data.stream.order import Plan
+    from dist_t2i.data.stream.reader import SampleReader
     from dist_t2i.data.stream.stream import order_of
 
     order = order_of(broken, config.data, config.train.seed)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_t2i.data.stream.order import Order, permute, rows_of_rank
+from dist_t2i.data.stream.order import Order, Plan, permute
 from dist_t2i.utils.seeds import random_bits
 
 SIZES = [7, 1, 30, 12, 25]
@@ -108,14 +108,7 @@ def test_ranks_and_micro_batches_tile_the_global_batch(world_size, accumulation)
     for step in range(2):
         for micro in range(accumulation):
             for rank in range(world_size):
-                rows = rows_of_rank(
-                    first,
-                    step * accumulation + micro,
-                    rank=rank,
-                    world_size=world_size,
-                    global_batch=batch,
-                    accumulation=accumulation,
-                )
+                rows = Plan(rank, world_size, batch, accumulation, first).positions(step * accumulation + micro)
                 assert len(rows) == batch // (world_size * accumulation)
                 seen.extend(rows.tolist())
     assert seen == list(range(first, first + 2 * batch))
