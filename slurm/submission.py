@@ -37,6 +37,8 @@ from slurm.profile import Profile, minutes
 
 FOLDER = "slurm"
 JOB = "job.json"
+_SAME_NAMES = "gpus_per_node cpus_per_task partition account qos constraint exclude exclusive".split()
+"""Fields of a profile that are options of sbatch under the same name."""
 
 
 class SubmitError(UserError):
@@ -107,16 +109,9 @@ class Submission:
             "time": minutes(profile.time),
             "nodes": self.nodes,
             "ntasks_per_node": self.ranks_per_node,
-            "gpus_per_node": profile.gpus_per_node,
-            "cpus_per_task": profile.cpus_per_task,
             "mem": f"{profile.memory_gb}GB" if profile.memory_gb else "",
-            "partition": profile.partition,
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint,
-            "exclude": profile.exclude,
-            "exclusive": profile.exclusive,
             "dependency": self.dependency,
+            **{name: getattr(profile, name) for name in _SAME_NAMES},
         }
         _refuse_line_breaks({**options, **profile.sbatch}, self.run)
         executor.update_parameters(

@@ -6,7 +6,6 @@ reproduce the run.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
 from dist_t2i.reporting.image_grid import GridRow, grid_rows
 from dist_t2i.reporting.web_page import file, img, text, write
+from dist_t2i.utils.files import read_json
 
 if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
@@ -152,10 +152,7 @@ def _credit(about: SetAbout) -> str:
 
 def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
     """Facts about how a run was made, by label, from its files."""
-    try:
-        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        environment = {}
+    environment = read_json(run / "environment.json")
     processor, code, packages = (environment.get(name, {}) for name in ("processor", "code", "packages"))
     hardware = ", ".join(gpu["name"] for gpu in environment.get("gpus", [])) or processor.get("model", "")
     facts = {
