@@ -1,7 +1,7 @@
-"""What the keys of a configuration are: dotted names, types, defaults, and the documentation written beneath each.
+"""The keys of a configuration: dotted names, types, defaults, ranges, and documentation.
 
-The documentation is read from the source of the sections (strings are not kept at run time), so that it is written
-once. Nothing here imports torch: `--help-config` answers at once.
+The documentation is read from the source code of the sections, since strings beneath fields do not exist at run time.
+Nothing here imports torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -58,14 +59,6 @@ def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
             yield Key(prefix + name, types_of[name], value, docs.get(name, ""), bounds, resume)
 
 
-def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each section of a configuration with the prefix of its keys, such as `model.generator.`, outer ones first."""
-    yield prefix, section
-    for name, value in vars(section).items():
-        if dataclasses.is_dataclass(value):
-            yield from sections(value, f"{prefix}{name}.")
-
-
 @functools.cache
 def _docs(module: Any) -> dict[str, dict[str, str]]:
     """Class name -> field name -> the string beneath the field, for the classes of a module."""
@@ -74,16 +67,15 @@ def _docs(module: Any) -> dict[str, dict[str, str]]:
         if not isinstance(node, ast.ClassDef):
             continue
         fields = docs.setdefault(node.name, {})
-        for before, after in zip(node.body, node.body[1:], strict=False):
-            if not (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)):
-                continue
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                fields[before.target.id] = inspect.cleandoc(str(after.value.value))
+        for field, doc in itertools.pairwise(node.body):
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    fields[name] = inspect.cleandoc(text)
     return docs
 
 
 def expected(type_: Any) -> str:
-    """What a value of `type_` looks like, for an error message: `a whole number`, `one of none, cpu`."""
+    """Describes the values of `type_` for an error message: `a whole number`, `one of none, cpu`."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
@@ -98,18 +90,16 @@ def expected(type_: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A default as it would be written in the YAML."""
-    if isinstance(value, bool):
-        return str(value).lower()
+    """A default in YAML."""
     if isinstance(value, tuple):
         return "[" + ", ".join(show(item) for item in value) + "]"
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return value if isinstance(value, str) and value else repr(value).replace("'", '"')
 
 
 def reference(width: int = 100) -> str:
-    """Every key with its default, its type and its documentation: the text of `--help-config`."""
+    """The text of `--help-config`: each key with its default, type and documentation."""
     lines = ["Keys of a configuration file, with their defaults. On the command line: section.key=value", ""]
     section = ""
     for key in keys().values():
@@ -133,7 +123,7 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def build(values: Mapping[str, Any]) -> Config:
-    """A configuration from dotted keys; the others keep their defaults. Nothing is checked."""
+    """A configuration from dotted keys; the other keys keep their defaults. The values are not checked."""
     return _build(Config, "", values)
 
 

@@ -1,7 +1,7 @@
-"""Configurations as files: defaults <- YAML <- `section.key=value`, every problem in one report, and back to YAML.
+"""Reads and writes configurations: defaults <- YAML <- `section.key=value`, with all problems in one report.
 
-Numbers, booleans and texts are read as YAML 1.2 has them, where YAML 1.1 (PyYAML's habit) surprises: `1e-4` is a
-number, `off`, `no` and `y` are texts, `012` is twelve, `12:30` is a text.
+Scalars follow YAML 1.2, unlike PyYAML's YAML 1.1: `1e-4` is a number, `off`, `no` and `y` are texts, `012` is twelve, `12:30`
+is a text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dist_t2i.config.fields import build, expected, field_types, keys
+from dist_t2i.config.fields import build, expected, field_types, keys, show
 from dist_t2i.config.sections import RENAMED, Config
 from dist_t2i.config.validation import problems_of
 from dist_t2i.errors import ConfigError
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or our reader would take for something else than a text."""
+    """Quotes texts that YAML 1.1 or `_Loader` would not read as texts."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {  # type: ignore[misc]
         k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()
@@ -251,7 +251,7 @@ def _nearest_choice(raw: Any, type_: Any) -> str:
 
 
 def convert(value: Any, type_: Any) -> Any:
-    """A value from YAML, `value` as `type_`; `ValueError(what it is instead)` if it is not one. 1e6 counts as a whole number."""
+    """A value from YAML as `type_`. Raises ValueError that describes the value if its type is another. 1e6 is an int, too."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -283,24 +283,24 @@ def _describe(value: Any) -> str:
         return f"{str(value).lower()} (write it in quotes if it is a text)"
     if isinstance(value, (int, float)):
         return f"the number {value}"
-    if isinstance(value, str):
-        return f"the text {value!r}"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return "a section" if isinstance(value, dict) else f"a {type(value).__name__}"
+    if isinstance(value, dict):
+        return "a section"
+    return f"the text {value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def read_section(found: Any, section: type, prefix: str, problems: list[str], what: str = "a file") -> Any:
-    """`section` from a mapping that YAML gave; what is wrong with it is appended to `problems`, a line each.
+def read_section(raw: Any, section: type, prefix: str, problems: list[str], what: str = "a file") -> Any:
+    """`section` from a mapping that YAML gave; appends a line to `problems` for each mistake.
 
-    Fields may be what a configuration's may be, further dataclasses, `dict[str, str]`, or dicts of dataclasses. What is
-    wrong keeps its default; keys without a value do as well. `prefix` goes before the keys in messages.
+    A field may have any type of a configuration's key, or be a dataclass, `dict[str, str]` or a dict of dataclasses. Keys
+    without a value or with a wrong one keep their default. `prefix` precedes the keys in messages.
     """
-    if not isinstance(found, dict):
+    if not isinstance(raw, dict):
         problems.append(f"{prefix.rstrip('.') or what}: expected `key: value` lines")
-        found = {}
+        raw = {}
     known, values = field_types(section), {}
-    for name, value in found.items():
+    for name, value in raw.items():
         if name not in known:
             near = nearest(str(name), known)
             hint = f"did you mean {prefix}{near}?" if near else f"known are {', '.join(known)}"
@@ -313,25 +313,18 @@ def read_section(found: Any, section: type, prefix: str, problems: list[str], wh
 
 
 def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
-    if typing.get_origin(type_) is dict:
-        return _mapping(key, value, typing.get_args(type_)[1], problems)
-    try:
-        return convert(value, type_)
-    except ValueError as error:
-        quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
-        problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
-        return None
-
-
-def _mapping(key: str, value: Any, inner: Any, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-        sections = ((str(name), {} if one is None else one) for name, one in value.items())
-        return {name: read_section(one, typing.cast(type, inner), f"{key}.{name}.", problems) for name, one in sections}
-    if isinstance(value, dict) and all(isinstance(one, (str, int, float)) for one in value.values()):
-        return {str(name): _text(one) for name, one in value.items()}
+    if typing.get_origin(type_) is not dict:
+        try:
+            return convert(value, type_)
+        except ValueError as error:
+            quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
+            problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
+            return None
+    inner = typing.get_args(type_)[1]
+    if isinstance(value, dict) and dataclasses.is_dataclass(inner):
+        entries = {str(name): {} if entry is None else entry for name, entry in value.items()}
+        return {name: read_section(entry, inner, f"{key}.{name}.", problems) for name, entry in entries.items()}
+    if isinstance(value, dict) and all(isinstance(entry, (str, int, float)) for entry in value.values()):
+        return {str(name): show(entry) if isinstance(entry, bool) else str(entry) for name, entry in value.items()}
     problems.append(f"{key}: expected `name: value` lines")
     return None
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

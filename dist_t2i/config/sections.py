@@ -1,9 +1,8 @@
 """The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
 
-The string beneath a field is the documentation of its key (`--help-config` prints it); its `setting` has the range and
-whether the key may change on resume. `files` reads, checks and writes configurations, `validation` checks combinations,
-`fields` lists the keys. Sizes are in pixels and durations in images seen unless a key says otherwise. Nothing outside
-the configuration changes the result of a run.
+The string beneath a field documents its key (`--help-config` prints it); its `setting` has the range and whether the key may
+change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise. Nothing outside the
+configuration changes the result of a run.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ class EditConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and temperatures of the losses. `losses/alignment.py` finds the weight of an alignment term by the term's
-    name."""
+    """Weights and temperatures of the losses; an alignment term (losses/alignment.py) has the name of its weight."""
 
     d_alignment: float = 1.0
     """Weight of D's InfoNCE between real pictures and their captions."""
@@ -116,16 +114,13 @@ class LossConfig:
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0
-    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. For sets in which a
-    caption determines most of the picture, such as drawings; elsewhere 0, since this loss blurs what a caption leaves
-    open."""
+    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. For sets whose captions
+    determine most of the picture, such as drawings; elsewhere 0, since this loss blurs what a caption leaves open."""
     reconstruction: float = 10.0
-    """Weight of G's mean absolute error (pixels in [-1, 1]) on pictures that are their own source; only with
-    `edit.width`."""
+    """Weight of G's mean absolute error (pixels in [-1, 1]) on pictures that are their own source; with `edit.width` only."""
     edit_target: float = 0.0
     """Weight of the squared distance between G's picture and the target, relative to that between source and target, where
-    the source is another sample's picture (`losses.way_left`). Squared, because most pixels agree with the source and a
-    copy of it minimizes the absolute error for a long time. For sets in which pictures with near captions agree pixel by
+    the source is another sample's picture (`losses.way_left`). For sets in which pictures with near captions agree pixel by
     pixel except where the captions differ, such as drawings; elsewhere 0."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
@@ -215,9 +210,8 @@ class CheckpointConfig:
     keep_every_images: int = 0
     """Also keeps a checkpoint each time this many images have passed; 0 keeps only the newest."""
     mirror: str = ""
-    """Folder or URL (`s3://bucket/runs/mine`) that a separate process of rank 0 copies checkpoints to, and from which a run
-    continues whose folder is lost; empty: no mirror. Each run needs a mirror of its own. Credentials come from the
-    environment."""
+    """Folder or URL (`s3://bucket/runs/mine`) to which a process next to rank 0 copies checkpoints, and from which a run can
+    be restored; empty: no mirror. Each run needs a separate mirror. Credentials come from the environment."""
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,31 @@
-"""Which values a configuration may have, alone, together, with a world size, and across a resume."""
+"""Checks of a configuration: ranges, combinations of keys, and the global batch against the number of ranks."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
-from dist_t2i.config.fields import build, flatten, keys, sections, value_of
+from dist_t2i.config.fields import build, flatten, keys, value_of
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError, DataError
+from dist_t2i.models.config import Problem
 from dist_t2i.storage.clients import OBJECT_STORES
 from dist_t2i.storage.urls import scheme_of, unchained
 
-Finding = tuple[tuple[str, ...], str]
-"""The keys involved, the one to change first, and what is wrong with a remedy."""
 
-
-def problems_of(config: Config) -> list[Finding]:
-    """Everything wrong with the values of `config`; empty when it can be used."""
-    found = list(_ranges(config))
-    bad = {key for involved, _ in found for key in involved}
+def problems_of(config: Config) -> list[Problem]:
+    """Everything wrong with the values of `config`; empty if there is no problem."""
+    problems = list(_ranges(config))
+    bad = {key for involved, _ in problems for key in involved}
     usable = build({key: value for key, value in flatten(config).items() if key not in bad})
-    return found + [finding for finding in _combinations(usable) if bad.isdisjoint(finding[0])]
+    return problems + [problem for problem in _combinations(usable) if bad.isdisjoint(problem[0])]
 
 
-def _ranges(config: Config) -> Iterator[Finding]:
+def _ranges(config: Config) -> Iterator[Problem]:
     for key in keys().values():
         value = value_of(config, key.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -35,54 +35,42 @@ def _ranges(config: Config) -> Iterator[Finding]:
                 break
 
 
-def _combinations(config: Config) -> Iterator[Finding]:
-    yield from _data(config)
+def _combinations(config: Config) -> Iterator[Problem]:
     yield from _text(config)
     yield from _sizes(config)
-    yield from _edit(config)
     yield from _declared(config)
     yield from _engines(config)
     yield from _mirror(config)
+    edit, data = config.edit, config.data
+    if edit.init and not edit.width:
+        yield ("edit.init", "edit.width"), "is only read where pictures are edited: also set edit.width, such as 48"
+    if edit.own + edit.none > 1:
+        yield ("edit.own", "edit.none"), f"is {edit.own:g}, more than edit.none={edit.none:g} leaves of 1"
     if config.train.global_batch % 2:
-        why = "each row's wrong caption is its neighbour's, so rows come in pairs"
+        why = "each row's wrong caption is its neighbor's, so rows come in pairs"
         yield ("train.global_batch",), f"must be even ({why}), is {config.train.global_batch}"
-
-
-def _data(config: Config) -> Iterator[Finding]:
-    data = config.data
     entries = [data.train] if isinstance(data.train, str) else data.train
     if data.weights and len(data.weights) != len(entries):
-        yield (
-            ("data.weights", "data.train"),
-            f"has {len(data.weights)} numbers for {len(entries)} entries of data.train: give one each, or none",
-        )
+        counts = f"{len(data.weights)} numbers for {len(entries)} entries"
+        yield ("data.weights", "data.train"), f"has {counts} of data.train: give one each, or none"
 
 
-def _text(config: Config) -> Iterator[Finding]:
+def _text(config: Config) -> Iterator[Problem]:
     text = config.text
     if text.mode == "frozen" and not text.frozen:
-        yield (
-            ("text.mode", "text.frozen"),
-            "frozen needs text.frozen: an exported folder, or a .safetensors table of caption vectors",
-        )
+        needed = "an exported folder, or a .safetensors table of caption vectors"
+        yield ("text.mode", "text.frozen"), f"frozen needs text.frozen: {needed}"
     if text.frozen and text.mode != "frozen":
-        yield (
-            ("text.frozen", "text.mode"),
-            f"is only read with text.mode=frozen, but the mode is {text.mode}: set the mode or leave this empty",
-        )
+        remedy = "set the mode or leave this empty"
+        yield ("text.frozen", "text.mode"), f"is only read with text.mode=frozen, but the mode is {text.mode}: {remedy}"
     if text.encoder == "lstm" and text.embedding % 2:
-        yield (
-            ("text.embedding", "text.encoder"),
-            f"must be even (half of it from each direction of the LSTM), is {text.embedding}",
-        )
+        why = "half of it from each direction of the LSTM"
+        yield ("text.embedding", "text.encoder"), f"must be even ({why}), is {text.embedding}"
     if text.encoder == "transformer" and text.embedding % text.heads:
-        yield (
-            ("text.embedding", "text.heads"),
-            f"must be a multiple of text.heads={text.heads}, is {text.embedding}",
-        )
+        yield ("text.embedding", "text.heads"), f"must be a multiple of text.heads={text.heads}, is {text.embedding}"
 
 
-def _sizes(config: Config) -> Iterator[Finding]:
+def _sizes(config: Config) -> Iterator[Problem]:
     size = config.data.image_size
     if size & (size - 1):
         near = 2 ** round(math.log2(size))
@@ -90,50 +78,38 @@ def _sizes(config: Config) -> Iterator[Finding]:
         return
     scales = int(math.log2(size)) - 1  # 4, 8, ..., size
     for network in ("generator", "discriminator"):
-        channels = value_of(config, f"model.{network}.channels")
         key = f"model.{network}.channels"
+        channels = value_of(config, key)
         if not channels:
             yield (key,), "needs at least one number: the channels at 4 pixels"
         elif len(channels) > scales:
-            last = 4 * 2 ** (len(channels) - 1)
-            yield (
-                (key, "data.image_size"),
-                f"{len(channels)} scales reach {last} pixels, beyond data.image_size={size}: at most {scales} numbers",
-            )
+            reach = f"{len(channels)} scales reach {4 * 2 ** (len(channels) - 1)} pixels"
+            yield (key, "data.image_size"), f"{reach}, beyond data.image_size={size}: at most {scales} numbers"
 
 
-def _declared(config: Config) -> Iterator[Finding]:
-    """What sections say of themselves (`problems` of those in models/options.py)."""
-    for prefix, section in sections(config):
-        for names, text in section.problems() if hasattr(section, "problems") else ():
-            yield tuple(prefix + name for name in names), text
+def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """The rules within a section: what its method `problems` yields, and those of the sections in it."""
+    for names, text in section.problems() if hasattr(section, "problems") else ():
+        yield tuple(prefix + name for name in names), text
+    for name, value in vars(section).items():
+        if dataclasses.is_dataclass(value):
+            yield from _declared(value, f"{prefix}{name}.")
 
 
-def _edit(config: Config) -> Iterator[Finding]:
-    edit = config.edit
-    if edit.init and not edit.width:
-        yield ("edit.init", "edit.width"), "is only read where pictures are edited: set edit.width as well, such as 48"
-    if edit.own + edit.none > 1:
-        yield ("edit.own", "edit.none"), f"is {edit.own:g}, more than edit.none={edit.none:g} leaves of 1"
-
-
-def _engines(config: Config) -> Iterator[Finding]:
+def _engines(config: Config) -> Iterator[Problem]:
     engine, loss = config.engine, config.loss
     if engine.discriminator_stage == 3 and loss.penalty in ("r1", "ma_gp"):
-        yield (
-            ("engine.discriminator_stage", "loss.penalty"),
-            f"3 cannot compute the exact penalty {loss.penalty} (a gradient through the gradient): "
-            "use loss.penalty=fd_r1 or none, or a stage of at most 2",
-        )
+        reason = f"3 cannot compute the exact penalty {loss.penalty} (a gradient through the gradient)"
+        remedy = "use loss.penalty=fd_r1 or none, or a stage of at most 2"
+        yield ("engine.discriminator_stage", "loss.penalty"), f"{reason}: {remedy}"
     for network in ("generator", "discriminator"):
-        if engine.offload != "none" and value_of(config, f"engine.{network}_stage") == 0:
-            yield (
-                ("engine.offload", f"engine.{network}_stage"),
-                f"{engine.offload} needs ZeRO: set engine.{network}_stage to 1, 2 or 3, or engine.offload to none",
-            )
+        stage = f"engine.{network}_stage"
+        if engine.offload != "none" and value_of(config, stage) == 0:
+            remedy = f"set {stage} to 1, 2 or 3, or engine.offload to none"
+            yield ("engine.offload", stage), f"{engine.offload} needs ZeRO: {remedy}"
 
 
-def _mirror(config: Config) -> Iterator[Finding]:
+def _mirror(config: Config) -> Iterator[Problem]:
     url, key = config.checkpoint.mirror, ("checkpoint.mirror",)
     if not url:
         return
@@ -160,11 +136,8 @@ def _file_systems() -> frozenset[str]:
 
 
 def check_world(config: Config, world_size: int) -> int:
-    """Rows of one micro-batch on one rank; raises `ConfigError` if the global batch cannot be cut so.
-
-    A global batch is cut into `world_size * engine.accumulation` micro-batches of equal and even size (a row's wrong
-    caption is its neighbour's).
-    """
+    """Rows of one micro-batch on one rank. Raises `ConfigError` unless the global batch divides into `world_size *
+    engine.accumulation` micro-batches of equal and even size (a row's wrong caption is its neighbor's)."""
     batch, accumulation = config.train.global_batch, config.engine.accumulation
     parts = world_size * accumulation
     if batch % (2 * parts) == 0:

@@ -14,7 +14,7 @@ from typing import Literal
 from dist_t2i.utils.settings import NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
 
 Problem = tuple[tuple[str, ...], str]
-"""(keys of the section, the one to change first; what is wrong, with a remedy)."""
+"""(keys, the one to change first; what is wrong, with a remedy)."""
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,10 @@ class PatchHead(nn.Module):
 class Discriminator(nn.Module):
     """Scores realism and agreement with a caption from one pass through the trunk.
 
-    The trunk reads a picture as patches (pixel unshuffle to the finest scale that `channels` lists). The adversarial
-    branch is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on features and
-    sentence), for the whole picture and, with `patches`, at each position of a map. The alignment branch projects pictures
-    and S_D sentences into a space where InfoNCE compares them; with `regions` also the positions of region maps, with
-    `words` also S_D's words and the positions of a map. Our reading of the paper's two branches.
-
-    Raises ValueError when a map that the configuration asks for is not computed.
+    The adversarial branch is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on
+    features and sentence), for the whole picture and, with `patches`, at each position of a map. The alignment branch
+    projects pictures and S_D sentences, with `regions` or `words` also positions of maps and S_D's words, into spaces where
+    InfoNCE compares them: our reading of the paper. Raises ValueError when a configured map is not computed.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):

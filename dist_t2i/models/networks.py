@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dist_t2i.models.attn_generator import AttnGenerator
-from dist_t2i.models.config import GeneratorConfig, ModelConfig, TextConfig
+from dist_t2i.models.config import ModelConfig, TextConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.generator import Generated, Generator
 from dist_t2i.models.source_encoder import SourceEncoder
@@ -112,7 +112,7 @@ def build_networks(
         return build_text_encoder(text, vocab_size, max_tokens)
 
     dual, width = text.mode == "dual", frozen.width if frozen is not None else text.embedding
-    generator = build_generator(model.generator, image_size, width)
+    generator = GENERATORS[model.generator.kind](model.generator, image_size, width)
     discriminator = Discriminator(model.discriminator, image_size, width)
     generator_side = GeneratorSide(generator, encoder() if dual else None)
     discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
@@ -123,8 +123,3 @@ def build_networks(
 
 
 GENERATORS: dict[str, type[Generator]] = {"plain": Generator, "attn": AttnGenerator}
-
-
-def build_generator(config: GeneratorConfig, image_size: int, text_width: int) -> Generator:
-    """The generator that the configuration names, randomly initialized. Raises ValueError for sizes that do not fit."""
-    return GENERATORS[config.kind](config, image_size, text_width)

@@ -1,15 +1,13 @@
 """The encoder of source pictures for text-guided editing, and how a generator uses its output.
 
-Our reading of "the embeddings serve text-guided manipulation": the text-to-image generator stays the same and the source
-picture is an additional input, with two known ideas. Maps of the source are added to every scale through 1x1 convolutions
-initialized to zero (ControlNet: Zhang et al. 2023, "Adding Conditional Control", sec. 3.1), so that training starts from
-the unchanged generator. And the last map gives, for each pixel and color channel, the share of the source to keep
-(GANimation: Pumarola et al. 2018, sec. 3.1, where all channels have one share; here the shares are unbounded and separate,
-so that a color can be scaled: a darker or lighter skin keeps its shading and outlines).
+Our reading of "the embeddings serve text-guided manipulation": the source picture is an additional input of the unchanged
+generator. Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang et
+al. 2023, sec. 3.1). The last map gives the share of the source to keep (GANimation: Pumarola et al. 2018, sec. 3.1) for
+each pixel and color channel, unbounded, so that a darker or lighter skin keeps its shading and outlines.
 
 Before that the source is *repainted*, which is our own: the caption's words give a palette, and a mask per paint says which
-pixels get it. Edits are often changes of color, for which this is a short path; through the generator, whose features are
-normalized over the whole picture, a skin tone changes only half way to the target.
+pixels get it. Through the generator, whose features are normalized over the whole picture, a skin tone would change only
+half way to the target.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """

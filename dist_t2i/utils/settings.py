@@ -1,4 +1,4 @@
-"""What a field of a configuration says of its key: the range of its values, and whether it may change on resume.
+"""Metadata of a configuration's fields: the range of values, and whether a key may change on resume.
 
 noise: int = setting(64, at_least(1))
 report: ReportConfig = section(ReportConfig, Resume.FREE)
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A range of numbers; `str` completes "must be"."""
+    """A range of numbers; its text completes "must be"."""
 
     low: float = 0.0
     high: float = math.inf

@@ -1,4 +1,4 @@
-"""Configurations: what a YAML file means, what its mistakes are told, what may change in mid-run."""
+"""Configurations: what a YAML file means, which mistakes are reported, what may change on resume."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_merge_key_may_be_overridden_but_a_repeated_key_is_a_mistake():
 @pytest.mark.parametrize(
     "text", ["data: [", "data:\n\timage_size: 3", "a: b: c", "run: {name: !!python/object/apply:os.system [ls]}"]
 )
-def test_what_is_no_yaml_is_told_in_a_line(text: str):
+def test_what_is_no_yaml_is_reported_in_a_line(text: str):
     with pytest.raises(ConfigError) as caught:
         loads(text, origin="x.yaml")
     assert "x.yaml" in str(caught.value)

@@ -53,7 +53,7 @@ def test_cutout_blanks_a_square_of_its_share():
     assert out[0, 0, 2:6, 2:6].abs().sum() == 0 and (out == 0).sum() == 3 * 16
 
 
-def test_neutral_colour_draws_are_the_identity():
+def test_neutral_color_numbers_are_the_identity():
     neutral = torch.full((3, UNIFORMS_PER_ROW), 0.5)
     torch.testing.assert_close(augment(pictures(), neutral, AugmentConfig(**(OFF | {"color": 0.8}))), pictures())
 

@@ -9,7 +9,7 @@ from dist_t2i.config.fields import field_types
 from dist_t2i.models.config import AttnConfig, GeneratorConfig
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
 from dist_t2i.models.layers import WordAttention
-from dist_t2i.models.networks import GENERATORS, build_generator
+from dist_t2i.models.networks import GENERATORS
 
 TEXT = 24
 KINDS = pytest.mark.parametrize("kind", GENERATORS)
@@ -18,7 +18,8 @@ KINDS = pytest.mark.parametrize("kind", GENERATORS)
 def build(image_size: int = 32, **changes) -> Generator:
     torch.manual_seed(0)
     settings = {"noise": 8, "condition": 12, "channels": (16, 12, 8), "layout": 1024} | changes
-    return build_generator(GeneratorConfig(**settings), image_size, TEXT)
+    config = GeneratorConfig(**settings)
+    return GENERATORS[config.kind](config, image_size, TEXT)
 
 
 def inputs(generator: Generator, rows: int = 4) -> tuple[torch.Tensor, ...]:
@@ -65,7 +66,7 @@ def test_condition_augmentation_is_mean_plus_scaled_noise():
     condition, mean, log_variance = augmentation(sentence, noise)
     torch.testing.assert_close(condition, mean + noise * log_variance.exp().sqrt())
     assert augmentation(sentence, torch.zeros(3, 12))[0].equal(mean)
-    assert log_variance.eq(INITIAL_LOG_VARIANCE).all(), "fresh networks hear the text, not the noise"
+    assert log_variance.eq(INITIAL_LOG_VARIANCE).all(), "fresh networks depend on the text, not on the noise"
 
 
 @KINDS
@@ -89,8 +90,8 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
 
 @KINDS
 @pytest.mark.parametrize("image_size", [16, 64])
-def test_pictures_that_are_mixed_from_colours(kind, image_size):
-    """Every pixel lies among the picture's own colours, and is one of them where the shares have made up their mind."""
+def test_pictures_that_are_mixed_from_a_palette(kind, image_size):
+    """Every pixel lies among the colors of its palette, and is one of them where the shares are saturated."""
     generator = build(image_size, kind=kind, colors=5)
     images = generator(*inputs(generator)).images
     assert images.shape == (4, 3, image_size, image_size) and images.abs().max() <= 1 and images.std() > 0.05
@@ -103,13 +104,13 @@ def test_pictures_that_are_mixed_from_colours(kind, image_size):
         assert torch.autograd.grad(images.square().sum(), parameter, retain_graph=True)[0].abs().sum() > 0
 
 
-def test_drawn_colours_are_more_decided_than_trained_ones():
-    """`color_sharpness` multiplies the logits of the shares when pictures are drawn (eval mode), never in training."""
+def test_colors_are_sharper_at_inference_than_in_training():
+    """`color_sharpness` multiplies the logits of the shares in eval mode, never in training."""
     plain, sharp = (build(colors=5, color_sharpness=factor).colours for factor in (1.0, 2.0))
     logits, condition = torch.randn(2, 5, 4, 4), torch.randn(2, 20)
     assert sharp(logits, condition).equal(plain(logits, condition))
-    drawn = sharp.eval()(logits, condition)
-    assert drawn.equal(plain(2 * logits, condition)) and not drawn.equal(plain.eval()(logits, condition))
+    rendered = sharp.eval()(logits, condition)
+    assert rendered.equal(plain(2 * logits, condition)) and not rendered.equal(plain.eval()(logits, condition))
 
 
 def test_the_plain_generator_is_what_it_was_before_there_were_others():
@@ -118,7 +119,7 @@ def test_the_plain_generator_is_what_it_was_before_there_were_others():
     assert [n for n, _ in build(kind="attn").named_parameters() if not n.startswith("attentions.")] == names
     assert names[:4] == ["augmentation.statistics.weight", "augmentation.statistics.bias", "first.weight", "first.bias"]
     plain, attn = build().state_dict(), build(kind="attn").state_dict()
-    assert all(attn[name].equal(value) for name, value in plain.items()), "drawn before the attention's"
+    assert all(attn[name].equal(value) for name, value in plain.items()), "initialized before the attention's"
 
 
 def test_padding_gets_no_attention_whatever_is_in_it():

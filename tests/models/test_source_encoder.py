@@ -45,7 +45,7 @@ def test_a_fresh_encoder_disturbs_nothing(networks):
     assert torch.equal(generator(*inputs(), source(pictures, TEXT)).images, generator(*inputs()).images)
 
 
-def test_rows_without_a_source_are_drawn_from_text_alone(networks):
+def test_rows_without_a_source_come_from_text_only(networks):
     generator, source = networks
     trained(source)
     pictures, alone = torch.rand(3, 3, 32, 32) * 2 - 1, generator(*inputs()).images
@@ -67,8 +67,8 @@ def test_all_kept_is_the_source(networks):
     assert torch.allclose(generator(*inputs(), source(pictures, TEXT)).images, pictures, atol=1e-6)
 
 
-def test_a_source_is_repainted_with_the_colours_of_the_words(networks):
-    """Where the masks have made up their mind a pixel has a paint's very colour or its own; padding names no colours."""
+def test_a_source_is_repainted_with_the_colors_of_the_words(networks):
+    """Where the masks are saturated a pixel has exactly a paint's color or its own; padding names no colors."""
     repaint = networks[1].repaint
     pictures, x = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 8, 16, 16)
     fresh = repaint(pictures, x, TEXT)
@@ -78,9 +78,9 @@ def test_a_source_is_repainted_with_the_colours_of_the_words(networks):
     assert torch.equal(repaint(pictures, x, TEXT), pictures)
     with torch.no_grad():
         repaint.masks.bias[2] = 100.0
-    colours = repaint.palette(TEXT.words, TEXT.mask)
-    assert torch.equal(repaint(pictures, x, TEXT), colours[:, 2, :, None, None].expand_as(pictures))
+    colors = repaint.palette(TEXT.words, TEXT.mask)
+    assert torch.equal(repaint(pictures, x, TEXT), colors[:, 2, :, None, None].expand_as(pictures))
     mask = torch.tensor([[True, False]] * 3)
     other = torch.cat([TEXT.words[:, :1], torch.full((3, 1, 6), 9.0)], dim=1)
     assert torch.equal(repaint.palette(TEXT.words, mask), repaint.palette(other, mask))
-    assert not torch.allclose(repaint.palette(TEXT.words, mask), colours)
+    assert not torch.allclose(repaint.palette(TEXT.words, mask), colors)
