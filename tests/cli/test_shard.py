@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from dist_t2i.data.shard_set import open_set
-from pictures import colour, config_for, encoded, make_folder, picture, stream_of
+from pictures import color, config_for, encoded, make_folder, picture, stream_of
 from shard_tool import ROOT, TOOL, captions_by_key, contents, reasons, shard
 
 # The sources
@@ -286,7 +286,7 @@ def test_bytes_pass_through_or_are_shrunk(tmp_path):
     assert small["big"].image.size == (96, 64) and small["big"].extension == "jpg"
     assert small["big_png"].image.size == (64, 96) and small["big_png"].extension == "png"
     assert small["small"].image_bytes == data["small.png"] and small["old"].image.size == (96, 64)
-    assert all(abs(a - b) < 6 for a, b in zip(small["old"].image.getpixel((80, 30)), colour(4), strict=True))
+    assert all(abs(a - b) < 6 for a, b in zip(small["old"].image.getpixel((80, 30)), color(4), strict=True))
     assert open_set(tmp_path / "small").manifest["image_size"] == 64
 
 

@@ -16,7 +16,7 @@ from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT
 from dist_t2i.storage.shard_file import LocalFile, open_shard
 from dist_t2i.storage.urls import local_path
-from pictures import colour, encoded, make_set, picture
+from pictures import color, encoded, make_set, picture
 from tars import harmful_pickle, write_tar
 
 
@@ -35,7 +35,7 @@ def test_random_access(small):
     assert sorted(sample.key for sample in samples) == [f"p{number:04d}" for number in range(25)]
     for sample in (samples[0], samples[24], samples[-1], samples[13]):
         number = int(sample.key[1:])
-        assert sample.image.getpixel((30, 20)) == colour(number) and sample.image.mode == "RGB"
+        assert sample.image.getpixel((30, 20)) == color(number) and sample.image.mode == "RGB"
         assert sample.captions == tuple(f"picture number {number} said in way {way}" for way in range(2))
         assert sample.image_bytes == encoded(picture(number)) and sample.extension == "png"
     with pytest.raises(IndexError):

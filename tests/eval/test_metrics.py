@@ -132,7 +132,7 @@ def test_many_rows_are_taken_in_blocks(monkeypatch):
     assert torch.equal(metrics.in_manifold(a, b), inside)
 
 
-# ---- the field's metrics, beside torch-fidelity's own functions on the same features ---------------------------------
+# ---- the field's metrics, against torch-fidelity's functions on the same features -------------------------------------
 
 
 @fidelity
@@ -182,8 +182,8 @@ def test_mismatched_captions_are_other_ones_and_the_same_ones_every_time():
     others = metrics.mismatched(captions, 99)
     assert torch.equal(others, metrics.mismatched(captions, 99))
     for row, chosen in enumerate(others.tolist()):
-        told = {" ".join(captions[i].lower().split()) for i in chosen}
-        assert len(told) == len(chosen) == 3 and captions[row].lower() not in told
+        texts = {" ".join(captions[i].lower().split()) for i in chosen}
+        assert len(texts) == len(chosen) == 3 and captions[row].lower() not in texts
     assert metrics.mismatched(captions, 2).shape == (6, 2)
     many = [f"caption {i}" for i in range(300)]
     assert metrics.mismatched(many, 99).shape == (300, 99)

@@ -88,9 +88,9 @@ def test_mistakes_in_a_file_are_told_in_a_line(tmp_path):
         ({"gallery": 1}, "gallery: must be at least 2"),
     ):
         path.write_text(yaml.safe_dump(plain | wrong))
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as raised:
             load_protocol(path)
-        assert said in str(told.value) and "\n" not in str(told.value)
+        assert said in str(raised.value) and "\n" not in str(raised.value)
     path.write_text("- no\n")
     with pytest.raises(UserError, match="key: value"):
         load_protocol(path)

@@ -19,27 +19,27 @@ from dist_t2i.sharding.write_set import write_set
 from dist_t2i.sharding.writing.prepare import Options
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """A colour that tells pictures apart."""
+def color(number: int) -> tuple[int, int, int]:
+    """A color that tells pictures apart."""
     return (number * 37 % 256, number * 101 % 256, number * 197 % 256)
 
 
 def picture(number: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """One colour, with a black left edge so that mirroring shows."""
-    image = Image.new("RGB", size, colour(number))
+    """One color, with a black left edge so that mirroring shows."""
+    image = Image.new("RGB", size, color(number))
     image.paste((0, 0, 0), (0, 0, size[0] // 4, size[1]))
     return image
 
 
 def shapes(n: int = 12, side: int = 32) -> torch.Tensor:
-    """Coloured rectangles, different ones on every picture: uint8 [n, 3, side, side]."""
+    """Colored rectangles, different ones on every picture: uint8 [n, 3, side, side]."""
     generator = torch.Generator().manual_seed(0)
     images = torch.full((n, 3, side, side), 255, dtype=torch.uint8)
     for image in images:
         for _ in range(3):
             top, left = torch.randint(side - 8, (2,), generator=generator).tolist()
-            colour = torch.randint(256, (3, 1, 1), generator=generator)
-            image[:, top : top + 8, left : left + 8] = colour.to(torch.uint8)
+            color = torch.randint(256, (3, 1, 1), generator=generator)
+            image[:, top : top + 8, left : left + 8] = color.to(torch.uint8)
     return images
 
 

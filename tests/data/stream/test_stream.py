@@ -15,7 +15,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.data.stream.order import Order
 from dist_t2i.errors import DataError
-from pictures import colour, config_for, make_set, stream_of
+from pictures import color, config_for, make_set, stream_of
 from tars import harmful_pickle
 
 COUNT = 37
@@ -64,7 +64,7 @@ def test_a_batch(small):
     assert batch.lengths.min() >= 1 and len(batch) == 8
     for row, key in enumerate(batch.keys):
         number = int(key[1:])
-        assert tuple(batch.images[row, :, 16, 28].tolist()) == colour(number)
+        assert tuple(batch.images[row, :, 16, 28].tolist()) == color(number)
         assert batch.images[row, :, 16, 2].tolist() == [0, 0, 0], "not mirrored"
         assert batch.captions[row].startswith(f"picture number {number} said")
         assert batch.caption_ids[row] == caption_id(batch.captions[row].upper())

@@ -74,6 +74,8 @@ def test_mistakes_say_what_to_do(tmp_path, folder, monkeypatch):
         (str(broken), "not a CLIP model"),
         ("nobody/nothing-at-all", "cannot be had from the Hugging Face hub"),
     ):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as raised:
             features.load_features("clip", "cpu", source)
-        assert said in str(told.value) and "--weights clip=FOLDER" in str(told.value) and "\n" not in str(told.value)
+        assert (
+            said in str(raised.value) and "--weights clip=FOLDER" in str(raised.value) and "\n" not in str(raised.value)
+        )

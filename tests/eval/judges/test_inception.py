@@ -1,4 +1,4 @@
-"""Inception by torch-fidelity, with random weights from a file: our numbers beside those of torch-fidelity's own program."""
+"""Inception by torch-fidelity, with random weights from a file: our numbers against those of torch-fidelity's own program."""
 
 import importlib.util
 import io
@@ -24,12 +24,12 @@ if not importlib.util.find_spec("torch_fidelity"):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of weights as torch-fidelity's is, its numbers drawn so that pictures come out different."""
+    """A file of weights as torch-fidelity's is, sampled so that the features of pictures differ."""
     module = inception.torch_fidelity("feature_extractor_inceptionv3")
 
     class Fresh(module.FeatureExtractorInceptionV3):
         def load_state_dict(self, state):
-            """Keep what was drawn."""
+            """Keep the sampled weights."""
 
     nothing = io.BytesIO()
     torch.save({}, nothing)
@@ -154,9 +154,9 @@ def test_a_file_may_be_safetensors_but_no_code(weights, tmp_path):
     torch.save({"a": Pictures(None)}, tmp_path / "code.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("code.pth", "other.pth"):
-        with pytest.raises(UserError, match=r"not the weights of InceptionV3 .* --weights inception=FILE") as told:
+        with pytest.raises(UserError, match=r"not the weights of InceptionV3 .* --weights inception=FILE") as raised:
             inception.load_network(tmp_path / name)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
