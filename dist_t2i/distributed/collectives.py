@@ -1,10 +1,11 @@
-"""What the ranks of a run say to each other outside of training steps."""
+"""Collective calls of the ranks outside training steps."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ def _device() -> torch.device:
 
 
 def mean_over_ranks(vector: Tensor) -> Tensor:
-    """A float64 CPU vector, averaged over the ranks; the same on all of them. Collective."""
+    """The mean over the ranks of a float64 CPU vector, the same on all of them. Collective."""
     if dist.get_world_size() == 1:
         return vector
     moved = vector.to(_device())
@@ -29,7 +30,7 @@ def mean_over_ranks(vector: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of the ranks' whole numbers. Collective."""
+    """The largest of the ranks' integers. Collective."""
     if dist.get_world_size() == 1:
         return number
     moved = torch.tensor(number, dtype=torch.int64, device=_device())
@@ -38,50 +39,44 @@ def max_over_ranks(number: int) -> int:
 
 
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
-    """`function()` on rank 0, its result on every rank. Collective.
+    """`function()` on rank 0; returns its result on every rank. Collective.
 
-    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that it is shown once. `slow`
-    runs it in a thread, for what may take longer than the others wait in a collective (10 minutes).
+    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that it is printed once.
+    `slow` runs it in a thread, for functions that may take longer than a collective's timeout (10 minutes).
     """
     if slow:
-        function = _waited_for(function)
-    said: list = [None, None]
+        function = _run_in_thread(function)
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            said[0] = function()
+            outcome[0] = function()
         except UserError as error:
-            said[1] = error
+            outcome[1] = error
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(said, src=0, device=_device())
-    result, problem = said
+        dist.broadcast_object_list(outcome, src=0, device=_device())
+    result, problem = outcome
     if problem is not None:
         problem.reported_by_main = dist.get_rank() != 0
         raise problem
     return result
 
 
-def _waited_for(function: Callable[[], T]) -> Callable[[], T]:
-    """Runs `function` on rank 0 while all ranks meet every now and then; returns what then gives its result."""
-    outcome: list[Callable[[], T]] = []
+def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
+    """Run `function` on rank 0 while all ranks meet every half second; returns a function of its result."""
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            result = function()
-            outcome.append(lambda: result)
+            future.set_result(function())
         except BaseException as error:
-            failure = error
+            future.set_exception(error)
 
-            def fail() -> T:
-                raise failure
-
-            outcome.append(fail)
-
-    thread = threading.Thread(target=run, daemon=True) if dist.get_rank() == 0 else None
-    if thread is not None:
+    main, thread = dist.get_rank() == 0, threading.Thread(target=run, daemon=True)
+    if main:
         thread.start()
-    going_on = 1
-    while going_on:
-        if thread is not None:
+    running = 1
+    while running:
+        if main:
             thread.join(0.5)
-        going_on = max_over_ranks(int(thread is not None and thread.is_alive()))
-    return lambda: outcome[0]()
+        running = max_over_ranks(int(main and thread.is_alive()))
+    return future.result

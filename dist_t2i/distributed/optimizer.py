@@ -1,13 +1,13 @@
-"""AdamW, and Muon for the groups of parameters that ask for it, over whole parameters or over ZeRO's pieces of them.
+"""AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
 
-Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix, its
-momentum with Nesterov's look ahead, by the nearest matrix whose singular values are all alike: directions that the
-gradient rarely takes count as much as the usual ones. A convolution's kernel is a matrix of its outputs by all the rest.
-The step is scaled to the root mean square that AdamW's has (Liu et al. 2025, "Muon is scalable for LLM training", sec.
-2.2), so that one learning rate serves both.
+Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by the
+nearest matrix whose singular values are all equal, so that directions which the gradient rarely takes count as much as the
+usual ones. Kernels of convolutions are matrices of their outputs by all other dimensions. The step is scaled to the root
+mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that one learning rate
+serves both.
 
-A singular value belongs to a whole matrix, and under ZeRO a rank holds pieces: `Layout` says which, and the steps are put
-together from all ranks' pieces for a moment.
+Singular values belong to a full matrix, but under ZeRO a rank holds pieces. `Layout` describes them, and each step is
+computed from all ranks' pieces.
 """
 
 from __future__ import annotations
@@ -23,87 +23,97 @@ from torch import Tensor, nn
 from dist_t2i.config.sections import OptimizerConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x^3 and x^5 (Jordan et al. 2024): repeated, they bring singular values from (0, 1] to about [.7, 1.2]."""
+"""Coefficients of x, x^3 and x^5 (Jordan et al. 2024); iterated, they map singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
-"""How often, in two parts: the second begins with a fresh X X', since the small values of the first lose digits."""
+"""Iterations in each of two parts; the second computes X X' again, because its small values lose digits in the first."""
 RMS = 0.2
-"""Root mean square of a step at learning rate 1, about AdamW's (Liu et al. 2025, eq. 4)."""
+"""Root mean square of a step at learning rate 1, close to AdamW's (Liu et al. 2025, eq. 4)."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a flat tensor of this rank holds of one parameter."""
+    """The part of one parameter that a flat tensor of this rank holds."""
 
     shape: torch.Size
-    """Of the whole parameter."""
+    """Shape of the full parameter"""
     first: int
-    """Where in the whole parameter, flattened, the piece begins."""
+    """Index of the piece's first number in the flattened full parameter"""
     offset: int
-    """Where in the flat tensor it lies."""
+    """Index of the piece's first number in the flat tensor"""
     size: int
-    """How many numbers it has; 0 where the flat tensor has none of this parameter."""
+    """Count of numbers; 0 if the flat tensor holds nothing of this parameter"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters of a tensor that the optimizer is given: the same ones in the same order on every rank."""
+    """The pieces in one flat tensor: of the same parameters, in the same order, on every rank."""
 
     pieces: tuple[Piece, ...]
     spread: bool
-    """Whether other ranks hold the rest of them."""
+    """Whether other ranks hold the rest of the parameters"""
     device: torch.device
-    """Where the ranks can exchange tensors, and where matrices are multiplied."""
+    """Where ranks can exchange tensors, and where matrices are multiplied"""
 
-    def whole(self, flat: Tensor) -> list[Tensor]:
-        """Every parameter's numbers, whole [numel], from what this rank's `flat` [N] and the others' hold. Collective."""
+    def full(self, flat: Tensor) -> list[Tensor]:
+        """The full parameters, flattened [numel], from the `flat` tensors [N] of all ranks. Collective if `spread`."""
         sizes = [piece.shape.numel() for piece in self.pieces]
         buffer = torch.zeros(sum(sizes), device=self.device, dtype=flat.dtype)
         parts = list(buffer.split(sizes))
         for part, piece in zip(parts, self.pieces, strict=True):
             part[piece.first :][: piece.size].copy_(flat[piece.offset :][: piece.size])
-        if self.spread:  # the others' numbers are zeros here, so the sums are exact
+        if self.spread:  # each number is zero on all ranks but one, so the sums are exact
             dist.all_reduce(buffer)
         return parts
 
 
-def whole_parameter(parameter: Tensor) -> Layout:
-    """The layout of a tensor that is one parameter, whole."""
+def full_parameter(parameter: Tensor) -> Layout:
+    """The layout of a tensor that is one full parameter."""
     return Layout((Piece(parameter.shape, 0, 0, parameter.numel()),), False, parameter.device)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """fp32 [M, N] -> [M, N]: the same singular vectors, all singular values near 1; of root mean square near 1 / sqrt(max(M, N)).
+    """fp32 [M, N] -> [M, N] with the same singular vectors, and all singular values near 1; zeros stay zeros.
 
-    By Newton-Schulz iterations, products of matrices alone. Each multiplies X by a polynomial of X X', so those of a part are
-    multiplied up in the space of the shorter side first, and X takes part in four products instead of ten. Those of zeros are
-    zeros.
+    Its root mean square is near 1 / sqrt(max(M, N)). Newton-Schulz iterations use products of matrices only.
     """
     a, b, c = QUINTIC
+
+    # X [m, n] with m <= n, so that X X' is the smaller product; scaled so that all singular values are at most 1.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / x.norm().clamp_min(1e-30)
     for repeats in REPEATS:
-        gram, factor, factors = x @ x.T, None, None
-        for _ in range(repeats):
-            gram = gram if factor is None else factor @ gram @ factor
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal().add_(a)
-            factors = factor if factors is None else factor @ factors
+        # One iteration is X <- P X with P = a I + b G + c G^2 and G = X X' [m, m] (Jordan et al. 2024). Then G <- P G P, so
+        # the factors of a part are multiplied in [m, m], and X [m, n] takes part in four products instead of ten.
+        gram = x @ x.T
+        factor = _polynomial(gram, a, b, c)
+        factors = factor
+        for _ in range(repeats - 1):
+            gram = factor @ gram @ factor
+            factor = _polynomial(gram, a, b, c)
+            factors = factor @ factors
         x = factors @ x
     return x if wide else x.T
 
 
-class AdamWAndMuon(torch.optim.AdamW):
-    """AdamW; groups with `muon` true take Muon's step instead, at the same `lr` and `weight_decay`, with the momentum `momentum`.
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a I + b G + c G^2 for G [m, m]."""
+    result = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal().add_(a)
+    return result
 
-    A Muon group's state is `exp_avg` alone, the momentum, in the layout of the group's tensors. These are whole parameters,
-    unless `layout_of` is set to what says which pieces they hold; a step is collective then where others hold the rest.
+
+class AdamWAndMuon(torch.optim.AdamW):
+    """AdamW; groups with `muon` true take Muon's step instead, at their `lr` and `weight_decay`, with momentum `momentum`.
+
+    The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` gives that layout;
+    by default every tensor is a full parameter. With spread layouts a step is collective.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, **adamw: Any):
         super().__init__(groups, **adamw)
         self.momentum = momentum
-        self.layout_of: Callable[[Tensor], Layout] = whole_parameter
+        self.layout_of: Callable[[Tensor], Layout] = full_parameter
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -123,13 +133,18 @@ class AdamWAndMuon(torch.optim.AdamW):
         if not state:
             state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat)}
         state["step"] += 1
+
+        # Momentum M <- mu M + (1 - mu) G, with Nesterov's look ahead (1 - mu) G + mu M, and decoupled weight decay.
         average = state["exp_avg"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp(average, self.momentum).flatten()
         flat.mul_(1 - rate * decay)
+
+        # For each parameter: the full matrix [M, N] from all ranks, its orthogonalised step, and of that this rank's piece.
+        # The factor sqrt(max(M, N)) gives the step the root mean square `RMS` (Liu et al. 2025, eq. 4).
         layout, target = self.layout_of(flat), flat.view(-1)
-        for piece, whole in zip(layout.pieces, layout.whole(ahead), strict=True):
+        for piece, full in zip(layout.pieces, layout.full(ahead), strict=True):
             if piece.size:
-                matrix = whole.view(piece.shape[0], -1)
+                matrix = full.view(piece.shape[0], -1)
                 step = orthogonalised(matrix).flatten()[piece.first :][: piece.size].to(target.device)
                 target[piece.offset :][: piece.size].add_(step, alpha=-rate * RMS * max(matrix.shape) ** 0.5)
 
@@ -137,18 +152,16 @@ class AdamWAndMuon(torch.optim.AdamW):
 def build_optimizer(
     module: nn.Module, options: OptimizerConfig, rate: float, scales: Mapping[str, float]
 ) -> AdamWAndMuon:
-    """The optimizer of a network whose direct children are the generator, the discriminator, text encoders and the like.
+    """The optimizer of a network at peak learning rate `rate`, with one group for each direct child of `module`.
 
-    Each child has a group of its own, with its `name` and the `scale` of its learning rate (`scales`, else 1); where
-    `options.generator_matrices` is "muon", the matrices and kernels of the child `generator` are another one, Muon's.
+    A group has the child's `name` and a `scale` of its learning rate from `scales` (1 by default). With
+    `options.generator_matrices` "muon", matrices and kernels of the child `generator` form a second group, which Muon steps.
     """
     groups = []
     for name, child in module.named_children():
-        of_muon = [
-            name == "generator" and options.generator_matrices == "muon" and p.ndim > 1 for p in child.parameters()
-        ]
+        uses_muon = name == "generator" and options.generator_matrices == "muon"
         for muon in (False, True):
-            parameters = [p for p, its in zip(child.parameters(), of_muon, strict=True) if its == muon]
+            parameters = [p for p in child.parameters() if (uses_muon and p.ndim > 1) == muon]
             if parameters:
                 groups.append({"params": parameters, "scale": scales.get(name, 1.0), "name": name, "muon": muon})
     return AdamWAndMuon(

@@ -22,7 +22,7 @@ from dist_t2i.errors import CheckpointError
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.ema import Average
 from dist_t2i.training.schedule import passes
-from dist_t2i.training.validation import Periodic
+from dist_t2i.training.validation import Validation
 
 LAST_SAVE_SECONDS = 300.0
 """The last checkpoint of a run is retried for this many seconds while the disk is full or away."""
@@ -45,7 +45,7 @@ class Checkpointer:
         *,
         engines: Sequence[NetworkEngine],
         average: Average,
-        validation: Periodic | None,
+        validation: Validation | None,
         reporter: Reporter,
         mirror: Mirror,
         watchdog: Watchdog,

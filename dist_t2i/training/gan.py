@@ -1,4 +1,4 @@
-"""One training step of both networks: the table of gradient flows, as code.
+"""One training step of both networks. Which loss trains what:
 
     loss                                                      computed on                      updates
     D adversarial: hinge on real, fake, real + wrong caption  D(x, S_D)                        D, S_D
@@ -7,16 +7,19 @@
     G adversarial                                             D(G(z, S_G), S_D as a constant)  G, S_G
     G alignment: InfoNCE of fakes with S_D, and with reals    align(G(z, S_G))                 G, S_G
     conditioning augmentation KL                              S_G                              G, S_G
-    G pixels, where loss.pixels says so (our own)             G(z, S_G)                        G, S_G
+    G pixels, where loss.pixels is set (our own)              G(z, S_G)                        G, S_G
     G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
 
-Where pictures are edited (edit.width), G is the generator with its encoder of the source picture, and all that is said
-of fakes is said of edits: they are judged against their new caption and its real picture.
+Where pictures are edited (edit.width), G includes the encoder of the source picture and the fakes are edits: D compares an
+edit with its new caption and with the real picture of that caption.
 
-With one micro-batch a step nothing is computed twice: the fakes of the D step carry the graph that the G step follows,
-and the G step compares them with the embeddings that the D step made of real pictures and captions (one D update old:
-our reading). With several, every micro-batch is embedded once without a graph first, so that InfoNCE always sees the
-whole global batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+With one micro-batch per step nothing is computed twice. The fakes of D's step carry the graph that G's step follows, and
+G's step compares them with D's embeddings of real pictures and captions from before D's update (our reading). With several
+micro-batches, a pass without gradients embeds all of them first, so that InfoNCE sees the whole global batch (Gao et al.
+2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+
+Legend of shapes: m rows of a micro-batch on this rank, B rows of the global batch, E text width, H W pixels, L logits per
+picture (more than one where D has a patch head), K P region positions.
 """
 
 from __future__ import annotations
@@ -28,8 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_t2i.config import Config
-from dist_t2i.config.sections import LossConfig
+from dist_t2i.config.sections import EditConfig, LossConfig, TrainConfig
 from dist_t2i.data.images import to_unit
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
@@ -37,55 +39,75 @@ from dist_t2i.losses import functional as losses
 from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
 from dist_t2i.losses.global_batch import GlobalRows, global_same_pairs
 from dist_t2i.models.augmentation import augment
+from dist_t2i.models.config import AugmentConfig, ModelConfig
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features
 from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import DiscriminatorSide
-from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
+from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise
 from dist_t2i.training.schedule import penalty_scale
-from dist_t2i.training.shared_text import GivenText, OwnText, SharedText
+from dist_t2i.training.text_modes import FrozenText, PerNetworkText, SharedText
+
+
+class Source(NamedTuple):
+    """The pictures that a micro-batch edits."""
+
+    images: Tensor
+    """[m, 3, H, W] in [-1, 1]"""
+    ids: Tensor
+    """int64 [m]; -1 where a row has no source"""
 
 
 @dataclass
 class MicroBatch:
-    """One rank's rows of one micro-batch, on the device, with the random numbers that belong to them."""
+    """One rank's rows of one micro-batch, on the device, with their random numbers."""
 
     index: int
     batch: Batch
-    draws: Draws
+    noise: RowNoise
     real: Tensor
     """[m, 3, H, W] in [-1, 1], augmented"""
-    source: Tensor | None = None
-    """[m, 3, H, W] in [-1, 1], where pictures are edited"""
-    text_g: OwnText = field(default_factory=OwnText)
-    fake: Generated | None = None
-    sentence: Tensor | None = None
-    """S_D [m, E] as the D step made it, without its graph"""
+    source: Source | None
+    """None unless pictures are edited"""
+    text_g: PerNetworkText = field(init=False)
+    """S_G as the fakes were generated from it"""
+    fake: Generated = field(init=False)
+    sentence: Tensor = field(init=False)
+    """S_D [m, E] of D's step, without its graph"""
 
 
-class Judged(NamedTuple):
-    """What D says of one micro-batch's real pictures and fakes. Logits [m], or [m, L] where D judges places too."""
+class DiscriminatorOutput(NamedTuple):
+    """D's outputs on the real pictures and fakes of one micro-batch. Logits are [m] or [m, L]."""
 
     real: Tensor
     fake: Tensor
     mismatched: Tensor
+    """Logits of real pictures with the caption of another row"""
     sentence: Tensor
     embeddings: Embeddings
     penalty: Tensor
 
 
 class Gan:
-    """The engines and the rules between them. `text` is the shared encoder's engine, `frozen` a given encoder."""
+    """The training step over the engines of both networks.
+
+    `text` is the engine of a shared encoder (text.mode=shared), `frozen` a given encoder (text.mode=frozen).
+    """
 
     def __init__(
         self,
-        config: Config,
         generator: NetworkEngine,
         discriminator: NetworkEngine,
         text: NetworkEngine | None = None,
         frozen: nn.Module | None = None,
-    ):
-        self.config = config
+        *,
+        loss: LossConfig,
+        augment: AugmentConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        edit: EditConfig,
+    ) -> None:
         self.generator, self.discriminator, self.text, self.frozen = generator, discriminator, text, frozen
+        self._weights, self._augmentation, self._model, self._train, self._edit = loss, augment, model, train, edit
         self._metrics: dict[str, Tensor] = {}
 
     @property
@@ -96,71 +118,87 @@ class Gan:
     def step(self, batches: Sequence[Batch], images: int, rate_scale: float) -> dict[str, Tensor]:
         """One update of every network, from this rank's micro-batches of the step that begins at `images` seen.
 
-        Returns metrics as fp32 scalars: this rank's mean over its rows, and global gradient norms. Collective.
+        `rate_scale` is a factor on the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
+        rows, and global gradient norms. Collective.
         """
         self._metrics = {}
         negatives = self._negatives(batches, images)
         micros = [self._prepare(index, batch) for index, batch in enumerate(batches)]
         real = self._discriminator_step(micros, negatives, images, rate_scale)
         self._generator_step(micros, negatives, real, rate_scale)
-        for engine in self.engines:
-            self._metrics[f"grad/{engine.name}"] = torch.tensor(engine.gradient_norm)
-        return self._metrics
+        return self._metrics | {f"grad/{e.name}": torch.tensor(e.gradient_norm) for e in self.engines}
 
     # ---- the discriminator and S_D -----------------------------------------------------------------------------------
 
     def _discriminator_step(
         self, micros: list[MicroBatch], negatives: Negatives, images: int, rate_scale: float
     ) -> GlobalRows:
-        """Updates D and S_D. Returns the embeddings of all real pictures and captions of the global batch."""
-        kind = self._penalty_kind(images)
+        """Update D and S_D; returns the embeddings of all real pictures and captions of the global batch, [B, ...]."""
+        penalty = self._penalty_kind(images)
         rows = GlobalRows(len(micros))
         single = len(micros) == 1
+
+        # Several micro-batches: embed the real pictures and captions of all of them before the first loss needs them.
         for micro in [] if single else micros:
             rows.put(micro.index, self._embed_real(micro))
+
         for micro in micros:
+            # Fakes [m, 3, H, W] from S_G. Their graph is kept only if G's step is going to follow it.
             with torch.set_grad_enabled(single):
                 self._generate(micro)
+
+            # D on reals and fakes, in one forward call of the engine. G's step takes S_D [m, E] as a constant.
             text = self._text(micro, self.discriminator)
-            judged = self.discriminator.module(lambda side, m=micro, t=text: self._judge(side, m, t, kind))
-            micro.sentence = judged.sentence.detach()
+            output = self.discriminator.module(
+                lambda side, micro=micro, text=text: self._discriminate(side, micro, text, penalty)
+            )
+            micro.sentence = output.sentence.detach()
             if single:
-                rows.put(0, judged.embeddings)
-            self.discriminator.backward(self._discriminator_loss(micro, judged, rows, negatives))
-            text.carry(self.discriminator, rate_scale)
+                rows.put(0, output.embeddings)
+
+            # Gradients of D and S_D. A shared encoder gets its gradient through its own engine.
+            self.discriminator.backward(self._discriminator_loss(micro, output, rows, negatives))
+            text.propagate(self.discriminator, rate_scale)
             self.discriminator.step(rate_scale)
         return rows
 
     def _penalty_kind(self, images: int) -> str:
-        """The penalty of the step that begins at `images` seen; `none` on the steps that lazy regularisation skips."""
-        step = images // self.config.train.global_batch
-        return self.config.loss.penalty if penalty_scale(step, self.config.loss) else "none"
+        """The penalty of the step that begins at `images` seen; `none` in the steps that lazy regularization skips."""
+        step = images // self._train.global_batch
+        return self._weights.penalty if penalty_scale(step, self._weights) else "none"
 
-    def _judge(self, side: DiscriminatorSide, micro: MicroBatch, text: OwnText, kind: str) -> Judged:
+    def _discriminate(
+        self, side: DiscriminatorSide, micro: MicroBatch, text: PerNetworkText, penalty: str
+    ) -> DiscriminatorOutput:
         """All that D's losses need of one micro-batch, from one pass through D's trunk."""
         d, real = side.discriminator, micro.real
         fake = self._augment(micro.fake.images.detach(), micro)
         encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
         sentence = encoded.sentence
-        if kind in ("r1", "ma_gp"):  # apart, so that the second derivative does not drag the fakes along
+
+        # The trunk, on reals and fakes together [2m, 3, H, W]. Exact penalties need the gradient with respect to the reals:
+        # there the reals pass separately, so that the second derivative does not include the fakes.
+        if penalty in ("r1", "ma_gp"):
             real = real.detach().requires_grad_(True)
             real_features, fake_features = d.features(real), d.features(fake)
         else:
             both = d.features(torch.cat([real, fake]))
             real_features, fake_features = both.rows(0, len(real)), both.rows(len(real), 2 * len(real))
-        return Judged(
+
+        # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares.
+        return DiscriminatorOutput(
             real=d.adversarial(real_features, sentence),
             fake=d.adversarial(fake_features, sentence),
             mismatched=d.adversarial(real_features, _swap_partners(sentence)),
             sentence=sentence,
             embeddings={**d.embed_pictures(real_features), **d.embed_captions(encoded)},
-            penalty=self._penalty(kind, d, micro, real, real_features, sentence.detach()),
+            penalty=self._penalty(penalty, d, micro, real, real_features, sentence.detach()),
         )
 
     def _penalty(
         self, kind: str, d: Discriminator, micro: MicroBatch, real: Tensor, features: Features, sentence: Tensor
     ) -> Tensor:
-        """The penalty on real pictures with their captions. S_D is a constant in it, so it shapes D alone."""
+        """The penalty on real pictures with their captions. S_D is a constant in it, so only D gets its gradient."""
         if kind == "none":
             return real.new_zeros((), dtype=torch.float32)
         if kind == "r1":
@@ -168,25 +206,34 @@ class Gan:
         if kind == "ma_gp":
             sentence.requires_grad_(True)
             return losses.ma_gp(d.adversarial(features, sentence), real, sentence)
-        sigma = self.config.loss.penalty_sigma
-        pixels = draw_pixels(self.config, micro.batch.positions, real.shape[-1]).to(real)
+        sigma = self._weights.penalty_sigma
+        pixels = perturbation(self._train.seed, micro.batch.positions, real.shape[-1]).to(real)
         perturbed = d.adversarial(d.features(real + sigma * pixels), sentence)
         return losses.fd_r1(d.adversarial(features, sentence), perturbed, sigma)
 
-    def _discriminator_loss(self, micro: MicroBatch, judged: Judged, rows: GlobalRows, negatives: Negatives) -> Tensor:
-        weights = self.config.loss
-        # A wrong caption that is right by chance is no negative: its logit is put where the hinge is flat.
-        right = _right_by_chance(micro.batch).view(-1, *[1] * (judged.mismatched.dim() - 1))
-        mismatched = judged.mismatched.masked_fill(right, -1.0)
-        adversarial = losses.hinge_d(judged.real, judged.fake, mismatched, weights.mismatched)
-        alignment = discriminator_terms(rows.with_own(micro.index, judged.embeddings), weights, negatives)
-        terms = {"loss/d_adversarial": adversarial, **_named(alignment)}
+    def _discriminator_loss(
+        self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows, negatives: Negatives
+    ) -> Tensor:
+        weights = self._weights
+
+        # Hinge over this rank's m rows. Another row's caption may match a picture by chance: such a row is no negative, so
+        # its logit is set to -1, where the hinge has no gradient.
+        matching = _partner_matches(micro.batch).view(-1, *[1] * (output.mismatched.dim() - 1))
+        mismatched = output.mismatched.masked_fill(matching, -1.0)
+        adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
+
+        # InfoNCE over the global batch of B rows, of which only this micro-batch's rows carry a graph.
+        alignment = discriminator_terms(rows.with_own(micro.index, output.embeddings), weights, negatives)
+        terms = {"loss/d_adversarial": adversarial, **_metric_names(alignment)}
         over_rows, over_batch = adversarial, _weighted(alignment, weights)
-        if judged.penalty.requires_grad:
-            over_rows = over_rows + penalty_scale(0, weights) * judged.penalty
-            terms["loss/d_penalty"] = judged.penalty
-        logits = {f"logit/{name}": getattr(judged, name).float().mean() for name in ("real", "fake", "mismatched")}
+        if output.penalty.requires_grad:
+            over_rows = over_rows + penalty_scale(0, weights) * output.penalty
+            terms["loss/d_penalty"] = output.penalty
+        logits = {f"logit/{name}": getattr(output, name).float().mean() for name in ("real", "fake", "mismatched")}
         self._record({"loss/d": over_rows + over_batch, **terms, **logits}, rows)
+
+        # DeepSpeed averages gradients over ranks and micro-batches. That suits means over rows; `share` undoes it for the
+        # losses over the global batch, whose gradients have to be summed.
         return over_rows + rows.share * over_batch
 
     # ---- the generator and S_G ---------------------------------------------------------------------------------------
@@ -194,32 +241,38 @@ class Gan:
     def _generator_step(
         self, micros: list[MicroBatch], negatives: Negatives, real: GlobalRows, rate_scale: float
     ) -> None:
+        """Update G and S_G; `real` holds the embeddings of D's step. D is only a function here."""
         fakes = GlobalRows(len(micros))
         single = len(micros) == 1
         with self.discriminator.frozen():
+            # Several micro-batches: embed all fakes of D's step without gradients, for the losses over the global batch.
             for micro in [] if single else micros:
                 with torch.no_grad():
-                    fakes.put(micro.index, self._judge_fake(micro)[1])
+                    fakes.put(micro.index, self._discriminate_fakes(micro)[1])
+
             for micro in micros:
+                # The same fakes as in D's step, now with a graph: G has not changed since.
                 if not single:
                     self._generate(micro)
-                logits, embeddings = self._judge_fake(micro)
+                logits, embeddings = self._discriminate_fakes(micro)
                 if single:
                     fakes.put(0, embeddings)
-                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real, negatives))
-                micro.text_g.carry(self.generator, rate_scale)
-                self.generator.step(rate_scale)
-                micro.fake = None
 
-    def _judge_fake(self, micro: MicroBatch) -> tuple[Tensor, Embeddings]:
-        """D's logits [m] and embeddings of a micro-batch's fakes, with whatever graph the fakes have."""
+                # Gradients of G and S_G, through D with its updated weights.
+                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real, negatives))
+                micro.text_g.propagate(self.generator, rate_scale)
+                self.generator.step(rate_scale)
+                del micro.fake
+
+    def _discriminate_fakes(self, micro: MicroBatch) -> tuple[Tensor, Embeddings]:
+        """D's logits, [m] or [m, L], and embeddings of a micro-batch's fakes; the fakes keep their graph, if any."""
         fake = self._augment(micro.fake.images, micro)
 
-        def judge(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
+        def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
             features = side.discriminator.features(fake)
             return side.discriminator.adversarial(features, micro.sentence), side.discriminator.embed_pictures(features)
 
-        return self.discriminator.module(judge)
+        return self.discriminator.module(discriminate)
 
     def _generator_loss(
         self,
@@ -230,66 +283,82 @@ class Gan:
         real: GlobalRows,
         negatives: Negatives,
     ) -> Tensor:
-        weights = self.config.loss
+        weights = self._weights
+
+        # Over this rank's m rows: hinge, KL of the conditioning (StackGAN, eq. 2), and errors of pixels where configured.
         adversarial = losses.hinge_g(logits)
         kl = losses.kl_condition(micro.fake.mean, micro.fake.log_variance)
+        over_rows = adversarial + weights.kl * kl
+
+        # Over the global batch: InfoNCE of fakes with captions and with reals, both constants from D's step.
         alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, negatives)
-        over_rows, over_batch = adversarial + weights.kl * kl, _weighted(alignment, weights)
+        over_batch = _weighted(alignment, weights)
+
         std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
-        terms = {"loss/g_adversarial": adversarial, **_named(alignment), "loss/kl": kl, "fake/std": std}
+        terms = {"loss/g_adversarial": adversarial, **_metric_names(alignment), "loss/kl": kl, "fake/std": std}
         for name, weight, error in self._pixel_errors(micro):
             terms[name] = error
             over_rows = over_rows + weight * error
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)
-        return over_rows + fakes.share * over_batch
+        return over_rows + fakes.share * over_batch  # `share`: as in D's loss
 
     def _pixel_errors(self, micro: MicroBatch) -> Iterator[tuple[str, float, Tensor]]:
-        """Name, weight and value of what compares fakes with the real pictures of their captions, pixel by pixel: all of
-        them; edits whose source was the real picture itself; edits whose source was another one."""
-        weights, batch, fake = self.config.loss, micro.batch, micro.fake.images
-        wanted = _pixels(batch.images, fake.dtype)
+        """Metric name, weight and value of each loss that compares fakes with the real pictures of their captions."""
+        weights, batch, fake = self._weights, micro.batch, micro.fake.images
+        target = _unit(batch.images, fake.dtype)
         if weights.pixels:
-            yield "loss/g_pixels", weights.pixels, losses.pixel_error(fake, wanted, torch.ones_like(batch.image_ids))
+            yield "loss/g_pixels", weights.pixels, losses.pixel_error(fake, target, torch.ones_like(batch.image_ids))
         if micro.source is not None:
-            own = batch.source_ids == batch.image_ids
-            other = ~own & (batch.source_ids >= 0)
-            yield "loss/g_reconstruction", weights.reconstruction, losses.pixel_error(fake, wanted, own)
-            yield "loss/g_edit_target", weights.edit_target, losses.way_left(fake, micro.source, wanted, other)
+            # Rows whose source is the target itself must reproduce it; rows with another source must move towards the
+            # target; rows without a source have neither loss.
+            same = micro.source.ids == batch.image_ids
+            other = ~same & (micro.source.ids >= 0)
+            yield "loss/g_reconstruction", weights.reconstruction, losses.pixel_error(fake, target, same)
+            yield "loss/g_edit_target", weights.edit_target, losses.way_left(fake, micro.source.images, target, other)
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
     def _prepare(self, index: int, batch: Batch) -> MicroBatch:
+        """Move a batch and its random numbers to the device; augment the real pictures."""
         device = self.discriminator.device
-        draws = Draws(*(t.to(device) for t in draw(self.config, batch.positions)))
+        noise = row_noise(self._train.seed, batch.positions, self._model.generator)
+        noise = RowNoise(*(tensor.to(device) for tensor in noise))
         batch = batch.to(device)
-        real = augment(_pixels(batch.images, self.discriminator.dtype), draws.augmentation, self.config.augment)
-        source = _pixels(batch.sources, self.generator.dtype) if self.config.edit.width else None
-        return MicroBatch(index, batch, draws, real, source)
+        real = augment(_unit(batch.images, self.discriminator.dtype), noise.augmentation, self._augmentation)
+        source = None
+        if self._edit.width:
+            assert batch.sources is not None and batch.source_ids is not None
+            source = Source(_unit(batch.sources, self.generator.dtype), batch.source_ids)
+        return MicroBatch(index, batch, noise, real, source)
 
     def _negatives(self, batches: Sequence[Batch], images: int) -> Negatives:
-        """What the rows of this step are contrasted with. Collective."""
-        places, device = draw_places(self.config, images), self.generator.device
+        """Which pairs of the global batch are negatives in this step. Collective."""
+        device = self.generator.device
+        positions = region_negatives(
+            self._train.seed, images, self._model.discriminator.regions, self._weights.region_negatives
+        )
         same = global_same_pairs([batch.to(device) for batch in batches])
-        return Negatives(same, None if places is None else places.to(device))
+        return Negatives(same, None if positions is None else positions.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
-        """A fake as D sees it: shifted, coloured and cut like the real picture of its caption."""
-        return augment(images.to(self.discriminator.dtype), micro.draws.augmentation, self.config.augment)
+        """Fakes as D sees them, augmented with the random numbers of the real pictures of their captions."""
+        return augment(images.to(self.discriminator.dtype), micro.noise.augmentation, self._augmentation)
 
-    def _text(self, micro: MicroBatch, engine: NetworkEngine) -> OwnText:
+    def _text(self, micro: MicroBatch, engine: NetworkEngine) -> PerNetworkText:
+        """The embedding of the micro-batch's captions for the network in `engine`, by text.mode."""
         tokens, lengths = micro.batch.tokens, micro.batch.lengths
         if self.frozen is not None:
-            return GivenText(self.frozen, tokens, lengths, engine)
-        return OwnText() if self.text is None else SharedText(self.text, tokens, lengths)
+            return FrozenText(self.frozen, tokens, lengths, engine.dtype)
+        return PerNetworkText() if self.text is None else SharedText(self.text, tokens, lengths)
 
     def _generate(self, micro: MicroBatch) -> None:
-        """Fakes for the micro-batch's captions, with a graph unless gradients are off."""
+        """Set the micro-batch's fakes, with a graph unless gradients are off."""
         micro.text_g = self._text(micro, self.generator)
-        noise, condition_noise, _ = micro.draws
         dtype, batch = self.generator.dtype, micro.batch
+        noise, condition_noise = micro.noise.noise.to(dtype), micro.noise.condition_noise.to(dtype)
         text = (batch.tokens, batch.lengths, micro.text_g.embedding)
-        sources = () if micro.source is None else (micro.source, batch.source_ids >= 0)
-        micro.fake = self.generator.module(noise.to(dtype), condition_noise.to(dtype), *text, *sources)
+        source = () if micro.source is None else (micro.source.images, micro.source.ids >= 0)
+        micro.fake = self.generator.module(noise, condition_noise, *text, *source)
 
     @torch.no_grad()
     def _embed_real(self, micro: MicroBatch) -> Embeddings:
@@ -302,33 +371,33 @@ class Gan:
         return self.discriminator.module(embed)
 
     def _record(self, terms: dict[str, Tensor], rows: GlobalRows) -> None:
+        """Add one micro-batch's share to the metrics of the step."""
         for name, value in terms.items():
             mean = value.detach().float() / rows.micro_batches
             self._metrics[name] = self._metrics[name] + mean if name in self._metrics else mean
 
 
-def _pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [m, 3, H, W] as the networks see it, in [-1, 1]."""
+def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [m, 3, H, W] -> [-1, 1], with the channels last in memory, as convolutions prefer."""
     return to_unit(images.contiguous(memory_format=torch.channels_last), dtype)
 
 
-def _named(alignment: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms by the names of their metrics."""
+def _metric_names(alignment: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"loss/{name}": value for name, value in alignment.items()}
 
 
 def _weighted(alignment: dict[str, Tensor], weights: LossConfig) -> Tensor:
-    """The sum of the terms, each with the weight of its name."""
+    """The sum of the terms; the weight of a term has its name."""
     return sum(getattr(weights, name) * value for name, value in alignment.items())
 
 
 def _swap_partners(rows: Tensor) -> Tensor:
-    """[m, ...] with rows 2k and 2k + 1 exchanged: each picture meets its neighbour's caption, on its own rank."""
+    """[m, ...] with rows 2k and 2k + 1 exchanged: each picture meets another caption of the same rank."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def _right_by_chance(batch: Batch) -> Tensor:
-    """bool [m]: the neighbour shows the same picture or has the same caption."""
-    return (batch.image_ids == _swap_partners(batch.image_ids)) | (
-        batch.caption_ids == _swap_partners(batch.caption_ids)
-    )
+def _partner_matches(batch: Batch) -> Tensor:
+    """bool [m]: whether the partner has the same picture or the same caption."""
+    ids = batch.image_ids, batch.caption_ids
+    same_image, same_caption = (x == _swap_partners(x) for x in ids)
+    return same_image | same_caption

@@ -1,6 +1,6 @@
-"""Is training healthy? A number that is not finite ends it; a collapse is named once, with what to do about it.
+"""Checks of a run's health: a number that is not finite ends it, a collapse is a warning with a remedy.
 
-Both read the averages that `Meter.take` gives alike on every rank, so every rank comes to the same verdict.
+Both read the averages of `Meter.take`, which are the same on every rank, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OWNERS = {
     "logit/": "discriminator",
     "fake/": "generator",
 }
-"""Whose parameters a metric's loss trains, by the start of its name."""
+"""Start of a metric's name -> the networks that its loss trains."""
 
 
 def check_finite(
@@ -33,25 +33,25 @@ def check_finite(
     groups: Sequence[str] = (),
     skips_overflows: bool = False,
 ) -> None:
-    """Raise `TrainingError` if a loss, logit or gradient norm is NaN or Inf.
+    """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
-    `checkpoint` is the last good one, `groups` the parameter groups already known to hold such numbers.
-    `skips_overflows` (fp16) lets infinite gradient norms pass: loss scaling skips those steps.
+    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. `skips_overflows` (fp16)
+    accepts gradient norms that are not finite, because loss scaling skips those steps.
     """
     bad = {name: value for name, value in values.items() if not math.isfinite(value) and _owner(name)}
     if skips_overflows:
         bad = {name: value for name, value in bad.items() if not name.startswith("grad/")}
     if not bad:
         return
-    found = ", ".join(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}" for name, value in sorted(bad.items()))
+    listed = ", ".join(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}" for name, value in sorted(bad.items()))
     trained = ", ".join(groups) or "; ".join(dict.fromkeys(_owner(name) for name in sorted(bad)))
-    last = f"The last good checkpoint stands: {checkpoint}" if checkpoint else "There is no checkpoint yet"
+    last = f"The last good checkpoint is intact: {checkpoint}" if checkpoint else "There is no checkpoint yet"
     raise TrainingError(
-        f"training broke down at {images:,} images (step {step:,}): {found}\n"
+        f"training broke down at {images:,} images (step {step:,}): {listed}\n"
         f"  parameter groups: {trained}\n"
         f"  {last}.\n"
-        "  The same run would come to the same end. Try a lower optimizer.generator_lr and discriminator_lr,\n"
-        "  optimizer.gradient_clipping=1, or engine.precision=fp32, in a new run or on top of the checkpoint\n"
+        "  The same command would fail again. Try a lower optimizer.generator_lr and discriminator_lr,\n"
+        "  optimizer.gradient_clipping=1, or engine.precision=fp32, in a new run or from the checkpoint\n"
         "  (--allow-changes)."
     )
 
@@ -64,7 +64,7 @@ def _owner(name: str) -> str:
 class _Sign:
     holds: Callable[[Mapping[str, float]], bool]
     patience: float
-    """Share of `Health.patience_images` for which it has to hold without a break."""
+    """Share of `Health.patience_images` for which the sign must hold without interruption"""
     message: str
 
 
@@ -72,13 +72,13 @@ _SIGNS = {
     "d_zero": _Sign(
         lambda v: v.get("loss/d_adversarial", 1.0) < 0.02,
         1.0,
-        "the discriminator's adversarial loss is at zero: it tells real from fake without effort, and the generator "
+        "the discriminator's adversarial loss is at zero: it separates real from fake without error, so the generator "
         "learns nothing from it. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or augment.*",
     ),
     "identical": _Sign(
         lambda v: v.get("fake/std", 1.0) < 0.02,
         0.25,
-        "the generator makes the same picture for every prompt and noise (mode collapse). Go back to an earlier "
+        "the generator makes the same picture for every prompt and noise (mode collapse). Return to an earlier "
         "checkpoint with a lower optimizer.generator_lr, or raise loss.penalty_weight and loss.g_alignment_text",
     ),
     "logits": _Sign(
@@ -92,12 +92,12 @@ _SIGNS = {
 
 @dataclass
 class Health:
-    """Watches for collapse; each sign is told once. The state is not kept across a resume: it is only about warnings."""
+    """Warns once of each sign of collapse. Its state is not saved, because it only affects warnings."""
 
     patience_images: int = 20_000
-    """For how long a sign has to hold before it is told."""
+    """Images for which a sign must hold before the warning"""
     _since: dict[str, int] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
     def observe(self, images: int, values: Mapping[str, float]) -> list[str]:
         """Warnings that are due at `images`, given the averages of the last report."""
@@ -106,8 +106,8 @@ class Health:
             if not sign.holds(values):
                 self._since.pop(name, None)
                 continue
-            begin = self._since.setdefault(name, images)
-            if name not in self._told and images - begin >= sign.patience * self.patience_images:
-                self._told.add(name)
+            start = self._since.setdefault(name, images)
+            if name not in self._warned and images - start >= sign.patience * self.patience_images:
+                self._warned.add(name)
                 due.append(f"at {images:,} images {sign.message}")
         return due

@@ -1,22 +1,23 @@
-"""Random numbers of a training step, as a function of (seed, position in the stream) and nothing else.
+"""Random numbers of a training step, as functions of the seed and the position in the stream.
 
-Each row of a batch has its own generator, seeded by its position, so that the noise of image number 1,234,567 is the same
-on any rank, at any world size and after any resume.
+Each row of a batch has its own generator, seeded by its position, so that image number 1,234,567 has the same noise on any
+rank, at any world size and after any resume.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_t2i.config.sections import Config
 from dist_t2i.models.augmentation import UNIFORMS_PER_ROW
+from dist_t2i.models.config import GeneratorConfig
 from dist_t2i.utils.seeds import Purpose, mix
 
 
-class Draws(NamedTuple):
+class RowNoise(NamedTuple):
     """Random numbers of B rows, fp32 on the CPU."""
 
     noise: Tensor
@@ -27,41 +28,42 @@ class Draws(NamedTuple):
     """[B, UNIFORMS_PER_ROW], uniform in [0, 1)"""
 
 
-def draw(config: Config, positions: Tensor) -> Draws:
-    """The draws of the rows at these stream positions (int64 [B])."""
-    widths = (config.model.generator.noise, config.model.generator.condition)
-    normal = torch.empty(len(positions), sum(widths))
+def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise:
+    """The random numbers of the rows at stream `positions` (int64 [B]); widths Z and C from the generator's section."""
+    normal = torch.empty(len(positions), widths.noise + widths.condition)
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     generator = torch.Generator()
     for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(config.train.seed, position, Purpose.TRAINING_NOISE))
+        generator.manual_seed(mix(seed, position, Purpose.TRAINING_NOISE))
         normal[row].normal_(generator=generator)
         uniform[row].uniform_(generator=generator)
-    noise, condition_noise = normal.split(widths, dim=1)
-    return Draws(noise.contiguous(), condition_noise.contiguous(), uniform)
+    noise, condition_noise = normal.split((widths.noise, widths.condition), dim=1)
+    return RowNoise(noise.contiguous(), condition_noise.contiguous(), uniform)
 
 
-def draw_places(config: Config, images: int) -> Tensor | None:
-    """int64 [K, P]: K other places of the same region map for each of the P places of all maps, for the step that begins
-    at `images` seen; None when `loss.region_negatives` is 0. Every rank draws the same."""
-    count, sides = config.loss.region_negatives, config.model.discriminator.regions
+def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -> Tensor | None:
+    """int64 [K, P]: for each of the P positions of all region maps, K = `count` other positions of the same map.
+
+    `sides` are the maps' sides. For the step that begins at `images` seen, the same on every rank. None without maps or
+    with `count` 0.
+    """
     if not count or not sides:
         return None
-    generator = torch.Generator().manual_seed(mix(config.train.seed, images, Purpose.NEGATIVES_AND_INFERENCE_NOISE))
+    generator = torch.Generator().manual_seed(mix(seed, images, Purpose.NEGATIVES_AND_INFERENCE_NOISE))
     maps, first = [], 0
     for side in sides:
-        places = side**2
-        shifts = torch.randint(1, places, (count, 1), generator=generator)
-        maps.append(first + (torch.arange(places) + shifts) % places)
-        first += places
+        positions = side**2
+        shifts = torch.randint(1, positions, (count, 1), generator=generator)
+        maps.append(first + (torch.arange(positions) + shifts) % positions)
+        first += positions
     return torch.cat(maps, dim=1)
 
 
-def draw_pixels(config: Config, positions: Tensor, size: int) -> Tensor:
-    """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`."""
+def perturbation(seed: int, positions: Tensor, size: int) -> Tensor:
+    """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`, for the rows at stream `positions`."""
     pixels = torch.empty(len(positions), 3, size, size)
     generator = torch.Generator()
     for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(config.train.seed, position, Purpose.FD_R1_PIXELS))
+        generator.manual_seed(mix(seed, position, Purpose.FD_R1_PIXELS))
         pixels[row].normal_(generator=generator)
     return pixels

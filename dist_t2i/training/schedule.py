@@ -16,15 +16,16 @@ def passes(every: int, images: int, batch: int) -> bool:
 
 
 def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: int) -> float:
-    """Factor on the peak learning rate of the step that begins at `images`; in 0..1.
+    """Factor on the peak learning rate, within 0 to 1, of the step that begins at `images` seen.
 
-    Rises linearly over `warmup_images`, stays at 1 until `decay_start` of `total_images`, then falls to `final_lr_scale` at `total_images`.
+    It rises linearly over `warmup_images`, stays at 1 up to the share `decay_start` of `total_images`, and then falls to
+    `final_lr_scale` at `total_images`.
     """
     return warmup(images, optimizer.warmup_images) * _decay(images, optimizer, total_images)
 
 
 def warmup(images: int, warmup_images: int) -> float:
-    """Linear rise from just above 0 to 1: the image about to be seen counts, so that no step is wasted at 0."""
+    """Linear rise from just above 0 to 1; counts the next image too, so that the first step is not at rate 0."""
     return min(1.0, (images + 1) / warmup_images) if warmup_images else 1.0
 
 
@@ -33,14 +34,14 @@ def _decay(images: int, optimizer: OptimizerConfig, total_images: int) -> float:
     if optimizer.decay == "constant" or images <= start:
         return 1.0
     progress = min(1.0, (images - start) / (total_images - start)) if total_images > start else 1.0
-    left = 1.0 - progress if optimizer.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optimizer.final_lr_scale + (1.0 - optimizer.final_lr_scale) * left
+    remaining = 1.0 - progress if optimizer.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optimizer.final_lr_scale + (1.0 - optimizer.final_lr_scale) * remaining
 
 
 def penalty_scale(step: int, loss: LossConfig) -> float:
-    """Factor on the gradient penalty in step `step` (from 0): its weight times n on every n-th step, else 0.
+    """Factor on the gradient penalty in step `step` (from 0): its weight times n in every n-th step, 0 in the others.
 
-    StyleGAN2 (Karras et al. 2020, sec. 4), lazy regularisation: the expected weight per step stays `penalty_weight`.
+    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 4): the mean weight per step stays `penalty_weight`.
     """
     if loss.penalty == "none" or step % loss.penalty_every:
         return 0.0

@@ -1,8 +1,9 @@
-"""Builds the parts of a run from its configuration. The only module of this package that takes the whole of it."""
+"""Builds the parts of a run. Only this module of the package takes the full configuration; the others take its sections."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
 from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.trainer import RunParts, Trainer
-from dist_t2i.training.validation import Periodic
+from dist_t2i.training.validation import Validation
 from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
 
@@ -104,10 +105,10 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
     if config.text.mode == "frozen":
         frozen = read_frozen(config.text, data.tokenizer, config.data.max_tokens).build()
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
-    beginning = None if latest else read_beginning(config, data.tokenizer)
-    gan, average = assemble(config, data.tokenizer.vocab_size, device, frozen, beginning)
+    initial = None if latest else read_initial(config, data.tokenizer)
+    gan, average = assemble(config, data.tokenizer.vocab_size, device, frozen, initial)
 
-    validation = _build_validation(folder, config, data, device, reporter) if config.eval.every_images else None
+    validation = _build_validation(folder, config, data, device, reporter.warn) if config.eval.every_images else None
     checkpointer = Checkpointer(
         config.checkpoint,
         lease,
@@ -123,7 +124,18 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
         report_images=config.report.every_steps * batch,
     )
     images = checkpointer.restore()
-    sample_sheet = SampleSheet(config, data, device) if main else None
+    sample_sheet = None
+    if main:
+        sample_sheet = SampleSheet(
+            config.report.sample_prompts,
+            data,
+            image_size=config.data.image_size,
+            max_tokens=config.data.max_tokens,
+            generator=config.model.generator,
+            edit=config.edit,
+            seed=config.train.seed,
+            device=device,
+        )
 
     # The stream starts at the restored position; the records of samples beyond it will be written again.
     bad_file = folder / "bad_samples.jsonl"
@@ -169,27 +181,39 @@ def _take_lease(folder: Path, config: Config, data: ShardSet, allow_changes: boo
 
     def take() -> None:
         nonlocal lease
-        warn = lambda message: print(f"warning: {message}", flush=True)  # noqa: E731  the log is not this process's yet
         text = config_files.dump(config)
-        lease = run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=warn)
+        lease = run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=_print_warning)
 
     on_main(take)
     return lease
 
 
+def _print_warning(message: str) -> None:
+    """For warnings from before this process has the lease, and with it the right to write into the log."""
+    print(f"warning: {message}", flush=True)
+
+
 def _build_validation(
-    folder: Path, config: Config, data: ShardSet, device: torch.device, reporter: Reporter
-) -> Periodic:
+    folder: Path, config: Config, data: ShardSet, device: torch.device, warn: Callable[[str], None]
+) -> Validation:
     """Collective. Rank 0 builds its own first, so that only rank 0 prints what is wrong with the protocol."""
-    validation: Periodic | None = None
+    validation: Validation | None = None
+
+    def build() -> Validation:
+        return Validation(folder, config.eval, config.train, data, device, warn)
 
     def prepare() -> None:
         nonlocal validation
-        validation = Periodic(folder, config, data, device, reporter.warn)
-        validation.prepare()
+        validation = build()
+        frozen = None
+        if config.text.mode == "frozen":
+            frozen = read_frozen(config.text, data.tokenizer, config.data.max_tokens)
+        validation.prepare(
+            config.data, lambda g, d, images: ModelFiles(folder, config, data.tokenizer, g, d, images, frozen)
+        )
 
     on_main(prepare, slow=True)
-    return validation or Periodic(folder, config, data, device, reporter.warn)
+    return validation or build()
 
 
 def assemble(
@@ -197,13 +221,13 @@ def assemble(
     vocab_size: int,
     device: torch.device,
     frozen: nn.Module | None = None,
-    beginning: ModelFiles | None = None,
+    initial: ModelFiles | None = None,
 ) -> tuple[Gan, Average]:
-    """The networks with fresh weights (a function of `train.seed`) or those of `beginning` under their engines, on every
-    rank alike.
+    """The networks under their engines, and their moving average; the same weights on every rank.
 
-    `config.engine.precision` is a concrete one; `frozen` is the given encoder of text.mode=frozen. Raises ConfigError when
-    the batch does not divide among the ranks. Collective; the process group must exist.
+    The weights are those of `initial`, or fresh ones that `train.seed` determines. `frozen` is the given encoder of
+    text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must be concrete. Raises
+    ConfigError when the batch does not divide among the ranks.
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
@@ -216,31 +240,45 @@ def assemble(
         edit_width=config.edit.width,
         frozen=frozen.to(device) if frozen is not None else None,
     )
-    if beginning is not None:
-        begin_with(networks, beginning)
-    average = Average(networks, config.ema, device)
-    rates, stages, uses = config.optimizer, config.engine, config.engine.accumulation
-    scales = dict.fromkeys(("text_g", "text_d", "text"), rates.text_lr_scale)
-    common = EngineSpec("", 0, micro_batch, uses, stages.precision, rates.discriminator_lr, scales)
-    generator_spec = replace(common, name="generator", stage=stages.generator_stage, learning_rate=rates.generator_lr)
-    discriminator_spec = replace(common, name="discriminator", stage=stages.discriminator_stage)
-    generator = NetworkEngine(networks.generator, generator_spec, config, device)
-    discriminator = NetworkEngine(networks.discriminator, discriminator_spec, config, device)
+    if initial is not None:
+        load_weights(networks, initial)
+    average = Average(networks, config.ema, config.train.global_batch, device)  # before the engines split the weights
+
+    def engine(name: str, module: nn.Module, stage: int, rate: float, accumulation: int) -> NetworkEngine:
+        scales = dict.fromkeys(("text_g", "text_d", "text"), config.optimizer.text_lr_scale)
+        offload = config.engine.offload == "cpu"
+        spec = EngineSpec(name, stage, micro_batch, accumulation, config.engine.precision, rate, scales, offload)
+        return NetworkEngine(module, spec, config.optimizer, device)
+
+    stages, rates, accumulation = config.engine, config.optimizer, config.engine.accumulation
+    d_settings = stages.discriminator_stage, rates.discriminator_lr
+    generator = engine("generator", networks.generator, stages.generator_stage, rates.generator_lr, accumulation)
+    discriminator = engine("discriminator", networks.discriminator, *d_settings, accumulation)
     text = None
-    if networks.text is not None:  # one micro-step for each side's gradient
-        spec = replace(discriminator_spec, name="text", accumulation=2 * uses)
-        text = NetworkEngine(networks.text, spec, config, device)
-    return Gan(config, generator, discriminator, text, frozen), average
+    if networks.text is not None:  # a shared encoder has one micro-step for the gradient of each network
+        text = engine("text", networks.text, *d_settings, 2 * accumulation)
+    gan = Gan(
+        generator,
+        discriminator,
+        text,
+        frozen,
+        loss=config.loss,
+        augment=config.augment,
+        model=config.model,
+        train=config.train,
+        edit=config.edit,
+    )
+    return gan, average
 
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
+"""Starts of the keys in which a run must agree with the model that it begins from."""
 
 
-def read_beginning(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
-    """The model that `edit.init` names; None where it names none.
+def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
+    """The model that `edit.init` names, None if it is empty.
 
-    Raises ConfigError when it cannot be read, when its networks are not those of `config`, or its words not those of the
-    set.
+    Raises ConfigError when it cannot be read, or has other networks than `config` or another tokenizer than the set.
     """
     if not config.edit.init:
         return None
@@ -248,34 +286,34 @@ def read_beginning(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
         files = read_model(config.edit.init)
     except UserError as error:
         raise ConfigError(f"edit.init: {error}", [str(error)]) from None
-    ours, theirs = flatten(config), flatten(files.config)
-    same = [key for key in ours if key.startswith(_SAME) and not is_free(key, config)]
+    values, initial = flatten(config), flatten(files.config)
+    keys = [key for key in values if key.startswith(_SAME) and not is_free(key, config)]
     if files.config.edit.width:
-        same.append("edit.width")
-    lines = [f"{key}: is {ours[key]!r}, there {theirs[key]!r}" for key in same if ours[key] != theirs[key]]
+        keys.append("edit.width")
+    lines = [f"{key}: is {values[key]!r}, there {initial[key]!r}" for key in keys if values[key] != initial[key]]
     if lines:
         listed = "".join(f"\n  {line}" for line in lines)
         raise ConfigError(
             f"edit.init: {files.folder} has other networks than this run:{listed}\nMake them agree.", lines
         )
     if files.tokenizer != tokenizer:
-        line = f"edit.init: {files.folder} was trained with another tokenizer than that of data.train: use the set that it knows"
+        line = f"edit.init: {files.folder} was trained with another tokenizer than that of data.train: train on a set with its tokenizer"
         raise ConfigError(line, [line])
     return files
 
 
-def begin_with(networks: Networks, files: ModelFiles) -> None:
-    """Gives fresh networks the weights of a model: the generator's moving average, the discriminator as it was last.
+def load_weights(networks: Networks, files: ModelFiles) -> None:
+    """Load a model into fresh networks: the generator's moving average, and the discriminator's last weights.
 
-    What the model lacks, the encoder of source pictures, stays fresh. Raises UserError when a file was tampered with.
+    An encoder of source pictures that the model lacks stays fresh. Raises UserError when a file does not fit.
     """
-    g, d, where = networks.generator, networks.discriminator, files.folder
-    fill(g.generator, files.generator, "generator.", where)
-    fill(d.discriminator, files.discriminator, "discriminator.", where)
+    g, d, folder = networks.generator, networks.discriminator, files.folder
+    fill(g.generator, files.generator, "generator.", folder)
+    fill(d.discriminator, files.discriminator, "discriminator.", folder)
     if g.text_g is not None and d.text_d is not None:
-        fill(g.text_g, files.generator, "text_g.", where)
-        fill(d.text_d, files.discriminator, "text_d.", where)
+        fill(g.text_g, files.generator, "text_g.", folder)
+        fill(d.text_d, files.discriminator, "text_d.", folder)
     if networks.text is not None:
-        fill(networks.text.text, files.discriminator, "text.", where)
+        fill(networks.text.text, files.discriminator, "text.", folder)
     if g.source is not None and files.config.edit.width:
-        fill(g.source, files.generator, "source.", where)
+        fill(g.source, files.generator, "source.", folder)

@@ -1,6 +1,6 @@
 """The training loop: report, samples, checkpoint, stop or step.
 
-What is due depends on the images seen alone, which is therefore the only state of the loop.
+What is due depends only on the images seen, which are therefore the only state of the loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dist_t2i.training.gan import Gan
 from dist_t2i.training.health import Health, check_finite
 from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.schedule import learning_rate_scale, passes
-from dist_t2i.training.validation import Periodic
+from dist_t2i.training.validation import Validation
 
 _EVALUATION_SECONDS = 3600.0
 """An evaluation may take this many seconds longer than a step before the watchdog counts it as a hang."""
@@ -57,7 +57,7 @@ class RunParts:
     gan: Gan
     average: Average
     checkpointer: Checkpointer
-    validation: Periodic | None
+    validation: Validation | None
     """None where `eval.every_images` is 0."""
     sample_sheet: SampleSheet | None
     """Rank 0 only."""
@@ -107,7 +107,7 @@ class Trainer:
         scale = learning_rate_scale(self.images, self.parts.optimizer, self.total)
         metrics = self.gan.step(batches, self.images, scale)
         self.images += self.batch
-        self.average.update(self.gan, self.images)
+        self.average.update(self.gan.engines, self.images)
         self.meter.add(self.batch, {**metrics, "lr": scale * self.parts.optimizer.generator_lr})
         self.reporter.tick(self.images)
 

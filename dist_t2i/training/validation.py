@@ -1,7 +1,8 @@
-"""Scores during training: the moving average judged by a small protocol now and then, and which checkpoint is the best.
+"""Scores during training: a small protocol scores the moving average, and the best checkpoint is kept.
 
-The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images. Nothing of the training is
-touched: the weights are copied, the judge draws from no random state that training reads. Rank 0 judges; the others wait.
+The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images. They do not change the training:
+the weights are copied, and the networks of the metrics use no random state that training reads. Rank 0 computes the scores
+while the others wait.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
 """
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_t2i.checkpoint.store import folder_name
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import DataConfig, EvalConfig, TrainConfig
 from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
 from dist_t2i.eval.protocol import load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
-from dist_t2i.inference.model_files import ModelFiles, read_frozen
+from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.training.schedule import passes
 
@@ -34,61 +35,68 @@ if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
 
 FOLDER = "evaluations"
+Weights = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best scores so far."""
+    """The best value of `eval.metric` so far."""
 
     images: int
     value: float
 
 
-class Periodic:
-    """Every rank has one; `prepare` and `scores` are rank 0's, the rest is the same everywhere.
+class Validation:
+    """Every rank has one. Only rank 0 calls `prepare` and `scores`; all ranks make the other calls alike.
 
-    Raises UserError for a protocol or a metric that there is not.
+    `data` is the training set. Raises UserError for an unknown protocol or metric.
     """
 
     def __init__(
-        self, folder: Path, config: Config, data: ShardSet, device: torch.device, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        config: EvalConfig,
+        train: TrainConfig,
+        data: ShardSet,
+        device: torch.device,
+        warn: Callable[[str], None],
     ) -> None:
-        self._folder, self._config, self._device, self._warn = folder, config, device, warn
-        self._protocol = load_protocol(config.eval.protocol)
-        if config.eval.metric not in keys_of(self._protocol):
+        self._folder, self._config, self._train, self._data = folder, config, train, data
+        self._device, self._warn = device, warn
+        self._protocol = load_protocol(config.protocol)
+        if config.metric not in keys_of(self._protocol):
             raise UserError(
-                f"eval.metric: protocol {self._protocol.name} has no score {config.eval.metric!r}; it has "
+                f"eval.metric: protocol {self._protocol.name} has no score {config.metric!r}; it has "
                 f"{', '.join(keys_of(self._protocol))}"
             )
         if not self._protocol.ema:
             raise UserError(
-                f"eval.protocol: {self._protocol.name} says `ema: false`, but training scores the moving average"
+                f"eval.protocol: {self._protocol.name} has `ema: false`, but training scores the moving average"
             )
-        self._data, self._words = data, data.tokenizer
         self.best: Best | None = None
-        self._before: Best | None = None
-        self._at = 0
+        self._previous_best: Best | None = None
+        self._evaluated_at = 0
 
     # ---- rank 0 ------------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Reads the held-out pictures and loads the judges, before training begins. Raises UserError."""
-        if self._config.eval.data:
-            self._data = open_entry(self._config.eval.data, storage_options(self._config.data))
-        size = self._config.data.image_size
-        self._selections = {split: rows.loaded(size) for split, rows in select_all(self._data, self._protocol).items()}
+    def prepare(self, data: DataConfig, model_files: Callable[[Weights, Weights, int], ModelFiles]) -> None:
+        """Read the held-out pictures and load the networks of the metrics. Raises UserError.
+
+        `model_files` describes the model with these weights of the generator and the discriminator, at images seen.
+        """
+        self._model_files = model_files
+        if self._config.data:
+            self._data = open_entry(self._config.data, storage_options(data))
+        selections = select_all(self._data, self._protocol)
+        self._selections = {split: rows.loaded(data.image_size) for split, rows in selections.items()}
         self._networks = load_networks(self._protocol, self._device)
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
-        text, limit = self._config.text, self._config.data.max_tokens
-        self._frozen = read_frozen(text, self._words, limit) if text.mode == "frozen" else None
 
-    def scores(self, generator: Mapping, discriminator: Mapping, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value of these weights (fp32, as checkpoints name them); the scores are kept in the run."""
-        folder = self._folder
-        files = ModelFiles(folder, self._config, self._words, generator, discriminator, images, self._frozen)
+    def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
+        """`eval/SPLIT/SCORE` -> value, of weights that are fp32 with their names in checkpoints; also writes the file."""
         with torch.random.fork_rng(devices=[]):
-            found = evaluate(
-                TextToImage(files, self._device),
+            scores = evaluate(
+                TextToImage(self._model_files(generator, discriminator, images), self._device),
                 self._data,
                 self._protocol,
                 say=lambda line: None,
@@ -96,27 +104,27 @@ class Periodic:
                 selections=self._selections,
                 cache=self._features,
             )
+        folder = self._folder / FOLDER
         try:
-            (folder / FOLDER).mkdir(exist_ok=True)
-            found.save(folder / FOLDER / f"{folder_name(images)}.json")
+            folder.mkdir(exist_ok=True)
+            scores.save(folder / f"{folder_name(images)}.json")
         except OSError as error:  # a full disk
-            self._warn(f"{folder / FOLDER}: {error.strerror}; the scores are in metrics.jsonl alone")
+            self._warn(f"{folder}: {error.strerror}; the scores are only in metrics.jsonl")
         return {
-            f"eval/{split}/{score.key}": score.value for split, part in found.splits.items() for score in part.scores
+            f"eval/{split}/{score.key}": score.value for split, part in scores.splits.items() for score in part.scores
         }
 
     # ---- every rank --------------------------------------------------------------------------------------------------
 
     def due(self, images: int) -> bool:
         """Whether to evaluate at `images` seen; not again in a run that is resumed right after its evaluation."""
-        train = self._config.train
-        due = passes(self._config.eval.every_images, images, train.global_batch) or images >= train.total_images
-        return due and images != self._at
+        passed = passes(self._config.every_images, images, self._train.global_batch)
+        return (passed or images >= self._train.total_images) and images != self._evaluated_at
 
     def take(self, images: int, values: Mapping[str, float]) -> bool:
-        """The scores at `images`: whether they are the best so far, by `eval.metric` on the protocol's first split."""
-        self._at, self._before = images, self.best
-        metric = self._config.eval.metric
+        """Record the scores at `images`; returns whether `eval.metric` is the best so far on the protocol's first split."""
+        self._evaluated_at, self._previous_best = images, self.best
+        metric = self._config.metric
         value = next((value for name, value in values.items() if name.rpartition("/")[2] == metric), math.nan)
         sign = 1 if better_of(metric) == "higher" else -1
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best.value):
@@ -125,20 +133,20 @@ class Periodic:
         return True
 
     def unsaved(self, images: int) -> None:
-        """The checkpoint at `images` could not be written: what it would have kept is not the best that there is."""
+        """The checkpoint at `images` could not be written, so it is not the best one."""
         if self.best is not None and self.best.images == images:
-            self.best = self._before
+            self.best = self._previous_best
 
     def state(self) -> dict[str, Any]:
-        """For state.json."""
+        """What a checkpoint's state.json keeps under `evaluation`."""
         best = dataclasses.asdict(self.best) if self.best else None
-        return {"at": self._at, "best": best, "by": self._by()}
+        return {"at": self._evaluated_at, "best": best, "by": self._by()}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """What `state` gave; what another protocol or metric found is no measure for this one."""
+        """Restore what `state` returned, unless it is of another protocol or metric."""
         if state and state["by"] == self._by():
-            self._at = state["at"]
+            self._evaluated_at = state["at"]
             self.best = Best(**state["best"]) if state["best"] else None
 
     def _by(self) -> list[str]:
-        return [self._protocol.sha256, self._config.eval.metric]
+        return [self._protocol.sha256, self._config.metric]

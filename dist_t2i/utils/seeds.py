@@ -14,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Uses that share a value differ in their other arguments, or never occur in one program."""
+    """Purposes of `mix`. Uses that share a value have always shared it; separating them would change what runs compute."""
 
     TRAINING_NOISE = 1
     """Noise, conditioning noise and augmentation of one row of a training batch."""

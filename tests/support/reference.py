@@ -15,7 +15,7 @@ from dist_t2i.data.stream.batch import Batch
 from dist_t2i.losses import functional as losses
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.text_encoder import TextEmbedding
-from dist_t2i.training.noise import Draws, draw, draw_pixels, draw_places
+from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise
 from models_on_disk import networks_of
 
 
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
 
     batch: Batch
     images: int
-    draws: Draws
+    noise: RowNoise
     real: torch.Tensor
     same: torch.Tensor
 
@@ -100,9 +100,9 @@ class Reference:
     def step(self, batch, images):
         """D's step, then G's, on a whole batch at `images` seen; returns the losses by the names of their metrics."""
         c = self.config
-        draws = draw(c, batch.positions)
-        real = augment(self._pixels(batch.images), draws.augmentation, c.augment)
-        seen = Seen(batch, images, draws, real, losses.same_pairs(batch.image_ids, batch.caption_ids))
+        noise = row_noise(c.train.seed, batch.positions, c.model.generator)
+        real = augment(self._pixels(batch.images), noise.augmentation, c.augment)
+        seen = Seen(batch, images, noise, real, losses.same_pairs(batch.image_ids, batch.caption_ids))
 
         self._zero()
         total, embedded, d_losses = self._d_losses(seen)
@@ -171,7 +171,7 @@ class Reference:
             return losses.r1(logits, x)
         if w.penalty == "ma_gp":
             return losses.ma_gp(logits, x, s)
-        pixels = draw_pixels(self.config, seen.batch.positions, x.shape[-1])
+        pixels = perturbation(self.config.train.seed, seen.batch.positions, x.shape[-1])
         moved = d.adversarial(d.features(x + w.penalty_sigma * pixels), s)
         return losses.fd_r1(logits, moved, w.penalty_sigma)
 
@@ -188,7 +188,8 @@ class Reference:
         kl = losses.kl_condition(out.mean, out.log_variance)
         total = g_loss + w.g_alignment_text * to_text + w.g_alignment_image * to_image + w.kl * kl
         if real.regions is not None:
-            places = draw_places(self.config, seen.images)
+            c = self.config
+            places = region_negatives(c.train.seed, seen.images, c.model.discriminator.regions, c.loss.region_negatives)
             total = total + w.g_alignment_regions * losses.region_info_nce(
                 pictures["regions"], real.regions, w.region_temperature, seen.same, places
             )
@@ -212,13 +213,13 @@ class Reference:
     def _fake(self, seen):
         """The fakes, augmented, and all that G put out."""
         text = self._encode(self.nets.generator.text_g, seen.batch)
-        noise, condition_noise = seen.draws.noise, seen.draws.condition_noise
+        noise, condition_noise = seen.noise.noise, seen.noise.condition_noise
         guide = []
         if self.config.edit.width:
             sources, given = self._pixels(seen.batch.sources), seen.batch.source_ids >= 0
             guide = [self.nets.generator.source(sources, text, given)]
         out = self.nets.generator.generator(noise, text.sentence, text.words, text.mask, condition_noise, *guide)
-        return augment(out.images, seen.draws.augmentation, self.config.augment), out
+        return augment(out.images, seen.noise.augmentation, self.config.augment), out
 
     @staticmethod
     def _pixels(images):

@@ -86,7 +86,17 @@ def flows(mode: str, words: str, penalty: str = "r1", **more) -> dict:
             found["changed"][half] = {n for n, p in parameters().items() if not torch.equal(p, before[n])}
             return result
 
-    gan = Probe(config, built.generator, built.discriminator, built.text, built.frozen)
+    gan = Probe(
+        built.generator,
+        built.discriminator,
+        built.text,
+        built.frozen,
+        loss=config.loss,
+        augment=config.augment,
+        model=config.model,
+        train=config.train,
+        edit=config.edit,
+    )
     frozen = {n: p.clone() for n, p in built.frozen.named_parameters()} if built.frozen else {}
     gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)
     found["all"] = set(parameters())
@@ -155,21 +165,21 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode, w
 def shared_gradients() -> dict:
     """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
 
-    from dist_t2i.training import shared_text
+    from dist_t2i.training import text_modes
     from small_gan import build_gan, micro_batches, tiny_config
 
     config = tiny_config(**OVERRIDES, **WORDS, text__mode="shared")
-    carry, change = shared_text.SharedText.carry, {}
+    propagate, change = text_modes.SharedText.propagate, {}
     for withheld in ("nothing", "generator", "discriminator"):
 
-        def only(self, source, rate_scale, withheld=withheld):
-            if source.name == withheld:
+        def only(self, network, rate_scale, withheld=withheld):
+            if network.name == withheld:
                 for leaf in self.embedding:
                     if leaf.grad is not None:
                         leaf.grad.zero_()
-            carry(self, source, rate_scale)
+            propagate(self, network, rate_scale)
 
-        shared_text.SharedText.carry = only
+        text_modes.SharedText.propagate = only
         gan = build_gan(config)
         before = {n: p.detach().clone() for n, p in gan.text.module.named_parameters()}
         gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)

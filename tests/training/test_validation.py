@@ -17,7 +17,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.inference import model_files
-from dist_t2i.training.validation import Periodic
+from dist_t2i.training.validation import Validation
 from models_on_disk import write_tone_set
 from runs import Run
 
@@ -158,7 +158,9 @@ def test_other_mistakes_are_told_in_a_line(data, protocol, tmp_path):
     ):
         config = loads("", [f"data.train={data}", f"eval.protocol={protocol}", override])
         with pytest.raises(UserError) as told:
-            Periodic(tmp_path, config, open_set(data), torch.device("cpu"), print).prepare()
+            cpu = torch.device("cpu")
+            validation = Validation(tmp_path, config.eval, config.train, open_set(data), cpu, print)
+            validation.prepare(config.data, lambda generator, discriminator, images: pytest.fail("not asked for"))
         assert said in str(told.value) and "\n" not in str(told.value)
 
 

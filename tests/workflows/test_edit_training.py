@@ -12,7 +12,7 @@ from dist_t2i.checkpoint import store
 from dist_t2i.config.files import loads
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import ConfigError
-from dist_t2i.training.setup import read_beginning
+from dist_t2i.training.setup import read_initial
 from models_on_disk import tokenizer, write_run
 from runs import CONFIG, Run, assert_same_state, make_set
 
@@ -94,4 +94,4 @@ def test_two_ranks_are_one(whole, data, base, tmp_path):
 )
 def test_a_model_that_does_not_fit_is_refused(base, overrides, said):
     with pytest.raises(ConfigError, match=said):
-        read_beginning(loads(CONFIG, [*EDIT, f"edit.init={base}", *overrides]), tokenizer())
+        read_initial(loads(CONFIG, [*EDIT, f"edit.init={base}", *overrides]), tokenizer())

@@ -166,12 +166,21 @@ class Subject:
         counts = {name: count(child) for side in sides for name, child in side.named_children()}
         text = sum(number for name, number in counts.items() if name.startswith("text"))
         self.parameters = {name: counts[name] for name in ("generator", "discriminator")} | {"text": text}
-        average = Average(networks, config.ema, self.device)
+        average = Average(networks, config.ema, config.train.global_batch, self.device)
         generator = PlainEngine("generator", networks.generator, config, self.device, rates.generator_lr)
         discriminator = PlainEngine(
             "discriminator", networks.discriminator, config, self.device, rates.discriminator_lr
         )
-        return Gan(config, cast(NetworkEngine, generator), cast(NetworkEngine, discriminator)), average
+        gan = Gan(
+            cast(NetworkEngine, generator),
+            cast(NetworkEngine, discriminator),
+            loss=config.loss,
+            augment=config.augment,
+            model=config.model,
+            train=config.train,
+            edit=config.edit,
+        )
+        return gan, average
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -190,7 +199,7 @@ class Subject:
         for _ in range(steps):
             self.gan.step([self.batch], self.images, 1.0)
             self.images += self.config.train.global_batch
-            self._timed("average", self.average.update)(self.gan, self.images)
+            self._timed("average", self.average.update)(self.gan.engines, self.images)
         seconds = self._seconds | {"step": now(self.device) - begin}
         return {phase: total / steps for phase, total in seconds.items()}
 
