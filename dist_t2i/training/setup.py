@@ -36,7 +36,7 @@ from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
 from dist_t2i.training.sample_grid import SampleSheet
-from dist_t2i.training.trainer import RunParts, Trainer
+from dist_t2i.training.trainer import Trainer
 from dist_t2i.training.validation import Validation
 from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
@@ -56,19 +56,19 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
     watchdog = Watchdog(Path(config.run.folder), rank.rank, rank.world_size, config.train.hang_seconds).start()
     init_distributed(device)
     try:
-        trainer = Trainer(build_run(config, device, watchdog, allow_changes=allow_changes))
+        trainer = build_trainer(config, device, watchdog, allow_changes=allow_changes)
         status = trainer.run(stop)
     finally:
         watchdog.stop()
         with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
             dist.destroy_process_group()
     # The other ranks need not wait for the upload.
-    trainer.parts.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
+    trainer.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
     return status
 
 
-def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> RunParts:
-    """The parts of the run in `config.run.folder`, restored from its newest intact checkpoint, if any.
+def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> Trainer:
+    """The trainer of the run in `config.run.folder`, restored from its newest intact checkpoint, if any.
 
     Collective; the process group must exist. Raises UserError.
     """
@@ -154,9 +154,8 @@ def build_run(config: Config, device: torch.device, watchdog: Watchdog, *, allow
             bad_file=bad_file,
             data_set=data,
         )
-    return RunParts(
+    return Trainer(
         folder=folder,
-        main=main,
         images=images,
         data=config.data,
         train=config.train,

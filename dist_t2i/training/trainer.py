@@ -38,42 +38,33 @@ _SAMPLE_SECONDS = 600.0
 """The same for a sample grid."""
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """What the training loop works with, on one rank."""
+@dataclass
+class Trainer:
+    """Trains a run to its end. Every rank has one; all of them make the same calls in the same order."""
 
     folder: Path
-    main: bool
-    """Whether this is rank 0."""
     images: int
-    """Images seen when the loop begins."""
+    """Images seen"""
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     engine: EngineConfig
-    """With a concrete precision."""
+    """With a concrete precision"""
     report: ReportConfig
     stream: Stream
     gan: Gan
     average: Average
     checkpointer: Checkpointer
     validation: Validation | None
-    """None where `eval.every_images` is 0."""
+    """None if `eval.every_images` is 0"""
     sample_sheet: SampleSheet | None
-    """Rank 0 only."""
+    """Only on rank 0"""
     reporter: Reporter
     mirror: Mirror
     watchdog: Watchdog
 
-
-class Trainer:
-    """Trains a run to its end. Every rank has one; all of them make the same calls in the same order."""
-
-    def __init__(self, parts: RunParts) -> None:
-        self.parts, self.images = parts, parts.images
-        self.batch, self.total = parts.train.global_batch, parts.train.total_images
-        self.gan, self.average, self.validation = parts.gan, parts.average, parts.validation
-        self.checkpointer, self.reporter, self.watchdog = parts.checkpointer, parts.reporter, parts.watchdog
+    def __post_init__(self) -> None:
+        self.batch, self.total = self.train.global_batch, self.train.total_images
         self.meter, self.health = Meter(), Health()
 
     def run(self, stop: StopFlag) -> ExitStatus:
@@ -87,9 +78,9 @@ class Trainer:
                 # A run that is asked to stop saves at once; the evaluation follows when the run is resumed.
                 improved = not stopping and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
-                sampling = finished or self._passes(self.parts.report.sample_every_images)
+                sampling = finished or self._passes(self.report.sample_every_images)
                 # The report comes before the save: it ends a run whose numbers are not finite.
-                if saving or self._passes(self.parts.report.every_steps * self.batch):
+                if saving or self._passes(self.report.every_steps * self.batch):
                     self._report()
                 if sampling:
                     self._sample()
@@ -100,15 +91,15 @@ class Trainer:
                 self._step()
 
     def _step(self) -> None:
-        self.watchdog.doing("waiting for data", self.images, extra=self.parts.data.retry_seconds)
+        self.watchdog.doing("waiting for data", self.images, extra=self.data.retry_seconds)
         with self.meter.waiting():
-            batches = [next(self.parts.stream) for _ in range(self.parts.engine.accumulation)]
+            batches = [next(self.stream) for _ in range(self.engine.accumulation)]
         self.watchdog.doing("training step", self.images)
-        scale = learning_rate_scale(self.images, self.parts.optimizer, self.total)
+        scale = learning_rate_scale(self.images, self.optimizer, self.total)
         metrics = self.gan.step(batches, self.images, scale)
         self.images += self.batch
         self.average.update(self.gan.engines, self.images)
-        self.meter.add(self.batch, {**metrics, "lr": scale * self.parts.optimizer.generator_lr})
+        self.meter.add(self.batch, {**metrics, "lr": scale * self.optimizer.generator_lr})
         self.reporter.tick(self.images)
 
     # ---- between steps -----------------------------------------------------------------------------------------------
@@ -143,7 +134,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Report the averages since the last report. Collective. Raises TrainingError when one is not finite."""
-        self.parts.mirror.poll()
+        self.mirror.poll()
         values = self.meter.take(mean_over_ranks)
         if not values:
             return
@@ -155,18 +146,18 @@ class Trainer:
             step=step,
             checkpoint=str(latest.folder) if latest else "",
             groups=[group for engine in self.gan.engines for group in engine.non_finite_groups()] if broken else (),
-            skips_overflows=self.parts.engine.precision == "fp16",
+            skips_overflows=self.engine.precision == "fp16",
         )
         for warning in self.health.observe(self.images, values):
-            if self.parts.main:
+            if dist.get_rank() == 0:
                 self.reporter.warn(warning)
         self.reporter.metrics(self.images, step, values)
 
     def _sample(self) -> None:
         self.watchdog.doing("sample grid", self.images, extra=_SAMPLE_SECONDS)
         with self.meter.paused():
-            if self.parts.sample_sheet is not None:
-                rows = self.parts.sample_sheet.rows(self.average)
+            if self.sample_sheet is not None:
+                rows = self.sample_sheet.rows(self.average)
                 self.reporter.samples(self.images, rows, name=folder_name(self.images))
 
     def _save(self, *, last: bool) -> None:
@@ -186,17 +177,17 @@ class Trainer:
         )
         start = f"from the checkpoint at {self.images:,} images" if self.images else "from the start"
         self.reporter.say(
-            f"{self.parts.folder}: training {start} to {self.total:,} images; {world} rank{'s' if world > 1 else ''} on "
-            f"{device.type}, {self.parts.engine.precision}, batch {self.batch}; parameters: {counts}"
+            f"{self.folder}: training {start} to {self.total:,} images; {world} rank{'s' if world > 1 else ''} on "
+            f"{device.type}, {self.engine.precision}, batch {self.batch}; parameters: {counts}"
         )
-        self.parts.mirror.offer(self.images if latest else None)
+        self.mirror.offer(self.images if latest else None)
         if self.images == 0:
             self._sample()
 
     def _end(self, reason: StopReason) -> ExitStatus:
         self.watchdog.stop()  # ranks end at different times from here on, and an ended rank looks like a hung one
         if self.images >= self.total:
-            self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.parts.folder}")
+            self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
         self.reporter.close(
             "stopped",
@@ -212,12 +203,12 @@ class Trainer:
         try:
             yield
         except Superseded:  # the folder belongs to another process now: write nothing into it
-            self.parts.mirror.close()
+            self.mirror.close()
             raise
         except BaseException as error:
             self.reporter.close("failed", "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
-            self.parts.mirror.close()
+            self.mirror.close()
             raise
         finally:
-            self.parts.stream.close()
+            self.stream.close()
             self.checkpointer.release()
