@@ -7,12 +7,12 @@
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
 | any status, but Slurm has ended the job (`scancel`, `scontrol requeue`) or runs a later attempt of it, or `submit.py \
-cancel` is about to end it | is left to Slurm |
+cancel` is about to end it | stays with Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 The decision is made here, and not in a rank, because it must not depend on the state of the ranks. Slurm is asked for
-the job's state first, so that a job that its user has cancelled does not come back. The system's Python may run this file:
-only the standard library and dist_t2i.errors, Python 3.7.
+the job's state first, so that a job that its user has cancelled is not queued again. The system's Python may run this
+file: it imports only the standard library and dist_t2i.errors, Python 3.7.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def usable_cores() -> int:
 def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
     """Whether the process runs: it exists, is not a zombie, and started between `earliest` and `latest` (Unix times).
 
-    The start tells a process from a later one that was given the same pid.
+    The start distinguishes a process from a later one with the same pid.
     """
     import psutil
 
