@@ -48,7 +48,8 @@ def keys() -> dict[str, Key]:
 
 
 def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
-    types_of, docs = field_types(type(section)), _docs(inspect.getmodule(type(section)))[type(section).__name__]
+    class_: type = type(section)
+    types_of, docs = field_types(class_), _docs(inspect.getmodule(class_))[class_.__name__]
     for field in dataclasses.fields(section):
         name, value = field.name, getattr(section, field.name)
         resume = field.metadata.get("resume") or inherited

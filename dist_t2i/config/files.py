@@ -226,7 +226,8 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 def _section_of(key: str) -> tuple[type, str, str]:
     """The innermost section that a dotted key leads to, its prefix, and the rest of the key (dotted if unknown)."""
-    section, prefix, rest = Config, "", key
+    section: type = Config
+    prefix, rest = "", key
     while "." in rest and dataclasses.is_dataclass(inner := field_types(section).get(rest.partition(".")[0])):
         parent, _, rest = rest.partition(".")
         section, prefix = typing.cast(type, inner), f"{prefix}{parent}."
@@ -320,10 +321,13 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
             quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
             problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
             return None
-    inner = typing.get_args(type_)[1]
+    inner: Any = typing.get_args(type_)[1]
     if isinstance(value, dict) and dataclasses.is_dataclass(inner):
         entries = {str(name): {} if entry is None else entry for name, entry in value.items()}
-        return {name: read_section(entry, inner, f"{key}.{name}.", problems) for name, entry in entries.items()}
+        return {
+            name: read_section(entry, typing.cast(type, inner), f"{key}.{name}.", problems)
+            for name, entry in entries.items()
+        }
     if isinstance(value, dict) and all(isinstance(entry, (str, int, float)) for entry in value.values()):
         return {str(name): show(entry) if isinstance(entry, bool) else str(entry) for name, entry in value.items()}
     problems.append(f"{key}: expected `name: value` lines")
