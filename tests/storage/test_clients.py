@@ -27,11 +27,11 @@ def test_nor_does_the_time_it_took(time):
     from obstore.exceptions import GenericError
 
     said = f"Error performing GET http://127.0.0.1:9/a.tar in {time} - HTTP error: error sending request"
-    with pytest.raises(StorageError) as told, storage_errors():
+    with pytest.raises(StorageError) as reported, storage_errors():
         raise GenericError(
             f"Generic HTTP error: {said}\n\nDebug source:\n elapsed: {time},\n 'tcp connect error', Connection refused"
         )
-    assert type(told.value) is StorageError and "the connection was refused" in str(told.value)
+    assert type(reported.value) is StorageError and "the connection was refused" in str(reported.value)
 
 
 @pytest.mark.parametrize(

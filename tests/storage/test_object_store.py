@@ -123,8 +123,8 @@ def test_it_may_be_stopped_and_started_again(tmp_path):
 
 def test_it_dies_with_the_process_that_started_it(tmp_path):
     program = """if True:
-        import sys, time, storage
-        server = storage.S3Server(sys.argv[1])
+        import sys, time, object_store
+        server = object_store.S3Server(sys.argv[1])
         server.start()
         print(server.pid, *server.ports, flush=True)
         time.sleep(60)

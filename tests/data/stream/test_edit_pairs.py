@@ -55,14 +55,14 @@ def test_large_groups_are_passed_over_unless_there_are_no_others():
 
 def test_every_neighbour_is_chosen_and_the_choice_is_a_function_of_its_number():
     neighbours = Neighbors([[n] for n in NAMES], 4)
-    drawn = [neighbours.pick(1, number * 0x9E3779B97F4A7C15 % 2**64) for number in range(200)]
-    assert set(drawn) == near(1)
-    assert drawn[:5] == [Neighbors([[n] for n in NAMES], 4).pick(1, n * 0x9E3779B97F4A7C15 % 2**64) for n in range(5)]
+    picks = [neighbours.pick(1, number * 0x9E3779B97F4A7C15 % 2**64) for number in range(200)]
+    assert set(picks) == near(1)
+    assert picks[:5] == [Neighbors([[n] for n in NAMES], 4).pick(1, n * 0x9E3779B97F4A7C15 % 2**64) for n in range(5)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 plain pictures in two shards, "thing 7 red" beside "thing 7 blue"; one of them is no picture."""
+    """24 plain pictures in two shards, "thing 7 red" next to "thing 7 blue"; one of them is no picture."""
     folder = tmp_path_factory.mktemp("set")
     lines = []
     for number in range(24):

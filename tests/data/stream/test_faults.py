@@ -1,6 +1,6 @@
 """Faults on the way from object storage: every planned sample is delivered, or listed with its reason.
 
-A real S3 server behind a proxy that breaks what it is told to, two loader workers in a process of their own, and one epoch
+A real S3 server behind a proxy that breaks what it is reported to, two loader workers in a process of their own, and one epoch
 read under each fault. The rows are compared with those of the same set on the local disk, read without any fault.
 """
 
@@ -80,12 +80,12 @@ class Store:
         environment = {**without_aws(os.environ), **self.proxy.environment, "XDG_CACHE_HOME": str(work / "home")}
         return PROGRAM.start(json.dumps(config), environment=environment)
 
-    def account(self, name: str, told: dict[str, Any], work: Path, clean: dict[int, tuple[str, int]] = {}) -> int:  # noqa: B006
+    def account(self, name: str, reported: dict[str, Any], work: Path, clean: dict[int, tuple[str, int]] = {}) -> int:  # noqa: B006
         """Check every position of the run; returns how many were replaced."""
         clean = clean or self.clean
-        rows = {position: (key, total) for position, key, total in told["rows"]}
-        assert not told["error"], told["error"]
-        assert sorted(rows) == list(range(EPOCHS * COUNT)) and len(told["rows"]) == len(rows)
+        rows = {position: (key, total) for position, key, total in reported["rows"]}
+        assert not reported["error"], reported["error"]
+        assert sorted(rows) == list(range(EPOCHS * COUNT)) and len(reported["rows"]) == len(rows)
         listed = work / "bad_samples.jsonl"
         lines = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
         bad = {line["position"]: line for line in lines if line["position"] < EPOCHS * COUNT}
@@ -120,8 +120,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with S3Server(base / "s3") as server, FaultProxy(server.endpoint) as proxy:
         found = Store(base / "set", server, proxy, {})
         server.put_folder(base / "set", "set/")
-        told, _ = found.read(base, data__train=str(base / "set"), bad_file=None)
-        found.clean = {position: (key, total) for position, key, total in told["rows"]}
+        reported, _ = found.read(base, data__train=str(base / "set"), bad_file=None)
+        found.clean = {position: (key, total) for position, key, total in reported["rows"]}
         yield found
 
 
@@ -162,15 +162,15 @@ CASES = [(name, "") for name in PASSING] + [
 @pytest.mark.parametrize(("name", "cache"), CASES)
 def test_faults_that_pass_cost_nothing(mended: Store, tmp_path: Path, name: str, cache: str):
     rule = PASSING[name](mended.proxy)
-    told, _ = mended.read(tmp_path, **({"data__cache": cache} if cache else {}))
+    reported, _ = mended.read(tmp_path, **({"data__cache": cache} if cache else {}))
     assert rule.hits > 0
-    assert mended.account(f"{name}{', no cache' if cache else ''}", told, tmp_path) == 0
+    assert mended.account(f"{name}{', no cache' if cache else ''}", reported, tmp_path) == 0
 
 
 @pytest.mark.slow
 def test_without_faults_each_chunk_is_asked_for_once_and_most_samples_come_from_them(mended: Store, tmp_path: Path):
-    told, _ = mended.read(tmp_path)
-    assert mended.account("no fault", told, tmp_path) == 0
+    reported, _ = mended.read(tmp_path)
+    assert mended.account("no fault", reported, tmp_path) == 0
     sizes = {path.name: path.stat().st_size for path in mended.folder.glob("*.tar")}
     asked = [request for request in mended.proxy.seen("*.tar", "GET") if request.status == 206]
     whole = [request for request in asked if request.sent == sizes[request.path.rpartition("/")[2]]]
@@ -254,19 +254,19 @@ def test_damage_that_lasts_is_replaced_and_listed(mended: Store, tmp_path: Path,
     damaged(mended, "train-00002.tar", change)
     if change is spoil:
         reindex(mended, "train-00002.tar", tmp_path)
-    told, _ = mended.read(tmp_path)
-    replaced = mended.account(name, told, tmp_path)
+    reported, _ = mended.read(tmp_path)
+    replaced = mended.account(name, reported, tmp_path)
     assert replaced == EPOCHS * count if count else 0 < replaced < EPOCHS * SHARD
-    assert all(reason in line for line in told["bad"]), told["bad"]
+    assert all(reason in line for line in reported["bad"]), reported["bad"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("404 for good", 404), ("403 for good", 403), ("500 for good", 500)])
 def test_a_shard_that_cannot_be_had_is_replaced_and_listed(mended: Store, tmp_path: Path, name: str, status: int):
     mended.proxy.add(Status(status), path="*/train-00003.tar")
-    told, _ = mended.read(tmp_path, data__retry_seconds=2.0, data__cache="none")
-    assert mended.account(name, told, tmp_path) == EPOCHS * SHARD
-    assert sum(told["bad"].values()) >= EPOCHS * SHARD
+    reported, _ = mended.read(tmp_path, data__retry_seconds=2.0, data__cache="none")
+    assert mended.account(name, reported, tmp_path) == EPOCHS * SHARD
+    assert sum(reported["bad"].values()) >= EPOCHS * SHARD
 
 
 @pytest.mark.slow
@@ -282,10 +282,10 @@ def test_strict_and_too_much_stop_and_name_the_shard(mended: Store, tmp_path: Pa
 def test_a_bit_flipped_on_the_way_is_read_again(mended: Store, tmp_path: Path):
     offset = (mended.folder / "train-00001.tar").stat().st_size // 3
     rule = mended.proxy.add(FlippedBit(offset), path="*/train-00001.tar", first=1)
-    told, _ = mended.read(tmp_path)
+    reported, _ = mended.read(tmp_path)
     assert rule.hits == 1
     # The chunk that was kept with the flipped bit is fetched anew; without a cache, the sample would be listed.
-    assert mended.account("a bit flipped on the way", told, tmp_path) in (0, 1)
+    assert mended.account("a bit flipped on the way", reported, tmp_path) in (0, 1)
 
 
 @pytest.mark.slow
@@ -297,8 +297,8 @@ def test_an_object_replaced_while_being_read(mended: Store, tmp_path: Path, cach
         damaged(mended, "train-00004.tar", spoil)
 
     rule = mended.proxy.add(Replaced(replace, after=30_000), path="*/train-00004.tar", first=1)
-    told, _ = mended.read(tmp_path, **({"data__cache": cache} if cache else {}))
-    replaced = mended.account(f"replaced while being read{', no cache' if cache else ''}", told, tmp_path)
+    reported, _ = mended.read(tmp_path, **({"data__cache": cache} if cache else {}))
+    replaced = mended.account(f"replaced while being read{', no cache' if cache else ''}", reported, tmp_path)
     # The old bytes of the three may have been delivered before: then they were what was planned.
     assert rule.hits == 1 and replaced <= 3 * EPOCHS
 
@@ -308,15 +308,15 @@ def test_foreign_tars_with_damage(mended: Store, tmp_path: Path):
     """Indexed on first use: what is damaged already is left out and listed then, and the rest is an epoch of its own."""
     damaged(mended, "train-00001.tar", garble)
     damaged(mended, "train-00005.tar", cut)
-    told, err = mended.read(tmp_path, data__train="s3://data/set/train-{00000..00005}.tar")
+    reported, err = mended.read(tmp_path, data__train="s3://data/set/train-{00000..00005}.tar")
     assert "6 of 6 shards indexed" in err
     home = next((tmp_path / "home" / "dist_t2i" / "sets").iterdir())
     manifest = json.loads((home / "manifest.json").read_text())
     listed = [json.loads(line) for line in (home / "bad_samples.jsonl").read_text().splitlines()]
     samples = manifest["splits"]["train"]["samples"]
     lost = keys_of(mended, "train-00005.tar")
-    seen = {key for _, key, _ in told["rows"][:samples]}
-    assert len(seen) == samples and not told["bad"] and not told["error"]
+    seen = {key for _, key, _ in reported["rows"][:samples]}
+    assert len(seen) == samples and not reported["bad"] and not reported["error"]
     missing = {f"p{number:04d}" for number in range(COUNT)} - seen
     assert len(missing & keys_of(mended, "train-00001.tar")) == 1 and missing < lost | keys_of(
         mended, "train-00001.tar"
@@ -327,8 +327,10 @@ def test_foreign_tars_with_damage(mended: Store, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_name_that_cannot_be_resolved(mended: Store, tmp_path: Path):
-    told, _ = mended.read(tmp_path, data__endpoint="http://no-such-host.invalid:1", data__retry_seconds=1.0)
-    assert "cannot read the manifest s3://data/set/manifest.json" in told["error"] and "resolved" in told["error"]
+    reported, _ = mended.read(tmp_path, data__endpoint="http://no-such-host.invalid:1", data__retry_seconds=1.0)
+    assert (
+        "cannot read the manifest s3://data/set/manifest.json" in reported["error"] and "resolved" in reported["error"]
+    )
 
 
 @pytest.mark.slow
@@ -354,19 +356,19 @@ def test_a_full_disk_means_no_cache(mended: Store, tmp_path: Path):
     if mounted.returncode:
         pytest.skip("needs root, to mount a disk that is small enough to fill")
     try:
-        told, err = mended.read(tmp_path, data__cache=str(disk))
+        reported, err = mended.read(tmp_path, data__cache=str(disk))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     assert "No space left on device" in err and "nothing new is kept" in err
-    assert mended.account("the cache's disk is full", told, tmp_path) == 0
+    assert mended.account("the cache's disk is full", reported, tmp_path) == 0
 
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written(mended: Store, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    told, err = mended.read(tmp_path, data__cache=str(tmp_path / "file" / "cache"))
+    reported, err = mended.read(tmp_path, data__cache=str(tmp_path / "file" / "cache"))
     assert "nothing new is kept" in err
-    assert mended.account("a cache that cannot be written", told, tmp_path) == 0
+    assert mended.account("a cache that cannot be written", reported, tmp_path) == 0
 
 
 @pytest.mark.slow
@@ -386,9 +388,9 @@ def test_any_world_and_worker_count_goes_on_anywhere(
     for process in ranks:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        told = json.loads(out)
-        assert told["bad"] == {} and told["error"] == "", "a machine so slow that reads were given up on"
-        for position, key, total in told["rows"]:
+        reported = json.loads(out)
+        assert reported["bad"] == {} and reported["error"] == "", "a machine so slow that reads were given up on"
+        for position, key, total in reported["rows"]:
             assert position not in rows
             rows[position] = key, total
     assert rows == {position: store.clean[position] for position in range(start, start + count)}

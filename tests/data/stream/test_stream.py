@@ -1,4 +1,4 @@
-"""The stream delivers what the order plans: everywhere, from anywhere, bad samples replaced and told."""
+"""The stream delivers what the order plans: everywhere, from anywhere, bad samples replaced and reported."""
 
 import json
 import zlib
