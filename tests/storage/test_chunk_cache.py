@@ -102,7 +102,7 @@ def test_two_at_once_the_second_goes_on(tmp_path):
     assert other.read(key, 0, 0, 10) is None, "not there before it is whole"
     for waiting in (cache, other):  # in the process that fetches, and in another
         waiting.await_fill(key, 0, 0.02)
-        assert not waiting.path(key, 0).exists(), "it waits no longer than it is reported to"
+        assert not waiting.path(key, 0).exists(), "it waits at most the given seconds"
     threading.Timer(0.2, go.set).start()
     cache.await_fill(key, 0, 60)
     assert cache.path(key, 0).exists()

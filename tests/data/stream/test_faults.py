@@ -1,6 +1,6 @@
 """Faults on the way from object storage: every planned sample is delivered, or listed with its reason.
 
-A real S3 server behind a proxy that breaks what it is reported to, two loader workers in a process of their own, and one epoch
+A real S3 server behind a proxy that injects faults, two loader workers in a process of their own, and one epoch
 read under each fault. The rows are compared with those of the same set on the local disk, read without any fault.
 """
 
