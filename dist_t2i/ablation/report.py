@@ -1,15 +1,15 @@
-"""What an ablation found, as data, as Markdown and as a page. Every number comes from the runs' kept scores."""
+"""The results of an ablation as data, as Markdown and as a page. Every number comes from the cached scores of the runs."""
 
 from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_t2i import ablation
 from dist_t2i.ablation.plan import Plan
 from dist_t2i.ablation.scoring import OWN
 from dist_t2i.ablation.statistics import Difference, Measure, difference, verdict, weakness
@@ -18,50 +18,67 @@ from dist_t2i.config.sections import Config
 from dist_t2i.reporting import web_page
 
 FORMAT = 1
+METHOD = (
+    "An *arm* is the base configuration with overrides. All arms have the same networks (except for what text.mode itself "
+    "changes; the table lists the parameters), the same number of images and the same seeds. A seed determines the "
+    "weights, the order of the data and the noise, so that a seed of one arm is compared with the same seed of another: "
+    "differences are paired.",
+    "Every run is scored on the same held-out captions and the same evaluation noise by a feature network that took no part "
+    "in training. Scores by the model's own D and S_D are reported and labeled, but they decide nothing, because they "
+    "compare arms by different networks.",
+    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. They answer whether other seeds "
+    "would give the same result, which is the question about a method. A bootstrap over few seeds would be too narrow: the "
+    "resamples of 3 values never leave the range of these values, and a nominal 95% interval then covers the mean about "
+    "three times in four. The t interval is valid if seeds are normally distributed, which few seeds cannot show.",
+    "A verdict rests on the metrics that the plan names in advance (`decides`). It states what the interval of the paired "
+    "difference shows (better, worse, or neither), and whether this also holds when all comparisons of the table are "
+    "counted (Bonferroni).",
+)
+"""How the comparison is made, one paragraph per string, in Markdown; all of it is this project's choice."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
-"""(arm, seed) -> the scores that `RunScorer.scores` returns."""
+"""(arm, seed) -> result of `RunScorer.scores`."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known once the runs are scored."""
+    """The results of an ablation whose runs are scored."""
 
     plan: Plan
     measures: tuple[Measure, ...]
     comparisons: tuple[Difference, ...]
-    """Every measure, every arm but the reference."""
+    """Every measure for every arm except the reference."""
     changes: Mapping[str, Sequence[str]]
-    """arm -> `key: value (REFERENCE: value)` of what it changes."""
+    """arm -> `key: value (REFERENCE: value)` for every changed key."""
     parameters: Mapping[str, Mapping[str, int]]
-    """arm -> network -> how many."""
+    """arm -> network -> number of weights."""
     missing: Sequence[str]
-    """Runs that are not there, and why."""
-    made: Mapping[str, str]
-    """How it was made: command, hardware, hours, revision, ..."""
+    """Runs without scores, and why."""
+    facts: Mapping[str, str]
+    """How the results were made: command, hardware, hours, revision, ..."""
     manifest: Mapping[str, Any]
-    """The judge, the data and the protocol that all runs share."""
+    """The feature networks, the data and the protocol that all runs share."""
 
     @property
     def seeds(self) -> int:
-        """Of the arm that has the fewest."""
+        """The smallest number of seeds of any arm."""
         return min(len(values) for values in self.measures[0].values.values())
 
-    def deciding(self, arm: str) -> list[Difference]:
-        """The comparisons that the verdict on an arm rests on."""
-        first = self.measures[0].split
-        return [
-            one
-            for one in self.comparisons
-            if one.arm == arm and one.measure.split == first and one.measure.key in self.plan.decides
-        ]
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(measure.split for measure in self.measures))
+
+    def decides(self, item: Difference) -> bool:
+        """Whether the verdict on an arm rests on this comparison."""
+        return item.measure.split == self.splits[0] and item.measure.key in self.plan.decides
 
     def verdicts(self) -> list[str]:
-        """A sentence or two for each claim."""
-        said = []
+        """A paragraph for each hypothesis."""
+        verdicts = []
         for arm in self.plan.others:
-            claim = self.plan.arms[arm].claim or f"{self.plan.label(self.plan.reference)} beats {self.plan.label(arm)}"
-            said.append(verdict(claim, self.deciding(arm)))
-        return said
+            default = f"{self.plan.label(self.plan.reference)} beats {self.plan.label(arm)}"
+            deciding = [item for item in self.comparisons if item.arm == arm and self.decides(item)]
+            verdicts.append(verdict(self.plan.arms[arm].claim or default, deciding))
+        return verdicts
 
     def as_json(self) -> dict[str, Any]:
         return _finite(
@@ -69,23 +86,23 @@ class Findings:
                 "format": FORMAT,
                 "plan": asdict(self.plan),
                 "measures": [
-                    {**asdict(one), "arms": {arm: asdict(one.estimate(arm)) for arm in one.values}}
-                    for one in self.measures
+                    {**asdict(measure), "arms": {arm: asdict(measure.estimate(arm)) for arm in measure.values}}
+                    for measure in self.measures
                 ],
                 "differences": [
                     {
-                        **{"metric": one.measure.key, "split": one.measure.split, "arm": one.arm},
-                        **{"reference": one.reference, "says": one.says, "sure": one.sure},
-                        **{"gain": asdict(one.gain), "all_counted": asdict(one.counted)},
+                        **{"metric": item.measure.key, "split": item.measure.split, "arm": item.arm},
+                        **{"reference": item.reference, "says": item.says, "sure": item.sure},
+                        **{"gain": asdict(item.gain), "all_counted": asdict(item.counted)},
                     }
-                    for one in self.comparisons
+                    for item in self.comparisons
                 ],
                 "verdicts": self.verdicts(),
-                "changes": dict(self.changes),
-                "parameters": dict(self.parameters),
-                "missing": list(self.missing),
-                "made": dict(self.made),
-                "manifest": dict(self.manifest),
+                "changes": self.changes,
+                "parameters": self.parameters,
+                "missing": self.missing,
+                "made": self.facts,
+                "manifest": self.manifest,
             }
         )
 
@@ -95,44 +112,43 @@ def findings(
     configs: Mapping[tuple[str, int], Config],
     scores: Scores,
     *,
-    missing: Sequence[str] = (),
-    made: Mapping[str, str] | None = None,
+    missing: Sequence[str],
+    facts: Mapping[str, str],
 ) -> Findings:
-    """From the scores of the runs that are there; every arm needs at least one."""
+    """The results of the runs in `scores`, which has at least one run of every arm."""
     measures = tuple(_measures(plan, scores))
-    decide = sum(key in plan.decides for key in {one.key for one in measures}) * len(plan.others)
+    deciding = sum(key in plan.decides for key in {measure.key for measure in measures}) * len(plan.others)
     first = {arm: config for (arm, _), config in reversed(list(configs.items()))}
-    own = {arm: found for (arm, _), found in scores.items()}
-    manifest = next(iter(scores.values()))["manifest"]
+    by_arm = {arm: run_scores for (arm, _), run_scores in scores.items()}
+    any_scores = next(iter(scores.values()))
+    manifest = any_scores["manifest"]
     return Findings(
         plan=plan,
         measures=measures,
-        comparisons=tuple(difference(one, arm, plan.reference, decide) for one in measures for arm in plan.others),
+        comparisons=tuple(difference(m, arm, plan.reference, deciding) for m in measures for arm in plan.others),
         changes={arm: _changes(first[plan.reference], first[arm], plan.reference) for arm in plan.others},
-        parameters={arm: own[arm]["parameters"] for arm in plan.arms},
+        parameters={arm: by_arm[arm]["parameters"] for arm in plan.arms},
         missing=missing,
-        made=made or {},
+        facts=facts,
         manifest={
-            "judges": {name: one for name, one in manifest["judges"].items() if name != "own"},
+            "judges": {name: network for name, network in manifest["judges"].items() if name != "own"},
             "data_fingerprint": manifest["data_fingerprint"],
-            "protocol": next(iter(scores.values()))["protocol"],
+            "protocol": any_scores["protocol"],
         },
     )
 
 
 def _measures(plan: Plan, scores: Scores) -> list[Measure]:
-    some = next(iter(scores.values()))
-    found = []
-    for split, about in some["splits"].items():
+    measures = []
+    for split, about in next(iter(scores.values()))["splits"].items():
         for number, score in enumerate(about["scores"]):
             values: dict[str, dict[int, float]] = {arm: {} for arm in plan.arms}
-            for (arm, seed), one in scores.items():
-                values[arm][seed] = one["splits"][split]["scores"][number]["value"]
-            # The count of pairs that a name may carry is one run's.
-            name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])
+            for (arm, seed), run_scores in scores.items():
+                values[arm][seed] = run_scores["splits"][split]["scores"][number]["value"]
+            name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])  # this count differs between runs
             ends = score["floor"], score["ceiling"]
-            found.append(Measure(score["key"], name, split, score["better"], values, *ends))
-    return found
+            measures.append(Measure(score["key"], name, split, score["better"], values, *ends))
+    return measures
 
 
 def _changes(reference: Config, other: Config, name: str) -> list[str]:
@@ -141,12 +157,12 @@ def _changes(reference: Config, other: Config, name: str) -> list[str]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: null."""
+    """The same with null for infinity and NaN, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -155,100 +171,92 @@ Table = tuple[str, list[str], list[list[str]]]
 """Caption, heads, rows."""
 
 
-def score_table(found: Findings, split: str) -> Table:
-    heads = ["score", *(found.plan.label(arm) for arm in found.plan.arms), "better", "floor", "ceiling"]
+def tables(results: Findings) -> tuple[list[Table], list[Table]]:
+    """The tables above the figures: scores and differences by split; and those below: arms, and the values of all runs."""
+    above = [table(results, split) for split in results.splits for table in (score_table, difference_table)]
+    return above, [arm_table(results), *(run_table(results, split) for split in results.splits)]
+
+
+def score_table(results: Findings, split: str) -> Table:
+    plan = results.plan
+    heads = ["score", *(plan.label(arm) for arm in plan.arms), "better", "floor", "ceiling"]
     rows = []
-    for one in found.measures:
-        if one.split == split:
-            cells = [_estimate(one, arm) for arm in found.plan.arms]
-            rows.append([one.name, *cells, one.better, _ends(one.floor), _ends(one.ceiling)])
+    for measure in results.measures:
+        if measure.split == split:
+            cells = [_estimate(measure, arm) for arm in plan.arms]
+            rows.append([measure.name, *cells, measure.better, _ends(measure.floor), _ends(measure.ceiling)])
     return f"{split}: mean over seeds (95% t interval over seeds)", heads, rows
 
 
-def difference_table(found: Findings, split: str) -> Table:
-    reference = found.plan.label(found.plan.reference)
+def difference_table(results: Findings, split: str) -> Table:
+    reference = results.plan.label(results.plan.reference)
     rows = []
-    for one in found.comparisons:
-        if one.measure.split != split:
+    for item in results.comparisons:
+        if item.measure.split != split:
             continue
-        span = f"{one.gain.low:+.3f} to {one.gain.high:+.3f}" if one.gain.n > 1 else "one seed: none"
-        decides = (
-            "yes" if one in found.deciding(one.arm) else "no (own judge)" if one.measure.key.endswith(OWN) else "no"
-        )
-        says = {"better": f"{reference} better", "worse": f"{reference} worse", "nothing": "nothing"}[one.says]
-        says += ", also with all counted" if one.sure else ""
-        rows.append([found.plan.label(one.arm), one.measure.name, f"{one.gain.mean:+.3f}", span, says, decides])
-    heads = ["against", "score", f"{reference} is better by", "95% interval", "which says", "decides"]
-    return f"{split}: differences, seed by seed; above 0, {reference} is better", heads, rows
+        gain = item.gain
+        span = f"{gain.low:+.3f} to {gain.high:+.3f}" if gain.n > 1 else "none (one seed)"
+        own = " (own networks)" if item.measure.key.endswith(OWN) else ""
+        decides = "yes" if results.decides(item) else f"no{own}"
+        conclusion = "none" if item.says == "nothing" else f"{reference} {item.says}"
+        conclusion += ", also with all counted" if item.sure else ""
+        label = results.plan.label(item.arm)
+        rows.append([label, item.measure.name, f"{gain.mean:+.3f}", span, conclusion, decides])
+    heads = ["against", "score", f"{reference} is better by", "95% interval", "conclusion", "decides"]
+    return f"{split}: differences, paired by seed; positive: {reference} is better", heads, rows
 
 
-def run_table(found: Findings, split: str) -> Table:
+def run_table(results: Findings, split: str) -> Table:
     rows = [
-        [one.name, found.plan.label(arm), ", ".join(f"{value:.3f}" for _, value in sorted(values.items()))]
-        for one in found.measures
-        if one.split == split
-        for arm, values in one.values.items()
+        [measure.name, results.plan.label(arm), ", ".join(f"{value:.3f}" for _, value in sorted(values.items()))]
+        for measure in results.measures
+        if measure.split == split
+        for arm, values in measure.values.items()
     ]
     return f"{split}: every run, by seed", ["score", "arm", "values"], rows
 
 
-def arm_table(found: Findings) -> Table:
+def arm_table(results: Findings) -> Table:
     rows = []
-    for arm, about in found.plan.arms.items():
-        counts = found.parameters[arm]
-        numbers = (
-            ", ".join(f"{name} {count:,}" for name, count in counts.items()) + f"; {sum(counts.values()):,} in all"
-        )
-        changes = "; ".join(found.changes.get(arm, ())) or "the base configuration"
-        rows.append([found.plan.label(arm), changes, numbers, about.note])
-    return "What was compared", ["arm", "changes", "trained parameters", "note"], rows
+    for arm, about in results.plan.arms.items():
+        counts = results.parameters[arm]
+        numbers = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        changes = "; ".join(results.changes.get(arm, ())) or "the base configuration"
+        label = results.plan.label(arm)
+        rows.append([label, changes, f"{numbers}; {sum(counts.values()):,} in all", about.note])
+    return "Arms", ["arm", "changes", "trained parameters", "note"], rows
 
 
 def _estimate(measure: Measure, arm: str) -> str:
-    one = measure.estimate(arm)
-    return f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" if one.n > 1 else f"{one.mean:.3f} (one seed)"
+    mean = measure.estimate(arm)
+    return f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})" if mean.n > 1 else f"{mean.mean:.3f} (one seed)"
 
 
 def _ends(ends: Mapping[str, float]) -> str:
     return "; ".join(f"{value:.3f} {what}" for what, value in ends.items())
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def method() -> str:
-    """How the comparison is made: the second half of the package's docstring, which is where it is written down."""
-    _, begin, rest = (ablation.__doc__ or "").partition("* An *arm*")
-    return (begin + rest).rstrip()
-
-
-def markdown(found: Findings, pictures: Mapping[str, str]) -> str:
-    """The document. `pictures`: heading -> path of a PNG, relative to it."""
-    splits = list(dict.fromkeys(one.split for one in found.measures))
+def markdown(results: Findings, pictures: Mapping[str, str]) -> str:
+    """The document. `pictures`: heading -> path of a PNG, relative to the document."""
+    above, below = tables(results)
+    missing = ["**Some runs are missing**: " + "; ".join(results.missing) + ".", ""] if results.missing else []
     lines = [
-        f"# Ablation: {found.plan.name}",
+        f"# Ablation: {results.plan.name}",
         "",
-        "Written by `tools/ablate.py` from its runs; nothing here is written by hand.",
+        "Generated by `tools/ablate.py` from its runs; do not edit.",
         "",
-        "## What can be said",
-        "",
-        *(f"* {said}" for said in found.verdicts()),
-        "",
-        weakness(found.seeds),
-        "",
+        *("## Conclusions", "", *(f"* {text}" for text in results.verdicts()), ""),
+        *(weakness(results.seeds), "", *missing),
+        *(line for table in above for line in _markdown_table(table)),
+        *(line for heading, path in pictures.items() for line in (f"## {heading}", "", f"![{heading}]({path})", "")),
+        *(line for table in below for line in _markdown_table(table)),
+        *("## Method", ""),
+        *(textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ") for text in METHOD),
+        *("", "## Provenance", "", *(f"* {name}: {value}" for name, value in results.facts.items())),
     ]
-    if found.missing:
-        lines += ["**Not all runs are there**: " + "; ".join(found.missing) + ".", ""]
-    for split in splits:
-        for table in (score_table(found, split), difference_table(found, split)):
-            lines += _markdown_table(table)
-    for heading, path in pictures.items():
-        lines += [f"## {heading}", "", f"![{heading}]({path})", ""]
-    lines += _markdown_table(arm_table(found))
-    for split in splits:
-        lines += _markdown_table(run_table(found, split))
-    lines += ["## How it is done", "", method(), "", "## How it was made", ""]
-    lines += [f"* {name}: {value}" for name, value in found.made.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -259,29 +267,25 @@ def _markdown_table(table: Table) -> list[str]:
     return [f"## {caption[0].upper()}{caption[1:]}", "", lines[0], "|" + "---|" * len(heads), *lines[1:], ""]
 
 
-def write_page(found: Findings, path: Path, pictures: Mapping[str, Path], credit: str) -> Path:
-    """The same as a page that holds its pictures."""
-    splits = list(dict.fromkeys(one.split for one in found.measures))
-    verdicts = "".join(f"<li>{_marked(said)}</li>" for said in found.verdicts())
-    body = [f"<h1>Ablation: {web_page.text(found.plan.name)}</h1><h2>What can be said</h2><ul>{verdicts}</ul>"]
-    body.append(f"<p class=note>{web_page.text(weakness(found.seeds))}</p>")
-    if found.missing:
-        body.append(f"<p><b>Not all runs are there:</b> {web_page.text('; '.join(found.missing))}.</p>")
-    for split in splits:
-        for caption, heads, rows in (score_table(found, split), difference_table(found, split)):
-            body.append(web_page.table(heads, rows, caption))
-    body += [f"<h2>{web_page.text(heading)}</h2>{web_page.file(file, heading)}" for heading, file in pictures.items()]
-    caption, heads, rows = arm_table(found)
-    body.append(web_page.table(heads, rows, caption))
-    for split in splits:
-        caption, heads, rows = run_table(found, split)
-        body.append(web_page.table(heads, rows, caption))
-    listed = "".join(f"<dt>{web_page.text(n)}</dt><dd>{web_page.text(v)}</dd>" for n, v in found.made.items())
-    steps = "".join(f"<li>{_marked(' '.join(step.split()))}</li>" for step in re.split(r"(?m)^\* ", method())[1:])
-    body.append(f"<h2>How it is done</h2><ul>{steps}</ul><h2>How it was made</h2><dl>{listed}</dl>")
-    body.append(f"<p class=note>{web_page.text(credit)}</p>" if credit else "")
-    return web_page.write(path, f"Ablation: {found.plan.name}", body)
+def write_page(results: Findings, path: Path, pictures: Mapping[str, Path], credit: str) -> Path:
+    """The same as an HTML page that contains its pictures."""
+    text, (above, below) = web_page.text, tables(results)
+    missing = f"<p><b>Some runs are missing:</b> {text('; '.join(results.missing))}.</p>" if results.missing else ""
+    facts = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in results.facts.items())
+    body = [
+        f"<h1>Ablation: {text(results.plan.name)}</h1><h2>Conclusions</h2>{_list(results.verdicts())}",
+        f"<p class=note>{text(weakness(results.seeds))}</p>{missing}",
+        *(web_page.table(heads, rows, caption) for caption, heads, rows in above),
+        *(f"<h2>{text(heading)}</h2>{web_page.file(file, heading)}" for heading, file in pictures.items()),
+        *(web_page.table(heads, rows, caption) for caption, heads, rows in below),
+        f"<h2>Method</h2>{_list(METHOD)}<h2>Provenance</h2><dl>{facts}</dl>",
+        f"<p class=note>{text(credit)}</p>" if credit else "",
+    ]
+    return web_page.write(path, f"Ablation: {results.plan.name}", body)
 
 
-def _marked(said: str) -> str:
-    return re.sub(r"\*(.+?)\*", r"<i>\1</i>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", web_page.text(said)))
+def _list(paragraphs: Sequence[str]) -> str:
+    """Paragraphs with **bold** and *italic* as an HTML list."""
+    items = (re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", web_page.text(paragraph)) for paragraph in paragraphs)
+    items = (re.sub(r"\*(.+?)\*", r"<i>\1</i>", item) for item in items)
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

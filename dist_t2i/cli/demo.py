@@ -1,8 +1,8 @@
-"""From nothing to pictures: OpenMoji as a set, both networks trained under DeepSpeed, scores, and a page that shows it all.
+"""Write OpenMoji as a set, train both networks on it under DeepSpeed, score the model, and write a page of the results.
 
 python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; 90s, 3m, 1h: the time to train)
 
-Run again, it goes on where it was stopped; finished, it makes the page anew. Ctrl-C stops and saves.
+The same command resumes an interrupted demo; once it is finished, the command writes the page again. Ctrl-C saves and stops.
 """
 
 from __future__ import annotations
@@ -11,47 +11,43 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from dist_t2i.cli.common import ROOT, new_parser, write_openmoji
 from dist_t2i.errors import TrainingError, UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 0.03
 """Share of the budget that sample grids and checkpoints take."""
 GRIDS, CHECKPOINTS = 8, 4
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--budget", type=seconds, default="10m", help="time to train: 90s, 3m, 1h (default: %(default)s)"
-    )
+    parser = new_parser("demo.py", __doc__)
+    budget = "time to train: 90s, 3m, 1h (default: %(default)s)"
+    parser.add_argument("--budget", type=seconds, default="10m", help=budget)
     parser.add_argument("--config", type=Path, help="(default: openmoji64 with a GPU, openmoji32 without)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/demo-BUDGET)")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="the set (default: data/openmoji at the config's size)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the configuration")
+    data = "the set (default: data/openmoji at the picture size of the configuration)"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the configuration")
     return parser.parse_args(arguments)
 
 
 def seconds(text: str) -> int:
     """90s, 3m, 1h (or a bare number of seconds) as seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
-    value = float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]] if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+    value = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 3m or 1h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration; write 90s, 3m or 1h")
     return round(value)
 
 
 def spelled(budget: int) -> str:
-    """Seconds as `seconds` reads them: 600 is 10m."""
+    """The inverse of `seconds`: 600 is 10m."""
     for unit, size in (("h", 3600), ("m", 60)):
         if budget % size == 0:
             return f"{budget // size}{unit}"
@@ -59,67 +55,60 @@ def spelled(budget: int) -> str:
 
 
 def main() -> int:
-    chosen = parse()
+    args = parse()
     from dist_t2i.distributed.supervisor import Interrupted
+    from dist_t2i.utils.progress import duration
 
     os.chdir(ROOT)
     started = time.monotonic()
     try:
-        demo(chosen)
+        demo(args)
     except Interrupted as stop:
         print(f"\n{stop}", flush=True)
         return stop.status
-    print(f"{time.monotonic() - started:,.0f} s in all")
+    print(f"finished after {duration(time.monotonic() - started)}")
     return 0
 
 
-def demo(chosen: argparse.Namespace) -> None:
-    """All steps; those that an earlier call finished are passed over."""
+def demo(args: argparse.Namespace) -> None:
+    """All steps, except those that an earlier call has finished."""
+    from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.launch import has_gpu
     from dist_t2i.distributed.supervisor import train
 
-    budget = spelled(chosen.budget)
-    config_path = chosen.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
-    size = config_files.load(config_path, chosen.overrides).data.image_size
-    run = chosen.run or Path("runs") / f"demo-{budget}"
-    data = chosen.data or Path("data") / f"openmoji{size}"
-    say(1, f"Pictures: OpenMoji at {size}x{size} pixels, in {data}")
-    make_set(data, size)
-    overrides = [f"data.train={data}", *chosen.overrides]
+    budget = spelled(args.budget)
+    config_path = args.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
+    size = config_files.load(config_path, args.overrides).data.image_size
+    run = args.run or Path("runs") / f"demo-{budget}"
+    data = args.data or Path("data") / f"openmoji{size}"
+    heading(1, f"Pictures: OpenMoji at {size}x{size} pixels, in {data}")
+    if (data / "manifest.json").is_file():
+        print("written earlier")
+    else:
+        write_openmoji(data, size)
+    overrides = [f"data.train={data}", *args.overrides]
     if not (run / "config.yaml").exists():
-        say(2, "Speed: how many images a second can be trained on here")
-        overrides += plan(config_path, overrides, run, chosen.budget)
-        say(3, f"Training for {budget}, in {run} (Ctrl-C stops and saves)")
+        heading(2, "Speed: images per second in training on this machine")
+        overrides += plan(config_path, overrides, run, args.budget)
+        heading(3, f"Training for {budget}, in {run} (Ctrl-C saves and stops)")
         train(config_path, overrides, run)
-    elif left := images_left(run):
-        say(3, f"Training goes on in {run}: {left:,} images to go (Ctrl-C stops and saves)")
+    elif (left := config_files.load(run / "config.yaml").train.total_images - newest_images(run)) > 0:
+        heading(3, f"Training resumes in {run}: {left:,} images to go (Ctrl-C saves and stops)")
         train(run / "config.yaml", overrides, run)
     else:
-        say(3, f"Training: finished earlier, in {run}")
+        heading(3, f"Training: finished earlier, in {run}")
     report(run, data, budget)
 
 
-def say(step: int, text: str) -> None:
+def heading(step: int, text: str) -> None:
     print(f"\n== {step}/5  {text}", flush=True)
 
 
-def make_set(data: Path, size: int) -> None:
-    """The OpenMoji set, unless it is there."""
-    if (data / "manifest.json").is_file():
-        print("there already")
-        return
-    command = [sys.executable, "tools/shard.py", "openmoji", "--size", str(size), "--out", str(data)]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        raise UserError(f"making the pictures failed (exit status {status}); what went wrong is said above")
-
-
 def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) -> list[str]:
-    """Trains for some seconds aside, and returns the overrides that make a run of about `budget` seconds.
+    """Measures the speed in a short trial run; returns the overrides of a run of about `budget` seconds.
 
-    The number of images goes into the run's configuration: from there on the run is a function of it, and no clock is
-    asked again.
+    The number of images goes into the run's configuration, so that the run itself does not depend on a clock.
     """
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.supervisor import train
@@ -130,49 +119,37 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     shutil.rmtree(trial, ignore_errors=True)
     trial.parent.mkdir(parents=True, exist_ok=True)
     never = 10**9 // batch * batch
-    aside = ["report.every_steps=8", f"train.total_images={never}"]
-    aside += [f"checkpoint.every_images={never}", f"report.sample_every_images={never}"]
+    keys = ("train.total_images", "checkpoint.every_images", "report.sample_every_images")
+    endless = ["report.every_steps=8", *(f"{key}={never}" for key in keys)]
     needed = min(12.0, max(3.0, budget / 20))
-    line = Line()
+    started, live = time.monotonic(), sys.stdout.isatty()
 
-    def reports() -> list[dict]:
-        """After the first one, which warms up: compilers, caches, the first read of the set."""
+    def reports() -> list[dict[str, Any]]:
+        """All but the first, which includes warming up: compilers, caches, the first read of the set."""
         return metrics_log.read(trial / "metrics.jsonl")[1:]
 
     def enough() -> bool:
-        found = reports()
-        line.show(f"{found[-1]['images_per_second']:,.0f} images/s" if found else "starting")
-        return len(found) >= 3 and found[-1]["time"] - found[0]["time"] >= needed
+        entries = reports()
+        if live:
+            rate = f"{entries[-1]['images_per_second']:,.0f} images/s" if entries else "starting"
+            print(f"\r{rate}, {time.monotonic() - started:.0f} s\x1b[K", end="", flush=True)
+        return len(entries) >= 3 and entries[-1]["time"] - entries[0]["time"] >= needed
 
-    train(config_path, [*overrides, *aside], trial, enough=enough, log=log)
-    rates = sorted(report["images_per_second"] for report in reports())
+    train(config_path, [*overrides, *endless], trial, enough=enough, log=log)
+    rates = sorted(entry["images_per_second"] for entry in reports())
     shutil.rmtree(trial, ignore_errors=True)
     if not rates:
-        raise TrainingError(f"the trial run ended before it could tell its speed; see {log}")
+        raise TrainingError(f"the trial run ended before its speed was measured; see {log}")
     log.unlink()
-    settings = budget_overrides(rates[len(rates) // 2], budget, batch)
-    line.show(
-        f"{rates[len(rates) // 2]:,.0f} images/s: {settings[0].partition('=')[2]} images in {spelled(budget)}",
-        last=True,
-    )
+    rate = rates[len(rates) // 2]
+    settings = budget_overrides(rate, budget, batch)
+    text = f"{rate:,.0f} images/s: {settings[0].partition('=')[2]} images in {spelled(budget)}"
+    print(f"\r{text}\x1b[K" if live else text, flush=True)
     return settings
 
 
-class Line:
-    """A line that is written over on a terminal; elsewhere only its last version is printed."""
-
-    def __init__(self) -> None:
-        self._live, self._start = sys.stdout.isatty(), time.monotonic()
-
-    def show(self, text: str, last: bool = False) -> None:
-        if self._live:
-            print(f"\r{text}, {time.monotonic() - self._start:.0f} s\x1b[K", end="\n" if last else "", flush=True)
-        elif last:
-            print(text, flush=True)
-
-
 def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
-    """Settings of a run of `budget` seconds at `rate` images a second; all counts are whole batches."""
+    """Settings of a run of `budget` seconds at `rate` images per second; all counts are multiples of the batch."""
     total = max(GRIDS, int((1 - RESERVE) * rate * budget / batch)) * batch
     grids, saves = (total // (parts * batch) * batch for parts in (GRIDS, CHECKPOINTS))
     return [
@@ -182,17 +159,8 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
     ]
 
 
-def images_left(run: Path) -> int:
-    """Images that the run has still to see, by its newest checkpoint."""
-    from dist_t2i.checkpoint.store import newest_images
-    from dist_t2i.config import files as config_files
-
-    total = config_files.load(run / "config.yaml").train.total_images
-    return max(0, total - newest_images(run))
-
-
 def report(run: Path, data: Path, budget: str) -> None:
-    """Scores (unless these weights have theirs) and the page; prints where to look."""
+    """Scores the weights, unless scores.json is about them, and writes the page; prints where the results are."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import table
@@ -200,18 +168,18 @@ def report(run: Path, data: Path, budget: str) -> None:
     from dist_t2i.publish import run_page
     from dist_t2i.publish.model_card import SetAbout
 
-    say(4, "Scores, on prompts and pictures that training never saw")
+    heading(4, "Scores on held-out prompts and pictures")
     model, held_out = load(run), open_set(data)
     scores = known_scores(run, model.files.sha256())
     if scores is None:
-        found = evaluate(model, held_out, protocol_for(held_out), say=lambda line: print(line, flush=True))
-        found.save(run / "scores.json")
-        scores = found.as_json()
-    say(5, "Page")
+        results = evaluate(model, held_out, protocol_for(held_out), say=lambda line: print(line, flush=True))
+        results.save(run / "scores.json")
+        scores = results.as_json()
+    heading(5, "Page")
     counts = {split: 6 if split == "test-nouns" else 24 for split in scores["splits"]}
     page = run_page.write_page(
         run,
-        title=f"{budget} of training on OpenMoji, from nothing",
+        title=f"{budget} of training on OpenMoji, from random weights",
         rows={split: run_page.held_out_rows(model, held_out, split, count) for split, count in counts.items()},
         scores=scores,
         about=SetAbout.of(model.files),
@@ -219,13 +187,15 @@ def report(run: Path, data: Path, budget: str) -> None:
         command=f"BUDGET={budget} make demo",
         facts=run_page.facts_of(run, model, held_out),
     )
+    interpreter = Path(sys.executable)
+    python = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
     print(f"\n{table(scores)}\n")
-    print(f"Look at   {page}")
-    print(f"          {run / 'curves.png'}  {run / 'samples'}")
-    print(f'Draw      {python()} tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png')
+    print(f"Page      {page}")
+    print(f"Files     {run / 'curves.png'}  {run / 'samples'}")
+    print(f'Sample    {python} tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png')
 
 
-def known_scores(run: Path, weights: str) -> dict | None:
+def known_scores(run: Path, weights: str) -> dict[str, Any] | None:
     """RUN/scores.json if it is about these weights."""
     from dist_t2i.eval.scores import read_scores
 
@@ -234,9 +204,3 @@ def known_scores(run: Path, weights: str) -> dict | None:
     except UserError:
         return None
     return scores if scores["manifest"]["weights_sha256"] == weights else None
-
-
-def python() -> str:
-    """The interpreter as one would type it here."""
-    path = Path(sys.executable)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,58 +1,45 @@
-"""Change a picture as a text says, with a model that was trained to (configs/edit-openmoji.yaml).
+"""Edit a picture to match a text, with a model that was trained for it (configs/edit-openmoji.yaml).
 
 python tools/edit.py --run RUN --image picture.png "woman pilot dark skin tone" [--strength 0.7] [--out edit.png]
 python tools/edit.py evaluate --run RUN [--data SET] [--base RUN]     (see docs/manipulation.md)
 
-The text says what the whole picture shall show, as a caption would. Pictures of any size and format that training reads
-will do: transparency goes on white, and the central square is taken, at the model's size.
+The text describes the whole edited picture, as a caption does. Pictures may have any size and any format that training
+reads; transparent pixels become white, and the central square is scaled to the model's size.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dist_t2i.cli.common import add_model, log, new_parser, open_held_out, prompt_warnings, writing
 from dist_t2i.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 EVALUATE = "evaluate"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="edit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("text", help="what the picture shall show")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder or exported model")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to change")
+    parser = new_parser("edit.py", __doc__)
+    parser.add_argument("text", help="caption of the edited picture")
+    add_model(parser)
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
     parser.add_argument("--out", type=Path, default=Path("edit.png"), metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument(
-        "--strength", type=float, default=1.0, help="0: the source, 1: the whole edit (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn anew (default: %(default)s)")
+    strength = "0: the original picture, 1: the full edit (default: %(default)s)"
+    parser.add_argument("--strength", type=float, default=1.0, help=strength)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: the configuration's)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return parser.parse_args(arguments)
 
 
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="edit.py evaluate", description="Edits of held-out pictures beside the trivial answers, with their scores."
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder or exported model")
+    parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
+    add_model(parser)
     parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
-    parser.add_argument(
-        "--base", metavar="DIR", help="model that draws from the text alone (default: what the run began with)"
-    )
+    base = "model that generates from the text alone (default: the model that the run started from)"
+    parser.add_argument("--base", metavar="DIR", help=base)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the scores (default: DIR/edit-scores.json)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the pictures (default: DIR/edits.png)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     return parser.parse_args(arguments)
 
 
@@ -63,51 +50,40 @@ def main() -> int:
     return edit(parse(arguments))
 
 
-def edit(chosen: argparse.Namespace) -> int:
-    from dist_t2i.inference.pipeline import PromptWarning, load
+def edit(args: argparse.Namespace) -> int:
+    from dist_t2i.inference.pipeline import load
+    from dist_t2i.reporting.image_grid import save_grid
 
-    model = load(chosen.run, chosen.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PromptWarning)
-        picture = model.edit(chosen.image, chosen.text, chosen.strength, chosen.seed, chosen.truncation)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    _save(picture, chosen.out)
-    print(f"{chosen.image} edited: {chosen.out} ({picture.width}x{picture.height} px, strength {chosen.strength:g})")
+    model = load(args.run, args.device)
+    with prompt_warnings():
+        picture = model.edit(args.image, args.text, args.strength, args.seed, args.truncation)
+    with writing(args.out):
+        save_grid(picture, args.out)
+    print(f"{args.image} edited: {args.out} ({picture.width}x{picture.height} px, strength {args.strength:g})")
     return 0
 
 
-def evaluate(chosen: argparse.Namespace) -> int:
-    from dist_t2i.data.open_data import open_data
+def evaluate(args: argparse.Namespace) -> int:
     from dist_t2i.eval.scores import table
     from dist_t2i.eval.studies.edits import evaluate_edits, verdict
     from dist_t2i.inference.pipeline import load
+    from dist_t2i.reporting.image_grid import save_grid
 
-    model = load(chosen.run, chosen.device)
-    name = chosen.base or model.config.edit.init
+    model = load(args.run, args.device)
+    name = args.base or model.config.edit.init
     if not name:
-        raise UserError(f"{chosen.run} does not say which model it began with; name one that draws with --base")
-    base = load(name, chosen.device)
-    if not (chosen.data or model.config.data.train):
-        raise UserError(f"{chosen.run} does not say what it was trained on; name a set with --data")
-    data = open_data(replace(model.config.data, train=chosen.data or model.config.data.train))
-    scores, grid = evaluate_edits(model, base, data, say=lambda line: print(line, file=sys.stderr, flush=True))
-    out, picture = chosen.out or chosen.run / "edit-scores.json", chosen.grid or chosen.run / "edits.png"
-    try:
+        raise UserError(
+            f"{args.run} does not name the model that it started from; name a text-to-image model with --base"
+        )
+    base = load(name, args.device)
+    data = open_held_out(args.run, model.config.data, args.data)
+    scores, grid = evaluate_edits(model, base, data, say=log)
+    out, picture = args.out or args.run / "edit-scores.json", args.grid or args.run / "edits.png"
+    with writing(out):
         scores.save(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
-    _save(grid, picture)
+    with writing(picture, "name another file with --grid"):
+        save_grid(grid, picture)
     print(table(scores.as_json()))
     print(verdict(scores))
     print(f"written to {out} and {picture}")
     return 0
-
-
-def _save(picture: Image, path: Path) -> None:
-    from dist_t2i.reporting.image_grid import save_grid
-
-    try:
-        save_grid(picture, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None

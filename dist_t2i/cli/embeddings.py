@@ -1,57 +1,47 @@
-"""What a model's two text embeddings have learned: nearest words, a map of captions, linear probes with their baselines.
+"""Study a model's two text embeddings: nearest words, a map of captions, linear probes with their baselines.
 
-python tools/embeddings.py --run RUN [--data SET] [--out DIR]       (RUN may be an exported folder, too)
+python tools/embeddings.py --run RUN [--data SET] [--out DIR]       (RUN may also be an exported folder)
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
+from dist_t2i.cli.common import add_model, new_parser, open_held_out, writing
 from dist_t2i.errors import UserError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="embeddings.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder or exported model")
-    parser.add_argument("--data", metavar="SET", help="set whose captions are looked at (default: the one trained on)")
-    parser.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to list")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the page goes (default: RUN/embeddings)")
+    parser = new_parser("embeddings.py", __doc__)
+    add_model(parser, device=False)
+    parser.add_argument("--data", metavar="SET", help="set of the captions (default: the one trained on)")
+    parser.add_argument("--words", nargs="*", default=[], metavar="WORD", help="words whose neighbors are listed")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the page (default: RUN/embeddings)")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    chosen = parse()
-    from dist_t2i.data.open_data import open_data
+    args = parse()
     from dist_t2i.eval.studies.embeddings import study
     from dist_t2i.inference.pipeline import load
     from dist_t2i.publish import embeddings_page
 
-    model = load(chosen.run)
-    if not (chosen.data or model.config.data.train):
-        raise UserError(f"{chosen.run} does not say what it was trained on; name a set with --data")
-    data = open_data(replace(model.config.data, train=chosen.data or model.config.data.train))
-    found = study(model, data, queries=chosen.words)
-    out = chosen.out or chosen.run / "embeddings"
-    title = f"What the text embeddings of {chosen.run.resolve().name} have learned ({model.images_seen:,} images seen)"
+    model = load(args.run)
+    data = open_held_out(args.run, model.config.data, args.data)
+    results = study(model, data, queries=args.words)
+    out = args.out or args.run / "embeddings"
+    title = f"What the text embeddings of {args.run.resolve().name} have learned ({model.images_seen:,} images seen)"
     try:
-        page = embeddings_page.write(found, out, title, str(data.manifest.get("credit", "")))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; name another folder with --out") from None
+        with writing(out, "name another folder with --out"):
+            page = embeddings_page.write(results, out, title, str(data.manifest.get("credit", "")))
     except ImportError as error:
         raise UserError(f"the pictures need matplotlib ({error}): pip install 'dist_t2i[eval]'") from None
-    if found.probes:
-        heads, rows = embeddings_page.probe_rows(found)
-        for row in rows:
-            print(
-                "\n".join(
-                    [f"{row[0]}:", *(f"  {head:<32} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True))]
-                )
-            )
+    if results.probes:
+        heads, rows = embeddings_page.probe_rows(results)
+        for name, *cells in rows:
+            print(f"{name}:", *(f"  {head:<32} {cell}" for head, cell in zip(heads[1:], cells, strict=True)), sep="\n")
     else:
-        print("no probe applies: the captions name no skin tones, genders or frequent objects often enough")
-    print(f"look at {page}")
+        print("no probe applies: skin tones, genders and frequent objects are too rare in the captions")
+    print(f"page: {page}")
     return 0

@@ -1,4 +1,4 @@
-"""Intervals, differences and verdicts on numbers that are made for it."""
+"""Intervals, differences and verdicts on synthetic numbers."""
 
 import math
 import statistics
@@ -25,10 +25,10 @@ def test_students_t(probability, freedom, value):
 
 def test_an_estimate_is_the_textbooks():
     values = [0.21, 0.25, 0.20, 0.28]
-    found = estimate(values)
+    result = estimate(values)
     reach = 3.182446 * statistics.stdev(values) / 2
-    assert found.mean == pytest.approx(statistics.mean(values)) and found.n == 4
-    assert (found.low, found.high) == pytest.approx((found.mean - reach, found.mean + reach))
+    assert result.mean == pytest.approx(statistics.mean(values)) and result.n == 4
+    assert (result.low, result.high) == pytest.approx((result.mean - reach, result.mean + reach))
     alone = estimate([0.3])
     assert alone.mean == 0.3 and math.isinf(alone.high) and math.isinf(alone.low)
 
@@ -40,8 +40,8 @@ def measure(key="recall_at_1", better="higher", **arms):
 def test_differences_are_paired_over_the_seeds_that_both_have():
     """Seeds that scatter widely, but alike in both arms, leave a clear difference."""
     spread = measure(dual=[0.1, 0.5, 0.9, 0.3], shared=[0.05, 0.46, 0.84])
-    found = difference(spread, "shared", "dual")
-    assert found.gain.n == 3 and found.gain.mean == pytest.approx(0.05) and found.says == "better"
+    result = difference(spread, "shared", "dual")
+    assert result.gain.n == 3 and result.gain.mean == pytest.approx(0.05) and result.says == "better"
     assert estimate([0.1, 0.5, 0.9]).low < estimate([0.05, 0.46, 0.84]).high  # unpaired, nothing could be said
 
 
@@ -64,34 +64,34 @@ NOTHING = measure("kid", "lower", dual=[1.0, 2.0, 1.5, 1.2], other=[1.5, 1.4, 1.
 
 
 @pytest.mark.parametrize(
-    ("measures", "said"),
+    ("measures", "head"),
     [
         ([BETTER], "**supported**"),
         ([WORSE], "**contradicted**"),
         ([NOTHING], "**neither supported nor contradicted"),
         ([BETTER, WORSE], "**the metrics disagree**"),
-        ([BETTER, NOTHING], "**supported by recall_at_1; kid says nothing**"),
-        ([WORSE, NOTHING], "**contradicted by kid; kid says nothing**"),
+        ([BETTER, NOTHING], "**supported by recall_at_1; kid is inconclusive**"),
+        ([WORSE, NOTHING], "**contradicted by kid; kid is inconclusive**"),
     ],
 )
-def test_a_verdict_says_what_the_intervals_say(measures, said):
-    found = verdict("two beat one", [difference(one, "other", "dual", len(measures)) for one in measures])
-    assert found.startswith("“two beat one”: ") and said in found
+def test_a_verdict_says_what_the_intervals_say(measures, head):
+    text = verdict("two beat one", [difference(item, "other", "dual", len(measures)) for item in measures])
+    assert text.startswith("“two beat one”: ") and head in text
 
 
 def test_a_verdict_that_says_nothing_says_what_it_would_take():
-    found = difference(NOTHING, "other", "dual")
-    needed = seeds_needed(found.gain)
+    result = difference(NOTHING, "other", "dual")
+    needed = seeds_needed(result.gain)
     assert needed and needed > 4
-    said = verdict("two beat one", [found])
-    assert f"about {needed} seeds would tell" in said and "anything in that range fits" in said
-    assert "worse to" in said and "better" in said
+    text = verdict("two beat one", [result])
+    assert f"about {needed} seeds would show a difference of this size" in text and "which is inconclusive" in text
+    assert "worse to" in text and "better" in text
 
 
 def test_one_seed_says_nothing():
-    found = difference(measure(dual=[0.9], other=[0.1]), "other", "dual")
-    assert found.says == "nothing" and not found.sure
-    assert "nothing can be said" in verdict("two beat one", [found])
+    result = difference(measure(dual=[0.9], other=[0.1]), "other", "dual")
+    assert result.says == "nothing" and not result.sure
+    assert "no conclusion" in verdict("two beat one", [result])
     assert "chance alone" in weakness(1) and "±2.48" in weakness(3)
 
 

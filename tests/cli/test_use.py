@@ -53,16 +53,16 @@ def test_sample_writes_a_grid_and_warns(run, tmp_path):
 @pytest.mark.slow
 def test_export_then_sample_from_it(run, tmp_path, monkeypatch):
     assert command("export.py", "--run", run, "--out", tmp_path / "model").returncode == 0
-    for source, out in ((tmp_path / "model", "a.png"), (run, "b.png")):
-        arguments = ("--run", source, "red apple", "--out", tmp_path / out)
+    for model, out in ((tmp_path / "model", "a.png"), (run, "b.png")):
+        arguments = ("--run", model, "red apple", "--out", tmp_path / out)
         assert inside("sample.py", *arguments, monkeypatch=monkeypatch) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_a_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for arguments, said in (
+    for arguments, message in (
         (("sample.py", "--run", tmp_path / "nowhere", "apple"), "not there"),
         (("sample.py", "--run", run, "apple", "--out", tmp_path / "full" / "file" / "a.png"), "--out"),
         (("sample.py", "--run", run, "apple", "--images-per-prompt", 0), "images_per_prompt"),
@@ -76,13 +76,13 @@ def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capsys):
         (("evaluate.py", "captions", "--data", tmp_path, "--protocol", "quick"), "tools/shard.py"),
     ):
         assert inside(*arguments, monkeypatch=monkeypatch) == 2
-        shown = capsys.readouterr().err
-        assert shown.startswith("error: ") and said in shown
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
 
 
 @pytest.mark.slow
 def test_evaluate_writes_scores_that_the_export_shows(tmp_path, monkeypatch):
-    """The whole way: pictures, a set, a model of it, its scores by the real judge, and its card."""
+    """From pictures to a set, a model of it, its scores by the real feature network, and its card."""
     pytest.importorskip("efficientnet_lite_pytorch")
     for i in range(12):
         Image.effect_mandelbrot((40, 40), (-3, -2.5 + i / 9, 2, 2.5), 20 + i).save(tmp_path / f"{i}.png")
@@ -128,26 +128,26 @@ costly_resamples: 20
 
 @pytest.mark.slow
 def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_path, monkeypatch, capsys):
-    """The commands as a user has them: a protocol of one's own, torchrun, compare, captions."""
+    """The commands as a user has them: a custom protocol, torchrun, compare, captions."""
     from dist_t2i.data.shard_set import open_set
 
     data = write_tone_set(tmp_path / "set", roles=60)
     run = write_run(tmp_path / "run", f"data.train={data}", words=open_set(data).tokenizer)
     (tmp_path / "own.yaml").write_text(OWN)
     one, four = tmp_path / "one.json", tmp_path / "four.json"
-    given = ["--run", run, "--protocol", tmp_path / "own.yaml", "--device", "cpu", "--out"]
-    done = command("evaluate.py", *given, one)
+    options = ["--run", run, "--protocol", tmp_path / "own.yaml", "--device", "cpu", "--out"]
+    done = command("evaluate.py", *options, one)
     assert done.returncode == 0 and "own S_D: not independent" in done.stdout, done.stderr
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "--"]
     again = subprocess.run(
-        [*ranks, *map(str, [TOOLS / "evaluate.py", *given, four])], capture_output=True, text=True, timeout=300
+        [*ranks, *map(str, [TOOLS / "evaluate.py", *options, four])], capture_output=True, text=True, timeout=300
     )
     assert again.returncode == 0 and again.stdout.count("written to") == 1, again.stderr
     a, b = (json.loads(path.read_text()) for path in (one, four))
     assert a["manifest"] == b["manifest"]
-    for ours, theirs in zip(a["splits"]["test"]["scores"], b["splits"]["test"]["scores"], strict=True):
-        for key, value in ours.items():
-            assert theirs[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6))
+    for first, second in zip(a["splits"]["test"]["scores"], b["splits"]["test"]["scores"], strict=True):
+        for key, value in first.items():
+            assert second[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6))
     assert inside("evaluate.py", "compare", one, four, monkeypatch=monkeypatch) == 0
     assert "r-precision" in capsys.readouterr().out.lower()
 
@@ -157,6 +157,6 @@ def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_p
     assert a["manifest"]["captions_sha256"] in capsys.readouterr().out
     assert out.read_bytes() == (run / "captions-own-1.txt").read_bytes()
     other = write_tone_set(tmp_path / "other", roles=30)
-    assert inside("evaluate.py", *given, four, "--data", other, monkeypatch=monkeypatch) == 2
-    shown = capsys.readouterr().err
-    assert "captions-own-1.txt: this run was evaluated with other captions" in shown and "Traceback" not in shown
+    assert inside("evaluate.py", *options, four, "--data", other, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "captions-own-1.txt: this run was evaluated with other captions" in error and "Traceback" not in error
