@@ -198,7 +198,7 @@ def difference_table(results: Findings, split: str) -> Table:
         span = f"{gain.low:+.3f} to {gain.high:+.3f}" if gain.n > 1 else "none (one seed)"
         own = " (own networks)" if item.measure.key.endswith(OWN) else ""
         decides = "yes" if results.decides(item) else f"no{own}"
-        conclusion = "none" if item.says == "nothing" else f"{reference} {item.says}"
+        conclusion = "inconclusive" if item.says == "nothing" else f"{reference} {item.says}"
         conclusion += ", also with all counted" if item.sure else ""
         label = results.plan.label(item.arm)
         rows.append([label, item.measure.name, f"{gain.mean:+.3f}", span, conclusion, decides])

@@ -160,21 +160,28 @@ def _weights(options: list[str], without: list[str]) -> dict[str, str]:
     return weights
 
 
-def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
-    """Writes the selected captions to the run's folder, unless the protocol has a hash of them.
-
-    Raises UserError when an earlier evaluation by this protocol had other captions, or when they do not have that hash.
-    """
+def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
+    """Hash of the selected captions. Raises UserError when the protocol was frozen with another hash."""
     from dist_t2i.eval.evaluate import captions_hash
+
+    digest = captions_hash(rows)
+    if protocol.captions_sha256 not in ("", digest):
+        raise UserError(
+            f"the captions that protocol {protocol.name} version {protocol.version} selects from this set are not those "
+            f"that it was frozen with (their hash is {digest[:12]}…, not {protocol.captions_sha256[:12]}…)"
+        )
+    return digest
+
+
+def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
+    """Writes the selected captions to the run's folder, unless the protocol has their hash.
+
+    Raises UserError when an earlier evaluation by this protocol had other captions, or when the hash differs.
+    """
     from dist_t2i.eval.protocol import captions_text
 
+    _checked_hash(protocol, rows)
     if protocol.captions_sha256:
-        digest = captions_hash(rows)
-        if digest != protocol.captions_sha256:
-            raise UserError(
-                f"the captions that protocol {protocol.name} version {protocol.version} selects from this set are not those "
-                f"that it was frozen with (their hash is {digest[:12]}…, not {protocol.captions_sha256[:12]}…)"
-            )
         return
     path = run / f"captions-{protocol.name}-{protocol.version}.txt"
     text = captions_text({split: part.rows() for split, part in rows.items()})
@@ -194,15 +201,12 @@ def captions(args: argparse.Namespace) -> int:
     """Writes the list of captions and prints its hash."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
-    from dist_t2i.eval.evaluate import captions_hash, select_all
+    from dist_t2i.eval.evaluate import select_all
     from dist_t2i.eval.protocol import captions_text, load_protocol
 
     protocol = load_protocol(args.protocol)
     rows = select_all(open_data(DataConfig(train=args.data)), protocol)
-    out = args.out or Path(f"{protocol.name}-captions.txt")
-    digest = captions_hash(rows)
-    if protocol.captions_sha256 and digest != protocol.captions_sha256:
-        raise UserError(f"these are not the captions of {protocol.name} version {protocol.version}: hash {digest}")
+    digest, out = _checked_hash(protocol, rows), args.out or Path(f"{protocol.name}-captions.txt")
     with writing(out):
         out.write_text(captions_text({split: part.rows() for split, part in rows.items()}), encoding="utf-8")
     for split, part in rows.items():

@@ -165,7 +165,7 @@ def check_pages(out, doc):
 def test_mistakes_are_reported_before_anything_is_trained(plan, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert inside(monkeypatch, plan, out, "--seeds", 0) == 2
-    assert "seeds: at least 1" in capsys.readouterr().err and not out.exists()
+    assert "seeds: must be at least 1" in capsys.readouterr().err and not out.exists()
     assert inside(monkeypatch, tmp_path / "none.yaml", out) == 2
     assert "ablation-tiny.yaml" in capsys.readouterr().err
     plan.write_text(plan.read_text().replace(str(tmp_path / "set"), str(tmp_path / "nothing")))

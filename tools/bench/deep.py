@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,25 @@ def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]
     shard = one_shard(data)
     numbers: dict[str, Any] = {}
     if resume:
-        numbers["resume"] = measure_resume(many_shards(shard, RESUME_SHARDS), rounds)
-        print_resume(numbers["resume"])
+        numbers["resume"] = seconds = measure_resume(many_shards(shard, RESUME_SHARDS), rounds)
+        statistic: dict[str, Callable[[list[float]], float]] = {"median s": statistics.median, "min": min, "max": max}
+        rows = [[share, *(f"{of(values):.3f}" for of in statistic.values())] for share, values in seconds.items()]
+        caption = f"Time to the first batch of {RESUME_SHARDS * SAMPLES:,} samples from disk, {WORKERS} workers"
+        print_table(f"{caption}, batch 64, 256 px", ["start after", *statistic], rows)
     if scale:
-        numbers["scale"] = measure_scale(many_shards(shard, RESUME_SHARDS), many_shards(shard, SCALE_SHARDS), rounds)
-        print_scale(numbers["scale"])
+        folders = [many_shards(shard, shards) for shards in (RESUME_SHARDS, SCALE_SHARDS)]
+        numbers["scale"] = runs = measure_scale(folders, rounds)
+        cells = {samples: {key: median_of(values, key) for key in values[0]} for samples, values in runs.items()}
+        rows = [
+            [
+                *(samples, f"{row['open']:.2f}", f"{row['first']:.2f}", f"{row['position']:.4f}"),
+                *(f"{row['thousand'] * 1000:.2f}", f"{row['private'] / 1e6:.1f}", f"{row['parent'] / 1e6:.1f}"),
+            ]
+            for samples, row in cells.items()
+        ]
+        heads = ["samples", "open s", "first batch s", "order s", "ms/1,000 positions", "MB/worker (USS)", "MB parent"]
+        caption = f"Sets by size: links to one shard of {SAMPLES:,} samples, {WORKERS} workers"
+        print_table(f"{caption}, started 90% into the epoch", heads, rows)
     return numbers
 
 
@@ -98,40 +113,14 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def measure_scale(small: Path, large: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure_scale(folders: list[Path], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Samples of each set -> measurements of each round, 90% into the epoch."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
-        for folder, shards in ((small, RESUME_SHARDS), (large, SCALE_SHARDS)):
+        for folder, shards in zip(folders, (RESUME_SHARDS, SCALE_SHARDS), strict=True):
             runs.setdefault(f"{shards * SAMPLES:,}", []).append(measure_start(folder, shards * SAMPLES * 9 // 10))
     return runs
 
 
 def measure_start(folder: Path, start: int) -> dict[str, float]:
     return probe.run({"loader": "start", "folder": str(folder), "start": start, "workers": WORKERS}, {})
-
-
-def print_resume(seconds: dict[str, list[float]]) -> None:
-    caption = f"Time to the first batch of {RESUME_SHARDS * SAMPLES:,} samples from disk"
-    rows = [
-        [share, *(f"{statistic(values):.3f}" for statistic in (statistics.median, min, max))]
-        for share, values in seconds.items()
-    ]
-    print_table(f"{caption}, {WORKERS} workers, batch 64, 256 px", ["start after", "median s", "min", "max"], rows)
-
-
-def print_scale(runs: dict[str, list[dict[str, float]]]) -> None:
-    columns = {  # head -> key, factor, decimals
-        "open s": ("open", 1, 2),
-        "first batch s": ("first", 1, 2),
-        "order s": ("position", 1, 4),
-        "ms/1,000 positions": ("thousand", 1000, 2),
-        "MB/worker (USS)": ("private", 1e-6, 1),
-        "MB parent": ("parent", 1e-6, 1),
-    }
-    rows = [
-        [samples, *(f"{median_of(rounds, key) * factor:.{decimals}f}" for key, factor, decimals in columns.values())]
-        for samples, rounds in runs.items()
-    ]
-    caption = f"Sets by size: links to one shard of {SAMPLES:,} samples, {WORKERS} workers, started 90% into the epoch"
-    print_table(caption, ["samples", *columns], rows)

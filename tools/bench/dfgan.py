@@ -129,12 +129,12 @@ class Peer:
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-    def run(self, steps: int) -> float:
-        """Seconds per step."""
+    def run(self, steps: int) -> dict[str, float]:
+        """`step`: seconds per step."""
         begin = now(self.real.device)
         for _ in range(steps):
             self._step()
-        return (now(self.real.device) - begin) / steps
+        return {"step": (now(self.real.device) - begin) / steps}
 
     def _step(self) -> None:
         d, real, sentence = self.discriminator, self.real, self.sentence

@@ -205,18 +205,14 @@ def energon(location: Location, decode: Decode) -> Batches:
 
 def write_msc_config(path: Path, remote: str) -> None:
     """Writes the profile `bench` of NVIDIA's storage client, through which energon reads S3."""
-    variables = os.environ
-    location = {
-        "base_path": remote.split("/")[2],
-        "endpoint_url": variables["AWS_ENDPOINT_URL"],
-        "region_name": variables["AWS_REGION"],
-    }
-    keys = {"access_key": variables["AWS_ACCESS_KEY_ID"], "secret_key": variables["AWS_SECRET_ACCESS_KEY"]}
+    address = {"endpoint_url": "AWS_ENDPOINT_URL", "region_name": "AWS_REGION"}
+    keys = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
+    server, credentials = ({key: os.environ[variable] for key, variable in part.items()} for part in (address, keys))
+    server["base_path"] = remote.split("/")[2]
     profile = {
-        "storage_provider": {"type": "s3", "options": location},
-        "credentials_provider": {"type": "S3Credentials", "options": keys},
+        "storage_provider": {"type": "s3", "options": server},
+        "credentials_provider": {"type": "S3Credentials", "options": credentials},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"profiles": {"bench": profile}}))
     os.environ["MSC_CONFIG"] = str(path)
 

@@ -126,42 +126,28 @@ def measure_loader(order: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_decoder(order: dict[str, Any]) -> dict[str, float]:
-    """The same for `workers` processes that only decode: each reads its share of the files before the clock starts."""
-    context = multiprocessing.get_context("fork")
-    workers = order["location"]["workers"]
-    paths = sorted(Path(order["location"]["folder"], "pictures").glob("*.jpg"))
-    barrier, results = context.Barrier(workers), context.SimpleQueue()
-    processes = [
-        context.Process(target=_decode_share, args=(paths[rank::workers], order["fast"], barrier, results))
-        for rank in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    starts, ends, used = zip(*(results.get() for _ in processes), strict=True)
-    for process in processes:
-        process.join()
-    return {
-        "first": 0.0,
-        "rate": len(paths) / (max(ends) - min(starts)),
-        "cpu": sum(used) / len(paths) * 1000,
-    }
-
-
-def _decode_share(paths: list[Path], fast: bool, barrier: Any, results: Any) -> None:
+    """The same for `workers` processes that only decode pictures from memory."""
     import torch
 
     torch.set_num_threads(1)
-    data, decode = [path.read_bytes() for path in paths], peers.fast if fast else peers.pillow
-    decode(data[0])
-    barrier.wait()
-    start, used = time.perf_counter(), time.process_time()
-    batch = []
-    for picture in data:
-        batch.append(decode(picture))
-        if len(batch) == peers.BATCH:
-            torch.stack(batch)
-            batch = []
-    results.put((start, time.perf_counter(), time.process_time() - used))
+    workers, decode = order["location"]["workers"], peers.fast if order["fast"] else peers.pillow
+    pictures = [path.read_bytes() for path in Path(order["location"]["folder"], "pictures").glob("*.jpg")]
+    decode(pictures[0])
+    results = multiprocessing.get_context("fork").SimpleQueue()
+
+    def decode_share(rank: int) -> None:
+        start, used = time.perf_counter(), time.process_time()
+        share = pictures[rank::workers]
+        for first in range(0, len(share), peers.BATCH):
+            torch.stack([decode(picture) for picture in share[first : first + peers.BATCH]])
+        results.put((start, time.perf_counter(), time.process_time() - used))
+
+    processes = [multiprocessing.get_context("fork").Process(target=decode_share, args=(i,)) for i in range(workers)]
+    for process in processes:
+        process.start()
+    starts, ends, used = zip(*(results.get() for _ in processes), strict=True)
+    rate = len(pictures) / (max(ends) - min(starts))
+    return {"first": 0.0, "rate": rate, "cpu": sum(used) / len(pictures) * 1000}
 
 
 def measure_start(order: dict[str, Any]) -> dict[str, float]:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy
 from PIL import Image, ImageDraw
 
+from dist_t2i.utils.processes import usable_cores
+
 SIZE = (640, 480)
 QUALITY = 90
 TARS = 16
@@ -67,8 +69,8 @@ def samples(pictures: Path) -> list[tuple[Path, list[str]]]:
 class Sets:
     """FOLDER/N/{pictures,set,energon,litdata,mds}: N pictures as files and in the format of each loader."""
 
-    def __init__(self, folder: Path, images: int, processes: int) -> None:
-        self.folder, self.images, self.processes = folder / str(images), images, processes
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder, self.images, self.processes = folder / str(images), images, usable_cores()
 
     def make(self, loaders: list[str]) -> None:
         """Write the folders that are missing."""

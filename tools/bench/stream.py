@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import statistics
 import sys
@@ -66,19 +65,20 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.images < 256:
         parser.error("--images must be at least 256: two workers need two batches each")
-    missing = [name for name in options.loaders if not is_installed(peers.LOADERS[name].modules[0])]
+    missing = [name for name in options.loaders if version(name) is None]
     if missing and not (options.resume or options.scale):
         print(f"error: not installed: {', '.join(missing)}; see --help, or select with --loaders", file=sys.stderr)
         sys.exit(2)
     return options
 
 
-def is_installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
+def version(name: str) -> str | None:
+    """Version of a loader's package, "" for this project; None when the package is not installed."""
+    package = peers.LOADERS[name].package
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+        return metadata.version(package) if package else ""
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> int:
@@ -102,10 +102,9 @@ def main() -> int:
 
 def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
     """Print all tables; returns their numbers."""
-    from dist_t2i.utils.processes import usable_cores
     from tools.bench.sets import Sets
 
-    sets = Sets(data, options.images, usable_cores())
+    sets = Sets(data, options.images)
     sets.make(options.loaders)
     server = None
     if any(place.startswith("s3") for place in options.places):
@@ -193,11 +192,6 @@ def print_rates(table: dict[str, Any], options: argparse.Namespace) -> None:
     print_table(caption, ["loader", *heads], [row + [""] * (7 - len(row)) for row in rows])
     for name, reason in table["failed"].items():
         print(f"{name} {version(name)}: {reason}", flush=True)
-
-
-def version(name: str) -> str:
-    package = peers.LOADERS[name].package
-    return metadata.version(package) if package else ""
 
 
 if __name__ == "__main__":

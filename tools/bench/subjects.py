@@ -30,8 +30,8 @@ from tools.bench.common import median_of, now
 from tools.bench.dfgan import Peer
 
 VOCABULARY = 2000
-PEER_STEPS = 3
-"""Steps of DF-GAN in a measurement; each takes as long as several of this project's."""
+PEER, PEER_STEPS = "DF-GAN", 3
+"""DF-GAN takes fewer steps in a measurement, because each takes as long as several of this project's."""
 METHODS = {"prepare": "_prepare", "discriminator": "_discriminator_step", "generator": "_generator_step"}
 """Phase -> method of Gan; the phase `average` is the moving average."""
 
@@ -46,56 +46,52 @@ def measure(options: argparse.Namespace) -> None:
     precision: Any = resolve_precision(config.engine.precision, device)
     config = replace(config, engine=replace(config.engine, precision=precision, accumulation=1))
     peak = matmul_peak(device, DTYPES[precision])
-    subjects = {"plain": Subject(config, None, device)}
+    batch = config.train.global_batch
+    plain = Subject(config, None, device)
+    subjects: dict[str, Subject | Peer] = {"plain": plain}
     subjects |= {f"stage {stage}": Subject(config, stage, device) for stage in options.stages}
-    for subject in subjects.values():
-        subject.run(2)  # warms up
-    flops, batch = count_flops(subjects["plain"]) * rank.world_size, config.train.global_batch
-    peer = Peer(config.data.image_size, batch, device) if options.peer and rank.world_size == 1 else None
-    if peer:
-        peer.run(1)
+    if options.peer and rank.world_size == 1:
+        subjects[PEER] = Peer(config.data.image_size, batch, device)
+    for name, subject in subjects.items():
+        subject.run(1 if name == PEER else 2)  # warms up
+    flops = count_flops(plain) * rank.world_size
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
-    peer_seconds = []
     for _ in range(options.rounds):
         for name, subject in subjects.items():
-            runs[name].append(subject.run(options.steps))
-        if peer:
-            peer_seconds.append(peer.run(PEER_STEPS))
+            runs[name].append(subject.run(PEER_STEPS if name == PEER else options.steps))
+    ratios = {
+        name: statistics.median(a["step"] / b["step"] for a, b in zip(rounds, runs["plain"], strict=True))
+        for name, rounds in runs.items()
+    }
+    rates = {name: batch / median_of(rounds, "step") for name, rounds in runs.items()}
+    table = {
+        "ranks": rank.world_size,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "precision": precision,
+        "batch": batch,
+        "size": config.data.image_size,
+        **plain.parameters,
+        "gflop_per_image": flops / batch / 1e9,
+        "peak_gflops": peak / 1e9,
+        "rows": {
+            name: {
+                "rate": rates[name],
+                "cost": ratios[name],
+                "share": rates[name] * flops / batch / peak,
+                "phases": {phase: median_of(rounds, phase) * 1000 for phase in (*METHODS, "average")},
+            }
+            for name, rounds in runs.items()
+            if name != PEER
+        },
+        "peer": None,
+    }
+    if isinstance(peer := subjects.get(PEER), Peer):
+        table["peer"] = {"rate": rates[PEER], "ratio": ratios[PEER], **peer.parameters}
     if rank.rank == 0:
-        plain = [run["step"] for run in runs["plain"]]
-        table = {
-            "ranks": rank.world_size,
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            "precision": precision,
-            "batch": batch,
-            "size": config.data.image_size,
-            **subjects["plain"].parameters,
-            "gflop_per_image": flops / batch / 1e9,
-            "peak_gflops": peak / 1e9,
-            "rows": {
-                name: {
-                    "rate": batch / median_of(rounds, "step"),
-                    "cost": median_ratio([run["step"] for run in rounds], plain),
-                    "share": flops / median_of(rounds, "step") / peak,
-                    "phases": {phase: median_of(rounds, phase) * 1000 for phase in (*METHODS, "average")},
-                }
-                for name, rounds in runs.items()
-            },
-            "peer": peer
-            and {
-                "rate": batch / statistics.median(peer_seconds),
-                "ratio": median_ratio(peer_seconds, plain),
-                **peer.parameters,
-            },
-        }
         print(json.dumps(table))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def median_ratio(seconds: list[float], plain: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, plain, strict=True))
 
 
 class PlainEngine:
