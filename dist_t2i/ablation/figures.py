@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_t2i.ablation.plan import Plan, run_folder
-from dist_t2i.ablation.scoring import as_images
 from dist_t2i.ablation.statistics import Measure
 from dist_t2i.reporting.figures import new_figure, save_figure
 from dist_t2i.reporting.image_grid import GridRow, render_grid, save_grid
@@ -29,7 +28,7 @@ def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Pr
     columns = []
     for arm in plan.arms:
         model = load(run_folder(out, arm, seed))
-        columns.append(as_images(generate(model, captions, protocol.seeds[0], protocol)))
+        columns.append(generate(model, captions, protocol.seeds[0], protocol).permute(0, 2, 3, 1).numpy())
     size = model.image_size
     return [
         GridRow(caption, [column[row] for column in columns], sample.image.convert("RGB").resize((size, size)))

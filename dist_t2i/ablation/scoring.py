@@ -116,21 +116,8 @@ class RunScorer:
 
 def parameters(model: TextToImage) -> dict[str, int]:
     """Number of weights of the generator, the discriminator and all trained text encoders."""
-    counted = {"generator": 0, "discriminator": 0, "text": 0}
-    encoders: dict[str, int] = {}
-    for tensors in (model.files.generator, model.files.discriminator):
-        for name, tensor in tensors.items():
-            network = name.partition(".")[0]
-            if network in ("generator", "discriminator"):
-                counted[network] += tensor.numel()
-            else:
-                encoders[name] = tensor.numel()  # a shared encoder is in both files, as `text.*`
-    counted["text"] = sum(encoders.values())
-    return counted
-
-
-def as_images(pictures: Tensor) -> list:
-    """uint8 [N, 3, H, W] as PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).contiguous().numpy()]
+    counts = {"generator": 0, "discriminator": 0, "text": 0}
+    for name, tensor in {**model.files.generator, **model.files.discriminator}.items():  # both hold a shared encoder
+        network = name.partition(".")[0]
+        counts[network if network in counts else "text"] += tensor.numel()
+    return counts

@@ -191,9 +191,10 @@ def facts_of(
     from dist_t2i.ablation.runs import seconds_trained
     from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.utils import environment
+    from dist_t2i.utils.files import read_json
 
     about, folders = environment.describe(), [Path(config.run.folder) for config in done.values()]
-    machines = [json.loads((folder / "environment.json").read_text(encoding="utf-8")) for folder in folders]
+    machines = [read_json(folder / "environment.json") for folder in folders]
     trained = sum(map(seconds_trained, folders))
     scored = sum(run_scores["seconds"] for run_scores in scores.values())
     calls = (out / "calls.jsonl").read_text(encoding="utf-8") if (out / "calls.jsonl").is_file() else ""

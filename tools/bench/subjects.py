@@ -9,7 +9,8 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_t2i.config import files as config_files
-from dist_t2i.config.sections import Config
+from dist_t2i.config.sections import Config, OptimizerConfig
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed import launch
-from dist_t2i.distributed.engine import DTYPES, NetworkEngine, init_distributed, resolve_precision
+from dist_t2i.distributed.engine import DTYPES, EngineSpec, init_distributed, resolve_precision
 from dist_t2i.distributed.optimizer import build_optimizer
-from dist_t2i.models.networks import build_networks
-from dist_t2i.training.ema import Average
-from dist_t2i.training.gan import Gan
-from dist_t2i.training.setup import assemble
+from dist_t2i.training import setup
 from tools.bench.common import median_of, now
 from tools.bench.dfgan import Peer
 
@@ -97,17 +95,15 @@ def measure(options: argparse.Namespace) -> None:
 class PlainEngine:
     """The interface of `NetworkEngine` without DeepSpeed, the baseline; DistributedDataParallel on several ranks."""
 
-    accumulation = 1
     loss_scale = 1.0
     gradient_norm = 0.0
 
-    def __init__(self, name: str, module: nn.Module, config: Config, device: torch.device, rate: float):
-        self.name, self.device, self.dtype = name, device, DTYPES[config.engine.precision]
-        self._bare = module.to(device, self.dtype)
-        self._wrapped: nn.Module = self._bare
+    def __init__(self, module: nn.Module, spec: EngineSpec, options: OptimizerConfig, device: torch.device):
+        self.name, self.device, self.dtype, self.accumulation = spec.name, device, DTYPES[spec.precision], 1
+        self._bare = self._wrapped = module.to(device, self.dtype)
         if dist.get_world_size() > 1:
             self._wrapped = nn.parallel.DistributedDataParallel(self._bare)
-        self._optimizer = build_optimizer(self._bare, config.optimizer, rate, {})
+        self._optimizer = build_optimizer(self._bare, options, spec.learning_rate, spec.scales)
         self.module = self._wrapped
 
     @contextlib.contextmanager
@@ -135,48 +131,27 @@ class Subject:
 
     def __init__(self, config: Config, stage: Literal[0, 1, 2, 3] | None, device: torch.device):
         self.config, self.device, self.images = config, device, 0
-        self.parameters: dict[str, int] = {}
-        """Weights of `generator`, `discriminator` and `text`, the text encoders; under plain PyTorch only."""
         if stage is None:
-            self.gan, self.average = self._plain()
+            with mock.patch.object(setup, "NetworkEngine", PlainEngine):
+                self.gan, self.average = setup.assemble(config, VOCABULARY, device)
         else:
             engine = replace(config.engine, generator_stage=stage, discriminator_stage=stage)
-            self.gan, self.average = assemble(replace(config, engine=engine), VOCABULARY, device)
+            self.gan, self.average = setup.assemble(replace(config, engine=engine), VOCABULARY, device)
         self.batch = synthetic_batch(config)
         self._seconds: dict[str, float] = {}
         for phase, method in METHODS.items():
             setattr(self.gan, method, self._timed(phase, getattr(self.gan, method)))
 
-    def _plain(self) -> tuple[Gan, Average]:
-        config, rates = self.config, self.config.optimizer
-        torch.manual_seed(config.train.seed)
-        networks = build_networks(
-            config.model,
-            config.text,
-            image_size=config.data.image_size,
-            max_tokens=config.data.max_tokens,
-            vocab_size=VOCABULARY,
-            edit_width=config.edit.width,
-        )
-        sides = (networks.generator, networks.discriminator)
-        counts = {name: count(child) for side in sides for name, child in side.named_children()}
-        text = sum(number for name, number in counts.items() if name.startswith("text"))
-        self.parameters = {name: counts[name] for name in ("generator", "discriminator")} | {"text": text}
-        average = Average(networks, config.ema, config.train.global_batch, self.device)
-        generator = PlainEngine("generator", networks.generator, config, self.device, rates.generator_lr)
-        discriminator = PlainEngine(
-            "discriminator", networks.discriminator, config, self.device, rates.discriminator_lr
-        )
-        gan = Gan(
-            cast(NetworkEngine, generator),
-            cast(NetworkEngine, discriminator),
-            loss=config.loss,
-            augment=config.augment,
-            model=config.model,
-            train=config.train,
-            edit=config.edit,
-        )
-        return gan, average
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Weights of `generator`, `discriminator` and `text` (all text encoders); under plain PyTorch only."""
+        counts: dict[str, int] = {"text": 0}
+        for engine in self.gan.engines:
+            with engine.gathered() as weights:
+                for name, weight in weights.items():
+                    part = name.partition(".")[0].partition("_")[0]
+                    counts[part] = counts.get(part, 0) + weight.numel()
+        return counts
 
     def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -198,10 +173,6 @@ class Subject:
             self._timed("average", self.average.update)(self.gan.engines, self.images)
         seconds = self._seconds | {"step": now(self.device) - begin}
         return {phase: total / steps for phase, total in seconds.items()}
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def synthetic_batch(config: Config) -> Batch:
