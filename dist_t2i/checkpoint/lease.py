@@ -1,20 +1,18 @@
 """Which process may commit to a run: the one that acquired the run's lease last.
 
-A requeued job may find a process of its earlier attempt still alive, cut off on a node that Slurm has given up. A check
-before each commit is not enough: another process may acquire the lease between the check and the commit. So a lease is a
-folder, and every change that counts is a rename into this folder or out of it:
+A requeued job may find a process of its earlier attempt alive on a node that Slurm has given up. A check before each
+commit is not enough: another process may acquire the lease in between. So a lease is a folder, and every change that
+counts is a rename into this folder or out of it:
 
     RUN/checkpoints/.claim-JOB.RESTART.PID.BEGUN.XXXX.HOST/    the lease of the process that may commit
       staging-XXXX/                a checkpoint being written; committed by a rename out of the folder
       removed-images-.../          a checkpoint being deleted; deletion begins with a rename into the folder
 
-A process that acquires the lease renames the folders of all earlier leases first, and only then looks for the newest
-checkpoint. The file system puts renames in an order: a commit under an earlier lease either comes before and is seen, or
-fails because its staging folder no longer exists. This is fencing (Kleppmann 2016, "How to do distributed locking") with
-the rename as the fence.
-
-The restart count orders the attempts of one Slurm job: an earlier attempt cannot take the lease from a later one.
-Otherwise the last process wins, except over a live process on this machine, which is somebody's running training.
+A process that acquires the lease first renames the folders of all earlier leases, then looks for the newest checkpoint.
+So a commit under an earlier lease either comes before and is seen, or fails because its staging folder no longer exists:
+fencing (Kleppmann 2016, "How to do distributed locking") with the rename as the fence. An earlier attempt of a Slurm job
+(by its restart count) cannot take the lease from a later one. Otherwise the last process wins, except over a live
+process on this machine, which is somebody's running training.
 """
 
 from __future__ import annotations
@@ -87,17 +85,17 @@ class Owner:
 
     def is_alive_here(self) -> bool:
         """Whether this is another live process on this machine; False where that cannot be seen."""
-        if self.host != socket.gethostname() or self.pid == os.getpid():
-            return False
-        return is_alive(self.pid, self.begun - 3, self.begun + 3)
+        other = self.host == socket.gethostname() and self.pid != os.getpid()
+        return other and is_alive(self.pid, self.begun - 3, self.begun + 3)
 
 
+@dataclass
 class Lease:
     """The right to commit under `root` (RUN/checkpoints) until it is `lost`. `acquire` returns one."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.folder = root, folder
-        self._next_check = 0.0
+    root: Path
+    folder: Path
+    _next_check: float = 0.0
 
     def lost(self) -> bool:
         """Whether another process has acquired the lease, or the folder was deleted; checks at most once a second."""
@@ -110,10 +108,8 @@ class Lease:
         """The same as `lost`, checked now."""
         try:
             os.stat(self.folder)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            pass  # a file system that does not answer proves nothing
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)  # a file system that does not answer proves nothing
         return False
 
     def error(self) -> Superseded:
@@ -165,10 +161,7 @@ def acquire(root: Path, *, say: Callable[[str], None] = lambda message: None) ->
 
 def _await_end(root: Path, owner: Owner, say: Callable[[str], None]) -> None:
     deadline, announced = time.monotonic() + _PATIENCE, False
-    while True:
-        alive = [holder for _, holder in _leases(root) if holder.is_alive_here() and not owner.is_newer(holder)]
-        if not alive:
-            return
+    while alive := [other for _, other in _leases(root) if other.is_alive_here() and not owner.is_newer(other)]:
         if time.monotonic() > deadline:
             raise UserError(
                 f"the run in {root.parent} is being trained by {alive[0]}.\n"
@@ -176,11 +169,9 @@ def _await_end(root: Path, owner: Owner, say: Callable[[str], None]) -> None:
             )
         if not announced:
             say(f"waiting for {alive[0]} to end: it holds this run's lease")
-            announced = True
+        announced = True
         time.sleep(0.2)
 
 
 def _leases(root: Path) -> list[tuple[Path, Owner]]:
-    """The folders of all leases with their owners."""
-    owners = [(folder, Owner.of(folder)) for folder in sorted(root.glob(f"{_PREFIX}*"))]
-    return [(folder, owner) for folder, owner in owners if owner is not None]
+    return [(folder, owner) for folder in sorted(root.glob(f"{_PREFIX}*")) if (owner := Owner.of(folder))]

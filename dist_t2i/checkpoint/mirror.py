@@ -2,8 +2,7 @@
 
 Only rank 0 has a mirror; on other ranks, and with an empty `checkpoint.mirror`, the same calls do nothing. Separate
 processes (mirror_worker.py) do all access to the mirror; they ignore stop signals, end with the training process, and
-never delay a step. A mirror that fails causes a warning. Only the start, when nothing can be lost yet, has two errors: the
-mirror belongs to another run, or it cannot be read while the run folder has no checkpoint.
+never delay a step. A mirror that fails causes a warning, except at the start, when nothing can be lost yet.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,27 +39,25 @@ _GLANCE_SECONDS = 15.0
 """Seconds that the mirror may not answer at the start of a run with checkpoints in its folder (at most `retry_seconds`)."""
 
 
+@dataclass
 class Mirror:
     """Call `look`, then `restore`, `offer` after every commit, `poll` now and then, `finish` at the end.
 
     `config` is the text of the run's config.yaml. `retry_seconds`: how long the mirror may not answer at the start.
     """
 
-    def __init__(
-        self,
-        checkpoint: CheckpointConfig,
-        run: Path,
-        config: str,
-        reporter: Reporter,
-        *,
-        retry_seconds: float,
-        main: bool,
-        allow_changes: bool = False,
-    ) -> None:
-        self.url = checkpoint.mirror if main else ""
-        self._checkpoint, self._run, self._config = checkpoint, run, config
-        self._retry_seconds, self._allow_changes = retry_seconds, allow_changes
-        self._say, self._warn = reporter.say, reporter.warn
+    checkpoint: CheckpointConfig
+    run: Path
+    config: str
+    reporter: Reporter
+    _: KW_ONLY
+    retry_seconds: float
+    main: bool
+    allow_changes: bool = False
+
+    def __post_init__(self) -> None:
+        self.url = self.checkpoint.mirror if self.main else ""
+        self._say, self._warn = self.reporter.say, self.reporter.warn
         self._images: list[int] = []
         self._damaged: list[int] = []
         self._uploader: _Uploader | None = None
@@ -77,18 +75,22 @@ class Mirror:
         """
         if not self.url:
             return
-        self._refuse_inside()
-        has_own = bool(store.committed(self._run))
-        patience = min(self._retry_seconds, _GLANCE_SECONDS) if has_own else self._retry_seconds
+        folder, run = open_folder(self.url).path, self.run.resolve()
+        if folder is not None and folder.resolve().is_relative_to(run):
+            raise CheckpointError(
+                f"checkpoint.mirror: {self.url} lies in the run folder {self.run} and would be lost with it: "
+                "choose a location on another disk or in object storage"
+            )
+        has_own = bool(store.committed(self.run))
+        patience = min(self.retry_seconds, _GLANCE_SECONDS) if has_own else self.retry_seconds
         try:
             answer = self._ask("look", patience=patience)
         except Unreachable as error:
-            self._unreachable(error, has_own, _warn)
-            return
-        own = Identity(self._config, fingerprint)
+            return self._unreachable(error, has_own, _warn)
+        own = Identity(self.config, fingerprint)
         mismatches = Identity(**answer["identity"]).mismatches(own) if answer["identity"] else answer["strange"]
         if mismatches:
-            if not self._allow_changes:
+            if not self.allow_changes:
                 raise CheckpointError(mirror_store.another_run(self.url, mismatches))
             _warn(f"continuing although the mirror {self.url} is another run's: " + "; ".join(mismatches))
         self._images = answer["images"]
@@ -105,7 +107,7 @@ class Mirror:
             if own >= images:
                 return
             have = f"has only older checkpoints (to {own:,} images)" if own >= 0 else "has no intact checkpoint"
-            self._say(f"{self._run} {have}: fetching the one at {images:,} images from {self.url}")
+            self._say(f"{self.run} {have}: fetching the one at {images:,} images from {self.url}")
             try:
                 store.adopt(lease, images, partial(self._fetch, images))
                 return
@@ -113,24 +115,22 @@ class Mirror:
                 self._damaged.append(images)
                 self._warn(f"mirrored checkpoint passed over: {error}")
             except Unreachable as error:
-                self._unreachable(error, own >= 0, self._warn)
-                return
+                return self._unreachable(error, own >= 0, self._warn)
         if own < 0:
             raise CheckpointError(
-                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and {self._run} has none.\n"
+                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and {self.run} has none.\n"
                 "To start from the beginning, name another mirror (checkpoint.mirror=...)."
             )
 
     def _newest_intact(self) -> int:
-        """Images seen of the newest intact checkpoint in the run folder, -1 without one."""
-        for folder in reversed(store.committed(self._run)):
+        for folder in reversed(store.committed(self.run)):
             with contextlib.suppress(CheckpointError):
                 return store.open_checkpoint(folder).images
         return -1
 
     def _fetch(self, images: int, staging: Path) -> None:
         """Download a checkpoint into `staging`, check it, and move the records in it to the run folder."""
-        self._ask("fetch", images=images, folder=str(staging), patience=self._retry_seconds, check=False)
+        self._ask("fetch", images=images, folder=str(staging), patience=self.retry_seconds, check=False)
         try:
             if store.open_checkpoint(staging).images != images:
                 raise CheckpointError(f"{staging / store.STATE}: damaged, it is not of {images:,} images.")
@@ -139,24 +139,14 @@ class Mirror:
             raise Damaged(str(error).replace(str(staging), mirrored)) from error
         for name in mirror_store.RECORD_FILES:
             if (record := staging / mirror_store.RECORDS / name).exists():
-                write_atomic(self._run / name, record.read_text(encoding="utf-8", errors="replace"))
+                write_atomic(self.run / name, record.read_text(encoding="utf-8", errors="replace"))
         shutil.rmtree(staging / mirror_store.RECORDS, ignore_errors=True)
         state = mirror_store.without_records((staging / store.STATE).read_bytes())
         (staging / store.STATE).write_bytes(store.seal(state))
 
-    def _refuse_inside(self) -> None:
-        folder, run = open_folder(self.url).path, self._run.resolve()
-        if folder is not None and (folder.resolve() == run or run in folder.resolve().parents):
-            raise CheckpointError(
-                f"checkpoint.mirror: {self.url} lies in the run folder {self._run} and would be lost with it: "
-                "choose a location on another disk or in object storage"
-            )
-
     def _unreachable(self, error: Unreachable, has_own: bool, warn: Callable[[str], None]) -> None:
-        """A warning when the run folder has a checkpoint, else a CheckpointError."""
         if has_own:
-            warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
-            return
+            return warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
         raise CheckpointError(
             f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume from "
             f"is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
@@ -170,10 +160,9 @@ class Mirror:
             answer = json.loads(output)
         except ValueError:
             raise Unreachable(f"its process ended with status {process.returncode}") from None
-        if "unreachable" in answer:
-            raise Unreachable(answer["unreachable"])
-        if "damaged" in answer:
-            raise Damaged(answer["damaged"])
+        for kind, error in (("unreachable", Unreachable), ("damaged", Damaged)):
+            if kind in answer:
+                raise error(answer[kind])
         if "mistake" in answer:
             raise CheckpointError(f"checkpoint.mirror: {answer['mistake']}")
         return answer
@@ -189,11 +178,11 @@ class Mirror:
         if self._uploader is None:
             self._uploader = _Uploader(
                 url=self.url,
-                run=str(self._run),
-                keep_last=self._checkpoint.keep_last,
-                keep_every_images=self._checkpoint.keep_every_images,
+                run=str(self.run),
+                keep_last=self.checkpoint.keep_last,
+                keep_every_images=self.checkpoint.keep_every_images,
                 damaged=self._damaged,
-                allow_changes=self._allow_changes,
+                allow_changes=self.allow_changes,
             )
         if images is not None:
             self._uploader.request(images)
@@ -259,7 +248,6 @@ class _Uploader:
         os.set_blocking(self._output.fileno(), False)
 
     def request(self, images: int) -> None:
-        """Have the checkpoint at `images` uploaded."""
         with contextlib.suppress(OSError):  # the process has ended: `events` notices that
             self._input.write(b"%d\n" % images)
 

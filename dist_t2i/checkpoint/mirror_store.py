@@ -9,8 +9,8 @@
         state.json                  as in the run folder, with the size and SHA-256 of the files under run/ added
 
 state.json is written last and deleted first, so a mirrored checkpoint with a state.json is complete. Only the processes
-of mirror_worker.py use this module: it has clients of object stores, which the training process must not have (see
-storage/reader_process.py).
+of mirror_worker.py use this module: the training process must have no clients of object stores
+(storage/reader_process.py).
 """
 
 from __future__ import annotations
@@ -110,8 +110,7 @@ class MirrorStore:
 
     def identity(self) -> Identity | None:
         """The run that the mirror belongs to; None when it has no config.yaml yet."""
-        config = self._read(_IDENTITY[-1])
-        if config is None:
+        if (config := self._read(_IDENTITY[-1])) is None:
             return None
         try:
             fingerprint = str(json.loads(self._read("environment.json") or b"")["data"]["fingerprint"])
@@ -128,7 +127,6 @@ class MirrorStore:
         return ["it has checkpoints, but no config.yaml that says whose they are"] if self.newest() else []
 
     def _folders(self) -> list[int]:
-        """Images seen of all checkpoints, complete or not, newest first."""
         try:
             names = self._patiently(self._root.names)
         except FileNotFoundError as error:  # an empty prefix is listed as empty: the bucket itself is missing
@@ -136,14 +134,12 @@ class MirrorStore:
         return sorted((images for name in names if (images := images_in(name)) is not None), reverse=True)
 
     def _state(self, images: int) -> bytes | None:
-        """A checkpoint's state.json, None when it has none."""
         return self._read(f"checkpoints/{folder_name(images)}/{STATE}")
 
     def _read(self, name: str) -> bytes | None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return self._patiently(lambda: self._top.read(name))
-        except FileNotFoundError:
-            return None
+        return None
 
     def _patiently(self, action: Callable[[], T]) -> T:
         """The result of `action`, retried until the deadline. Raises Unreachable and FileNotFoundError."""
@@ -170,12 +166,10 @@ class MirrorStore:
             files = dict(json.loads(state or b"")["files"])
             sizes = {_safe(name): int(about["bytes"]) for name, about in files.items()}
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self._root}/{folder_name(images)}/{STATE}: missing or unreadable ({error})"
-            ) from error
+            path = f"{self._root}/{folder_name(images)}/{STATE}"
+            raise CheckpointError(f"{path}: missing or unreadable ({error})") from error
         with ThreadPoolExecutor(4) as pool:
-            for _ in pool.map(lambda name: self._download(images, name, sizes[name], folder / name), sizes):
-                pass
+            list(pool.map(lambda name: self._download(images, name, sizes[name], folder / name), sizes))
         write_synced(folder / STATE, [state or b""])
 
     def _download(self, images: int, name: str, size: int, path: Path) -> None:
@@ -188,9 +182,9 @@ class MirrorStore:
         attempts = itertools.count(1)
 
         def again(error: OSError, _: float) -> bool:
-            if isinstance(error, FileNotFoundError):
-                return False
-            return next(attempts) < 3 or self._state(images) is None  # else the mirror answers, but not for this file
+            # A mirror that answers, but not for this file, has three attempts.
+            missing = isinstance(error, FileNotFoundError)
+            return not missing and (next(attempts) < 3 or self._state(images) is None)
 
         try:
             return retry(lambda: self._root.read_range(full_name, start, size), pauses(*PAUSES), again)
@@ -235,19 +229,16 @@ class MirrorStore:
             self._remove(other)
 
     def _upload(self, checkpoint: _OpenCheckpoint) -> None:
-        if self._has(checkpoint):
-            return
-        self._remove(checkpoint.images)  # damaged, or of a run that resumed before it with other values
-        for name, file in checkpoint.files():
-            self._put(f"checkpoints/{folder_name(checkpoint.images)}/{name}", file)
-        self._check_owner()
-        self._put(f"checkpoints/{folder_name(checkpoint.images)}/{STATE}", io.BytesIO(checkpoint.state_json))
-
-    def _has(self, checkpoint: _OpenCheckpoint) -> bool:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             state = self._state(checkpoint.images) if checkpoint.images in self._complete else None
-            return without_records(state or b"") == checkpoint.state
-        return False
+            if without_records(state or b"") == checkpoint.state:
+                return
+        self._remove(checkpoint.images)  # damaged, or of a run that resumed before it with other values
+        folder = f"checkpoints/{folder_name(checkpoint.images)}"
+        for name, file in checkpoint.files():
+            self._put(f"{folder}/{name}", file)
+        self._check_owner()
+        self._put(f"{folder}/{STATE}", io.BytesIO(checkpoint.state_json))
 
     def _remove(self, images: int) -> None:
         name = folder_name(images)
@@ -301,7 +292,6 @@ class _OpenCheckpoint:
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """The state of a committed checkpoint. Raises Damaged."""
     try:
         return store.unseal((folder / STATE).read_bytes())
     except ValueError as error:
@@ -310,8 +300,8 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 def records(run: Path, images: int) -> dict[str, str]:
     """The run's records up to `images` seen, by file name: a run that resumes there continues them."""
-    metrics = [entry for entry in metrics_log.read(run / "metrics.jsonl") if entry["images"] <= images]
-    texts = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics)}
+    metrics = metrics_log.read(run / "metrics.jsonl")
+    texts = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics if entry["images"] <= images)}
     if (run / "bad_samples.jsonl").exists():
         texts["bad_samples.jsonl"] = run_folder.bad_samples_before(run / "bad_samples.jsonl", images)
     if (run / ID_FILE).exists():

@@ -1,10 +1,8 @@
 """The processes that a training run starts to access its mirror: `python -m dist_t2i.checkpoint.mirror_worker REQUEST`.
 
 REQUEST is a JSON object: `command` (look, fetch or follow), `parent` (the PID of the training process) and the arguments
-of the function with the command's name. The output is JSON, an object a line. `follow` reads images seen from stdin, a
-line a checkpoint. tools/mirror.py calls `answer` by hand.
-
-The training process must not have clients of object stores, which run threads: it forks loader workers later.
+of the function with the command's name. The output is JSON, an object a line. The training process must not have clients
+of object stores, which run threads: it forks loader workers later. tools/mirror.py calls `answer` by hand.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ def answer(command: str, **arguments: Any) -> dict[str, Any]:
 
 
 def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: list[int], allow_changes: bool) -> None:
-    """Upload the newest requested checkpoint until stdin ends; retries until it succeeds.
+    """Upload the newest requested checkpoint (stdin: images seen, a line each) until stdin ends; retries until it succeeds.
 
     Prints the events `uploaded`, `failing` and `works` (once each time), `refused` and `skipped`.
     """
@@ -107,7 +105,6 @@ class _Requests:
         threading.Thread(target=self._read, daemon=True).start()
 
     def newest(self) -> int:
-        """Images seen of the checkpoint to upload; waits for a request."""
         with self._changed:
             self._changed.wait_for(lambda: self._images is not None)
             assert self._images is not None
@@ -134,13 +131,14 @@ def _emit(event: str, **more: Any) -> None:
 def main() -> None:
     """Serve the request in the first argument."""
     request = json.loads(sys.argv[1])
+    command = request.pop("command")
     end_with(request.pop("parent"))
     ignore_stop_signals()
     os.nice(10)  # training has priority
-    if request["command"] == "follow":
-        follow(**{name: value for name, value in request.items() if name != "command"})
+    if command == "follow":
+        follow(**request)
     else:
-        print(json.dumps(answer(**request)), flush=True)
+        print(json.dumps(answer(command, **request)), flush=True)
 
 
 if __name__ == "__main__":

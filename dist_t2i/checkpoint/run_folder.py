@@ -9,6 +9,7 @@ reporting/reporter.py and checkpoint/store.py list the files that training adds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,10 +69,9 @@ def _check_same_run(
 
 def fingerprint_of(folder: Path) -> str | None:
     """The fingerprint of the set that a run began with; None if an attempt was killed before it wrote this."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def cut_bad_samples(file: Path, images: int) -> None:

@@ -11,14 +11,12 @@
         state.json                  images seen, counters, the size and SHA-256 of every other file, and its own SHA-256
       .claim-*/                     the lease of the process that may commit (lease.py): what it is writing or deleting
 
-Tensors are gathered before they are written, so a checkpoint does not depend on world size, ZeRO stage or precision, and
-a run with other values of these can resume from it. Everything random in a run is a function of (seed, images seen), so
-the data stream, the schedules and the noise have no other state than images seen. Nothing here uses pickle.
+Tensors are gathered before they are written, so a run with another world size, ZeRO stage or precision can resume.
+Everything random is a function of (seed, images seen), so there is no other state. Nothing here uses pickle.
 
 `save` writes into a staging folder, syncs each file and the folder, renames the folder, syncs its parent, replaces
-`latest`, and deletes the checkpoints that retention no longer keeps (each by a rename first). A kill between any two of
-these steps leaves the old state or the new one. Each rename moves something out of the lease's folder or into it, so a
-process that lost the lease can change nothing.
+`latest`, and deletes the expired checkpoints. A kill between any two of these steps leaves the old state or the new one,
+and a process that lost the lease can change nothing: each rename leads out of the lease's folder or into it.
 """
 
 from __future__ import annotations
@@ -117,11 +115,12 @@ def save(
     checkpoints unchanged.
     """
     target = lease.root / folder_name(images)
+    about = {"format": FORMAT, "images": images, **state}
     with _writing_errors(lease, images):
-        if not _is_intact(target):
-            _commit(
-                lease, target, lambda staging: _write(staging, files, {"format": FORMAT, "images": images, **state})
-            )
+        try:
+            open_checkpoint(target)
+        except CheckpointError:
+            _commit(lease, target, lambda staging: _write(staging, files, about))
         _point_latest(lease, target.name)
         for expired in keep.with_best(state).expired(_committed(lease.root)):
             lease.remove(lease.root / folder_name(expired))
@@ -160,9 +159,7 @@ class Retention:
         ordered = sorted(images)
         kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
-            milestones: dict[int, int] = {}
-            for count in ordered:
-                milestones.setdefault(count // self.every_images, count)
+            milestones = {count // self.every_images: count for count in reversed(ordered)}  # the first of each
             kept.update(count for milestone, count in milestones.items() if milestone > 0)
         return [count for count in ordered if count not in kept]
 
@@ -172,11 +169,9 @@ def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None
 
     Skips a damaged checkpoint with a warning that names the file. Raises CheckpointError when all are damaged.
     """
-    root = folder_of(run)
-    try:
+    root, latest = folder_of(run), ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         latest = (root / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        latest = ""
     folders = committed(run)[::-1]
     folders.sort(key=lambda folder: folder.name != latest)  # stable: `latest` first, then the newest
     for folder in folders:
@@ -279,11 +274,3 @@ def _point_latest(lease: Lease, name: str) -> None:
     write_synced(lease.folder / LATEST, [f"{name}\n".encode()])
     os.replace(lease.folder / LATEST, lease.root / LATEST)
     fsync(lease.root)
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        open_checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True

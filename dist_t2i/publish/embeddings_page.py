@@ -42,10 +42,8 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
     body.append("<h2>Map of the captions</h2>" + web_page.file(out / "map.png", "principal components"))
     body.append(f"<p class=note>{_MAP_NOTE}</p>")
     for name, nearest in study.neighbours.items():
-        table = web_page.table(
-            ["text", "nearest other texts, nearest first"],
-            [[query, ", ".join(texts)] for query, texts in nearest.items()],
-        )
+        rows = [[query, ", ".join(texts)] for query, texts in nearest.items()]
+        table = web_page.table(["text", "nearest other texts, nearest first"], rows)
         body.append(f"<h2>Nearest in {web_page.text(name)}</h2>{table}")
     body.append(f"<p class=note>{web_page.text(credit)}</p>" if credit else "")
     return web_page.write(out / "index.html", title, body)
@@ -71,9 +69,8 @@ def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
     names = list(study.probes[0].accuracy)
     rows = []
     for probe in study.probes:
-        cells = [_cell(probe, name) for name in names]
-        captions = f"{probe.train:,} / {probe.test:,}"
-        rows.append([probe.name, str(len(probe.classes)), captions, f"{probe.chance:.3f}", *cells])
+        counts = [str(len(probe.classes)), f"{probe.train:,} / {probe.test:,}", f"{probe.chance:.3f}"]
+        rows.append([probe.name, *counts, *(_cell(probe, name) for name in names)])
     return ["property", "classes", "captions trained / scored on", "chance", *names], rows
 
 
@@ -111,8 +108,7 @@ def plot_map(study: Study, path: Path) -> None:
     grid = figure.subplots(len(study.maps), columns, squeeze=False)
     for row, (name, (points, shares)) in zip(grid, study.maps.items(), strict=True):
         for axes in row:
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{name} ({shares[0]:.0%} + {shares[1]:.0%})", fontsize=10)
         for axes, heading in zip(row, properties or [""], strict=False):
             _dots(axes, points, study.labels.get(heading, [""] * len(points)), heading)
@@ -142,6 +138,6 @@ def _thumbnails(axes: Any, points: Any, pictures: Sequence[Any]) -> None:
     for i in range(0, len(pictures), step):
         small = OffsetImage(numpy.asarray(pictures[i].resize((20, 20))), zoom=0.9)
         axes.add_artist(AnnotationBbox(small, points[i].tolist(), frameon=False, pad=0))
-    axes.set_xlim(points[:, 0].min() * 1.08, points[:, 0].max() * 1.08)
-    axes.set_ylim(points[:, 1].min() * 1.08, points[:, 1].max() * 1.08)
+    low, high = points.min(0) * 1.08, points.max(0) * 1.08
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set_title("their pictures", fontsize=10)

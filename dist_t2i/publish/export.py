@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from dist_t2i.config.sections import Config
 
@@ -65,9 +63,8 @@ def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
         else:
             os.rename(temporary, out)
     except OSError as error:
-        raise UserError(
-            f"the export to {out} failed: {error.strerror or error}; free space or choose another folder"
-        ) from None
+        problem = error.strerror or error
+        raise UserError(f"the export to {out} failed: {problem}; free space or choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -83,16 +80,14 @@ def _check_target(out: Path, replace: bool) -> None:
 
 
 def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAbout) -> None:
-    config = published(files.config)
-    save_file(_plain(files.generator), folder / model_files.GENERATOR)
-    save_file(_plain(files.discriminator), folder / model_files.DISCRIMINATOR)
+    weights = {model_files.GENERATOR: files.generator, model_files.DISCRIMINATOR: files.discriminator}
     if files.frozen is not None:
-        save_file(_plain(files.frozen.tensors), folder / model_files.FROZEN)
-    (folder / model_files.CONFIG).write_text(config_files.dump(config), encoding="utf-8")
+        weights[model_files.FROZEN] = files.frozen.tensors
+    for name, tensors in weights.items():  # safetensors requires contiguous tensors that share no memory
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, folder / name)
+    (folder / model_files.CONFIG).write_text(config_files.dump(published(files.config)), encoding="utf-8")
     files.tokenizer.save(folder / model_files.TOKENIZER)
-    names = [model_files.CONFIG, model_files.TOKENIZER, model_files.GENERATOR, model_files.DISCRIMINATOR] + (
-        [model_files.FROZEN] if files.frozen else []
-    )
+    paths = [folder / name for name in (model_files.CONFIG, model_files.TOKENIZER, *weights)]
     about: dict[str, Any] = {
         "format": model_files.FORMAT,
         "library": "dist_t2i",
@@ -100,42 +95,28 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
         "weights_sha256": files.sha256(),
         "set": dataclasses.asdict(about_set),
         "frozen": files.frozen.about if files.frozen else None,
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names
-        },
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths},
     }
     (folder / model_files.ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     save_grid(_sample_grid(model, about_set), folder / SAMPLES)
-    scores = _scores(files)
-    if scores is not None:
+    if (scores := _scores(files)) is not None:
         (folder / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf-8")
     (folder / "README.md").write_text(model_card(files, about_set, scores), encoding="utf-8")
 
 
 def published(config: Config) -> Config:
     """The configuration without paths and the run's name, which belong to a machine or person."""
+    run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, folder="", name=""),
-        data=dataclasses.replace(config.data, train=""),
-        text=text,
-        edit=dataclasses.replace(config.edit, init=""),
-    )
+    return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))
 
 
-def _sample_grid(model: TextToImage, about_set: SetAbout, pictures: int = 4) -> Image:
-    """A sample grid for the run's sample prompts, or for example captions of its set."""
+def _sample_grid(model: TextToImage, about_set: SetAbout) -> Image:
     prompts = list(model.config.report.sample_prompts or about_set.examples)[:8]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        images = model.generate(prompts, seed=0, images_per_prompt=pictures)
+        images = model.generate(prompts, seed=0, images_per_prompt=4)
     return render_grid(grid_rows(prompts, images), tile=96)
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, which safetensors requires."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _scores(files: ModelFiles) -> dict[str, Any] | None:

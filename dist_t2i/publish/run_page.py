@@ -54,6 +54,7 @@ def write_page(
     rows: split -> held-out prompts. scores: the content of scores.json. config: the run's YAML. command: reproduces the
     run. facts: label -> text, in this order.
     """
+    listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
     body = [
         f"<h1>{text(title)}</h1>",
         "<p>One forward pass through a small network generates each picture. The network and its two text embeddings were "
@@ -62,32 +63,33 @@ def write_page(
         _history(run),
         "<h2>Scores</h2>" + _scores(scores),
         f"<h2>Curves</h2>{file(run / 'curves.png', 'Curves')}" if (run / "curves.png").is_file() else "",
-        _reproduction(command, facts, config),
+        f"<h2>How it was made</h2><pre>{text(command)}</pre><dl>{listed}</dl>",
+        f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>",
         _credit(about),
-        "<h2>Next steps</h2><pre>"
-        + text(
-            f'python tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png\n'
-            f"python tools/export.py --run {run} --out model\n"
-            f"python tools/evaluate.py --run {run}"
-        )
-        + "</pre>",
+        f"<h2>Next steps</h2><pre>{text(_NEXT.format(run=run))}</pre>",
     ]
     return write(run / "report" / "index.html", title, body)
 
 
+_NEXT = """\
+python tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png
+python tools/export.py --run {run} --out model
+python tools/evaluate.py --run {run}"""
+_NOTES = {
+    "test-combinations": (
+        "Prompts that the model never saw",
+        "Training saw every word, but never this combination of words. Framed: the real picture, which training never "
+        "saw either. The other pictures are generated. The prompts are the first of the split, not a selection.",
+    ),
+    "test-nouns": (
+        "Words that the model never saw",
+        "These nouns are in no training caption, so the model can only use the other words.",
+    ),
+}
+
+
 def _prompts(split: str, rows: Sequence[GridRow]) -> str:
-    texts = {
-        "test-combinations": (
-            "Prompts that the model never saw",
-            "Training saw every word, but never this combination of words. Framed: the real picture, which training never "
-            "saw either. The other pictures are generated. The prompts are the first of the split, not a selection.",
-        ),
-        "test-nouns": (
-            "Words that the model never saw",
-            "These nouns are in no training caption, so the model can only use the other words.",
-        ),
-    }
-    heading, note = texts.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not a selection."))
+    heading, note = _NOTES.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not a selection."))
     cards = []
     for row in rows:
         generated = "".join(img(picture, "generated picture") for picture in row.generated)
@@ -104,10 +106,10 @@ def _history(run: Path) -> str:
         grids = [grids[round(i * (len(grids) - 1) / (GRIDS - 1))] for i in range(GRIDS)]
     if not grids:
         return ""
-    figures = []
-    for images, path in grids:
-        label = f"after {images:,} images"
-        figures.append(f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>")
+    labels = ((f"after {images:,} images", path) for images, path in grids)
+    figures = (
+        f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>" for label, path in labels
+    )
     last = len(grids) - 1
     slider = f'<input id=when type=range min=0 max={last} value={last} aria-label="when in training">'
     return f"<h2>How it learned</h2><p>Drag to see earlier states.</p>{slider}{''.join(figures)}{_SLIDER}"
@@ -136,14 +138,6 @@ def _scores(scores: Mapping[str, Any]) -> str:
     return "".join(parts) + f"<p class=note>{text(note)}</p>"
 
 
-def _reproduction(command: str, facts: Mapping[str, str], config: str) -> str:
-    listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
-    return (
-        f"<h2>How it was made</h2><pre>{text(command)}</pre><dl>{listed}</dl>"
-        f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>"
-    )
-
-
 def _credit(about: SetAbout) -> str:
     credit = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
     linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', text(credit))
@@ -155,12 +149,11 @@ def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
     environment = read_json(run / "environment.json")
     processor, code, packages = (environment.get(name, {}) for name in ("processor", "code", "packages"))
     hardware = ", ".join(gpu["name"] for gpu in environment.get("gpus", [])) or processor.get("model", "")
+    versions = (f"{name} {packages[name]}" for name in ("torch", "deepspeed", "dist-t2i") if name in packages)
     facts = {
         "images seen": f"{model.images_seen:,}",
         "hardware": f"{hardware}, {processor.get('cores', '?')} cores" if hardware else "",
-        "versions": ", ".join(
-            f"{name} {packages[name]}" for name in ("torch", "deepspeed", "dist-t2i") if name in packages
-        ),
+        "versions": ", ".join(versions),
         "code": code.get("revision", "") + (" with local changes" if code.get("dirty") else ""),
         "data": f"{data.manifest.get('name', Path(data.folder).name)}, fingerprint {data.fingerprint}",
         "weights": f"SHA-256 {model.files.sha256()}",

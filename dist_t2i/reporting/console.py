@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -13,8 +14,7 @@ from dist_t2i.utils.progress import duration
 
 def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
     """The progress line in ASCII. A `width` that is too small first tightens the line and then drops its last parts."""
-    full = _parts(images, total, values, tight=False)
-    line = "  ".join(full)
+    line = "  ".join(_parts(images, total, values, tight=False))
     if width is None or len(line) <= width:
         return line
     parts = _parts(images, total, values, tight=True)
@@ -26,17 +26,15 @@ def format_line(images: int, total: int, values: Mapping[str, float], width: int
 def _parts(images: int, total: int, values: Mapping[str, float], *, tight: bool) -> list[str]:
     space = "" if tight else " "
     parts = [f"{100 * images / total:5.1f}%", f"{images:,}" if tight else f"{images:,} images"]
-    rate = values.get("images_per_second")
-    if rate:
+    if rate := values.get("images_per_second"):
         parts.append(f"eta {duration((total - images) / rate)}")
         parts.append(f"{rate:.3g}/s" if rate < 100 else f"{rate:,.0f}/s")
     if "data_wait" in values:
         parts.append(f"data{space}{100 * values['data_wait']:.0f}%")
     parts += _group(values, "", {"D": "loss/d", "G": "loss/g"}, "{:.2f}", tight)
-    names = {"r": "logit/real", "f": "logit/fake"} if tight else {"real": "logit/real", "fake": "logit/fake"}
-    parts += _group(values, "", names, "{:+.2f}", tight)
-    gradients = {"D": "grad/discriminator", "G": "grad/generator"}
-    parts += _group(values, "|g|" if tight else "|grad|", gradients, "{:.2g}", tight)
+    real, fake, grad = ("r", "f", "|g|") if tight else ("real", "fake", "|grad|")
+    parts += _group(values, "", {real: "logit/real", fake: "logit/fake"}, "{:+.2f}", tight)
+    parts += _group(values, grad, {"D": "grad/discriminator", "G": "grad/generator"}, "{:.2g}", tight)
     if "memory_bytes" in values:
         parts.append(f"{values['memory_bytes'] / 1e9:.1f}{space}GB")
     return parts
@@ -95,10 +93,9 @@ class Console:
             self._live_line = ""
 
     def _width(self) -> int:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             return os.get_terminal_size(self._stream.fileno()).columns or 80
-        except (OSError, ValueError):
-            return 80
+        return 80
 
     def _write(self, text: str) -> None:
         try:

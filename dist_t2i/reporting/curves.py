@@ -31,10 +31,8 @@ def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
     """
     entries = metrics_log.read(metrics)
     names = list(dict.fromkeys(name for entry in entries for name in entry))
-    panels = []
-    for heading, pattern, log in _PANELS:
-        if series := [name for name in names if re.fullmatch(pattern, name)]:
-            panels.append((heading, series, log))
+    matches = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]
+    panels = [(heading, found, log) for (heading, _, log), found in zip(_PANELS, matches, strict=True) if found]
     if not panels:
         return False
     rows = -(-len(panels) // 2)
@@ -59,11 +57,9 @@ def _panel(axes: Any, entries: Sequence[dict[str, Any]], title: str, series: Seq
             continue
         images, values = zip(*points, strict=True)
         line = axes.plot(images, values, alpha=0.25 if len(values) > 40 else 1.0, linewidth=1)[0]
-        label = re.sub("^(loss|logit|grad|eval)/", "", name).replace("_", " ")
         if len(values) > 40:
-            axes.plot(images, smooth(values), color=line.get_color(), linewidth=1.5, label=label)
-        else:
-            line.set_label(label)
+            line = axes.plot(images, smooth(values), color=line.get_color(), linewidth=1.5)[0]
+        line.set_label(re.sub("^(loss|logit|grad|eval)/", "", name).replace("_", " "))
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("images seen", fontsize=8)
     axes.tick_params(labelsize=8)

@@ -29,10 +29,8 @@ class GridRow:
 def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image] = ()) -> list[GridRow]:
     """A row for each caption; `pictures` holds equally many for each, one caption after the other."""
     count = len(pictures) // max(1, len(captions))
-    return [
-        GridRow(caption, pictures[i * count : (i + 1) * count], real[i] if real else None)
-        for i, caption in enumerate(captions)
-    ]
+    parts = (pictures[i * count : (i + 1) * count] for i in range(len(captions)))
+    return [GridRow(*row) for row in zip(captions, parts, real or [None] * len(captions), strict=True)]
 
 
 def render_grid(
@@ -50,23 +48,22 @@ def render_grid(
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
     tile = max(tile, *(as_image(picture).width for row in rows for picture in row.generated)) if rows else tile
-    pictures = max((len(row.generated) for row in rows), default=0) + any(row.real is not None for row in rows)
-    width = _TEXT_WIDTH + pictures * (tile + _GAP) + 2 * _GAP
-    lines = -(-len(rows) // blocks)
-    top = _GAP + (_FONT_SIZE + 3 * _GAP if title else 0)
-    above, top = top, top + (2 * (_FONT_SIZE + 4) + _GAP if headings else 0)
-    grid = Image.new("RGB", (width * blocks, top + lines * (tile + _GAP)), _PAPER)
+    step, real = tile + _GAP, any(row.real is not None for row in rows)
+    pictures = max((len(row.generated) for row in rows), default=0) + real
+    width, lines = _TEXT_WIDTH + pictures * step + 2 * _GAP, -(-len(rows) // blocks)
+    above = _GAP + (_FONT_SIZE + 3 * _GAP if title else 0)
+    top = above + (2 * (_FONT_SIZE + 4) + _GAP if headings else 0)
+    grid = Image.new("RGB", (width * blocks, top + lines * step), _PAPER)
     draw, font = ImageDraw.Draw(grid), load_font(_FONT_SIZE)
     if title:
         draw.text((_GAP, _GAP), title, _INK, font)
-    shift = _TEXT_WIDTH + any(row.real is not None for row in rows) * (tile + _GAP)
     for block in range(blocks):
-        for column, heading in enumerate(headings):
-            corner = block * width + _GAP + shift + column * (tile + _GAP), above
+        for column, heading in enumerate(headings, start=int(real)):
+            corner = block * width + _GAP + _TEXT_WIDTH + column * step, above
             draw.multiline_text(corner, wrap(heading, tile, 2, font), _INK, font, spacing=4)
     for index, row in enumerate(rows):
         block, line = divmod(index, lines)
-        _render_row(grid, draw, font, row, (block * width + _GAP, top + line * (tile + _GAP)), tile)
+        _render_row(grid, draw, font, row, (block * width + _GAP, top + line * step), tile)
     return grid
 
 
@@ -123,8 +120,7 @@ def as_image(picture: np.ndarray | Image.Image) -> Image.Image:
 
 def _enlarge(picture: np.ndarray | Image.Image, tile: int) -> Image.Image:
     image = as_image(picture)
-    smaller = image.width < tile
-    return image.resize((tile, tile), Image.Resampling.NEAREST if smaller else Image.Resampling.LANCZOS)
+    return image.resize((tile, tile), Image.Resampling.NEAREST if image.width < tile else Image.Resampling.LANCZOS)
 
 
 def save_grid(image: Image.Image, path: Path) -> None:

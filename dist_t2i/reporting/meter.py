@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,31 +22,27 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self._sums: dict[str, float | Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._images = 0
-        self._steps = 0
-        self._waited = 0.0
-        self._paused = 0.0
+        self._sums: defaultdict[str, float | Tensor] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._images = self._steps = 0
         self._begin = time.perf_counter()
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """A context whose time counts as waiting for data."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - begin
+        return self._timed("waiting")
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """A context whose time (a checkpoint, a sample grid) does not count."""
+        return self._timed("paused")
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
         begin = time.perf_counter()
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - begin
+            self._seconds[what] += time.perf_counter() - begin
 
     def add(self, images: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Add a step of `images` images, counted over all ranks. Each metric is averaged over the steps that have it.
@@ -56,8 +53,8 @@ class Meter:
         self._steps += 1
         for name, value in metrics.items():
             number = value if isinstance(value, (int, float)) else value.detach().float()
-            self._sums[name] = self._sums.get(name, 0.0) + number
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums[name] = self._sums[name] + number
+            self._counts[name] += 1
 
     def take(self, all_reduce_mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The averages since the last call; starts new ones. Collective if `all_reduce_mean` is.
@@ -69,17 +66,15 @@ class Meter:
 
         if not self._steps:
             return {}
-        seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
+        seconds = max(time.perf_counter() - self._begin - self._seconds["paused"], 1e-9)
         names = sorted(self._sums)
         values = [torch.as_tensor(self._sums[name], dtype=torch.float64, device="cpu") for name in names]
-        times = torch.tensor([seconds, min(self._waited, seconds)], dtype=torch.float64)
+        times = torch.tensor([seconds, min(self._seconds["waiting"], seconds)], dtype=torch.float64)
         vector = torch.cat([torch.stack(values), times]) if values else times
         if all_reduce_mean is not None:
             vector = all_reduce_mean(vector)
         *sums, seconds, waited = vector.tolist()
         means = {name: total / self._counts[name] for name, total in zip(names, sums, strict=True)}
-        means["images_per_second"] = self._images / seconds
-        means["seconds_per_step"] = seconds / self._steps
-        means["data_wait"] = waited / seconds
+        rates = {"images_per_second": self._images / seconds, "seconds_per_step": seconds / self._steps}
         self._restart()
-        return means
+        return {**means, **rates, "data_wait": waited / seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,9 +15,8 @@ from dist_t2i.utils.files import write_atomic
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line with one write. Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity"."""
     entry = {key: json.dumps(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-    text = json.dumps(entry, allow_nan=False)
     with path.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -27,13 +27,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     entries = []
     for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "images" in entry:
-            entries.append(entry)
-    return entries
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "images" in entry]
 
 
 def cut(path: Path, images: int) -> int:

@@ -23,8 +23,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from dist_t2i.config.sections import ReportConfig
 from dist_t2i.reporting import metrics_log
@@ -36,47 +37,38 @@ if TYPE_CHECKING:
     from dist_t2i.reporting.wandb_logger import WandbLogger
 
 
+@dataclass
 class Reporter:
     """Call `start`, then `tick` every step, `metrics` and `samples` now and then, and `close` at the end.
 
     `title` heads the plots and names the W&B run. `wandb_config` is the configuration that W&B shows.
     """
 
-    PROGRESS_EVERY = 2.0
+    PROGRESS_EVERY: ClassVar = 2.0
     """Seconds between two versions of progress.json while training."""
 
-    def __init__(
-        self,
-        folder: Path,
-        report: ReportConfig,
-        *,
-        total_images: int,
-        title: str,
-        wandb_config: Mapping[str, Any],
-        main: bool,
-        stream: TextIO | None = None,
-    ) -> None:
-        self.folder, self._report, self._main = folder, report, main
-        self._total, self._title, self._wandb_config = total_images, title, wandb_config
-        self._console = Console(stream)
-        self._stream = stream
+    folder: Path
+    report: ReportConfig
+    _: KW_ONLY
+    total_images: int
+    title: str
+    wandb_config: Mapping[str, Any]
+    main: bool
+    stream: TextIO | None = None
+
+    def __post_init__(self) -> None:
+        self._console = Console(self.stream)
         self._values: dict[str, float] = {}
-        self._images = 0
-        self._state = "starting"
-        self._checkpoint = ""
-        self._next_progress = 0.0
-        self._begin = time.monotonic()
-        self._next_line = 0.0
+        self._images, self._plotted_at, self._can_plot = 0, -1, True
+        self._state, self._checkpoint = "starting", ""
+        self._begin, self._next_progress, self._next_line = time.monotonic(), 0.0, 0.0
         self._warned: set[tuple[int | None, str | None]] = set()
         self._wandb: WandbLogger | None = None
-        self._can_plot = True
-        self._plotted_at = -1
 
     def start(self, images: int, checkpoint: Path | None = None) -> None:
         """Start the reports at `images` seen. Drops the metrics beyond this position: training will report them again."""
-        self._images = images
-        self._checkpoint = str(checkpoint or "")
-        if not self._main:
+        self._images, self._checkpoint = images, str(checkpoint or "")
+        if not self.main:
             return
         dropped = 0
         with self._writing():
@@ -84,41 +76,40 @@ class Reporter:
             dropped = metrics_log.cut(self.folder / "metrics.jsonl", images)
         if dropped:
             self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; training reports them again")
-        if self._report.wandb != "disabled":
+        if self.report.wandb != "disabled":
             from dist_t2i.reporting.wandb_logger import WandbLogger
 
-            self._wandb = WandbLogger(self.folder, self._report, self._title, self._wandb_config, self.warn)
+            self._wandb = WandbLogger(self.folder, self.report, self.title, self.wandb_config, self.warn)
         self._state = "training"
         self._write_progress(force=True)
 
     def say(self, message: str) -> None:
         """Print a message and append it to log.txt; rank 0 only."""
-        if self._main:
+        if self.main:
             self._console.say(message)
             self._log(message)
 
     def warn(self, message: str) -> None:
         """Print a warning, from any rank; rank 0 also appends it to log.txt."""
-        if self._main:
+        if self.main:
             self.say(f"warning: {message}")
         else:
-            rank = os.environ.get("RANK", "?")
-            print(f"rank {rank}: warning: {message}", file=self._stream or sys.stderr, flush=True)
+            print(f"rank {os.environ.get('RANK', '?')}: warning: {message}", file=self.stream or sys.stderr, flush=True)
 
     def tick(self, images: int) -> None:
         """After every step: update the progress line, log.txt and progress.json where that is due."""
         self._images = images
-        if self._main and self._values:
-            self._console.line(images, self._total, self._values)
+        if self.main and self._values:
+            self._console.line(images, self.total_images, self._values)
             if time.monotonic() >= self._next_line:
                 self._next_line = time.monotonic() + line_interval(time.monotonic() - self._begin)
-                self._log(format_line(images, self._total, self._values))
+                self._log(format_line(images, self.total_images, self._values))
             self._write_progress()
 
     def metrics(self, images: int, step: int, values: Mapping[str, float]) -> None:
         """Record the result of `Meter.take`; the progress line shows it from now on."""
         self._images = images
-        if not self._main or not values:
+        if not self.main or not values:
             return
         self._values = {**values, "memory_bytes": memory_bytes()}
         self._record(images, step, self._values)
@@ -126,7 +117,7 @@ class Reporter:
 
     def evaluated(self, images: int, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Record and print the scores of the weights at `images`."""
-        if not self._main:
+        if not self.main:
             return
         self._record(images, step, values)
         scores = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items())
@@ -134,29 +125,27 @@ class Reporter:
 
     def samples(self, images: int, rows: Sequence[GridRow], *, name: str) -> Path | None:
         """Write a sample grid, RUN/samples/NAME.png, and the curves; the grid's path on rank 0 if it could be written."""
-        if not self._main:
+        if not self.main:
             return None
         path = self.folder / "samples" / f"{name}.png"
-        grid = render_grid(rows, title=f"{self._title}: {images:,} images seen", tile=64)
+        grid = render_grid(rows, title=f"{self.title}: {images:,} images seen", tile=64)
         with self._writing():
             save_grid(grid, path)
         self.curves()
-        if not path.exists():
-            return None
-        if self._wandb is not None:
+        if path.exists() and self._wandb is not None:
             self._wandb.log(images, {"samples": path})
-        return path
+        return path if path.exists() else None
 
     def curves(self) -> None:
         """Plot curves.png, at most once per position; a missing matplotlib causes one message."""
-        if not self._main or not self._can_plot or self._plotted_at == self._images:
+        if not self.main or not self._can_plot or self._plotted_at == self._images:
             return
         self._plotted_at = self._images
         try:
             from dist_t2i.reporting.curves import plot_curves
 
             with self._writing():
-                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=self._title)
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=self.title)
         except ImportError as error:
             self._can_plot = False
             self.say(f"no curves.png: {error} (install it with `pip install matplotlib`)")
@@ -164,17 +153,17 @@ class Reporter:
     def saved(self, images: int, checkpoint: Path) -> None:
         """Record a committed checkpoint."""
         self._checkpoint = str(checkpoint)
-        if self._main:
+        if self.main:
             self._log(f"checkpoint at {images:,} images: {checkpoint}")
             self._write_progress(force=True)
 
     def close(self, state: str, message: str = "", *, hurry: bool = False) -> None:
         """End the reports. `state`: `stopped` (can be resumed), `finished` or `failed`. A `hurry` skips the curves."""
-        if not self._main:
+        if not self.main:
             return
         self._state = state
         if self._values:
-            self._console.line(self._images, self._total, self._values, now=True)
+            self._console.line(self._images, self.total_images, self._values, now=True)
         self._console.close()
         if state != "failed" and not hurry:
             self.curves()
@@ -204,9 +193,9 @@ class Reporter:
         progress = {
             "state": self._state,
             "images": self._images,
-            "total_images": self._total,
+            "total_images": self.total_images,
             "images_per_second": rate,
-            "eta_seconds": (self._total - self._images) / rate if rate else None,
+            "eta_seconds": (self.total_images - self._images) / rate if rate else None,
             "checkpoint": self._checkpoint,
             "updated": time.time(),
             "host": socket.gethostname(),
@@ -229,8 +218,7 @@ class Reporter:
 
 def memory_bytes() -> int:
     """Peak GPU memory allocated by torch where it uses CUDA, else this process's resident memory."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     import psutil
 

@@ -73,10 +73,8 @@ class WandbLogger:
         with self._guarded():
             import wandb
 
-            entries = {
-                name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()
-            }
-            self._run.log({"images": images, **entries})
+            pictures = {name: wandb.Image(str(value)) for name, value in values.items() if isinstance(value, Path)}
+            self._run.log({"images": images, **values, **pictures})
 
     def close(self, exit_code: int) -> None:
         """End the W&B run; 0 also for a stopped run that can be resumed."""

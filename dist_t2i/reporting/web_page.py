@@ -25,16 +25,18 @@ def write(path: Path, title: str, body: Sequence[str]) -> Path:
 
 def file(path: Path, label: str) -> str:
     """HTML of a PNG file as a wide picture."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img class=wide alt="{text(label)}" src="data:image/png;base64,{data}">'
+    return _img(path.read_bytes(), label, " class=wide")
 
 
 def img(picture: np.ndarray | Image.Image, label: str) -> str:
     """HTML of a small picture, uint8 [H, W, 3] or a PIL image."""
     out = io.BytesIO()
     as_image(picture).save(out, "PNG")
-    data = base64.b64encode(out.getvalue()).decode()
-    return f'<img alt="{text(label)}" src="data:image/png;base64,{data}">'
+    return _img(out.getvalue(), label)
+
+
+def _img(png: bytes, label: str, attributes: str = "") -> str:
+    return f'<img{attributes} alt="{text(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
