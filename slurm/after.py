@@ -18,6 +18,7 @@ file: it imports only the standard library and dist_t2i.errors, Python 3.7.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import signal
@@ -98,13 +99,10 @@ def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> 
 
 def fruitless(run: Path) -> list[dict]:
     """The latest attempts that ended without a newer checkpoint than today's newest, oldest first."""
-    images = attempts.newest_checkpoint(run)
-    entries: list[dict] = []
-    for entry in reversed([entry for entry in attempts.read(run) if entry["event"] == "end"]):
-        if entry.get("images") != images or entry.get("verdict") != "requeued":
-            break
-        entries.insert(0, entry)
-    return entries
+    sought = (attempts.newest_checkpoint(run), "requeued")
+    ends = [entry for entry in reversed(attempts.read(run)) if entry["event"] == "end"]
+    same = itertools.takewhile(lambda entry: (entry.get("images"), entry.get("verdict")) == sought, ends)
+    return list(same)[::-1]
 
 
 def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str]:

@@ -15,6 +15,7 @@ Standard library only, Python 3.7: the end of the batch script runs outside of c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,28 +35,18 @@ _CONSEQUENCE = re.compile(
 
 def note(run: Path, **entry: object) -> None:
     """Append a line, with the time. Ignores errors of the file system: a note is no reason to lose a run."""
-    try:
-        with open(run / ATTEMPTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(run / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
 
 
 def read(run: Path) -> list[dict]:
     """The entries, oldest first, without lines that were cut off."""
-    try:
-        lines = (run / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     entries = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "event" in entry:
-            entries.append(entry)
-    return entries
+    with contextlib.suppress(OSError):
+        for line in (run / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "event" in entry]
 
 
 def is_cancelled(run: Path, job: str) -> bool:
@@ -73,11 +64,9 @@ def newest_checkpoint(run: Path) -> int:
 def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, message: str, *, own: bool = False) -> None:
     """Records why a rank failed. `own`: the cause is not the loss of another rank, whatever the message says."""
     failure = {"rank": rank, "kind": kind, "message": message[:4000], "own": own, "time": time.time()}
-    try:
+    with contextlib.suppress(OSError):
         (run / FAILURES).mkdir(exist_ok=True)
         (run / FAILURES / f"{job}.{restart}.rank-{rank:05d}.json").write_text(json.dumps(failure) + "\n")
-    except OSError:
-        pass
 
 
 def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
@@ -87,10 +76,8 @@ def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
     """
     failures = []
     for file in (run / FAILURES).glob(f"{job}.{restart}.rank-*.json"):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             failures.append(json.loads(file.read_text()))
-        except (OSError, ValueError):
-            continue
     causes = [
         each for each in failures if each.get("own") or not _CONSEQUENCE.search(f"{each['kind']} {each['message']}")
     ]
@@ -104,11 +91,10 @@ def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
 def hang(run: Path, since: float) -> tuple[str, str]:
     """The watchdog's verdict after the Unix time `since`, as the two texts of `cause_of_failure`."""
     file = run / "ranks" / "hang.json"
-    try:
+    verdict = {}
+    with contextlib.suppress(OSError, ValueError):
         verdict = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "", ""
-    if verdict.get("time", 0) < since:
+    if not verdict or verdict.get("time", 0) < since:
         return "", ""
     nodes = ((rank["rank"], rank.get("node")) for rank in verdict["guilty"])
     ranks = ", ".join(f"rank {rank}" + (f" on {node}" if node else "") for rank, node in nodes)

@@ -36,15 +36,9 @@ class TrainJob:
         job, restart = os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         run = Path(self.run)
         if rank == 0:
-            attempts.note(
-                run,
-                event="begin",
-                job=job,
-                restart=restart,
-                nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
-                ranks=int(os.environ.get("SLURM_NTASKS", "1")),
-                images=attempts.newest_checkpoint(run),
-            )
+            nodes, ranks = (int(os.environ.get(name, "1")) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
+            images = attempts.newest_checkpoint(run)
+            attempts.note(run, event="begin", job=job, restart=restart, nodes=nodes, ranks=ranks, images=images)
         status: int = ExitStatus.FAILED
         try:
             from dist_t2i import train

@@ -40,26 +40,13 @@ _UP_SECONDS = 60.0
 _DOWN_SECONDS = 20.0
 """Time limit for the daemons to end before they are killed."""
 
-_SETTINGS = {
-    "ClusterName": "local",
-    "AuthType": "auth/munge",
-    "CredType": "cred/munge",
-    "SlurmdParameters": "config_overrides",
-    "ProctrackType": "proctrack/pgid",
-    "TaskPlugin": "task/none",
-    "SelectType": "select/cons_tres",
-    "SelectTypeParameters": "CR_CPU",
-    "SwitchType": "switch/none",
-    "MpiDefault": "none",
-    "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0,requeue_setup_env_fail",
-    "PreemptType": "preempt/partition_prio",
-    "PreemptMode": "REQUEUE",
-    "JobRequeue": "1",
-    "ReturnToService": "2",
-    "SlurmdTimeout": "20",
-    "KillWait": "10",
-    "PropagateResourceLimits": "NONE",
-}
+_SETTINGS = """
+ClusterName=local AuthType=auth/munge CredType=cred/munge SlurmdParameters=config_overrides ProctrackType=proctrack/pgid
+TaskPlugin=task/none SelectType=select/cons_tres SelectTypeParameters=CR_CPU SwitchType=switch/none MpiDefault=none
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,requeue_setup_env_fail
+PreemptType=preempt/partition_prio PreemptMode=REQUEUE JobRequeue=1 ReturnToService=2 SlurmdTimeout=20 KillWait=10
+PropagateResourceLimits=NONE
+"""
 
 
 def missing_programs() -> list[str]:
@@ -99,8 +86,7 @@ class LocalSlurm:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
-        ports = free_ports(len(self.nodes) + 1)
-        self._ports = dict(zip(["slurmctld", *self.nodes], ports, strict=True))
+        self._ports = dict(zip(["slurmctld", *self.nodes], free_ports(len(self.nodes) + 1), strict=True))
         # Random, because a run keeps its job's number, which must not name a job of the next cluster, and because the
         # ports of ranks derive from job numbers and must differ between clusters that run at the same time.
         self._first_job = 1000 + secrets.randbelow(60_000_000)
@@ -184,7 +170,8 @@ class LocalSlurm:
             "SlurmctldPidFile": f'"{self.folder}/pid/slurmctld.pid"',
             "SlurmdPidFile": f'"{self.folder}/pid/%n.pid"',
         }
-        lines = [f"{name}={value}" for name, value in {**_SETTINGS, **locations, **self.settings}.items()]
+        settings = dict(setting.split("=", 1) for setting in _SETTINGS.split())
+        lines = [f"{name}={value}" for name, value in {**settings, **locations, **self.settings}.items()]
         cores, memory = max(4, os.cpu_count() or 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         for node in self.nodes:
             address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[node]}"
@@ -197,18 +184,13 @@ class LocalSlurm:
     # ---- daemons -----------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, *arguments: str, program: str = "") -> None:
-        path = shutil.which(program or name, path=_search_path())
-        with (self.folder / "log" / f"{name}.out").open("ab") as out:
+        command, env = [str(shutil.which(program or name, path=_search_path())), *arguments], self.environment
+        env["LC_ALL"], folder = "C", self.folder
+        with (folder / "log" / f"{name}.out").open("ab") as out:
             daemon = subprocess.Popen(
-                [str(path), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env={**self.environment, "LC_ALL": "C"},
-                start_new_session=True,
-                cwd=self.folder,
+                command, cwd=folder, env=env, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
-        (self.folder / "run" / name).write_text(str(daemon.pid))
+        (folder / "run" / name).write_text(str(daemon.pid))
 
     def _new_keys(self) -> Path:
         """Makes a folder, on a short path, for sockets and munged's secret; only this user can enter it."""
@@ -223,11 +205,14 @@ class LocalSlurm:
 
     def _daemons(self, programs: str = "*") -> list[int]:
         """Pids of the daemons that run; their pid files' names match `programs`."""
+        import psutil
+
         pids = []
         for file in (self.folder / "run").glob(programs):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, psutil.Error, IndexError):
                 pid = int(file.read_text())
-                if is_alive(pid) and _runs(pid, file.name.partition("-")[0]):
+                program = Path(psutil.Process(pid).cmdline()[0]).name  # another one, if the pid was reused
+                if is_alive(pid) and program == file.name.partition("-")[0]:
                     pids.append(pid)
         return pids
 
@@ -261,16 +246,6 @@ def _user() -> str:
         raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
 
 
-def _runs(pid: int, program: str) -> bool:
-    """Whether the process runs this program: the pid may have been reused."""
-    import psutil
-
-    try:
-        return Path(psutil.Process(pid).cmdline()[0]).name == program
-    except (psutil.Error, IndexError):
-        return False
-
-
 def _end(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -280,18 +255,13 @@ def _end(pids: list[int], number: int) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def default_folder() -> Path:
-    """The default of `--folder`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dist_t2i" / "slurm"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; `run` does not return: the command replaces this process."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="folder of the cluster (%(default)s)")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_t2i" / "slurm"
+    parser.add_argument("--folder", type=Path, default=default, help="folder of the cluster (%(default)s)")
     parser.add_argument("--nodes", type=int, default=4, help="virtual nodes that `up` starts (%(default)s)")
     parser.add_argument("action", choices=("up", "run", "down"))
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command of `run`")
@@ -320,8 +290,7 @@ def _act(options: argparse.Namespace, cluster: LocalSlurm) -> int:
         raise UserError("run what? Such as: python -m slurm.local run squeue")
     if not cluster.running():
         raise UserError("Slurm is not up: python -m slurm.local up")
-    program = shutil.which(options.command[0], path=_search_path())
-    if program is None:
+    if (program := shutil.which(options.command[0], path=_search_path())) is None:
         raise UserError(f"there is no program {options.command[0]} to run")
     os.execve(program, options.command, cluster.environment)
 

@@ -71,8 +71,7 @@ class Profile:
 def load(path: Path) -> Profile:
     """A checked profile. Raises ConfigError that names every problem."""
     try:
-        text = path.read_text(encoding="utf-8")
-        profile = _read(yaml.safe_load(text), str(path))
+        profile = _read(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         known = sorted(str(file) for file in (Path(__file__).parent / "profiles").glob("*.yaml"))
         raise ConfigError(f"no profile {path}; the project has {', '.join(known)}") from None
@@ -91,24 +90,18 @@ def from_plain(values: dict[str, Any]) -> Profile:
 def _read(values: Any, origin: str) -> Profile:
     problems: list[str] = []
     profile = read_section({} if values is None else values, Profile, "", problems, "a profile")
-    if problems:
-        raise _error(origin, problems)
+    _refuse(problems, origin)
     return profile
+
+
+def _refuse(problems: list[str], origin: str) -> None:
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
 
 
 def check(profile: Profile, origin: str = "the profile") -> Profile:
     """The profile, if its values are valid. Raises ConfigError that names every problem."""
-    if problems := _contradictions(profile):
-        raise _error(origin, problems)
-    return profile
-
-
-def _error(origin: str, problems: list[str]) -> ConfigError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ConfigError(f"{origin}: {count}\n" + "\n".join(f"  {line}" for line in problems), problems)
-
-
-def _contradictions(profile: Profile) -> list[str]:
     problems = []
     try:
         minutes(profile.time)
@@ -124,7 +117,8 @@ def _contradictions(profile: Profile) -> list[str]:
             problems.append(f"environment.{name}: not the name of an environment variable")
     if profile.container.mounts and not profile.container.image:
         problems.append("container.mounts: set, but there is no container.image")
-    return problems
+    _refuse(problems, origin)
+    return profile
 
 
 _TIMES = (

@@ -57,14 +57,11 @@ def _is_copy(folder: Path) -> bool:
 
 
 def _files() -> list[Path]:
-    """The project's files: those that git tracks or would add; without git, those of `_PARTS`."""
-    listing = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS)
-    if listing:
+    """Those that git tracks or would add; without git, those of `_PARTS`."""
+    if listing := _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS):
         files = [ROOT / name for name in listing.split("\0") if name]
     else:
-        files = [
-            path for part in _PARTS for path in ((ROOT / part).rglob("*") if (ROOT / part).is_dir() else [ROOT / part])
-        ]
+        files = [path for part in _PARTS for path in (ROOT / part, *(ROOT / part).rglob("*"))]
     return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
 
 

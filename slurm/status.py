@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -140,11 +141,9 @@ def _seeds(folder: Path) -> list[Path]:
 def look(run: Path) -> State:
     """The state of a submitted run now. Raises UserError when it was not submitted."""
     about = submitted(run)
-    queue, where, silent = "", "", False
-    try:
-        queue, where = ask_slurm(about["job"])
-    except _Silent:
-        silent = True
+    queue, where, silent = "", "", True
+    with contextlib.suppress(_Silent):
+        (queue, where), silent = ask_slurm(about["job"]), False
     state = (read_json(run / "progress.json"), attempts.read(run), attempts.newest_checkpoint(run))
     return State(run, about["job"], queue, where, *state, submitted=about.get("submitted", 0.0), silent=silent)
 
@@ -154,8 +153,7 @@ def ask_slurm(job: str) -> tuple[str, str]:
 
     Raises _Silent when the controller is away.
     """
-    queue = _output("squeue", "-h", "-j", job, "-o", "%T|%R")
-    if queue:
+    if queue := _output("squeue", "-h", "-j", job, "-o", "%T|%R"):
         state, _, where = queue.splitlines()[0].partition("|")
         return state, where.strip("()")
     if match := re.search(r"JobState=(\S+)", _output("scontrol", "-o", "show", "job", job)):
@@ -190,8 +188,7 @@ def describe(state: State) -> str:
     checkpoint = f"{state.checkpoint:,} images" if state.checkpoint >= 0 else "none yet"
     lines.append(f"  last committed checkpoint: {checkpoint}")
     counts = zip(("preempted or stopped", "failed"), state.interruptions, strict=True)
-    parts = [f"{what} {'once' if count == 1 else f'{count} times'}" for what, count in counts if count]
-    if parts:
+    if parts := [f"{what} {'once' if count == 1 else f'{count} times'}" for what, count in counts if count]:
         lines.append(f"  {' and '.join(parts)}, {len(state.begins)} attempts so far")
     if state.ends and state.ends[-1].get("kind") and state.word != "failed":
         lines.append(f"  last failure: {state.ends[-1]['reason']}")

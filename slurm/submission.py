@@ -83,9 +83,7 @@ class Submission:
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")
         if self.seeds < 0:
-            raise UserError(
-                f"--array-seeds {self.seeds}: give a number of runs, or 0 for a single run without an array"
-            )
+            raise UserError(f"--array-seeds {self.seeds}: give a number of runs, or 0 for one run without an array")
         check_world(self.config, self.ranks)
         data = open_data(self.config.data)
         train = data.manifest["splits"]["train"]
@@ -148,19 +146,17 @@ class Submission:
             lines += [f"export {name}_SOCKET_IFNAME={shlex.quote(profile.interface)}" for name in ("NCCL", "GLOO")]
         if profile.scratch:
             lines.append(f"export SLURM_TMPDIR={_expanding(profile.scratch)}")
-        lines.append(f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-        lines.append("export PYTHONFAULTHANDLER=1")
-        lines.append("trap : USR2 TERM  # the ranks save on these signals; after.py decides what follows")
-        return lines
+        path = f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+        trap = "trap : USR2 TERM  # the ranks save on these signals; after.py decides what follows"
+        return [*lines, path, "export PYTHONFAULTHANDLER=1", trap]
 
     def _srun(self) -> list[str]:
         profile, words = self.profile, ["--kill-on-bad-exit=1", "--open-mode=append"]
         if profile.cpus_per_task:
             words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun does not inherit it from sbatch
         if profile.container.image and profile.container.runtime == "pyxis":
-            words.append(f"--container-image={profile.container.image}")
-            words.append(f"--container-mounts={','.join(self._mounts())}")
-            words.append(f"--container-workdir={self.run}")
+            image, mounts = profile.container.image, ",".join(self._mounts())
+            words += [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={self.run}"]
         return [*words, *profile.srun]
 
     def _teardown(self) -> list[str]:
@@ -217,13 +213,7 @@ class Submission:
             for file, text in before.items():
                 write_atomic(file, text)
             raise SubmitError(f"Slurm did not take the job: {_reason(str(error))}") from error
-        for (run, _), job in zip(self._runs(), queued, strict=True):
-            self._note(run, str(job.job_id))
-        return [str(job.job_id) for job in queued]
-
-    def _note(self, run: Path, job: str) -> None:
         about = {
-            "job": job,
             "logs": str(self.folder),
             "name": self.name,
             "nodes": self.nodes,
@@ -233,13 +223,19 @@ class Submission:
             "folder": os.getcwd(),
             "profile": dataclasses.asdict(self.profile),
         }
-        write_atomic(run / FOLDER / JOB, json.dumps(about, indent=1) + "\n")
+        numbers = [str(job.job_id) for job in queued]
+        for (run, _), number in zip(self._runs(), numbers, strict=True):
+            write_atomic(run / FOLDER / JOB, json.dumps({"job": number, **about}, indent=1) + "\n")
+        return numbers
 
     def _runs(self) -> list[tuple[Path, Config]]:
-        if not self.seeds:
-            return [(self.run, _in_folder(self.config, self.run))]
-        seeds = range(self.config.train.seed, self.config.train.seed + self.seeds)
-        return [(run, _in_folder(self.config, run, seed)) for seed in seeds for run in [self.run / f"seed-{seed}"]]
+        train = self.config.train
+        seeds = range(train.seed, train.seed + self.seeds)
+        runs = [(self.run / f"seed-{seed}", seed) for seed in seeds] or [(self.run, train.seed)]
+        return [
+            (run, replace(self.config, run=replace(self.config.run, folder=str(run)), train=replace(train, seed=seed)))
+            for run, seed in runs
+        ]
 
 
 def arguments(run: Path, allow_changes: bool = False) -> tuple[str, ...]:
@@ -288,18 +284,12 @@ def _refuse_line_breaks(options: dict[str, Any], run: Path) -> None:
         raise SubmitError(f"run folder {str(run)!r}: Slurm's logs cannot lie there; choose one without % and backslash")
 
 
-def _in_folder(config: Config, run: Path, seed: int | None = None) -> Config:
-    train = config.train if seed is None else replace(config.train, seed=seed)
-    return replace(config, run=replace(config.run, folder=str(run)), train=train)
-
-
 def _expanding(value: str) -> str:
     """`value` quoted for a shell that expands variables in it, but runs no commands."""
     return '"' + re.sub(r'(["\\`])', r"\\\1", value).replace("$(", "\\$(") + '"'
 
 
 def _reason(text: str) -> str:
-    """Slurm's own messages in an error's text."""
     text = " ".join(text.split())
     errors = re.findall(r"(?:sbatch: )?error: ([^\n]+?)(?= sbatch: |$)", text)
     return "; ".join(dict.fromkeys(errors)) or text[-300:]

@@ -64,14 +64,11 @@ def prepare(environment: MutableMapping[str, str] | None = None) -> Rank:
 
 
 def _from_variables(env: Mapping[str, str]) -> Rank:
-    if env.get("TORCHELASTIC_RUN_ID"):
-        launcher: Launcher = "torchrun"
-    else:
-        launcher = "deepspeed" if env.get("CROSS_RANK") else "plain"  # only DeepSpeed's launcher sets CROSS_RANK
+    other: Launcher = "deepspeed" if env.get("CROSS_RANK") else "plain"  # only DeepSpeed's launcher sets CROSS_RANK
+    launcher: Launcher = "torchrun" if env.get("TORCHELASTIC_RUN_ID") else other
     local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
-    rank = Rank(
-        _integer(env, "RANK"), _integer(env, "WORLD_SIZE"), _integer(env, "LOCAL_RANK"), int(local_world), launcher
-    )
+    position, world, local = (_integer(env, name) for name in _NEEDED)
+    rank = Rank(position, world, local, int(local_world), launcher)
     if not 0 <= rank.rank < rank.world_size:
         raise LaunchError(f"RANK={rank.rank} is not below WORLD_SIZE={rank.world_size}")
     return rank
@@ -148,12 +145,10 @@ def free_ports(count: int, apart: int = 0) -> list[int]:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
+    with contextlib.suppress(OSError), socket.socket() as listener:
+        listener.bind(("", port))
         return True
+    return False
 
 
 def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
@@ -184,23 +179,19 @@ def interface_towards(address: str) -> str | None:
         interfaces = psutil.net_if_addrs()
     except OSError:
         return None
-    names = (
-        name for name, each in interfaces.items() if local in (address.address.partition("%")[0] for address in each)
-    )
-    return next(names, None)
+    addresses = ((name, each.address.partition("%")[0]) for name, several in interfaces.items() for each in several)
+    return next((name for name, address in addresses if address == local), None)
 
 
 def has_gpu(env: Mapping[str, str] = os.environ) -> bool:
     """Whether a GPU is present and visible, and torch is built for it. Does not import torch."""
-    if env.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+    present = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    if env.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not present:
         return False
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    if version is None or not version.is_file():
-        return False
-    return bool(re.search(r"^(cuda|hip)\b[^=\n]*= *['\"]", version.read_text(), re.MULTILINE))
+    built = version.read_text() if version and version.is_file() else ""
+    return bool(re.search(r"^(cuda|hip)\b[^=\n]*= *['\"]", built, re.MULTILINE))
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:
@@ -220,18 +211,15 @@ class LauncherWatch:
     """Seconds between two checks."""
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
-        self._watched = _launchers_above()
-        self._next = 0.0
+        self._parent, self._watched, self._next = os.getppid(), _launchers_above(), 0.0
 
     def gone(self) -> bool:
         """Whether it has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
         if not self._watched or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self.INTERVAL
-        return os.getppid() != self._parent or not all(
-            is_alive(pid, started - 3, started + 3) for pid, started in self._watched.items()
-        )
+        alive = (is_alive(pid, started - 3, started + 3) for pid, started in self._watched.items())
+        return os.getppid() != self._parent or not all(alive)
 
 
 def _launchers_above() -> dict[int, float]:
@@ -239,14 +227,10 @@ def _launchers_above() -> dict[int, float]:
     import psutil
 
     launchers: dict[int, float] = {}
-    try:
+    known = re.compile(r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)")
+    with contextlib.suppress(psutil.Error):  # the process has ended, or this user may not read it: nothing to watch
         for process in psutil.Process().parents()[:2]:
-            command = " ".join(process.cmdline()[:4])
-            if not re.search(
-                r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)", command
-            ):
+            if not known.search(" ".join(process.cmdline()[:4])):
                 break
             launchers[process.pid] = process.create_time()
-    except psutil.Error:
-        pass  # the process has ended, or this user may not read it: nothing to watch
     return launchers

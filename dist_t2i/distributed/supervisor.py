@@ -125,12 +125,10 @@ class _Child:
     def stop(self) -> None:
         """Asks rank 0 to save and stop. Before rank 0 trains there is nothing to save, and all processes are ended."""
         self.stopping = True
-        rank = self._rank()
-        if rank is None:
-            self._send(signal.SIGTERM)
-        else:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGUSR2)
+        if (rank := self._rank()) is None:
+            return self._send(signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGUSR2)
 
     def wait_until_gone(self) -> None:
         """Waits for the run's last process: a launcher may end before its ranks have saved."""
@@ -139,7 +137,6 @@ class _Child:
             time.sleep(_POLL_SECONDS)
 
     def _members(self) -> list[int]:
-        """The pids of the child's session."""
         import psutil
 
         members = []
@@ -157,8 +154,7 @@ class _Child:
     def _rank(self) -> int | None:
         """The pid of rank 0 if it runs and is this child's: progress.json may come from an earlier run."""
         state = read_json(self.run / "progress.json")
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             current = state["host"] == socket.gethostname() and state["updated"] >= self.started
             return state["pid"] if current and is_alive(state["pid"], earliest=self.started - 1) else None
-        except (KeyError, TypeError, ValueError):
-            return None
+        return None

@@ -8,11 +8,9 @@ Every rank has a thread that regularly writes the rank's state:
 
 When one rank hangs, the others wait for it in a collective, where Python runs no signal handlers; so the threads
 compare the ranks' files. Silent ranks are guilty (the process is stopped, or its machine is gone); without silent
-ranks, those that are not in a collective. The verdict is printed, and the process exits with `ExitStatus.HUNG`, so that
-the launcher ends the other ranks and the job can resume from the last checkpoint.
-
-With NCCL, ranks also wait for each other in any call that waits for the device. If all of them do, no rank is named,
-and the stacks are the evidence.
+ranks, those that are not in a collective. With NCCL, ranks also wait for each other in any call that waits for the
+device. If all of them do, no rank is named, and the stacks are the evidence. The process that printed the verdict exits
+with `ExitStatus.HUNG`, so that the launcher ends the other ranks and the job can resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -60,7 +58,6 @@ class Watchdog:
         self.folder, self.rank, self.world_size, self.seconds = run / FOLDER, rank, world_size, seconds
         self.interval = min(60.0, max(1.0, seconds / 10))
         self._state, self._end, self._count = _State(), end, 0
-        self._main = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -141,14 +138,12 @@ class Watchdog:
             return  # a long activity, and every rank is alive
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
-            if not self._reported():
+            if (
+                time.time() - read_json(self.folder / VERDICT).get("time", 0.0) >= self.seconds
+            ):  # no other rank reported
                 write_atomic(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
                 os.write(2, f"\n{describe(verdict)}\n".encode())
         self._end(ExitStatus.HUNG)
-
-    def _reported(self) -> bool:
-        """Whether another rank has written the verdict of this hang."""
-        return time.time() - read_json(self.folder / VERDICT).get("time", 0.0) < self.seconds
 
 
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:

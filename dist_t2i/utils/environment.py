@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -38,10 +39,9 @@ def describe() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -58,12 +58,10 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 def processor() -> dict[str, Any]:
     """Model name, usable cores, memory in bytes, and those of `_FLAGS` that the processor has."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    fields = dict(part.split(":", 1) for part in text.splitlines() if ":" in part)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    fields = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
     present = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),

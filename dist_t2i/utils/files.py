@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_CHUNK = 2**20
-
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -64,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def chunks(file: BinaryIO) -> Iterator[bytes]:
     """The rest of an open file, in pieces of at most 1 MiB."""
-    while chunk := file.read(_CHUNK):
+    while chunk := file.read(2**20):
         yield chunk
 
 

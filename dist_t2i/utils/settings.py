@@ -56,8 +56,7 @@ class Resume(enum.Enum):
 
 
 def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
-    """A field of a configuration. `bounds` holds for a number, or for each number of a tuple; without `resume` the key
-    behaves as its section does."""
+    """A field of a configuration. `bounds` holds for each number in it; without `resume` it behaves as its section does."""
     return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
 
 
