@@ -30,7 +30,7 @@ from dist_t2i.storage.reader_process import allow_clients
 from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.shard_file import LocalFile, reason_of
 from dist_t2i.storage.urls import absolute, base_name, is_local
-from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.files import read_json, write_atomic
 from dist_t2i.utils.processes import ignore_stop_signals, usable_cores
 from dist_t2i.utils.progress import Progress
 
@@ -96,7 +96,7 @@ def _files(home: Path, number: int) -> tuple[Path, Path]:
 
 def _state_of(url: str) -> list[int]:
     """Size and time of a local tar, which change when it is rewritten; [] for a remote one, which has an ETag."""
-    if not is_local(url):
+    if not is_local(url) or not os.path.exists(url):
         return []
     about = os.stat(url)
     return [about.st_size, about.st_mtime_ns]
@@ -104,11 +104,8 @@ def _state_of(url: str) -> list[int]:
 
 def _is_indexed(home: Path, number: int, url: str) -> bool:
     index, result = _files(home, number)
-    try:
-        known = json.loads(result.read_bytes())
-        return index.exists() and known["url"] == url and known["state"] == _state_of(url)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    known = read_json(result)
+    return index.exists() and known.get("url") == url and known.get("state") == _state_of(url)
 
 
 def _index_all(
@@ -117,16 +114,15 @@ def _index_all(
     progress = Progress(len(missing), "shards indexed")
     limit = max(1, _CAPTIONS // len(urls))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    processes = max(1, min(processes or usable_cores(), len(missing) or 1))
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _start_process) as pool:
+    processes = max(1, min(processes or usable_cores(), len(missing)))
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_process)
+    try:
         futures = [pool.submit(_index_one, home, number, urls[number], options, checksums, limit) for number in missing]
-        try:
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                future.result()
-                progress.show(done, last=done == len(missing))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            future.result()
+            progress.show(done, last=done == len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_process() -> None:
@@ -137,47 +133,43 @@ def _start_process() -> None:
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, limit: int) -> None:
     """Indexes one tar, with at most about `limit` captions. Raises DataError if it is unreadable or unsafe, OSError."""
     index_file, result_file = _files(home, number)
-    state = _state_of(url) if not is_local(url) or os.path.exists(url) else []
+    state = _state_of(url)
     try:
         file = LocalFile(url) if is_local(url) else RemoteFile(url, options)
         contents = read_tar(file, checksums=checksums, texts=True)
     except (OSError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else str(error)
         raise DataError(f"{url}: cannot be indexed: {reason}") from error
-    refuse_unsafe(sorted({member.extension for members in contents.members for member in members}), url)
-    problems = list(contents.problems)
-    captions = _keep_usable(contents, url, problems, limit)
-    index = contents.index(url).to_bytes()
+    refuse_unsafe({member.extension for sample in contents.samples for member in sample.members}, url)
+    captions = _keep_usable(contents, url, limit)
+    index = contents.index().to_bytes()
     result = {
         "url": url,
         "state": state,
-        "samples": len(contents.keys),
+        "samples": len(contents.samples),
         "bytes": file.size if isinstance(file, RemoteFile) else os.path.getsize(url),
         "tag": file.tag if isinstance(file, RemoteFile) else "",
         "index_sha256": hashlib.sha256(index).hexdigest(),
-        "problems": problems[:_MAX_PROBLEMS],
-        "problem_count": len(problems),
+        "problems": contents.problems[:_MAX_PROBLEMS],
+        "problem_count": len(contents.problems),
         "captions": captions,
     }
     write_atomic(index_file, index)
     write_atomic(result_file, json.dumps(result))
 
 
-def _keep_usable(contents: TarContents, url: str, problems: list[tuple[str, str]], limit: int) -> list[list[str]]:
+def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
     """Drops samples without image or caption; returns the captions of evenly spaced other samples."""
     kept, captions = [], []
-    for row, (key, members, texts) in enumerate(zip(contents.keys, contents.members, contents.texts, strict=True)):
-        if not {member.extension for member in members} & set(PICTURES):
-            problems.append((key, "no picture"))
-            continue
+    for sample in contents.samples:
         try:
-            captions.append(list(captions_of({"__key__": key, "__url__": url, **texts})[0]))
+            if {member.extension for member in sample.members}.isdisjoint(PICTURES):
+                raise BadSample(url, sample.key, "no picture")
+            captions.append(captions_of({"__key__": sample.key, "__url__": url, **sample.texts})[0])
+            kept.append(sample)
         except BadSample as error:
-            problems.append((key, error.reason))
-            continue
-        kept.append(row)
-    contents.keys = [contents.keys[row] for row in kept]
-    contents.members = [contents.members[row] for row in kept]
+            contents.problems.append((sample.key, error.reason))
+    contents.samples = kept
     return captions[:: max(1, len(captions) // limit)]
 
 

@@ -8,7 +8,7 @@ members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `c
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -111,7 +111,7 @@ class ShardIndex:
         return index
 
 
-def refuse_unsafe(extensions: Sequence[str], name: str) -> None:
+def refuse_unsafe(extensions: Iterable[str], name: str) -> None:
     """Raises DataError if a member could run code when it is decoded, as webdataset decodes pickles by default."""
     unsafe = sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE)
     if unsafe:

@@ -104,9 +104,9 @@ def test_our_own_shards_without_their_manifest_give_the_same_samples(tmp_path):
 
 def test_quick_indexing_passes_over_pictures(tars):
     whole, quick = (read_tar(LocalFile(str(tars[0])), checksums=checks, texts=True) for checks in (True, False))
-    assert quick.keys == whole.keys and quick.texts == whole.texts
-    for row, members in enumerate(quick.members):
-        for mine, theirs in zip(members, whole.members[row], strict=True):
+    assert [(s.key, s.texts) for s in quick.samples] == [(s.key, s.texts) for s in whole.samples]
+    for sample, other in zip(quick.samples, whole.samples, strict=True):
+        for mine, theirs in zip(sample.members, other.members, strict=True):
             assert mine[:3] == theirs[:3] and mine.crc32 == (theirs.crc32 if mine.extension == "txt" else -1)
 
 
@@ -132,21 +132,23 @@ def test_a_cut_tar_keeps_what_is_whole(tmp_path, at):
     path.write_bytes(data)
     for checksums in (True, False):
         cut = read_tar(LocalFile(str(path)), checksums=checksums)
-        assert cut.keys and "cut short" in cut.problems[-1][1]
-        flat = [member for members in cut.members for member in members]
+        assert cut.samples and "cut short" in cut.problems[-1][1]
+        flat = [member for sample in cut.samples for member in sample.members]
         assert all(member.offset + member.size <= len(data) for member in flat)
-        assert [m[:3] for m in flat] == [m[:3] for members in whole.members for m in members][: len(flat)]
+        assert [m[:3] for m in flat] == [m[:3] for sample in whole.samples for m in sample.members][: len(flat)]
 
 
 def test_garbage_between_members_costs_what_it_hit(tmp_path):
     path = write(tmp_path / "a.tar", range(20))
     whole = read_tar(LocalFile(str(path)))
     data = bytearray(path.read_bytes())
-    hit = whole.members[7][0]
+    hit = whole.samples[7].members[0]
     data[hit.offset - 512 : hit.offset] = numpy.random.default_rng(0).integers(0, 255, 512, dtype=numpy.uint8).tobytes()
     path.write_bytes(data)
     found = indexed_set([str(path)], FROM_ENVIRONMENT, tmp_path / "home")
-    assert [s.key for s in found.samples("train")] == [key for row, key in enumerate(whole.keys) if row != 7]
+    assert [s.key for s in found.samples("train")] == [
+        sample.key for row, sample in enumerate(whole.samples) if row != 7
+    ]
     assert any("header cannot be read" in reason for reason in found.manifest["bad_samples"])
 
 

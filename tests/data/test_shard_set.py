@@ -26,7 +26,7 @@ def small(tmp_path_factory):
 
 
 def index_of(path):
-    return read_tar(LocalFile(str(path))).index(str(path))
+    return read_tar(LocalFile(str(path))).index()
 
 
 def test_random_access(small):

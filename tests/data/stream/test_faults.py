@@ -236,7 +236,7 @@ def garble(data: bytearray, members: dict[str, tarfile.TarInfo]) -> bytearray:
 def reindex(store: Store, name: str, work: Path) -> None:
     """Write the index of a changed shard anew, as if it had been so when it was written."""
     (work / name).write_bytes(store.server.get(f"set/{name}"))
-    index = read_tar(LocalFile(str(work / name))).index(name)
+    index = read_tar(LocalFile(str(work / name))).index()
     store.server.put(f"set/{name.replace('.tar', '.index')}", index.to_bytes())
 
 
