@@ -52,7 +52,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
     """The manifest's statistics of the captions of one split; `captions[i]` are those of image i."""
     texts = [text for own in captions for text in own]
-    tokens = sorted(len(tokenizer.ids(text)) for text in texts)
+    tokens = sorted(len(tokenizer.ids(text)) for text in texts) or [0]
     frequencies = Counter(word for text in texts for word in words(text))
     lengths = [len(words(text)) for text in texts]
     return {
@@ -64,9 +64,9 @@ def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) 
         },
         "words": {"mean": round(sum(lengths) / max(1, len(texts)), 2), "max": max(lengths, default=0)},
         "tokens": {
-            "mean": round(sum(tokens) / max(1, len(tokens)), 2),
-            "p99": tokens[int(len(tokens) * 0.99)] if tokens else 0,
-            "max": tokens[-1] if tokens else 0,
+            "mean": round(sum(tokens) / len(tokens), 2),
+            "p99": tokens[int(len(tokens) * 0.99)],
+            "max": tokens[-1],
         },
         "distinct_words": len(frequencies),
         "words_not_in_train": sum(word not in tokenizer.known_words for word in frequencies),

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dist_t2i.data.indexing import indexed_set
 from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import StorageOptions
-from dist_t2i.storage.urls import absolute, checked, expand, is_local, join, local_path, with_suffix
+from dist_t2i.storage.urls import absolute, checked, expand, is_local, local_path
 
 
 def storage_options(data: DataConfig) -> StorageOptions:
@@ -54,10 +55,8 @@ def open_entry(entry: str, options: StorageOptions) -> ShardSet:
         return indexed_set(expand(entry), options)
     if is_local(entry) and entry:
         folder = local_path(entry)
-        if folder.is_dir() and not (folder / "manifest.json").exists():
-            tars = sorted(str(path) for path in folder.glob("*.tar"))
-            if tars:
-                return indexed_set(tars, options)
+        if not (folder / "manifest.json").exists() and (tars := sorted(map(str, folder.glob("*.tar")))):
+            return indexed_set(tars, options)
     return open_set(entry, options)
 
 
@@ -77,15 +76,9 @@ def joined(sets: Sequence[ShardSet]) -> ShardSet:
             total = splits.setdefault(name, {**split, "samples": 0, "bytes": 0, "shards": []})
             total["samples"] += split["samples"]
             total["bytes"] += split["bytes"]
-            total["shards"] += [_absolute(data, shard) | {"part": part} for shard in split["shards"]]
+            for shard in split["shards"]:
+                url, index = map(absolute, data.urls(shard))
+                total["shards"].append({**shard, "name": url, "index": index, "part": part})
     fingerprint = hashlib.sha256("\n".join(data.fingerprint for data in sets).encode()).hexdigest()
     name = " and ".join(str(data.manifest.get("name", data.folder)) for data in sets)
-    manifest = {**sets[0].manifest, "name": name, "fingerprint": fingerprint, "splits": splits}
-    return ShardSet(sets[0].folder, manifest, sets[0].options)
-
-
-def _absolute(data: ShardSet, shard: dict[str, Any]) -> dict[str, Any]:
-    """A shard's entry in a manifest, with absolute paths."""
-    url = join(data.folder, shard["name"])
-    index = join(data.folder, shard["index"]) if "index" in shard else with_suffix(url, ".index")
-    return {**shard, "name": absolute(url), "index": absolute(index)}
+    return replace(sets[0], manifest=sets[0].manifest | {"name": name, "fingerprint": fingerprint, "splits": splits})

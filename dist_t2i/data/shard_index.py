@@ -48,9 +48,7 @@ class Keys(Sequence[str]):
         return len(self._starts) - 1
 
     def __getitem__(self, row: int) -> str:  # type: ignore[override]  # slices are not supported
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
+        row = range(len(self))[row]
         return self.packed[self._starts[row] : self._starts[row + 1] - 1].decode()
 
 
@@ -61,36 +59,27 @@ class ShardIndex:
         self.keys = Keys("\n".join(keys).encode())
         flat = [member for sample in members for member in sample]
         self.extensions = sorted({member.extension for member in flat})
+        self._arrays = {"first": numpy.cumsum([0, *map(len, members)], dtype=numpy.int64)}
+        for name in ("offset", "size", "crc32"):
+            self._arrays[name] = numpy.array([getattr(member, name) for member in flat], dtype=numpy.int64)
         codes = {extension: number for number, extension in enumerate(self.extensions)}
-        self._first = numpy.cumsum([0, *map(len, members)], dtype=numpy.int64)
-        self._offset = numpy.array([member.offset for member in flat], dtype=numpy.int64)
-        self._size = numpy.array([member.size for member in flat], dtype=numpy.int64)
-        self._crc32 = numpy.array([member.crc32 for member in flat], dtype=numpy.int64)
-        self._extension = numpy.array([codes[member.extension] for member in flat], dtype=numpy.uint8)
+        self._arrays["extension"] = numpy.array([codes[member.extension] for member in flat], dtype=numpy.uint8)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def members(self, row: int) -> list[Member]:
         """The members of one sample."""
-        return [
-            Member(self.extensions[self._extension[i]], int(self._offset[i]), int(self._size[i]), int(self._crc32[i]))
-            for i in range(int(self._first[row]), int(self._first[row + 1]))
-        ]
+        first, stop = self._arrays["first"][row : row + 2]
+        columns = (self._arrays[name][first:stop].tolist() for name in Member._fields)
+        return [Member(self.extensions[code], *numbers) for code, *numbers in zip(*columns, strict=True)]
 
     def to_bytes(self) -> bytes:
         """The index file; equal bytes for equal indexes."""
         out = io.BytesIO()
-        numpy.savez(
-            out,
-            keys=numpy.frombuffer(self.keys.packed, dtype=numpy.uint8),
-            extensions=numpy.frombuffer("\n".join(self.extensions).encode(), dtype=numpy.uint8),
-            first=self._first,
-            offset=self._offset,
-            size=self._size,
-            crc32=self._crc32,
-            extension=self._extension,
-        )
+        texts = {"keys": self.keys.packed, "extensions": "\n".join(self.extensions).encode()}
+        lines = {name: numpy.frombuffer(text, dtype=numpy.uint8) for name, text in texts.items()}
+        numpy.savez(out, **lines, **self._arrays)  # type: ignore[arg-type]
         return out.getvalue()
 
     @classmethod
@@ -101,11 +90,10 @@ class ShardIndex:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 packed = arrays["extensions"].tobytes().decode()
                 index.keys, index.extensions = Keys(arrays["keys"].tobytes()), packed.split("\n") if packed else []
-                index._first, index._offset, index._size = arrays["first"], arrays["offset"], arrays["size"]
-                index._crc32, index._extension = arrays["crc32"], arrays["extension"]
+                index._arrays = {name: arrays[name] for name in ("first", "offset", "size", "crc32", "extension")}
         except Exception as error:  # broken bytes raise zip, key and value errors
             raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
-        if len(index._first) != len(index.keys) + 1:
+        if len(index._arrays["first"]) != len(index.keys) + 1:
             raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
         refuse_unsafe(index.extensions, name)
         return index
@@ -113,8 +101,7 @@ class ShardIndex:
 
 def refuse_unsafe(extensions: Iterable[str], name: str) -> None:
     """Raises DataError if a member could run code when it is decoded, as webdataset decodes pickles by default."""
-    unsafe = sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE)
-    if unsafe:
+    if unsafe := sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE):
         raise DataError(
             f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "
             "with pictures, text and json only"

@@ -14,6 +14,7 @@ import json
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,8 @@ class Shards:
     def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
         self._shards, self.options = list(shards), options
         self.sizes = [shard.samples for shard in shards]
+        self.starts = numpy.cumsum([0, *self.sizes])
+        """The number of the first sample of each shard, then the number of all samples."""
         self._broken: dict[int, str] = {}
         self._opened = lru_cache(_OPEN_SHARDS)(self._open)
         self._locks = [threading.Lock() for _ in range(_OPEN_SHARDS)]
@@ -90,8 +93,10 @@ class Shards:
     def url(self, shard: int) -> str:
         return self._shards[shard].url
 
-    def name(self, shard: int) -> str:
-        return base_name(self.url(shard))
+    def locate(self, number: int) -> tuple[int, int]:
+        """Shard and row of a sample by its number in the split."""
+        shard = int(numpy.searchsorted(self.starts, number, side="right")) - 1
+        return shard, number - int(self.starts[shard])
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
         """The file and the index of a shard. Raises DataError if the index does not fit, OSError if a read fails."""
@@ -110,7 +115,7 @@ class Shards:
 
         Raises BadSample, DataError.
         """
-        name = self.name(shard)
+        name = base_name(self.url(shard))
         if shard in self._broken:
             raise BadSample(name, str(row), self._broken[shard])
         try:
@@ -206,26 +211,21 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self._ends = numpy.cumsum(shards.sizes)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.shards.starts[-1])
 
     def __getitem__(self, number: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        number %= len(self)
-        shard = int(numpy.searchsorted(self._ends, number, side="right"))
-        return Sample(self.shards.read(shard, number - int(self._ends[shard]) + self.shards.sizes[shard]))
+        return Sample(self.shards.read(*self.shards.locate(range(len(self))[number])))
 
 
+@dataclass(frozen=True, eq=False)
 class ShardSet:
     """A set. `folder` is its path or URL, `manifest` the parsed manifest.json."""
 
-    def __init__(
-        self, folder: str | Path, manifest: dict[str, Any], options: StorageOptions = FROM_ENVIRONMENT
-    ) -> None:
-        self.folder, self.manifest, self.options = str(folder), manifest, options
+    folder: str
+    manifest: dict[str, Any]
+    options: StorageOptions
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -246,15 +246,18 @@ class ShardSet:
         """Raises DataError if the set has no such split."""
         if split not in self.manifest["splits"]:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        return Shards([self._shard(entry) for entry in self.manifest["splits"][split]["shards"]], self.options)
+        shards = []
+        for entry in self.manifest["splits"][split]["shards"]:
+            url, index = self.urls(entry)
+            tag = entry.get("tag", "")
+            identity = Identity(entry.get("bytes", -1), entry.get("sha256") or tag or "", tag)
+            shards.append(Shard(url, entry["samples"], index, identity, entry.get("part", 0)))
+        return Shards(shards, self.options)
 
-    def _shard(self, entry: Mapping[str, Any]) -> Shard:
-        """A shard of the manifest. Its `index` is by default the file with the same name and the suffix .index."""
+    def urls(self, entry: Mapping[str, Any]) -> tuple[str, str]:
+        """A shard of the manifest and its `index`, by default the file with the same name and the suffix .index."""
         url = join(self.folder, entry["name"])
-        index = join(self.folder, entry["index"]) if "index" in entry else with_suffix(url, ".index")
-        tag = entry.get("tag", "")
-        identity = Identity(entry.get("bytes", -1), entry.get("sha256") or tag or "", tag)
-        return Shard(url, entry["samples"], index, identity, entry.get("part", 0))
+        return url, join(self.folder, entry["index"]) if "index" in entry else with_suffix(url, ".index")
 
     def samples(self, split: str) -> Samples:
         """Raises DataError if the set has no such split."""

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_t2i.data.stream.batch import Batch
 from dist_t2i.losses.functional import same_pairs
 from dist_t2i.models.discriminator import Embeddings
 
@@ -30,10 +29,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-def global_same_pairs(batches: Sequence[Batch]) -> Tensor:
-    """bool [B, B]: pairs of the global batch that share the picture or the caption. Collective."""
-    ids = torch.cat([gather_rows(torch.stack([b.image_ids, b.caption_ids], dim=1)) for b in batches])
-    return same_pairs(ids[:, 0], ids[:, 1])
+def global_same_pairs(ids: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """bool [B, B]: pairs of the global batch that share the picture or the caption. Collective.
+
+    `ids`: the picture ids and caption ids (int64 [m]) of each micro-batch of this rank.
+    """
+    rows = torch.cat([gather_rows(torch.stack(pair, dim=1)) for pair in ids])
+    return same_pairs(rows[:, 0], rows[:, 1])
 
 
 class GlobalRows:

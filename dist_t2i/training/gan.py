@@ -337,7 +337,7 @@ class Gan:
         positions = region_negatives(
             self._train.seed, images, self._model.discriminator.regions, self._weights.region_negatives
         )
-        same = global_same_pairs([batch.to(device) for batch in batches])
+        same = global_same_pairs([(b.image_ids.to(device), b.caption_ids.to(device)) for b in batches])
         return Negatives(same, None if positions is None else positions.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:

@@ -59,7 +59,8 @@ class Buffers:
     def filled(self, number: int) -> torch.Tensor:
         """In the parent: a buffer that the worker has filled, uint8 [size]."""
         array = self._array(number)
-        weakref.finalize(array, self._release, number).atexit = False  # the tensor's storage refers to the array
+        # The tensor's storage refers to the array.
+        weakref.finalize(array, self._memory.__setitem__, number, 0).atexit = False
         return torch.from_numpy(array)
 
     def ref(self, tensor: torch.Tensor) -> BufferRef | None:
@@ -73,9 +74,6 @@ class Buffers:
 
     def _array(self, number: int) -> numpy.ndarray:
         return numpy.frombuffer(self._memory, numpy.uint8, self._size, self._first + number * self._stride)
-
-    def _release(self, number: int) -> None:
-        self._memory[number] = 0
 
 
 def buffer_ref(tensor: torch.Tensor) -> BufferRef | None:

@@ -29,12 +29,7 @@ class Decode:
     """
 
     def __init__(
-        self,
-        reader: SampleReader,
-        before: Sequence[Stage],
-        data: DataConfig,
-        seed: int,
-        buffers: Buffers | None = None,
+        self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None
     ) -> None:
         """`before`: the stages between the reader and this one, which a replacement has to pass, too."""
         self._reader, self._before = reader, before
@@ -45,9 +40,8 @@ class Decode:
         self._source_memory = None if reader.choice is None else BatchMemory(rows, self._size, shared, buffers)
         self._scratch = Scratch()
         fits = reader.order.samples * 3 * self._size**2 <= REMEMBERED_BYTES
-        self._remembered: dict[tuple[int, int], torch.Tensor] | None = (
-            {} if fits and self._crop >= 1 and not before else None
-        )
+        self._remembers = fits and self._crop >= 1 and not before
+        self._remembered: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
@@ -73,34 +67,33 @@ class Decode:
 
     def _source(self, sample: dict[str, Any], memory: BatchMemory) -> dict[str, Any]:
         """The source, with the crop of the sample; the sample's own image if the source does not decode."""
-        source, image, number = sample["__source__"], memory.row(), NONE
-        if source is None:
+        source, image, own = sample["__source__"], memory.row(), sample["__id__"]
+        number = NONE if source is None else source["__id__"]
+        if number == NONE:
             image.zero_()
-        else:
-            number = source["__id__"]
+        elif number != own:
             try:
-                if number != sample["__id__"]:
-                    self._decode_into(image, source)
+                self._decode_into(image, source)
             except BadSample:
-                number = sample["__id__"]
-            if number == sample["__id__"]:
-                image.copy_(sample["image"])
+                number = own
+        if number == own:
+            image.copy_(sample["image"])
         memory.advance()
         return {"source": image, "sources": memory.images, "source_id": number}
 
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
         """Decodes and crops an image, or copies it if it is remembered. Raises BadSample."""
-        row, remembered = sample["__row__"], self._remembered
-        if remembered is not None and row in remembered:
-            image.copy_(remembered[row])
+        row = sample["__row__"]
+        if row in self._remembered:
+            image.copy_(self._remembered[row])
             return
         try:
             pixels = decode(picture_of(sample)[1], self._least, self._scratch)
         except PictureError as error:
             raise BadSample.of(sample, f"picture {error}") from error
         square(pixels, self._size, out=image, **self._random_crop(sample["__position__"]))
-        if remembered is not None:
-            remembered[row] = image.clone()
+        if self._remembers:
+            self._remembered[row] = image.clone()
 
     def _random_crop(self, position: int) -> dict[str, float]:
         """The arguments of `square` for a random crop."""
@@ -128,19 +121,14 @@ class BatchMemory:
     def row(self) -> torch.Tensor:
         """The memory of the next image, uint8 [3, S, S]; the same until `advance`."""
         if self._filled == self._shape[0]:
-            self._filled = 0
-            self.images = self._allocate().view(self._shape).permute(0, 3, 1, 2)
+            self._filled, memory = 0, self._buffers.take() if self._buffers else None
+            if memory is None:
+                size = math.prod(self._shape)
+                storage = torch.UntypedStorage._new_shared(size) if self._shared else torch.UntypedStorage(size)
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self.images = memory.view(self._shape).permute(0, 3, 1, 2)
         return self.images[self._filled]
 
     def advance(self) -> None:
         """The current row is filled."""
         self._filled += 1
-
-    def _allocate(self) -> torch.Tensor:
-        buffer = self._buffers.take() if self._buffers else None
-        if buffer is not None:
-            return buffer
-        size = math.prod(self._shape)
-        if not self._shared:
-            return torch.empty(size, dtype=torch.uint8)
-        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))

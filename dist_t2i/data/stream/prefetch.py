@@ -53,33 +53,23 @@ class Prefetcher:
                         self._moved.wait()
                 if not cache.works:
                     return
-                # Step 2: fetch the window's chunks, beginning at this worker's share of them.
-                chunks = self._chunks(runs)[: int(cache.limit * _SHARE) // CHUNK]
+                # Step 2: list the window's chunks: the first of every shard, the second of every shard, ...; a shuffled
+                # window needs them in about this order.
+                rows = zip_longest(*self._pool.map(self._chunks, runs))
+                chunks = [chunk for row in rows for chunk in row if chunk][: int(cache.limit * _SHARE) // CHUNK]
+                # Step 3: fetch them, beginning at this worker's share.
                 first = int(self._offset * len(chunks))
-                for _ in self._pool.map(self._fill, chunks[first:] + chunks[:first]):
-                    pass
+                list(self._pool.map(self._fill, chunks[first:] + chunks[:first]))
                 previous = begin
 
-    def _chunks(self, runs: list[Run]) -> list[tuple[CachedFile, int]]:
-        """The chunks that contain the runs: the first of every shard, the second of every shard, ...; a shuffled window
-        needs them in about this order."""
-        columns = [
-            [(file, number) for number in numbers]
-            for opened in self._pool.map(self._open, runs)
-            if opened is not None
-            for file, numbers in [opened]
-        ]
-        return [chunk for row in zip_longest(*columns) for chunk in row if chunk is not None]
-
-    def _open(self, run: Run) -> tuple[CachedFile, range] | None:
-        """The file of a run and the numbers of its chunks; None if there is nothing to prefetch."""
+    def _chunks(self, run: Run) -> list[tuple[CachedFile, int]]:
         with contextlib.suppress(OSError, DataError):  # the reader of the samples meets and reports the same error
             file, index = self._shards.open(run.shard)
             if isinstance(file, CachedFile):
                 first, last = index.members(run.start), index.members(run.stop - 1)
                 start, stop = first[0].offset, last[-1].offset + last[-1].size
-                return file, file.chunks(start, stop - start)
-        return None
+                return [(file, number) for number in file.chunks(start, stop - start)]
+        return []
 
     @staticmethod
     def _fill(chunk: tuple[CachedFile, int]) -> None:

@@ -6,9 +6,12 @@ If editing is trained, each sample carries the sample whose image is its source 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -31,6 +34,7 @@ _READERS, _READ_AHEAD = 16, 48
 _MAX_TRIES = 1_000
 
 
+@dataclass(frozen=True, eq=False)
 class SampleReader:
     """The first stage: raw samples of every `step`-th micro-batch of a plan, from micro-batch `first` on.
 
@@ -41,22 +45,14 @@ class SampleReader:
     Threads read remote samples ahead, but the samples come in the order of the plan.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        order: Order | Mixture,
-        plan: Plan,
-        first: int = 0,
-        step: int = 1,
-        *,
-        strict: bool = False,
-        choice: SourceChoice | None = None,
-    ) -> None:
-        """`strict` raises the first error of a sample instead of replacing the sample."""
-        self.shards, self.order, self.plan = shards, order, plan
-        self.first, self.step = first, step
-        self.strict, self.choice = strict, choice
-        self._starts = numpy.cumsum([0, *shards.sizes])
+    shards: Shards
+    order: Order | Mixture
+    plan: Plan
+    first: int = 0
+    step: int = 1
+    strict: bool = False
+    """Raises the first error of a sample instead of replacing the sample."""
+    choice: SourceChoice | None = None
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         if not self.shards.remote:
@@ -74,16 +70,13 @@ class SampleReader:
     def _locations(self) -> Iterator[Location]:
         """The location of each sample of the plan, endlessly."""
         # Locations are computed for several micro-batches at once, since the order is vectorized.
-        sequence = self.first
-        steps = max(1, _LOOK_AHEAD // self.plan.rows)
-        start = self.plan.positions(sequence)[0]
-        prefetcher = Prefetcher(self.shards, self.order, int(start), offset=self.first % self.step / self.step)
-        while True:
-            positions = numpy.concatenate([self.plan.positions(sequence + i * self.step) for i in range(steps)])
+        span = max(1, _LOOK_AHEAD // self.plan.rows) * self.step
+        start = int(self.plan.positions(self.first)[0])
+        prefetcher = Prefetcher(self.shards, self.order, start, offset=self.first % self.step / self.step)
+        for first in itertools.count(self.first, span):
+            positions = numpy.concatenate([self.plan.positions(i) for i in range(first, first + span, self.step)])
             prefetcher.advance(int(positions[0]))
-            for position, shard, row in zip(positions, *self.order.at(positions), strict=True):
-                yield int(position), int(shard), int(row)
-            sequence += steps * self.step
+            yield from zip(*(numbers.tolist() for numbers in (positions, *self.order.at(positions))), strict=True)
 
     def _result(self, location: Location, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `read`, or the replacement if the sample cannot be read."""
@@ -100,37 +93,30 @@ class SampleReader:
         """
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
-        number = int(self._starts[bad["__row__"][0]]) + bad["__row__"][1]
-        tries = bad.get("__tries__", 0)
+        shard, row = bad["__row__"]
+        number, tries = int(self.shards.starts[shard]) + row, bad.get("__tries__", 0)
         while tries < min(self.order.samples - 1, _MAX_TRIES):
             tries += 1
             number = (number + 1) % self.order.samples
-            try:
-                sample = self._read(bad["__position__"], *self._row_of(number))
-            except BadSample:
-                continue
-            return sample | {"__tries__": tries, "__bad__": bad.get("__bad__", error)}
+            with contextlib.suppress(BadSample):
+                sample = self._read(bad["__position__"], *self.shards.locate(number))
+                return sample | {"__tries__": tries, "__bad__": bad.get("__bad__", error)}
         raise DataError(f"{tries + 1} samples in a row cannot be used; {error.key} of {error.shard}: {error.reason}")
 
-    def _row_of(self, number: int) -> tuple[int, int]:
-        """Shard and row of a sample by its number in the split."""
-        shard = int(numpy.searchsorted(self._starts, number, side="right")) - 1
-        return shard, number - int(self._starts[shard])
-
     def _read(self, position: int, shard: int, row: int) -> dict[str, Any]:
-        sample = self._located(self.shards.read(shard, row), position, shard, row)
+        sample = self._located(position, shard, row)
         return sample if self.choice is None else sample | {"__source__": self._source(sample, self.choice)}
 
-    def _located(self, sample: dict[str, Any], position: int, shard: int, row: int) -> dict[str, Any]:
-        return sample | {"__position__": position, "__row__": (shard, row), "__id__": int(self._starts[shard]) + row}
+    def _located(self, position: int, shard: int, row: int) -> dict[str, Any]:
+        places = {"__position__": position, "__row__": (shard, row), "__id__": int(self.shards.starts[shard]) + row}
+        return self.shards.read(shard, row) | places
 
     def _source(self, sample: dict[str, Any], choice: SourceChoice) -> dict[str, Any] | None:
         """The source of a sample: another sample, the sample itself (also if the other one is unreadable), or None."""
         number = choice(sample["__id__"], sample["__position__"])
-        if number in (NONE, sample["__id__"]):
-            return None if number == NONE else sample
-        shard, row = self._row_of(number)
-        try:
-            return self._located(self.shards.read(shard, row), sample["__position__"], shard, row)
-        except BadSample:  # the stream counts it when it visits it
-            return sample
+        if number == NONE:
+            return None
+        with contextlib.suppress(BadSample):  # the stream counts it when it visits it
+            if number != sample["__id__"]:
+                return self._located(sample["__position__"], *self.shards.locate(number))
+        return sample

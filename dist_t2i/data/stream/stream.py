@@ -15,6 +15,7 @@ If `edit` is configured, each sample has a source (edit_pairs.py), which your st
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -61,20 +62,19 @@ class Collate:
         self._reader, self._tokenizer, self._max_tokens = reader, tokenizer, max_tokens
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Batch, list[BadRecord]]]:
-        sequence, plan = self._reader.first, self._reader.plan
-        expected = plan.positions(sequence)
+        sequences = itertools.count(self._reader.first, self._reader.step)
+        expected = itertools.chain.from_iterable(map(self._reader.plan.positions, sequences))
         collected: list[dict[str, Any]] = []
-        for sample in samples:
-            if sample["__position__"] != expected[len(collected)]:
+        for sample, position in zip(samples, expected, strict=False):
+            if sample["__position__"] != position:
                 raise DataError(
-                    f"a stage of the data pipeline dropped or moved position {expected[len(collected)]}: stages must yield "
-                    "one sample for each they get, in order"
+                    f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for "
+                    "each they get, in order"
                 )
             collected.append(sample)
-            if len(collected) == plan.rows:
+            if len(collected) == self._reader.plan.rows:
                 yield self._batch(collected), [_record(sample) for sample in collected if "__bad__" in sample]
-                sequence += self._reader.step
-                expected, collected = plan.positions(sequence), []
+                collected = []
 
     def _batch(self, samples: list[dict[str, Any]]) -> Batch:
         captions = [sample["caption"] for sample in samples]
@@ -142,18 +142,11 @@ class Pipeline(torch.utils.data.IterableDataset):
         try:
             order = order_of(self.shards, self.data, self.seed)
             strict = self.data.on_bad == "strict"
-            reader = SampleReader(
-                self.shards, order, self.plan, self.first, self.step, strict=strict, choice=self.choice
-            )
-            stream = iter(
-                webdataset.DataPipeline(
-                    reader,
-                    *self.stages,
-                    Decode(reader, self.stages, self.data, self.seed, self.buffers),
-                    ChooseCaption(self.seed, self.data.flip),
-                    Collate(reader, self.tokenizer, self.data.max_tokens),
-                )
-            )
+            reader = SampleReader(self.shards, order, self.plan, self.first, self.step, strict, self.choice)
+            decode = Decode(reader, self.stages, self.data, self.seed, self.buffers)
+            choose = ChooseCaption(self.seed, self.data.flip)
+            collate = Collate(reader, self.tokenizer, self.data.max_tokens)
+            stream = iter(webdataset.DataPipeline(reader, *self.stages, decode, choose, collate))
             while True:
                 with secured():
                     item = next(stream)

@@ -13,6 +13,7 @@ This module uses private parts of torch's DataLoader; tests/data/test_library_in
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -75,7 +76,7 @@ class Lanes:
             iterator._worker_result_queue._writer.close()  # before the next fork, which would inherit it
             self._iterators.append(iterator)
             self._datasets.append(dataset)
-        self._next = 0
+        self._turns = itertools.cycle(self._iterators)
 
     @property
     def workers(self) -> list[Any]:
@@ -86,9 +87,7 @@ class Lanes:
         return self
 
     def __next__(self) -> Any:
-        item = next(self._iterators[self._next])
-        self._next = (self._next + 1) % len(self._iterators)
-        return item
+        return next(next(self._turns))
 
     def end(self) -> None:
         """Ends the workers as the loader does, then kills those that are left: they ignore SIGTERM and hold no state."""
