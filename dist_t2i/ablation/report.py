@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,39 @@ Scores = Mapping[tuple[str, int], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of an ablation whose runs are scored."""
+    """The results of an ablation: `scores` holds at least one run of every arm."""
 
     plan: Plan
-    measures: tuple[Measure, ...]
-    comparisons: tuple[Difference, ...]
-    """Every measure for every arm except the reference."""
-    changes: Mapping[str, Sequence[str]]
-    """arm -> `key: value (REFERENCE: value)` for every changed key."""
-    parameters: Mapping[str, Mapping[str, int]]
-    """arm -> network -> number of weights."""
+    configs: Mapping[tuple[str, int], Config]
+    scores: Scores
     missing: Sequence[str]
     """Runs without scores, and why."""
     facts: Mapping[str, str]
     """How the results were made: command, hardware, hours, revision, ..."""
-    manifest: Mapping[str, Any]
-    """The feature networks, the data and the protocol that all runs share."""
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        measures = []
+        for split, about in self._any_scores["splits"].items():
+            for number, score in enumerate(about["scores"]):
+                values: dict[str, dict[int, float]] = {arm: {} for arm in self.plan.arms}
+                for (arm, seed), run_scores in self.scores.items():
+                    values[arm][seed] = run_scores["splits"][split]["scores"][number]["value"]
+                name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])  # this count differs between runs
+                ends = score["floor"], score["ceiling"]
+                measures.append(Measure(score["key"], name, split, score["better"], values, *ends))
+        return measures
+
+    @cached_property
+    def comparisons(self) -> list[Difference]:
+        """Every measure for every arm except the reference."""
+        plan = self.plan
+        deciding = sum(key in plan.decides for key in {m.key for m in self.measures}) * len(plan.others)
+        return [difference(m, arm, plan.reference, deciding) for m in self.measures for arm in plan.others]
+
+    @property
+    def _any_scores(self) -> Mapping[str, Any]:
+        return next(iter(self.scores.values()))
 
     @property
     def seeds(self) -> int:
@@ -66,6 +84,19 @@ class Findings:
     @property
     def splits(self) -> list[str]:
         return list(dict.fromkeys(measure.split for measure in self.measures))
+
+    def changes(self, arm: str) -> list[str]:
+        """`key: value (REFERENCE: value)` for every key in which an arm differs from the reference."""
+        configs = {name: config for (name, _), config in reversed(list(self.configs.items()))}
+        pair = configs[self.plan.reference], configs[arm]
+        changed = {**differences(*pair), **differences(*pair, free=True)}.items()
+        return [
+            f"{key}: {now} ({self.plan.reference}: {was})" for key, (was, now) in changed if not key.startswith("run.")
+        ]
+
+    def parameters(self, arm: str) -> Mapping[str, int]:
+        """Network -> number of weights."""
+        return next(scores["parameters"] for (name, _), scores in self.scores.items() if name == arm)
 
     def decides(self, item: Difference) -> bool:
         """Whether the verdict on an arm rests on this comparison."""
@@ -81,6 +112,9 @@ class Findings:
         return verdicts
 
     def as_json(self) -> dict[str, Any]:
+        manifest = self._any_scores["manifest"]
+        networks = {name: network for name, network in manifest["judges"].items() if name != "own"}
+        protocol = self._any_scores["protocol"]
         return _finite(
             {
                 "format": FORMAT,
@@ -98,62 +132,17 @@ class Findings:
                     for item in self.comparisons
                 ],
                 "verdicts": self.verdicts(),
-                "changes": self.changes,
-                "parameters": self.parameters,
+                "changes": {arm: self.changes(arm) for arm in self.plan.others},
+                "parameters": {arm: self.parameters(arm) for arm in self.plan.arms},
                 "missing": self.missing,
                 "made": self.facts,
-                "manifest": self.manifest,
+                "manifest": {
+                    "judges": networks,
+                    "data_fingerprint": manifest["data_fingerprint"],
+                    "protocol": protocol,
+                },
             }
         )
-
-
-def findings(
-    plan: Plan,
-    configs: Mapping[tuple[str, int], Config],
-    scores: Scores,
-    *,
-    missing: Sequence[str],
-    facts: Mapping[str, str],
-) -> Findings:
-    """The results of the runs in `scores`, which has at least one run of every arm."""
-    measures = tuple(_measures(plan, scores))
-    deciding = sum(key in plan.decides for key in {measure.key for measure in measures}) * len(plan.others)
-    first = {arm: config for (arm, _), config in reversed(list(configs.items()))}
-    by_arm = {arm: run_scores for (arm, _), run_scores in scores.items()}
-    any_scores = next(iter(scores.values()))
-    manifest = any_scores["manifest"]
-    return Findings(
-        plan=plan,
-        measures=measures,
-        comparisons=tuple(difference(m, arm, plan.reference, deciding) for m in measures for arm in plan.others),
-        changes={arm: _changes(first[plan.reference], first[arm], plan.reference) for arm in plan.others},
-        parameters={arm: by_arm[arm]["parameters"] for arm in plan.arms},
-        missing=missing,
-        facts=facts,
-        manifest={
-            "judges": {name: network for name, network in manifest["judges"].items() if name != "own"},
-            "data_fingerprint": manifest["data_fingerprint"],
-            "protocol": any_scores["protocol"],
-        },
-    )
-
-
-def _measures(plan: Plan, scores: Scores) -> list[Measure]:
-    measures = []
-    for split, about in next(iter(scores.values()))["splits"].items():
-        for number, score in enumerate(about["scores"]):
-            values: dict[str, dict[int, float]] = {arm: {} for arm in plan.arms}
-            for (arm, seed), run_scores in scores.items():
-                values[arm][seed] = run_scores["splits"][split]["scores"][number]["value"]
-            name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])  # this count differs between runs
-            ends = score["floor"], score["ceiling"]
-            measures.append(Measure(score["key"], name, split, score["better"], values, *ends))
-    return measures
-
-
-def _changes(reference: Config, other: Config, name: str) -> list[str]:
-    changed = differences(reference, other) | differences(reference, other, free=True)
-    return [f"{key}: {now} ({name}: {was})" for key, (was, now) in changed.items() if not key.startswith("run.")]
 
 
 def _finite(value: Any) -> Any:
@@ -219,9 +208,9 @@ def run_table(results: Findings, split: str) -> Table:
 def arm_table(results: Findings) -> Table:
     rows = []
     for arm, about in results.plan.arms.items():
-        counts = results.parameters[arm]
+        counts = results.parameters(arm)
         numbers = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        changes = "; ".join(results.changes.get(arm, ())) or "the base configuration"
+        changes = "; ".join(results.changes(arm)) or "the base configuration"
         label = results.plan.label(arm)
         rows.append([label, changes, f"{numbers}; {sum(counts.values()):,} in all", about.note])
     return "Arms", ["arm", "changes", "trained parameters", "note"], rows

@@ -149,7 +149,7 @@ def report(
         if (arm, seed) not in done
     ]
     facts = facts_of(done, scores, data, out)
-    results = reports.findings(plan, configs, scores, missing=missing, facts=facts)
+    results = reports.Findings(plan, configs, scores, missing, facts)
     pictures = write_pictures(results, data, protocol, out, min(seed for _, seed in done))
     (out / "table.json").write_text(json.dumps(results.as_json(), indent=1) + "\n", encoding="utf-8")
     names = {heading: path.name for heading, path in pictures.items()}
