@@ -1,4 +1,4 @@
-"""Test a claim by an ablation: dist_t2i/cli/ablate.py as a program."""
+"""Run an ablation: dist_t2i/cli/ablate.py as a program."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Train a model on OpenMoji and show what it learned: dist_t2i/cli/demo.py as a program."""
+"""Train a model on OpenMoji and show the results: dist_t2i/cli/demo.py as a program."""
 
 import sys
 from pathlib import Path

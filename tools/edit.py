@@ -1,4 +1,4 @@
-"""Change a picture as a text says: dist_t2i/cli/edit.py as a program."""
+"""Edit a picture to match a text: dist_t2i/cli/edit.py as a program."""
 
 import sys
 from pathlib import Path

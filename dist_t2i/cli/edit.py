@@ -9,17 +9,19 @@ reads; transparent pixels become white, and the central square is scaled to the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from dist_t2i.cli.common import add_model, log, new_parser, open_held_out, prompt_warnings, writing
 from dist_t2i.errors import UserError
 
-EVALUATE = "evaluate"
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    return evaluate(arguments[1:]) if arguments[:1] == ["evaluate"] else edit(arguments)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def edit(arguments: list[str]) -> int:
     parser = new_parser("edit.py", __doc__)
     parser.add_argument("text", help="caption of the edited picture")
     add_model(parser)
@@ -29,28 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--strength", type=float, default=1.0, help=strength)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: the configuration's)")
-    return parser.parse_args(arguments)
-
-
-def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
-    parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
-    add_model(parser)
-    parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
-    base = "model that generates from the text alone (default: the model that the run started from)"
-    parser.add_argument("--base", metavar="DIR", help=base)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the scores (default: DIR/edit-scores.json)")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="the pictures (default: DIR/edits.png)")
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    arguments = sys.argv[1:]
-    if arguments[:1] == [EVALUATE]:
-        return evaluate(parse_evaluate(arguments[1:]))
-    return edit(parse(arguments))
-
-
-def edit(args: argparse.Namespace) -> int:
+    args = parser.parse_args(arguments)
     from dist_t2i.inference.pipeline import load
     from dist_t2i.reporting.image_grid import save_grid
 
@@ -63,7 +44,15 @@ def edit(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(arguments: list[str]) -> int:
+    parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
+    add_model(parser)
+    parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
+    base = "model that generates from the text alone (default: the model that the run started from)"
+    parser.add_argument("--base", metavar="DIR", help=base)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the scores (default: DIR/edit-scores.json)")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="the pictures (default: DIR/edits.png)")
+    args = parser.parse_args(arguments)
     from dist_t2i.eval.scores import table
     from dist_t2i.eval.studies.edits import evaluate_edits, verdict
     from dist_t2i.inference.pipeline import load

@@ -5,24 +5,19 @@ python tools/embeddings.py --run RUN [--data SET] [--out DIR]       (RUN may als
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dist_t2i.cli.common import add_model, new_parser, open_held_out, writing
 from dist_t2i.errors import UserError
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = new_parser("embeddings.py", __doc__)
     add_model(parser, device=False)
     parser.add_argument("--data", metavar="SET", help="set of the captions (default: the one trained on)")
     parser.add_argument("--words", nargs="*", default=[], metavar="WORD", help="words whose neighbors are listed")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the page (default: RUN/embeddings)")
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     from dist_t2i.eval.studies.embeddings import study
     from dist_t2i.inference.pipeline import load
     from dist_t2i.publish import embeddings_page

@@ -5,22 +5,17 @@ python tools/export.py --run RUN --out DIR       then, anywhere: dist_t2i.load("
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dist_t2i.cli.common import new_parser
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = new_parser("export.py", __doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder (or an export, to copy it)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --out")
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     from dist_t2i.publish.export import export
 
     files = sorted(export(args.run, args.out, replace=args.force).iterdir())

@@ -5,13 +5,12 @@ python tools/sample.py --run RUN "woman pilot dark skin tone" "red apple" --out 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from dist_t2i.cli.common import add_model, new_parser, prompt_warnings, writing
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = new_parser("sample.py", __doc__)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the pictures show")
     add_model(parser)
@@ -20,11 +19,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="N", help="(default: %(default)s)")
     truncation = "below 1: more typical, less varied (default: the configuration's)"
     parser.add_argument("--truncation", type=float, help=truncation)
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     from dist_t2i.inference.pipeline import load
     from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
 

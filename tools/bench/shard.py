@@ -29,17 +29,13 @@ BAR = 0.7
 DISTINCT = 32
 
 
-def parse() -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="a flat folder of .jpg files")
     parser.add_argument("--count", type=int, default=4000, help="pictures to write (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each row (default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="parent of the temporary folder")
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = parse()
+    options = parser.parse_args()
     from tools.bench.sets import picture, write_captions
 
     with tempfile.TemporaryDirectory(prefix="shard-bench-", dir=options.work) as folder:

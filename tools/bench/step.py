@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def main() -> int:
+    """Start the ranks of each table, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes, which share the cores")
@@ -36,12 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="also measure DF-GAN's step, where there is one rank")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
-
-
-def main() -> int:
-    """Start the ranks of each table, print the tables."""
-    options = parse()
+    options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         from tools.bench.subjects import measure
 

@@ -124,7 +124,7 @@ def test_a_set_without_tones_has_the_probes_that_apply(tmp_path, monkeypatch, ca
     data = make_set(tmp_path, 60)
     run = write_run(tmp_path / "run", f"data.train={data.folder}", words=data.tokenizer)
     assert command(monkeypatch, "--run", run, "--out", tmp_path / "page", "--words", "picture") == 0
-    assert "look at" in capsys.readouterr().out
+    assert "page: " in capsys.readouterr().out
     found = json.loads((tmp_path / "page" / "embeddings.json").read_text())
     assert "skin tone" not in [one["name"] for one in found["probes"]]
     assert "picture" in found["neighbours"]["S_G"] and found["held_out"]["split"] == "a fifth of the captions"
