@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dist_t2i.config.sections import EmaConfig
 from dist_t2i.distributed.engine import NetworkEngine
-from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import Networks
 
 
@@ -22,14 +21,13 @@ class Average:
     """
 
     def __init__(self, networks: Networks, config: EmaConfig, batch: int, device: torch.device) -> None:
-        self._config, self._batch, self._frozen = config, batch, networks.frozen
-        self._modules: dict[str, nn.Module] = {}
-        """By the name of the engine whose weights they average."""
-        if dist.get_rank() == 0:
-            for name, module in (("generator", networks.generator), ("text", networks.text)):
-                if module is not None:
-                    average = copy.deepcopy(module).to(device, torch.float32)
-                    self._modules[name] = average.requires_grad_(False).eval()
+        self._config, self._batch, self._device, self._frozen = config, batch, device, networks.frozen
+        averaged: dict[str, nn.Module | None] = {"generator": networks.generator, "text": networks.text}
+        self._modules = {  # by the name of the engine whose weights they average
+            name: copy.deepcopy(module).to(device, torch.float32).requires_grad_(False).eval()
+            for name, module in averaged.items()
+            if module is not None and dist.get_rank() == 0
+        }
 
     def update(self, engines: Iterable[NetworkEngine], images: int) -> None:
         """After the step that ends at `images` seen. Collective: ZeRO stage 3 gathers the weights on every rank."""
@@ -53,20 +51,22 @@ class Average:
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, lengths: Tensor, noise: Tensor, condition_noise: Tensor, pictures: Tensor | None = None
-    ) -> Generated:
-        """Pictures [B, 3, H, W] for B captions; rank 0 only. Shapes as in `GeneratorSide.forward`."""
+        self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, *pictures: Tensor
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. Inputs as in `GeneratorSide.forward`."""
+        tokens, lengths = tokens.to(self._device), lengths.to(self._device)
         encoder = self._modules.get("text", self._frozen)
         text = encoder(tokens, lengths) if encoder is not None else None
-        return self._modules["generator"](noise, condition_noise, tokens, lengths, text, pictures)
+        noise, condition, *sources = (x.to(self._device) for x in (noise, condition_noise, *pictures))
+        return self._modules["generator"](noise, condition, tokens, lengths, text, *sources).images.cpu()
 
 
 def ema_decay(step_images: int, images: int, half_life_images: float, ramp: float) -> float:
     """The factor on the old average for a step of `step_images` that ends at `images` images seen.
 
-    It is 0.5 ** (step_images / half_life). Early on the half-life is at most `ramp * images` (EDM, appendix F.2), so that
-    the average forgets the initial weights; a ramp of 0 turns that off. After the ramp the average does not depend on how
-    images are divided into steps. With a half-life of 0 the average equals the weights.
+    It is 0.5 ** (step_images / half_life), so that after the ramp the average does not depend on how images are divided into
+    steps. Early on the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average forgets the initial
+    weights; a ramp of 0 turns that off. With a half-life of 0 the average equals the weights.
     """
     half_life = min(half_life_images, ramp * images) if ramp > 0 else half_life_images
     return 0.5 ** (step_images / half_life) if half_life > 0 else 0.0

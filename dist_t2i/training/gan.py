@@ -10,22 +10,22 @@
     G pixels, where loss.pixels is set (our own)              G(z, S_G)                        G, S_G
     G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
 
-Where pictures are edited (edit.width), G includes the encoder of the source picture and the fakes are edits: D compares an
-edit with its new caption and with the real picture of that caption.
+Where pictures are edited (edit.width), G includes the encoder of the source picture, and D compares an edit with its new
+caption and with the real picture of that caption.
 
-With one micro-batch per step nothing is computed twice. The fakes of D's step carry the graph that G's step follows, and
-G's step compares them with D's embeddings of real pictures and captions from before D's update (our reading). With several
-micro-batches, a pass without gradients embeds all of them first, so that InfoNCE sees the whole global batch (Gao et al.
-2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+With one micro-batch per step nothing is computed twice: the fakes of D's step carry the graph that G's step follows, which
+compares them with D's embeddings from before D's update (our reading). With several, a pass without gradients embeds all of
+them first, so that InfoNCE sees the whole global batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size").
 
 Legend of shapes: m rows of a micro-batch on this rank, B rows of the global batch, E text width, H W pixels, L logits per
-picture (more than one where D has a patch head), K P region positions.
+picture (more than one where D has a patch head).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,10 +51,8 @@ from dist_t2i.training.text_modes import FrozenText, PerNetworkText, SharedText
 class Source(NamedTuple):
     """The pictures that a micro-batch edits."""
 
-    images: Tensor
-    """[m, 3, H, W] in [-1, 1]"""
-    ids: Tensor
-    """int64 [m]; -1 where a row has no source"""
+    images: Tensor  # [m, 3, H, W] in [-1, 1]
+    ids: Tensor  # int64 [m]; -1 where a row has no source
 
 
 @dataclass
@@ -64,15 +62,11 @@ class MicroBatch:
     index: int
     batch: Batch
     noise: RowNoise
-    real: Tensor
-    """[m, 3, H, W] in [-1, 1], augmented"""
-    source: Source | None
-    """None unless pictures are edited"""
-    text_g: PerNetworkText = field(init=False)
-    """S_G as the fakes were generated from it"""
+    real: Tensor  # [m, 3, H, W] in [-1, 1], augmented
+    source: Source | None  # None unless pictures are edited
+    text_g: PerNetworkText = field(init=False)  # S_G as the fakes were generated from it
     fake: Generated = field(init=False)
-    sentence: Tensor = field(init=False)
-    """S_D [m, E] of D's step, without its graph"""
+    sentence: Tensor = field(init=False)  # S_D [m, E] of D's step, without its graph
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -80,35 +74,27 @@ class DiscriminatorOutput(NamedTuple):
 
     real: Tensor
     fake: Tensor
-    mismatched: Tensor
-    """Logits of real pictures with the caption of another row"""
+    mismatched: Tensor  # logits of real pictures with the caption of another row
     sentence: Tensor
     embeddings: Embeddings
     penalty: Tensor
 
 
+@dataclass(eq=False)
 class Gan:
-    """The training step over the engines of both networks.
+    """The training step over the engines of both networks."""
 
-    `text` is the engine of a shared encoder (text.mode=shared), `frozen` a given encoder (text.mode=frozen).
-    """
-
-    def __init__(
-        self,
-        generator: NetworkEngine,
-        discriminator: NetworkEngine,
-        text: NetworkEngine | None = None,
-        frozen: nn.Module | None = None,
-        *,
-        loss: LossConfig,
-        augment: AugmentConfig,
-        model: ModelConfig,
-        train: TrainConfig,
-        edit: EditConfig,
-    ) -> None:
-        self.generator, self.discriminator, self.text, self.frozen = generator, discriminator, text, frozen
-        self._weights, self._augmentation, self._model, self._train, self._edit = loss, augment, model, train, edit
-        self._metrics: dict[str, Tensor] = {}
+    generator: NetworkEngine
+    discriminator: NetworkEngine
+    text: NetworkEngine | None  # of a shared encoder (text.mode=shared)
+    frozen: nn.Module | None  # the given encoder (text.mode=frozen)
+    loss: LossConfig
+    augmentation: AugmentConfig
+    model: ModelConfig
+    train: TrainConfig
+    edit: EditConfig
+    _metrics: dict[str, Tensor] = field(init=False)  # of the present step, as `_negatives`
+    _negatives: Negatives = field(init=False)
 
     @property
     def engines(self) -> list[NetworkEngine]:
@@ -121,22 +107,19 @@ class Gan:
         `rate_scale` is a factor on the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
         rows, and global gradient norms. Collective.
         """
-        self._metrics = {}
-        negatives = self._negatives(batches, images)
+        self._metrics, self._negatives = {}, self._find_negatives(batches, images)
         micros = [self._prepare(index, batch) for index, batch in enumerate(batches)]
-        real = self._discriminator_step(micros, negatives, images, rate_scale)
-        self._generator_step(micros, negatives, real, rate_scale)
+        real = self._discriminator_step(micros, images, rate_scale)
+        self._generator_step(micros, real, rate_scale)
         return self._metrics | {f"grad/{e.name}": torch.tensor(e.gradient_norm) for e in self.engines}
 
     # ---- the discriminator and S_D -----------------------------------------------------------------------------------
 
-    def _discriminator_step(
-        self, micros: list[MicroBatch], negatives: Negatives, images: int, rate_scale: float
-    ) -> GlobalRows:
+    def _discriminator_step(self, micros: list[MicroBatch], images: int, rate_scale: float) -> GlobalRows:
         """Update D and S_D; returns the embeddings of all real pictures and captions of the global batch, [B, ...]."""
-        penalty = self._penalty_kind(images)
-        rows = GlobalRows(len(micros))
-        single = len(micros) == 1
+        due = penalty_scale(images // self.train.global_batch, self.loss) > 0
+        penalty = self.loss.penalty if due else "none"
+        rows, single = GlobalRows(len(micros)), len(micros) == 1
 
         # Several micro-batches: embed the real pictures and captions of all of them before the first loss needs them.
         for micro in [] if single else micros:
@@ -149,26 +132,19 @@ class Gan:
 
             # D on reals and fakes, in one forward call of the engine. G's step takes S_D [m, E] as a constant.
             text = self._text(micro, self.discriminator)
-            output = self.discriminator.module(
-                lambda side, micro=micro, text=text: self._discriminate(side, micro, text, penalty)
-            )
+            output = self.discriminator.module(partial(self._discriminate, micro, text, penalty))
             micro.sentence = output.sentence.detach()
             if single:
                 rows.put(0, output.embeddings)
 
             # Gradients of D and S_D. A shared encoder gets its gradient through its own engine.
-            self.discriminator.backward(self._discriminator_loss(micro, output, rows, negatives))
+            self.discriminator.backward(self._discriminator_loss(micro, output, rows))
             text.propagate(self.discriminator, rate_scale)
             self.discriminator.step(rate_scale)
         return rows
 
-    def _penalty_kind(self, images: int) -> str:
-        """The penalty of the step that begins at `images` seen; `none` in the steps that lazy regularization skips."""
-        step = images // self._train.global_batch
-        return self._weights.penalty if penalty_scale(step, self._weights) else "none"
-
     def _discriminate(
-        self, side: DiscriminatorSide, micro: MicroBatch, text: PerNetworkText, penalty: str
+        self, micro: MicroBatch, text: PerNetworkText, penalty: str, side: DiscriminatorSide
     ) -> DiscriminatorOutput:
         """All that D's losses need of one micro-batch, from one pass through D's trunk."""
         d, real = side.discriminator, micro.real
@@ -206,26 +182,25 @@ class Gan:
         if kind == "ma_gp":
             sentence.requires_grad_(True)
             return losses.ma_gp(d.adversarial(features, sentence), real, sentence)
-        sigma = self._weights.penalty_sigma
-        pixels = perturbation(self._train.seed, micro.batch.positions, real.shape[-1]).to(real)
+        sigma = self.loss.penalty_sigma
+        pixels = perturbation(self.train.seed, micro.batch.positions, real.shape[-1]).to(real)
         perturbed = d.adversarial(d.features(real + sigma * pixels), sentence)
         return losses.fd_r1(d.adversarial(features, sentence), perturbed, sigma)
 
-    def _discriminator_loss(
-        self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows, negatives: Negatives
-    ) -> Tensor:
-        weights = self._weights
+    def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
+        weights, batch = self.loss, micro.batch
 
         # Hinge over this rank's m rows. Another row's caption may match a picture by chance: such a row is no negative, so
         # its logit is set to -1, where the hinge has no gradient.
-        matching = _partner_matches(micro.batch).view(-1, *[1] * (output.mismatched.dim() - 1))
+        same_image, same_caption = (ids == _swap_partners(ids) for ids in (batch.image_ids, batch.caption_ids))
+        matching = (same_image | same_caption).view(-1, *[1] * (output.mismatched.dim() - 1))
         mismatched = output.mismatched.masked_fill(matching, -1.0)
         adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
 
         # InfoNCE over the global batch of B rows, of which only this micro-batch's rows carry a graph.
-        alignment = discriminator_terms(rows.with_own(micro.index, output.embeddings), weights, negatives)
-        terms = {"loss/d_adversarial": adversarial, **_metric_names(alignment)}
-        over_rows, over_batch = adversarial, _weighted(alignment, weights)
+        embeddings = rows.with_own(micro.index, output.embeddings)
+        named, over_batch = _named_and_weighted(discriminator_terms(embeddings, weights, self._negatives), weights)
+        terms, over_rows = {"loss/d_adversarial": adversarial, **named}, adversarial
         if output.penalty.requires_grad:
             over_rows = over_rows + penalty_scale(0, weights) * output.penalty
             terms["loss/d_penalty"] = output.penalty
@@ -238,12 +213,9 @@ class Gan:
 
     # ---- the generator and S_G ---------------------------------------------------------------------------------------
 
-    def _generator_step(
-        self, micros: list[MicroBatch], negatives: Negatives, real: GlobalRows, rate_scale: float
-    ) -> None:
+    def _generator_step(self, micros: list[MicroBatch], real: GlobalRows, rate_scale: float) -> None:
         """Update G and S_G; `real` holds the embeddings of D's step. D is only a function here."""
-        fakes = GlobalRows(len(micros))
-        single = len(micros) == 1
+        fakes, single = GlobalRows(len(micros)), len(micros) == 1
         with self.discriminator.frozen():
             # Several micro-batches: embed all fakes of D's step without gradients, for the losses over the global batch.
             for micro in [] if single else micros:
@@ -259,7 +231,7 @@ class Gan:
                     fakes.put(0, embeddings)
 
                 # Gradients of G and S_G, through D with its updated weights.
-                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real, negatives))
+                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real))
                 micro.text_g.propagate(self.generator, rate_scale)
                 self.generator.step(rate_scale)
                 del micro.fake
@@ -269,21 +241,15 @@ class Gan:
         fake = self._augment(micro.fake.images, micro)
 
         def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
-            features = side.discriminator.features(fake)
-            return side.discriminator.adversarial(features, micro.sentence), side.discriminator.embed_pictures(features)
+            features = (d := side.discriminator).features(fake)
+            return d.adversarial(features, micro.sentence), d.embed_pictures(features)
 
         return self.discriminator.module(discriminate)
 
     def _generator_loss(
-        self,
-        micro: MicroBatch,
-        logits: Tensor,
-        embeddings: Embeddings,
-        fakes: GlobalRows,
-        real: GlobalRows,
-        negatives: Negatives,
+        self, micro: MicroBatch, logits: Tensor, embeddings: Embeddings, fakes: GlobalRows, real: GlobalRows
     ) -> Tensor:
-        weights = self._weights
+        weights = self.loss
 
         # Over this rank's m rows: hinge, KL of the conditioning (StackGAN, eq. 2), and errors of pixels where configured.
         adversarial = losses.hinge_g(logits)
@@ -291,11 +257,11 @@ class Gan:
         over_rows = adversarial + weights.kl * kl
 
         # Over the global batch: InfoNCE of fakes with captions and with reals, both constants from D's step.
-        alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, negatives)
-        over_batch = _weighted(alignment, weights)
+        alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, self._negatives)
+        named, over_batch = _named_and_weighted(alignment, weights)
 
         std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
-        terms = {"loss/g_adversarial": adversarial, **_metric_names(alignment), "loss/kl": kl, "fake/std": std}
+        terms = {"loss/g_adversarial": adversarial, **named, "loss/kl": kl, "fake/std": std}
         for name, weight, error in self._pixel_errors(micro):
             terms[name] = error
             over_rows = over_rows + weight * error
@@ -304,7 +270,7 @@ class Gan:
 
     def _pixel_errors(self, micro: MicroBatch) -> Iterator[tuple[str, float, Tensor]]:
         """Metric name, weight and value of each loss that compares fakes with the real pictures of their captions."""
-        weights, batch, fake = self._weights, micro.batch, micro.fake.images
+        weights, batch, fake = self.loss, micro.batch, micro.fake.images
         target = _unit(batch.images, fake.dtype)
         if weights.pixels:
             yield "loss/g_pixels", weights.pixels, losses.pixel_error(fake, target, torch.ones_like(batch.image_ids))
@@ -321,38 +287,32 @@ class Gan:
     def _prepare(self, index: int, batch: Batch) -> MicroBatch:
         """Move a batch and its random numbers to the device; augment the real pictures."""
         device = self.discriminator.device
-        noise = row_noise(self._train.seed, batch.positions, self._model.generator)
-        noise = RowNoise(*(tensor.to(device) for tensor in noise))
-        batch = batch.to(device)
-        real = augment(_unit(batch.images, self.discriminator.dtype), noise.augmentation, self._augmentation)
+        noise = row_noise(self.train.seed, batch.positions, self.model.generator)
+        noise, batch = RowNoise(*(tensor.to(device) for tensor in noise)), batch.to(device)
+        real = augment(_unit(batch.images, self.discriminator.dtype), noise.augmentation, self.augmentation)
         source = None
-        if self._edit.width:
+        if self.edit.width:
             assert batch.sources is not None and batch.source_ids is not None
             source = Source(_unit(batch.sources, self.generator.dtype), batch.source_ids)
         return MicroBatch(index, batch, noise, real, source)
 
-    def _negatives(self, batches: Sequence[Batch], images: int) -> Negatives:
-        """Which pairs of the global batch are negatives in this step. Collective."""
-        device = self.generator.device
-        positions = region_negatives(
-            self._train.seed, images, self._model.discriminator.regions, self._weights.region_negatives
-        )
+    def _find_negatives(self, batches: Sequence[Batch], images: int) -> Negatives:
+        device, sides = self.generator.device, self.model.discriminator.regions
+        positions = region_negatives(self.train.seed, images, sides, self.loss.region_negatives)
         same = global_same_pairs([(b.image_ids.to(device), b.caption_ids.to(device)) for b in batches])
         return Negatives(same, None if positions is None else positions.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
         """Fakes as D sees them, augmented with the random numbers of the real pictures of their captions."""
-        return augment(images.to(self.discriminator.dtype), micro.noise.augmentation, self._augmentation)
+        return augment(images.to(self.discriminator.dtype), micro.noise.augmentation, self.augmentation)
 
     def _text(self, micro: MicroBatch, engine: NetworkEngine) -> PerNetworkText:
-        """The embedding of the micro-batch's captions for the network in `engine`, by text.mode."""
         tokens, lengths = micro.batch.tokens, micro.batch.lengths
         if self.frozen is not None:
             return FrozenText(self.frozen, tokens, lengths, engine.dtype)
         return PerNetworkText() if self.text is None else SharedText(self.text, tokens, lengths)
 
     def _generate(self, micro: MicroBatch) -> None:
-        """Set the micro-batch's fakes, with a graph unless gradients are off."""
         micro.text_g = self._text(micro, self.generator)
         dtype, batch = self.generator.dtype, micro.batch
         noise, condition_noise = micro.noise.noise.to(dtype), micro.noise.condition_noise.to(dtype)
@@ -371,7 +331,6 @@ class Gan:
         return self.discriminator.module(embed)
 
     def _record(self, terms: dict[str, Tensor], rows: GlobalRows) -> None:
-        """Add one micro-batch's share to the metrics of the step."""
         for name, value in terms.items():
             mean = value.detach().float() / rows.micro_batches
             self._metrics[name] = self._metrics[name] + mean if name in self._metrics else mean
@@ -382,22 +341,12 @@ def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
     return to_unit(images.contiguous(memory_format=torch.channels_last), dtype)
 
 
-def _metric_names(alignment: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"loss/{name}": value for name, value in alignment.items()}
-
-
-def _weighted(alignment: dict[str, Tensor], weights: LossConfig) -> Tensor:
-    """The sum of the terms; the weight of a term has its name."""
-    return sum(getattr(weights, name) * value for name, value in alignment.items())
+def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms under their metrics' names, and their weighted sum: the weight of a term has its name."""
+    named = {f"loss/{name}": value for name, value in alignment.items()}
+    return named, sum(getattr(weights, name) * value for name, value in alignment.items())
 
 
 def _swap_partners(rows: Tensor) -> Tensor:
     """[m, ...] with rows 2k and 2k + 1 exchanged: each picture meets another caption of the same rank."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
-def _partner_matches(batch: Batch) -> Tensor:
-    """bool [m]: whether the partner has the same picture or the same caption."""
-    ids = batch.image_ids, batch.caption_ids
-    same_image, same_caption = (x == _swap_partners(x) for x in ids)
-    return same_image | same_caption

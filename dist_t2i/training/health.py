@@ -26,20 +26,20 @@ _OWNERS = {
 
 def check_finite(
     values: Mapping[str, float],
-    *,
     images: int,
     step: int,
+    *,
     checkpoint: str = "",
     groups: Sequence[str] = (),
-    skips_overflows: bool = False,
+    fp16: bool = False,
 ) -> None:
     """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
-    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. `skips_overflows` (fp16)
+    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. `fp16` (fp16)
     accepts gradient norms that are not finite, because loss scaling skips those steps.
     """
     bad = {name: value for name, value in values.items() if not math.isfinite(value) and _owner(name)}
-    if skips_overflows:
+    if fp16:
         bad = {name: value for name, value in bad.items() if not name.startswith("grad/")}
     if not bad:
         return

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_t2i.config.sections import EditConfig
+from dist_t2i.config.sections import DataConfig, EditConfig
 from dist_t2i.data.images import PictureError, decode, square, to_uint8, to_unit
 from dist_t2i.data.shard_set import BadSample, Samples, ShardSet
 from dist_t2i.data.stream.edit_pairs import Neighbors, read_captions
@@ -27,11 +27,9 @@ _PREFERRED = ("test-combinations", "test", "train")
 
 
 class _Sample(NamedTuple):
-    """A sample of the set: its number in its split, first caption, and picture, uint8 [S, S, 3] at the training size."""
-
-    number: int
+    number: int  # in its split
     caption: str
-    picture: np.ndarray
+    picture: np.ndarray  # uint8 [S, S, 3] at the training size
 
 
 class SampleSheet:
@@ -45,51 +43,37 @@ class SampleSheet:
     def __init__(
         self,
         prompts: Sequence[str],
-        data: ShardSet,
-        *,
-        image_size: int,
-        max_tokens: int,
+        shards: ShardSet,
+        data: DataConfig,
         generator: GeneratorConfig,
         edit: EditConfig,
         seed: int,
-        device: torch.device,
     ) -> None:
-        self._image_size, self._generator, self._seed, self._device = image_size, generator, seed, device
-        self._captions = list(prompts)
+        self._generator, self._seed = generator, seed
+        self._captions: list[str] = list(prompts)
         self._real: list[np.ndarray | None] = [None] * len(prompts)
         self._sources: list[np.ndarray] = []
         if not prompts:
-            self._take_captions(data, edit)
-        self._tokens, self._lengths = data.tokenizer.encode(self._captions, max_tokens)
+            self._take_captions(shards, data.image_size, edit)
+        self._tokens, self._lengths = shards.tokenizer.encode(self._captions, data.max_tokens)
 
-    def _take_captions(self, data: ShardSet, edit: EditConfig) -> None:
+    def _take_captions(self, shards: ShardSet, side: int, edit: EditConfig) -> None:
         # One usable sample from each of `ROWS` equal parts of the split.
-        split = next(name for name in (*_PREFERRED, *data.splits) if name in data.splits)
-        samples = data.samples(split)
+        split = next(name for name in (*_PREFERRED, *shards.splits) if name in shards.splits)
+        samples = shards.samples(split)
         size, count = len(samples), min(ROWS, len(samples))
         parts = [range(row * size // count, (row + 1) * size // count) for row in range(count)]
-        rows = [row for part in parts if (row := self._first_usable(samples, part)) is not None]
+        rows = [row for part in parts if (row := _first_usable(samples, part, side)) is not None]
         if not rows:
-            raise DataError(f"{data.folder}: the sample grid found no usable sample in split {split!r}")
+            raise DataError(f"{shards.folder}: the sample grid found no usable sample in split {split!r}")
         self._captions, self._real = [row.caption for row in rows], [row.picture for row in rows]
 
         if edit.width:
-            near = Neighbors(read_captions(data.shards(split)), edit.words)
+            near = Neighbors(read_captions(shards.shards(split)), edit.words)
             for row in rows:
                 number = near.pick(row.number, mix(self._seed, row.number))
-                source = self._first_usable(samples, range(number, number + 1)) or row
+                source = _first_usable(samples, range(number, number + 1), side) or row
                 self._sources.append(source.picture)
-
-    def _first_usable(self, samples: Samples, numbers: range) -> _Sample | None:
-        """The first usable one of a few samples. The stream counts bad samples; the grid only skips them."""
-        for number in numbers[:_TRIES]:
-            try:
-                sample = samples[number]
-                picture = square(decode(sample.image_bytes, self._image_size), self._image_size)
-                return _Sample(number, sample.captions[0], picture.permute(1, 2, 0).numpy())
-            except (BadSample, PictureError):
-                continue
-        return None
 
     def rows(self, average: Average) -> list[GridRow]:
         """One row for each caption, with `PER_CAPTION` pictures each and the same noise in every row."""
@@ -102,7 +86,19 @@ class SampleSheet:
             seed = mix(self._seed, column, Purpose.NEGATIVES_AND_INFERENCE_NOISE)
             normal = torch.randn(1, sum(widths), generator=torch.Generator().manual_seed(seed))
             noise, condition = (normal * self._generator.truncation).split(widths, dim=1)
-            inputs = (self._tokens, self._lengths, noise.expand(count, -1), condition.expand(count, -1), *sources)
-            columns.append(average.generate(*(x.to(self._device) for x in inputs)).images.cpu())
+            normals = noise.expand(count, -1), condition.expand(count, -1)
+            columns.append(average.generate(*normals, self._tokens, self._lengths, *sources))
         grid = to_uint8(torch.stack(columns, dim=1)).permute(0, 1, 3, 4, 2).numpy()
         return [GridRow(*row) for row in zip(self._captions, map(list, grid), self._real, strict=True)]
+
+
+def _first_usable(samples: Samples, numbers: range, side: int) -> _Sample | None:
+    """The first usable one of a few samples. The stream counts bad samples; the grid only skips them."""
+    for number in numbers[:_TRIES]:
+        try:
+            sample = samples[number]
+            picture = square(decode(sample.image_bytes, side), side)
+        except (BadSample, PictureError):
+            continue
+        return _Sample(number, sample.captions[0], picture.permute(1, 2, 0).numpy())
+    return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +16,10 @@ from dist_t2i.checkpoint.lease import Lease
 from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import flatten
-from dist_t2i.config.resume import is_free
+from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
-from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.distributed.collectives import on_main
@@ -37,7 +36,7 @@ from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
 from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.trainer import Trainer
-from dist_t2i.training.validation import Validation
+from dist_t2i.training.validation import Validation, read_protocol
 from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
 
@@ -74,68 +73,43 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     """
     precision = resolve_precision(config.engine.precision, device)
     config = replace(config, engine=replace(config.engine, precision=precision))
-    folder, main = Path(config.run.folder), dist.get_rank() == 0
-    batch = config.train.global_batch
+    folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
 
     # Data, and the run's folder: checked, leased, and filled from the mirror where it lacks the newest checkpoint.
-    reporter = Reporter(
-        folder,
-        config.report,
-        total_images=config.train.total_images,
-        title=config.run.name or folder.name,
-        wandb_config=flatten(config),
-        main=main,
-    )
-    data = open_data(config.data)
-    mirror = Mirror(
-        config.checkpoint,
-        folder,
-        config_files.dump(config),
-        reporter,
-        retry_seconds=config.data.retry_seconds,
-        main=main,
-        allow_changes=allow_changes,
-    )
+    title, total = config.run.name or folder.name, train.total_images
+    reporter = Reporter(folder, config.report, total_images=total, title=title, wandb_config=flatten(config), main=main)
+    data, retry = open_data(config.data), config.data.retry_seconds
+    flags = {"main": main, "allow_changes": allow_changes}
+    mirror = Mirror(config.checkpoint, folder, text, reporter, retry_seconds=retry, **flags)
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
-    lease = _take_lease(folder, config, data, allow_changes)
+    leases: list[Lease] = []
+    on_main(lambda: leases.append(run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=_warn)))
+    lease = leases[0] if main else None
     on_main(lambda: mirror.restore(lease), slow=True)
 
     # Networks under their engines. A resumed run needs no initial weights from another model.
-    frozen = None
-    if config.text.mode == "frozen":
-        frozen = read_frozen(config.text, data.tokenizer, config.data.max_tokens).build()
+    texts, limit = config.text, config.data.max_tokens
+    frozen = read_frozen(texts, data.tokenizer, limit) if texts.mode == "frozen" else None
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
     initial = None if latest else read_initial(config, data.tokenizer)
-    gan, average = assemble(config, data.tokenizer.vocab_size, device, frozen, initial)
+    encoder = frozen.build() if frozen is not None else None
+    gan, average = assemble(config, data.tokenizer.vocab_size, device, encoder, initial)
 
-    validation = _build_validation(folder, config, data, device, reporter.warn) if config.eval.every_images else None
-    checkpointer = Checkpointer(
-        config.checkpoint,
-        lease,
-        latest,
-        engines=gan.engines,
-        average=average,
-        validation=validation,
-        reporter=reporter,
-        mirror=mirror,
-        watchdog=watchdog,
-        seed=config.train.seed,
-        batch=batch,
-        report_images=config.report.every_steps * batch,
-    )
+    # Validation: rank 0 checks first, so that only rank 0 prints what is wrong.
+    validation = None
+    if config.eval.every_images:
+        protocol = on_main(lambda: read_protocol(config.eval))
+        validation = Validation(folder, config.eval, protocol, train, data, device, reporter.warn)
+        model = partial(ModelFiles, folder, config, data.tokenizer, frozen=frozen)
+        on_main(partial(validation.prepare, config.data, model), slow=True)
+
+    parts = gan.engines, average, validation, reporter, mirror, watchdog
+    checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, *parts)
     images = checkpointer.restore()
     sample_sheet = None
     if main:
-        sample_sheet = SampleSheet(
-            config.report.sample_prompts,
-            data,
-            image_size=config.data.image_size,
-            max_tokens=config.data.max_tokens,
-            generator=config.model.generator,
-            edit=config.edit,
-            seed=config.train.seed,
-            device=device,
-        )
+        prompts, generator = config.report.sample_prompts, config.model.generator
+        sample_sheet = SampleSheet(prompts, data, config.data, generator, config.edit, train.seed)
 
     # The stream starts at the restored position; the records of samples beyond it will be written again.
     bad_file = folder / "bad_samples.jsonl"
@@ -144,8 +118,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
         stream = open_stream(
             config.data,
             data.tokenizer,
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
+            seed=train.seed,
+            global_batch=train.global_batch,
             accumulation=config.engine.accumulation,
             edit=config.edit,
             rank=dist.get_rank(),
@@ -154,65 +128,15 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
             bad_file=bad_file,
             data_set=data,
         )
+    loop = config.data, train, config.optimizer, config.engine, config.report
     return Trainer(
-        folder=folder,
-        images=images,
-        data=config.data,
-        train=config.train,
-        optimizer=config.optimizer,
-        engine=config.engine,
-        report=config.report,
-        stream=stream,
-        gan=gan,
-        average=average,
-        checkpointer=checkpointer,
-        validation=validation,
-        sample_sheet=sample_sheet,
-        reporter=reporter,
-        mirror=mirror,
-        watchdog=watchdog,
+        folder, images, *loop, stream, checkpointer, gan, average, validation, sample_sheet, reporter, mirror, watchdog
     )
 
 
-def _take_lease(folder: Path, config: Config, data: ShardSet, allow_changes: bool) -> Lease | None:
-    """The lease on the run, on rank 0; None on the others. Collective."""
-    lease: Lease | None = None
-
-    def take() -> None:
-        nonlocal lease
-        text = config_files.dump(config)
-        lease = run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=_print_warning)
-
-    on_main(take)
-    return lease
-
-
-def _print_warning(message: str) -> None:
+def _warn(message: str) -> None:
     """For warnings from before this process has the lease, and with it the right to write into the log."""
     print(f"warning: {message}", flush=True)
-
-
-def _build_validation(
-    folder: Path, config: Config, data: ShardSet, device: torch.device, warn: Callable[[str], None]
-) -> Validation:
-    """Collective. Rank 0 builds its own first, so that only rank 0 prints what is wrong with the protocol."""
-    validation: Validation | None = None
-
-    def build() -> Validation:
-        return Validation(folder, config.eval, config.train, data, device, warn)
-
-    def prepare() -> None:
-        nonlocal validation
-        validation = build()
-        frozen = None
-        if config.text.mode == "frozen":
-            frozen = read_frozen(config.text, data.tokenizer, config.data.max_tokens)
-        validation.prepare(
-            config.data, lambda g, d, images: ModelFiles(folder, config, data.tokenizer, g, d, images, frozen)
-        )
-
-    on_main(prepare, slow=True)
-    return validation or build()
 
 
 def assemble(
@@ -230,15 +154,9 @@ def assemble(
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
-    networks = build_networks(
-        config.model,
-        config.text,
-        image_size=config.data.image_size,
-        max_tokens=config.data.max_tokens,
-        vocab_size=vocab_size,
-        edit_width=config.edit.width,
-        frozen=frozen.to(device) if frozen is not None else None,
-    )
+    frozen = frozen.to(device) if frozen is not None else None
+    sizes = {"image_size": config.data.image_size, "max_tokens": config.data.max_tokens, "vocab_size": vocab_size}
+    networks = build_networks(config.model, config.text, **sizes, edit_width=config.edit.width, frozen=frozen)
     if initial is not None:
         load_weights(networks, initial)
     average = Average(networks, config.ema, config.train.global_batch, device)  # before the engines split the weights
@@ -256,18 +174,8 @@ def assemble(
     text = None
     if networks.text is not None:  # a shared encoder has one micro-step for the gradient of each network
         text = engine("text", networks.text, *d_settings, 2 * accumulation)
-    gan = Gan(
-        generator,
-        discriminator,
-        text,
-        frozen,
-        loss=config.loss,
-        augment=config.augment,
-        model=config.model,
-        train=config.train,
-        edit=config.edit,
-    )
-    return gan, average
+    sections = config.loss, config.augment, config.model, config.train, config.edit
+    return Gan(generator, discriminator, text, frozen, *sections), average
 
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
@@ -285,18 +193,16 @@ def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
         files = read_model(config.edit.init)
     except UserError as error:
         raise ConfigError(f"edit.init: {error}", [str(error)]) from None
-    values, initial = flatten(config), flatten(files.config)
-    keys = [key for key in values if key.startswith(_SAME) and not is_free(key, config)]
-    if files.config.edit.width:
-        keys.append("edit.width")
-    lines = [f"{key}: is {values[key]!r}, there {initial[key]!r}" for key in keys if values[key] != initial[key]]
+    same = (*_SAME, "edit.width") if files.config.edit.width else _SAME
+    changes = differences(files.config, config).items()
+    lines = [f"{key}: is {here!r}, there {there!r}" for key, (there, here) in changes if key.startswith(same)]
+    folder = files.folder
     if lines:
-        listed = "".join(f"\n  {line}" for line in lines)
-        raise ConfigError(
-            f"edit.init: {files.folder} has other networks than this run:{listed}\nMake them agree.", lines
-        )
+        head = f"edit.init: {folder} has other networks than this run:"
+        raise ConfigError("\n  ".join([head, *lines]) + "\nMake them agree.", lines)
     if files.tokenizer != tokenizer:
-        line = f"edit.init: {files.folder} was trained with another tokenizer than that of data.train: train on a set with its tokenizer"
+        trained = f"edit.init: {folder} was trained with another tokenizer than that of data.train"
+        line = f"{trained}: train on a set with its tokenizer"
         raise ConfigError(line, [line])
     return files
 

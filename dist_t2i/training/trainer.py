@@ -1,7 +1,4 @@
-"""The training loop: report, samples, checkpoint, stop or step.
-
-What is due depends only on the images seen, which are therefore the only state of the loop.
-"""
+"""The training loop. What is due depends only on the images seen, which are therefore the only state of the loop."""
 
 from __future__ import annotations
 
@@ -43,22 +40,18 @@ class Trainer:
     """Trains a run to its end. Every rank has one; all of them make the same calls in the same order."""
 
     folder: Path
-    images: int
-    """Images seen"""
+    images: int  # seen
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    engine: EngineConfig
-    """With a concrete precision"""
+    engine: EngineConfig  # with a concrete precision
     report: ReportConfig
     stream: Stream
+    checkpointer: Checkpointer
     gan: Gan
     average: Average
-    checkpointer: Checkpointer
-    validation: Validation | None
-    """None if `eval.every_images` is 0"""
-    sample_sheet: SampleSheet | None
-    """Only on rank 0"""
+    validation: Validation | None  # None if `eval.every_images` is 0
+    sample_sheet: SampleSheet | None  # only on rank 0
     reporter: Reporter
     mirror: Mirror
     watchdog: Watchdog
@@ -72,20 +65,20 @@ class Trainer:
         with self._closing():
             self._begin()
             while True:
-                reason = self._agree(stop)
-                stopping, finished = bool(reason), self.images >= self.total
-                ending = stopping or finished
+                reason, finished = self._agree(stop), self.images >= self.total
+                ending = bool(reason) or finished
                 # A run that is asked to stop saves at once; the evaluation follows when the run is resumed.
-                improved = not stopping and self._evaluate()
+                improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
-                sampling = finished or self._passes(self.report.sample_every_images)
+                sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
                 # The report comes before the save: it ends a run whose numbers are not finite.
-                if saving or self._passes(self.report.every_steps * self.batch):
+                if saving or passes(self.report.every_steps * self.batch, self.images, self.batch):
                     self._report()
                 if sampling:
                     self._sample()
                 if saving:
-                    self._save(last=ending)
+                    with self.meter.paused():
+                        self.checkpointer.save(self.images, last=ending)
                 if ending:
                     return self._end(reason)
                 self._step()
@@ -104,16 +97,16 @@ class Trainer:
 
     # ---- between steps -----------------------------------------------------------------------------------------------
 
-    def _passes(self, every: int) -> bool:
-        return passes(every, self.images, self.batch)
-
     def _agree(self, stop: StopFlag) -> StopReason:
         """Why all ranks stop now, if they do. Collective. Raises Superseded when another process has taken over."""
-        if self.checkpointer.lease_lost():
+        lease = self.checkpointer.lease
+        if lease is not None and lease.lost():
             stop.supersede()
         reason = stop.agreed(max_over_ranks)
         if reason is StopReason.TAKEN_OVER:
-            raise self.checkpointer.superseded()
+            error = lease.error() if lease is not None else Superseded("another process has taken the run over")
+            error.reported_by_main = lease is None
+            raise error
         return reason
 
     def _evaluate(self) -> bool:
@@ -125,9 +118,8 @@ class Trainer:
         with self.meter.paused():
             others = [engine for engine in self.gan.engines if engine is not self.gan.generator]
             weights = {name: value for engine in others for name, value in engine.weights().items()}
-            scores = on_main(
-                lambda: validation.scores(self.average.state(), weights, self.images), slow=dist.get_world_size() > 1
-            )
+            slow = dist.get_world_size() > 1
+            scores = on_main(lambda: validation.scores(self.average.state(), weights, self.images), slow=slow)
         best = validation.take(self.images, scores)
         self.reporter.evaluated(self.images, self.images // self.batch, scores, best=best)
         return best
@@ -139,15 +131,11 @@ class Trainer:
         if not values:
             return
         step, latest = self.images // self.batch, self.checkpointer.latest
-        broken = not all(math.isfinite(value) for value in values.values())
-        check_finite(
-            values,
-            images=self.images,
-            step=step,
-            checkpoint=str(latest.folder) if latest else "",
-            groups=[group for engine in self.gan.engines for group in engine.non_finite_groups()] if broken else (),
-            skips_overflows=self.engine.precision == "fp16",
-        )
+        checkpoint = str(latest.folder) if latest else ""
+        broken = not all(map(math.isfinite, values.values()))
+        groups = [group for engine in self.gan.engines for group in engine.non_finite_groups()] if broken else ()
+        fp16 = self.engine.precision == "fp16"
+        check_finite(values, self.images, step, checkpoint=checkpoint, groups=groups, fp16=fp16)
         for warning in self.health.observe(self.images, values):
             if dist.get_rank() == 0:
                 self.reporter.warn(warning)
@@ -159,10 +147,6 @@ class Trainer:
             if self.sample_sheet is not None:
                 rows = self.sample_sheet.rows(self.average)
                 self.reporter.samples(self.images, rows, name=folder_name(self.images))
-
-    def _save(self, *, last: bool) -> None:
-        with self.meter.paused():
-            self.checkpointer.save(self.images, last=last)
 
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
@@ -189,12 +173,10 @@ class Trainer:
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
-        self.reporter.close(
-            "stopped",
-            f"stopped by {reason.text} at {self.images:,} images, checkpoint saved; the same command continues from there",
-            hurry=reason
-            is not StopReason.SIGINT,  # a scheduler waits for this process to end; a person may want to see the curves
-        )
+        # A scheduler waits for this process to end; after Ctrl-C, a person may want to see the curves.
+        saved = f"stopped by {reason.text} at {self.images:,} images, checkpoint saved"
+        hurry = reason is not StopReason.SIGINT
+        self.reporter.close("stopped", f"{saved}; the same command continues from there", hurry=hurry)
         return ExitStatus.STOPPED
 
     @contextlib.contextmanager
@@ -211,4 +193,5 @@ class Trainer:
             raise
         finally:
             self.stream.close()
-            self.checkpointer.release()
+            if self.checkpointer.lease is not None:
+                self.checkpointer.lease.release()

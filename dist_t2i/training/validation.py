@@ -23,7 +23,7 @@ from dist_t2i.config.sections import DataConfig, EvalConfig, TrainConfig
 from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
-from dist_t2i.eval.protocol import load_protocol
+from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
 from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.inference.pipeline import TextToImage
@@ -46,36 +46,31 @@ class Best:
     value: float
 
 
+def read_protocol(config: EvalConfig) -> Protocol:
+    """The protocol of `eval.protocol`. Raises UserError when it is unknown or does not suit training."""
+    protocol = load_protocol(config.protocol)
+    if config.metric not in (known := keys_of(protocol)):
+        problem = f"protocol {protocol.name} has no score {config.metric!r}; it has {', '.join(known)}"
+        raise UserError(f"eval.metric: {problem}")
+    if not protocol.ema:
+        raise UserError(f"eval.protocol: {protocol.name} has `ema: false`, but training scores the moving average")
+    return protocol
+
+
+@dataclass(eq=False)
 class Validation:
-    """Every rank has one. Only rank 0 calls `prepare` and `scores`; all ranks make the other calls alike.
+    """Every rank has one. Only rank 0 calls `prepare` and `scores`; all ranks make the other calls alike."""
 
-    `data` is the training set. Raises UserError for an unknown protocol or metric.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: EvalConfig,
-        train: TrainConfig,
-        data: ShardSet,
-        device: torch.device,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._folder, self._config, self._train, self._data = folder, config, train, data
-        self._device, self._warn = device, warn
-        self._protocol = load_protocol(config.protocol)
-        if config.metric not in keys_of(self._protocol):
-            raise UserError(
-                f"eval.metric: protocol {self._protocol.name} has no score {config.metric!r}; it has "
-                f"{', '.join(keys_of(self._protocol))}"
-            )
-        if not self._protocol.ema:
-            raise UserError(
-                f"eval.protocol: {self._protocol.name} has `ema: false`, but training scores the moving average"
-            )
-        self.best: Best | None = None
-        self._previous_best: Best | None = None
-        self._evaluated_at = 0
+    folder: Path  # of the run
+    config: EvalConfig
+    protocol: Protocol
+    train: TrainConfig
+    data: ShardSet  # the training set
+    device: torch.device
+    warn: Callable[[str], None]
+    best: Best | None = None
+    _previous_best: Best | None = None
+    _evaluated_at: int = 0
 
     # ---- rank 0 ------------------------------------------------------------------------------------------------------
 
@@ -85,46 +80,39 @@ class Validation:
         `model_files` describes the model with these weights of the generator and the discriminator, at images seen.
         """
         self._model_files = model_files
-        if self._config.data:
-            self._data = open_entry(self._config.data, storage_options(data))
-        selections = select_all(self._data, self._protocol)
+        if self.config.data:
+            self.data = open_entry(self.config.data, storage_options(data))
+        selections = select_all(self.data, self.protocol)
         self._selections = {split: rows.loaded(data.image_size) for split, rows in selections.items()}
-        self._networks = load_networks(self._protocol, self._device)
+        self._networks = load_networks(self.protocol, self.device)
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
         """`eval/SPLIT/SCORE` -> value, of weights that are fp32 with their names in checkpoints; also writes the file."""
+        given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
-            scores = evaluate(
-                TextToImage(self._model_files(generator, discriminator, images), self._device),
-                self._data,
-                self._protocol,
-                say=lambda line: None,
-                networks=self._networks,
-                selections=self._selections,
-                cache=self._features,
-            )
-        folder = self._folder / FOLDER
+            model = TextToImage(self._model_files(generator, discriminator, images), self.device)
+            scores = evaluate(model, self.data, self.protocol, say=lambda line: None, **given)
+        folder = self.folder / FOLDER
         try:
             folder.mkdir(exist_ok=True)
             scores.save(folder / f"{folder_name(images)}.json")
         except OSError as error:  # a full disk
-            self._warn(f"{folder}: {error.strerror}; the scores are only in metrics.jsonl")
-        return {
-            f"eval/{split}/{score.key}": score.value for split, part in scores.splits.items() for score in part.scores
-        }
+            self.warn(f"{folder}: {error.strerror}; the scores are only in metrics.jsonl")
+        parts = scores.splits.items()
+        return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
 
     # ---- every rank --------------------------------------------------------------------------------------------------
 
     def due(self, images: int) -> bool:
         """Whether to evaluate at `images` seen; not again in a run that is resumed right after its evaluation."""
-        passed = passes(self._config.every_images, images, self._train.global_batch)
-        return (passed or images >= self._train.total_images) and images != self._evaluated_at
+        passed = passes(self.config.every_images, images, self.train.global_batch)
+        return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
     def take(self, images: int, values: Mapping[str, float]) -> bool:
         """Record the scores at `images`; returns whether `eval.metric` is the best so far on the protocol's first split."""
         self._evaluated_at, self._previous_best = images, self.best
-        metric = self._config.metric
+        metric = self.config.metric
         value = next((value for name, value in values.items() if name.rpartition("/")[2] == metric), math.nan)
         sign = 1 if better_of(metric) == "higher" else -1
         if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best.value):
@@ -140,13 +128,10 @@ class Validation:
     def state(self) -> dict[str, Any]:
         """What a checkpoint's state.json keeps under `evaluation`."""
         best = dataclasses.asdict(self.best) if self.best else None
-        return {"at": self._evaluated_at, "best": best, "by": self._by()}
+        return {"at": self._evaluated_at, "best": best, "by": [self.protocol.sha256, self.config.metric]}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Restore what `state` returned, unless it is of another protocol or metric."""
-        if state and state["by"] == self._by():
+        if state and state["by"] == [self.protocol.sha256, self.config.metric]:
             self._evaluated_at = state["at"]
             self.best = Best(**state["best"]) if state["best"] else None
-
-    def _by(self) -> list[str]:
-        return [self._protocol.sha256, self._config.metric]

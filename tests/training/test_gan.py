@@ -86,17 +86,8 @@ def flows(mode: str, words: str, penalty: str = "r1", **more) -> dict:
             found["changed"][half] = {n for n, p in parameters().items() if not torch.equal(p, before[n])}
             return result
 
-    gan = Probe(
-        built.generator,
-        built.discriminator,
-        built.text,
-        built.frozen,
-        loss=config.loss,
-        augment=config.augment,
-        model=config.model,
-        train=config.train,
-        edit=config.edit,
-    )
+    sections = config.loss, config.augment, config.model, config.train, config.edit
+    gan = Probe(built.generator, built.discriminator, built.text, built.frozen, *sections)
     frozen = {n: p.clone() for n, p in built.frozen.named_parameters()} if built.frozen else {}
     gan.step(micro_batches(0, 1, 0, 1), 0, 1.0)
     found["all"] = set(parameters())

@@ -17,7 +17,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.inference import model_files
-from dist_t2i.training.validation import Validation
+from dist_t2i.training.validation import Validation, read_protocol
 from models_on_disk import write_tone_set
 from runs import Run
 
@@ -159,7 +159,8 @@ def test_other_mistakes_are_told_in_a_line(data, protocol, tmp_path):
         config = loads("", [f"data.train={data}", f"eval.protocol={protocol}", override])
         with pytest.raises(UserError) as told:
             cpu = torch.device("cpu")
-            validation = Validation(tmp_path, config.eval, config.train, open_set(data), cpu, print)
+            checked = read_protocol(config.eval)
+            validation = Validation(tmp_path, config.eval, checked, config.train, open_set(data), cpu, print)
             validation.prepare(config.data, lambda generator, discriminator, images: pytest.fail("not asked for"))
         assert said in str(told.value) and "\n" not in str(told.value)
 
