@@ -1,17 +1,14 @@
 """One network under DeepSpeed ZeRO. Only this module knows DeepSpeed.
 
-A GAN needs two engines, and two engines in one process easily go wrong without an error. This module keeps these rules:
+Two engines in one process, as a GAN needs, easily go wrong without an error. The rules:
 
 * The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages. `engine(...)`
-  also announces a new backward to ZeRO. `backward` does that here: without it the gradients of an LSTM's second
+  also announces a new backward to ZeRO; here `backward` does, since without it the gradients of an LSTM's second
   micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
-* A network that only takes part in the other network's loss is frozen meanwhile (`frozen()`). Otherwise its ZeRO hooks would
-  take that gradient for its own.
+* A network that only takes part in the other one's loss is frozen meanwhile, or its ZeRO hooks would take that gradient.
 * There is one `backward` per micro-batch, so losses are summed first: a second one is silently wrong at stages 1 to 3.
-* `gradient_clipping` is always written, because DeepSpeed clips at 1.0 by default.
 
-The state goes out and in as full fp32 tensors by parameter name, the same at any world size, ZeRO stage or precision. A run
-can therefore resume under any of them, and no pickle is involved.
+The state goes out and in as full fp32 tensors by parameter name, so a run can resume at any world size, stage or precision.
 
 Undocumented parts of the libraries that this package uses (`tests/distributed/test_library_internals.py` tests each):
 
@@ -103,46 +100,37 @@ def resolve_precision(
 class EngineSpec:
     """The settings of one engine."""
 
-    name: str
-    """`generator`, `discriminator` or `text`"""
+    name: str  # `generator`, `discriminator` or `text`
     stage: int
-    micro_batch: int
-    """Rows per micro-batch and rank"""
-    accumulation: int
-    """Micro-batches per step"""
+    micro_batch: int  # rows per micro-batch and rank
+    accumulation: int  # micro-batches per step
     precision: str
-    """`fp32`, `bf16` or `fp16`"""
-    learning_rate: float
-    """Peak learning rate"""
-    scales: dict[str, float]
-    """Learning-rate scale by name of a direct child of the module; 1 for others"""
-    offload: bool = False
-    """Whether optimizer states live on the CPU (stages 1 to 3)"""
+    learning_rate: float  # at its peak
+    scales: dict[str, float]  # of the learning rate, by name of a direct child of the module; 1 for others
+    offload: bool = False  # whether optimizer states live on the CPU (stages 1 to 3)
 
 
 def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one engine; every value that changes results is written out."""
     # DeepSpeed allocates the reduce bucket at its full size (2 GB by default), a multiple of an alignment.
-    bucket = min(-(-parameters // 4096) * 4096, 500_039_680)
+    bucket, gpu = min(-(-parameters // 4096) * 4096, 500_039_680), torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": spec.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # One all-reduce of the bucket. DeepSpeed's "scatter" is an all-reduce as well, with two more copies.
-        "reduce_scatter": False,
-        # One more copy, which only reduces fragmentation of a GPU's memory.
-        "contiguous_gradients": spec.stage >= 2 and torch.cuda.is_available(),
+        "reduce_scatter": False,  # one all-reduce; DeepSpeed's "scatter" is an all-reduce as well, with two more copies
+        "contiguous_gradients": spec.stage >= 2 and gpu,  # one more copy, which only keeps a GPU's memory unfragmented
         "overlap_comm": False,
     }
     if spec.stage == 3:
         zero["stage3_param_persistence_threshold"] = 0 if parameters < 100_000_000 else 100_000
     if spec.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     return {
         "train_batch_size": spec.micro_batch * spec.accumulation * world_size,
         "train_micro_batch_size_per_gpu": spec.micro_batch,
         "gradient_accumulation_steps": spec.accumulation,
-        "gradient_clipping": gradient_clipping,
+        "gradient_clipping": gradient_clipping,  # always written: DeepSpeed clips at 1.0 by default
         "steps_per_print": None,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -159,8 +147,7 @@ def effective_stage(stage: int, precision: str) -> int:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Turn torch.compile off: at stages 1 to 3 DeepSpeed imports its own Muon, unused here, whose functions are decorated
-    with it, and loading the compiler would take one second of every rank's start."""
+    """Turn off torch.compile, which DeepSpeed's unused Muon is decorated with: loading it takes a second of every start."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -178,30 +165,21 @@ class NetworkEngine:
         import deepspeed
 
         spec = replace(spec, stage=effective_stage(spec.stage, spec.precision))
-        self.name, self.stage = spec.name, spec.stage
-        self.dtype = DTYPES[spec.precision]
-        self.device = device
-        self.accumulation = spec.accumulation
-        self._base_rate = spec.learning_rate
-        self.world_size = dist.get_world_size()
-        module = module.to(device)
+        self.name, self.stage, self.accumulation = spec.name, spec.stage, spec.accumulation
+        self.dtype, self.device, self.world_size = DTYPES[spec.precision], device, dist.get_world_size()
+        self.gradient_norm = 0.0
+        """Norm of the last step's global gradient before clipping; inf if fp16 overflowed and skipped the step."""
+        self._base_rate, module = spec.learning_rate, module.to(device)
         base = build_optimizer(module, optimizer, spec.learning_rate, spec.scales)
-        self._moments = {
-            p: ("exp_avg",) if group["muon"] else ("exp_avg", "exp_avg_sq")
-            for group in base.param_groups
-            for p in group["params"]
-        }
+        moments = {False: ("exp_avg", "exp_avg_sq"), True: ("exp_avg",)}
+        self._moments = {p: moments[group["muon"]] for group in base.param_groups for p in group["params"]}
         parameters = sum(p.numel() for p in module.parameters())
+        config = deepspeed_config(spec, optimizer.gradient_clipping, self.world_size, parameters)
         with _without_compiler():
             self._engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=base,
-                config=deepspeed_config(spec, optimizer.gradient_clipping, self.world_size, parameters),
-                dist_init_required=False,
+                model=module, optimizer=base, config=config, dist_init_required=False
             )
-        self._parameters: dict[str, Any] = dict(self.module.named_parameters())
-        """nn.Parameters by name, with attributes of DeepSpeed's."""
-        self._gradient_norm = 0.0
+        self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # with attributes of DeepSpeed's
         self._create_optimizer_state()
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -219,13 +197,11 @@ class NetworkEngine:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, no parameter takes a gradient: the network is only a function in the other network's loss."""
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
+        self.module.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in self._parameters.values():
-                parameter.requires_grad_(True)
+            self.module.requires_grad_(True)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar `loss`, a mean over this rank's micro-batch. Call it once per micro-batch."""
@@ -234,24 +210,16 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call it after each micro-batch's `backward`; the last one of a step updates the weights.
-
-        `rate_scale` is a factor on the peak learning rate.
-        """
+        """After each micro-batch's `backward`; the last one of a step updates the weights, at peak rate * `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
         # The norm of the global gradient. Stage 0 does not compute it unless it clips.
         if self._engine.is_gradient_accumulation_boundary() and self.stage == 0:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
         if self.stage > 0:
-            self._gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
-
-    @property
-    def gradient_norm(self) -> float:
-        """Norm of the last step's global gradient before clipping; inf if fp16 overflowed and skipped the step."""
-        return self._gradient_norm
+            self.gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
 
     @property
     def skipped_steps(self) -> int:
@@ -281,21 +249,16 @@ class NetworkEngine:
         """The fp32 tensors that the optimizer updates: this rank's pieces of each group, or at stage 0 the parameters."""
         if self.stage == 0:
             return list(self._parameters.values())
-        if self.stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
-        return list(self._zero.single_partition_of_fp32_groups)
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
         """Create the moments, which the optimizer would create in its first step: so they can be loaded before it."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
-            self._base_optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{
-                    key: torch.zeros_like(master, memory_format=torch.preserve_format)
-                    for key in self._moments[parameters[0]]
-                },
-            }
+            step = torch.zeros((), dtype=torch.float32, device=master.device)
+            moments = {key: torch.zeros_like(master) for key in self._moments[parameters[0]]}
+            self._base_optimizer.state[master] = {"step": step, **moments}
             # A flat master holds pieces of several parameters, which Muon has to know as matrices.
             if self.stage > 0:
                 layouts[master] = Layout(tuple(map(self._piece, parameters)), self.world_size > 1, self.device)
@@ -326,19 +289,15 @@ class NetworkEngine:
     @torch.no_grad()
     def _full(self, parameter: Any, key: str | None) -> Tensor:
         """The full fp32 master of one parameter, or its moment `key`, on every rank. Collective."""
-        from deepspeed.utils import (
-            safe_get_full_fp32_param,
-            safe_get_full_optimizer_state,
-            safe_get_local_fp32_param,
-            safe_get_local_optimizer_state,
-        )
+        from deepspeed import utils as ds
 
         if self.stage == 0:
             return parameter.detach() if key is None else self._base_optimizer.state[parameter][key]
+        wanted = (parameter,) if key is None else (parameter, key)
         if self.stage < 3:
-            return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+            return (ds.safe_get_full_fp32_param if key is None else ds.safe_get_full_optimizer_state)(*wanted)
         # Stage 3: gather the equal pieces, and drop the padding.
-        local = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        local = (ds.safe_get_local_fp32_param if key is None else ds.safe_get_local_optimizer_state)(*wanted)
         parts = local.new_empty(local.numel() * self.world_size)
         dist.all_gather_into_tensor(parts, local.detach().clone())
         return parts[: parameter.ds_numel].view(parameter.ds_shape)
@@ -346,33 +305,27 @@ class NetworkEngine:
     @torch.no_grad()
     def _set_full(self, parameter: Any, value: Tensor, key: str | None) -> None:
         """Set what `_full` returns, and the parameter in its training dtype."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
+        from deepspeed import utils as ds
 
         value = value.to(self.device, torch.float32)
         if self.stage == 0:
             (parameter.data if key is None else self._base_optimizer.state[parameter][key]).copy_(value)
         elif self.stage < 3:
             if key is None:
-                safe_set_full_fp32_param(parameter, value)
+                ds.safe_set_full_fp32_param(parameter, value)
                 parameter.data.copy_(value)
             else:
-                safe_set_full_optimizer_state(parameter, value, key)
+                ds.safe_set_full_optimizer_state(parameter, value, key)
         else:
-            # Stage 3: this rank's piece, padded. DeepSpeed's setter of full tensors does not pad, so it fails where the
-            # world size does not divide the size.
+            # Stage 3: this rank's piece, padded; DeepSpeed's setter of full tensors does not pad.
             size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
             local = padded[size * dist.get_rank() :][:size]
             if key is None:
-                safe_set_local_fp32_param(parameter, local)
+                ds.safe_set_local_fp32_param(parameter, local)
                 parameter.ds_tensor.data.copy_(local)
             else:
-                safe_set_local_optimizer_state(parameter, local, key)
+                ds.safe_set_local_optimizer_state(parameter, local, key)
 
     def weights(self) -> dict[str, Tensor]:
         """fp32 CPU copies of all parameters by name, on every rank. Collective."""
@@ -380,20 +333,15 @@ class NetworkEngine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """fp32 CPU copies of the moments: `NAME.exp_avg`, and for AdamW `NAME.exp_avg_sq`. Collective."""
-        return {
-            f"{name}.{key}": self._full(p, key).to("cpu", copy=True)
-            for name, p in self._parameters.items()
-            for key in self._moments[p]
-        }
+        moments = [(f"{name}.{key}", p, key) for name, p in self._parameters.items() for key in self._moments[p]]
+        return {name: self._full(p, key).to("cpu", copy=True) for name, p, key in moments}
 
     def counters(self) -> dict[str, float]:
         """The engine's scalars: the optimizer's step count, and the loss scale of fp16 with its history."""
         steps = next(iter(self._base_optimizer.state.values()))["step"] if self._base_optimizer.state else 0
-        counters = {"step": float(steps), "skipped_steps": self.skipped_steps}
-        if self.dtype is torch.float16:
-            scaler = vars(self._zero.loss_scaler)
-            counters |= {f"scaler.{k}": v for k, v in scaler.items() if isinstance(v, (int, float))}
-        return counters
+        scaler = vars(self._zero.loss_scaler) if self.dtype is torch.float16 else {}
+        history = {f"scaler.{name}": value for name, value in scaler.items() if isinstance(value, (int, float))}
+        return {"step": float(steps), "skipped_steps": self.skipped_steps, **history}
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, float]) -> None:
         """Restore what `weights`, `optimizer_state` and `counters` returned at any world size, stage or precision.
@@ -419,10 +367,10 @@ class NetworkEngine:
                 actual = tuple(tensors[key].shape) if key in tensors else "not in the checkpoint"
                 if actual != shape:
                     raise CheckpointError(
-                        f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is "
-                        f"{actual}, where it has to be {shape}.\nA run keeps the networks and optimizers that it began with: "
-                        "restore the old values of model.*, text.*, edit.* and optimizer.generator_matrices, or start "
-                        "another run (run.folder=...)."
+                        f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is {actual}, "
+                        f"where it has to be {shape}.\nA run keeps the networks and optimizers that it began with: restore the "
+                        "old values of model.*, text.*, edit.* and optimizer.generator_matrices, or start another run "
+                        "(run.folder=...)."
                     )
 
     def non_finite_groups(self) -> list[str]:

@@ -1,13 +1,10 @@
 """AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by the
-nearest matrix whose singular values are all equal, so that directions which the gradient rarely takes count as much as the
-usual ones. Kernels of convolutions are matrices of their outputs by all other dimensions. The step is scaled to the root
-mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that one learning rate
-serves both.
-
-Singular values belong to a full matrix, but under ZeRO a rank holds pieces. `Layout` describes them, and each step is
-computed from all ranks' pieces.
+nearest matrix whose singular values are all equal, so that rare directions of the gradient count as much as the usual ones.
+Kernels of convolutions are matrices of their outputs by all other dimensions. Scaled to the root mean square of AdamW's step
+(Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), the step serves with AdamW's learning rate. Singular values
+belong to a full matrix, but under ZeRO a rank holds pieces (`Layout`), so each step is computed from all ranks' pieces.
 """
 
 from __future__ import annotations
@@ -34,14 +31,10 @@ RMS = 0.2
 class Piece:
     """The part of one parameter that a flat tensor of this rank holds."""
 
-    shape: torch.Size
-    """Shape of the full parameter"""
-    first: int
-    """Index of the piece's first number in the flattened full parameter"""
-    offset: int
-    """Index of the piece's first number in the flat tensor"""
-    size: int
-    """Count of numbers; 0 if the flat tensor holds nothing of this parameter"""
+    shape: torch.Size  # of the full parameter
+    first: int  # index of the piece's first number in the flattened full parameter
+    offset: int  # index of the piece's first number in the flat tensor
+    size: int  # count of numbers; 0 if the flat tensor holds nothing of this parameter
 
 
 @dataclass(frozen=True)
@@ -49,10 +42,8 @@ class Layout:
     """The pieces in one flat tensor: of the same parameters, in the same order, on every rank."""
 
     pieces: tuple[Piece, ...]
-    spread: bool
-    """Whether other ranks hold the rest of the parameters"""
-    device: torch.device
-    """Where ranks can exchange tensors, and where matrices are multiplied"""
+    spread: bool  # whether other ranks hold the rest of the parameters
+    device: torch.device  # where ranks can exchange tensors, and where matrices are multiplied
 
     def full(self, flat: Tensor) -> list[Tensor]:
         """The full parameters, flattened [numel], from the `flat` tensors [N] of all ranks. Collective if `spread`."""
@@ -76,8 +67,6 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
     Its root mean square is near 1 / sqrt(max(M, N)). Newton-Schulz iterations use products of matrices only.
     """
-    a, b, c = QUINTIC
-
     # X [m, n] with m <= n, so that X X' is the smaller product; scaled so that all singular values are at most 1.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
@@ -86,18 +75,18 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         # One iteration is X <- P X with P = a I + b G + c G^2 and G = X X' [m, m] (Jordan et al. 2024). Then G <- P G P, so
         # the factors of a part are multiplied in [m, m], and X [m, n] takes part in four products instead of ten.
         gram = x @ x.T
-        factor = _polynomial(gram, a, b, c)
-        factors = factor
+        factors = factor = _polynomial(gram)
         for _ in range(repeats - 1):
             gram = factor @ gram @ factor
-            factor = _polynomial(gram, a, b, c)
+            factor = _polynomial(gram)
             factors = factor @ factors
         x = factors @ x
     return x if wide else x.T
 
 
-def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+def _polynomial(gram: Tensor) -> Tensor:
     """a I + b G + c G^2 for G [m, m]."""
+    a, b, c = QUINTIC
     result = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     result.diagonal().add_(a)
     return result
@@ -164,12 +153,6 @@ def build_optimizer(
             parameters = [p for p in child.parameters() if (uses_muon and p.ndim > 1) == muon]
             if parameters:
                 groups.append({"params": parameters, "scale": scales.get(name, 1.0), "name": name, "muon": muon})
-    return AdamWAndMuon(
-        groups,
-        momentum=options.muon_momentum,
-        lr=rate,
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    betas, decay = (options.beta1, options.beta2), options.weight_decay
+    adamw = {"lr": rate, "betas": betas, "eps": options.epsilon, "weight_decay": decay, "fused": True}
+    return AdamWAndMuon(groups, momentum=options.muon_momentum, **adamw)

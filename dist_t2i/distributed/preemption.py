@@ -4,17 +4,14 @@ What launchers do with signals (DeepSpeed 0.19.8, torch 2.13; `tests/distributed
 
 * A signal to a rank (`kill -USR2 PID`, PID from RUN/progress.json) leaves the save all the time that it needs, and
   `deepspeed` exits with the rank's status 75. Scripts should stop a run this way.
-* Ctrl-C under `deepspeed` reaches all processes at once. `deepspeed` dies of it immediately, so the shell's prompt returns
-  while the ranks still save. Its launcher then sends SIGTERM, which belongs to the same stop, and SIGKILL 30 seconds later.
+* Ctrl-C under `deepspeed` reaches all processes. `deepspeed` dies of it, so the shell's prompt returns while the ranks still
+  save. Its launcher then sends SIGTERM, which belongs to the same stop, and SIGKILL 30 seconds later.
 * `kill -TERM` of the launcher (`deepspeed.launcher.launch`) sends SIGTERM to one rank, which informs the others at the step
   boundary, and SIGKILL after 30 seconds. The launcher's status is 1 whatever the ranks return.
-* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks, which would train on
-  unattended. `StopFlag` notices that the launcher is gone and stops. After a `kill -9` of its launcher, `deepspeed` exits
-  with 0: RUN/progress.json says how the run ended.
+* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks: `StopFlag` notices that the
+  launcher is gone. After a `kill -9` of its launcher, `deepspeed` exits with 0; RUN/progress.json says how the run ended.
 * `torchrun` passes SIGTERM and SIGINT on, so a Ctrl-C arrives twice (hence `SAME_PRESS`). It sends SIGKILL after 30 seconds
   and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send those to ranks.
-
-`errors.ExitStatus` lists the exit statuses.
 """
 
 from __future__ import annotations
@@ -53,9 +50,8 @@ class StopReason(IntEnum):
 
     @property
     def text(self) -> str:
-        """The reason within a sentence: a signal's name, or words."""
-        words = {StopReason.LAUNCHER_GONE: "the launcher is gone"}
-        return words.get(self, self.name)
+        """The reason within a sentence."""
+        return "the launcher is gone" if self is StopReason.LAUNCHER_GONE else self.name
 
 
 class StopFlag:
