@@ -14,20 +14,15 @@ from enum import IntEnum
 class ExitStatus(IntEnum):
     """Exit statuses of training and of the commands that run it."""
 
-    FINISHED = 0
-    """`train.total_images` seen."""
-    FAILED = 1
-    """A defect, or numbers that are not finite (`TrainingError`); the last good checkpoint is intact."""
-    USER_ERROR = 2
-    """The user's configuration, data or environment (`UserError`)."""
-    STOPPED = 75
-    """Stopped by a signal, checkpoint saved; the same command continues from it (EX_TEMPFAIL of sysexits.h)."""
-    SUPERSEDED = 76
-    """Another process has taken the run over (checkpoint/lease.py); nothing saved."""
-    HUNG = 77
-    """A rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact."""
-    INTERRUPTED = 130
-    """Ctrl-C ended the command at once, as a shell reports it; of training, a second Ctrl-C, with nothing saved."""
+    FINISHED = 0  # `train.total_images` seen
+    FAILED = 1  # a defect, or numbers that are not finite (`TrainingError`); the last good checkpoint is intact
+    USER_ERROR = 2  # the user's configuration, data or environment (`UserError`)
+    STOPPED = 75  # by a signal, checkpoint saved; the same command continues from it (EX_TEMPFAIL of sysexits.h)
+    SUPERSEDED = 76  # another process has taken the run over (checkpoint/lease.py); nothing saved
+    HUNG = 77  # a rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact
+    INTERRUPTED = (
+        130  # Ctrl-C ended the command at once, as a shell reports it; in training the second one, nothing saved
+    )
 
 
 class UserError(Exception):

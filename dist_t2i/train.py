@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 # Python puts a script's own folder first on sys.path, where packages of this one (`config`, ...) would hide others.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dist_t2i.errors import UserError  # noqa: E402
+from dist_t2i.errors import ConfigError, TrainingError, UserError, run_command  # noqa: E402
 
 if TYPE_CHECKING:
     from dist_t2i.distributed.preemption import StopFlag
@@ -29,14 +29,12 @@ if TYPE_CHECKING:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=plain)
     parser.add_argument("--config", type=Path, help="YAML file of the run; keys that it lacks have defaults")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of the file")
-    parser.add_argument(
-        "--allow-changes", action="store_true", help="continue a run although its configuration or data changed"
-    )
+    changes = "continue a run although its configuration or data changed"
+    parser.add_argument("--allow-changes", action="store_true", help=changes)
     parser.add_argument("--help-config", action="store_true", help="print every key with its default, and exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     return parser.parse_intermixed_args(arguments)
@@ -68,18 +66,10 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:
-        error.reported_by_main = error.reported_by_main or (rank.rank > 0 and _same_everywhere(error))
+        same_everywhere = isinstance(error, (ConfigError, TrainingError))  # so only rank 0 needs to print it
+        error.reported_by_main = error.reported_by_main or (rank.rank > 0 and same_everywhere)
         raise
 
 
-def _same_everywhere(error: UserError) -> bool:
-    """Whether every rank raises this error, so that only rank 0 needs to print it."""
-    from dist_t2i.errors import ConfigError, TrainingError
-
-    return isinstance(error, (ConfigError, TrainingError))
-
-
 if __name__ == "__main__":
-    from dist_t2i.errors import run_command
-
     sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from dist_t2i.errors import TrainingError
 
+Values = Mapping[str, float]
 _OWNERS = {
     "loss/d": "discriminator and its text encoder",
     "loss/g": "generator and its text encoder",
@@ -25,26 +26,19 @@ _OWNERS = {
 
 
 def check_finite(
-    values: Mapping[str, float],
-    images: int,
-    step: int,
-    *,
-    checkpoint: str = "",
-    groups: Sequence[str] = (),
-    fp16: bool = False,
+    values: Values, images: int, step: int, checkpoint: str = "", groups: Sequence[str] = (), fp16: bool = False
 ) -> None:
     """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
-    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. `fp16` (fp16)
-    accepts gradient norms that are not finite, because loss scaling skips those steps.
+    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. With `fp16`, gradient norms
+    need not be finite, because loss scaling skips those steps.
     """
-    bad = {name: value for name, value in values.items() if not math.isfinite(value) and _owner(name)}
-    if fp16:
-        bad = {name: value for name, value in bad.items() if not name.startswith("grad/")}
+    checked = [name for name in sorted(values) if _owner(name) and not (fp16 and name.startswith("grad/"))]
+    bad = [name for name in checked if not math.isfinite(values[name])]
     if not bad:
         return
-    listed = ", ".join(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}" for name, value in sorted(bad.items()))
-    trained = ", ".join(groups) or "; ".join(dict.fromkeys(_owner(name) for name in sorted(bad)))
+    listed = ", ".join(f"{name} is {'NaN' if math.isnan(values[name]) else 'infinite'}" for name in bad)
+    trained = ", ".join(groups) or "; ".join(dict.fromkeys(map(_owner, bad)))
     last = f"The last good checkpoint is intact: {checkpoint}" if checkpoint else "There is no checkpoint yet"
     raise TrainingError(
         f"training broke down at {images:,} images (step {step:,}): {listed}\n"
@@ -62,9 +56,8 @@ def _owner(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Sign:
-    holds: Callable[[Mapping[str, float]], bool]
-    patience: float
-    """Share of `Health.patience_images` for which the sign must hold without interruption"""
+    holds: Callable[[Values], bool]
+    patience: float  # share of `Health.patience_images` for which the sign must hold without interruption
     message: str
 
 
@@ -94,12 +87,11 @@ _SIGNS = {
 class Health:
     """Warns once of each sign of collapse. Its state is not saved, because it only affects warnings."""
 
-    patience_images: int = 20_000
-    """Images for which a sign must hold before the warning"""
+    patience_images: int = 20_000  # for which a sign must hold before the warning
     _since: dict[str, int] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
-    def observe(self, images: int, values: Mapping[str, float]) -> list[str]:
+    def observe(self, images: int, values: Values) -> list[str]:
         """Warnings that are due at `images`, given the averages of the last report."""
         due = []
         for name, sign in _SIGNS.items():

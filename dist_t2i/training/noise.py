@@ -6,7 +6,7 @@ rank, at any world size and after any resume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,21 +20,16 @@ from dist_t2i.utils.seeds import Purpose, mix
 class RowNoise(NamedTuple):
     """Random numbers of B rows, fp32 on the CPU."""
 
-    noise: Tensor
-    """[B, Z], standard normal"""
-    condition_noise: Tensor
-    """[B, C], standard normal"""
-    augmentation: Tensor
-    """[B, UNIFORMS_PER_ROW], uniform in [0, 1)"""
+    noise: Tensor  # [B, Z], standard normal
+    condition_noise: Tensor  # [B, C], standard normal
+    augmentation: Tensor  # [B, UNIFORMS_PER_ROW], uniform in [0, 1)
 
 
 def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise:
     """The random numbers of the rows at stream `positions` (int64 [B]); widths Z and C from the generator's section."""
     normal = torch.empty(len(positions), widths.noise + widths.condition)
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
-    generator = torch.Generator()
-    for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(seed, position, Purpose.TRAINING_NOISE))
+    for row, generator in enumerate(_generators(seed, positions, Purpose.TRAINING_NOISE)):
         normal[row].normal_(generator=generator)
         uniform[row].uniform_(generator=generator)
     noise, condition_noise = normal.split((widths.noise, widths.condition), dim=1)
@@ -51,19 +46,20 @@ def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -
         return None
     generator = torch.Generator().manual_seed(mix(seed, images, Purpose.NEGATIVES_AND_INFERENCE_NOISE))
     maps, first = [], 0
-    for side in sides:
-        positions = side**2
-        shifts = torch.randint(1, positions, (count, 1), generator=generator)
-        maps.append(first + (torch.arange(positions) + shifts) % positions)
-        first += positions
+    for size in [side**2 for side in sides]:
+        shifts = torch.randint(1, size, (count, 1), generator=generator)
+        maps.append(first + (torch.arange(size) + shifts) % size)
+        first += size
     return torch.cat(maps, dim=1)
 
 
 def perturbation(seed: int, positions: Tensor, size: int) -> Tensor:
     """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`, for the rows at stream `positions`."""
     pixels = torch.empty(len(positions), 3, size, size)
-    generator = torch.Generator()
-    for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(seed, position, Purpose.FD_R1_PIXELS))
+    for row, generator in enumerate(_generators(seed, positions, Purpose.FD_R1_PIXELS)):
         pixels[row].normal_(generator=generator)
     return pixels
+
+
+def _generators(seed: int, positions: Tensor, purpose: Purpose) -> Iterator[torch.Generator]:
+    return (torch.Generator().manual_seed(mix(seed, position, purpose)) for position in positions.tolist())

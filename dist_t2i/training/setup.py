@@ -212,13 +212,9 @@ def load_weights(networks: Networks, files: ModelFiles) -> None:
 
     An encoder of source pictures that the model lacks stays fresh. Raises UserError when a file does not fit.
     """
-    g, d, folder = networks.generator, networks.discriminator, files.folder
-    fill(g.generator, files.generator, "generator.", folder)
-    fill(d.discriminator, files.discriminator, "discriminator.", folder)
-    if g.text_g is not None and d.text_d is not None:
-        fill(g.text_g, files.generator, "text_g.", folder)
-        fill(d.text_d, files.discriminator, "text_d.", folder)
-    if networks.text is not None:
-        fill(networks.text.text, files.discriminator, "text.", folder)
-    if g.source is not None and files.config.edit.width:
-        fill(g.source, files.generator, "source.", folder)
+    g, d = files.generator, files.discriminator
+    sides = [(networks.generator, g), (networks.discriminator, d), (networks.text, d)]
+    for side, tensors in sides:
+        for name, module in side.named_children() if side is not None else ():
+            if name != "source" or files.config.edit.width:
+                fill(module, tensors, f"{name}.", files.folder)

@@ -134,8 +134,7 @@ class Trainer:
         checkpoint = str(latest.folder) if latest else ""
         broken = not all(map(math.isfinite, values.values()))
         groups = [group for engine in self.gan.engines for group in engine.non_finite_groups()] if broken else ()
-        fp16 = self.engine.precision == "fp16"
-        check_finite(values, self.images, step, checkpoint=checkpoint, groups=groups, fp16=fp16)
+        check_finite(values, self.images, step, checkpoint, groups, fp16=self.engine.precision == "fp16")
         for warning in self.health.observe(self.images, values):
             if dist.get_rank() == 0:
                 self.reporter.warn(warning)

@@ -1,9 +1,8 @@
 """Random numbers as pure functions of integers such as (seed, images seen, purpose): the same on any machine.
 
-There are two hash functions. `mix` seeds torch's generators; `random_bits` gives 64 bits directly and serves the training
-stream. Each has its own enum of purposes, because their numbers overlap without meaning the same: the windows of the
-stream's order take every number from `StreamPurpose.WINDOWS` on. All values are part of what a run computes, so they never
-change. A new purpose gets a new value.
+`mix` seeds torch's generators; `random_bits` gives 64 bits directly and serves the training stream. Each has its own enum of
+purposes, because their numbers overlap without meaning the same: the windows of the stream's order take every number from
+`StreamPurpose.WINDOWS` on. The values are part of what a run computes, so they never change; a new purpose gets a new one.
 """
 
 from __future__ import annotations
@@ -16,36 +15,27 @@ _MASK = (1 << 64) - 1
 class Purpose(IntEnum):
     """Purposes of `mix`. Uses that share a value have always shared it; separating them would change what runs compute."""
 
-    TRAINING_NOISE = 1
-    """Noise, conditioning noise and augmentation of one row of a training batch."""
-    FD_R1_PIXELS = 2
-    """The perturbation of one row's picture in finite-difference R1."""
-    NEGATIVES_AND_INFERENCE_NOISE = 3
-    """Region negatives of one training step; noise of one column of the sample grid; noise of one generated picture."""
-    EVALUATION_NOISE = 4
-    """Noise of one picture generated or edited in an evaluation."""
+    TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
+    FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1
+    NEGATIVES_AND_INFERENCE_NOISE = 3  # region negatives of a step; noise of a grid column or of a picture
+    EVALUATION_NOISE = 4  # noise of one picture generated or edited in an evaluation
     R_PRECISION_CANDIDATES = 5
-    REFERENCE_PICTURES = 6
-    """Damage done to real pictures, which serve as references for scores."""
+    REFERENCE_PICTURES = 6  # damage done to real pictures, which serve as references for scores
 
 
 class StreamPurpose(IntEnum):
     """Purposes of `random_bits`, apart from tests."""
 
-    SHARDS = 1
-    """The order of the shards in one epoch."""
-    WINDOWS = 2
-    """Shuffling within one window of the order: this value plus the window's offset in its epoch."""
+    SHARDS = 1  # the order of the shards in one epoch
+    WINDOWS = 2  # shuffling within one window of the order: this value plus the window's offset in its epoch
     CAPTION = 100
     FLIP = 101
     CROP_SHARE = 102
     CROP_ACROSS = 103
     CROP_DOWN = 104
-    EDIT_KIND = 110
-    """Whether a picture is edited from itself, from another one, or made from its text only."""
+    EDIT_KIND = 110  # whether a picture is edited from itself, from another one, or made from its text only
     EDIT_SOURCE = 111
-    MIXTURE = 0x4D495854
-    """The slots of one cycle of a mixture of sets."""
+    MIXTURE = 0x4D495854  # the slots of one cycle of a mixture of sets
 
 
 def mix(*values: int) -> int:
