@@ -124,10 +124,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> ModelFiles:
 
 
 def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> ModelFiles:
-    """Reads the newest intact checkpoint of a run, or the one in the folder `checkpoint`.
-
-    Raises UserError when the run has no checkpoint yet, or when a file is missing or damaged.
-    """
+    """Reads a run's checkpoint in the folder `checkpoint`, by default its newest intact one. Raises UserError."""
     config = config_files.load(run / CONFIG)
     if checkpoint is None:
         saved = store.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))
@@ -138,8 +135,8 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
     tokenizer = Tokenizer.load(run / TOKENIZER)
     text = saved.tensors("text") if config.text.mode == "shared" else {}
     generator = saved.tensors("ema") if ema else saved.tensors("generator") | text
-    frozen = read_frozen(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
     discriminator = saved.tensors("discriminator") | text
+    frozen = read_frozen(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
     return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen)
 
 
@@ -153,23 +150,14 @@ def read_export(folder: Path) -> ModelFiles:
     except UserError as error:
         library = about.get("library", "another version of dist_t2i")
         raise UserError(f"{error}\nThis model was exported by {library}: use that version or export again.") from None
-    frozen = None
+    tokenizer, path, frozen = Tokenizer.load(folder / TOKENIZER), folder / FROZEN, None
     if config.text.mode == "frozen":
-        frozen = FrozenEncoder(about.get("frozen") or {}, read_tensors(folder / FROZEN), folder / FROZEN)
-    return ModelFiles(
-        folder=folder,
-        config=config,
-        tokenizer=Tokenizer.load(folder / TOKENIZER),
-        generator=read_tensors(folder / GENERATOR),
-        discriminator=read_tensors(folder / DISCRIMINATOR),
-        images=about["images"],
-        frozen=frozen,
-        about=about,
-    )
+        frozen = FrozenEncoder(about.get("frozen") or {}, read_tensors(path), path)
+    generator, discriminator = (read_tensors(folder / name) for name in (GENERATOR, DISCRIMINATOR))
+    return ModelFiles(folder, config, tokenizer, generator, discriminator, about["images"], frozen, about)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    """model.json, with the types of the required entries checked."""
     path = folder / ABOUT
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -191,11 +179,9 @@ def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
     path, remedy = folder / name, "copy the folder again, or export again with tools/export.py"
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy}")
-    size = path.stat().st_size
-    if size != listed["bytes"]:
-        raise UserError(
-            f"{path}: has {size:,} bytes, should have {listed['bytes']:,} (truncated or replaced); {remedy}"
-        )
+    size, expected = path.stat().st_size, listed["bytes"]
+    if size != expected:
+        raise UserError(f"{path}: has {size:,} bytes, should have {expected:,} (truncated or replaced); {remedy}")
     if file_sha256(path) != listed["sha256"]:
         raise UserError(f"{path}: is not the file that was exported (its SHA-256 differs); {remedy}")
 
@@ -204,10 +190,7 @@ def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
 
 
 def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """Reads the encoder that `text.frozen` names, for captions of up to `max_tokens` tokens of `tokenizer`.
-
-    Raises UserError when it is neither an exported model nor a table, or belongs to another tokenizer.
-    """
+    """Reads what `text.frozen` names, for captions of up to `max_tokens` tokens of `tokenizer`. Raises UserError."""
     path = Path(text.frozen)
     if path.is_dir():
         return _encoder_of_export(path, tokenizer, max_tokens)

@@ -48,16 +48,17 @@ class UnknownWordsWarning(PromptWarning):
 
 
 class ModelParts(NamedTuple):
-    """The networks of a trained model, in evaluation mode on one device."""
+    """The networks of a trained model, in evaluation mode on one device.
+
+    The generator reads sentence embeddings of `text_g` (S_G), and images are compared with those of `text_d` (S_D).
+    `source` encodes source images; only models that were trained to edit have it.
+    """
 
     generator: Generator
     text_g: nn.Module
-    """S_G: the encoder whose sentence embeddings condition the generator."""
     discriminator: Discriminator
     text_d: nn.Module
-    """S_D: the encoder whose sentence embeddings images are compared with."""
-    source: SourceEncoder | None = None
-    """The encoder of source images, in models that were trained to edit."""
+    source: SourceEncoder | None
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> TextToImage:
@@ -69,13 +70,18 @@ def load(path: str | Path, device: torch.device | str | None = None) -> TextToIm
 
 
 class TextToImage:
-    """A trained model. `files` are the files it was built from; `images_seen` counts its training images."""
+    """A trained model.
+
+    `files` are the files it was built from, `images_seen` counts its training images, and `image_encoder` is the
+    network behind `embed_image`, on the device: images [B, 3, H, W] in [-1, 1] to unit vectors [B, A].
+    """
 
     def __init__(self, files: ModelFiles, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.files, self.config, self.tokenizer = files, files.config, files.tokenizer
         self.images_seen = files.images
         self._parts = build_parts(files, self.device)
+        self.image_encoder = ImageEncoder(self._parts.discriminator)
         self._chunk = 1 if self.device.type == "cpu" else CHUNK
 
     @property
@@ -100,8 +106,7 @@ class TextToImage:
         about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
         """
         prompts = check_texts(prompts, "prompts")
-        count = _integer(images_per_prompt, "images_per_prompt", least=1)
-        seed = _integer(seed, "seed")
+        count, seed = _integer(images_per_prompt, "images_per_prompt", least=1), _integer(seed, "seed")
         noise_seeds = [mix(seed, index, Purpose.NEGATIVES_AND_INFERENCE_NOISE) for index in range(count)]
         self._warn(prompts)
         repeated = [prompt for prompt in prompts for _ in range(count)]
@@ -109,23 +114,18 @@ class TextToImage:
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
 
     def sample(self, prompts: Sequence[str], noise_seeds: Sequence[int], truncation: float | None = None) -> Tensor:
-        """Generates image i from prompt i and noise seed i: uint8 [N, 3, H, W] on the CPU.
-
-        `generate` without the warnings. Raises PromptError.
-        """
+        """`generate` without warnings: image i from prompt i and noise seed i, uint8 [N, 3, H, W]. Raises PromptError."""
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
             raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
         noise, widths = self._noise(noise_seeds, truncation)
-        if not prompts:
-            return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        generator = self._parts.generator
+        empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def images(noise: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
-            return to_uint8(generator(z, sentence, words, mask, condition_noise).images)
+            return to_uint8(self._parts.generator(z, sentence, words, mask, condition_noise).images)
 
-        return self._by_chunks(images, noise, *self._encode(self._parts.text_g, prompts))
+        return self._by_chunks(images, empty, noise, *self._encode(self._parts.text_g, prompts))
 
     # ---- text and image to image -------------------------------------------------------------------------------------
 
@@ -141,9 +141,8 @@ class TextToImage:
 
         `image` is a PIL image or a file that training could read; transparency is filled with white, the central square is
         resized. `text` describes the full edited image, not the change only. `strength` 0 returns the source exactly, 1 the
-        full edit; values between interpolate each pixel linearly (our reading). `seed` and `truncation` are as in
-        `generate`, and so are the warnings. Raises UserError when the model was not trained to edit, PromptError for
-        arguments that cannot be used.
+        full edit; values between interpolate each pixel linearly (our reading). `seed`, `truncation` and the warnings are
+        as in `generate`. Raises UserError when the model was not trained to edit, PromptError for unusable arguments.
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))
@@ -159,9 +158,9 @@ class TextToImage:
         strength: float = 1.0,
         truncation: float | None = None,
     ) -> Tensor:
-        """Edits source i, uint8 [N, 3, H, W] at the model's size, to match text i: uint8 [N, 3, H, W] on the CPU.
+        """`edit` without warnings: source i, uint8 [N, 3, H, W] at the model's size, changed to match text i.
 
-        `edit` without the warnings. Raises UserError, PromptError.
+        Raises UserError, PromptError.
         """
         encoder, generator = self._parts.source, self._parts.generator
         if encoder is None:
@@ -170,13 +169,10 @@ class TextToImage:
                 "that edits from it: configs/edit-openmoji.yaml shows how"
             )
         texts, strength = check_texts(texts, "texts"), _number(strength, "strength", "a number from 0 to 1", most=1.0)
-        if not len(sources) == len(texts) == len(noise_seeds):
-            raise PromptError(
-                f"{len(sources)} sources, {len(texts)} texts, {len(noise_seeds)} noise seeds: give as many of each"
-            )
+        counts = len(sources), len(texts), len(noise_seeds)
+        if len(set(counts)) > 1:
+            raise PromptError("{} sources, {} texts, {} noise seeds: give as many of each".format(*counts))
         noise, widths = self._noise(noise_seeds, truncation)
-        if not len(sources):
-            return sources
 
         def images(noise: Tensor, source: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             z, condition_noise = noise.split(widths, dim=1)
@@ -185,7 +181,7 @@ class TextToImage:
             edited = generator(z, sentence, words, mask, condition_noise, guide).images
             return to_uint8(pixels + strength * (edited - pixels))
 
-        return self._by_chunks(images, noise, sources, *self._encode(self._parts.text_g, texts))
+        return self._by_chunks(images, sources, noise, sources, *self._encode(self._parts.text_g, texts))
 
     # ---- embeddings --------------------------------------------------------------------------------------------------
 
@@ -203,27 +199,19 @@ class TextToImage:
     def embed_image(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors of a list of PIL images in the alignment space, float32 [N, A] on the CPU.
 
-        Images may have any size and mode: transparency is filled with white, the central square is resized. Raises
-        PromptError.
+        Images may have any size and mode, and are treated as in `edit`. Raises PromptError.
         """
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise PromptError(f"images must be a list of PIL images, got {_kind(images)}")
-        pixels = [self._pixels(image, f"images[{number}]") for number, image in enumerate(images)]
-        if not pixels:
-            return torch.empty(0, self.config.model.discriminator.embedding)
-        encoder = self.image_encoder()
-        return self._by_chunks(lambda pixels: encoder(to_unit(pixels)), torch.stack(pixels))
-
-    def image_encoder(self) -> nn.Module:
-        """The network behind `embed_image`, on the device: images [B, 3, H, W] in [-1, 1] to unit vectors [B, A]."""
-        return ImageEncoder(self._parts.discriminator)
+        rows = [self._pixels(image, f"images[{number}]") for number, image in enumerate(images)]
+        empty = torch.empty(0, self.config.model.discriminator.embedding)
+        pixels = torch.stack(rows) if rows else empty
+        return self._by_chunks(lambda chunk: self.image_encoder(to_unit(chunk)), empty, pixels)
 
     def embed_aligned(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of a list of texts in the alignment space (by S_D), float32 [N, A] on the CPU. Raises PromptError."""
-        sentences = self.embed_text(texts, which="d")
-        if not len(sentences):
-            return torch.empty(0, self.config.model.discriminator.embedding)
-        return self._by_chunks(self._parts.discriminator.align_text, sentences)
+        empty = torch.empty(0, self.config.model.discriminator.embedding)
+        return self._by_chunks(self._parts.discriminator.align_text, empty, self.embed_text(texts, which="d"))
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         """Cosines (-1 to 1) of each image and each text in the alignment space, float32 [images, texts].
@@ -244,7 +232,6 @@ class TextToImage:
 
     @torch.no_grad()
     def _encode(self, encoder: nn.Module, texts: Sequence[str]) -> TextEmbedding:
-        """The embeddings of N texts on the CPU, each encoded separately so that row i depends on text i only."""
         embeddings = {}
         for text in dict.fromkeys(texts or [""]):  # an empty result takes its shapes from the empty text
             tokens, lengths = self.tokenizer.encode([text], self.config.data.max_tokens)
@@ -253,14 +240,14 @@ class TextToImage:
         return TextEmbedding(*(torch.cat(parts)[: len(texts)] for parts in zip(*rows, strict=True)))
 
     @torch.no_grad()
-    def _by_chunks(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """`function` over rows on the device, a fixed number at a time (the last row is repeated to fill the last chunk)."""
+    def _by_chunks(self, function: Callable[..., Tensor], empty: Tensor, *rows: Tensor) -> Tensor:
+        """`function` over rows on the device, a fixed number at a time (the last row fills the last chunk), or `empty`."""
         results = []
         for start in range(0, len(rows[0]), self._chunk):
             index = torch.arange(start, start + self._chunk).clamp(max=len(rows[0]) - 1)
             result = function(*(row[index].to(self.device) for row in rows)).cpu()
             results.append(result[: len(rows[0]) - start])
-        return torch.cat(results)
+        return torch.cat(results) if results else empty
 
     def _pixels(self, image: Image.Image | str | Path, name: str) -> Tensor:
         """A PIL image or an image file as training sees it: uint8 [3, H, W] at the model's size. Raises PromptError."""
@@ -276,20 +263,16 @@ class TextToImage:
                 raise PromptError(f"{name} cannot be used: it {error}") from None
             if isinstance(error, OSError):
                 raise PromptError(f"cannot read the picture {image}: {error.strerror or error}") from None
-            raise PromptError(
-                f"the picture {image} cannot be used: it {error}; {', '.join(FORMATS)} are read"
-            ) from None
+            formats = ", ".join(FORMATS)
+            raise PromptError(f"the picture {image} cannot be used: it {error}; {formats} are read") from None
 
     def _warn(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):
             quoted = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
-            unknown = self.tokenizer.unknown_words(prompt)
-            if unknown:
+            if unknown := self.tokenizer.unknown_words(prompt):
                 listed = ", ".join(repr(word) for word in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
-                message = (
-                    f"no training caption had {listed} (in {quoted}); the image follows the other words, or chance"
-                )
-                warnings.warn(message, UnknownWordsWarning, stacklevel=3)
+                text = f"no training caption had {listed} (in {quoted}); the image follows the other words, or chance"
+                warnings.warn(text, UnknownWordsWarning, stacklevel=3)
             limit = self.config.data.max_tokens
             if not prompt.strip():
                 warnings.warn("an empty prompt: the image follows chance", PromptWarning, stacklevel=3)
@@ -329,8 +312,7 @@ def build_parts(files: ModelFiles, device: torch.device) -> ModelParts:
         text_g = fill(encoders[0], files.generator, prefixes[0], folder)
         text_d = fill(encoders[1], files.discriminator, prefixes[1], folder)
     source = networks.generator.source
-    if source is not None:
-        source = fill(source, files.generator, "source.", folder)
+    source = None if source is None else fill(source, files.generator, "source.", folder)
     parts = ModelParts(generator, text_g, discriminator, text_d, source)
     for module in parts:
         if module is not None:

@@ -127,7 +127,7 @@ def own_network(model: TextToImage) -> FeatureNetwork:
         model.image_size,
         model.config.model.discriminator.embedding,
         model.files.sha256(),
-        model.image_encoder(),
+        model.image_encoder,
         mean=127.5,
         std=127.5,
         resizer=resizing.unchanged,
