@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_t2i.cli.common import add_model, log, new_parser, open_held_out, prompt_warnings, writing
 from dist_t2i.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy
+    from PIL.Image import Image
 
 
 def main() -> int:
@@ -66,13 +71,21 @@ def evaluate(arguments: list[str]) -> int:
         )
     base = load(name, args.device)
     data = open_held_out(args.run, model.config.data, args.data)
-    scores, grid = evaluate_edits(model, base, data, say=log)
+    scores, examples = evaluate_edits(model, base, data, say=log)
     out, picture = args.out or args.run / "edit-scores.json", args.grid or args.run / "edits.png"
     with writing(out):
         scores.save(out)
     with writing(picture, "name another file with --grid"):
-        save_grid(grid, picture)
+        save_grid(render_examples(examples), picture)
     print(table(scores.as_json()))
     print(verdict(scores))
     print(f"written to {out} and {picture}")
     return 0
+
+
+def render_examples(examples: list[tuple[str, list[numpy.ndarray]]]) -> Image:
+    """A grid of the edits that `evaluate_edits` returns."""
+    from dist_t2i.reporting.image_grid import GridRow, render_grid
+
+    title = "source, edit, true target, generated from scratch; captions: the target's, with the source's in brackets"
+    return render_grid([GridRow(*example) for example in examples], title=title, tile=64, columns=2)

@@ -1,9 +1,8 @@
 """Scores edits of held-out pictures: does the edit match its text, and does the rest stay the same?
 
 In a set of drawings that differ by their names, many edits have a true target, such as the same role in another skin
-tone. Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers
-are compared too: the source *copied*, and a picture that the text-to-image model before editing generated from *scratch*.
-
+tone. Edits are compared with their targets in pixels and in the features of an independent network, and so are two
+trivial answers: the source *copied*, and a picture that the text-to-image model before editing generated from *scratch*.
 Targets and the sources of tone changes are held out; the sources of gender changes may be training pictures.
 """
 
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -25,17 +25,13 @@ from dist_t2i.eval import metrics, skin_tones
 from dist_t2i.eval.evaluate import manifest
 from dist_t2i.eval.judges.features import FeatureNetwork, load_features
 from dist_t2i.eval.scores import Score, Scores, SplitScores
-from dist_t2i.reporting.image_grid import GridRow, render_grid
 from dist_t2i.utils.seeds import Purpose, mix
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
 TONES, GENDERS, OWN = "tone changes", "gender changes", "nothing to change"
-"""Kinds of edits."""
 TRIVIAL = {"copy": "the source copied", "scratch": "generated from scratch"}
 """Trivial answers -> their description."""
 ALIKE = 8
@@ -75,7 +71,9 @@ class Answers:
     cases: Sequence[Case]
     pictures: Mapping[str, Tensor]
     """`edit`, `copy`, `scratch`, and `target` -> uint8 [N, 3, H, W]"""
-    network: CachedNetwork
+    network: str
+    """Its name."""
+    features: Callable[[Tensor], Tensor]
     protocol: EditProtocol
 
     def each(self, function: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -88,29 +86,23 @@ class Answers:
 
     def feature_distance(self, name: str) -> Tensor:
         """1 - cosine of the features of an answer and of the true target, float64 [N]."""
-        answer, target = (metrics.unit(self.network(self.pictures[which])) for which in (name, "target"))
+        answer, target = (metrics.unit(self.features(self.pictures[which])) for which in (name, "target"))
         return 1 - (answer * target).sum(1)
 
     def target_first(self, name: str) -> Tensor:
         """Probability that the nearest of a random gallery of targets is the true one: float64 [N]."""
-        ranks = metrics.retrieval_ranks(self.network(self.pictures[name]), self.network(self.pictures["target"]))
+        ranks = metrics.retrieval_ranks(self.features(self.pictures[name]), self.features(self.pictures["target"]))
         return metrics.recall_at(1, ranks, len(self.cases), self.protocol.gallery)
 
     def score(
-        self,
-        key: str,
-        name: str,
-        values: Mapping[str, Tensor],
-        better: str,
-        floor: Mapping[str, float] | None = None,
-        ceiling: Mapping[str, float] | None = None,
+        self, key: str, name: str, values: Mapping[str, Tensor], better: str, **ends: Mapping[str, float]
     ) -> Score:
         """The mean of the edits' values [N] with its interval; the default floor has those of the trivial answers."""
         weights = metrics.bootstrap_weights([case.group for case in self.cases], self.protocol.resamples)
         low, high = metrics.interval(metrics.weighted_mean(values["edit"], weights))
         means = {name: value.double().mean().item() for name, value in values.items()}
-        floor = floor or {text: means[name] for name, text in TRIVIAL.items() if name in means}
-        return Score(key, name, means["edit"], low, high, better, floor, ceiling or {})
+        floor = {text: means[name] for name, text in TRIVIAL.items() if name in means}
+        return Score(key, name, means["edit"], low, high, better, **{"floor": floor, **ends})
 
 
 def evaluate_edits(
@@ -121,20 +113,19 @@ def evaluate_edits(
     *,
     say: Callable[[str], None] = print,
     network: FeatureNetwork | None = None,
-) -> tuple[Scores, Image]:
-    """Scores of a model that edits, by kind of edit, and a grid of some edits; `base` generates from scratch.
+) -> tuple[Scores, list[tuple[str, list[numpy.ndarray]]]]:
+    """Scores of a model that edits, by kind of edit, and some edits; `base` generates from scratch.
 
+    An edit has the captions of its target and source, and uint8 [H, W, 3]: source, edit, target, picture from scratch.
     Raises UserError when the set has too few true targets, or when the two models have different image sizes. Takes
     about 0.2 s per edit on one core at 32 px, nearly all of it in the feature network.
     """
-    if base.image_size != model.image_size:
-        raise UserError(
-            f"{base.files.folder} has pictures of {base.image_size} px, but the edits {model.image_size} px"
-        )
+    sizes = base.image_size, model.image_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{base.files.folder} has pictures of {sizes[0]} px, but the edits {sizes[1]} px")
     library = Library(data, protocol, model.image_size)
     network = network or load_features(protocol.features, model.device)
-    cached = CachedNetwork(network)
-    parts, rows = {}, []
+    features, parts, examples = cached(network), {}, []
     for kind, find, score in KINDS:
         cases = find(library)
         if kind == TONES and len(cases) < 2:
@@ -147,19 +138,42 @@ def evaluate_edits(
         sources = library.pictures([case.source for case in cases])
         edits, scratch = model.sample_edits(sources, texts, seeds, protocol.strength), base.sample(texts, seeds)
         pictures = {"edit": edits, "copy": sources, "scratch": scratch, "target": library.pictures(texts)}
-        answers = Answers(cases, pictures, cached, protocol)
+        answers = Answers(cases, pictures, network.name, features, protocol)
         parts[kind] = SplitScores(len(cases), tuple(score(answers, library)))
-        rows += grid_rows(answers, 6) if kind != OWN else []
+        examples += examples_of(answers, 6) if kind != OWN else []
     about = manifest(model, data, protocol, {protocol.features: network}) | {"base_weights_sha256": base.files.sha256()}
-    title = "source, edit, true target, generated from scratch; captions: the target's, with the source's in brackets"
-    return Scores(dataclasses.asdict(protocol), about, parts), render_grid(rows, title=title, tile=64, columns=2)
+    return Scores(dataclasses.asdict(protocol), about, parts), examples
+
+
+def cached(network: FeatureNetwork) -> Callable[[Tensor], Tensor]:
+    """A feature network that computes each picture once: most pictures are both a source and a target."""
+    known: dict[bytes, Tensor] = {}
+
+    def features(pictures: Tensor) -> Tensor:
+        keys = [picture.contiguous().numpy().tobytes() for picture in pictures]
+        if new := {key: i for i, key in enumerate(keys) if key not in known}:
+            known.update(zip(new, network(pictures[list(new.values())]), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    return features
+
+
+def examples_of(answers: Answers, count: int) -> list[tuple[str, list[numpy.ndarray]]]:
+    """Captions (the target's, then the source's) and pictures of up to `count` cases, evenly spaced."""
+    total, examples = len(answers.cases), []
+    count = min(count, total)
+    for i in (total * (2 * k + 1) // (2 * count) for k in range(count)):
+        pictures = [answers.pictures[name][i] for name in ("copy", "edit", "target", "scratch")]
+        arrays = [picture.permute(1, 2, 0).numpy() for picture in pictures]
+        examples.append((f"{answers.cases[i].text} ({answers.cases[i].source})", arrays))
+    return examples
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
 class Library:
-    """Maps first captions of a set to their pictures, which are decoded on demand."""
+    """Maps first captions of a set to their pictures. `held_out` are those of possible targets, in the set's order."""
 
     def __init__(self, data: ShardSet, protocol: EditProtocol, size: int) -> None:
         preferred = ("test-combinations",) if "test-combinations" in data.splits else ()
@@ -168,7 +182,6 @@ class Library:
         self._position: dict[str, tuple[str, int]] = {}
         self._decoded: dict[str, Tensor] = {}
         self.held_out: list[str] = []
-        """Captions of possible targets, in the order of the set."""
         for split in sorted(data.splits):
             for number, captions in enumerate(read_captions(data.shards(split))):
                 if captions and captions[0] not in self._position:
@@ -188,31 +201,15 @@ class Library:
         return torch.stack([self._decoded[caption] for caption in captions])
 
 
-class CachedNetwork:
-    """A feature network that computes each picture once: most pictures are both a source and a target."""
-
-    def __init__(self, network: FeatureNetwork) -> None:
-        self.name, self._network = network.name, network
-        self._known: dict[bytes, Tensor] = {}
-
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> features [N, D]."""
-        keys = [picture.contiguous().numpy().tobytes() for picture in pictures]
-        new = {key: i for i, key in enumerate(keys) if key not in self._known}
-        if new:
-            self._known.update(zip(new, self._network(pictures[list(new.values())]), strict=True))
-        return torch.stack([self._known[key] for key in keys])
-
-
 def tone_cases(library: Library) -> list[Case]:
     """Light to dark and dark to light, between held-out pictures."""
     held_out = set(library.held_out)
-    cases = []
-    for text in library.held_out:
-        pair = skin_tones.tone_pair(text)
-        if pair and text in pair and held_out.issuperset(pair):
-            cases.append(Case(pair[0] if text == pair[1] else pair[1], text, pair[0]))
-    return cases
+    pairs = [(text, skin_tones.tone_pair(text) or ()) for text in library.held_out]
+    return [
+        Case(pair[0] if text == pair[1] else pair[1], text, pair[0])
+        for text, pair in pairs
+        if text in pair and held_out.issuperset(pair)
+    ]
 
 
 _SWAPPED = {"man": "woman", "woman": "man", "men": "women", "women": "men", "boy": "girl", "girl": "boy"}
@@ -245,15 +242,15 @@ def target_scores(answers: Answers, library: Library) -> list[Score]:
     scores = []
     for key, distance, unit in (
         ("pixels", answers.pixel_distance, "levels of 255"),
-        ("features", answers.feature_distance, f"1 - cosine, {answers.network.name}"),
+        ("features", answers.feature_distance, f"1 - cosine, {answers.network}"),
     ):
         distances = answers.each(distance)
         scores.append(answers.score(key, f"{key}: distance to target ({unit})", distances, "lower"))
         for name, text in TRIVIAL.items():
             gain = {"edit": distances[name] - distances["edit"]}
             label = f"{key}: nearer than {text} by"
-            scores.append(answers.score(f"{key}_gain_{name}", label, gain, "higher", {"no gain": 0.0}))
-    label = f"R@1 of {min(answers.protocol.gallery, len(answers.cases))} ({answers.network.name})"
+            scores.append(answers.score(f"{key}_gain_{name}", label, gain, "higher", floor={"no gain": 0.0}))
+    label = f"R@1 of {min(answers.protocol.gallery, len(answers.cases))} ({answers.network})"
     recall = answers.score("recall_at_1", label, answers.each(answers.target_first), "higher")
     return [*scores, _outside(answers), recall]
 
@@ -287,19 +284,19 @@ def tone_scores(answers: Answers, library: Library) -> list[Score]:
 
 
 def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Tensor:
-    """1 where, of the real pictures of a case's role in all its tones, the nearest to picture i has the tone that case i
-    asks for, else 0: float64 [N]. Only the pixels that show the role's tone count.
+    """1 where the real picture of case i's role that is nearest to picture i has the tone that is asked for: float64 [N].
 
-    The difference of two squared distances is linear in the picture, so pixel noise averages out, and the mean shade of
-    these pixels decides.
+    Only the pixels that show the role's tone count. The difference of two squared distances is linear in the picture, so
+    pixel noise averages out, and the mean shade of these pixels decides.
     """
     right = []
     for picture, case in zip(pictures.double(), cases, strict=True):
         parts = skin_tones.split_tone(case.text)
         assert parts is not None, f"{case.text!r} names no single tone"
         before, asked, after = parts
-        tones = [tone for tone in skin_tones.TONES if f"{before}{tone} skin tone{after}" in library]
-        real = library.pictures([f"{before}{tone} skin tone{after}" for tone in tones]).double()
+        captions = {tone: f"{before}{tone} skin tone{after}" for tone in skin_tones.TONES}
+        tones = [tone for tone, caption in captions.items() if caption in library]
+        real = library.pictures([captions[tone] for tone in tones]).double()
         skin = ((real.amax(0) - real.amin(0)).amax(0) > SKIN).double()
         nearest = ((real - picture).square() * skin).sum(dim=(1, 2, 3)).argmin()
         right.append(float(tones[int(nearest)] == asked))
@@ -327,14 +324,3 @@ def verdict(scores: Scores) -> str:
                 relation = "nearer than" if gain.low > 0 else "farther than" if gain.high < 0 else "not distinct from"
                 lines.append(f"{kind}, {what}: {relation} {description}")
     return "\n".join(lines)
-
-
-def grid_rows(answers: Answers, count: int) -> list[GridRow]:
-    """Rows of source, edit, true target and picture from scratch for up to `count` cases, evenly spaced."""
-    total, rows = len(answers.cases), []
-    count = min(count, total)
-    for i in (total * (2 * k + 1) // (2 * count) for k in range(count)):
-        order = ("copy", "edit", "target", "scratch")
-        pictures = [answers.pictures[name][i].permute(1, 2, 0).numpy() for name in order]
-        rows.append(GridRow(f"{answers.cases[i].text} ({answers.cases[i].source})", pictures))
-    return rows

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dist_t2i
+from dist_t2i.cli.edit import render_examples
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval.scores import table
@@ -47,7 +48,7 @@ def evaluated(model, base, data):
 
 
 def test_a_fresh_model_draws_from_scratch(models, data):
-    scores, grid = evaluated(*models, data)
+    scores, examples = evaluated(*models, data)
     for what in ("pixels", "features"):
         assert scores[edits.TONES, f"{what}_gain_scratch"].value == pytest.approx(0, abs=1e-9)
         assert scores[edits.TONES, f"{what}_gain_copy"].value < 0
@@ -55,7 +56,7 @@ def test_a_fresh_model_draws_from_scratch(models, data):
         scores
     ) and "not distinct from generated from scratch" in verdict(scores)
     assert scores.manifest["weights_sha256"] != scores.manifest["base_weights_sha256"] == models[1].files.sha256()
-    assert grid.width > 500 and "right tone" in table(scores.as_json())
+    assert render_examples(examples).width > 500 and "right tone" in table(scores.as_json())
     assert evaluated(*models, data)[0].as_json() == scores.as_json()
 
 
