@@ -1,8 +1,6 @@
 """Metrics as pure functions of features and pixels: no networks, no files, no randomness except from a given seed.
 
-A metric has its published name only with the feature network that defines it: scores are printed under the name that
-`FeatureNetwork.called` returns, such as "KID (EfficientNet-Lite0)".
-
+A metric has its published name only with the feature network that defines it: `FeatureNetwork.called` names scores.
 Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R of them. `interval` and
 `around` turn the values of resamples into a confidence interval.
 """
@@ -79,9 +77,9 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    torch-fidelity computes the reported values; this one also takes weights [N] and [M], and is faster with fewer rows
-    than columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular values of AB'.
-    The distance grows as the number of pictures falls: compare equal numbers only.
+    torch-fidelity computes the reported values; this one takes weights [N] and [M], and is faster with fewer rows than
+    columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular values of AB'. The
+    distance grows as the number of pictures falls: compare equal numbers only.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -128,10 +126,10 @@ def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
 
 
 def retrieval_ranks(queries: Tensor, pictures: Tensor) -> Tensor:
-    """How many other pictures [M, D] are at least as near to query i [N, D] as picture i % M is: int64 [N].
+    """How many other pictures [M, D] are at least as near (by cosine) to query i [N, D] as picture i % M is: int64 [N].
 
-    Nearness is the cosine. Ties count against the query, so a network with the same features for every picture ranks
-    last. For several queries per picture, stack the queries: one for each picture, then another for each picture.
+    Ties count against the query, so a network with the same features for every picture ranks last. Several queries per
+    picture are stacked: one for each picture, then another for each picture.
     """
     nearness = unit(queries) @ unit(pictures).T
     true = nearness.gather(1, (torch.arange(len(queries)) % len(pictures))[:, None])
@@ -162,8 +160,8 @@ def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tenso
 def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
     """For each caption, the rows of `count` different ones: int64 [N, count], or as many as there are.
 
-    The committed rule, for one caption per picture: torch's permutation of the rows, seeded by the hash of the caption,
-    without captions that are equal up to case and spacing to the caption or to an earlier row.
+    The committed rule: torch's permutation of the rows, seeded by the hash of the caption, without captions that are
+    equal up to case and spacing to the caption or to an earlier row.
     """
     ids = [caption_id(caption) for caption in captions]
     count = min(count, len(set(ids)) - 1)
@@ -181,9 +179,9 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
 
 
 def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
-    """1 where picture i [N, D] is nearer to its text i [N, D] than to all of texts[others[i]], else 0: float64 [N].
+    """1 where picture i [N, D] is nearer (by cosine) to text i [N, D] than to all texts[others[i]], else 0: float64 [N].
 
-    R-precision of Xu et al. 2018 (AttnGAN, sec. 4) with R = 1; nearness is the cosine, and ties count as 0.
+    R-precision of Xu et al. 2018 (AttnGAN, sec. 4) with R = 1; ties count as 0.
     """
     if not others.shape[1]:
         return torch.ones(len(pictures), dtype=torch.double)
@@ -194,7 +192,7 @@ def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of picture i [N, D] and text i [N, D], or 0 where the cosine is negative: float64 [N].
+    """100 times the cosine of picture i [N, D] and text i [N, D], at least 0: float64 [N].
 
     Hessel et al. 2021, eq. 1, with the factor 100 that the field now uses instead of 2.5.
     """
@@ -222,8 +220,7 @@ def brightness(images: Tensor) -> Tensor:
 def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
     """How often each row is in each resample: float64 [resamples, N].
 
-    Groups are sampled with replacement, because the rows of one group (the two tones of a role, for example) are not
-    independent; `range(N)` makes every row its own group.
+    Groups are sampled with replacement, because their rows (such as the two tones of a role) are not independent.
     """
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
@@ -242,8 +239,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Normal interval around the value, with the standard deviation of the resamples [R].
 
-    For metrics that depend on the number of different pictures, which resampling reduces: the Frechet distance and the
-    Inception Score.
+    For metrics that depend on the number of different pictures, which resampling reduces: FID, the Inception Score.
     """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,22 +28,20 @@ _NAMES = {
 _HALVES = "one half of the real pictures against the other"
 _PARTS = {"retrieval": ("recall-at-1", "recall-at-5"), "precision-recall": ("precision", "recall")}
 """Metrics that give several scores."""
-_SPLITS = 20
-"""Random halvings of the real pictures that the floor is averaged over, where a distance is cheap; otherwise 1."""
+Ends = dict[str, float]
+"""One end of a scale: description -> value."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The input of one metric."""
+    """The input of one metric: its network and this network's key, and bootstrap weights [R, N] of the N pictures."""
 
     key: str
-    """Of the network."""
     network: FeatureNetwork
     features: Features
     captions: tuple[tuple[str, ...], ...]
     protocol: Protocol
     weights: Tensor
-    """Bootstrap weights of the N pictures, float64 [R, N]."""
 
     @property
     def real(self) -> Tensor:
@@ -53,31 +52,28 @@ class Case:
         assert self.features.texts is not None, f"{self.key} embedded no captions"
         return self.features.texts
 
-    @property
-    def costly_weights(self) -> Tensor:
-        return self.weights[: self.protocol.costly_resamples]
-
-    def interval(self, values: Tensor) -> tuple[float, float]:
-        """Bootstrap interval of the mean of values [S, N] or [S * N]."""
-        return metrics.interval(metrics.weighted_mean(values.flatten(), self.weights))
-
-    def ends(self, distance: Callable[[Tensor], float], *copies: str) -> dict[str, float]:
-        """Description -> `distance` of the features of each of these copies of the real pictures."""
+    def ends(self, distance: Callable[[Tensor], float], *copies: str) -> Ends:
+        """`distance` of the features of each of these copies of the real pictures."""
         return {_NAMES[copy]: distance(self.features.real[copy]) for copy in copies}
 
-    def score(
-        self,
-        metric: str,
-        value: float,
-        interval: tuple[float, float],
-        floor: dict[str, float],
-        ceiling: dict[str, float],
-        name: str = "",
+    def mean(self, metric: str, values: Tensor, floor: Ends, ceiling: Ends, name: str = "") -> Score:
+        """The mean of values [S, N] or [S * N]."""
+        interval = metrics.interval(metrics.weighted_mean(values.flatten(), self.weights))
+        return self.score(metric, values.mean().item(), interval, floor, ceiling, name)
+
+    def costly(
+        self, metric: str, value: float, resample: Callable[[Tensor, Tensor], float], floor: Ends, ceiling: Ends
     ) -> Score:
-        key = key_of(metric, self.key)
-        return Score(
-            key, name or self.network.called(metric), value, *interval, better_of(key), floor, ceiling, self.key
-        )
+        """A value whose `resample`, a function of the weights of generated and real pictures, takes seconds."""
+        times, weights = len(self.features.fake), self.weights[: self.protocol.costly_resamples]
+        interval = metrics.around(value, torch.tensor([resample(row.repeat(times), row) for row in weights]))
+        return self.score(metric, value, interval, floor, ceiling)
+
+    def score(
+        self, metric: str, value: float, interval: tuple[float, float], floor: Ends, ceiling: Ends, name: str = ""
+    ) -> Score:
+        key, name = key_of(metric, self.key), name or self.network.called(metric)
+        return Score(key, name, value, *interval, better_of(key), floor, ceiling, self.key)
 
 
 def keys_of(protocol: Protocol) -> list[str]:
@@ -114,16 +110,15 @@ def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, Featur
     return tuple(scores)
 
 
-def random_halves(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of two random halves."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    return order[: rows // 2], order[rows // 2 :]
+def random_halves(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two random halves."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
-def between_halves(real: Tensor, distance: Callable[[Tensor, Tensor], float], splits: int = _SPLITS) -> float:
+def between_halves(real: Tensor, distance: Callable[[Tensor, Tensor], float], splits: int) -> float:
     """Mean distance between two halves of the real pictures, over fixed random halvings."""
-    parts = [random_halves(len(real), seed) for seed in range(splits)]
-    return sum(distance(real[a], real[b]) for a, b in parts) / splits
+    return sum(distance(*random_halves(real, seed)) for seed in range(splits)) / splits
 
 
 # ---- distances between two sets --------------------------------------------------------------------------------------
@@ -143,7 +138,7 @@ def kid_scores(case: Case) -> list[Score]:
     resamples = [metrics.kid_resamples(fake, real, case.weights, scaled=scaled) for fake in fakes]
     resampled = torch.stack(resamples).mean(0)
     interval = metrics.interval(resampled) if scaled else metrics.around(value, resampled)
-    floor = {_HALVES: between_halves(real, distance, _SPLITS if scaled else 1)}
+    floor = {_HALVES: between_halves(real, distance, splits=20 if scaled else 1)}
     floor |= case.ends(lambda copy: distance(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: distance(copy, real), "noisy", "blurred", "shrunk", "random")
     return [case.score("kid", value, interval, floor, ceiling)]
@@ -151,24 +146,20 @@ def kid_scores(case: Case) -> list[Score]:
 
 def subset_kid(a: Tensor, b: Tensor, protocol: Protocol) -> float:
     """KID as published: torch-fidelity's mean over random subsets."""
-    size = min(protocol.kid_subset_size, len(a), len(b))
+    sizes = {"kid_subsets": protocol.kid_subsets, "kid_subset_size": min(protocol.kid_subset_size, len(a), len(b))}
     module = torch_fidelity("metric_kid")
-    result = module.kid_features_to_metric(
-        a.double(), b.double(), kid_subsets=protocol.kid_subsets, kid_subset_size=size, verbose=False
-    )
+    result = module.kid_features_to_metric(a.double(), b.double(), **sizes, verbose=False)
     return result[module.KEY_METRIC_KID_MEAN]
 
 
 def fid_scores(case: Case) -> list[Score]:
     """The Frechet distance of all generated pictures from the real ones."""
     fake, real = case.features.fake.flatten(0, 1), case.real
-    value = fidelity_frechet(fake, real)
-    times = len(case.features.fake)
-    resampled = [metrics.frechet(fake, real, w.repeat(times), w) for w in case.costly_weights]
-    floor = {_HALVES: between_halves(real, metrics.frechet, 1)}
+    floor = {_HALVES: metrics.frechet(*random_halves(real))}
     floor |= case.ends(lambda copy: metrics.frechet(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: metrics.frechet(copy, real), "noisy", "random")
-    return [case.score("fid", value, metrics.around(value, torch.tensor(resampled)), floor, ceiling)]
+    resample = functools.partial(metrics.frechet, fake, real)
+    return [case.costly("fid", fidelity_frechet(fake, real), resample, floor, ceiling)]
 
 
 def fidelity_frechet(a: Tensor, b: Tensor) -> float:
@@ -192,12 +183,13 @@ def inception_scores(case: Case) -> list[Score]:
         return module.isc_features_to_metric(logits, case.protocol.inception_splits)[module.KEY_METRIC_ISC_MEAN]
 
     fakes = case.features.fake.flatten(0, 1)
-    logits, value = fakes @ classifier.T, score(fakes)
-    times = len(case.features.fake)
-    resampled = [metrics.inception_score(logits, w.repeat(times)) for w in case.costly_weights]
-    interval = metrics.around(value, torch.tensor(resampled))
+    logits = fakes @ classifier.T
     floor = {"all pictures alike": 1.0} | case.ends(score, "random")
-    return [case.score("inception-score", value, interval, floor, case.ends(score, "real"))]
+
+    def resample(weights: Tensor, _: Tensor) -> float:
+        return metrics.inception_score(logits, weights)
+
+    return [case.costly("inception-score", score(fakes), resample, floor, case.ends(score, "real"))]
 
 
 def precision_recall_scores(case: Case) -> list[Score]:
@@ -205,16 +197,13 @@ def precision_recall_scores(case: Case) -> list[Score]:
     k, real, random = case.protocol.neighbours, case.real, case.features.real["random"]
     precise = torch.stack([metrics.in_manifold(fake, real, k) for fake in case.features.fake])
     recalled = torch.stack([metrics.in_manifold(real, fake, k) for fake in case.features.fake])
-    a, b = random_halves(len(real), 0)
-    ceiling = {_HALVES: metrics.in_manifold(real[a], real[b], k).mean().item()}
-    scores = []
-    for metric, hits, chance in (
-        ("precision", precise, metrics.in_manifold(random, real, k)),
-        ("recall", recalled, metrics.in_manifold(real, random, k)),
-    ):
-        floor = {_NAMES["random"]: chance.mean().item()}
-        scores.append(case.score(metric, hits.mean().item(), case.interval(hits), floor, ceiling))
-    return scores
+    ceiling = {_HALVES: metrics.in_manifold(*random_halves(real), k).mean().item()}
+    chance = (metrics.in_manifold(random, real, k), metrics.in_manifold(real, random, k))
+    floors = [{_NAMES["random"]: hits.mean().item()} for hits in chance]
+    return [
+        case.mean("precision", precise, floors[0], ceiling),
+        case.mean("recall", recalled, floors[1], ceiling),
+    ]
 
 
 # ---- agreement of pictures and captions ------------------------------------------------------------------------------
@@ -233,9 +222,8 @@ def retrieval_scores(case: Case) -> list[Score]:
 
         hits = metrics.recall_at(k, ranks, size, gallery)
         floor = {"chance": k / among} | case.ends(recall, "shrunk", "random")
-        ceiling = case.ends(recall, "mirrored")
         name = f"R@{k} of {among} ({case.network.name})"
-        scores.append(case.score(f"recall-at-{k}", hits.mean().item(), case.interval(hits), floor, ceiling, name))
+        scores.append(case.mean(f"recall-at-{k}", hits, floor, case.ends(recall, "mirrored"), name))
     return scores
 
 
@@ -249,7 +237,7 @@ def clip_scores(case: Case) -> list[Score]:
 
     wrong = metrics.clip_score(case.real, texts[0].roll(1, 0)).mean().item()
     floor = {"the real pictures with other captions": wrong} | case.ends(score, "random")
-    return [case.score("clip-score", hits.mean().item(), case.interval(hits), floor, case.ends(score, "real"))]
+    return [case.mean("clip-score", hits, floor, case.ends(score, "real"))]
 
 
 def r_precision_scores(case: Case) -> list[Score]:
@@ -265,26 +253,21 @@ def r_precision_scores(case: Case) -> list[Score]:
     floor = {"chance": 1 / among} | case.ends(lambda copy: hits(copy).mean().item(), "random")
     ceiling = case.ends(lambda copy: hits(copy).mean().item(), "real")
     name = case.network.called("r-precision").replace("R-precision", f"R-precision, 1 of {among}", 1)
-    return [case.score("r-precision", own.mean().item(), case.interval(own), floor, ceiling, name)]
+    return [case.mean("r-precision", own, floor, ceiling, name)]
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
-    """How often a caption in light skin tone gives a brighter picture than the same caption in dark, from one noise.
-
-    `metrics.tone_order`, from the measured brightness.
-    """
+    """How often the same noise gives a brighter picture in light skin tone than in dark: `metrics.tone_order`."""
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
     if len(pairs) < 2:
         return []
-    rows = torch.tensor([[row[light], row[dark]] for light, dark in pairs])
-    right = torch.cat([(luma[rows[:, 0]] > luma[rows[:, 1]]).double() for luma in measured.luma])
+    light, dark = rows = torch.tensor([[row[caption] for caption in pair] for pair in pairs]).T
+    right = (measured.luma[:, light] > measured.luma[:, dark]).double().flatten()
     weights = metrics.bootstrap_weights(range(len(pairs)), protocol.resamples)
     low, high = metrics.interval(metrics.weighted_mean(right, weights))
-    real = measured.real_luma
-    known = rows[(rows < len(real)).all(1)]
-    ceiling = {}
-    if len(known):
-        ceiling[_NAMES["real"]] = (real[known[:, 0]] > real[known[:, 1]]).double().mean().item()
+    known = (rows < len(measured.real_luma)).all(0)
+    real = measured.real_luma[light[known]] > measured.real_luma[dark[known]]
+    ceiling = {_NAMES["real"]: real.double().mean().item()} if len(real) else {}
     name = f"skin tones in order ({int(right.sum())} of {len(right)} pairs)"
     return [Score("tone_order", name, right.mean().item(), low, high, "higher", {"chance": 0.5}, ceiling)]
 

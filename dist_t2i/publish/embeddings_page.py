@@ -76,7 +76,7 @@ def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
 
 def _cell(probe: Probe, name: str) -> str:
     value, low, high = probe.accuracy[name]
-    share = probe.share[name]
+    share = probe.variance_share[name]
     return f"{value:.3f} ({low:.3f} to {high:.3f})" + ("" if share is None else f"; {share:.1%} of variance")
 
 

@@ -220,12 +220,9 @@ def gender_cases(library: Library) -> list[Case]:
     cases = []
     for text in library.held_out:
         words = text.split()
-        gendered = [i for i, word in enumerate(words) if word in _SWAPPED]
-        if len(gendered) == 1:
-            words[gendered[0]] = _SWAPPED[words[gendered[0]]]
-            source = " ".join(words)
-            if source in library:
-                cases.append(Case(source, text, skin_tones.group_of(min(text, source))))
+        source = " ".join(_SWAPPED.get(word, word) for word in words)
+        if sum(word in _SWAPPED for word in words) == 1 and source in library:
+            cases.append(Case(source, text, skin_tones.group_of(min(text, source))))
     return cases
 
 

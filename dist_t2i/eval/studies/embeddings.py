@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
+EMBEDDINGS = {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}
+"""text.mode -> the name of each embedding of such models -> its `which` in `embed_text`."""
 MOST = 4000
 """Captions of each side, at most."""
 LEARNED = 1000
@@ -52,14 +54,13 @@ _STOP_WORDS = frozenset("a an the of in on with and to is are at by for from thi
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions that probes learn from, and held-out ones."""
+    """Captions that probes learn from, and those of the held-out split."""
 
     train: list[str]
     test: list[str]
     pictures: list[Image]
     """Of the held-out captions in the same order; empty in sets without held-out splits."""
     split: str
-    """Name of the held-out split."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Probe:
     """Accuracy of always answering the most frequent class of the training captions."""
     accuracy: Mapping[str, tuple[float, float, float]]
     """Embedding or baseline -> value, and its 95% bootstrap interval over groups of held-out captions."""
-    share: Mapping[str, float | None]
+    variance_share: Mapping[str, float | None]
     """Embedding or baseline -> share of its variance over the held-out captions that the classes explain."""
 
 
@@ -96,46 +97,37 @@ class Study:
     """Linear CKA of S_G and S_D on the held-out captions."""
 
     def as_json(self) -> dict[str, Any]:
-        renamed = {"share": "variance_share"}
         return {
             "embeddings": list(self.names),
             "held_out": {"split": self.captions.split, "captions": len(self.captions.test)},
-            "probes": [{renamed.get(k, k): v for k, v in asdict(probe).items()} for probe in self.probes],
+            "probes": [asdict(probe) for probe in self.probes],
             "neighbours": self.neighbours,
             "variance_shares": {name: shares for name, (_, shares) in self.maps.items()},
             "cka": self.alike,
         }
 
 
-def embeddings_of(model: TextToImage) -> dict[str, str]:
-    """Name of each of the model's embeddings -> its `which` in `embed_text`."""
-    mode = model.config.text.mode
-    return {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}[mode]
-
-
-def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = (), seed: int = 0) -> Study:
+def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = ()) -> Study:
     """Studies the embeddings of a model on a set's captions; `queries` are words whose neighbours are wanted.
 
     Raises UserError when the set has too few captions.
     """
     captions = gather(data)
+    sides = captions.train, captions.test
     if len(captions.train) < 20 or len(captions.test) < 8:
         raise UserError(f"{data.folder}: too few captions to probe ({len(captions.train)} and {len(captions.test)})")
-    embeddings = embeddings_of(model)
-    sides = captions.train, captions.test
+    embeddings = EMBEDDINGS[model.config.text.mode]
     spaces = {name: tuple(model.embed_text(texts, which) for texts in sides) for name, which in embeddings.items()}
     tests = [test for _, test in spaces.values()]
     baselines = {
         "bag of words": probes.bag_of_words(*sides),
-        "untrained encoder": tuple(_untrained(model, texts, seed) for texts in sides),
+        "untrained encoder": tuple(_untrained(model, texts) for texts in sides),
     }
-    labels = {
-        name: tuple([label(text) for text in texts] for texts in sides)
-        for name, label in properties(captions.train).items()
-    }
-    results = [
-        run_probe(name, train, test, captions.test, {**spaces, **baselines}) for name, (train, test) in labels.items()
-    ]
+    has_tones = sum(bool(tone_of(text)) for text in captions.train) >= 20
+    objects = _objects if has_tones else _frequent(captions.train)
+    properties = {"skin tone": tone_of, "gender": gender_of, "object": objects}
+    labels = {name: [[label(text) for text in texts] for texts in sides] for name, label in properties.items()}
+    results = [run_probe(name, *labels[name], captions.test, {**spaces, **baselines}) for name in labels]
     return Study(
         names=tuple(embeddings),
         captions=captions,
@@ -150,8 +142,8 @@ def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = (), se
 def gather(data: ShardSet) -> Captions:
     """The captions of the training split, and the first captions of the first held-out split."""
     samples = data.samples("train")
-    train = [caption for i in range(min(MOST, len(samples))) for caption in samples[i].captions]
-    train = list(dict.fromkeys(train))[:MOST]
+    texts = (caption for i in range(min(MOST, len(samples))) for caption in samples[i].captions)
+    train = list(dict.fromkeys(texts))[:MOST]
     split = next((name for name in data.splits if name.startswith("test")), "")
     if not split:
         held_out = [text for text in train if caption_id(text) % 5 == 0]
@@ -168,13 +160,7 @@ def gather(data: ShardSet) -> Captions:
     return Captions(train, test, pictures, split)
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------
-
-
-def properties(train: Sequence[str]) -> dict[str, Callable[[str], str]]:
-    """Name -> a function from a caption to its class, "" for none."""
-    has_tones = sum(bool(tone_of(text)) for text in train) >= 20
-    return {"skin tone": tone_of, "gender": gender_of, "object": _objects if has_tones else _frequent(train)}
+# ---- properties: functions from a caption to its class, "" for none --------------------------------------------------
 
 
 def gender_of(caption: str) -> str:
@@ -192,10 +178,10 @@ def _objects(caption: str) -> str:
     return " ".join(word for word in words(parts[0] + parts[2]) if word not in _GENDERED) or "only a person"
 
 
-def _frequent(train: Sequence[str], most: int = 20) -> Callable[[str], str]:
+def _frequent(train: Sequence[str]) -> Callable[[str], str]:
     """A function from a caption to its only frequent word, "" where it has none or several."""
     counts = Counter(word for text in train for word in set(words(text)) if word not in _STOP_WORDS)
-    frequent = {word for word, count in counts.most_common(most) if count < 0.5 * len(train)}
+    frequent = {word for word, count in counts.most_common(20) if count < 0.5 * len(train)}
 
     def only(caption: str) -> str:
         in_caption = frequent & set(words(caption))
@@ -205,11 +191,7 @@ def _frequent(train: Sequence[str], most: int = 20) -> Callable[[str], str]:
 
 
 def run_probe(
-    name: str,
-    train: Sequence[str],
-    test: Sequence[str],
-    texts: Sequence[str],
-    spaces: Mapping[str, tuple[Tensor, ...]],
+    name: str, train: Sequence[str], test: Sequence[str], texts: Sequence[str], spaces: Mapping[str, tuple[Tensor, ...]]
 ) -> Probe | None:
     """Probes one property; None if it has fewer than two classes, or too few captions on a side.
 
@@ -221,9 +203,8 @@ def run_probe(
     if len(classes) > MANY:
         classes = [label for label in classes if label in set(test)]
     index = {label: i for i, label in enumerate(classes)}
-    learn = torch.tensor([i for i, label in enumerate(train) if label in index], dtype=torch.long)
+    learn, ask = (torch.tensor([i for i in range(len(side)) if side[i] in index]).long() for side in (train, test))
     learn = learn[:: -(-len(learn) // LEARNED) or 1]
-    ask = torch.tensor([i for i, label in enumerate(test) if label in index], dtype=torch.long)
     if len(classes) < 2 or len(learn) < 20 or len(ask) < 8:
         return None
     targets, truth = (torch.tensor([index[side[i]] for i in rows]) for side, rows in ((train, learn), (test, ask)))
@@ -241,48 +222,33 @@ def run_probe(
 
 
 @torch.no_grad()
-def _untrained(model: TextToImage, texts: Sequence[str], seed: int) -> Tensor:
-    """Sentence embeddings by an encoder of the model's architecture with fresh weights."""
+def _untrained(model: TextToImage, texts: Sequence[str]) -> Tensor:
     limit = model.config.data.max_tokens
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         encoder = build_text_encoder(model.config.text, model.tokenizer.vocab_size, limit).eval()
-    return torch.cat(
-        [encoder(*model.tokenizer.encode(texts[i : i + 64], limit)).sentence for i in range(0, len(texts), 64)]
-    )
+    batches = [model.tokenizer.encode(texts[i : i + 64], limit) for i in range(0, len(texts), 64)]
+    return torch.cat([encoder(*batch).sentence for batch in batches])
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
-
-
-def neighbours(
-    model: TextToImage, which: str, captions: Captions, queries: Sequence[str], count: int = 6, most: int = 600
-) -> dict[str, list[str]]:
-    """Query -> its nearest among the words of the training captions, each embedded as a separate text.
+def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequence[str]) -> dict[str, list[str]]:
+    """Query -> its nearest among the 600 most frequent words of the training captions, each embedded as a separate text.
 
     A table of captions has no vectors of single words: its queries and neighbours are captions.
     """
     frequency = Counter(word for text in captions.train for word in set(words(text)))
-    texts = [word for word, n in frequency.most_common(most) if n >= 2 and len(word) > 1]
-    if has_table(model):
-        texts = captions.test[:most]
+    texts = [word for word, count in frequency.most_common(600) if count >= 2 and len(word) > 1]
+    if model.files.frozen is not None and model.files.frozen.about.get("kind") == "table":
+        texts = captions.test[:600]
     if len(texts) < 2:
         return {}
     queries = [query for query in queries if query in texts]
-    queries = queries or _spread([text for text in texts if text not in _STOP_WORDS], 14)
-    nearest = probes.nearest(model.embed_text(texts, which), count)
+    queries = queries or _spread([text for text in texts if text not in _STOP_WORDS])
+    nearest = probes.nearest(model.embed_text(texts, which), count=6)
     return {query: [texts[i] for i in nearest[texts.index(query)]] for query in queries}
 
 
-def has_table(model: TextToImage) -> bool:
-    """Whether the text embedding is a table of captions, which cannot embed new text."""
-    return model.files.frozen is not None and model.files.frozen.about.get("kind") == "table"
-
-
-def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """The `count` / 2 most frequent texts, and others evenly spread over the next ones up to rank 200."""
-    if len(texts) <= count:
-        return list(texts)
-    head = list(texts[: count // 2])
-    rest = texts[count // 2 : 200]
-    return head + [rest[i * len(rest) // (count - len(head))] for i in range(count - len(head))]
+def _spread(texts: list[str]) -> list[str]:
+    """The 7 most frequent texts, and 7 others evenly spread over the next ones up to rank 200."""
+    rest = texts[7:200]
+    return texts if len(texts) <= 14 else texts[:7] + [rest[i * len(rest) // 7] for i in range(7)]

@@ -1,9 +1,8 @@
 """Linear analysis of embeddings: pure functions of vectors and labels.
 
-A linear probe (Alain & Bengio 2016) that reads a property from an embedding shows that the next layer can use this
-property, not that the network does. Because captions contain the words themselves, a probe is meaningful only in
-comparison with two baselines: a bag of words (all words of the caption), and an untrained encoder of the same kind (what
-the architecture preserves without training).
+A linear probe (Alain & Bengio 2016) that reads a property from an embedding shows that the next layer can use it, not
+that the network does. As captions contain the words themselves, a probe is meaningful only next to two baselines: a bag
+of words (all of the caption), and an untrained encoder of the same kind (what the architecture preserves).
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     """Predicted classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E], labels int64 [N].
 
-    Features are standardized by the training rows. The weight decay is the one of `STRENGTHS` with the best accuracy on
-    every fifth training row when fitted to the others.
+    Training rows standardize the features, and every fifth of them selects the weight decay, fitted to the others.
     """
     mean, std = train.double().mean(0), train.double().std(0)
     varying = std > 1e-6  # constant features carry no information
@@ -32,10 +30,8 @@ def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     fifth = torch.arange(len(train)) % 5 == 4
     best = STRENGTHS[-1]
     if len(train) >= 20:
-        hits = [
-            (_fit(train[~fifth], labels[~fifth], classes, decay)(train[fifth]) == labels[fifth]).sum()
-            for decay in STRENGTHS
-        ]
+        fits = [_fit(train[~fifth], labels[~fifth], classes, decay) for decay in STRENGTHS]
+        hits = [(fit(train[fifth]) == labels[fifth]).sum() for fit in fits]
         best = STRENGTHS[int(torch.stack(hits).argmax())]
     return _fit(train, labels, classes, best)(test)
 
@@ -79,10 +75,7 @@ def nearest(vectors: Tensor, count: int) -> Tensor:
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The two principal components of vectors [N, E] as [N, 2], and the share of the variance that each explains.
-
-    Signs are fixed (the largest loading is positive), so that the same vectors give the same map.
-    """
+    """The two principal components of vectors [N, E] as [N, 2] (largest loading positive), and their variance shares."""
     centered = vectors.double() - vectors.double().mean(0)
     _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
     axes = directions[:2]
