@@ -7,7 +7,6 @@ from typing import Any
 
 ScoresJson = Mapping[str, Any]
 """A file of scores, or one score in it, as `scores.read_scores` returns it."""
-
 _REQUIRED = {
     "protocol_sha256": "the rules",
     "captions_sha256": "the captions",
@@ -73,27 +72,22 @@ def _objection(a: ScoresJson, b: ScoresJson, first: ScoresJson | None, second: S
     if not network or network == "own":
         return ""  # the own network of each model has its own weights, as the score's name says
     hashes = [s["manifest"]["judges"].get(network, {}).get("weights_sha256") for s in (a, b)]
-    if hashes[0] == hashes[1]:
-        return ""
-    return f"the feature networks' weights_sha256 differ: {_short(hashes[0])} and {_short(hashes[1])}"
+    differ = f"the feature networks' weights_sha256 differ: {_short(hashes[0])} and {_short(hashes[1])}"
+    return differ if hashes[0] != hashes[1] else ""
 
 
 def table(a: ScoresJson, b: ScoresJson, names: tuple[str, str]) -> str:
     """The comparison for a terminal: both values with their intervals, or the reasons against it."""
     lines = [f"{name}: {s['manifest']['images_seen']:,} images seen" for name, s in zip(names, (a, b), strict=True)]
-    reasons = differences(a, b)
-    if reasons:
+    if reasons := differences(a, b):
         return "\n".join([*lines, "not comparable:", *(f"  {reason}" for reason in reasons)])
-    previous = ""
     for split, name, first, second, objection in pairs(a, b):
-        if split != previous:
+        if f"{split}:" not in lines:
             lines.append(f"{split}:")
-            previous = split
         verdict = f"   not comparable: {objection}" if objection else ""
         if first and second and not objection and (first["low"] > second["high"] or second["low"] > first["high"]):
             verdict = "   the intervals do not overlap"
-        lines.append(f"  {name}")
-        lines.append(f"      {_value(first):<26}   {_value(second):<26}".rstrip() + verdict)
+        lines += [f"  {name}", f"      {_value(first):<26}   {_value(second):<26}".rstrip() + verdict]
     return "\n".join([*lines, *(f"note: {line}" for line in remarks(a, b))])
 
 

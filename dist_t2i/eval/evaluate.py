@@ -1,13 +1,12 @@
 """Scores a model on a set by a protocol, with a manifest of everything that the scores depend on.
 
-`protocol.py` defines the rules, `selection.py` finds the pictures and captions, `measure.py` generates pictures and
-computes features, `scoring.py` computes the scores. One process and several ranks give the same result.
+`selection.py` finds the pictures and captions, `measure.py` generates pictures and computes features, `scoring.py`
+computes the scores. One process and several ranks give the same result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from dist_t2i.eval.scores import Scores, SplitScores
 from dist_t2i.eval.scoring import scores_of
 from dist_t2i.eval.selection import Selection, has_listed, select, splits_of
 from dist_t2i.utils import environment
+from dist_t2i.utils.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +59,18 @@ def evaluate(
     if "own" in wanted:
         networks.setdefault("own", own_network(model))
     used = {key: network for key, network in networks.items() if key in wanted}
-    measured = {}
+    parts = {}
     for split, rows in selections.items():
         if ranks.main:
             count = len(rows) * len(rows.captions[0]) * len(protocol.seeds)
             names = ", ".join(network.name for network in used.values())
             say(f"{split}: {len(rows)} real pictures, {count:,} to generate (captions x seeds); features: {names}")
-        measured[split] = measure(model, rows, protocol, used, ranks, cache[split] if cache else None)
+        if (part := measure(model, rows, protocol, used, ranks, cache[split] if cache else None)) is not None:
+            parts[split] = part
 
     def scores() -> Scores:
         say("all features are computed; computing the metrics and their intervals")
-        parts = {split: part for split, part in measured.items() if part is not None}
-        by_split = {
-            split: SplitScores(len(part.captions), scores_of(part, protocol, used)) for split, part in parts.items()
-        }
+        splits = {key: SplitScores(len(part.captions), scores_of(part, protocol, used)) for key, part in parts.items()}
         generator = model.config.model.generator
         about = manifest(model, data, protocol, used) | {
             "truncation": generator.truncation if protocol.truncation is None else protocol.truncation,
@@ -81,7 +79,7 @@ def evaluate(
             "reference_sha256": {split: part.reference_sha256 for split, part in parts.items()},
             "left_out": [f"{metric}/{key}" for metric, key in protocol.wanted if key not in {"", *used}],
         }
-        return Scores(dataclasses.asdict(protocol), about, by_split)
+        return Scores(dataclasses.asdict(protocol), about, splits)
 
     return ranks.from_main(scores)
 
@@ -98,18 +96,13 @@ def load_networks(
     weights: Mapping[str, str] | None = None,
     without: Collection[str] = (),
 ) -> dict[str, FeatureNetwork]:
-    """Loads the feature networks that a protocol names, except the model's own.
+    """Loads the feature networks that a protocol names, except the model's own. Raises UserError.
 
     The keys of `weights` (paths or URLs) and of `without` are the first word of a network's key: `inception`, `clip`.
-    Raises UserError when a network cannot be loaded.
     """
-    keys = dict.fromkeys(key for _, key in protocol.wanted if key not in ("", "own"))
-    families = {key: key.partition("-")[0] for key in keys}
-    return {
-        key: load_features(key, device, (weights or {}).get(family))
-        for key, family in families.items()
-        if family not in without
-    }
+    keys = {key: key.partition("-")[0] for _, key in protocol.wanted if key not in ("", "own")}
+    weights = weights or {}
+    return {key: load_features(key, device, weights.get(word)) for key, word in keys.items() if word not in without}
 
 
 def captions_hash(selections: Mapping[str, Selection]) -> str:
@@ -121,30 +114,20 @@ def manifest(
     model: TextToImage, data: ShardSet, protocol: Any, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Any]:
     """Hashes and versions that scores depend on; `compare.py` compares them. `protocol` is any dataclass of rules."""
-    about = environment.describe()
+    about, attributes = environment.describe(), ("name", "weights_sha256", "side")
+    code = [(name, path.read_bytes()) for name, path in code_files().items()]
+    pieces = (piece for name, content in code for piece in (f"{name} {len(content)}\n".encode(), content))
     return {
         "weights_sha256": model.files.sha256(),
         "images_seen": model.images_seen,
         "image_size": model.image_size,
         "data_fingerprint": data.fingerprint,
         "protocol_sha256": rules_sha256(protocol),
-        "judges": {
-            key: {"name": network.name, "weights_sha256": network.weights_sha256, "side": network.side}
-            for key, network in networks.items()
-        },
+        "judges": {key: {name: getattr(network, name) for name in attributes} for key, network in networks.items()},
         "packages": about["packages"],
-        "code": {**about["code"], "sha256": code_sha256()},
+        "code": {**about["code"], "sha256": sha256_of(pieces)},  # an installed package has no git revision to name
         "device": str(model.device),
     }
-
-
-def code_sha256() -> str:
-    """Hash of all modules of dist_t2i: an installed package has no git revision to name."""
-    digest = hashlib.sha256()
-    for name, path in code_files().items():
-        digest.update(f"{name} {len(data := path.read_bytes())}\n".encode())
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def code_files() -> dict[str, Path]:

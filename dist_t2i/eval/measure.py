@@ -50,7 +50,7 @@ class Features:
     fake: Tensor
     """[S, N, D], S = seeds x J captions per picture: row s * J + j holds caption j from seed s"""
     real: Mapping[str, Tensor]
-    """Copy of the real pictures (`real`, `mirrored`, `noisy`, `random`, ...) -> [N, D]"""
+    """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None
     """[J, N, D], where the network embeds texts and a metric needs them"""
 
@@ -94,25 +94,24 @@ def measure(
     `cache` keeps the features of the real pictures for the next call with the same selection and networks. The features
     of the model's own network are never cached, because this network changes with training.
     """
-    cache = {} if cache is None else cache
-    own = {key: network for key, network in networks.items() if key == "own"}
-    others = {key: network for key, network in networks.items() if key != "own"}
-    if not cache:
-        cache.update(ranks.collect(len(selection), lambda rows: _real_chunk(model, selection, rows, protocol, others)))
-    real = dict(cache)
-    if own:
-        real |= ranks.collect(len(selection), lambda rows: _real_chunk(model, selection, rows, protocol, own))
-    fake = ranks.collect(len(selection), lambda rows: _fake_chunk(model, selection, rows, protocol, networks))
     firsts = [row[0] for row in selection.captions]
     pairs = sorted({pair for caption in firsts if (pair := tone_pair(caption))})
     extra = sorted({caption for pair in pairs for caption in pair} - set(firsts))
 
-    def extra_luma(rows: range) -> dict[str, Tensor]:
-        captions = extra[rows.start : rows.stop]
-        lumas = [metrics.brightness(generate(model, captions, seed, protocol)) for seed in protocol.seeds]
-        return {"luma": torch.stack(lumas, dim=1)}
+    def real_features(networks: Mapping[str, FeatureNetwork]) -> dict[str, Tensor]:
+        return ranks.collect(len(selection), lambda rows: _real_chunk(model, selection, rows, protocol, networks))
 
-    more = ranks.collect(len(extra), extra_luma)
+    def fake_features(rows: range) -> dict[str, Tensor]:
+        captions = list(zip(*(selection.captions[row] for row in rows), strict=True))
+        return _fake_chunk(model, captions, protocol, networks)
+
+    cache = {} if cache is None else cache
+    own = {key: network for key, network in networks.items() if key == "own"}
+    if not cache:
+        cache.update(real_features({key: network for key, network in networks.items() if key != "own"}))
+    real = cache | real_features(own) if own else cache
+    fake = ranks.collect(len(selection), fake_features)
+    more = ranks.collect(len(extra), lambda rows: _fake_chunk(model, [extra[rows.start : rows.stop]], protocol, {}))
     if not ranks.main:
         return None
     luma = fake["luma"][:, :: len(selection.captions[0])]  # of the first captions
@@ -139,22 +138,15 @@ def _real_chunk(
 ) -> dict[str, Tensor]:
     """Features of the copies of these rows' real pictures and of their captions; rows first."""
     pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
-    digests = [hashlib.sha256(picture.contiguous().numpy().tobytes()).digest() for picture in pictures]
-    result = {
-        "luma": metrics.brightness(pictures),
-        "digest": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8),
-    }
-    needed = {
-        key: {need for metric, network in protocol.wanted if network == key for need in _NEEDED[metric]}
-        for key in networks
-    }
+    digests = [list(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()) for picture in pictures]
+    result = {"luma": metrics.brightness(pictures), "digest": torch.tensor(digests, dtype=torch.uint8)}
+    needs = {(key, need) for metric, key in protocol.wanted if key in networks for need in _NEEDED[metric]}
     for copy, change in _COPIES.items():
-        keys = [key for key in networks if copy in needed[key]]
-        if keys:
+        if keys := [key for key in networks if (key, copy) in needs]:
             changed = change(pictures, rows.start)
             result |= {f"{key} {copy}": networks[key](changed) for key in keys}
     for key, network in networks.items():
-        if "texts" in needed[key]:
+        if (key, "texts") in needs:
             assert network.embed_texts is not None, f"{key} embeds no texts"
             captions = [caption for row in rows for caption in selection.captions[row]]
             result[f"{key} texts"] = network.embed_texts(captions).unflatten(0, (len(rows), -1))
@@ -162,13 +154,13 @@ def _real_chunk(
 
 
 def _fake_chunk(
-    model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
+    model: TextToImage, captions: Sequence[Sequence[str]], protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Luma and features of the pictures generated for these rows' captions: [n, S, ...]."""
+    """Luma and features of the pictures generated for captions [J][n]: [n, S, ...]."""
     parts: dict[str, list[Tensor]] = {}
     for seed in protocol.seeds:
-        for number in range(len(selection.captions[0])):
-            pictures = generate(model, [selection.captions[row][number] for row in rows], seed, protocol)
+        for column in captions:
+            pictures = generate(model, column, seed, protocol)
             parts.setdefault("luma", []).append(metrics.brightness(pictures))
             for key, network in networks.items():
                 parts.setdefault(f"{key} fake", []).append(network(pictures))

@@ -6,7 +6,7 @@
       frozen.json         "NAME VERSION" -> SHA-256 of the rules, which include the hash of the list
 
 Changed rules need a new version: a file whose hash differs from the frozen one of its name and version is refused. Users
-may write their own protocols as files anywhere; scores record the hash of those rules too.
+may write their own protocols as files; scores record the hash of those rules too.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from dist_t2i.errors import UserError
 
 FOLDER = Path(__file__).with_name("protocols")
 FROZEN = FOLDER / "frozen.json"
-METRICS = (
-    "kid", "retrieval", "tone-order", "fid", "inception-score", "precision-recall", "clip-score", "r-precision",
-)  # fmt: skip
+METRICS = tuple("kid retrieval tone-order fid inception-score precision-recall clip-score r-precision".split())
 NETWORKS = ("efficientnet-lite0", "inception-clean", "inception-legacy", "clip", "own")
 _ONLY = {
     "inception-score": ("inception-clean", "inception-legacy"),
@@ -52,9 +50,8 @@ class Protocol:
     splits: tuple[str, ...] = ()
     """Splits with the reference pictures and their captions; empty: every split whose name begins with `test`."""
     captions: Literal["first", "hash", "listed"] = "first"
-    """Selection rule. `first`: the first `max_pictures` in the set's order, and the first captions of each; `hash`: the
-    pictures with the smallest hash of (protocol, key), and one caption of each, selected by this hash; `listed`: the
-    committed list in NAME.txt."""
+    """`first`: the first `max_pictures` in the set's order, and the first captions of each; `hash`: the pictures with the
+    smallest hash of (protocol, key), and one caption of each by this hash; `listed`: the committed list in NAME.txt."""
     captions_per_picture: int = 1
     """Captions per picture that a picture is generated for; they repeat where a picture has fewer."""
     captions_sha256: str = ""
@@ -112,10 +109,8 @@ class Protocol:
             split, key, caption = line.split("\t")
             captions.setdefault(split, []).append((key, caption))
         if captions_sha256(captions) != self.captions_sha256:
-            raise UserError(
-                f"{path}: these are not the captions of {self.name} version {self.version} (their hash differs); "
-                "restore the file, or give the protocol a new version"
-            )
+            problem = f"these are not the captions of {self.name} version {self.version} (their hash differs)"
+            raise UserError(f"{path}: {problem}; restore the file, or give the protocol a new version")
         return captions
 
 
@@ -131,10 +126,8 @@ def captions_sha256(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
 
 def captions_text(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
     """A list of captions as a file: `split <tab> key <tab> caption` per line, white space in captions normalized."""
-    lines = [
-        f"{split}\t{key}\t{' '.join(caption.split())}\n" for split, rows in captions.items() for key, caption in rows
-    ]
-    return "".join(lines)
+    rows = ((split, key, " ".join(caption.split())) for split, pairs in captions.items() for key, caption in pairs)
+    return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def known_protocols() -> list[str]:
@@ -147,13 +140,12 @@ def load_protocol(name: str | Path) -> Protocol:
 
     Raises UserError for an unknown name, an invalid file, and rules that were changed under their old version.
     """
-    path = Path(name)
+    path, known = Path(name), known_protocols()
     packaged = path.suffix not in (".yaml", ".yml")
     if packaged:
         path = FOLDER / f"{name}.yaml"
-        if str(name) not in known_protocols():
-            known = ", ".join(known_protocols())
-            raise UserError(f"no protocol {str(name)!r}; there are {known}, or name your own .yaml file")
+        if str(name) not in known:
+            raise UserError(f"no protocol {str(name)!r}; there are {', '.join(known)}, or name your own .yaml file")
     protocol = _read(path)
     frozen = json.loads(FROZEN.read_text(encoding="utf-8")).get(f"{protocol.name} {protocol.version}")
     if frozen != protocol.sha256 and (frozen or packaged):
@@ -176,11 +168,8 @@ def _read(path: Path) -> Protocol:
     protocol: Protocol = read_section(content, Protocol, "", problems, "a protocol")
     if isinstance(content, dict):
         given = {key for key, value in content.items() if value is not None or key == "truncation"}
-        problems += [
-            f"{key}: missing (a protocol gives every key)" for key in field_types(Protocol) if key not in given
-        ]
-    problems = problems or list(_problems(protocol))
-    if problems:
+        problems += [f"{key}: missing (a protocol gives every key)" for key in field_types(Protocol).keys() - given]
+    if problems := problems or list(_problems(protocol)):
         raise UserError(f"{path}: not a protocol: {'; '.join(sorted(problems))}")
     return protocol
 

@@ -1,13 +1,13 @@
 """Evaluation on several processes, with the same result for any number of them.
 
-Rows are split into chunks of a fixed size, and the ranks share the chunks. A feature network sees the same batches on any
-number of ranks, so features are bitwise the same on one rank and on four (with the same number of threads).
+The ranks share chunks of a fixed number of rows, so that a feature network sees the same batches on any number of ranks:
+features are bitwise the same on one rank and on four (with the same number of threads).
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -48,11 +48,6 @@ class Ranks:
         """Whether this rank computes the metrics and prints."""
         return self.rank == 0
 
-    def chunks(self, rows: int) -> Iterator[range]:
-        """This rank's share of the chunks of `rows` rows."""
-        for start in range(self.rank * CHUNK, rows, self.world * CHUNK):
-            yield range(start, min(start + CHUNK, rows))
-
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Concatenates the tensors that `compute` returns for each chunk (rows first) on rank 0; empty on other ranks.
 
@@ -63,7 +58,8 @@ class Ranks:
 
     def map(self, rows: int, compute: Callable[[range], T], *, to_all: bool = True) -> list[T]:
         """`compute(chunk)` of every chunk in order, on all ranks or on rank 0 only. Collective; errors as in `collect`."""
-        own = self.all(lambda: {chunk.start: compute(chunk) for chunk in self.chunks(rows)})
+        starts = range(self.rank * CHUNK, rows, self.world * CHUNK)
+        own = self.all(lambda: {start: compute(range(start, min(start + CHUNK, rows))) for start in starts})
         if self.world == 1:
             return list(own.values())
         shares: list[dict[int, T] | None] = [None] * self.world
@@ -92,8 +88,7 @@ class Ranks:
         problems = [problem] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(problems, problem)
-        first = next((problem for problem in problems if problem is not None), None)
-        if first is not None:
+        for first in filter(None, problems):
             first.reported_by_main = not self.main
             raise first
         return cast(T, result)

@@ -42,10 +42,8 @@ def noisy(images: Tensor, first: int = 0, sigma: float = 15.0) -> Tensor:
 
 def random(images: Tensor, first: int = 0) -> Tensor:
     """Independent random bytes in the shape of `images`; image i is random picture number `first` + i."""
-    pictures = [
-        torch.randint(256, images.shape[1:], generator=_generator(first + i), dtype=torch.uint8)
-        for i in range(len(images))
-    ]
+    generators = (_generator(first + i) for i in range(len(images)))
+    pictures = [torch.randint(256, images.shape[1:], generator=one, dtype=torch.uint8) for one in generators]
     return torch.stack(pictures).to(images.device)
 
 
@@ -54,5 +52,4 @@ def _generator(number: int) -> torch.Generator:
 
 
 def _rounded(images: Tensor) -> Tensor:
-    """Float pixels to uint8, rounded and clamped."""
     return images.round().clamp(0, 255).to(torch.uint8)

@@ -32,27 +32,24 @@ class Score:
     floor: Mapping[str, float] = field(default_factory=dict)
     """The low end of the scale: description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
-    """The high end of the scale."""
     network: str = ""
     """The feature network, by its key in the manifest's `judges`; "" for a metric that needs none."""
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """The scores on one split."""
+    """The scores on one split, and its number of real pictures."""
 
     pictures: int
-    """Real pictures, one caption each."""
     scores: tuple[Score, ...]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The result of an evaluation."""
+    """The result of an evaluation; `manifest` has hashes and versions of everything that the scores depend on."""
 
     protocol: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    """Hashes of weights, data, captions, feature networks and code, and versions: everything that the scores depend on."""
     splits: Mapping[str, SplitScores]
 
     def __getitem__(self, split_and_key: tuple[str, str]) -> Score:
@@ -86,17 +83,17 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]]:
     """(split, pictures, [name, value and interval, better, floor, ceiling] of each score) of a scores.json."""
+
+    def number(value: float) -> str:
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
     for split, part in scores["splits"].items():
         cells = []
         for score in part["scores"]:
-            value = f"{_number(score['value'])} ({_number(score['low'])} to {_number(score['high'])})"
-            ends = ["; ".join(f"{_number(v)} {what}" for what, v in score[end].items()) for end in ("floor", "ceiling")]
+            value = f"{number(score['value'])} ({number(score['low'])} to {number(score['high'])})"
+            ends = ["; ".join(f"{number(v)} {what}" for what, v in score[end].items()) for end in ("floor", "ceiling")]
             cells.append([score["name"], value, score["better"], *ends])
         yield split, part["pictures"], cells
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def table(scores: Mapping[str, Any]) -> str:

@@ -35,19 +35,16 @@ class Selection:
         return len(self.numbers)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(key, caption) in order: the split's part of the list of captions."""
+        """(key, caption) in order."""
         return [(key, caption) for key, row in zip(self.keys, self.captions, strict=True) for caption in row]
 
     def picture(self, row: int, size: int) -> Tensor:
-        """The central square of a picture at the model's size, uint8 [3, size, size].
-
-        Raises UserError when the picture cannot be used: without it, the scores would follow another protocol.
-        """
+        """The central square of a picture at the model's size, uint8 [3, size, size]. Raises UserError."""
         if self.pictures is not None:
             return self.pictures[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
-        except PictureError as error:
+        except PictureError as error:  # without the picture, the scores would follow another protocol
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
 
     def loaded(self, size: int) -> Selection:
@@ -73,11 +70,11 @@ def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
     samples, numbers, listed = ranks.all(lambda: _pictures(data, split, protocol))
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
-        chunk_samples = [(number, _read(samples, split, number)) for number in numbers[chunk.start : chunk.stop]]
-        return [(s.key, _captions(s, split, protocol, listed.get(number))) for number, s in chunk_samples]
+        found = [(number, _read(samples, split, number)) for number in numbers[chunk.start : chunk.stop]]
+        return [(s.key, _captions(s, split, protocol, listed.get(number))) for number, s in found]
 
-    rows = [row for part in ranks.map(len(numbers), read) for row in part]
-    return Selection(split, samples, tuple(numbers), tuple(key for key, _ in rows), tuple(row for _, row in rows))
+    keys, captions = zip(*(row for part in ranks.map(len(numbers), read) for row in part), strict=True)
+    return Selection(split, samples, tuple(numbers), keys, captions)
 
 
 def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
@@ -85,18 +82,16 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
     samples = data.samples(split)
     listed: dict[int, str] = {}
     if protocol.captions == "listed":
-        listed = _listed(data, samples, split, protocol)
-        numbers = list(listed)
+        numbers = list(listed := _listed(data, samples, split, protocol))
     elif protocol.captions == "first":
         numbers = list(range(min(len(samples), protocol.max_pictures)))
     else:
         ordered = sorted((_hash(protocol, key), key, number) for number, key in enumerate(_keys(samples)))
         numbers = [number for _, _, number in ordered[: protocol.max_pictures]]
-    if len(numbers) < protocol.min_pictures:
-        raise UserError(
-            f"{data.folder}: {split} has {len(numbers):,} pictures, too few for protocol {protocol.name}, which needs "
-            f"{protocol.min_pictures:,}; hold out more, or take another protocol"
-        )
+    if (count := len(numbers)) < protocol.min_pictures:
+        wanted = f"protocol {protocol.name}, which needs {protocol.min_pictures:,}"
+        remedy = "hold out more, or take another protocol"
+        raise UserError(f"{data.folder}: {split} has {count:,} pictures, too few for {wanted}; {remedy}")
     return samples, numbers, listed
 
 
@@ -116,28 +111,23 @@ def _keys(samples: Samples) -> list[str]:
 
 
 def _listed(data: ShardSet, samples: Samples, split: str, protocol: Protocol) -> dict[int, str]:
-    """Number -> caption of the pictures that the protocol lists, in the order of the list."""
     number_of = {key: number for number, key in enumerate(_keys(samples))}
     listed = protocol.listed().get(split, [])
     missing = [key for key, _ in listed if key not in number_of]
     if missing:
-        raise UserError(
-            f"{data.folder}: {split} lacks {len(missing)} of the {len(listed)} pictures that protocol {protocol.name} "
-            f"version {protocol.version} lists ({', '.join(missing[:3])}, ...): {_REMEDY}"
-        )
+        by = f"protocol {protocol.name} version {protocol.version} lists ({', '.join(missing[:3])}, ...): {_REMEDY}"
+        raise UserError(f"{data.folder}: {split} lacks {len(missing)} of the {len(listed)} pictures that {by}")
     return {number_of[key]: caption for key, caption in listed}
 
 
 def _captions(sample: Sample, split: str, protocol: Protocol, listed: str | None) -> tuple[str, ...]:
     captions = sample.captions
     if listed is not None:
-        match = next((caption for caption in captions if " ".join(caption.split()) == listed), None)
-        if match is None:
-            raise UserError(
-                f"{split}: {sample.key} is captioned {captions[0]!r}, but protocol {protocol.name} lists {listed!r}: "
-                f"{_REMEDY}"
-            )
-        return (match,)
+        for caption in captions:
+            if " ".join(caption.split()) == listed:
+                return (caption,)
+        given = f"{split}: {sample.key} is captioned {captions[0]!r}"
+        raise UserError(f"{given}, but protocol {protocol.name} lists {listed!r}: {_REMEDY}")
     if protocol.captions == "hash":
         return (captions[_hash(protocol, f"{sample.key} caption") % len(captions)],)
     return tuple(captions[number % len(captions)] for number in range(protocol.captions_per_picture))

