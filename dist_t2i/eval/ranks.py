@@ -88,7 +88,7 @@ class Ranks:
         problems = [problem] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(problems, problem)
-        for first in filter(None, problems):
+        if first := next(filter(None, problems), None):
             first.reported_by_main = not self.main
             raise first
         return cast(T, result)

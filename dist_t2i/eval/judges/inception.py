@@ -37,9 +37,7 @@ class Trunk(torch.nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
-        children = dict(network.named_children())
-        children.pop("fc")
-        self.layers = torch.nn.Sequential(*children.values())
+        self.layers = torch.nn.Sequential(*(layer for name, layer in network.named_children() if name != "fc"))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).flatten(1)
@@ -52,19 +50,9 @@ def inception(device: torch.device, weights: str | None, resize: str) -> Feature
     network = load_network(path, sha256)
     published = _PUBLISHED[resize] if sha256 == FID_SHA256 else {}
     label = "InceptionV3" if published else f"InceptionV3, weights sha256 {sha256[:8]}…"
-    return FeatureNetwork(
-        f"{label}, {resize} resize",
-        299,
-        2048,
-        sha256,
-        Trunk(network).to(device),
-        mean=128.0,
-        std=128.0,
-        resizer=resizing.clean if resize == "clean" else resizing.legacy,
-        published=published,
-        classifier=network.fc.weight.detach().clone(),
-        scaled=False,
-    )
+    options = {"resizer": resizing.clean if resize == "clean" else resizing.legacy, "published": published}
+    options |= {"mean": 128.0, "std": 128.0, "classifier": network.fc.weight.detach().clone(), "scaled": False}
+    return FeatureNetwork(f"{label}, {resize} resize", 299, 2048, sha256, Trunk(network).to(device), **options)
 
 
 @functools.lru_cache(maxsize=1)  # both ways to resize share it

@@ -21,10 +21,8 @@ def torch_fidelity(module: str) -> Any:
             with _torchvision():
                 importlib.import_module("torch_fidelity")
         except ImportError as problem:
-            raise UserError(
-                f"torch-fidelity cannot be imported ({problem}); run: pip install --no-deps torch-fidelity==0.4.0, or do "
-                "without with --without inception"
-            ) from None
+            ways = "run: pip install --no-deps torch-fidelity==0.4.0, or do without with --without inception"
+            raise UserError(f"torch-fidelity cannot be imported ({problem}); {ways}") from None
     return importlib.import_module(f"torch_fidelity.{module}")
 
 

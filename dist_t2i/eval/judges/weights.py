@@ -28,10 +28,7 @@ def location_of(network: str, given: str | None) -> str | None:
 
 
 def weights_file(network: str, given: str | None, url: str) -> Path:
-    """The weights file that the user gave, else the download of `url` in torch.hub's cache.
-
-    Raises UserError when the file does not exist or cannot be downloaded.
-    """
+    """The weights file that the user gave, else the download of `url` in torch.hub's cache. Raises UserError."""
     location = location_of(network, given) or url
     if is_local(location):
         path = local_path(location)
@@ -46,8 +43,6 @@ def weights_file(network: str, given: str | None, url: str) -> Path:
             write_atomic(cached, content)
         except (OSError, DataError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else error
-            raise UserError(
-                f"the weights of {network} cannot be had from {location} ({reason}); fetch the file elsewhere and "
-                f"{remedy(network)}"
-            ) from None
+            problem = f"the weights of {network} cannot be had from {location} ({reason})"
+            raise UserError(f"{problem}; fetch the file elsewhere and {remedy(network)}") from None
     return cached
