@@ -40,8 +40,8 @@ class CachedFeatures(FeatureNetwork):
     folder: Path = Path()
 
     @classmethod
-    def of(cls, judge: FeatureNetwork, folder: Path) -> CachedFeatures:
-        plain = {field.name: getattr(judge, field.name) for field in dataclasses.fields(judge)}
+    def of(cls, network: FeatureNetwork, folder: Path) -> CachedFeatures:
+        plain = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
         return cls(**plain, folder=folder)
 
     def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class RunScorer:
 
     def __init__(self, data: ShardSet, protocol: Protocol, out: Path, say: Callable[[str], None]) -> None:
         self.data, self.protocol, self.out, self.say = data, protocol, out, say
-        self.judges: dict[str, FeatureNetwork] = {}
+        self.networks: dict[str, FeatureNetwork] = {}
         """The protocol's feature networks by name; loaded on first use."""
 
     def scores(self, run: Path) -> dict[str, Any]:
@@ -95,11 +95,13 @@ class RunScorer:
         if cached.get("key") == key:
             return cached["scores"]
         self.say(f"scores of {run}")
-        if not self.judges:
+        if not self.networks:
             loaded = load_networks(self.protocol, model.device)
-            self.judges = {name: CachedFeatures.of(judge, self.out / "features") for name, judge in loaded.items()}
+            self.networks = {
+                name: CachedFeatures.of(network, self.out / "features") for name, network in loaded.items()
+            }
         started = time.monotonic()
-        result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.judges)
+        result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.networks)
         scores = json.loads(json.dumps(result.as_json()))  # the same types as when read back from the cache
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)

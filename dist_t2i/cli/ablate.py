@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.cli.common import new_parser, write_openmoji, writing
+from dist_t2i.cli.common import new_parser, say, write_openmoji, writing
 from dist_t2i.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STARTED = time.monotonic()
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = new_parser("ablate.py", __doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="see configs/ablation-openmoji.yaml")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (default: the file's)")
@@ -45,11 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     doc = Path("docs/ablation.md")
     help_text = f"also write the report to this file (default: {doc})"
     parser.add_argument("--write-doc", type=Path, nargs="?", const=doc, metavar="FILE", help=help_text)
-    return parser.parse_args(arguments)
-
-
-def main() -> int:
-    args = parse()
+    args = parser.parse_args()
     from dist_t2i.ablation import plan as plans
     from dist_t2i.distributed.supervisor import Interrupted
 
@@ -91,10 +87,6 @@ def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
             failed = runs.train_all(configs, args.jobs, say)
     report(plan, configs, data, out, failed, args.write_doc)
     return 1 if failed else 0
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def finished_on_slurm(plan: Plan, configs: Configs, out: Path, args: argparse.Namespace) -> bool:

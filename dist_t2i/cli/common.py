@@ -36,6 +36,10 @@ def add_model(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
         parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if available)")
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
 def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_t2i.cli.common import ROOT, new_parser, write_openmoji
+from dist_t2i.cli.common import ROOT, new_parser, say, write_openmoji
 from dist_t2i.errors import TrainingError, UserError
 
 RESERVE = 0.03
@@ -25,7 +25,7 @@ RESERVE = 0.03
 GRIDS, CHECKPOINTS = 8, 4
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def main() -> int:
     parser = new_parser("demo.py", __doc__)
     budget = "time to train: 90s, 3m, 1h (default: %(default)s)"
     parser.add_argument("--budget", type=seconds, default="10m", help=budget)
@@ -34,7 +34,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data = "the set (default: data/openmoji at the picture size of the configuration)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the configuration")
-    return parser.parse_args(arguments)
+    args = parser.parse_args()
+    from dist_t2i.distributed.supervisor import Interrupted
+    from dist_t2i.utils.progress import duration
+
+    os.chdir(ROOT)
+    started = time.monotonic()
+    try:
+        demo(args)
+    except Interrupted as stop:
+        print(f"\n{stop}", flush=True)
+        return stop.status
+    print(f"finished after {duration(time.monotonic() - started)}")
+    return 0
 
 
 def seconds(text: str) -> int:
@@ -52,22 +64,6 @@ def spelled(budget: int) -> str:
         if budget % size == 0:
             return f"{budget // size}{unit}"
     return f"{budget}s"
-
-
-def main() -> int:
-    args = parse()
-    from dist_t2i.distributed.supervisor import Interrupted
-    from dist_t2i.utils.progress import duration
-
-    os.chdir(ROOT)
-    started = time.monotonic()
-    try:
-        demo(args)
-    except Interrupted as stop:
-        print(f"\n{stop}", flush=True)
-        return stop.status
-    print(f"finished after {duration(time.monotonic() - started)}")
-    return 0
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -172,7 +168,7 @@ def report(run: Path, data: Path, budget: str) -> None:
     model, held_out = load(run), open_set(data)
     scores = known_scores(run, model.files.sha256())
     if scores is None:
-        results = evaluate(model, held_out, protocol_for(held_out), say=lambda line: print(line, flush=True))
+        results = evaluate(model, held_out, protocol_for(held_out), say=say)
         results.save(run / "scores.json")
         scores = results.as_json()
     heading(5, "Page")

@@ -53,8 +53,8 @@ def evaluate(arguments: list[str]) -> int:
     parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
     add_model(parser)
     parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
-    base = "model that generates from the text alone (default: the model that the run started from)"
-    parser.add_argument("--base", metavar="DIR", help=base)
+    base_help = "model that generates from the text only (default: the model that the run started from)"
+    parser.add_argument("--base", metavar="DIR", help=base_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the scores (default: DIR/edit-scores.json)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the pictures (default: DIR/edits.png)")
     args = parser.parse_args(arguments)

@@ -50,7 +50,7 @@ def test_the_command_line_goes_before_the_file(file):
     assert len(configs) == 12 and {config.train.total_images for config in configs.values()} == {80}
 
 
-def test_the_mistakes_of_a_file_are_told_at_once(file):
+def test_the_mistakes_of_a_file_are_reported_at_once(file):
     file.write_text(
         """
 bas: x
@@ -66,7 +66,7 @@ arms:
     )
     with pytest.raises(ConfigError) as caught:
         plans.load(file)
-    said = str(caught.value)
+    message = str(caught.value)
     for part in (
         "10 problems",
         "bas: unknown key; did you mean base?",
@@ -79,11 +79,11 @@ arms:
         "arms.dual: override 'text.mode=dul'",
         "arms.sha/red: override 'data.sizes=2': data.sizes: unknown key",
     ):
-        assert part in said
+        assert part in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "base: missing"),
         ("base: base.yaml", "at least two"),
@@ -96,11 +96,11 @@ arms:
         ("- a", "expected `key: value` lines"),
     ],
 )
-def test_files_that_cannot_be(file, text, said):
+def test_files_that_cannot_be(file, text, message):
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
         plans.load(file)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_file_that_is_not_there_names_those_that_are(file):

@@ -42,7 +42,9 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
     spread = measure(dual=[0.1, 0.5, 0.9, 0.3], shared=[0.05, 0.46, 0.84])
     result = difference(spread, "shared", "dual")
     assert result.gain.n == 3 and result.gain.mean == pytest.approx(0.05) and result.says == "better"
-    assert estimate([0.1, 0.5, 0.9]).low < estimate([0.05, 0.46, 0.84]).high  # unpaired, nothing could be said
+    assert (
+        estimate([0.1, 0.5, 0.9]).low < estimate([0.05, 0.46, 0.84]).high
+    )  # unpaired, the difference would be inconclusive
 
 
 def test_lower_may_be_better():
