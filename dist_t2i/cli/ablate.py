@@ -201,7 +201,7 @@ def facts_of(
     facts = {
         "command": "`" + shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]) + "`",
         "hardware": "; ".join(sorted({_hardware(machine) for machine in machines})),
-        "time": f"{spent / 3600:.2f} hours in all calls; training {trained / 3600:.2f} h ({trained / len(folders):,.0f} s "
+        "time": f"{spent / 3600:.2f} hours in all calls; summed over runs: training {trained / 3600:.2f} h ({trained / len(folders):,.0f} s "
         f"per run of {max(map(newest_images, folders)):,} images), scoring {scored / 3600:.2f} h",
         "revision": "; ".join(sorted({_revision(machine["code"]) for machine in machines}))
         + f"; the table by {_revision(about['code'])}",
