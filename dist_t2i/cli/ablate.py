@@ -201,8 +201,9 @@ def facts_of(
     facts = {
         "command": "`" + shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]) + "`",
         "hardware": "; ".join(sorted({_hardware(machine) for machine in machines})),
-        "time": f"{spent / 3600:.2f} hours in all calls; summed over runs: training {trained / 3600:.2f} h ({trained / len(folders):,.0f} s "
-        f"per run of {max(map(newest_images, folders)):,} images), scoring {scored / 3600:.2f} h",
+        "time": f"{spent / 3600:.2f} hours in all calls; summed over runs: training {trained / 3600:.2f} h "
+        f"({trained / len(folders):,.0f} s per run of {max(map(newest_images, folders)):,} images), "
+        f"scoring {scored / 3600:.2f} h",
         "revision": "; ".join(sorted({_revision(machine["code"]) for machine in machines}))
         + f"; the table by {_revision(about['code'])}",
         "versions": ", ".join(f"{name} {version}" for name, version in about["packages"].items()),

@@ -48,8 +48,7 @@ DECODER = "decoder"
 Rows = dict[str, list[dict[str, float]]]
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="keeps the pictures for the next run")
     parser.add_argument("--images", type=int, default=4000, help="pictures, at least 256 (default: %(default)s)")
@@ -68,21 +67,7 @@ def parse() -> argparse.Namespace:
     missing = [name for name in options.loaders if version(name) is None]
     if missing and not (options.resume or options.scale):
         print(f"error: not installed: {', '.join(missing)}; see --help, or select with --loaders", file=sys.stderr)
-        sys.exit(2)
-    return options
-
-
-def version(name: str) -> str | None:
-    """Version of a loader's package, "" for this project; None when the package is not installed."""
-    package = peers.LOADERS[name].package
-    try:
-        return metadata.version(package) if package else ""
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def main() -> int:
-    options = parse()
+        return 2
     from object_store import StorageError
 
     try:
@@ -98,6 +83,15 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
+
+
+def version(name: str) -> str | None:
+    """Version of a loader's package, "" for this project; None when the package is not installed."""
+    package = peers.LOADERS[name].package
+    try:
+        return metadata.version(package) if package else ""
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
