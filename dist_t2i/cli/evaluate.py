@@ -167,8 +167,8 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
     digest = captions_hash(rows)
     if protocol.captions_sha256 not in ("", digest):
         raise UserError(
-            f"the captions that protocol {protocol.name} version {protocol.version} selects from this set are not those "
-            f"that it was frozen with (their hash is {digest[:12]}…, not {protocol.captions_sha256[:12]}…)"
+            f"the captions that protocol {protocol.name} version {protocol.version} selects from this set are not "
+            f"those that it was frozen with (their hash is {digest[:12]}…, not {protocol.captions_sha256[:12]}…)"
         )
     return digest
 
@@ -190,8 +190,8 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) 
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{path}: this run was evaluated with other captions than protocol {protocol.name} selects from this set. "
-                "Name the set that was used (--data), or delete the file to start anew"
+                f"{path}: this run was evaluated with other captions than protocol {protocol.name} selects from this "
+                "set. Name the set that was used (--data), or delete the file to start anew"
             )
     except OSError as error:
         log(f"warning: {path}: {error.strerror}; the captions are not kept")

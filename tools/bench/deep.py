@@ -1,6 +1,7 @@
 """Cost of resuming deep in an epoch (`--resume`) and of very large sets (`--scale`).
 
-The sets are hard links to one shard of 10,000 samples: 100 links for `--resume`, 40,000 (400 million samples) for `--scale`.
+The sets are hard links to one shard of 10,000 samples: 100 links for `--resume`, 40,000 (400 million samples) for
+`--scale`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The training step of a published peer, for comparison: DF-GAN (Tao et al. 2022, "DF-GAN: A Simple and Effective Baseline
-for Text-to-Image Synthesis", CVPR), written from the paper.
+"""The training step of a published peer, for comparison: DF-GAN, written from the paper (Tao et al. 2022, "DF-GAN: A
+Simple and Effective Baseline for Text-to-Image Synthesis", CVPR).
 
-At 64 px and a width of 32, generator and discriminator have 4.8M and 3.4M parameters. The text encoder is pretrained and
-frozen, so a constant vector replaces the sentence embedding. A step in fp32 with Adam: the discriminator's hinge loss on
-real pictures, real pictures with wrong captions, and fakes, with the matching-aware penalty (eq. 2) on the pass of the real
-pictures in every step; then the generator's loss, with another pass through the discriminator.
+At 64 px and a width of 32, generator and discriminator have 4.8M and 3.4M parameters. The text encoder is pretrained
+and frozen, so a constant vector replaces the sentence embedding. A step in fp32 with Adam: the discriminator's hinge
+loss on real pictures, real pictures with wrong captions, and fakes, with the matching-aware penalty (eq. 2) on the pass
+of the real pictures in every step; then the generator's loss, with another pass through the discriminator.
 
 Shapes: B batch, C channels, H W pixels.
 """

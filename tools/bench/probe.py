@@ -31,8 +31,8 @@ class ProbeError(RuntimeError):
 def run(order: dict[str, Any], environment: Mapping[str, str], memory: bool = False) -> dict[str, float]:
     """Start a probe and return its measurements; with `memory`, also the peak memory of its process tree in bytes.
 
-    Memory is the sum of PSS, which counts each shared page once. It is sampled 20 times a second, which slows the loader,
-    so runs that measure memory are separate from runs that measure time. Raises ProbeError.
+    Memory is the sum of PSS, which counts each shared page once. It is sampled 20 times a second, which slows the
+    loader, so runs that measure memory are separate from runs that measure time. Raises ProbeError.
     """
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tools.bench.probe"],
@@ -151,7 +151,7 @@ def measure_decoder(order: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_start(order: dict[str, Any]) -> dict[str, float]:
-    """Seconds to open a set, to its first batch and to compute positions; private bytes of the workers and the parent."""
+    """Seconds to open a set, to its first batch and to compute positions; private bytes of workers and parent."""
     import numpy
 
     from dist_t2i.config.sections import DataConfig

@@ -3,10 +3,10 @@
 python tools/bench/shard.py                     4,000 JPEGs of about 115 KB, written to a temporary folder
 python tools/bench/shard.py --pictures DIR      your own JPEGs
 
-Each row is the median of several runs, taken in turns, with one process each and the files in the page cache. "per core"
-compares CPU seconds (user and system, with child processes), which other programs disturb least; "clock" compares elapsed
-seconds. `shards` is the time from planning to the last shard, with crc32 and sha256 of everything. `whole set` is the
-command: it starts Python, reads the captions, and writes the shards, tokenizer, report and manifest.
+Each row is the median of several runs, taken in turns, with one process each and the files in the page cache. "per
+core" compares CPU seconds (user and system, with child processes), which other programs disturb least; "clock" compares
+elapsed seconds. `shards` is the time from planning to the last shard, with crc32 and sha256 of everything. `whole set`
+is the command: it starts Python, reads the captions, and writes the shards, tokenizer, report and manifest.
 """
 
 from __future__ import annotations

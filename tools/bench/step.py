@@ -1,12 +1,12 @@
 """What a training step costs under plain PyTorch and under DeepSpeed, measured in one run.
 
-    python tools/bench/step.py --config configs/bench-peer64.yaml [--ranks 1 2] [--stages 0 1 2] [--rounds 5] [a.b=c ...]
+    python tools/bench/step.py --config configs/bench-peer64.yaml [--ranks 1 2] [--stages 0 1 2] [--peer] [a.b=c ...]
 
-For every number of ranks, the same step (dist_t2i/training/gan.py) runs on the same synthetic batches, in turn, under plain
-PyTorch (DistributedDataParallel on several ranks) and under ZeRO at each stage. The columns are images/s (median over the
-rounds), the cost relative to plain PyTorch (median of the ratios within a round), the share of a measured matmul peak that
-convolutions and matrix products reach, and milliseconds per phase. With --peer, the networks and the step of DF-GAN
-(dfgan.py) take turns too where there is one rank, at the same picture size and batch.
+For every number of ranks, the same step (dist_t2i/training/gan.py) runs on the same synthetic batches, in turn, under
+plain PyTorch (DistributedDataParallel on several ranks) and under ZeRO at each stage. The columns are images/s (median
+over the rounds), the cost relative to plain PyTorch (median of the ratios within a round), the share of a measured
+matmul peak that convolutions and matrix products reach, and milliseconds per phase. With --peer, the networks and the
+step of DF-GAN (dfgan.py) take turns too where there is one rank, at the same picture size and batch.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def print_costs(table: dict[str, Any]) -> None:
     print_table(caption, heads, rows)
     if peer := table["peer"]:
         print(
-            f"DF-GAN (generator {peer['generator'] / 1e6:.2f}M, discriminator {peer['discriminator'] / 1e6:.2f}M parameters, "
-            f"fp32): {peer['rate']:.1f} images/s; plain above makes {peer['ratio']:.2f} times that",
+            f"DF-GAN (generator {peer['generator'] / 1e6:.2f}M, discriminator {peer['discriminator'] / 1e6:.2f}M "
+            f"parameters, fp32): {peer['rate']:.1f} images/s; plain above makes {peer['ratio']:.2f} times that",
             flush=True,
         )
 

@@ -7,16 +7,16 @@
     bench-venv/bin/python tools/bench/stream.py --resume     first batch after 0, 10% and 90% of 1,000,000 samples
     bench-venv/bin/python tools/bench/stream.py --scale      400 million samples in 40,000 shards
 
-Every loader runs in a separate process and reads the same 640x480 JPEGs, shuffled, in batches of 64 at 256 px. The loaders
-take turns within each round, so that other programs disturb all of them alike. In table 1 all loaders use the same fast
-decoder. In table 2 each peer decodes as its documentation shows, with Pillow as where torchvision does not load (energon
-decodes before its shuffle buffer by default); this project's stream has one decoder and also tokenizes.
+Every loader runs in a separate process and reads the same 640x480 JPEGs, shuffled, in batches of 64 at 256 px. The
+loaders take turns within each round, so that other programs disturb all of them alike. In table 1 all loaders use the
+same fast decoder. In table 2 each peer decodes as its documentation shows, with Pillow as where torchvision does not
+load (energon decodes before its shuffle buffer by default); this project's stream has one decoder and also tokenizes.
 
-The columns are medians over the rounds: images/s after the first batch; the same relative to the fastest peer and to the
-bare decoder on as many processes (medians of the ratios within a round); seconds to the first batch, with imports done and
-nothing cached by the loader; CPU seconds per 1,000 images of the process tree, without the S3 server. Peak memory is the
-sum of PSS over the process tree, from one more run. S3 is a SeaweedFS server on the same cores, started for this run.
-Files come from the page cache.
+The columns are medians over the rounds: images/s after the first batch; the same relative to the fastest peer and to
+the bare decoder on as many processes (medians of the ratios within a round); seconds to the first batch, with imports
+done and nothing cached by the loader; CPU seconds per 1,000 images of the process tree, without the S3 server. Peak
+memory is the sum of PSS over the process tree, from one more run. S3 is a SeaweedFS server on the same cores, started
+for this run. Files come from the page cache.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def synthetic_batch(config: Config) -> Batch:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on all ranks at once: the best of 12 measurements, summed over the ranks."""
+    """FLOP/s of a large square matrix product: the best of 12 measurements, summed over the ranks."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
