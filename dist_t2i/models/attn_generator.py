@@ -17,14 +17,10 @@ class AttnGenerator(Generator):
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
         super().__init__(config, image_size, text_width)
-        attn = config.attn
-        self.attentions = nn.ModuleDict(
-            {
-                size: WordAttention(channels, text_width, attn.width, attn.heads)
-                for size, channels in self.channels_of.items()
-                if int(size) in attn.scales
-            }
-        )
+        self.attentions = nn.ModuleDict()
+        for size, channels in self.channels_of.items():
+            if int(size) in config.attn.scales:
+                self.attentions[size] = WordAttention(channels, text_width, config.attn.width, config.attn.heads)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """x [B, C, H, W], words [B, T, E], mask bool [B, T] -> [B, C, H, W]."""

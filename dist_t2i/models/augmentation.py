@@ -12,10 +12,9 @@ UNIFORMS_PER_ROW = 7
 
 
 def augment(images: Tensor, uniforms: Tensor, config: AugmentConfig) -> Tensor:
-    """images [B, 3, H, W] in [-1, 1], uniforms [B, UNIFORMS_PER_ROW] in [0, 1) -> [B, 3, H, W].
+    """images [B, 3, H, W] in [-1, 1], uniforms [B, UNIFORMS_PER_ROW] in [0, 1) -> [B, 3, H, W], row by row.
 
-    A real picture and the fake of its caption share their random numbers, so that their regions stay comparable. Row i of
-    the output depends on row i of the inputs only, strengths of 0 change nothing, and gradients flow to `images` only.
+    A real picture and the fake of its caption share their random numbers, so that their regions stay comparable.
     """
     if config.color > 0:
         images = _color(images, uniforms[:, 2:5].to(images.dtype), config.color)
@@ -37,18 +36,16 @@ def _color(images: Tensor, uniforms: Tensor, strength: float) -> Tensor:
 
 
 def _translate(images: Tensor, uniforms: Tensor, share: float) -> Tensor:
-    """Integer-pixel shifts of up to `share` of the side; pixels beyond an edge repeat it.
+    """Integer-pixel shifts of up to `share` of the side; pixels beyond an edge repeat it (the original pads with zeros)."""
 
-    (The original pads with zeros, which are gray here; repeating the edge suits pictures on a plain background.)
-    """
-    rows, channels, height, width = images.shape
-    reach_x, reach_y = round(share * width), round(share * height)
-    shift_x = torch.floor(uniforms[:, 0] * (2 * reach_x + 1)).long() - reach_x
-    shift_y = torch.floor(uniforms[:, 1] * (2 * reach_y + 1)).long() - reach_y
-    x = (torch.arange(width, device=images.device) + shift_x[:, None]).clamp(0, width - 1)
-    y = (torch.arange(height, device=images.device) + shift_y[:, None]).clamp(0, height - 1)
-    images = images.gather(3, x[:, None, None, :].expand(rows, channels, height, width))
-    return images.gather(2, y[:, None, :, None].expand(rows, channels, height, width))
+    def moved(size: int, uniform: Tensor) -> Tensor:
+        reach = round(share * size)
+        shift = torch.floor(uniform * (2 * reach + 1)).long() - reach
+        return (torch.arange(size, device=images.device) + shift[:, None]).clamp(0, size - 1)
+
+    x, y = moved(images.shape[3], uniforms[:, 0]), moved(images.shape[2], uniforms[:, 1])
+    shifted = images.gather(3, x[:, None, None, :].expand_as(images))
+    return shifted.gather(2, y[:, None, :, None].expand_as(images))
 
 
 def _cutout(images: Tensor, uniforms: Tensor, share: float) -> Tensor:

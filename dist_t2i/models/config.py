@@ -60,16 +60,13 @@ class GeneratorConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What cannot work, regardless of the rest of the configuration."""
-        others = {name: value for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
-        others.pop(self.kind, None)
-        for kind, options in others.items():
-            for option in dataclasses.fields(options):
+        for kind, options in vars(self).items():
+            for option in (
+                dataclasses.fields(options) if dataclasses.is_dataclass(options) and kind != self.kind else ()
+            ):
                 if getattr(options, option.name) != option.default:
-                    yield (
-                        (f"{kind}.{option.name}", "kind"),
-                        f"is only read by the generator {kind}, but model.generator.kind is {self.kind}: "
-                        f"set model.generator.kind={kind} or leave this out",
-                    )
+                    why = f"is only read by the generator {kind}, but model.generator.kind is {self.kind}"
+                    yield (f"{kind}.{option.name}", "kind"), f"{why}: set model.generator.kind={kind} or leave this out"
         if self.colors == 1:
             yield ("colors",), "a picture of one color shows nothing: at least 2, or 0 for colors pixel by pixel"
         if self.color_sharpness != 1.0 and not self.colors:
@@ -129,10 +126,8 @@ def scales(channels: tuple[int, ...]) -> list[int]:
 
 def not_computed(network: str, sides: tuple[int, ...], channels: tuple[int, ...]) -> str:
     """The problem with maps of these sides when the network does not compute all of them."""
-    return (
-        f"{', '.join(map(str, sides)) or 'the list'} must be among the scales that model.{network}.channels computes: "
-        f"{', '.join(map(str, scales(channels)))}"
-    )
+    given, computed = ", ".join(map(str, sides)) or "the list", ", ".join(map(str, scales(channels)))
+    return f"{given} must be among the scales that model.{network}.channels computes: {computed}"
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,10 @@ Embeddings = dict[str, Tensor]
 class Features(NamedTuple):
     """The trunk's features of B pictures, which both branches read."""
 
-    pooled: Tensor
-    """[B, A], the whole picture."""
-    maps: tuple[Tensor, ...]
-    """One [B, C, H, W] for each size in `regions`, in that order."""
-    patches: Tensor | None = None
-    """[B, P, C'], the positions that the patch head scores; None without a patch head."""
-    words: Tensor | None = None
-    """[B, C, H, W], the map that words are aligned with; None without word alignment."""
+    pooled: Tensor  # [B, A], the whole picture
+    maps: tuple[Tensor, ...]  # one [B, C, H, W] for each size in `regions`, in that order
+    patches: Tensor | None = None  # [B, P, C'], the positions that the patch head scores, if there is one
+    words: Tensor | None = None  # [B, C, H, W], the map that words are aligned with, if they are
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
@@ -69,8 +65,7 @@ class PatchHead(nn.Module):
 class Discriminator(nn.Module):
     """Scores realism and agreement with a caption from one pass through the trunk.
 
-    The adversarial branch is a projection discriminator (Miyato & Koyama 2018) or a joint one (a small perceptron on
-    features and sentence), for the whole picture and, with `patches`, at each position of a map. The alignment branch
+    The adversarial branch scores the whole picture and, with `patches`, each position of a map. The alignment branch
     projects pictures and S_D sentences, with `regions` or `words` also positions of maps and S_D's words, into spaces where
     InfoNCE compares them: our reading of the paper. Raises ValueError when a configured map is not computed.
     """
@@ -85,9 +80,8 @@ class Discriminator(nn.Module):
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = Convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
-        self.scales = nn.ModuleList(
-            nn.ModuleList(DiscriminatorBlock(c) for _ in range(config.blocks)) for c in channels
-        )
+        repeats = range(config.blocks)
+        self.scales = nn.ModuleList(nn.ModuleList(DiscriminatorBlock(c) for _ in repeats) for c in channels)
         self.pool = linear(channels[-1] * FIRST_SIZE**2, width, gain=2**0.5)
         self.joint = config.condition == "joint"
         self.condition = linear(text_width, width)
@@ -96,16 +90,16 @@ class Discriminator(nn.Module):
         self.image_projection = linear(width, width)
         self.text_projection = linear(text_width, width)
         channels_of = dict(zip(scales(channels)[::-1], channels, strict=True))
-        self.region_projections = nn.ModuleList(
-            Convolution(channels_of[size], config.region_embedding, size=1, gain=1.0) for size in config.regions
-        )
+
+        def projection(size: int) -> Convolution:
+            return Convolution(channels_of[size], config.region_embedding, size=1, gain=1.0)
+
+        self.region_projections = nn.ModuleList(map(projection, config.regions))
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
         # The name `patch_judge` is in checkpoints.
         self.patch_judge = PatchHead(channels_of[config.patches], text_width) if config.patches else None
         self.word_projection = linear(text_width, config.region_embedding) if config.words else None
-        self.word_region_projection = (
-            Convolution(channels_of[config.words], config.region_embedding, size=1, gain=1.0) if config.words else None
-        )
+        self.word_region_projection = projection(config.words) if config.words else None
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""

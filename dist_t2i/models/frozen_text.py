@@ -25,9 +25,8 @@ class PretrainedEncoder(nn.Module):
 class CaptionTable(nn.Module):
     """Caption vectors computed in advance (by a sentence encoder, for example), looked up by the caption's token ids.
 
-    `vectors` is float [N, E]; `tokens` int64 [N, T] and `lengths` int64 [N] are the N captions as the run's tokenizer
-    encodes them. A caption that the table lacks gets the mean of all vectors. `words` is the sentence vector as a
-    single token.
+    vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the N captions. A caption
+    that the table lacks gets the mean of all vectors. `words` is the sentence vector as a single token.
     """
 
     def __init__(self, vectors: Tensor, tokens: Tensor, lengths: Tensor):

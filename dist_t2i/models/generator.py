@@ -21,12 +21,9 @@ from dist_t2i.models.source_encoder import SourceGuide
 class Generated(NamedTuple):
     """Pictures, and the Gaussian that conditioning augmentation sampled their condition from."""
 
-    images: Tensor
-    """[B, 3, H, W] in [-1, 1]; edited pictures may lie slightly outside."""
-    mean: Tensor
-    """[B, C]"""
-    log_variance: Tensor
-    """[B, C]"""
+    images: Tensor  # [B, 3, H, W] in [-1, 1]; edited pictures may lie slightly outside
+    mean: Tensor  # [B, C]
+    log_variance: Tensor  # [B, C]
 
 
 INITIAL_LOG_VARIANCE = -4.0
@@ -134,30 +131,24 @@ class PaletteMix(nn.Module):
 
 
 class Generator(nn.Module):
-    """Single-stage generator, conditioned at every scale on noise and the augmented sentence.
+    """Single-stage generator, conditioned at every scale on noise and the augmented sentence; all randomness is passed in.
 
     A pixel shuffle of the last map does the scales that `channels` does not list, so that a small budget is spent where
-    convolutions are cheap per parameter. All randomness is passed in.
+    convolutions are cheap per parameter.
     """
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
         super().__init__()
-        width = config.noise + config.condition
-        channels = config.channels
+        width, channels, blocks = config.noise + config.condition, config.channels, range(config.blocks)
         self.channels_of = {str(FIRST_SIZE * 2**i): c for i, c in enumerate(channels)}
         self.augmentation = ConditionAugmentation(text_width, config.condition)
         self.first = linear(width, channels[0] * FIRST_SIZE**2)
         self.upsamples = nn.ModuleList(Upsample(a, b) for a, b in pairwise(channels))
-        self.scales = nn.ModuleList(
-            nn.ModuleList(GeneratorBlock(c, width) for _ in range(config.blocks)) for c in channels
-        )
-        self.layouts = nn.ModuleDict(
-            {
-                size: Layout(width, c, int(size), config.layout)
-                for size, c in self.channels_of.items()
-                if int(size) > FIRST_SIZE and config.layout >= 4 * int(size) ** 2
-            }
-        )
+        self.scales = nn.ModuleList(nn.ModuleList(GeneratorBlock(c, width) for _ in blocks) for c in channels)
+        self.layouts = nn.ModuleDict()
+        for size, c in self.channels_of.items():
+            if int(size) > FIRST_SIZE and config.layout >= 4 * int(size) ** 2:
+                self.layouts[size] = Layout(width, c, int(size), config.layout)
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
         self.last = ToRGB(channels[-1], config.detail if patch > 1 else 0, patch, config.colors or 3)

@@ -20,10 +20,10 @@ def patch_size(channels: tuple[int, ...], image_size: int) -> int:
 
     `channels` has one entry per computed scale 4, 8, 16, ... Raises ValueError when the scales do not divide `image_size`.
     """
-    finest = FIRST_SIZE * 2 ** (len(channels) - 1)
+    count, finest = len(channels), FIRST_SIZE * 2 ** (len(channels) - 1)
     if image_size % finest:
         raise ValueError(
-            f"{len(channels)} scales from {FIRST_SIZE} px reach {finest} px, which does not divide {image_size} px"
+            f"{count} scales from {FIRST_SIZE} px reach {finest} px, which does not divide {image_size} px"
         )
     return image_size // finest
 
@@ -37,9 +37,8 @@ class Convolution(nn.Conv2d):
     """A square convolution that keeps H and W, initialized to scale the variance by gain^2 / 2 (He et al. 2015), whose
     kernel is stored as [outputs, height, width, inputs].
 
-    Channels-last convolutions need this memory layout. ZeRO's stages 1 to 3 make each parameter a contiguous view of a
-    flat buffer, so the layout must be the parameter's shape rather than its strides: with the usual shape each convolution
-    first copies its kernel into the layout, which takes some 8% of a step at a peer's size.
+    Channels-last convolutions need this memory layout, and ZeRO's stages 1 to 3 make parameters contiguous views of a flat
+    buffer: with the usual shape each convolution first copies its kernel, some 8% of a step at a peer's size.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5):
@@ -55,10 +54,7 @@ class Convolution(nn.Conv2d):
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Initializes the patch^2 outputs that a pixel shuffle makes neighbors with the same weights, against checkerboards.
-
-    Aitken et al. 2017, "Checkerboard artifact free sub-pixel convolution".
-    """
+    """Initializes the outputs that a pixel shuffle makes neighbors alike, against checkerboards (Aitken et al. 2017)."""
     first = layer.weight[:: patch**2]
     layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))
     return layer
@@ -73,11 +69,10 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
 
 
 class Modulation(nn.Module):
-    """Normalizes each picture's features, then scales and shifts each channel by a function of the condition.
+    """Normalizes each picture's features, then scales and shifts each channel by a function of the condition, as DF-GAN does.
 
-    The normalization divides by one root mean square over all of a row's features (no mean, no batch statistics), a cheap
-    pass that is folded into the scale. Text-conditioned affine modulation as in DF-GAN's blocks; the normalization is our
-    own.
+    The normalization, our own, divides by one root mean square over all of a row's features (no mean, no batch statistics),
+    a cheap pass that is folded into the scale.
     """
 
     def __init__(self, channels: int, condition: int):
@@ -92,11 +87,10 @@ class Modulation(nn.Module):
 
 
 class WordAttention(nn.Module):
-    """Adds to each position of a map a mixture of the caption's words.
+    """Adds to each position of a map a mixture of the caption's words, by AttnGAN's attention (sec. 3.1).
 
-    AttnGAN's attention (sec. 3.1): each position's query against the words' keys, a softmax over the words, the weighted
-    mean of their values. Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and
-    both inputs normalized first, because initial LSTM states are small and maps grow.
+    Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and both inputs normalized
+    first, because initial LSTM states are small and maps grow.
     """
 
     def __init__(self, channels: int, text_width: int, width: int, heads: int):

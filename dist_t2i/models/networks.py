@@ -30,9 +30,7 @@ class GeneratorSide(nn.Module):
 
     def __init__(self, generator: Generator, text_g: nn.Module | None, source: SourceEncoder | None = None):
         super().__init__()
-        self.generator = generator
-        self.text_g = text_g
-        self.source = source
+        self.generator, self.text_g, self.source = generator, text_g, source
 
     def forward(
         self,
@@ -46,11 +44,8 @@ class GeneratorSide(nn.Module):
     ) -> Generated:
         """Pictures for B captions; `text` is their embedding if S_G is shared or frozen. `pictures` and `given` are the
         source pictures, see `SourceEncoder`."""
-        if self.text_g is not None:
-            text = self.text_g(tokens, lengths)
-        if pictures is None:
-            return self.generator(noise, text.sentence, text.words, text.mask, condition_noise)
-        guide = self.source(pictures, text, given)
+        text = text if self.text_g is None else self.text_g(tokens, lengths)
+        guide = None if pictures is None else self.source(pictures, text, given)
         return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
 
 
@@ -59,8 +54,7 @@ class DiscriminatorSide(nn.Module):
 
     def __init__(self, discriminator: Discriminator, text_d: nn.Module | None):
         super().__init__()
-        self.discriminator = discriminator
-        self.text_d = text_d
+        self.discriminator, self.text_d = discriminator, text_d
 
     def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
         """`function(self)`: ZeRO's hooks require that a loss uses this side within one forward call."""

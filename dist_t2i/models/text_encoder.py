@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 
 from dist_t2i.models.config import TextConfig
 
@@ -17,12 +18,9 @@ from dist_t2i.models.config import TextConfig
 class TextEmbedding(NamedTuple):
     """The embeddings of a batch of captions; row i depends on caption i only."""
 
-    sentence: Tensor
-    """[B, E], one vector per caption."""
-    words: Tensor
-    """[B, T, E], one vector per token; zero where `mask` is False."""
-    mask: Tensor
-    """[B, T] bool, True at the caption's tokens, False at padding."""
+    sentence: Tensor  # [B, E], one vector per caption
+    words: Tensor  # [B, T, E], one vector per token; zero where `mask` is False
+    mask: Tensor  # [B, T] bool, True at the caption's tokens, False at padding
 
 
 def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -45,8 +43,8 @@ class _Together(torch.autograd.Function):
 class OrderedLSTM(nn.LSTM):
     """An LSTM whose parameters receive their gradients in an order that does not depend on the captions' lengths.
 
-    On packed sequences the order follows the lengths, which differ between ranks. ZeRO stage 2 fills its reduction buckets
-    in order of arrival and would silently add gradients of different parameters.
+    ZeRO stage 2 fills its reduction buckets in order of arrival. On packed sequences this order follows the lengths, which
+    differ between ranks, so it would silently add gradients of different parameters.
     """
 
     def forward(self, input, hx=None):
@@ -74,11 +72,9 @@ class LstmText(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
         """tokens int64 [B, T], lengths int64 [B] (1 to T) -> `TextEmbedding`."""
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.embedding(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
-        states, (hidden, _) = self.lstm(packed)
-        words, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+        rows, sizes = self.embedding(tokens), lengths.cpu()
+        states, (hidden, _) = self.lstm(rnn.pack_padded_sequence(rows, sizes, batch_first=True, enforce_sorted=False))
+        words, _ = rnn.pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
         sentence = F.layer_norm(torch.cat([hidden[-2], hidden[-1]], dim=1), (self.width,))
         return TextEmbedding(sentence, words, token_mask(tokens, lengths))
 
