@@ -29,8 +29,7 @@ class Key:
     type: Any
     default: Any
     doc: str
-    bounds: Bounds
-    """Of a number, or of each number in a tuple."""
+    bounds: Bounds  # of a number, or of each number in a tuple
     resume: Resume
 
 
@@ -49,7 +48,7 @@ def keys() -> dict[str, Key]:
 
 def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
     class_: type = type(section)
-    types_of, docs = field_types(class_), _docs(inspect.getmodule(class_))[class_.__name__]
+    types_of, docs = field_types(class_), _docs(inspect.getmodule(class_)).get(class_.__name__, {})
     for field in dataclasses.fields(section):
         name, value = field.name, getattr(section, field.name)
         resume = field.metadata.get("resume") or inherited
@@ -64,14 +63,11 @@ def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
 def _docs(module: Any) -> dict[str, dict[str, str]]:
     """Class name -> field name -> the string beneath the field, for the classes of a module."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        fields = docs.setdefault(node.name, {})
-        for field, doc in itertools.pairwise(node.body):
-            match field, doc:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    fields[name] = inspect.cleandoc(text)
+    classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
+    for class_, pair in ((node.name, pair) for node in classes for pair in itertools.pairwise(node.body)):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs.setdefault(class_, {})[name] = inspect.cleandoc(text)
     return docs
 
 
@@ -81,9 +77,8 @@ def expected(type_: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin is tuple:
-        many = {"int": "whole numbers", "float": "numbers", "str": "texts"}.get(arguments[0].__name__, "values")
-        size = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
-        return f"a list of {size}{many}"
+        many = {int: "whole numbers", float: "numbers", str: "texts"}.get(arguments[0], "values")
+        return f"a list of {many}" if arguments[-1] is Ellipsis else f"a list of {len(arguments)} {many}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(choice) for choice in arguments)
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -101,12 +96,12 @@ def show(value: Any) -> str:
 
 def reference(width: int = 100) -> str:
     """The text of `--help-config`: each key with its default, type and documentation."""
-    lines = ["Keys of a configuration file, with their defaults. On the command line: section.key=value", ""]
+    lines = ["Keys of a configuration file, with their defaults. On the command line: section.key=value"]
     section = ""
     for key in keys().values():
         head, _, leaf = key.name.rpartition(".")
         if head != section:
-            lines += [""] * bool(section) + [f"{head}:"]
+            lines += ["", f"{head}:"]
             section = head
         lines.append(f"  {leaf}: {show(key.default)}    ({expected(key.type)})")
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")

@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,13 +45,11 @@ class _Dumper(yaml.SafeDumper):
     }
 
 
+_SIGNED, _DECIMAL = "-+0123456789", r"(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)"
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
+    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", _SIGNED),
+    "float": (rf"[-+]?{_DECIMAL}([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", f"{_SIGNED}."),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "merge": (r"<<", "<"),
 }
@@ -65,23 +64,19 @@ class _Reading:
     """Values collected from a file and overrides, with where each came from and what is wrong with it."""
 
     def __init__(self, origin: str) -> None:
-        self.origin = origin
+        self.origin, self.overriding = origin, ""
         self.values: dict[str, Any] = {}
         self.where: dict[str, str] = {}
-        self.problems: list[tuple[str, str]] = []
+        self.problems: list[tuple[float, str]] = []  # (line in the file, text)
         self.wrong: set[str] = set()
 
     def refuse(self, where: str, key: str, text: str) -> None:
-        self.problems.append((where, f"{key}: {text}" if key else text))
+        line = int(where.split()[1]) if where.startswith("line ") else math.inf
+        self.problems.append((line, f"{where}: {key}: {text}" if key else f"{where}: {text}"))
         self.wrong.add(key)
 
-    def report(self) -> list[str]:
-        """The problems: those of the file by line, then those of the overrides in the order given."""
-
-        def line(problem: tuple[str, str]) -> float:
-            return int(problem[0].split()[1]) if problem[0].startswith("line ") else math.inf
-
-        return [f"{where}: {text}" for where, text in sorted(self.problems, key=line)]
+    def place(self, node: yaml.Node) -> str:
+        return self.overriding or f"line {node.start_mark.line + 1}"
 
     def current(self, key: str, where: str) -> str:
         """The name of a key today. Warns when `key` is its name in earlier versions: once a process, on rank 0."""
@@ -91,39 +86,36 @@ class _Reading:
             print(f"warning: {self.origin}: {where}: {key} has a new name, {name}", file=sys.stderr)
         return name
 
-    def section(self, loader: _Loader, node: yaml.Node, section: type, prefix: str, where: str = "") -> None:
-        """Reads the keys of one mapping node; `where` replaces the line number (overrides have none)."""
+    def section(self, loader: _Loader, node: yaml.Node, section: type, prefix: str) -> None:
         if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
             return  # `data:` with nothing beneath it
         if isinstance(node, yaml.ScalarNode) and "kind" in field_types(section):
-            self.entry(loader, node, section, prefix, "kind", where or _line(node), where)
+            self.entry(loader, node, section, prefix, "kind", self.place(node))
             return  # `generator: attn` is short for `generator: {kind: attn}`
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a configuration"
-            self.refuse(where or _line(node), "", f"{name} is a section: expected `key: value` lines beneath it")
+            self.refuse(self.place(node), "", f"{name} is a section: expected `key: value` lines beneath it")
             return
         first: dict[str, str] = {}
         for key_node, _ in node.value:
-            key, location = prefix + str(key_node.value), where or _line(key_node)
+            key, place = prefix + str(key_node.value), self.place(key_node)
             name = RENAMED.get(key, key)
             if name in first:
-                self.refuse(location, key, f"given twice (first on {first[name]})")
-            first.setdefault(name, location)
+                self.refuse(place, key, f"given twice (first on {first[name]})")
+            first.setdefault(name, place)
         loader.flatten_mapping(node)  # `<<: *other` becomes entries ahead of the mapping's own
         for key_node, value_node in node.value:
-            self.entry(loader, value_node, section, prefix, str(key_node.value), where or _line(key_node), where)
+            self.entry(loader, value_node, section, prefix, str(key_node.value), self.place(key_node))
 
-    def entry(
-        self, loader: _Loader, node: yaml.Node, section: type, prefix: str, name: str, location: str, where: str
-    ) -> None:
-        key = self.current(prefix + name, location)
+    def entry(self, loader: _Loader, node: yaml.Node, section: type, prefix: str, name: str, place: str) -> None:
+        key = self.current(prefix + name, place)
         type_ = field_types(section).get(key.removeprefix(prefix))
         if type_ is None:
-            self.refuse(location, key, f"unknown key{_suggestion(section, prefix, name)}")
+            self.refuse(place, key, f"unknown key{_suggestion(section, prefix, name)}")
         elif dataclasses.is_dataclass(type_):
-            self.section(loader, node, typing.cast(type, type_), f"{key}.", where)
+            self.section(loader, node, typing.cast(type, type_), f"{key}.")
         else:
-            self.value(key, type_, loader.construct_object(node, deep=True), location)
+            self.value(key, type_, loader.construct_object(node, deep=True), place)
 
     def value(self, key: str, type_: Any, raw: Any, where: str) -> None:
         try:
@@ -135,7 +127,7 @@ class _Reading:
     def override(self, text: str) -> None:
         """Reads one `section.key=value`; the value is YAML, or taken literally where a text is expected."""
         key, equals, value = text.partition("=")
-        where = f"override {text!r}"
+        where = self.overriding = f"override {text!r}"
         if not equals:
             self.refuse(where, "", "expected section.key=value")
             return
@@ -153,7 +145,7 @@ class _Reading:
         try:
             loader = _Loader(value)
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            self.entry(loader, node, section, prefix, name, where, where)
+            self.entry(loader, node, section, prefix, name, where)
         except yaml.YAMLError as error:
             self.refuse(where, key, f"the value is not YAML ({_yaml_reason(error)})")
 
@@ -197,7 +189,8 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
         if reading.wrong.isdisjoint(involved):
             where = next((reading.where[key] for key in involved if key in reading.where), "default")
             reading.refuse(where, involved[0], problem)
-    if problems := reading.report():
+    if reading.problems:  # those of the file by line, then those of the overrides in the order given
+        problems = [text for _, text in sorted(reading.problems, key=itemgetter(0))]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)
     return config
@@ -211,10 +204,6 @@ def parse(text: str) -> Any:
 def dump(config: Config) -> str:
     """The complete configuration, defaults included, as YAML that `load` turns into an equal one."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _line(node: yaml.Node) -> str:
-    return f"line {node.start_mark.line + 1}"
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
@@ -278,16 +267,15 @@ def convert(value: Any, type_: Any) -> Any:
 
 
 def _describe(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return f"{str(value).lower()} (write it in quotes if it is a text)"
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return "a section"
+    match value:
+        case None | dict():
+            return "nothing" if value is None else "a section"
+        case bool():
+            return f"{str(value).lower()} (write it in quotes if it is a text)"
+        case int() | float():
+            return f"the number {value}"
+        case list():
+            return f"a list of {len(value)}"
     return f"the text {value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
@@ -321,13 +309,10 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
             quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
             problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
             return None
-    inner: Any = typing.get_args(type_)[1]
+    inner = typing.cast(type, typing.get_args(type_)[1])
     if isinstance(value, dict) and dataclasses.is_dataclass(inner):
         entries = {str(name): {} if entry is None else entry for name, entry in value.items()}
-        return {
-            name: read_section(entry, typing.cast(type, inner), f"{key}.{name}.", problems)
-            for name, entry in entries.items()
-        }
+        return {name: read_section(entry, inner, f"{key}.{name}.", problems) for name, entry in entries.items()}
     if isinstance(value, dict) and all(isinstance(entry, (str, int, float)) for entry in value.values()):
         return {str(name): show(entry) if isinstance(entry, bool) else str(entry) for name, entry in value.items()}
     problems.append(f"{key}: expected `name: value` lines")

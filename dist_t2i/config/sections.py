@@ -22,9 +22,8 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | tuple[str, ...] = setting(
-        "", resume=Resume.FREE
-    )  # a set may move: its fingerprint is compared instead
+    # A set may move, so its fingerprint is compared instead.
+    train: str | tuple[str, ...] = setting("", resume=Resume.FREE)
     """Training set: a sharded set (a folder or URL that holds manifest.json), or WebDataset tars as a URL with braces or a
     glob: `s3://bucket/coco/train-{000000..000591}.tar`. A list mixes several sets."""
     weights: tuple[float, ...] = setting((), POSITIVE)

@@ -36,11 +36,8 @@ def _ranges(config: Config) -> Iterator[Problem]:
 
 
 def _combinations(config: Config) -> Iterator[Problem]:
-    yield from _text(config)
-    yield from _sizes(config)
-    yield from _declared(config)
-    yield from _engines(config)
-    yield from _mirror(config)
+    for rules in (_text, _sizes, _declared, _engines, _mirror):
+        yield from rules(config)
     edit, data = config.edit, config.data
     if edit.init and not edit.width:
         yield ("edit.init", "edit.width"), "is only read where pictures are edited: also set edit.width, such as 48"
@@ -58,8 +55,8 @@ def _combinations(config: Config) -> Iterator[Problem]:
 def _text(config: Config) -> Iterator[Problem]:
     text = config.text
     if text.mode == "frozen" and not text.frozen:
-        needed = "an exported folder, or a .safetensors table of caption vectors"
-        yield ("text.mode", "text.frozen"), f"frozen needs text.frozen: {needed}"
+        needed = "frozen needs text.frozen: an exported folder, or a .safetensors table of caption vectors"
+        yield ("text.mode", "text.frozen"), needed
     if text.frozen and text.mode != "frozen":
         remedy = "set the mode or leave this empty"
         yield ("text.frozen", "text.mode"), f"is only read with text.mode=frozen, but the mode is {text.mode}: {remedy}"
@@ -73,8 +70,7 @@ def _text(config: Config) -> Iterator[Problem]:
 def _sizes(config: Config) -> Iterator[Problem]:
     size = config.data.image_size
     if size & (size - 1):
-        near = 2 ** round(math.log2(size))
-        yield ("data.image_size",), f"must be a power of two, is {size}; the nearest is {near}"
+        yield ("data.image_size",), f"must be a power of two, is {size}; the nearest is {2 ** round(math.log2(size))}"
         return
     scales = int(math.log2(size)) - 1  # 4, 8, ..., size
     for network in ("generator", "discriminator"):
@@ -82,9 +78,9 @@ def _sizes(config: Config) -> Iterator[Problem]:
         channels = value_of(config, key)
         if not channels:
             yield (key,), "needs at least one number: the channels at 4 pixels"
-        elif len(channels) > scales:
-            reach = f"{len(channels)} scales reach {4 * 2 ** (len(channels) - 1)} pixels"
-            yield (key, "data.image_size"), f"{reach}, beyond data.image_size={size}: at most {scales} numbers"
+        elif (count := len(channels)) > scales:
+            reach = f"{count} scales reach {4 * 2 ** (count - 1)} pixels, beyond data.image_size={size}"
+            yield (key, "data.image_size"), f"{reach}: at most {scales} numbers"
 
 
 def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
@@ -129,10 +125,10 @@ def _mirror(config: Config) -> Iterator[Problem]:
         yield key, f"names no bucket, is {url}: expected {scheme}://bucket/folder"
 
 
-def _file_systems() -> frozenset[str]:
+def _file_systems() -> set[str]:
     from fsspec.registry import known_implementations, registry
 
-    return frozenset(known_implementations) | frozenset(registry)
+    return {*known_implementations, *registry}
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -144,10 +140,7 @@ def check_world(config: Config, world_size: int) -> int:
         return batch // parts
     below, above = batch // (2 * parts) * 2 * parts, -(-batch // (2 * parts)) * 2 * parts
     choices = " or ".join(str(size) for size in (below, above) if size > 0)
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    line = (
-        f"train.global_batch: {batch} images over {ranks} x engine.accumulation={accumulation} leave "
-        f"{batch / parts:g} a micro-batch, which must be a whole even number: "
-        f"use {choices}, another accumulation, or another number of ranks"
-    )
+    given = f"{batch} images over {world_size} rank{'s' * (world_size > 1)} x engine.accumulation={accumulation}"
+    problem = f"{given} leave {batch / parts:g} a micro-batch, which must be a whole even number"
+    line = f"train.global_batch: {problem}: use {choices}, another accumulation, or another number of ranks"
     raise ConfigError(line, [line])
