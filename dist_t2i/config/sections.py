@@ -1,8 +1,7 @@
 """The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
 
 The string beneath a field documents its key (`--help-config` prints it); its `setting` has the range and whether the key may
-change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise. Nothing outside the
-configuration changes the result of a run.
+change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ class LossConfig:
     temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on whole pictures and sentences."""
     region_negatives: int = 0
-    """Number of other positions that each position of a fake's region map is also contrasted with, in addition to the same
-    position of other pictures. They provide a gradient where all pictures look alike, such as a plain background."""
+    """Number of other positions that each position of a fake's region map is contrasted with, besides the same position of
+    other pictures. They provide a gradient where all pictures look alike, such as a plain background."""
     region_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on regions."""
     d_alignment_words: float = 1.0
@@ -124,8 +123,7 @@ class LossConfig:
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: R1 by finite differences, for any ZeRO
-    stage."""
+    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware one; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
     penalty_weight: float = 0.05
     """Weight of the penalty, on the squared gradient norm."""
     penalty_every: int = setting(8, at_least(1))

@@ -1,9 +1,8 @@
 """The alignment terms: which of D's embeddings of pictures and captions are contrasted. The only list of them.
 
-`Discriminator.embed_pictures` and `embed_captions` give embeddings by name, with one row per picture or caption of the
-global batch in the same order; the trainer gathers them without knowing the names. D's terms align real pictures with their
-captions; G's terms align fakes with the embeddings that D's step computed for the captions and the real pictures. A
-term's weight is the key of the same name in section `loss`.
+`Discriminator.embed_pictures` and `embed_captions` give embeddings by name, in the order of the global batch's rows. D's terms
+align real pictures with their captions; G's terms align fakes with the embeddings that D's step computed for the captions and
+the real pictures. A term's weight is the key of the same name in section `loss`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from dist_t2i.models.discriminator import Embeddings
 class Negatives(NamedTuple):
     """What the rows of the global batch are contrasted with, and what not."""
 
-    same: Tensor
-    """bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives."""
-    positions: Tensor | None = None
-    """int64 [K, P]: other positions of region maps that are also negatives (`losses.region_info_nce`)."""
+    same: Tensor  # bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives
+    positions: Tensor | None = None  # int64 [K, P]: other positions of region maps that are also negatives
 
 
 def discriminator_terms(e: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:
@@ -60,6 +57,5 @@ def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negati
 
 
 def _words(pictures: Embeddings, captions: Embeddings, loss: LossConfig, same: Tensor) -> Tensor:
-    words, mask = captions["words"], captions["word_mask"]
-    temperature, sharpness = loss.word_temperature, loss.word_sharpness
-    return losses.word_info_nce(pictures["word_regions"], words, mask, temperature, same, sharpness)
+    embeddings = pictures["word_regions"], captions["words"], captions["word_mask"]
+    return losses.word_info_nce(*embeddings, loss.word_temperature, same, loss.word_sharpness)

@@ -17,11 +17,10 @@ def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismat
     Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The two
     kinds of negatives share a weight of 1, of which wrong captions have `mismatched_weight` (DF-GAN, Eq. 1: a half).
     """
-    loss = F.relu(1 - real.float()).mean()
+    loss, fakes = F.relu(1 - real.float()).mean(), F.relu(1 + fake.float()).mean()
     if mismatched is None or mismatched_weight == 0:
-        return loss + F.relu(1 + fake.float()).mean()
-    fakes, wrong = F.relu(1 + fake.float()).mean(), F.relu(1 + mismatched.float()).mean()
-    return loss + (1 - mismatched_weight) * fakes + mismatched_weight * wrong
+        return loss + fakes
+    return loss + (1 - mismatched_weight) * fakes + mismatched_weight * F.relu(1 + mismatched.float()).mean()
 
 
 def hinge_g(fake: Tensor) -> Tensor:
@@ -64,11 +63,9 @@ def region_info_nce(
 
     a: unit vectors [B, P, E]. b: [B, P, E] (position p of a picture against position p of the others: PatchNCE of Park et
     al. 2020, with other pictures instead of other positions as negatives) or [B, E] (each position against the captions:
-    the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading).
-
-    elsewhere: int64 [K, P], for b [B, P, E]: the positions elsewhere[:, p] of all of b are also negatives of position p of
-    `a`. Without them the gradient vanishes where all pictures look alike, such as a white background: positive and
-    negatives are equal there and cancel.
+    the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading). elsewhere: int64 [K, P], for
+    b [B, P, E]: the positions elsewhere[:, p] of all of b are also negatives of position p of `a`. Without them the gradient
+    vanishes where all pictures look alike, such as a white background: positive and negatives are equal there and cancel.
     """
     # Positions first and contiguous, because strided batches multiply slowly: a [P, B, E], b [P, E, B] or [E, B].
     a = a.float().transpose(0, 1).contiguous()
@@ -117,22 +114,21 @@ def kl_condition(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def pixel_error(images: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """Mean absolute error of pictures [B, 3, H, W] in `rows`, bool [B]; a mean over all B rows, of which the others count
-    as 0."""
+    """Mean absolute error of pictures [B, 3, H, W], over all B rows, of which those not in `rows`, bool [B], count as 0."""
     return ((images.float() - target.float()).abs().mean(dim=(1, 2, 3)) * rows).mean()
 
 
 LEAST_WAY = 0.02
-"""Lower bound of `way_left`'s denominator: the mean squared difference, of pixels in [-1, 1], between two similar skin tones
-of a drawing. A smaller denominator would make the ratio noise."""
+"""Lower bound of `way_left`'s denominator, below which the ratio would be noise: about the mean squared difference, of pixels
+in [-1, 1], between two similar skin tones of a drawing."""
 
 
 def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     """Squared distance of pictures [B, 3, H, W] to their targets, relative to that of their sources: 1 for a copy of the
-    source, 0 at the target. Over `rows`, bool [B]; a mean over all B rows, of which the others count as 0.
+    source, 0 at the target. A mean over all B rows, of which those not in `rows`, bool [B], count as 0. Our own.
 
     The ratio weights a picture of which little must change as much as one of which everything must; squared, because a copy
-    of the source minimizes the absolute error for a long time, as most pixels agree. Our own.
+    of the source minimizes the absolute error for a long time, as most pixels agree.
     """
     distance = (images.float() - target.float()).square().mean(dim=(1, 2, 3))
     start = (source.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -147,8 +143,7 @@ def row_means(logits: Tensor) -> Tensor:
 def r1(logits: Tensor, images: Tensor) -> Tensor:
     """R1 (Mescheder et al. 2018, Eq. 9) without its factor 1/2: squared gradient norm per picture, averaged over rows.
 
-    logits ([B] or [B, L], see `row_means`) must be computed from `images` [B, 3, H, W], which must require a gradient; the
-    result can be differentiated again.
+    logits ([B] or [B, L]) must be computed from `images` [B, 3, H, W], which must require a gradient.
     """
     # Rows do not interact, so the gradient of the sum is each row's own gradient: [B, 3, H, W].
     (gradient,) = torch.autograd.grad(row_means(logits).sum(), images, create_graph=True)
@@ -158,8 +153,8 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
 def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) -> Tensor:
     """DF-GAN's matching-aware gradient penalty (MA-GP, Eq. 2, p = 6) without its factor: mean of joint gradient norm ** p.
 
-    logits ([B] or [B, L], see `row_means`) must be computed from `images` [B, 3, H, W] and `sentence` [B, E] of matching
-    real pairs; both must require a gradient.
+    logits ([B] or [B, L]) must be computed from `images` [B, 3, H, W] and `sentence` [B, E] of matching real pairs, which
+    must both require a gradient.
     """
     # Gradients by picture and by sentence, concatenated: [B, 3 H W + E].
     gradients = torch.autograd.grad(row_means(logits).sum(), (images, sentence), create_graph=True)

@@ -1,9 +1,8 @@
 """The global batch for contrastive losses: the embeddings of all rows, with a graph only for a rank's own.
 
-Each rank computes the same loss over all B rows; the rows of its current micro-batch carry a graph and all others are
-constants. The gradients, summed over ranks and micro-batches, equal those of the loss over the global batch; since
-DeepSpeed averages instead of summing, the loss is multiplied by `share` (ranks times micro-batches). No gradient crosses
-ranks. (open_clip's `gather_with_grad=False, local_loss=False` uses the same idea.)
+Each rank computes the same loss over all B rows; only the rows of its current micro-batch carry a graph. The gradients,
+summed over ranks and micro-batches, equal those of the loss over the global batch; since DeepSpeed averages them, the loss is
+multiplied by `share`. No gradient crosses ranks, as with open_clip's `gather_with_grad=False, local_loss=False`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from dist_t2i.models.discriminator import Embeddings
 
 def gather_rows(rows: Tensor) -> Tensor:
     """[m, ...] on each of W ranks -> [W m, ...] in rank order on every rank, without a graph. Collective."""
-    world_size = dist.get_world_size()
-    rows = rows.detach().contiguous()
+    rows, world_size = rows.detach().contiguous(), dist.get_world_size()
     if world_size == 1:
         return rows
     gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
@@ -42,8 +40,7 @@ class GlobalRows:
     """Embeddings of the B rows of a step. Row (a W + r) m + i is row i of rank r in micro-batch a, with m rows each."""
 
     def __init__(self, micro_batches: int):
-        self.micro_batches = micro_batches
-        self.share = micro_batches * dist.get_world_size()
+        self.micro_batches, self.share = micro_batches, micro_batches * dist.get_world_size()
         self._parts: list[Embeddings] = [{} for _ in range(micro_batches)]
 
     def put(self, index: int, own: Embeddings) -> None:

@@ -36,8 +36,7 @@ class GeneratorConfig:
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference, not in training: below 1, pictures are more typical and less varied. Callers may
-    override it."""
+    """Factor on all noise at inference, unless callers override it: below 1, pictures are more typical and less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
@@ -45,8 +44,8 @@ class GeneratorConfig:
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     detail: int = 8
-    """Channels at full resolution between the pixel shuffle and the last convolution, which smooths the shuffle's grid; 0
-    leaves that convolution out. Unused when full resolution is a computed scale."""
+    """Channels at full resolution (unless it is a computed scale) between the pixel shuffle and a last convolution, which
+    smooths the shuffle's grid; 0 leaves that convolution out."""
     colors: int = 0
     """Size of the palette that the condition gives and whose sharp mixture every pixel is, so that areas of one color in
     drawings come out flat. 0: each pixel gets its color directly, as photographs need."""
@@ -97,16 +96,13 @@ class DiscriminatorConfig:
     embedding: int = setting(256, at_least(1))
     """Width of the alignment space, in which images and S_D sentences are compared."""
     condition: Literal["projection", "joint"] = "projection"
-    """How the adversarial branch reads S_D: `projection` (Miyato & Koyama 2018), or `joint`: a perceptron on features and
-    sentence."""
+    """How the adversarial branch reads S_D: `projection` (Miyato & Koyama 2018), or `joint`, a perceptron on both."""
     regions: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that are aligned position by position; empty: only whole pictures are aligned."""
     patches: int = 0
-    """Side, in positions, of the map on which a patch head also scores realism and caption at each position; 0: only whole
-    pictures are scored."""
+    """Side, in positions, of the map on which a patch head scores each position, too; 0: only whole pictures are scored."""
     words: int = 0
-    """Side, in positions, of the map whose positions are aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences
-    are aligned."""
+    """Side of the map whose positions are aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""
 
