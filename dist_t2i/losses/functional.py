@@ -20,7 +20,8 @@ def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismat
     loss, fakes = F.relu(1 - real.float()).mean(), F.relu(1 + fake.float()).mean()
     if mismatched is None or mismatched_weight == 0:
         return loss + fakes
-    return loss + (1 - mismatched_weight) * fakes + mismatched_weight * F.relu(1 + mismatched.float()).mean()
+    wrong = F.relu(1 + mismatched.float()).mean()
+    return loss + (1 - mismatched_weight) * fakes + mismatched_weight * wrong
 
 
 def hinge_g(fake: Tensor) -> Tensor:

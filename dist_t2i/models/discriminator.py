@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.models.config import DiscriminatorConfig, scales
-from dist_t2i.models.layers import (
-    FIRST_SIZE,
-    SLOPE,
-    Convolution,
-    DiscriminatorBlock,
-    Downsample,
-    activate,
-    linear,
-    patch_size,
-)
+from dist_t2i.models.layers import FIRST_SIZE, Convolution, Downsample, ResidualBlock, activate, linear, patch_size
 from dist_t2i.models.text_encoder import TextEmbedding
 
 Embeddings = dict[str, Tensor]
@@ -54,7 +45,7 @@ class PatchHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> patches [B, H * W, C'], which `forward` compares with any number of captions."""
-        return activate(self.embedding(F.leaky_relu(x, SLOPE))).flatten(2).transpose(1, 2)
+        return activate(self.embedding(activate(x, inplace=False))).flatten(2).transpose(1, 2)
 
     def forward(self, patches: Tensor, sentence: Tensor) -> Tensor:
         """patches [B, P, C'], sentence [B, E] -> logits [B, P]."""
@@ -81,7 +72,7 @@ class Discriminator(nn.Module):
         self.stem = Convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
         repeats = range(config.blocks)
-        self.scales = nn.ModuleList(nn.ModuleList(DiscriminatorBlock(c) for _ in repeats) for c in channels)
+        self.scales = nn.ModuleList(nn.ModuleList(ResidualBlock(c) for _ in repeats) for c in channels)
         self.pool = linear(channels[-1] * FIRST_SIZE**2, width, gain=2**0.5)
         self.joint = config.condition == "joint"
         self.condition = linear(text_width, width)
@@ -117,7 +108,7 @@ class Discriminator(nn.Module):
             block_maps[x.shape[-1]] = x
 
         # The whole picture, [B, A], and the positions for the patch head, [B, P, C'].
-        pooled = activate(self.pool(F.leaky_relu(x, SLOPE).flatten(1)))
+        pooled = activate(self.pool(activate(x, inplace=False).flatten(1)))
         patches = None if self.patch_judge is None else self.patch_judge.embed(block_maps[self.patch_size])
         maps = tuple(region_maps[size] for size in self.region_sizes)
         return Features(pooled, maps, patches, block_maps.get(self.word_size))

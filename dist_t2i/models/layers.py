@@ -28,9 +28,9 @@ def patch_size(channels: tuple[int, ...], image_size: int) -> int:
     return image_size // finest
 
 
-def activate(x: Tensor) -> Tensor:
-    """Leaky ReLU, in place: `x` must not be used afterwards."""
-    return F.leaky_relu(x, SLOPE, inplace=True)
+def activate(x: Tensor, inplace: bool = True) -> Tensor:
+    """Leaky ReLU; in place, `x` must not be used afterwards."""
+    return F.leaky_relu(x, SLOPE, inplace)
 
 
 class Convolution(nn.Conv2d):
@@ -119,7 +119,7 @@ class WordAttention(nn.Module):
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class DiscriminatorBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block of two 3x3 convolutions."""
 
     def __init__(self, channels: int):
@@ -129,7 +129,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
-        y = self.conv1(F.leaky_relu(x, SLOPE))
+        y = self.conv1(activate(x, inplace=False))
         return x + self.conv2(activate(y))
 
 

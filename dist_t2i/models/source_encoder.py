@@ -6,8 +6,7 @@ al. 2023, sec. 3.1). The last map gives the share of the source to keep (GANimat
 each pixel and color channel, unbounded, so that a darker or lighter skin keeps its shading and outlines.
 
 Before that the source is *repainted*, which is our own: the caption's words give a palette, and a mask per paint says which
-pixels get it. Through the generator, whose features are normalized over the whole picture, a skin tone would change only
-half way to the target.
+pixels get it. Through the generator, with features normalized over the picture, a skin tone would change only half way.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """
@@ -22,17 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_t2i.models.layers import (
-    FIRST_SIZE,
-    SLOPE,
-    Convolution,
-    DiscriminatorBlock,
-    Downsample,
-    WordAttention,
-    activate,
-    linear,
-    patch_size,
-)
+from dist_t2i.models.config import scales
+from dist_t2i.models.layers import Convolution, Downsample, ResidualBlock, WordAttention, activate, linear, patch_size
 from dist_t2i.models.text_encoder import TextEmbedding
 
 
@@ -42,8 +32,7 @@ def _zero(layer: Convolution) -> Convolution:
 
 
 class SourceGuide:
-    """The encoded source pictures of a batch. A generator calls `add` at every scale before its blocks, and `blend` once at
-    the end."""
+    """The encoded sources of a batch. A generator calls `add` at every scale before its blocks, and `blend` at the end."""
 
     def __init__(self, repainted: Tensor, given: Tensor | None, maps: dict[int, Tensor], keep: nn.Module):
         self._repainted, self._maps, self._keep = repainted, maps, keep
@@ -113,23 +102,21 @@ class Repaint(nn.Module):
 
 
 def _pixel_norm(x: Tensor) -> Tensor:
-    """Normalizes each position's features to a mean square of 1 (Karras et al. 2018, "Progressive Growing of GANs", sec.
-    4.2)."""
+    """Normalizes each position's features to a mean square of 1 (Progressive GANs, Karras et al. 2018, sec. 4.2)."""
     return x * x.float().square().mean(dim=1, keepdim=True).add(1e-6).rsqrt().to(x.dtype)
 
 
 class SourceEncoder(nn.Module):
-    """Encodes source pictures and target captions into a `SourceGuide` for a generator whose scales have these `channels`
-    (4 pixels first)."""
+    """Encodes source pictures and captions into a `SourceGuide` for a generator with these `channels` (4 pixels first)."""
 
     def __init__(self, width: int, channels: Sequence[int], image_size: int, text_width: int):
         super().__init__()
         patch = patch_size(tuple(channels), image_size)
-        self.sizes = [FIRST_SIZE * 2**i for i in reversed(range(len(channels)))]
+        self.sizes = scales(tuple(channels))[::-1]
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = Convolution(3 * patch**2, width, gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(width, width) for _ in channels[1:])
-        self.blocks = nn.ModuleList(DiscriminatorBlock(width) for _ in channels)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in channels)
         self.into = nn.ModuleList(_zero(Convolution(width, c, size=1)) for c in reversed(channels))
         # The share of the source to keep, for each pixel and color channel; initially 0.
         keep = {"conv": _zero(Convolution(channels[-1], 3 * patch**2)), "shuffle": nn.PixelShuffle(patch)}
@@ -143,6 +130,6 @@ class SourceEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(self.downsamples[i - 1](x) if i else x)
             features.append(x)
-        scales = zip(self.sizes, self.into, features, strict=True)
-        maps = {size: into(F.leaky_relu(x, SLOPE)) for size, into, x in scales}
+        layers = zip(self.sizes, self.into, features, strict=True)
+        maps = {size: into(activate(x, inplace=False)) for size, into, x in layers}
         return SourceGuide(self.repaint(pictures, features[0], text), given, maps, self.keep)
