@@ -45,6 +45,7 @@ from dist_t2i.distributed.optimizer import AdamWAndMuon, Layout, Piece, build_op
 from dist_t2i.errors import CheckpointError, ConfigError, LaunchError
 from dist_t2i.utils.allocator import keep_freed_memory
 
+Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,24 +76,20 @@ def init_distributed(device: torch.device) -> None:
         ) from None
 
 
-def native_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+def native_precision(device: torch.device) -> Precision:
     """`bf16` if the device multiplies it in hardware, `fp32` otherwise (emulated bf16 is about 20 times slower)."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def resolve_precision(
-    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
-) -> Literal["fp32", "bf16", "fp16"]:
+def resolve_precision(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """The concrete precision for `auto`. Raises ConfigError for fp16 on a processor without it."""
     if precision == "auto":
         return native_precision(device)
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ConfigError(
-            "engine.precision: this processor has no fp16 arithmetic (AVX512-FP16 or AMX-FP16).\n"
-            "Use engine.precision=fp32, or bf16, or a GPU."
-        )
+        problem = "engine.precision: this processor has no fp16 arithmetic (AVX512-FP16 or AMX-FP16)."
+        raise ConfigError(f"{problem}\nUse engine.precision=fp32, or bf16, or a GPU.")
     return precision
 
 
@@ -182,8 +179,6 @@ class NetworkEngine:
         self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # with attributes of DeepSpeed's
         self._create_optimizer_state()
 
-    # ---- training ----------------------------------------------------------------------------------------------------
-
     @property
     def module(self) -> nn.Module:
         """The network, to be called."""
@@ -233,8 +228,6 @@ class NetworkEngine:
 
         with deepspeed.zero.GatheredParameters(list(self._parameters.values()), enabled=self.stage == 3):
             yield self._parameters
-
-    # ---- state as full fp32 tensors ----------------------------------------------------------------------------------
 
     @property
     def _zero(self) -> Any:

@@ -62,9 +62,7 @@ class StopFlag:
     """
 
     def __init__(self, *, announce: bool = False) -> None:
-        self._announce = announce
-        self._reason = StopReason.NONE
-        self._pid = os.getpid()
+        self._announce, self._reason, self._pid = announce, StopReason.NONE, os.getpid()
         self._first_interrupt: float | None = None
         self._previous: dict[int, object] = {}
         self._launcher = LauncherWatch()

@@ -14,7 +14,7 @@ from dist_t2i.data.images import PictureError, decode, square, to_uint8, to_unit
 from dist_t2i.data.shard_set import BadSample, Samples, ShardSet
 from dist_t2i.data.stream.edit_pairs import Neighbors, read_captions
 from dist_t2i.errors import DataError
-from dist_t2i.models.config import GeneratorConfig
+from dist_t2i.models.config import ModelConfig
 from dist_t2i.reporting.image_grid import GridRow
 from dist_t2i.training.ema import Average
 from dist_t2i.utils.seeds import Purpose, mix
@@ -35,25 +35,18 @@ class _Sample(NamedTuple):
 class SampleSheet:
     """Renders rows of generated pictures, one row for each caption.
 
-    The captions are `prompts`, or come from the set, whose held-out pictures are then shown next to them. Where pictures are
+    The captions are `texts`, or come from the set, whose held-out pictures are then shown next to them. Where pictures are
     edited, a row with a caption from the set starts with the source picture of its edits: one of the same split with a near
     caption, or the caption's own. Raises DataError when no sample of the set can be used.
     """
 
     def __init__(
-        self,
-        prompts: Sequence[str],
-        shards: ShardSet,
-        data: DataConfig,
-        generator: GeneratorConfig,
-        edit: EditConfig,
-        seed: int,
+        self, texts: Sequence[str], shards: ShardSet, data: DataConfig, model: ModelConfig, edit: EditConfig, seed: int
     ) -> None:
-        self._generator, self._seed = generator, seed
-        self._captions: list[str] = list(prompts)
-        self._real: list[np.ndarray | None] = [None] * len(prompts)
+        self._generator, self._seed, self._captions = model.generator, seed, list(texts)
+        self._real: list[np.ndarray | None] = [None] * len(texts)
         self._sources: list[np.ndarray] = []
-        if not prompts:
+        if not texts:
             self._take_captions(shards, data.image_size, edit)
         self._tokens, self._lengths = shards.tokenizer.encode(self._captions, data.max_tokens)
 

@@ -21,21 +21,17 @@ def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: i
     It rises linearly over `warmup_images`, stays at 1 up to the share `decay_start` of `total_images`, and then falls to
     `final_lr_scale` at `total_images`.
     """
-    return warmup(images, optimizer.warmup_images) * _decay(images, optimizer, total_images)
+    rise, start = warmup(images, optimizer.warmup_images), optimizer.decay_start * total_images
+    if optimizer.decay == "constant" or images <= start:
+        return rise
+    progress = min(1.0, (images - start) / (total_images - start)) if total_images > start else 1.0
+    remaining = 1.0 - progress if optimizer.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return rise * (optimizer.final_lr_scale + (1.0 - optimizer.final_lr_scale) * remaining)
 
 
 def warmup(images: int, warmup_images: int) -> float:
     """Linear rise from just above 0 to 1; counts the next image too, so that the first step is not at rate 0."""
     return min(1.0, (images + 1) / warmup_images) if warmup_images else 1.0
-
-
-def _decay(images: int, optimizer: OptimizerConfig, total_images: int) -> float:
-    start = optimizer.decay_start * total_images
-    if optimizer.decay == "constant" or images <= start:
-        return 1.0
-    progress = min(1.0, (images - start) / (total_images - start)) if total_images > start else 1.0
-    remaining = 1.0 - progress if optimizer.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optimizer.final_lr_scale + (1.0 - optimizer.final_lr_scale) * remaining
 
 
 def penalty_scale(step: int, loss: LossConfig) -> float:

@@ -108,8 +108,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     images = checkpointer.restore()
     sample_sheet = None
     if main:
-        prompts, generator = config.report.sample_prompts, config.model.generator
-        sample_sheet = SampleSheet(prompts, data, config.data, generator, config.edit, train.seed)
+        prompts = config.report.sample_prompts
+        sample_sheet = SampleSheet(prompts, data, config.data, config.model, config.edit, train.seed)
 
     # The stream starts at the restored position; the records of samples beyond it will be written again.
     bad_file = folder / "bad_samples.jsonl"

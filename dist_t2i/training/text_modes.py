@@ -1,7 +1,7 @@
 """Where a network's text embedding comes from in each text.mode, and how a shared encoder learns from both losses.
 
-A parameter belongs to one engine only. In text.mode=shared the graph is therefore cut at the embedding: each network reads
-a leaf, its engine's `backward` leaves the gradient there, and `propagate` continues it through the encoder's engine.
+A parameter belongs to one engine only, so in text.mode=shared the graph is cut at the embedding: each network reads a leaf,
+its engine's `backward` leaves the gradient there, and `propagate` continues it through the encoder's engine.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from dist_t2i.models.text_encoder import TextEmbedding
 class PerNetworkText:
     """text.mode=dual: each network encodes with its own encoder, inside its own engine."""
 
-    embedding: TextEmbedding | None = None
-    """For the network to read; None where it encodes for itself."""
+    embedding: TextEmbedding | None = None  # for the network to read; None where it encodes for itself
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
         """Nothing to do: the network's own backward has reached its encoder."""
@@ -48,10 +47,7 @@ class SharedText(PerNetworkText):
         encoder's engine averages over twice as many micro-steps, one for each network; `factor` corrects for both.
         """
         factor = self._engine.accumulation / network.loss_scale
-        terms = [
-            (part * leaf.grad * factor).sum()
-            for part, leaf in zip(self._encoded, self.embedding, strict=True)
-            if leaf.grad is not None
-        ]
+        pairs = zip(self._encoded, self.embedding, strict=True)
+        terms = [(part * leaf.grad * factor).sum() for part, leaf in pairs if leaf.grad is not None]
         self._engine.backward(sum(terms[1:], start=terms[0]))
         self._engine.step(rate_scale)

@@ -95,8 +95,6 @@ class Trainer:
         self.meter.add(self.batch, {**metrics, "lr": scale * self.optimizer.generator_lr})
         self.reporter.tick(self.images)
 
-    # ---- between steps -----------------------------------------------------------------------------------------------
-
     def _agree(self, stop: StopFlag) -> StopReason:
         """Why all ranks stop now, if they do. Collective. Raises Superseded when another process has taken over."""
         lease = self.checkpointer.lease
@@ -147,17 +145,12 @@ class Trainer:
                 rows = self.sample_sheet.rows(self.average)
                 self.reporter.samples(self.images, rows, name=folder_name(self.images))
 
-    # ---- beginning and end -------------------------------------------------------------------------------------------
-
     def _begin(self) -> None:
         latest = self.checkpointer.latest
         self.reporter.start(self.images, latest.folder if latest else None)
         world, device = dist.get_world_size(), self.gan.generator.device
-        counts = ", ".join(
-            f"{name} {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
-            for engine in self.gan.engines
-            for name, module in engine.module.named_children()
-        )
+        parts = [part for engine in self.gan.engines for part in engine.module.named_children()]
+        counts = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}M" for name, part in parts)
         start = f"from the checkpoint at {self.images:,} images" if self.images else "from the start"
         self.reporter.say(
             f"{self.folder}: training {start} to {self.total:,} images; {world} rank{'s' if world > 1 else ''} on "

@@ -72,8 +72,6 @@ class Validation:
     _previous_best: Best | None = None
     _evaluated_at: int = 0
 
-    # ---- rank 0 ------------------------------------------------------------------------------------------------------
-
     def prepare(self, data: DataConfig, model_files: Callable[[Weights, Weights, int], ModelFiles]) -> None:
         """Read the held-out pictures and load the networks of the metrics. Raises UserError.
 
@@ -101,8 +99,6 @@ class Validation:
             self.warn(f"{folder}: {error.strerror}; the scores are only in metrics.jsonl")
         parts = scores.splits.items()
         return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
-
-    # ---- every rank --------------------------------------------------------------------------------------------------
 
     def due(self, images: int) -> bool:
         """Whether to evaluate at `images` seen; not again in a run that is resumed right after its evaluation."""
