@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,6 @@ def open_picture(data: bytes) -> Image.Image:
 
 def upright(picture: Image.Image) -> Image.Image:
     """The image, rotated and mirrored according to its EXIF orientation."""
-    from PIL import ImageOps
-
     return ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
 
 

@@ -15,8 +15,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_t2i.data.manifest import FORMAT, VERSION, caption_statistics, manifest_bytes, problem_lines, tokenizer_entry
@@ -40,12 +39,6 @@ _CAPTIONS = 2_000_000
 _MAX_PROBLEMS = 1_000
 
 
-def index_folder(urls: Sequence[str]) -> Path:
-    """The default folder for the index of a list of tars: in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dist_t2i" / "sets" / hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
-
-
 def indexed_set(
     urls: Sequence[str],
     options: StorageOptions,
@@ -58,17 +51,24 @@ def indexed_set(
     """The set of these tars, in this order. Reads tars that are not indexed yet from end to end, and shows progress.
 
     Args:
-        home: the folder for indexes and manifest; by default `index_folder`.
+        home: the folder for indexes and manifest; by default in the user's cache folder.
         processes: 0 for one per usable core.
         checksums: reads images to record their checksums; otherwise skips their bytes.
 
     Raises: DataError if no tar has a usable sample, members could run code, or `home` cannot be written.
     """
     urls = [absolute(url) for url in urls]
-    home = home or index_folder(urls)
+    if home is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = base / "dist_t2i" / "sets" / hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
     try:
         (home / "index").mkdir(parents=True, exist_ok=True)
-        with _locked(home):
+        with open(home / "lock", "a+b") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # another process indexes; afterwards this one finds the tars indexed
+                print(f"waiting for another process that indexes into {home}", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [number for number, url in enumerate(urls) if not _is_indexed(home, number, url)]
             if missing or not (home / "manifest.json").exists():
                 _index_all(home, urls, missing, options, processes, checksums)
@@ -76,18 +76,6 @@ def indexed_set(
     except OSError as error:
         raise DataError(f"cannot write the index of {urls[0]} to {home}: {reason_of(error)}") from error
     return open_set(home, options)
-
-
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """Lets one process index; other processes wait, and then find the tars indexed."""
-    with open(home / "lock", "a+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that indexes into {home}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _files(home: Path, number: int) -> tuple[Path, Path]:
@@ -191,12 +179,8 @@ def _write_manifest(home: Path, urls: Sequence[str], vocabulary: int) -> None:
     tokenizer = train_tokenizer(Counter(text for own in captions for text in own), vocabulary)
     write_atomic(home / "tokenizer.json", tokenizer.text)
     write_atomic(home / "bad_samples.jsonl", problem_lines(problems))
-    train = {
-        "samples": sum(shard["samples"] for shard in shards),
-        "bytes": sum(shard["bytes"] for shard in shards),
-        "captions": caption_statistics(captions, tokenizer),
-        "shards": shards,
-    }
+    train = {name: sum(shard[name] for shard in shards) for name in ("samples", "bytes")}
+    train |= {"captions": caption_statistics(captions, tokenizer), "shards": shards}
     manifest = {
         "format": FORMAT,
         "version": VERSION,

@@ -21,16 +21,12 @@ from dist_t2i.storage.urls import absolute, checked, expand, is_local, local_pat
 def storage_options(data: DataConfig) -> StorageOptions:
     """How remote data is read, from the keys of `data`."""
     shared = {name: getattr(data, name) for name in "endpoint region anonymous retry_seconds stall_seconds".split()}
-    return StorageOptions(**shared, cache=_cache_folder(data.cache), cache_bytes=int(data.cache_gb * 1e9))
-
-
-def _cache_folder(name: str) -> str:
-    if name in ("", "none"):
-        return ""
-    if name != "auto":
-        return str(local_path(name).absolute())
-    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    return str(Path(base) / f"dist_t2i-cache-{os.getuid()}")
+    if data.cache == "auto":
+        base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+        cache = str(Path(base) / f"dist_t2i-cache-{os.getuid()}")
+    else:
+        cache = "" if data.cache in ("", "none") else str(local_path(data.cache).absolute())
+    return StorageOptions(**shared, cache=cache, cache_bytes=int(data.cache_gb * 1e9))
 
 
 def open_data(data: DataConfig) -> ShardSet:

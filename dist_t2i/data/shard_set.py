@@ -10,17 +10,21 @@ SET/manifest.json               splits, their shards (samples, bytes, sha256), c
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
+from PIL import Image
 
+from dist_t2i.data.images import open_picture
 from dist_t2i.data.manifest import parse_manifest
 from dist_t2i.data.shard_index import Member, ShardIndex
 from dist_t2i.data.tokenizer import Tokenizer
@@ -28,9 +32,6 @@ from dist_t2i.errors import DataError
 from dist_t2i.storage.clients import FROM_ENVIRONMENT, Gone, StorageOptions
 from dist_t2i.storage.shard_file import UNKNOWN, CachedFile, Identity, ShardFile, open_shard, read_file, reason_of
 from dist_t2i.storage.urls import base_name, checked, is_local, join, parent, with_suffix
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _OPEN_SHARDS = 64
@@ -80,10 +81,8 @@ class Shards:
 
     def parts(self) -> list[list[int]]:
         """The sizes of the shards of each entry of `data.train`, in their order."""
-        sizes: dict[int, list[int]] = {}
-        for shard in self._shards:
-            sizes.setdefault(shard.part, []).append(shard.samples)
-        return list(sizes.values())
+        by_part = itertools.groupby(self._shards, key=attrgetter("part"))
+        return [[shard.samples for shard in shards] for _, shards in by_part]
 
     @cached_property
     def remote(self) -> bool:
@@ -111,18 +110,16 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all).
-
-        Raises BadSample, DataError.
-        """
-        name = base_name(self.url(shard))
+        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all). Raises
+        BadSample, DataError."""
+        key, name = str(row), base_name(self.url(shard))
         if shard in self._broken:
-            raise BadSample(name, str(row), self._broken[shard])
+            raise BadSample(name, key, self._broken[shard])
         try:
             file, index = self.open(shard)
         except OSError as error:
             self._broken[shard] = f"shard is unreadable: {reason_of(error)}"
-            raise BadSample(name, str(row), self._broken[shard]) from error
+            raise BadSample(name, key, self._broken[shard]) from error
         key = index.keys[row]
         members = [member for member in index.members(row) if not only or member.extension in only]
         try:
@@ -176,10 +173,8 @@ class Sample:
         self.extension, self.image_bytes = picture_of(raw)
 
     @property
-    def image(self) -> Image:
+    def image(self) -> Image.Image:
         """The decoded image: RGB, upright, on white, in its full size. Raises PictureError."""
-        from dist_t2i.data.images import open_picture
-
         return open_picture(self.image_bytes)
 
 

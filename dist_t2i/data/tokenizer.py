@@ -15,6 +15,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,38 +38,35 @@ def words(text: str) -> list[str]:
 
     Punctuation, including hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word.
     """
-    result: list[str] = []
-    run = ""
-    for char in unicodedata.normalize("NFC", text).lower().replace("’", "'") + " ":
+    spaced = ""
+    for char in unicodedata.normalize("NFC", text).lower().replace("’", "'"):
         kind = unicodedata.category(char)[0]
-        if kind in "LMN" or (char == "'" and run):
-            run += char
-            continue
-        if run:
-            result.append(run.rstrip("'"))
-            run = ""
-        if kind == "S" and ord(char) > 127:
-            result.append(char)
-    return result
+        if kind in "LMN" or char == "'":
+            spaced += char
+        else:
+            spaced += f" {char} " if kind == "S" and ord(char) > 127 else " "
+    return [word for part in spaced.split() if (word := part.strip("'"))]
 
 
+@dataclass(unsafe_hash=True, repr=False)
 class Tokenizer:
     """Ids: 0 pad, 1 unknown, 2 end, then the learned tokens. Tokenizers are equal if their files are equal."""
 
-    def __init__(self, text: str) -> None:
-        """`text`: the content of a tokenizer.json. Raises DataError if it is not one."""
+    text: str
+    """The content of a tokenizer.json; DataError if it is not one."""
+
+    def __post_init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
         try:
-            content = json.loads(text)
+            content = json.loads(self.text)
             self._library = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizers"]))
             self.known_words = frozenset(content["known_words"])
         except Exception as error:  # the library raises plain Exception
             raise DataError(str(error)) from error
         if tuple(self._library.id_to_token(i) for i in range(len(SPECIAL))) != SPECIAL:
             raise DataError(f"not one of our tokenizers: its first tokens should be {' '.join(SPECIAL)}")
-        self.text = text
         self._cached: dict[str, tuple[int, ...]] = {}
 
     @classmethod
@@ -91,12 +89,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.text,)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokenizer) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
     def ids(self, text: str) -> tuple[int, ...]:
         """All ids of a text, with `end`, not truncated."""
         ids = self._cached.get(text)
@@ -107,10 +99,7 @@ class Tokenizer:
         return ids
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [B, max_tokens], padded with 0, and lengths int64 [B], 1 to `max_tokens`.
-
-        Long texts are truncated before their `end`.
-        """
+        """Tokens int64 [B, max_tokens], padded with 0; lengths int64 [B], at least 1. Truncates texts before their `end`."""
         import numpy
         import torch
 
@@ -118,9 +107,8 @@ class Tokenizer:
         lengths = numpy.zeros(len(texts), dtype=numpy.int64)
         for row, text in enumerate(texts):
             ids = self.ids(text)
-            ids = ids if len(ids) <= max_tokens else (*ids[: max_tokens - 1], END)
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
+            lengths[row] = length = min(len(ids), max_tokens)
+            tokens[row, :length] = (*ids[: length - 1], END)
         return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
     def unknown_words(self, text: str) -> list[str]:
@@ -159,7 +147,6 @@ def _alphabet(counts: Counter[str], limit: int) -> list[str]:
     """The most frequent characters, ties in the order of code points (the library breaks ties at random)."""
     frequencies: Counter[str] = Counter()
     for text, count in counts.items():
-        for char in unicodedata.normalize("NFC", text).lower():
-            if not char.isspace():
-                frequencies[char] += count
+        for char in "".join(unicodedata.normalize("NFC", text).lower().split()):
+            frequencies[char] += count
     return sorted(sorted(frequencies), key=lambda char: -frequencies[char])[:limit]

@@ -68,13 +68,9 @@ class Mixture:
         taken = cycle * int(self._slots[number]) + int((part[:slot] == number).sum())
         first = int(self._first[number])
         for begin, runs in self.parts[number].windows(taken):
-            yield self._position(number, begin), [run._replace(shard=run.shard + first) for run in runs]
-
-    def _position(self, number: int, count: int) -> int:
-        """The position of the `count`-th sample of a part."""
-        cycle, row = divmod(count, int(self._slots[number]))
-        part, _ = self._cycle(cycle)
-        return cycle * CYCLE + int(numpy.flatnonzero(part == number)[row])
+            cycle, row = divmod(begin, int(self._slots[number]))
+            slot = int(numpy.flatnonzero(self._cycle(cycle)[0] == number)[row])
+            yield cycle * CYCLE + slot, [run._replace(shard=run.shard + first) for run in runs]
 
     def _cycle(self, cycle: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """For each slot of a cycle, int64 [CYCLE]: its part, and the number of earlier slots of the same part."""

@@ -55,17 +55,21 @@ class SampleReader:
     choice: SourceChoice | None = None
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        if not self.shards.remote:
+        waiting: deque[tuple[Location, Callable[[], dict[str, Any]]]] = deque()
+        ahead = _READ_AHEAD if self.shards.remote else 0
+        with concurrent.futures.ThreadPoolExecutor(
+            _READERS, "read"
+        ) as pool:  # has no threads before the first `submit`
             for location in self._locations():
-                yield self._result(location, functools.partial(self._read, *location))
-            return
-        with concurrent.futures.ThreadPoolExecutor(_READERS, "read") as pool:
-            waiting: deque[tuple[Location, concurrent.futures.Future]] = deque()
-            for location in self._locations():
-                waiting.append((location, pool.submit(self._read, *location)))
-                if len(waiting) > _READ_AHEAD:
-                    location, future = waiting.popleft()
-                    yield self._result(location, future.result)
+                read = functools.partial(self._read, *location)
+                waiting.append((location, pool.submit(read).result if self.shards.remote else read))
+                if len(waiting) > ahead:
+                    (position, shard, row), result = waiting.popleft()
+                    try:
+                        sample = result()
+                    except BadSample as error:
+                        sample = self.replacement({"__position__": position, "__row__": (shard, row)}, error)
+                    yield sample
 
     def _locations(self) -> Iterator[Location]:
         """The location of each sample of the plan, endlessly."""
@@ -77,14 +81,6 @@ class SampleReader:
             positions = numpy.concatenate([self.plan.positions(i) for i in range(first, first + span, self.step)])
             prefetcher.advance(int(positions[0]))
             yield from zip(*(numbers.tolist() for numbers in (positions, *self.order.at(positions))), strict=True)
-
-    def _result(self, location: Location, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `read`, or the replacement if the sample cannot be read."""
-        try:
-            return read()
-        except BadSample as error:
-            position, shard, row = location
-            return self.replacement({"__position__": position, "__row__": (shard, row)}, error)
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
         """The next readable sample after `bad` in its shard, then in the following shards; `__bad__` is the first error.

@@ -2,19 +2,16 @@
 
     read (order, shards) -> your stages -> decode -> choose a caption -> batch
 
-The reader yields webdataset samples (`__key__`, `__url__`, extension -> bytes) with `__position__`, their position in the
-global stream. All randomness is a function of (seed, position), so the n-th batch of a run does not depend on the number of
-ranks, workers and restarts. To stop, close the stream; to resume, open one at another position.
-
-A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following shards),
-recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
-
-If `edit` is configured, each sample has a source (edit_pairs.py), which your stages do not process.
+The reader yields webdataset samples with `__position__`, their position in the global stream, and if `edit` is configured a
+source (edit_pairs.py), which your stages do not process. All randomness is a function of (seed, position), so the n-th batch
+of a run does not depend on the number of ranks, workers and restarts. To stop, close the stream; to resume, open one at
+another position. A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following
+shards), recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import json
 import os
@@ -30,73 +27,71 @@ from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import Shards, ShardSet
 from dist_t2i.data.stream.batch import SMALL_BYTES, Batch, caption_id
 from dist_t2i.data.stream.buffers import Buffers
-from dist_t2i.data.stream.caption_stage import ChooseCaption
 from dist_t2i.data.stream.decode_stage import Decode
 from dist_t2i.data.stream.edit_pairs import SourceChoice, source_choice
 from dist_t2i.data.stream.mixture import Mixture
 from dist_t2i.data.stream.order import Order, Plan
 from dist_t2i.data.stream.reader import SampleReader, Stage
-from dist_t2i.data.stream.workers import Failure, WorkerPool
+from dist_t2i.data.stream.workers import WorkerPool
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.errors import DataError
+from dist_t2i.utils.seeds import StreamPurpose, random_bits
+
+BadRecord = dict[str, Any]
+"""A replaced sample, a line of bad_samples.jsonl: position, shard, key, reason, replaced_by (a key)."""
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """A replaced sample: a line of bad_samples.jsonl."""
-
-    position: int
-    shard: str
-    key: str
-    reason: str
-    replaced_by: str
-
-
-class Collate:
-    """Last stage: micro-batches and the records of their replaced samples.
-
-    Raises DataError if the positions are not those of the plan.
-    """
-
-    def __init__(self, reader: SampleReader, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self._reader, self._tokenizer, self._max_tokens = reader, tokenizer, max_tokens
-
-    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Batch, list[BadRecord]]]:
-        sequences = itertools.count(self._reader.first, self._reader.step)
-        expected = itertools.chain.from_iterable(map(self._reader.plan.positions, sequences))
-        collected: list[dict[str, Any]] = []
-        for sample, position in zip(samples, expected, strict=False):
-            if sample["__position__"] != position:
-                raise DataError(
-                    f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for "
-                    "each they get, in order"
-                )
-            collected.append(sample)
-            if len(collected) == self._reader.plan.rows:
-                yield self._batch(collected), [_record(sample) for sample in collected if "__bad__" in sample]
-                collected = []
-
-    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
-        captions = [sample["caption"] for sample in samples]
-        tokens, lengths = self._tokenizer.encode(captions, self._max_tokens)
-        edited = "sources" in samples[0]
-        return Batch(
-            images=samples[0]["images"],
-            tokens=tokens,
-            lengths=lengths,
-            image_ids=torch.tensor([sample["__id__"] for sample in samples]),
-            caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
-            positions=torch.tensor([sample["__position__"] for sample in samples]),
-            captions=captions,
-            keys=[sample["__key__"] for sample in samples],
-            sources=samples[0]["sources"] if edited else None,
-            source_ids=torch.tensor([sample["source_id"] for sample in samples]) if edited else None,
-        )
+def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) -> Iterator[dict[str, Any]]:
+    """Stage: adds one of the `captions` as `caption`; with `flip` mirrors `image` and `source` on every other visit."""
+    for sample in samples:
+        position, captions = sample["__position__"], sample["captions"]
+        if flip and random_bits(seed, position, StreamPurpose.FLIP) & 1:
+            for image in (sample[name] for name in ("image", "source") if name in sample):
+                image.copy_(image.flip(-1))
+        which = random_bits(seed, position, StreamPurpose.CAPTION) % len(captions)
+        yield sample | {"caption": captions[which]}
 
 
-def _record(sample: dict[str, Any]) -> BadRecord:
-    bad = sample["__bad__"]
-    return BadRecord(sample["__position__"], bad.shard, bad.key, bad.reason, replaced_by=sample["__key__"])
+def collate(
+    samples: Iterable[dict[str, Any]], reader: SampleReader, tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[Batch, list[BadRecord]]]:
+    """Last stage: micro-batches, records of their replaced samples. Raises DataError if a position is not as planned."""
+    sequences = itertools.count(reader.first, reader.step)
+    expected = itertools.chain.from_iterable(map(reader.plan.positions, sequences))
+    collected: list[dict[str, Any]] = []
+    for sample, position in zip(samples, expected, strict=False):
+        if sample["__position__"] != position:
+            raise DataError(
+                f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for each "
+                "they get, in order"
+            )
+        collected.append(sample)
+        if len(collected) == reader.plan.rows:
+            bad = [
+                {"position": sample["__position__"], **vars(sample["__bad__"]), "replaced_by": sample["__key__"]}
+                for sample in collected
+                if "__bad__" in sample
+            ]
+            yield _batch(collected, tokenizer, max_tokens), bad
+            collected = []
+
+
+def _batch(samples: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int) -> Batch:
+    captions = [sample["caption"] for sample in samples]
+    tokens, lengths = tokenizer.encode(captions, max_tokens)
+    edited = "sources" in samples[0]
+    return Batch(
+        images=samples[0]["images"],
+        tokens=tokens,
+        lengths=lengths,
+        image_ids=torch.tensor([sample["__id__"] for sample in samples]),
+        caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
+        positions=torch.tensor([sample["__position__"] for sample in samples]),
+        captions=captions,
+        keys=[sample["__key__"] for sample in samples],
+        sources=samples[0]["sources"] if edited else None,
+        source_ids=torch.tensor([sample["source_id"] for sample in samples]) if edited else None,
+    )
 
 
 def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
@@ -111,7 +106,7 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 class Pipeline(torch.utils.data.IterableDataset):
     """The stages of one worker, which computes every `step`-th micro-batch from `first` on.
 
-    Iterates over pairs of a Batch and the records of its replaced samples. A DataError becomes a Failure, the last item.
+    Iterates over pairs of a Batch and the records of its replaced samples. A DataError is the last item.
     """
 
     shards: Shards
@@ -144,27 +139,19 @@ class Pipeline(torch.utils.data.IterableDataset):
             strict = self.data.on_bad == "strict"
             reader = SampleReader(self.shards, order, self.plan, self.first, self.step, strict, self.choice)
             decode = Decode(reader, self.stages, self.data, self.seed, self.buffers)
-            choose = ChooseCaption(self.seed, self.data.flip)
-            collate = Collate(reader, self.tokenizer, self.data.max_tokens)
-            stream = iter(webdataset.DataPipeline(reader, *self.stages, decode, choose, collate))
+            choose = functools.partial(choose_captions, seed=self.seed, flip=self.data.flip)
+            last = functools.partial(collate, reader=reader, tokenizer=self.tokenizer, max_tokens=self.data.max_tokens)
+            stream = iter(webdataset.DataPipeline(reader, *self.stages, decode, choose, last))
             while True:
-                with secured():
+                # As with WDS_SECURE=1, no stage of a user makes webdataset open pickles or run commands.
+                before, webdataset.utils.enforce_security = webdataset.utils.enforce_security, True
+                try:
                     item = next(stream)
+                finally:
+                    webdataset.utils.enforce_security = before
                 yield item
         except DataError as error:
-            yield Failure(str(error))
-
-
-@contextlib.contextmanager
-def secured() -> Iterator[None]:
-    """Sets WDS_SECURE=1 inside: no stage of a user makes webdataset open pickles or run commands."""
-    from webdataset import utils
-
-    before, utils.enforce_security = utils.enforce_security, True
-    try:
-        yield
-    finally:
-        utils.enforce_security = before
+            yield DataError(str(error))  # without the traceback
 
 
 class Stream:
@@ -192,9 +179,9 @@ class Stream:
         self._pool.close()
 
     def _record(self, bad: list[BadRecord]) -> None:
-        self.bad_counts.update(record.reason for record in bad)
+        self.bad_counts.update(record["reason"] for record in bad)
         if self._bad_file:
-            lines = "".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in bad)
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
             with open(self._bad_file, "a", encoding="utf-8") as file:
                 file.write(lines)
         count = sum(self.bad_counts.values())
@@ -202,7 +189,7 @@ class Stream:
             last = bad[-1]
             raise DataError(
                 f"{count} of the {self._seen} samples seen could not be used, more than data.max_bad_fraction "
-                f"({self._limit:g}) allows; the last one: {last.key} of {last.shard}: {last.reason}. "
+                f"({self._limit:g}) allows; the last one: {last['key']} of {last['shard']}: {last['reason']}. "
                 f"Mend or rewrite the set{f' (all are listed in {self._bad_file})' if self._bad_file else ''}"
             )
 

@@ -19,7 +19,6 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +31,6 @@ _MAX_RESTARTS = 3
 _PREFETCH = 4
 """Finished batches that may wait in each worker."""
 _FORKS = sys.platform == "linux"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Sent by a worker in place of a batch: the message of the error that ended it, without the traceback."""
-
-    message: str
 
 
 DatasetOfWorker = Callable[[int, int, int], torch.utils.data.IterableDataset]
@@ -109,7 +101,7 @@ class WorkerPool:
         self._finalizer: weakref.finalize | None = None
 
     def next(self) -> Any:
-        """The next item. Raises DataError for a Failure, and if workers keep dying."""
+        """The next item. Raises an item that is a DataError, and DataError if workers keep dying."""
         while True:
             iterator = self._iterator or self._start()
             try:
@@ -120,9 +112,9 @@ class WorkerPool:
                     raise
                 self._restart(error)
                 continue
-            if isinstance(item, Failure):
+            if isinstance(item, DataError):
                 self.close()
-                raise DataError(item.message)
+                raise item
             self._taken += 1
             return item
 
