@@ -145,10 +145,8 @@ class Scratch:
 
 
 def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> numpy.ndarray:
-    """An image of any size as uint8 [H, W, 3], C-contiguous. With `scratch` it is valid until the next call.
-
-    A JPEG may be shrunk while decoding, but no side below `at_least`; 0 keeps the full size. Raises PictureError.
-    """
+    """An image as uint8 [H, W, 3], C-contiguous; with `scratch` valid until the next call. A JPEG may be shrunk while
+    decoding, but no side below `at_least`; 0 keeps the full size. Raises PictureError."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -167,22 +165,17 @@ def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> nu
 
 
 def square(
-    pixels: numpy.ndarray,
-    size: int,
-    *,
-    share: float = 1.0,
-    across: float = 0.5,
-    down: float = 0.5,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A square of `share` times the short side, resized with antialiasing: uint8 [3, size, size].
+    pixels: numpy.ndarray, size: int, crop: tuple[float, float, float] = (1.0, 0.5, 0.5), out: Tensor | None = None
+) -> Tensor:
+    """A square of the image, resized with antialiasing: uint8 [3, size, size].
 
-    `across` and `down` (0 to 1) place the square between the edges, by default centered. With `out`, uint8
-    [3, size, size] with channels last in memory, the result is written there.
+    `crop`: the side as a share of the short side, the square's place between the edges across and down (0 to 1). With
+    `out`, uint8 [3, size, size] with channels last in memory, the result is written there.
     """
     import torch
 
     height, width = pixels.shape[:2]
+    share, across, down = crop
     side = max(1, min(height, width, round(min(height, width) * share)))
     top, left = round((height - side) * down), round((width - side) * across)
     image = torch.from_numpy(pixels[top : top + side, left : left + side]).permute(2, 0, 1)

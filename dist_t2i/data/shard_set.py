@@ -110,8 +110,8 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all). Raises
-        BadSample, DataError."""
+        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all).
+        Raises BadSample, DataError."""
         key, name = str(row), base_name(self.url(shard))
         if shard in self._broken:
             raise BadSample(name, key, self._broken[shard])
@@ -124,21 +124,15 @@ class Shards:
         members = [member for member in index.members(row) if not only or member.extension in only]
         try:
             try:
-                contents = _contents(file, members)
-            except _WrongBytes:
+                contents = _contents(file, members, name, key)
+            except BadSample:
                 if not isinstance(file, CachedFile):
                     raise
                 file.forget(*_span(members))  # perhaps only the cached copy is wrong
-                contents = _contents(file.remote, members)
-        except _WrongBytes as error:
-            raise BadSample(name, key, str(error)) from error
+                contents = _contents(file.remote, members, name, key)
         except OSError as error:
             raise BadSample(name, key, f"unreadable: {reason_of(error)}") from error
         return {"__key__": key, "__url__": self.url(shard), **contents}
-
-
-class _WrongBytes(Exception):
-    """A shard that is too short or has a wrong checksum."""
 
 
 def _span(members: Sequence[Member]) -> tuple[int, int]:
@@ -147,19 +141,19 @@ def _span(members: Sequence[Member]) -> tuple[int, int]:
     return first, max(member.offset + member.size for member in members) - first
 
 
-def _contents(file: ShardFile, members: Sequence[Member]) -> dict[str, bytes]:
-    """Extension -> bytes of a sample, with one read. Raises _WrongBytes, OSError."""
+def _contents(file: ShardFile, members: Sequence[Member], shard: str, key: str) -> dict[str, bytes]:
+    """Extension -> bytes of a sample, with one read. Raises BadSample if they are missing or wrong, OSError."""
     if not members:
         return {}
     first, size = _span(members)
     data = memoryview(file.read(first, size))
     if len(data) < size:
-        raise _WrongBytes("shard is cut short")
+        raise BadSample(shard, key, "shard is cut short")
     contents: dict[str, bytes] = {}
     for member in members:
         part = data[member.offset - first : member.offset - first + member.size]
         if member.crc32 >= 0 and zlib.crc32(part) != member.crc32:
-            raise _WrongBytes(f"checksum of .{member.extension} differs")
+            raise BadSample(shard, key, f"checksum of .{member.extension} differs")
         contents[member.extension] = bytes(part)
     return contents
 

@@ -71,10 +71,8 @@ class TarContents:
 
 
 def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) -> TarContents:
-    """The samples of a tar. Without `checksums` it does not read the bytes of images.
-
-    Raises OSError if the file cannot be read, and ValueError if it is not a tar.
-    """
+    """The samples of a tar. Without `checksums` it does not read the bytes of images. Raises OSError if the file cannot
+    be read, and ValueError if it is not a tar."""
     contents = TarContents()
     reader = _Reader(file)
     try:

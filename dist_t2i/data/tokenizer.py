@@ -34,10 +34,8 @@ _CACHED_TEXTS = 200_000
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, lower-cased: runs of letters, digits and inner apostrophes.
-
-    Punctuation, including hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word.
-    """
+    """The words of a text in order, lower-cased: runs of letters, digits and inner apostrophes. Punctuation, including
+    hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word."""
     spaced = ""
     for char in unicodedata.normalize("NFC", text).lower().replace("’", "'"):
         kind = unicodedata.category(char)[0]
@@ -99,7 +97,7 @@ class Tokenizer:
         return ids
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [B, max_tokens], padded with 0; lengths int64 [B], at least 1. Truncates texts before their `end`."""
+        """Tokens int64 [B, max_tokens], padded with 0; lengths int64 [B], at least 1. Cuts texts before their `end`."""
         import numpy
         import torch
 

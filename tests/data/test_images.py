@@ -153,12 +153,12 @@ def test_square_takes_the_middle_and_keeps_what_fits():
     pixels = numpy.asarray(quarters((48, 32))).copy()
     same = square(pixels, 32)
     assert torch.equal(same, torch.from_numpy(pixels[:, 8:40]).permute(2, 0, 1))
-    left, right = square(pixels, 32, across=0.0), square(pixels, 32, across=1.0)
+    left, right = square(pixels, 32, (1.0, 0.0, 0.5)), square(pixels, 32, (1.0, 1.0, 0.5))
     assert torch.equal(left, torch.from_numpy(pixels[:, :32]).permute(2, 0, 1)) and not torch.equal(left, right)
     small = square(pixels, 8)
     assert small.shape == (3, 8, 8) and small.dtype == torch.uint8 and small.stride() == (1, 24, 3)
     assert near(small[:, 1, 1].tolist(), RED)
-    assert square(pixels, 64, share=0.5).shape == (3, 64, 64)
+    assert square(pixels, 64, (0.5, 0.5, 0.5)).shape == (3, 64, 64)
 
 
 def test_resizing_is_antialiased():

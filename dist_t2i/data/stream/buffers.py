@@ -33,10 +33,8 @@ class BufferRef(NamedTuple):
 
 
 class Buffers:
-    """`count` buffers of `size` bytes. Must be created before the fork.
-
-    A byte per buffer marks it as in use: only the worker sets it, only the parent clears it.
-    """
+    """`count` buffers of `size` bytes. Must be created before the fork. A byte per buffer marks it as in use: only the
+    worker sets it, only the parent clears it."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count, self._size = count, size
@@ -59,8 +57,7 @@ class Buffers:
     def filled(self, number: int) -> torch.Tensor:
         """In the parent: a buffer that the worker has filled, uint8 [size]."""
         array = self._array(number)
-        # The tensor's storage refers to the array.
-        weakref.finalize(array, self._memory.__setitem__, number, 0).atexit = False
+        weakref.finalize(array, self._memory.__setitem__, number, 0).atexit = False  # the tensor refers to the array
         return torch.from_numpy(array)
 
     def ref(self, tensor: torch.Tensor) -> BufferRef | None:

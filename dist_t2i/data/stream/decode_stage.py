@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import webdataset
 
 from dist_t2i.config.sections import DataConfig
 from dist_t2i.data.images import PictureError, Scratch, decode, square
@@ -50,13 +52,9 @@ class Decode:
                 try:
                     decoded = self._decoded(sample)
                 except BadSample as error:
-                    sample = self._through_stages(self._reader.replacement(sample, error))
+                    replacement = functools.partial(iter, [self._reader.replacement(sample, error)])
+                    sample = next(iter(webdataset.DataPipeline(replacement, *self._before)))
             yield decoded
-
-    def _through_stages(self, sample: dict[str, Any]) -> dict[str, Any]:
-        import webdataset
-
-        return next(iter(webdataset.DataPipeline(lambda: iter([sample]), *self._before)))
 
     def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
         image, captions = self._memory.row(), captions_of(sample)[0]
@@ -91,30 +89,25 @@ class Decode:
             pixels = decode(picture_of(sample)[1], self._least, self._scratch)
         except PictureError as error:
             raise BadSample.of(sample, f"picture {error}") from error
-        square(pixels, self._size, out=image, **self._random_crop(sample["__position__"]))
+        square(pixels, self._size, self._random_crop(sample["__position__"]), image)
         if self._remembers:
             self._remembered[row] = image.clone()
 
-    def _random_crop(self, position: int) -> dict[str, float]:
-        """The arguments of `square` for a random crop."""
+    def _random_crop(self, position: int) -> tuple[float, float, float]:
         if self._crop >= 1:
-            return {}
+            return 1.0, 0.5, 0.5
         purposes = (StreamPurpose.CROP_SHARE, StreamPurpose.CROP_ACROSS, StreamPurpose.CROP_DOWN)
         share, across, down = (random_bits(self._seed, position, purpose) / 2**64 for purpose in purposes)
-        return {"share": self._crop + (1 - self._crop) * share, "across": across, "down": down}
+        return self._crop + (1 - self._crop) * share, across, down
 
 
 class BatchMemory:
-    """The memory of one micro-batch after another. Images are decoded into their row of it, so they are not copied.
-
-    Channels are last in memory, as the networks need them. In a loader worker the memory is shared with the parent: a free
-    one of their buffers, else new shared memory.
-    """
+    """The memory of one micro-batch after another, channels last, as the networks need it. Images are decoded into their
+    row of it. In a loader worker it is shared with the parent: a free buffer, else new shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
-        self._shape, self._shared = (rows, size, size, 3), shared and rows * size * size * 3 > SMALL_BYTES
-        self._buffers = buffers
-        self._filled = rows
+        self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows
+        self._shared = shared and math.prod(self._shape) > SMALL_BYTES
         self.images = torch.empty(0)
         """uint8 [m, 3, S, S], the micro-batch that is being filled."""
 

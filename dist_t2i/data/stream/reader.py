@@ -1,7 +1,4 @@
-"""The first stage of the stream: raw samples in the order of a plan; unusable ones are replaced.
-
-If editing is trained, each sample carries the sample whose image is its source (edit_pairs.py selects it).
-"""
+"""The first stage of the stream: raw samples in the order of a plan; unusable ones are replaced."""
 
 from __future__ import annotations
 
@@ -38,11 +35,10 @@ _MAX_TRIES = 1_000
 class SampleReader:
     """The first stage: raw samples of every `step`-th micro-batch of a plan, from micro-batch `first` on.
 
-    A sample has `__key__`, `__url__`, extension -> bytes, `__position__` in the stream, `__row__` (shard, row) and `__id__`,
-    its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without one); and, if it
-    replaces an unusable sample, `__bad__`, the error of that sample.
-
-    Threads read remote samples ahead, but the samples come in the order of the plan.
+    A sample has `__key__`, `__url__`, extension -> bytes, `__position__` in the stream, `__row__` (shard, row) and
+    `__id__`, its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without one);
+    and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples ahead, but
+    the samples come in the order of the plan.
     """
 
     shards: Shards
@@ -84,9 +80,7 @@ class SampleReader:
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
         """The next readable sample after `bad` in its shard, then in the following shards; `__bad__` is the first error.
-
-        Raises DataError if `strict`, and if too many samples in a row are unusable.
-        """
+        Raises DataError if `strict`, and if too many samples in a row are unusable."""
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
         shard, row = bad["__row__"]

@@ -2,11 +2,11 @@
 
     read (order, shards) -> your stages -> decode -> choose a caption -> batch
 
-The reader yields webdataset samples with `__position__`, their position in the global stream, and if `edit` is configured a
-source (edit_pairs.py), which your stages do not process. All randomness is a function of (seed, position), so the n-th batch
-of a run does not depend on the number of ranks, workers and restarts. To stop, close the stream; to resume, open one at
-another position. A sample that cannot be read or decoded is replaced by the next good one of its shard (then of the following
-shards), recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
+The reader yields webdataset samples with `__position__`, their position in the global stream, and if `edit` is
+configured a source (edit_pairs.py), which your stages do not process. All randomness is a function of (seed, position),
+so the n-th batch of a run does not depend on the number of ranks, workers and restarts. To stop, close the stream; to
+resume, open one at another position. A sample that cannot be read or decoded is replaced by the next good one of its
+shard (then of the following shards), recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import webdataset
 
 from dist_t2i.config.sections import DataConfig, EditConfig
 from dist_t2i.data.open_data import open_data
@@ -55,15 +56,15 @@ def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) ->
 def collate(
     samples: Iterable[dict[str, Any]], reader: SampleReader, tokenizer: Tokenizer, max_tokens: int
 ) -> Iterator[tuple[Batch, list[BadRecord]]]:
-    """Last stage: micro-batches, records of their replaced samples. Raises DataError if a position is not as planned."""
+    """Last stage: micro-batches, records of replaced samples. Raises DataError if a position is not as planned."""
     sequences = itertools.count(reader.first, reader.step)
     expected = itertools.chain.from_iterable(map(reader.plan.positions, sequences))
     collected: list[dict[str, Any]] = []
     for sample, position in zip(samples, expected, strict=False):
         if sample["__position__"] != position:
             raise DataError(
-                f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for each "
-                "they get, in order"
+                f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for "
+                "each they get, in order"
             )
         collected.append(sample)
         if len(collected) == reader.plan.rows:
@@ -104,10 +105,8 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
-    """The stages of one worker, which computes every `step`-th micro-batch from `first` on.
-
-    Iterates over pairs of a Batch and the records of its replaced samples. A DataError is the last item.
-    """
+    """The stages of one worker, which computes every `step`-th micro-batch from `first` on. Iterates over pairs of a
+    Batch and the records of its replaced samples. A DataError is the last item."""
 
     shards: Shards
     plan: Plan
@@ -122,18 +121,14 @@ class Pipeline(torch.utils.data.IterableDataset):
     """Memory that the worker shares with its parent."""
 
     def of_worker(self, first: int, step: int, waiting: int = 0) -> Pipeline:
-        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers.
-
-        It gets buffers for four more batches: one being filled, one in the parent's hands, and two that the parent may keep.
-        """
+        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers. It gets
+        buffers for four more batches: one being filled, one in the parent's hands, and two that the parent may keep."""
         size = self.plan.rows * self.data.image_size**2 * 3
         pictures = 1 if self.choice is None else 2
         buffers = Buffers((waiting + 4) * pictures, size) if waiting and size > SMALL_BYTES else None
         return replace(self, first=first, step=step, buffers=buffers)
 
     def __iter__(self) -> Iterator[Any]:
-        import webdataset
-
         try:
             order = order_of(self.shards, self.data, self.seed)
             strict = self.data.on_bad == "strict"
@@ -154,7 +149,7 @@ class Pipeline(torch.utils.data.IterableDataset):
             yield DataError(str(error))  # without the traceback
 
 
-class Stream:
+class Stream(Iterator[Batch]):
     """An endless iterator over Batch. `bad_counts` counts the replaced samples of this rank by reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
@@ -162,9 +157,6 @@ class Stream:
         self._limit, self._allowance, self._bad_file = pipeline.data.max_bad_fraction, allowance, bad_file
         self._seen = 0
         self.bad_counts: Counter[str] = Counter()
-
-    def __iter__(self) -> Stream:
-        return self
 
     def __next__(self) -> Batch:
         """Raises DataError for a bad sample if `data.on_bad` is strict, and if too many samples were bad."""
@@ -221,8 +213,6 @@ def open_stream(
 
     Raises: DataError if the set cannot be read or the batch is not divisible; later, see `Stream.__next__`.
     """
-    import webdataset  # noqa: F401  before the fork of the workers, so that they need not import it
-
     data_set = data_set or open_data(data)
     shards = data_set.shards(split)
     samples = sum(shards.sizes)

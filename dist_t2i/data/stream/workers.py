@@ -5,9 +5,7 @@ saves first, then ends its workers. If it dies before that, the kernel kills the
 
 Workers are forked: two of them deliver their first batch within a second, which spawned ones spend on imports. The fork is
 safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew. On
-systems other than Linux, workers are spawned.
-
-This module uses private parts of torch's DataLoader; tests/data/test_library_internals.py lists them.
+systems other than Linux, workers are spawned. (Private parts of torch's DataLoader: tests/data/test_library_internals.py.)
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ _PREFETCH = 4
 """Finished batches that may wait in each worker."""
 _FORKS = sys.platform == "linux"
 
-
 DatasetOfWorker = Callable[[int, int, int], torch.utils.data.IterableDataset]
 """(first, step, waiting) -> an iterable dataset over every `step`-th item from `first` on, of which `waiting` may wait."""
 
@@ -44,7 +41,7 @@ def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)
 
 
-class Lanes:
+class Lanes(Iterator[Any]):
     """Iterates over the items of several workers in turn; each worker has its own pipe.
 
     A worker that is killed while it writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits
@@ -74,9 +71,6 @@ class Lanes:
     def workers(self) -> list[Any]:
         """The worker processes."""
         return [worker for iterator in self._iterators for worker in iterator._workers]
-
-    def __iter__(self) -> Lanes:
-        return self
 
     def __next__(self) -> Any:
         return next(next(self._turns))
