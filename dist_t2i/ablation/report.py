@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -259,23 +260,23 @@ def _markdown_table(table: Table) -> list[str]:
 
 def write_page(results: Findings, path: Path, pictures: Mapping[str, Path], credit: str) -> Path:
     """The same as an HTML page that contains its pictures."""
-    text, (above, below) = web_page.text, tables(results)
-    missing = f"<p><b>Some runs are missing:</b> {text('; '.join(results.missing))}.</p>" if results.missing else ""
-    facts = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in results.facts.items())
+    above, below = tables(results)
+    missing = f"<p><b>Some runs are missing:</b> {escape('; '.join(results.missing))}.</p>" if results.missing else ""
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts.items())
     body = [
-        f"<h1>Ablation: {text(results.plan.name)}</h1><h2>Conclusions</h2>{_list(results.verdicts())}",
-        f"<p class=note>{text(weakness(results.seeds))}</p>{missing}",
+        f"<h1>Ablation: {escape(results.plan.name)}</h1><h2>Conclusions</h2>{_list(results.verdicts())}",
+        f"<p class=note>{escape(weakness(results.seeds))}</p>{missing}",
         *(web_page.table(heads, rows, caption) for caption, heads, rows in above),
-        *(f"<h2>{text(heading)}</h2>{web_page.file(file, heading)}" for heading, file in pictures.items()),
+        *(f"<h2>{escape(heading)}</h2>{web_page.file(file, heading)}" for heading, file in pictures.items()),
         *(web_page.table(heads, rows, caption) for caption, heads, rows in below),
         f"<h2>Method</h2>{_list(METHOD)}<h2>Provenance</h2><dl>{facts}</dl>",
-        f"<p class=note>{text(credit)}</p>" if credit else "",
+        f"<p class=note>{escape(credit)}</p>" if credit else "",
     ]
     return web_page.write(path, f"Ablation: {results.plan.name}", body)
 
 
 def _list(paragraphs: Sequence[str]) -> str:
     """Paragraphs with **bold** and *italic* as an HTML list."""
-    items = (re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", web_page.text(paragraph)) for paragraph in paragraphs)
+    items = (re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(paragraph)) for paragraph in paragraphs)
     items = (re.sub(r"\*(.+?)\*", r"<i>\1</i>", item) for item in items)
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

@@ -163,7 +163,6 @@ def report(run: Path, data: Path, budget: str) -> None:
     from dist_t2i.eval.scores import table
     from dist_t2i.inference.pipeline import load
     from dist_t2i.publish import run_page
-    from dist_t2i.publish.model_card import SetAbout
 
     heading(4, "Scores on held-out prompts and pictures")
     model, held_out = load(run), open_set(data)
@@ -173,17 +172,8 @@ def report(run: Path, data: Path, budget: str) -> None:
         results.save(run / "scores.json")
         scores = results.as_json()
     heading(5, "Page")
-    counts = {split: 6 if split == "test-nouns" else 24 for split in scores["splits"]}
-    page = run_page.write_page(
-        run,
-        title=f"{budget} of training on OpenMoji, from random weights",
-        rows={split: run_page.held_out_rows(model, held_out, split, count) for split, count in counts.items()},
-        scores=scores,
-        about=SetAbout.of(model.files),
-        config=(run / "config.yaml").read_text(encoding="utf-8"),
-        command=f"BUDGET={budget} make demo",
-        facts=run_page.facts_of(run, model, held_out),
-    )
+    title, command = f"{budget} of training on OpenMoji, from random weights", f"BUDGET={budget} make demo"
+    page = run_page.write_page(run, model, held_out, scores, title=title, command=command)
     interpreter = Path(sys.executable)
     python = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
     print(f"\n{table(scores)}\n")

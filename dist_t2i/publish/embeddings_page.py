@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "embeddings.json", json.dumps(study.as_json(), indent=1) + "\n")
     plot_map(study, out / "map.png")
-    body = [f"<h1>{web_page.text(title)}</h1>"]
+    body = [f"<h1>{escape(title)}</h1>"]
     if study.alike is not None:
         body.append(
             f"<p>The similarity of S_G (read by the generator) and S_D (read by the discriminator) on the same captions is "
@@ -37,15 +38,15 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
         body += [
             "<h2>What can be read from them</h2>" + web_page.file(out / "probes.png", "accuracy of linear probes"),
             web_page.table(heads, rows, _PROBE_CAPTION),
-            f"<p class=note>{web_page.text(_PROBE_NOTE.format(split=study.captions.split))}</p>",
+            f"<p class=note>{escape(_PROBE_NOTE.format(split=study.captions.split))}</p>",
         ]
     body.append("<h2>Map of the captions</h2>" + web_page.file(out / "map.png", "principal components"))
     body.append(f"<p class=note>{_MAP_NOTE}</p>")
     for name, nearest in study.neighbours.items():
         rows = [[query, ", ".join(texts)] for query, texts in nearest.items()]
         table = web_page.table(["text", "nearest other texts, nearest first"], rows)
-        body.append(f"<h2>Nearest in {web_page.text(name)}</h2>{table}")
-    body.append(f"<p class=note>{web_page.text(credit)}</p>" if credit else "")
+        body.append(f"<h2>Nearest in {escape(name)}</h2>{table}")
+    body.append(f"<p class=note>{escape(credit)}</p>" if credit else "")
     return web_page.write(out / "index.html", title, body)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dist_t2i.checkpoint.store import images_in
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
 from dist_t2i.reporting.image_grid import GridRow, grid_rows
-from dist_t2i.reporting.web_page import file, img, text, write
+from dist_t2i.reporting.web_page import file, img, write
 from dist_t2i.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -27,46 +28,38 @@ GRIDS = 12
 """At most this many sample grids are shown, evenly spread over the training."""
 
 
-def held_out_rows(model: TextToImage, data: ShardSet, split: str, count: int, pictures: int = 4) -> list[GridRow]:
-    """The first `count` captions of a split, in the set's hashed order, with `pictures` generated pictures each."""
-    split_samples = data.samples(split)
-    samples = [split_samples[i] for i in range(min(count, len(split_samples)))]
+def _held_out_rows(model: TextToImage, data: ShardSet, split: str) -> list[GridRow]:
+    """The first captions of a split, in the set's hashed order, with four generated pictures each."""
+    held_out = data.samples(split)
+    samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
     captions = [sample.captions[0] for sample in samples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
-        generated = model.generate(captions, seed=0, images_per_prompt=pictures)
+        generated = model.generate(captions, seed=0, images_per_prompt=4)
     return grid_rows(captions, generated, [sample.image for sample in samples])
 
 
 def write_page(
-    run: Path,
-    *,
-    title: str,
-    rows: Mapping[str, Sequence[GridRow]],
-    scores: Mapping[str, Any],
-    about: SetAbout,
-    config: str,
-    command: str,
-    facts: Mapping[str, str],
+    run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
 ) -> Path:
     """Write RUN/report/index.html atomically; returns its path.
 
-    rows: split -> held-out prompts. scores: the content of scores.json. config: the run's YAML. command: reproduces the
-    run. facts: label -> text, in this order.
+    `scores` is the content of scores.json; `command` reproduces the run.
     """
-    listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
+    facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     body = [
-        f"<h1>{text(title)}</h1>",
+        f"<h1>{escape(title)}</h1>",
         "<p>One forward pass through a small network generates each picture. The network and its two text embeddings were "
         "trained only on captioned pictures: nothing was pretrained.</p>",
-        *(_prompts(split, prompts) for split, prompts in rows.items()),
+        *(_prompts(split, _held_out_rows(model, data, split)) for split in scores["splits"]),
         _history(run),
         "<h2>Scores</h2>" + _scores(scores),
         f"<h2>Curves</h2>{file(run / 'curves.png', 'Curves')}" if (run / "curves.png").is_file() else "",
-        f"<h2>How it was made</h2><pre>{text(command)}</pre><dl>{listed}</dl>",
-        f"<details><summary>Configuration</summary><pre>{text(config)}</pre></details>",
-        _credit(about),
-        f"<h2>Next steps</h2><pre>{text(_NEXT.format(run=run))}</pre>",
+        f"<h2>How it was made</h2><pre>{escape(command)}</pre><dl>{listed}</dl>",
+        f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
+        _credit(SetAbout.of(model.files)),
+        f"<h2>Next steps</h2><pre>{escape(_NEXT.format(run=run))}</pre>",
     ]
     return write(run / "report" / "index.html", title, body)
 
@@ -94,8 +87,8 @@ def _prompts(split: str, rows: Sequence[GridRow]) -> str:
     for row in rows:
         generated = "".join(img(picture, "generated picture") for picture in row.generated)
         real = f"<span class=real>{img(row.real, 'the real picture')}</span>" if row.real is not None else ""
-        cards.append(f"<figure>{real}{generated}<figcaption>{text(row.caption)}</figcaption></figure>")
-    return f"<h2>{text(heading)}</h2><p>{text(note)}</p><div class=cards>{''.join(cards)}</div>"
+        cards.append(f"<figure>{real}{generated}<figcaption>{escape(row.caption)}</figcaption></figure>")
+    return f"<h2>{escape(heading)}</h2><p>{escape(note)}</p><div class=cards>{''.join(cards)}</div>"
 
 
 def _history(run: Path) -> str:
@@ -119,12 +112,12 @@ def _scores(scores: Mapping[str, Any]) -> str:
     parts = []
     for split, pictures, rows in score_rows(scores):
         parts.append(
-            f"<table><caption>{text(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
+            f"<table><caption>{escape(split)}: {pictures:,} held-out pictures</caption><tr><th>score</th><th>this "
             "model (95% interval over captions)</th><th>better</th><th>floor</th><th>ceiling</th></tr>"
         )
         for name, value, better, floor, ceiling in rows:
-            cells = [text(name), f"<b>{text(value)}</b>", text(better)]
-            cells += [text(end).replace("; ", "<br>") for end in (floor, ceiling)]
+            cells = [escape(name), f"<b>{escape(value)}</b>", escape(better)]
+            cells += [escape(end).replace("; ", "<br>") for end in (floor, ceiling)]
             parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts.append("</table>")
     protocol = scores["protocol"]
@@ -135,17 +128,16 @@ def _scores(scores: Mapping[str, Any]) -> str:
         "EfficientNet-Lite0 is an ImageNet classifier without part in training: its KID is not comparable with KID or FID "
         "by Inception features."
     )
-    return "".join(parts) + f"<p class=note>{text(note)}</p>"
+    return "".join(parts) + f"<p class=note>{escape(note)}</p>"
 
 
 def _credit(about: SetAbout) -> str:
     credit = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
-    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', text(credit))
+    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', escape(credit))
     return f"<h2>Pictures</h2><p>{linked}</p>" if credit else ""
 
 
-def facts_of(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
-    """Facts about how a run was made, by label, from its files."""
+def _facts(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
     environment = read_json(run / "environment.json")
     processor, code, packages = (environment.get(name, {}) for name in ("processor", "code", "packages"))
     hardware = ", ".join(gpu["name"] for gpu in environment.get("gpus", [])) or processor.get("model", "")

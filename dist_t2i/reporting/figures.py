@@ -10,12 +10,9 @@ from dist_t2i.utils.files import replacing
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
     """A matplotlib Figure of this size in inches. Raises ImportError without matplotlib (in the extras demo and eval)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 90) -> None:

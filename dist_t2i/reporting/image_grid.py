@@ -26,7 +26,7 @@ class GridRow:
     real: np.ndarray | Image.Image | None = None
 
 
-def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image] = ()) -> list[GridRow]:
+def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image | None] = ()) -> list[GridRow]:
     """A row for each caption; `pictures` holds equally many for each, one caption after the other."""
     count = len(pictures) // max(1, len(captions))
     parts = (pictures[i * count : (i + 1) * count] for i in range(len(captions)))

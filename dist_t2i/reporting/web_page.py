@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from dist_t2i.utils.files import write_atomic
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:
     """Write a page of these parts atomically; returns its path."""
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title>{STYLE}{''.join(body)}</html>"
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>{STYLE}{''.join(body)}</html>"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page)
     return path
@@ -36,20 +38,15 @@ def img(picture: np.ndarray | Image.Image, label: str) -> str:
 
 
 def _img(png: bytes, label: str, attributes: str = "") -> str:
-    return f'<img{attributes} alt="{text(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img{attributes} alt="{escape(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     """HTML of a table of plain texts."""
-    above = f"<caption>{text(caption)}</caption>" if caption else ""
-    head = "".join(f"<th>{text(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{above}<tr>{head}</tr>{body}</table>"
-
-
-def text(value: str) -> str:
-    """A text with HTML's special characters escaped."""
-    return html.escape(value, quote=True)
 
 
 STYLE = """<meta name=viewport content="width=device-width,initial-scale=1"><style>
