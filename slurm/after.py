@@ -38,8 +38,7 @@ FRUITLESS = 20
 """Attempts of any kind in a row without a new checkpoint after which a job is not queued again."""
 _BEFORE_HANDLERS = {128 + number for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
 """Statuses of a rank that a stop signal ended before its handlers were installed: there was nothing to save."""
-_SLURM_SECONDS = 300.0
-"""How long to wait for Slurm's controller."""
+_SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 
 def main() -> int:

@@ -31,14 +31,12 @@ from pathlib import Path
 
 from dist_t2i.distributed.launch import free_ports
 from dist_t2i.errors import UserError, run_command
-from dist_t2i.utils.processes import is_alive
+from dist_t2i.utils.processes import is_alive, send
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 INSTALL = "on Debian and Ubuntu: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-_UP_SECONDS = 60.0
-"""Time limit until all nodes are idle."""
-_DOWN_SECONDS = 20.0
-"""Time limit for the daemons to end before they are killed."""
+_UP_SECONDS = 60.0  # time limit until all nodes are idle
+_DOWN_SECONDS = 20.0  # time limit for the daemons to end before they are killed
 
 _SETTINGS = """
 ClusterName=local AuthType=auth/munge CredType=cred/munge SlurmdParameters=config_overrides ProctrackType=proctrack/pgid
@@ -71,8 +69,6 @@ class LocalSlurm:
         """This process's environment with Slurm's commands pointed to this cluster."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {**kept, "SLURM_CONF": str(self.conf), "PATH": _search_path()}
-
-    # ---- up and down -------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
         """Starts the cluster and waits until every node is idle. Raises UserError."""
@@ -107,16 +103,16 @@ class LocalSlurm:
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
         self._stop("slurm*")
         self._stop("munged")  # last: the other daemons need it to end in order
-        _end(self.leftovers(), signal.SIGKILL)
+        send(self.leftovers(), signal.SIGKILL)
         with contextlib.suppress(UserError):
             self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
         shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
 
     def _stop(self, programs: str) -> None:
-        _end(self._daemons(programs), signal.SIGTERM)
+        send(self._daemons(programs), signal.SIGTERM)
         with contextlib.suppress(UserError):
             self._await(lambda: not self._daemons(programs), _DOWN_SECONDS)
-        _end(self._daemons(programs), signal.SIGKILL)
+        send(self._daemons(programs), signal.SIGKILL)
 
     def running(self) -> bool:
         """Whether any daemon runs."""
@@ -138,8 +134,6 @@ class LocalSlurm:
                 if in_job and process.pid != os.getpid():
                     pids.append(process.pid)
         return pids
-
-    # ---- talking to it -----------------------------------------------------------------------------------------------
 
     def command(self, *words: str, timeout: float = 60.0) -> str:
         """The output of one of Slurm's commands. Raises subprocess.CalledProcessError with the command's stderr."""
@@ -180,8 +174,6 @@ class LocalSlurm:
         lines.append(f"PartitionName=low Nodes={every} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20")
         lines.append(f"PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF")
         return "\n".join(lines) + "\n"
-
-    # ---- daemons -----------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, *arguments: str, program: str = "") -> None:
         command, env = [str(shutil.which(program or name, path=_search_path())), *arguments], self.environment
@@ -244,15 +236,6 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise UserError(f"user {os.getuid()} has no entry in /etc/passwd, which Slurm needs") from None
-
-
-def _end(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.kill(pid, number)
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

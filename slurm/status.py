@@ -19,8 +19,7 @@ from slurm import attempts
 from slurm.submission import FOLDER, JOB
 
 _LIVE = set("PENDING CONFIGURING RUNNING COMPLETING REQUEUED REQUEUE_HOLD SUSPENDED STOPPED SIGNALING".split())
-_NEEDED = ("job", "logs", "nodes", "ranks", "profile")
-"""Keys of RUN/slurm/job.json that the commands read."""
+_NEEDED = ("job", "logs", "nodes", "ranks", "profile")  # keys of RUN/slurm/job.json that the commands read
 
 
 class _Silent(Exception):

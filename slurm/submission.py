@@ -90,8 +90,6 @@ class Submission:
         captions = train.get("captions", {}).get("count", 0)
         return f"{train['samples']:,} pictures, {captions:,} captions, {len(train['shards']):,} shards in {data.folder}"
 
-    # ---- the script --------------------------------------------------------------------------------------------------
-
     def script(self) -> str:
         """The batch script: that of an array, if `seeds` is above 1."""
         executor = self._executor()
@@ -170,8 +168,6 @@ class Submission:
         after = f"{python} {shlex.quote(str(self.code / 'slurm' / 'after.py'))}"
         log = f"{shlex.quote(str(self.folder))}/{log}_0_log.out"
         return ["status=$?", f'{after} --run {run} --status "$status" --log {log}', "exit $?"]
-
-    # ---- submitting --------------------------------------------------------------------------------------------------
 
     def test(self) -> str:
         """The answer of `sbatch --test-only` to the script, such as when it could start. Raises SubmitError."""

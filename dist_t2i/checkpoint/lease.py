@@ -31,8 +31,7 @@ from dist_t2i.errors import ExitStatus, UserError
 from dist_t2i.utils.processes import is_alive
 
 _PREFIX = ".claim-"
-_PATIENCE = 30.0
-"""Seconds to wait for an earlier process on this machine to end."""
+_PATIENCE = 30.0  # seconds to wait for an earlier process on this machine to end
 
 
 class Superseded(UserError):

@@ -65,8 +65,6 @@ class Mirror:
         self._uploaded: int | None = None
         self._refused = False
 
-    # ---- at the start ------------------------------------------------------------------------------------------------
-
     def look(self, fingerprint: str) -> None:
         """Read which run the mirror belongs to and which checkpoints it has; writes nothing, not even to the log.
 
@@ -166,8 +164,6 @@ class Mirror:
         if "mistake" in answer:
             raise CheckpointError(f"checkpoint.mirror: {answer['mistake']}")
         return answer
-
-    # ---- while training ----------------------------------------------------------------------------------------------
 
     def offer(self, images: int | None) -> None:
         """Upload the committed checkpoint at `images` in the background. None: only take the mirror over."""

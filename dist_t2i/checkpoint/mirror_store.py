@@ -51,16 +51,13 @@ RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE)
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
 """In the order in which they are written: a mirror with the last file has all of them."""
 _OWNER = "owner.json"
-_REQUEST_SECONDS = 120.0
-"""Seconds that a request for a part of a file may take."""
+_REQUEST_SECONDS = 120.0  # seconds that a request for a part of a file may take
 LOOK_SECONDS = 20.0
 """Seconds that a request for a few lines may take."""
 PAUSES = 0.25, 60.0
 """Seconds of the first and of the longest pause before a failed request is repeated."""
-_RANGE = 32 * 2**20
-"""Bytes that one request fetches."""
-_INSPECTED = 20
-"""How many of the newest checkpoints are checked for completeness."""
+_RANGE = 32 * 2**20  # bytes that one request fetches
+_INSPECTED = 20  # how many of the newest checkpoints are checked for completeness
 
 
 class Unreachable(Exception):
@@ -105,8 +102,6 @@ class MirrorStore:
         self._token = uuid.uuid4().hex
         self._complete: set[int] = set()
         self._removed: set[int] = set()
-
-    # ---- reading what is there ---------------------------------------------------------------------------------------
 
     def identity(self) -> Identity | None:
         """The run that the mirror belongs to; None when it has no config.yaml yet."""
@@ -154,8 +149,6 @@ class MirrorStore:
         except OSError as error:
             raise Unreachable(str(error)) from error
 
-    # ---- download ----------------------------------------------------------------------------------------------------
-
     def fetch(self, images: int, folder: Path) -> None:
         """Download a checkpoint into a folder, state.json last, every file synced; checksums are not compared.
 
@@ -192,8 +185,6 @@ class MirrorStore:
             raise CheckpointError(f"{self._root}/{full_name}: missing") from error
         except OSError as error:
             raise CheckpointError(f"{self._root}/{full_name}: cannot be read ({error})") from error
-
-    # ---- upload ------------------------------------------------------------------------------------------------------
 
     def acquire(self, run: Path, *, damaged: Collection[int] = (), allow_changes: bool = False) -> None:
         """Make this the mirror of the run in `run`, and this process its uploader. Raises Refused.

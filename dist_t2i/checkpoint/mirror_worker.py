@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from dist_t2i.checkpoint.mirror_store import LOOK_SECONDS, PAUSES, Damaged, MirrorStore, Refused, Unreachable
@@ -68,24 +69,28 @@ def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: 
 
     Prints the events `uploaded`, `failing` and `works` (once each time), `refused` and `skipped`.
     """
-    store, keep, requests = MirrorStore(url), Retention(keep_last, keep_every_images), _Requests()
+    store, keep = MirrorStore(url), Retention(keep_last, keep_every_images)
+    requests: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_read, args=[requests], daemon=True).start()
+    images: int | None = None
     acquired, failing, waits = False, False, pauses(*PAUSES)
     while True:
         try:
             if not acquired:
                 store.acquire(Path(run), damaged=damaged, allow_changes=allow_changes)
                 acquired = True
-            images = requests.newest()
+            while images is None or not requests.empty():
+                images = requests.get()
             with contextlib.suppress(FileNotFoundError):  # retention deleted it: a newer one will be requested
                 store.push(Path(run), images, keep)
-            requests.done(images)
             if failing:
                 _emit("works")
             failing, waits = False, pauses(*PAUSES)
             _emit("uploaded", images=images)
+            images = None
         except Damaged as error:
-            requests.done(images)
             _emit("skipped", images=images, problem=str(error))
+            images = None
         except (Refused, UserError) as error:
             _emit("refused", problem=str(error))
             return
@@ -96,32 +101,10 @@ def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: 
             time.sleep(next(waits))
 
 
-class _Requests:
-    """The newest checkpoint requested on stdin. The process ends with its input: its parent has ended."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._images: int | None = None
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def newest(self) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: self._images is not None)
-            assert self._images is not None
-            return self._images
-
-    def done(self, images: int) -> None:
-        """Forget the request for `images`, unless a newer one has replaced it."""
-        with self._changed:
-            if self._images == images:
-                self._images = None
-
-    def _read(self) -> None:
-        for line in sys.stdin:
-            with self._changed:
-                self._images = int(line)
-                self._changed.notify()
-        os._exit(0)
+def _read(requests: SimpleQueue[int]) -> None:
+    for line in sys.stdin:
+        requests.put(int(line))
+    os._exit(0)  # the end of the input: the parent has ended
 
 
 def _emit(event: str, **more: Any) -> None:

@@ -226,9 +226,6 @@ def _state_sha256(state: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-# ---- the steps of a save ---------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _writing_errors(lease: Lease, images: int) -> Iterator[None]:
     try:

@@ -211,7 +211,16 @@ class LauncherWatch:
     """Seconds between two checks."""
 
     def __init__(self) -> None:
-        self._parent, self._watched, self._next = os.getppid(), _launchers_above(), 0.0
+        import psutil
+
+        self._parent, self._next = os.getppid(), 0.0
+        self._watched: dict[int, float] = {}
+        known = re.compile(r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)")
+        with contextlib.suppress(psutil.Error):  # the process has ended, or this user may not read it: nothing to watch
+            for process in psutil.Process().parents()[:2]:  # torchrun, or DeepSpeed's launcher and its runner
+                if not known.search(" ".join(process.cmdline()[:4])):
+                    break
+                self._watched[process.pid] = process.create_time()
 
     def gone(self) -> bool:
         """Whether it has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
@@ -220,17 +229,3 @@ class LauncherWatch:
         self._next = time.monotonic() + self.INTERVAL
         alive = (is_alive(pid, started - 3, started + 3) for pid, started in self._watched.items())
         return os.getppid() != self._parent or not all(alive)
-
-
-def _launchers_above() -> dict[int, float]:
-    """pid -> start of the launchers above this process: torchrun's, or DeepSpeed's launcher and its runner."""
-    import psutil
-
-    launchers: dict[int, float] = {}
-    known = re.compile(r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)")
-    with contextlib.suppress(psutil.Error):  # the process has ended, or this user may not read it: nothing to watch
-        for process in psutil.Process().parents()[:2]:
-            if not known.search(" ".join(process.cmdline()[:4])):
-                break
-            launchers[process.pid] = process.create_time()
-    return launchers

@@ -20,7 +20,7 @@ from types import FrameType
 from dist_t2i.distributed.launch import free_ports, has_gpu
 from dist_t2i.errors import ExitStatus, TrainingError, UserError
 from dist_t2i.utils.files import read_json
-from dist_t2i.utils.processes import is_alive
+from dist_t2i.utils.processes import is_alive, send
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
@@ -79,19 +79,14 @@ class _Child:
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         # The run logs all that a user needs; the launcher's own messages are off.
-        launcher = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_ports(1)[0]}"]
+        command = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_ports(1)[0]}", *arguments]
         try:
-            with open(log, "wb") if log else contextlib.nullcontext() as output:
+            with open(log, "wb") if log else contextlib.nullcontext() as out:
                 self.process = subprocess.Popen(
-                    [*launcher, *arguments],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
+                    command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=out, stderr=out
                 )
         except OSError as error:
-            raise UserError(f"cannot start {launcher[0]}: {error.strerror}; install DeepSpeed (make install)") from None
+            raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
 
     def wait(self) -> int | None:
         """The launcher's exit status, or None while it runs; returns after `_POLL_SECONDS`."""
@@ -107,7 +102,7 @@ class _Child:
         try:
             yield
         except BaseException:
-            self._send(signal.SIGKILL)
+            send(self._members(), signal.SIGKILL)
             raise
         finally:
             for number, handler in before.items():
@@ -126,7 +121,7 @@ class _Child:
         """Asks rank 0 to save and stop. Before rank 0 trains there is nothing to save, and all processes are ended."""
         self.stopping = True
         if (rank := self._rank()) is None:
-            return self._send(signal.SIGTERM)
+            return send(self._members(), signal.SIGTERM)
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGUSR2)
 
@@ -145,11 +140,6 @@ class _Child:
                 if os.getsid(pid) == self.process.pid and is_alive(pid):
                     members.append(pid)
         return members
-
-    def _send(self, number: int) -> None:
-        for pid in self._members():
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
 
     def _rank(self) -> int | None:
         """The pid of rank 0 if it runs and is this child's: progress.json may come from an earlier run."""

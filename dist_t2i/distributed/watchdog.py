@@ -33,8 +33,7 @@ from dist_t2i.utils.files import read_json, write_atomic
 
 FOLDER = "ranks"
 VERDICT = "hang.json"
-_FRAMES = 14
-"""Number of innermost frames that are kept of a stack."""
+_FRAMES = 14  # number of innermost frames that are kept of a stack
 
 
 @dataclass
@@ -77,8 +76,6 @@ class Watchdog:
     def stop(self) -> None:
         """Ends the thread."""
         self._stopped.set()
-
-    # ---- the watching thread -----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.interval):

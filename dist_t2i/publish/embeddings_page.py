@@ -81,9 +81,6 @@ def _cell(probe: Probe, name: str) -> str:
     return f"{value:.3f} ({low:.3f} to {high:.3f})" + ("" if share is None else f"; {share:.1%} of variance")
 
 
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-
 def plot_probes(probes: Sequence[Probe], path: Path) -> None:
     """Plot the accuracies as bars with their intervals, and chance as a line."""
     figure = new_figure(3.4 * len(probes), 3.0)

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -32,6 +32,13 @@ def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
         return False
 
 
+def send(pids: Iterable[int], number: int) -> None:
+    """Send a signal to processes; those that have ended are skipped."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
+
+
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Children created inside start with the stop signals blocked, so that no signal kills them during their start.
@@ -52,13 +59,11 @@ def ignore_stop_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-_PR_SET_PDEATHSIG = 1
-
-
 def end_with(parent: int) -> None:
     """Has the kernel kill this process when the process `parent` ends. Linux only."""
     if sys.platform == "linux":
         # The signal comes when the thread that forked ends: the main thread, which ends with the process.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)
