@@ -6,13 +6,11 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| any status, but Slurm has ended the job (`scancel`, `scontrol requeue`) or runs a later attempt of it, or `submit.py \
-cancel` is about to end it | stays with Slurm |
+| any status, but Slurm or `submit.py cancel` has ended the job, or Slurm runs a later attempt of it | stays with Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
-The decision is made here, and not in a rank, because it must not depend on the state of the ranks. Slurm is asked for
-the job's state first, so that a job that its user has cancelled is not queued again. The system's Python may run this
-file: it imports only the standard library and dist_t2i.errors, Python 3.7.
+Slurm is asked for the job's state first, so that a job that its user has cancelled is not queued again. The system's
+Python may run this file: it imports only the standard library and dist_t2i.errors, Python 3.7.
 """
 
 from __future__ import annotations
@@ -68,10 +66,7 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm or superseded), its reason, and the kind of failure.
-
-    Equal failures have equal kinds; without a failure the kind is "".
-    """
+    """The verdict (finished, requeued, given up, ended by Slurm or superseded), its reason, and the kind of failure or ""."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # this node was lost to Slurm

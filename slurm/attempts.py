@@ -7,10 +7,8 @@ An attempt is one start of a Slurm job: the first, and one more each time the jo
     {"event": "cancel", "job": "12", "time": ...}
 
 Rank 0 writes `begin`, and the end of the batch script (after.py) `end`; `submit.py cancel` writes `cancel` before it
-calls scancel, and `cancel failed` when scancel fails. A begin without an end means that Slurm or the loss of a node cut
-the attempt off. A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json.
-
-Standard library only, Python 3.7: the end of the batch script runs outside of containers and virtual environments.
+calls scancel, and `cancel failed` when scancel fails. A begin without an end was cut off by Slurm or the loss of a node.
+A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json. Standard library only, Python 3.7 (see after.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 submitit starts it, one srun task per rank, from the copy of the code in the run folder. submitit's own handling of
 signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Instead all ranks
-agree at a step boundary, save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the
-job is queued again.
+save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the job is queued again.
 """
 
 from __future__ import annotations

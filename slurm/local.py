@@ -5,9 +5,8 @@
     python -m slurm.local down                end its jobs and stop it
 
 It has two partitions: jobs in `high` preempt those in `low` (the default), which get SIGTERM and 20 seconds and are
-queued again. It needs Slurm's programs (on Debian and Ubuntu: `apt-get install slurmctld slurmd slurm-client munge`),
-but no root and no accounting. The nodes share the whole machine. Slurm's daemons listen on all interfaces, but obey
-only the user who started them: they authenticate through their own munged, whose socket only that user can open.
+queued again. It needs Slurm's programs, but no root and no accounting. The nodes share the whole machine. Slurm's daemons
+listen on all interfaces, but obey only the user who started them: only that user can open their munged's socket.
 """
 
 from __future__ import annotations

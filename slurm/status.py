@@ -60,10 +60,7 @@ class State:
 
     @property
     def interruptions(self) -> tuple[int, int]:
-        """Interrupted attempts: how many a signal or Slurm ended, and how many failed.
-
-        Every attempt counts that another one follows or will follow.
-        """
+        """How many attempts, with another one to follow, a signal or Slurm ended, and how many failed."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
         over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
         failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
@@ -148,10 +145,7 @@ def look(run: Path) -> State:
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state, and its nodes or why it waits. Asks squeue, then scontrol, then sacct; empty for an unknown job.
-
-    Raises _Silent when the controller is away.
-    """
+    """A job's state, and its nodes or why it waits; empty for an unknown job. Raises _Silent when the controller is away."""
     if queue := _output("squeue", "-h", "-j", job, "-o", "%T|%R"):
         state, _, where = queue.splitlines()[0].partition("|")
         return state, where.strip("()")
@@ -182,8 +176,13 @@ def describe(state: State) -> str:
     lines = [head + (f" because {state.why}" if state.why else "")]
     if state.silent:
         lines.append("  Slurm does not answer: this is the state in the run folder, and the job may be in any state")
-    if state.progress:
-        lines.append(f"  {_progress(state.progress, running=state.word == 'running')}")
+    if progress := state.progress:
+        images, total = progress.get("images", 0), progress.get("total_images", 0)
+        rate = progress.get("images_per_second") or 0.0
+        text = f"  {images:,} of {total:,} images" + (f" ({100 * images / total:.1f}%)" if total else "")
+        if state.word == "running" and rate:
+            text += f", {rate:,.3g} images/s, eta {duration((total - images) / rate)}"
+        lines.append(f"{text}; as of {duration(max(0.0, time.time() - progress.get('updated', 0)))} ago")
     checkpoint = f"{state.checkpoint:,} images" if state.checkpoint >= 0 else "none yet"
     lines.append(f"  last committed checkpoint: {checkpoint}")
     counts = zip(("preempted or stopped", "failed"), state.interruptions, strict=True)
@@ -192,12 +191,3 @@ def describe(state: State) -> str:
     if state.ends and state.ends[-1].get("kind") and state.word != "failed":
         lines.append(f"  last failure: {state.ends[-1]['reason']}")
     return "\n".join(lines)
-
-
-def _progress(progress: dict[str, Any], *, running: bool) -> str:
-    images, total = progress.get("images", 0), progress.get("total_images", 0)
-    rate = progress.get("images_per_second") or 0.0
-    text = f"{images:,} of {total:,} images" + (f" ({100 * images / total:.1f}%)" if total else "")
-    if running and rate:
-        text += f", {rate:,.3g} images/s, eta {duration((total - images) / rate)}"
-    return f"{text}; as of {duration(max(0.0, time.time() - progress.get('updated', 0)))} ago"

@@ -45,7 +45,7 @@ class SubmitError(UserError):
     """Slurm is missing, or refuses the job."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Submission:
     """A run to submit. `seeds` above 0 submits an array of this many runs, each in RUN/seed-N."""
 
@@ -59,22 +59,11 @@ class Submission:
     seeds: int = 0
     allow_changes: bool = False
 
-    @property
-    def ranks_per_node(self) -> int:
-        """Ranks on each node: one per GPU, unless the profile sets tasks_per_node."""
-        return self.profile.tasks_per_node or self.profile.gpus_per_node or 1
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def folder(self) -> Path:
-        return self.run / FOLDER
-
-    @property
-    def code(self) -> Path:
-        return self.run / snapshot.CODE
+    def __post_init__(self) -> None:
+        # One rank per GPU, unless the profile sets tasks_per_node.
+        self.ranks_per_node = self.profile.tasks_per_node or self.profile.gpus_per_node or 1
+        self.ranks = self.nodes * self.ranks_per_node
+        self.folder, self.code = self.run / FOLDER, self.run / snapshot.CODE
 
     def check(self) -> str:
         """Checks world size and data; returns a line that describes the data. Raises UserError."""
@@ -109,7 +98,12 @@ class Submission:
             "dependency": self.dependency,
             **{name: getattr(profile, name) for name in _SAME_NAMES},
         }
-        _refuse_line_breaks({**options, **profile.sbatch}, self.run)
+        # A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and `\\` in paths of logs.
+        for name, value in {**options, **profile.sbatch}.items():
+            if "\n" in str(value):
+                raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
+        if set(run := str(self.run)) & set("\n%\\"):
+            raise SubmitError(f"run folder {run!r}: Slurm's logs cannot lie there; choose one without % and backslash")
         executor.update_parameters(
             **{name: value for name, value in options.items() if value},
             wckey=None,
@@ -193,10 +187,7 @@ class Submission:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
     def submit(self, *, keep_code: bool = False) -> list[str]:
-        """Calls `prepare`, queues the job, and returns the job ids, one per run.
-
-        Raises UserError, after it has restored the configuration of an earlier submission.
-        """
+        """Calls `prepare` and queues the job; returns one job id per run. A UserError leaves the old configuration."""
         need_slurm()
         files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
         before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
@@ -266,18 +257,6 @@ class _Executor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         return 2  # submitit would refuse to start without srun
-
-
-def _refuse_line_breaks(options: dict[str, Any], run: Path) -> None:
-    """Raises SubmitError for texts that would change the script.
-
-    A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and `\\` in paths of logs.
-    """
-    for name, value in options.items():
-        if "\n" in str(value):
-            raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
-    if any(character in str(run) for character in "\n%\\"):
-        raise SubmitError(f"run folder {str(run)!r}: Slurm's logs cannot lie there; choose one without % and backslash")
 
 
 def _expanding(value: str) -> str:

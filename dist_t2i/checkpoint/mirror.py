@@ -68,8 +68,7 @@ class Mirror:
     def look(self, fingerprint: str) -> None:
         """Read which run the mirror belongs to and which checkpoints it has; writes nothing, not even to the log.
 
-        `fingerprint` is the data set's. Raises CheckpointError when the mirror lies in the run folder, belongs to another
-        run, or cannot be read while the run folder has no checkpoint.
+        Raises CheckpointError if it is in the run folder, is another run's, or has the only checkpoints and is away.
         """
         if not self.url:
             return

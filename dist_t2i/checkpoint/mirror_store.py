@@ -187,10 +187,7 @@ class MirrorStore:
             raise CheckpointError(f"{self._root}/{full_name}: cannot be read ({error})") from error
 
     def acquire(self, run: Path, *, damaged: Collection[int] = (), allow_changes: bool = False) -> None:
-        """Make this the mirror of the run in `run`, and this process its uploader. Raises Refused.
-
-        `damaged` checkpoints have a state.json, but are known not to be intact.
-        """
+        """Make this process the uploader of the run in `run`; it replaces `damaged` checkpoints. Raises Refused."""
         mirrored = self.identity()
         fingerprint = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
         own = Identity((run / "config.yaml").read_text(encoding="utf-8"), fingerprint)

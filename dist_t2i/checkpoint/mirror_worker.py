@@ -40,10 +40,7 @@ def look(url: str, patience: float) -> dict[str, Any]:
 
 
 def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: bool = True) -> dict[str, Any]:
-    """Download a checkpoint and compare its checksums (`check`); returns an empty answer.
-
-    Raises CheckpointError when the mirror answers but the checkpoint is damaged, OSError, and as `look` does.
-    """
+    """Download a checkpoint, and compare its checksums. Raises CheckpointError, OSError, and as `look` does."""
     MirrorStore(url, patience).fetch(images, Path(folder))
     if check:
         open_checkpoint(Path(folder))

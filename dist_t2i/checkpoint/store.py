@@ -110,9 +110,8 @@ def save(
     """Commit a checkpoint under a run's lease and apply retention; returns the checkpoint's folder.
 
     `files` maps a stem (`generator`) to fp32 CPU tensors by name. An intact checkpoint of the same `images` is kept
-    instead: the run is a function of images seen, so both hold the same. Raises CheckpointError when the checkpoint cannot
-    be written (disk full, no permission), and Superseded when another process holds the lease; both leave earlier
-    checkpoints unchanged.
+    instead: it holds the same. Raises CheckpointError when the checkpoint cannot be written (disk full, no permission)
+    and Superseded when another process holds the lease; both leave earlier checkpoints unchanged.
     """
     target = lease.root / folder_name(images)
     about = {"format": FORMAT, "images": images, **state}

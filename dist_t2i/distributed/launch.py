@@ -133,8 +133,7 @@ def job_port(env: Mapping[str, str]) -> int:
 def free_ports(count: int, apart: int = 0) -> list[int]:
     """`count` free ports of this machine between 12000 and 21999; with `apart`, port + apart is free too.
 
-    Chosen at random, so that programs that search at the same time choose different ports, and below 32768, from where
-    Linux takes ports for outgoing connections. Raises LaunchError when fewer ports are free.
+    Random, for programs that search at the same time; below 32768, where Linux's ports for connections begin.
     """
     candidates = random.SystemRandom().sample(range(12_000, 22_000), 10_000)
     free = (port for port in candidates if all(_is_free(number) for number in {port, port + apart}))

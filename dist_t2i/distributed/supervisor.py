@@ -48,7 +48,6 @@ def train(
 
     The output goes to the terminal, or to the file `log`, whose end is printed if the training fails. `launcher` are
     further options of `deepspeed`; `entry` is the script of another copy of the code.
-
     Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
     at once. Raises TrainingError when the training fails, after it has printed why. Main thread only.
     """

@@ -67,10 +67,7 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """The run begins the activity `what` at `images` seen; it may take `extra` seconds more than a step.
-
-        Silent ranks do not get the extra seconds.
-        """
+        """The run begins `what` at `images` seen; it may take `extra` seconds more than a step, except in silence."""
         self._state = _State(what, images, allowed=self.seconds + extra)
 
     def stop(self) -> None:
@@ -146,8 +143,7 @@ class Watchdog:
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
     """Which ranks hang, from their files at two moments (rank -> file) between which each rank should have written.
 
-    Returns `guilty` (these ranks' files, with `how` they hang), whether they are `silent`, and the ranks that are
-    `waiting` in a collective.
+    Returns the `guilty` ranks' files with `how` they hang, whether they are `silent`, and who is `waiting` for them.
     """
     alive = [rank for rank, report in after.items() if report["count"] != before.get(rank, {}).get("count")]
     silent = [rank for rank in range(world_size) if rank not in alive]

@@ -1,7 +1,6 @@
 """Exports a run as a folder for others: weights, configuration, tokenizer, samples, model card.
 
-inference/model_files.py lists the files. The export is written to a temporary folder and renamed, so it appears
-atomically. It contains nothing about this machine: no paths, no names.
+inference/model_files.py lists the files. The export appears atomically. It holds nothing about this machine: no paths.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
 from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dist_t2i.config.sections import Config
 
 SCORES = "scores.json"
@@ -43,7 +40,11 @@ def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
     contains no model, or the disk is full; nothing is left behind then.
     """
     out = Path(out)
-    _check_target(out, replace)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / model_files.ABOUT).is_file():
+            raise UserError(f"{out} exists and is not an exported model; choose a new folder")
+        if not replace:
+            raise UserError(f"{out} holds an exported model already; choose a new folder, or replace it with --force")
     files = read_model(run)
     model = TextToImage(files, "cpu")  # raises for a model that cannot be used, before anything is written
     about_set = SetAbout.of(files)
@@ -70,15 +71,6 @@ def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
     return out
 
 
-def _check_target(out: Path, replace: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / model_files.ABOUT).is_file():
-        raise UserError(f"{out} exists and is not an exported model; choose a new folder")
-    if not replace:
-        raise UserError(f"{out} holds an exported model already; choose a new folder, or replace it with --force")
-
-
 def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAbout) -> None:
     weights = {model_files.GENERATOR: files.generator, model_files.DISCRIMINATOR: files.discriminator}
     if files.frozen is not None:
@@ -98,7 +90,11 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths},
     }
     (folder / model_files.ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    save_grid(_sample_grid(model, about_set), folder / SAMPLES)
+    prompts = list(model.config.report.sample_prompts or about_set.examples)[:8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images = model.generate(prompts, seed=0, images_per_prompt=4)
+    save_grid(render_grid(grid_rows(prompts, images), tile=96), folder / SAMPLES)
     if (scores := _scores(files)) is not None:
         (folder / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf-8")
     (folder / "README.md").write_text(model_card(files, about_set, scores), encoding="utf-8")
@@ -109,14 +105,6 @@ def published(config: Config) -> Config:
     run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))
-
-
-def _sample_grid(model: TextToImage, about_set: SetAbout) -> Image:
-    prompts = list(model.config.report.sample_prompts or about_set.examples)[:8]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        images = model.generate(prompts, seed=0, images_per_prompt=4)
-    return render_grid(grid_rows(prompts, images), tile=96)
 
 
 def _scores(files: ModelFiles) -> dict[str, Any] | None:

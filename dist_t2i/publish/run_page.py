@@ -1,14 +1,13 @@
 """A run as one self-contained web page, RUN/report/index.html.
 
-It shows held-out prompts next to their real pictures, the sample grids of the training, curves, scores, and how to
-reproduce the run.
+It shows held-out prompts with their real pictures, sample grids, curves, scores, and how to reproduce the run.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dist_t2i.checkpoint.store import images_in
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
-from dist_t2i.reporting.image_grid import GridRow, grid_rows
+from dist_t2i.reporting.image_grid import grid_rows
 from dist_t2i.reporting.web_page import file, img, write
 from dist_t2i.utils.files import read_json
 
@@ -24,41 +23,29 @@ if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
-GRIDS = 12
-"""At most this many sample grids are shown, evenly spread over the training."""
-
-
-def _held_out_rows(model: TextToImage, data: ShardSet, split: str) -> list[GridRow]:
-    """The first captions of a split, in the set's hashed order, with four generated pictures each."""
-    held_out = data.samples(split)
-    samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
-    captions = [sample.captions[0] for sample in samples]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
-        generated = model.generate(captions, seed=0, images_per_prompt=4)
-    return grid_rows(captions, generated, [sample.image for sample in samples])
+_GRIDS = 12  # at most this many sample grids are shown, evenly spread over the training
 
 
 def write_page(
     run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
 ) -> Path:
-    """Write RUN/report/index.html atomically; returns its path.
-
-    `scores` is the content of scores.json; `command` reproduces the run.
-    """
+    """Write RUN/report/index.html; returns its path. `scores`: of scores.json; `command` reproduces the run."""
     facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    about = SetAbout.of(model.files)
+    credit = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
+    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', escape(credit))
     body = [
         f"<h1>{escape(title)}</h1>",
         "<p>One forward pass through a small network generates each picture. The network and its two text embeddings were "
         "trained only on captioned pictures: nothing was pretrained.</p>",
-        *(_prompts(split, _held_out_rows(model, data, split)) for split in scores["splits"]),
+        *(_prompts(model, data, split) for split in scores["splits"]),
         _history(run),
         "<h2>Scores</h2>" + _scores(scores),
         f"<h2>Curves</h2>{file(run / 'curves.png', 'Curves')}" if (run / "curves.png").is_file() else "",
         f"<h2>How it was made</h2><pre>{escape(command)}</pre><dl>{listed}</dl>",
         f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
-        _credit(SetAbout.of(model.files)),
+        f"<h2>Pictures</h2><p>{linked}</p>" if credit else "",
         f"<h2>Next steps</h2><pre>{escape(_NEXT.format(run=run))}</pre>",
     ]
     return write(run / "report" / "index.html", title, body)
@@ -81,10 +68,17 @@ _NOTES = {
 }
 
 
-def _prompts(split: str, rows: Sequence[GridRow]) -> str:
+def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
+    """The first captions of a split, in the set's hashed order, with the real and four generated pictures each."""
+    held_out = data.samples(split)
+    samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
+    captions = [sample.captions[0] for sample in samples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
+        pictures = model.generate(captions, seed=0, images_per_prompt=4)
     heading, note = _NOTES.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not a selection."))
     cards = []
-    for row in rows:
+    for row in grid_rows(captions, pictures, [sample.image for sample in samples]):
         generated = "".join(img(picture, "generated picture") for picture in row.generated)
         real = f"<span class=real>{img(row.real, 'the real picture')}</span>" if row.real is not None else ""
         cards.append(f"<figure>{real}{generated}<figcaption>{escape(row.caption)}</figcaption></figure>")
@@ -95,17 +89,17 @@ def _history(run: Path) -> str:
     """The run's sample grids with a slider; without JavaScript, all of them one below the other."""
     found = ((images_in(path.stem), path) for path in (run / "samples").glob("*.png"))
     grids = sorted((images, path) for images, path in found if images is not None)
-    if len(grids) > GRIDS:
-        grids = [grids[round(i * (len(grids) - 1) / (GRIDS - 1))] for i in range(GRIDS)]
+    if len(grids) > _GRIDS:
+        grids = [grids[round(i * (len(grids) - 1) / (_GRIDS - 1))] for i in range(_GRIDS)]
     if not grids:
         return ""
     labels = ((f"after {images:,} images", path) for images, path in grids)
-    figures = (
+    steps = (
         f"<figure class=step><figcaption>{label}</figcaption>{file(path, label)}</figure>" for label, path in labels
     )
     last = len(grids) - 1
     slider = f'<input id=when type=range min=0 max={last} value={last} aria-label="when in training">'
-    return f"<h2>How it learned</h2><p>Drag to see earlier states.</p>{slider}{''.join(figures)}{_SLIDER}"
+    return f"<h2>How it learned</h2><p>Drag to see earlier states.</p>{slider}{''.join(steps)}{_SLIDER}"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
@@ -129,12 +123,6 @@ def _scores(scores: Mapping[str, Any]) -> str:
         "by Inception features."
     )
     return "".join(parts) + f"<p class=note>{escape(note)}</p>"
-
-
-def _credit(about: SetAbout) -> str:
-    credit = about.credit or (f"Licence of the pictures: {about.licence}" if about.licence else "")
-    linked = re.sub(r"(https?://[^\s)]+)", r'<a href="\1">\1</a>', escape(credit))
-    return f"<h2>Pictures</h2><p>{linked}</p>" if credit else ""
 
 
 def _facts(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:

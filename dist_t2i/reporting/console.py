@@ -52,10 +52,7 @@ def line_interval(elapsed: float) -> float:
 
 
 class Console:
-    """Messages, and on a terminal a live progress line below them.
-
-    Elsewhere (a file, a pipe, TERM=dumb) a new progress line is printed every `line_interval` seconds.
-    """
+    """Messages, and on a terminal a live progress line below them, else a new line every `line_interval` seconds."""
 
     REFRESH = 0.2
     """Seconds between two rewrites of the live line."""

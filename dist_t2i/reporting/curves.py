@@ -25,10 +25,7 @@ _PANELS = (
 
 
 def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
-    """Plot a metrics.jsonl into a PNG; returns False when there is nothing to plot yet.
-
-    Raises ImportError without matplotlib (the extras `demo` and `eval` install it).
-    """
+    """Plot a metrics.jsonl into a PNG; False without anything to plot. Raises ImportError without matplotlib."""
     entries = metrics_log.read(metrics)
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     matches = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]

@@ -41,10 +41,9 @@ def render_grid(
     columns: int | None = None,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """One image of all rows. Pictures smaller than `tile` pixels are enlarged without smoothing.
+    """All rows in `columns` blocks (default: two for more than eight rows); `headings` are above the generated columns.
 
-    The rows are spread over `columns` blocks, by default two for more than eight rows. `headings` are the texts above the
-    columns of generated pictures.
+    Pictures smaller than `tile` pixels are enlarged without smoothing.
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
     tile = max(tile, *(as_image(picture).width for row in rows for picture in row.generated)) if rows else tile

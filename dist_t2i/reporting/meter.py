@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Averages metrics without synchronizing with the device: tensors are summed on their device and read in `take`.
-
-    Every rank has a meter; `take` averages over the ranks.
-    """
+    """Averages metrics without synchronizing with the device: tensors are summed on their device and read in `take`."""
 
     def __init__(self) -> None:
         self._restart()
@@ -45,10 +42,7 @@ class Meter:
             self._seconds[what] += time.perf_counter() - begin
 
     def add(self, images: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Add a step of `images` images, counted over all ranks. Each metric is averaged over the steps that have it.
-
-        Tensors are scalars, means over this rank's rows; `take` averages them over the ranks.
-        """
+        """Add a step of `images` over all ranks, and this rank's metrics, each averaged over the steps that have it."""
         self._images += images
         self._steps += 1
         for name, value in metrics.items():

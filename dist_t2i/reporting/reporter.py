@@ -7,11 +7,8 @@
     RUN/samples/images-000123456.png
     RUN/curves.png
 
-Only rank 0 writes; on other ranks a `Reporter` takes the same calls and does nothing, so the training loop needs no
-conditions. A file that cannot be written (a full disk) causes one warning, and training continues.
-
-The progress line and the curves know `loss/d`, `loss/g`, their terms (`loss/d_adversarial`, ...), `logit/real`,
-`logit/fake`, `logit/mismatched`, `grad/<engine>`, `fake/std`, and what `Meter.take` adds. Other metrics are only recorded.
+Only rank 0 writes; on other ranks the same calls do nothing. A file that cannot be written (a full disk) causes one
+warning, and training continues. console.py and curves.py list the metrics that they show; others are only recorded.
 """
 
 from __future__ import annotations

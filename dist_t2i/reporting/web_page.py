@@ -17,11 +17,9 @@ from dist_t2i.utils.files import write_atomic
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:
     """Write a page of these parts atomically; returns its path."""
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>{STYLE}{''.join(body)}</html>"
-    )
+    head = f"<meta charset=utf-8><title>{escape(title)}</title>{STYLE}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, page)
+    write_atomic(path, f"<!doctype html><html lang=en>{head}{''.join(body)}</html>")
     return path
 
 

@@ -13,10 +13,7 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, which replaces `path` when the block ends and is deleted when it raises.
-
-    Readers see the old file or the new one, never a part. Raises OSError.
-    """
+    """Yields a temporary path that replaces `path` at the end of the block, and is deleted when it raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary

@@ -19,10 +19,7 @@ def usable_cores() -> int:
 
 
 def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
-    """Whether the process runs: it exists, is not a zombie, and started between `earliest` and `latest` (Unix times).
-
-    The start distinguishes a process from a later one with the same pid.
-    """
+    """Whether the process runs, is no zombie, and started in this span: a later process may have the same pid."""
     import psutil
 
     try:

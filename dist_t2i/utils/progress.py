@@ -8,10 +8,7 @@ import time
 
 
 class Progress:
-    """A line on stderr with the finished count, the rate and the remaining time.
-
-    The line is updated in place on a terminal; any other output gets a new line every ten seconds.
-    """
+    """A line on stderr with count, rate and remaining time: updated on a terminal, else a new one every ten seconds."""
 
     def __init__(self, total: int, unit: str = "pictures") -> None:
         self.total, self.unit = total, unit
