@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm or superseded), its reason, and the kind of failure or ""."""
+    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, and the kind of failure or ""."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # this node was lost to Slurm

@@ -22,11 +22,10 @@ from slurm import attempts
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The training of one run; called on every rank, it does not return. Pickled by name, so it lives in a module."""
+    """The training of one run, by train.py with `arguments`; called on every rank, it does not return. Pickled by name."""
 
     run: str
     arguments: tuple[str, ...]
-    """The command line of train.py."""
 
     def __call__(self) -> None:
         rank = int(os.environ.get("SLURM_PROCID", "0"))

@@ -47,10 +47,9 @@ class SubmitError(UserError):
 
 @dataclass
 class Submission:
-    """A run to submit. `seeds` above 0 submits an array of this many runs, each in RUN/seed-N."""
+    """A run to submit, in an absolute folder. `seeds` above 0 submits an array of this many runs, each in RUN/seed-N."""
 
     run: Path
-    """The run folder, absolute."""
     config: Config
     profile: Profile
     nodes: int = 1

@@ -68,7 +68,7 @@ class Mirror:
     def look(self, fingerprint: str) -> None:
         """Read which run the mirror belongs to and which checkpoints it has; writes nothing, not even to the log.
 
-        Raises CheckpointError if it is in the run folder, is another run's, or has the only checkpoints and is away.
+        Raises CheckpointError if it is in the run folder, is another run's, or cannot be read and no checkpoint is here.
         """
         if not self.url:
             return
@@ -126,7 +126,6 @@ class Mirror:
         return -1
 
     def _fetch(self, images: int, staging: Path) -> None:
-        """Download a checkpoint into `staging`, check it, and move the records in it to the run folder."""
         self._ask("fetch", images=images, folder=str(staging), patience=self.retry_seconds, check=False)
         try:
             if store.open_checkpoint(staging).images != images:
@@ -257,11 +256,8 @@ class _Uploader:
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._input, self._output):
-            with contextlib.suppress(OSError):
-                pipe.close()
+        with self._process:  # closes the pipes and waits for the end
+            self._process.kill()
 
 
 def _start_worker(stdin: int, **request: Any) -> subprocess.Popen[bytes]:

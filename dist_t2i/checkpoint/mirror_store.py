@@ -187,7 +187,7 @@ class MirrorStore:
             raise CheckpointError(f"{self._root}/{full_name}: cannot be read ({error})") from error
 
     def acquire(self, run: Path, *, damaged: Collection[int] = (), allow_changes: bool = False) -> None:
-        """Make this process the uploader of the run in `run`; it replaces `damaged` checkpoints. Raises Refused."""
+        """Make this the run's mirror, and this process its uploader; replaces `damaged` checkpoints. Raises Refused."""
         mirrored = self.identity()
         fingerprint = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
         own = Identity((run / "config.yaml").read_text(encoding="utf-8"), fingerprint)

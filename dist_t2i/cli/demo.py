@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.cli.common import ROOT, new_parser, say, write_openmoji
-from dist_t2i.errors import TrainingError, UserError
+from dist_t2i.errors import TrainingError
 
 RESERVE = 0.03
 """Share of the budget that sample grids and checkpoints take."""
@@ -160,7 +160,7 @@ def report(run: Path, data: Path, budget: str) -> None:
     """Scores the weights, unless scores.json is about them, and writes the page; prints where the results are."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
-    from dist_t2i.eval.scores import table
+    from dist_t2i.eval.scores import known_scores, table
     from dist_t2i.inference.pipeline import load
     from dist_t2i.publish import run_page
 
@@ -180,14 +180,3 @@ def report(run: Path, data: Path, budget: str) -> None:
     print(f"Page      {page}")
     print(f"Files     {run / 'curves.png'}  {run / 'samples'}")
     print(f'Sample    {python} tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png')
-
-
-def known_scores(run: Path, weights: str) -> dict[str, Any] | None:
-    """RUN/scores.json if it is about these weights."""
-    from dist_t2i.eval.scores import read_scores
-
-    try:
-        scores = read_scores(run / "scores.json")
-    except UserError:
-        return None
-    return scores if scores["manifest"]["weights_sha256"] == weights else None

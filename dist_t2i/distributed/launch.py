@@ -76,17 +76,14 @@ def _from_variables(env: Mapping[str, str]) -> Rank:
 
 def _from_slurm(env: MutableMapping[str, str]) -> Rank:
     world, local = _integer(env, "SLURM_NTASKS"), _integer(env, "SLURM_LOCALID")
-    per_node = _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1"), env)
+    # Slurm's `2(x3),1`: two tasks on each of the first three nodes, one on the last.
+    pattern = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern)
+    counts = [int(count) for count, repeat in groups for _ in range(int(repeat or 1))]
+    per_node = counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
     if world > 1 and not env.get("MASTER_ADDR"):
         env["MASTER_ADDR"] = slurm_master(env)
     return Rank(_integer(env, "SLURM_PROCID"), world, local, per_node, "srun")
-
-
-def _tasks_here(pattern: str, env: Mapping[str, str]) -> int:
-    """Number of tasks on this node, from Slurm's `2(x3),1`: two on each of the first three nodes, one on the last."""
-    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern)
-    counts = [int(count) for count, repeat in groups for _ in range(int(repeat or 1))]
-    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def slurm_master(env: Mapping[str, str]) -> str:

@@ -56,7 +56,9 @@ def train(
         while (status := child.wait()) is None:
             if enough is not None and not child.stopping and enough():
                 child.stop()
-        child.wait_until_gone()
+        deadline = time.monotonic() + SAVE_SECONDS
+        while child.members() and time.monotonic() < deadline:  # a launcher may end before its ranks have saved
+            time.sleep(_POLL_SECONDS)
     if child.interrupted or (status == ExitStatus.STOPPED and enough is None):
         state = read_json(run / "progress.json") if enough is None else {}
         seen = f" at {state['images']:,} of {state['total_images']:,} images" if "images" in state else ""
@@ -101,7 +103,7 @@ class _Child:
         try:
             yield
         except BaseException:
-            send(self._members(), signal.SIGKILL)
+            send(self.members(), signal.SIGKILL)
             raise
         finally:
             for number, handler in before.items():
@@ -120,17 +122,11 @@ class _Child:
         """Asks rank 0 to save and stop. Before rank 0 trains there is nothing to save, and all processes are ended."""
         self.stopping = True
         if (rank := self._rank()) is None:
-            return send(self._members(), signal.SIGTERM)
+            return send(self.members(), signal.SIGTERM)
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGUSR2)
 
-    def wait_until_gone(self) -> None:
-        """Waits for the run's last process: a launcher may end before its ranks have saved."""
-        deadline = time.monotonic() + SAVE_SECONDS
-        while self._members() and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-
-    def _members(self) -> list[int]:
+    def members(self) -> list[int]:
         import psutil
 
         members = []

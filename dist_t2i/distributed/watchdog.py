@@ -67,7 +67,7 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """The run begins `what` at `images` seen; it may take `extra` seconds more than a step, except in silence."""
+        """The run begins `what` at `images` seen, with `extra` seconds more than a step has (silent ranks get none)."""
         self._state = _State(what, images, allowed=self.seconds + extra)
 
     def stop(self) -> None:

@@ -81,6 +81,15 @@ def read_scores(path: Path) -> dict[str, Any]:
     return scores
 
 
+def known_scores(folder: Path, weights: str) -> dict[str, Any] | None:
+    """A folder's scores.json if it is about the weights with this SHA-256, else None."""
+    try:
+        scores = read_scores(folder / "scores.json")
+    except UserError:
+        return None
+    return scores if scores["manifest"]["weights_sha256"] == weights else None
+
+
 def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]]:
     """(split, pictures, [name, value and interval, better, floor, ceiling] of each score) of a scores.json."""
 

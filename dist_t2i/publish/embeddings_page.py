@@ -71,13 +71,11 @@ def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
     rows = []
     for probe in study.probes:
         counts = [str(len(probe.classes)), f"{probe.train:,} / {probe.test:,}", f"{probe.chance:.3f}"]
-        rows.append([probe.name, *counts, *(_cell(probe, name) for name in names)])
+        rows.append([probe.name, *counts, *(_cell(*probe.accuracy[name], probe.variance_share[name]) for name in names)])
     return ["property", "classes", "captions trained / scored on", "chance", *names], rows
 
 
-def _cell(probe: Probe, name: str) -> str:
-    value, low, high = probe.accuracy[name]
-    share = probe.variance_share[name]
+def _cell(value: float, low: float, high: float, share: float | None) -> str:
     return f"{value:.3f} ({low:.3f} to {high:.3f})" + ("" if share is None else f"; {share:.1%} of variance")
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from dist_t2i.config import files as config_files
 from dist_t2i.errors import UserError
-from dist_t2i.eval.scores import read_scores
+from dist_t2i.eval.scores import known_scores
 from dist_t2i.inference import model_files
 from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.inference.pipeline import TextToImage
@@ -28,9 +28,6 @@ from dist_t2i.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from dist_t2i.config.sections import Config
-
-SCORES = "scores.json"
-SAMPLES = "samples.png"
 
 
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
@@ -94,9 +91,9 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = model.generate(prompts, seed=0, images_per_prompt=4)
-    save_grid(render_grid(grid_rows(prompts, images), tile=96), folder / SAMPLES)
-    if (scores := _scores(files)) is not None:
-        (folder / SCORES).write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    save_grid(render_grid(grid_rows(prompts, images), tile=96), folder / "samples.png")
+    if scores := known_scores(files.folder, files.sha256()):
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     (folder / "README.md").write_text(model_card(files, about_set, scores), encoding="utf-8")
 
 
@@ -105,12 +102,3 @@ def published(config: Config) -> Config:
     run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))
-
-
-def _scores(files: ModelFiles) -> dict[str, Any] | None:
-    """The content of the folder's scores.json if it is about exactly these weights, else None."""
-    try:
-        scores = read_scores(files.folder / SCORES)
-    except UserError:
-        return None
-    return scores if scores["manifest"]["weights_sha256"] == files.sha256() else None

@@ -100,8 +100,7 @@ or misreads them. It was not filtered or tested for use in products.
 def _data(about: SetAbout) -> str:
     if not (about.pictures or about.credit or about.licence):
         return "Not recorded: the set could not be opened when the model was exported. Describe it here before you publish."
-    lines = [f"{about.name or 'A captioned set'}: {about.pictures:,} pictures in the training split."]
-    lines += [about.credit] if about.credit else []
-    lines += [f"Licence of the pictures: {about.licence}."] if about.licence else []
-    lines += [f"Fingerprint of the set: {about.fingerprint}."] if about.fingerprint else []
-    return "\n".join(lines)
+    size = f"{about.name or 'A captioned set'}: {about.pictures:,} pictures in the training split."
+    licence = f"Licence of the pictures: {about.licence}." if about.licence else ""
+    fingerprint = f"Fingerprint of the set: {about.fingerprint}." if about.fingerprint else ""
+    return "\n".join(filter(None, (size, about.credit, licence, fingerprint)))

@@ -1,9 +1,8 @@
 """Keeps glibc from returning freed memory to the system.
 
-glibc allocates each large array from the system and returns it when it is freed, so the kernel zeroes the pages of the
-next array again. Feature networks on a CPU and ZeRO's flat buffers free such arrays many times a step. Measured:
-EfficientNet-Lite0 on one thread, 19 pictures/s before and 38 after; a step of ZeRO stages 1 and 2 on two ranks, 1.10 and
-1.11 times plain PyTorch's step before, 1.03 and 1.09 after.
+glibc returns each large array to the system, so the kernel zeroes the next one's pages again, many times a step of
+feature networks on a CPU or ZeRO. Measured: EfficientNet-Lite0 on one thread, 19 pictures/s before and 38 after; a step
+of ZeRO stages 1 and 2 on two ranks, 1.10 and 1.11 times plain PyTorch's step before, 1.03 and 1.09 after.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def usable_cores() -> int:
 
 
 def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
-    """Whether the process runs, is no zombie, and started in this span: a later process may have the same pid."""
+    """Whether the process runs, is no zombie, and started in this span (Unix times): pids are used again."""
     import psutil
 
     try:
