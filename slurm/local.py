@@ -125,14 +125,9 @@ class LocalSlurm:
         """Pids of other processes with this cluster's slurm.conf and a job in their environment."""
         import psutil
 
-        pids = []
-        for process in psutil.process_iter(["pid"]):
-            with contextlib.suppress(psutil.Error):
-                environment = process.environ()
-                in_job = environment.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in environment
-                if in_job and process.pid != os.getpid():
-                    pids.append(process.pid)
-        return pids
+        found = {process.pid: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
+        own = [pid for pid, environment in found.items() if environment.get("SLURM_CONF") == str(self.conf)]
+        return [pid for pid in own if "SLURM_JOB_ID" in found[pid] and pid != os.getpid()]
 
     def command(self, *words: str, timeout: float = 60.0) -> str:
         """The output of one of Slurm's commands. Raises subprocess.CalledProcessError with the command's stderr."""

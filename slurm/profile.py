@@ -71,7 +71,7 @@ class Profile:
 def load(path: Path) -> Profile:
     """A checked profile. Raises ConfigError that names every problem."""
     try:
-        profile = _read(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        profile = from_plain(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         known = sorted(str(file) for file in (Path(__file__).parent / "profiles").glob("*.yaml"))
         raise ConfigError(f"no profile {path}; the project has {', '.join(known)}") from None
@@ -82,12 +82,8 @@ def load(path: Path) -> Profile:
     return check(profile, str(path))
 
 
-def from_plain(values: dict[str, Any]) -> Profile:
-    """A profile from what `dataclasses.asdict` made of one, through JSON. Raises ConfigError."""
-    return _read(values, "the profile of the run")
-
-
-def _read(values: Any, origin: str) -> Profile:
+def from_plain(values: Any, origin: str = "the profile of the run") -> Profile:
+    """A profile from YAML, or from what `dataclasses.asdict` made of one, through JSON. Raises ConfigError."""
     problems: list[str] = []
     profile = read_section({} if values is None else values, Profile, "", problems, "a profile")
     _refuse(problems, origin)

@@ -141,12 +141,11 @@ def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep: the last `last`, the first at or past each multiple of `every_images`, and `best`."""
+    """Which to keep: the last `last`, the first at or past each multiple of `every_images`, that at `best` (-1: unknown)."""
 
     last: int = 2
     every_images: int = 0
     best: int = -1
-    """Images seen of the checkpoint with the best scores; -1 when unknown."""
 
     def with_best(self, state: Mapping[str, Any]) -> Retention:
         """The same retention with the best checkpoint that a checkpoint's state names (training/validation.py)."""

@@ -71,7 +71,10 @@ class Console:
             return
         self._next = time_now + (self.REFRESH if self.live else line_interval(time_now - self._begin))
         if self.live:
-            self._live_line = format_line(images, total, values, self._width() - 1)
+            width = 80
+            with contextlib.suppress(OSError, ValueError):
+                width = os.get_terminal_size(self._stream.fileno()).columns or 80
+            self._live_line = format_line(images, total, values, width - 1)
             self._write(f"\r{self._live_line}\x1b[K")
         else:
             self._write(format_line(images, total, values) + "\n")
@@ -88,11 +91,6 @@ class Console:
         if self._live_line:
             self._write("\n")
             self._live_line = ""
-
-    def _width(self) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return os.get_terminal_size(self._stream.fileno()).columns or 80
-        return 80
 
     def _write(self, text: str) -> None:
         try:

@@ -31,28 +31,25 @@ class WandbLogger:
         self._warn = warn
         self._run: Any = None
         with self._guarded():
-            self._run = self._start(folder, report, name, config)
+            import wandb
 
-    def _start(self, folder: Path, report: ReportConfig, name: str, config: Mapping[str, Any]) -> Any:
-        import wandb
-
-        id_file = folder / ID_FILE
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        with signals_blocked():  # a stop signal must not kill W&B's service process
-            run = wandb.init(
-                dir=folder,
-                project=report.wandb_project,
-                name=name,
-                id=id_file.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                mode="online" if report.wandb == "online" and self._reachable() else "offline",
-                config=dict(config),
-                settings=wandb.Settings(**SETTINGS),
-            )
-        run.define_metric("images")
-        run.define_metric("*", step_metric="images")
-        return run
+            id_file = folder / ID_FILE
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+            with signals_blocked():  # a stop signal must not kill W&B's service process
+                run = wandb.init(
+                    dir=folder,
+                    project=report.wandb_project,
+                    name=name,
+                    id=id_file.read_text(encoding="utf-8").strip(),
+                    resume="allow",
+                    mode="online" if report.wandb == "online" and self._reachable() else "offline",
+                    config=dict(config),
+                    settings=wandb.Settings(**SETTINGS),
+                )
+            run.define_metric("images")
+            run.define_metric("*", step_metric="images")
+            self._run = run
 
     def _reachable(self) -> bool:
         import wandb
