@@ -57,12 +57,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Measured:
-    """The input of one split's metrics; on rank 0."""
+    """The input of one split's metrics, on rank 0: captions [N][J], features by network, brightness."""
 
     captions: tuple[tuple[str, ...], ...]
-    """[N][J]"""
     features: Mapping[str, Features]
-    """By network."""
     luma: Tensor
     """[seeds, M] mean luma of the pictures generated for `prompts`"""
     real_luma: Tensor

@@ -28,8 +28,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     may be negative for similar sets, the more if they share pictures, which are then compared with their copies.
     """
     a, b = _kernel_rows(a, b, scaled)
-    ones_a, ones_b = (torch.ones(1, len(x), dtype=torch.double) for x in (a, b))
-    within = off_diagonal_mean(a, a, ones_a) + off_diagonal_mean(b, b, ones_b)
+    within = sum(off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b))
     between = sum(cubic(a[rows], b).sum() for rows in _blocks(len(a))) / (len(a) * len(b))
     return (within - 2 * between).item()
 
@@ -59,12 +58,9 @@ def cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def off_diagonal_mean(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Mean of `cubic` over pairs of different rows of x and y [N, D], row i counting weights[r, i] times: [R].
-
-    Computed by blocks of rows, because the full kernel of 30,000 pictures would take 7 GB.
-    """
+    """Mean of `cubic` over pairs of different rows of x and y [N, D], row i counting weights[r, i] times: [R]."""
     pairs = torch.zeros(len(weights), dtype=torch.double)
-    for rows in _blocks(len(x)):
+    for rows in _blocks(len(x)):  # the full kernel of 30,000 pictures would take 7 GB
         kernel, own = cubic(x[rows], y), weights[:, rows]
         pairs += ((own @ kernel) * weights).sum(1) - own**2 @ kernel.diagonal(rows.start)
     return pairs / (weights.sum(1) ** 2 - (weights**2).sum(1))
@@ -179,10 +175,7 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
 
 
 def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
-    """1 where picture i [N, D] is nearer (by cosine) to text i [N, D] than to all texts[others[i]], else 0: float64 [N].
-
-    R-precision of Xu et al. 2018 (AttnGAN, sec. 4) with R = 1; ties count as 0.
-    """
+    """1 where text i is nearer to picture i than all texts[others[i]] (Xu et al. 2018, sec. 4, R = 1): float64 [N]."""
     if not others.shape[1]:
         return torch.ones(len(pictures), dtype=torch.double)
     pictures, texts = unit(pictures), unit(texts)
@@ -192,10 +185,7 @@ def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of picture i [N, D] and text i [N, D], at least 0: float64 [N].
-
-    Hessel et al. 2021, eq. 1, with the factor 100 that the field now uses instead of 2.5.
-    """
+    """Hessel et al. 2021, eq. 1, with 100 for 2.5: 100 x cosine of picture and text i, at least 0, as float64 [N]."""
     return 100 * (unit(pictures) * unit(texts)).sum(1).clamp_min(0)
 
 
@@ -218,10 +208,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
-    """How often each row is in each resample: float64 [resamples, N].
-
-    Groups are sampled with replacement, because their rows (such as the two tones of a role) are not independent.
-    """
+    """How often each row is in each resample, float64 [resamples, N], with the dependent rows of a group together."""
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randint(len(index), (resamples, len(index)), generator=generator)
@@ -237,10 +224,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Normal interval around the value, with the standard deviation of the resamples [R].
-
-    For metrics that depend on the number of different pictures, which resampling reduces: FID, the Inception Score.
-    """
+    """Normal interval around the value, for metrics biased by resamples [R], which hold fewer different pictures."""
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach
 

@@ -136,10 +136,7 @@ def known_protocols() -> list[str]:
 
 
 def load_protocol(name: str | Path) -> Protocol:
-    """Loads the protocol of that name, or from that .yaml file.
-
-    Raises UserError for an unknown name, an invalid file, and rules that were changed under their old version.
-    """
+    """Loads the protocol of that name, or from that .yaml file. Raises UserError."""
     path, known = Path(name), known_protocols()
     packaged = path.suffix not in (".yaml", ".yml")
     if packaged:

@@ -116,14 +116,6 @@ def random_halves(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
-def between_halves(real: Tensor, distance: Callable[[Tensor, Tensor], float], splits: int) -> float:
-    """Mean distance between two halves of the real pictures, over fixed random halvings."""
-    return sum(distance(*random_halves(real, seed)) for seed in range(splits)) / splits
-
-
-# ---- distances between two sets --------------------------------------------------------------------------------------
-
-
 def kid_scores(case: Case) -> list[Score]:
     """KID of generated and real pictures of the same captions, averaged over seeds; the interval is from all pairs.
 
@@ -138,7 +130,8 @@ def kid_scores(case: Case) -> list[Score]:
     resamples = [metrics.kid_resamples(fake, real, case.weights, scaled=scaled) for fake in fakes]
     resampled = torch.stack(resamples).mean(0)
     interval = metrics.interval(resampled) if scaled else metrics.around(value, resampled)
-    floor = {_HALVES: between_halves(real, distance, splits=20 if scaled else 1)}
+    halvings = [random_halves(real, seed) for seed in range(20 if scaled else 1)]  # subsets are costly
+    floor = {_HALVES: sum(distance(*halves) for halves in halvings) / len(halvings)}
     floor |= case.ends(lambda copy: distance(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: distance(copy, real), "noisy", "blurred", "shrunk", "random")
     return [case.score("kid", value, interval, floor, ceiling)]
@@ -169,14 +162,10 @@ def fidelity_frechet(a: Tensor, b: Tensor) -> float:
     return module.fid_statistics_to_metric(*statistics, verbose=False)[module.KEY_METRIC_FID]
 
 
-# ---- quality and variety ---------------------------------------------------------------------------------------------
-
-
 def inception_scores(case: Case) -> list[Score]:
     """The Inception Score of the generated pictures."""
-    assert case.network.classifier is not None, f"{case.key} has no classes"
-    classifier = case.network.classifier
-    module = torch_fidelity("metric_isc")
+    classifier, module = case.network.classifier, torch_fidelity("metric_isc")
+    assert classifier is not None, f"{case.key} has no classes"
 
     def score(features: Tensor) -> float:
         logits = features @ classifier.T
@@ -200,13 +189,7 @@ def precision_recall_scores(case: Case) -> list[Score]:
     ceiling = {_HALVES: metrics.in_manifold(*random_halves(real), k).mean().item()}
     chance = (metrics.in_manifold(random, real, k), metrics.in_manifold(real, random, k))
     floors = [{_NAMES["random"]: hits.mean().item()} for hits in chance]
-    return [
-        case.mean("precision", precise, floors[0], ceiling),
-        case.mean("recall", recalled, floors[1], ceiling),
-    ]
-
-
-# ---- agreement of pictures and captions ------------------------------------------------------------------------------
+    return [case.mean("precision", precise, floors[0], ceiling), case.mean("recall", recalled, floors[1], ceiling)]
 
 
 def retrieval_scores(case: Case) -> list[Score]:

@@ -186,9 +186,6 @@ def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
         raise UserError(f"{path}: is not the file that was exported (its SHA-256 differs); {remedy}")
 
 
-# ---- frozen text encoders --------------------------------------------------------------------------------------------
-
-
 def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
     """Reads what `text.frozen` names, for captions of up to `max_tokens` tokens of `tokenizer`. Raises UserError."""
     path = Path(text.frozen)

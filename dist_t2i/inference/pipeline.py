@@ -70,18 +70,14 @@ def load(path: str | Path, device: torch.device | str | None = None) -> TextToIm
 
 
 class TextToImage:
-    """A trained model.
-
-    `files` are the files it was built from, `images_seen` counts its training images, and `image_encoder` is the
-    network behind `embed_image`, on the device: images [B, 3, H, W] in [-1, 1] to unit vectors [B, A].
-    """
+    """A trained model. `files` are the files it was built from; `images_seen` counts its training images."""
 
     def __init__(self, files: ModelFiles, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.files, self.config, self.tokenizer = files, files.config, files.tokenizer
         self.images_seen = files.images
         self._parts = build_parts(files, self.device)
-        self.image_encoder = ImageEncoder(self._parts.discriminator)
+        self.image_encoder = ImageEncoder(self._parts.discriminator)  # what `embed_image` computes with
         self._chunk = 1 if self.device.type == "cpu" else CHUNK
 
     @property
@@ -92,8 +88,6 @@ class TextToImage:
     def __repr__(self) -> str:
         size, seen = self.image_size, self.images_seen
         return f"TextToImage({str(self.files.folder)!r}, {size}x{size} px, {seen:,} images seen, {self.device})"
-
-    # ---- text to image -----------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[str], seed: int = 0, images_per_prompt: int = 1, truncation: float | None = None
@@ -127,8 +121,6 @@ class TextToImage:
 
         return self._by_chunks(images, empty, noise, *self._encode(self._parts.text_g, prompts))
 
-    # ---- text and image to image -------------------------------------------------------------------------------------
-
     def edit(
         self,
         image: Image.Image | str | Path,
@@ -158,10 +150,7 @@ class TextToImage:
         strength: float = 1.0,
         truncation: float | None = None,
     ) -> Tensor:
-        """`edit` without warnings: source i, uint8 [N, 3, H, W] at the model's size, changed to match text i.
-
-        Raises UserError, PromptError.
-        """
+        """`edit` without warnings, of sources uint8 [N, 3, H, W] at the model's size. Raises UserError, PromptError."""
         encoder, generator = self._parts.source, self._parts.generator
         if encoder is None:
             raise UserError(
@@ -183,8 +172,6 @@ class TextToImage:
 
         return self._by_chunks(images, sources, noise, sources, *self._encode(self._parts.text_g, texts))
 
-    # ---- embeddings --------------------------------------------------------------------------------------------------
-
     def embed_text(self, texts: Sequence[str], which: str = "g") -> Tensor:
         """Sentence embeddings of a list of texts, float32 [N, E] on the CPU: S_G (`which="g"`) or S_D (`"d"`).
 
@@ -197,10 +184,7 @@ class TextToImage:
         return self._encode(self._parts.text_g if which == "g" else self._parts.text_d, texts).sentence
 
     def embed_image(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors of a list of PIL images in the alignment space, float32 [N, A] on the CPU.
-
-        Images may have any size and mode, and are treated as in `edit`. Raises PromptError.
-        """
+        """Unit vectors of PIL images (any size and mode) in the alignment space, float32 [N, A]. Raises PromptError."""
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise PromptError(f"images must be a list of PIL images, got {_kind(images)}")
         rows = [self._pixels(image, f"images[{number}]") for number, image in enumerate(images)]
@@ -219,8 +203,6 @@ class TextToImage:
         The model (its D and S_D) scores its own images here: this is no independent evaluation. Raises PromptError.
         """
         return self.embed_image(images) @ self.embed_aligned(texts).T
-
-    # ---- helpers -----------------------------------------------------------------------------------------------------
 
     def _noise(self, seeds: Sequence[int], truncation: float | None) -> tuple[Tensor, tuple[int, int]]:
         """One row of noise per seed, always from the CPU's generator, and the widths of its two parts."""

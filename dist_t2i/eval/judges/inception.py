@@ -55,12 +55,9 @@ def inception(device: torch.device, weights: str | None, resize: str) -> Feature
     return FeatureNetwork(f"{label}, {resize} resize", 299, 2048, sha256, Trunk(network).to(device), **options)
 
 
-@functools.lru_cache(maxsize=1)  # both ways to resize share it
+@functools.lru_cache(maxsize=1)  # by path and hash: both ways to resize share it
 def load_network(path: Path, sha256: str = "") -> Any:
-    """torch-fidelity's InceptionV3 with the weights of a .pth or .safetensors file; runs no pickled code.
-
-    Raises UserError when the file has no weights, or those of another network. `sha256` is for the cache.
-    """
+    """torch-fidelity's InceptionV3 with weights from .pth or .safetensors; runs no pickled code. Raises UserError."""
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)

@@ -32,10 +32,5 @@ def legacy(pixels: Tensor, side: int) -> Tensor:
     return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
 
 
-def unchanged(pixels: Tensor, side: int) -> Tensor:
-    """For networks whose input has the pictures' own size."""
-    return pixels
-
-
 def _bicubic(pixels: Tensor, side: int) -> Tensor:
     return F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False)

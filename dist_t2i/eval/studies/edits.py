@@ -72,7 +72,6 @@ class Answers:
     pictures: Mapping[str, Tensor]
     """`edit`, `copy`, `scratch`, and `target` -> uint8 [N, 3, H, W]"""
     network: str
-    """Its name."""
     features: Callable[[Tensor], Tensor]
     protocol: EditProtocol
 
@@ -140,7 +139,7 @@ def evaluate_edits(
         pictures = {"edit": edits, "copy": sources, "scratch": scratch, "target": library.pictures(texts)}
         answers = Answers(cases, pictures, network.name, features, protocol)
         parts[kind] = SplitScores(len(cases), tuple(score(answers, library)))
-        examples += examples_of(answers, 6) if kind != OWN else []
+        examples += examples_of(answers) if kind != OWN else []
     about = manifest(model, data, protocol, {protocol.features: network}) | {"base_weights_sha256": base.files.sha256()}
     return Scores(dataclasses.asdict(protocol), about, parts), examples
 
@@ -158,18 +157,13 @@ def cached(network: FeatureNetwork) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def examples_of(answers: Answers, count: int) -> list[tuple[str, list[numpy.ndarray]]]:
-    """Captions (the target's, then the source's) and pictures of up to `count` cases, evenly spaced."""
-    total, examples = len(answers.cases), []
-    count = min(count, total)
-    for i in (total * (2 * k + 1) // (2 * count) for k in range(count)):
-        pictures = [answers.pictures[name][i] for name in ("copy", "edit", "target", "scratch")]
-        arrays = [picture.permute(1, 2, 0).numpy() for picture in pictures]
-        examples.append((f"{answers.cases[i].text} ({answers.cases[i].source})", arrays))
-    return examples
-
-
-# ---- cases -----------------------------------------------------------------------------------------------------------
+def examples_of(answers: Answers) -> list[tuple[str, list[numpy.ndarray]]]:
+    """Captions (the target's, then the source's) and pictures of up to 6 cases, evenly spaced."""
+    total, count = len(answers.cases), min(6, len(answers.cases))
+    captions = [f"{case.text} ({case.source})" for case in answers.cases]
+    pictures = [answers.pictures[name].permute(0, 2, 3, 1).numpy() for name in ("copy", "edit", "target", "scratch")]
+    spaced = [total * (2 * k + 1) // (2 * count) for k in range(count)]
+    return [(captions[i], [images[i] for images in pictures]) for i in spaced]
 
 
 class Library:
@@ -229,9 +223,6 @@ def gender_cases(library: Library) -> list[Case]:
 def own_cases(library: Library) -> list[Case]:
     """Every held-out picture with its own caption."""
     return [Case(text, text, skin_tones.group_of(text)) for text in library.held_out]
-
-
-# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def target_scores(answers: Answers, library: Library) -> list[Score]:

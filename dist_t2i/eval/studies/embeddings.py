@@ -108,10 +108,7 @@ class Study:
 
 
 def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = ()) -> Study:
-    """Studies the embeddings of a model on a set's captions; `queries` are words whose neighbours are wanted.
-
-    Raises UserError when the set has too few captions.
-    """
+    """Studies a model's embeddings of a set's captions, with the neighbours of `queries` (words). Raises UserError."""
     captions = gather(data)
     sides = captions.train, captions.test
     if len(captions.train) < 20 or len(captions.test) < 8:
@@ -148,8 +145,7 @@ def gather(data: ShardSet) -> Captions:
     if not split:
         held_out = [text for text in train if caption_id(text) % 5 == 0]
         return Captions([t for t in train if caption_id(t) % 5], held_out, [], "a fifth of the captions")
-    test, pictures = [], []
-    samples = data.samples(split)
+    test, pictures, samples = [], [], data.samples(split)
     for i in range(min(MOST, len(samples))):
         try:
             picture = samples[i].image.convert("RGB")
@@ -158,9 +154,6 @@ def gather(data: ShardSet) -> Captions:
         test.append(samples[i].captions[0])
         pictures.append(picture)
     return Captions(train, test, pictures, split)
-
-
-# ---- properties: functions from a caption to its class, "" for none --------------------------------------------------
 
 
 def gender_of(caption: str) -> str:
@@ -216,8 +209,7 @@ def run_probe(
         accuracy[space] = (right.mean().item(), low, high)
         share = probes.explained(held_out[ask], truth)
         shares[space] = None if math.isnan(share) else share
-    most_frequent = index[max(classes, key=lambda label: counts[label])]
-    chance = (truth == most_frequent).double().mean().item()
+    chance = (truth == index[max(classes, key=counts.get)]).double().mean().item()
     return Probe(name, tuple(classes), len(learn), len(ask), chance, accuracy, shares)
 
 
@@ -232,14 +224,11 @@ def _untrained(model: TextToImage, texts: Sequence[str]) -> Tensor:
 
 
 def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequence[str]) -> dict[str, list[str]]:
-    """Query -> its nearest among the 600 most frequent words of the training captions, each embedded as a separate text.
-
-    A table of captions has no vectors of single words: its queries and neighbours are captions.
-    """
+    """Query -> its nearest among the 600 most frequent words of the training captions, each embedded separately."""
     frequency = Counter(word for text in captions.train for word in set(words(text)))
     texts = [word for word, count in frequency.most_common(600) if count >= 2 and len(word) > 1]
     if model.files.frozen is not None and model.files.frozen.about.get("kind") == "table":
-        texts = captions.test[:600]
+        texts = captions.test[:600]  # a table of captions has no vectors of single words
     if len(texts) < 2:
         return {}
     queries = [query for query in queries if query in texts]

@@ -66,10 +66,8 @@ def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Ten
 
 
 def nearest(vectors: Tensor, count: int) -> Tensor:
-    """Row numbers int64 [N, count] of the nearest other rows of vectors [N, E], nearest first.
-
-    Nearness is the cosine after the mean is subtracted, because the shared part of all texts would dominate it.
-    """
+    """Row numbers int64 [N, count] of the nearest other rows of vectors [N, E] by cosine, nearest first."""
+    # The part that all texts share would dominate the cosine.
     centered = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
     return (centered @ centered.T).fill_diagonal_(-2.0).topk(min(count, len(vectors) - 1), dim=1).indices
 
