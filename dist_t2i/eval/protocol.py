@@ -147,10 +147,9 @@ def load_protocol(name: str | Path) -> Protocol:
     frozen = json.loads(FROZEN.read_text(encoding="utf-8")).get(f"{protocol.name} {protocol.version}")
     if frozen != protocol.sha256 and (frozen or packaged):
         problem = "is not the one that was frozen: its rules were changed" if frozen else "was never frozen"
-        raise UserError(
-            f"{path}: protocol {protocol.name} version {protocol.version} {problem}. Scores of one version must stay "
-            f"comparable: restore the rules, or give them a new version (hash of these rules: {protocol.sha256})"
-        )
+        remedy = f"restore the rules, or give them a new version (hash of these rules: {protocol.sha256})"
+        about = f"{path}: protocol {protocol.name} version {protocol.version}"
+        raise UserError(f"{about} {problem}. Scores of one version must stay comparable: {remedy}")
     return protocol
 
 

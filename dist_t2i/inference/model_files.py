@@ -200,9 +200,9 @@ def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> F
     """S_D of an exported model, or the frozen encoder that this model was trained with."""
     model = read_export(folder)
     if model.tokenizer != tokenizer:
+        remedy = "both models must be trained on sets that share one tokenizer.json"
         raise UserError(
-            f"text.frozen={folder}: its encoder was trained with another tokenizer than this set's;\n"
-            "both models must be trained on sets that share one tokenizer.json"
+            f"text.frozen={folder}: its encoder was trained with another tokenizer than this set's;\n{remedy}"
         )
     text, limit = model.config.text, model.config.data.max_tokens
     if text.encoder == "transformer" and limit < max_tokens:
@@ -224,9 +224,7 @@ def _read_table(path: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEnco
         captions = None
     vectors = tensors.get("vectors")
     if vectors is None or vectors.ndim != 2 or not isinstance(captions, list) or len(captions) != len(vectors):
-        raise UserError(
-            f"text.frozen={path}: a table needs a tensor `vectors` [N, E] and, in the file's metadata, `captions`: "
-            "a JSON list of N texts"
-        )
+        parts = "a tensor `vectors` [N, E] and, in the file's metadata, `captions`: a JSON list of N texts"
+        raise UserError(f"text.frozen={path}: a table needs {parts}")
     tokens, lengths = tokenizer.encode([str(caption) for caption in captions], max_tokens)
     return FrozenEncoder({"kind": "table"}, {"vectors": vectors, "tokens": tokens, "lengths": lengths}, path)

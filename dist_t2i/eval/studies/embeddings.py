@@ -116,10 +116,8 @@ def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = ()) ->
     embeddings = EMBEDDINGS[model.config.text.mode]
     spaces = {name: tuple(model.embed_text(texts, which) for texts in sides) for name, which in embeddings.items()}
     tests = [test for _, test in spaces.values()]
-    baselines = {
-        "bag of words": probes.bag_of_words(*sides),
-        "untrained encoder": tuple(_untrained(model, texts) for texts in sides),
-    }
+    untrained = tuple(_untrained(model, texts) for texts in sides)
+    baselines = {"bag of words": probes.bag_of_words(*sides), "untrained encoder": untrained}
     has_tones = sum(bool(tone_of(text)) for text in captions.train) >= 20
     objects = _objects if has_tones else _frequent(captions.train)
     properties = {"skin tone": tone_of, "gender": gender_of, "object": objects}
