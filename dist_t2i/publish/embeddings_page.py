@@ -136,6 +136,6 @@ def _thumbnails(axes: Any, points: Any, pictures: Sequence[Any]) -> None:
     for i in range(0, len(pictures), step):
         small = OffsetImage(numpy.asarray(pictures[i].resize((20, 20))), zoom=0.9)
         axes.add_artist(AnnotationBbox(small, points[i].tolist(), frameon=False, pad=0))
-    low, high = points.min(0) * 1.08, points.max(0) * 1.08
+    low, high = points.amin(0) * 1.08, points.amax(0) * 1.08
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set_title("their pictures", fontsize=10)
