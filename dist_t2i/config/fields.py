@@ -81,8 +81,7 @@ def expected(type_: Any) -> str:
         return f"a list of {many}" if arguments[-1] is Ellipsis else f"a list of {len(arguments)} {many}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(choice) for choice in arguments)
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return plain[type_]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}[type_]
 
 
 def show(value: Any) -> str:

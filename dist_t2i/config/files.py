@@ -64,7 +64,7 @@ class _Reading:
     """Values collected from a file and overrides, with where each came from and what is wrong with it."""
 
     def __init__(self, origin: str) -> None:
-        self.origin, self.overriding = origin, ""
+        self.origin, self.overriding, self.loader = origin, "", _Loader("")
         self.values: dict[str, Any] = {}
         self.where: dict[str, str] = {}
         self.problems: list[tuple[float, str]] = []  # (line in the file, text)
@@ -86,11 +86,11 @@ class _Reading:
             print(f"warning: {self.origin}: {where}: {key} has a new name, {name}", file=sys.stderr)
         return name
 
-    def section(self, loader: _Loader, node: yaml.Node, section: type, prefix: str) -> None:
-        if isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None:
+    def section(self, node: yaml.Node, section: type, prefix: str) -> None:
+        if isinstance(node, yaml.ScalarNode) and self.loader.construct_object(node) is None:
             return  # `data:` with nothing beneath it
         if isinstance(node, yaml.ScalarNode) and "kind" in field_types(section):
-            self.entry(loader, node, section, prefix, "kind", self.place(node))
+            self.entry(node, section, prefix, "kind", self.place(node))
             return  # `generator: attn` is short for `generator: {kind: attn}`
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a configuration"
@@ -103,19 +103,19 @@ class _Reading:
             if name in first:
                 self.refuse(place, key, f"given twice (first on {first[name]})")
             first.setdefault(name, place)
-        loader.flatten_mapping(node)  # `<<: *other` becomes entries ahead of the mapping's own
+        self.loader.flatten_mapping(node)  # `<<: *other` becomes entries ahead of the mapping's own
         for key_node, value_node in node.value:
-            self.entry(loader, value_node, section, prefix, str(key_node.value), self.place(key_node))
+            self.entry(value_node, section, prefix, str(key_node.value), self.place(key_node))
 
-    def entry(self, loader: _Loader, node: yaml.Node, section: type, prefix: str, name: str, place: str) -> None:
+    def entry(self, node: yaml.Node, section: type, prefix: str, name: str, place: str) -> None:
         key = self.current(prefix + name, place)
         type_ = field_types(section).get(key.removeprefix(prefix))
         if type_ is None:
             self.refuse(place, key, f"unknown key{_suggestion(section, prefix, name)}")
         elif dataclasses.is_dataclass(type_):
-            self.section(loader, node, typing.cast(type, type_), f"{key}.")
+            self.section(node, typing.cast(type, type_), f"{key}.")
         else:
-            self.value(key, type_, loader.construct_object(node, deep=True), place)
+            self.value(key, type_, self.loader.construct_object(node, deep=True), place)
 
     def value(self, key: str, type_: Any, raw: Any, where: str) -> None:
         try:
@@ -143,9 +143,8 @@ class _Reading:
             self.refuse(where, key, f"unknown key{_suggestion(section, prefix, name)}")
             return
         try:
-            loader = _Loader(value)
-            node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-            self.entry(loader, node, section, prefix, name, where)
+            node = yaml.compose(value, _Loader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+            self.entry(node, section, prefix, name, where)
         except yaml.YAMLError as error:
             self.refuse(where, key, f"the value is not YAML ({_yaml_reason(error)})")
 
@@ -157,8 +156,7 @@ _WARNED: set[str] = set()
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of a YAML file with overrides such as `train.global_batch=128` on top.
 
-    Raises `ConfigError` with every problem at once: unknown keys with their nearest match and line, wrong types,
-    values out of range, combinations that cannot work.
+    Raises `ConfigError` with every problem at once: unknown keys, wrong types and ranges, combinations that cannot work.
     """
     path = Path(path)
     try:
@@ -176,10 +174,8 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
     """As `load`, from YAML text; `origin` is its name in messages."""
     reading = _Reading(origin)
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            reading.section(loader, node, Config, "")
+        if node := yaml.compose(text, _Loader):
+            reading.section(node, Config, "")
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {_yaml_reason(error)}") from None
     for override in overrides:

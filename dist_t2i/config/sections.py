@@ -73,8 +73,7 @@ class EditConfig:
     own: float = setting(0.3, SHARE)
     """Share of the pictures that are their own source and must be reproduced."""
     none: float = setting(0.1, SHARE)
-    """Share of the pictures without a source, generated from their text only. All others take as their source the picture
-    of another sample with a near caption."""
+    """Share of the pictures without a source, made from their text only. All others edit that of a near caption's sample."""
     words: int = setting(4, at_least(1))
     """Two captions are near when they differ in a single run of at most this many words."""
 
@@ -107,8 +106,7 @@ class LossConfig:
     word_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on words."""
     word_sharpness: float = setting(5.0, POSITIVE)
-    """Inverse temperature of a word's attention over regions, and of a caption's pooling over words (AttnGAN: gamma 1 and
-    gamma 2)."""
+    """Inverse temperature of a word's attention over regions, and of a caption's pooling over words (AttnGAN: gamma 1, 2)."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0

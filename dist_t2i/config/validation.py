@@ -38,14 +38,14 @@ def _ranges(config: Config) -> Iterator[Problem]:
 def _combinations(config: Config) -> Iterator[Problem]:
     for rules in (_text, _sizes, _declared, _engines, _mirror):
         yield from rules(config)
-    edit, data = config.edit, config.data
+    edit, data, batch = config.edit, config.data, config.train.global_batch
     if edit.init and not edit.width:
         yield ("edit.init", "edit.width"), "is only read where pictures are edited: also set edit.width, such as 48"
     if edit.own + edit.none > 1:
         yield ("edit.own", "edit.none"), f"is {edit.own:g}, more than edit.none={edit.none:g} leaves of 1"
-    if config.train.global_batch % 2:
+    if batch % 2:
         why = "each row's wrong caption is its neighbor's, so rows come in pairs"
-        yield ("train.global_batch",), f"must be even ({why}), is {config.train.global_batch}"
+        yield ("train.global_batch",), f"must be even ({why}), is {batch}"
     entries = [data.train] if isinstance(data.train, str) else data.train
     if data.weights and len(data.weights) != len(entries):
         counts = f"{len(data.weights)} numbers for {len(entries)} entries"

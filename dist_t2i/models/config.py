@@ -1,7 +1,7 @@
 """The sections of the configuration that belong to the networks, and the rules within each.
 
-A new kind of generator adds its name to `GeneratorConfig.kind` and, where it has settings, a section of that name; `networks.py`
-maps names to classes. Nothing here imports torch, so that `--help-config` answers at once.
+A new kind of generator adds its name to `GeneratorConfig.kind`, to `networks.GENERATORS` and, where it has settings, a section of
+that name. Nothing here imports torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class GeneratorConfig:
     """Size of the palette that the condition gives and whose sharp mixture every pixel is, so that areas of one color in
     drawings come out flat. 0: each pixel gets its color directly, as photographs need."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
-    """Inverse temperature of the palette softmax at inference, not in training: above 1, lines are sharper than the moving
-    average of the weights renders them."""
+    """Inverse temperature of the palette softmax at inference: above 1, lines are sharper than averaged weights give them."""
     layout: int = 2048
     """Numbers per scale that the condition writes straight into the map (as layout / size^2 channels, where that is at
     least 4): a cheap memory for layouts. 0 leaves it out."""

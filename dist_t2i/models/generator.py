@@ -76,10 +76,7 @@ class Upsample(nn.Module):
 
 
 class Layout(nn.Module):
-    """Adds a map that one matrix computes from the condition: a cheap memory for layouts. Our own.
-
-    `values` numbers become values / size^2 channels of size x size, then a 1x1 convolution.
-    """
+    """Adds `values` numbers that one matrix computes from the condition, as a map: a cheap memory for layouts. Our own."""
 
     def __init__(self, condition: int, channels: int, size: int, values: int):
         super().__init__()
@@ -94,8 +91,7 @@ class Layout(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """From the last map to `outputs` values a pixel: convolution, pixel shuffle and, if there are `detail` channels,
-    another convolution."""
+    """From the last map to `outputs` values a pixel: convolution, pixel shuffle, and another convolution if `detail` > 0."""
 
     def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
@@ -111,8 +107,7 @@ class ToRGB(nn.Module):
 
 
 class PaletteMix(nn.Module):
-    """Mixes each pixel from a palette that the condition gives. Our own, for drawings: areas of one color come out flat,
-    because a saturated softmax is constant where the output of a convolution is noisy."""
+    """Mixes each pixel from a palette that the condition gives. Our own: a saturated softmax keeps areas of a drawing flat."""
 
     SHARPNESS = 3.0
     """Inverse temperature of the softmax, so that fresh shares lean towards one color each."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,8 +43,7 @@ class GeneratorSide(nn.Module):
         pictures: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Generated:
-        """Pictures for B captions; `text` is their embedding if S_G is shared or frozen. `pictures` and `given` are the
-        source pictures, see `SourceEncoder`."""
+        """Pictures for B captions; `text`: embeddings of a shared or frozen S_G; `pictures`, `given`: see `SourceEncoder`."""
         text = text if self.text_g is None else self.text_g(tokens, lengths)
         guide = None if pictures is None else self.source(pictures, text, given)
         return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
@@ -101,10 +101,7 @@ def build_networks(
     `frozen` is the encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding. `edit_width`
     (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
     """
-
-    def encoder() -> nn.Module:
-        return build_text_encoder(text, vocab_size, max_tokens)
-
+    encoder = partial(build_text_encoder, text, vocab_size, max_tokens)
     dual, width = text.mode == "dual", frozen.width if frozen is not None else text.embedding
     generator = GENERATORS[model.generator.kind](model.generator, image_size, width)
     discriminator = Discriminator(model.discriminator, image_size, width)

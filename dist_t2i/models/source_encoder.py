@@ -1,12 +1,11 @@
 """The encoder of source pictures for text-guided editing, and how a generator uses its output.
 
-Our reading of "the embeddings serve text-guided manipulation": the source picture is an additional input of the unchanged
-generator. Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang et
-al. 2023, sec. 3.1). The last map gives the share of the source to keep (GANimation: Pumarola et al. 2018, sec. 3.1) for
-each pixel and color channel, unbounded, so that a darker or lighter skin keeps its shading and outlines.
-
-Before that the source is *repainted*, which is our own: the caption's words give a palette, and a mask per paint says which
-pixels get it. Through the generator, with features normalized over the picture, a skin tone would change only half way.
+Our reading of "the embeddings serve text-guided manipulation": the source is an additional input of the unchanged generator.
+Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang et al. 2023, sec.
+3.1). The last map gives the share of the source to keep (GANimation: Pumarola et al. 2018, sec. 3.1) for each pixel and color
+channel, unbounded, so that a darker or lighter skin keeps its shading and outlines. Before that the source is *repainted*, our
+own: the caption's words give a palette, and a mask per paint says which pixels get it. Through the generator, with features
+normalized over the picture, a skin tone would change only half way.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """
@@ -24,11 +23,6 @@ from torch import Tensor, nn
 from dist_t2i.models.config import scales
 from dist_t2i.models.layers import Convolution, Downsample, ResidualBlock, WordAttention, activate, linear, patch_size
 from dist_t2i.models.text_encoder import TextEmbedding
-
-
-def _zero(layer: Convolution) -> Convolution:
-    nn.init.zeros_(layer.weight)
-    return layer
 
 
 class SourceGuide:
@@ -117,10 +111,12 @@ class SourceEncoder(nn.Module):
         self.stem = Convolution(3 * patch**2, width, gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(width, width) for _ in channels[1:])
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in channels)
-        self.into = nn.ModuleList(_zero(Convolution(width, c, size=1)) for c in reversed(channels))
+        self.into = nn.ModuleList(Convolution(width, c, size=1) for c in reversed(channels))
         # The share of the source to keep, for each pixel and color channel; initially 0.
-        keep = {"conv": _zero(Convolution(channels[-1], 3 * patch**2)), "shuffle": nn.PixelShuffle(patch)}
+        keep = {"conv": Convolution(channels[-1], 3 * patch**2), "shuffle": nn.PixelShuffle(patch)}
         self.keep = nn.Sequential(OrderedDict(keep))
+        for layer in (*self.into, self.keep.conv):
+            nn.init.zeros_(layer.weight)
         self.repaint = Repaint(width, text_width, patch)
 
     def forward(self, pictures: Tensor, text: TextEmbedding, given: Tensor | None = None) -> SourceGuide:

@@ -58,10 +58,8 @@ class OrderedLSTM(nn.LSTM):
 
 
 class LstmText(nn.Module):
-    """A bidirectional LSTM; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1; the default).
-
-    The sentence is normalized over its width, because initial LSTM states are so small that noise would drown them.
-    """
+    """A bidirectional LSTM, the default; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1),
+    normalized over its width, because initial LSTM states are so small that noise would drown them."""
 
     def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
         super().__init__()
@@ -125,10 +123,7 @@ class TransformerText(nn.Module):
 
 
 def build_text_encoder(text: TextConfig, vocab_size: int, max_tokens: int) -> nn.Module:
-    """The encoder that the configuration names, randomly initialized.
-
-    Returns a module with `.width` (E) and forward(tokens int64 [B, T], lengths int64 [B]) -> `TextEmbedding`.
-    """
+    """A new encoder, with `.width` (E) and forward(tokens int64 [B, T], lengths int64 [B]) -> `TextEmbedding`."""
     if text.encoder == "transformer":
         return TransformerText(vocab_size, text.embedding, text.layers, text.heads, max_tokens)
     return LstmText(vocab_size, text.embedding, text.layers)

@@ -13,11 +13,8 @@ from dist_t2i.errors import TrainingError
 
 Values = Mapping[str, float]
 _OWNERS = {
-    "loss/d": "discriminator and its text encoder",
-    "loss/g": "generator and its text encoder",
-    "loss/kl": "generator and its text encoder",
-    "grad/generator": "generator and its text encoder",
-    "grad/discriminator": "discriminator and its text encoder",
+    **dict.fromkeys(("loss/d", "grad/discriminator"), "discriminator and its text encoder"),
+    **dict.fromkeys(("loss/g", "loss/kl", "grad/generator"), "generator and its text encoder"),
     "grad/text": "shared text encoder",
     "logit/": "discriminator",
     "fake/": "generator",

@@ -83,7 +83,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     mirror = Mirror(config.checkpoint, folder, text, reporter, retry_seconds=retry, **flags)
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
     leases: list[Lease] = []
-    on_main(lambda: leases.append(run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=_warn)))
+    warn = partial(print, "warning:", flush=True)  # without the lease, this process must not write into the log
+    on_main(lambda: leases.append(run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=warn)))
     lease = leases[0] if main else None
     on_main(lambda: mirror.restore(lease), slow=True)
 
@@ -132,11 +133,6 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     return Trainer(
         folder, images, *loop, stream, checkpointer, gan, average, validation, sample_sheet, reporter, mirror, watchdog
     )
-
-
-def _warn(message: str) -> None:
-    """For warnings from before this process has the lease, and with it the right to write into the log."""
-    print(f"warning: {message}", flush=True)
 
 
 def assemble(

@@ -29,10 +29,8 @@ from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.schedule import learning_rate_scale, passes
 from dist_t2i.training.validation import Validation
 
-_EVALUATION_SECONDS = 3600.0
-"""An evaluation may take this many seconds longer than a step before the watchdog counts it as a hang."""
-_SAMPLE_SECONDS = 600.0
-"""The same for a sample grid."""
+_EVALUATION_SECONDS, _SAMPLE_SECONDS = 3600.0, 600.0
+"""How much longer than a step an evaluation or a sample grid may take before the watchdog counts it as a hang."""
 
 
 @dataclass
@@ -176,11 +174,12 @@ class Trainer:
         """Ends the loader's workers and gives the lease back; the reporter's last message is the error, if any."""
         try:
             yield
-        except Superseded:  # the folder belongs to another process now: write nothing into it
-            self.mirror.close()
-            raise
         except BaseException as error:
-            self.reporter.close("failed", "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            if not isinstance(
+                error, Superseded
+            ):  # then the folder belongs to another process: nothing is written into it
+                message = "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self.reporter.close("failed", message)
             self.mirror.close()
             raise
         finally:

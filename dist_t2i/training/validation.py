@@ -1,8 +1,7 @@
 """Scores during training: a small protocol scores the moving average, and the best checkpoint is kept.
 
-The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images. They do not change the training:
-the weights are copied, and the networks of the metrics use no random state that training reads. Rank 0 computes the scores
-while the others wait.
+The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images, and computing them, on rank 0, does
+not change the training: the weights are copied, and the networks use no random state that training reads.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
 """
@@ -14,13 +13,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dist_t2i.checkpoint.store import folder_name
 from dist_t2i.config.sections import DataConfig, EvalConfig, TrainConfig
 from dist_t2i.data.open_data import open_entry, storage_options
+from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
 from dist_t2i.eval.protocol import Protocol, load_protocol
@@ -29,13 +30,8 @@ from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.training.schedule import passes
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dist_t2i.data.shard_set import ShardSet
-
 FOLDER = "evaluations"
-Weights = Mapping[str, "Tensor"]
+Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
