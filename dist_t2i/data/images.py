@@ -167,11 +167,8 @@ def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> nu
 def square(
     pixels: numpy.ndarray, size: int, crop: tuple[float, float, float] = (1.0, 0.5, 0.5), out: Tensor | None = None
 ) -> Tensor:
-    """A square of the image, resized with antialiasing: uint8 [3, size, size].
-
-    `crop`: the side as a share of the short side, the square's place between the edges across and down (0 to 1). With
-    `out`, uint8 [3, size, size] with channels last in memory, the result is written there.
-    """
+    """A square of the image, resized with antialiasing: uint8 [3, size, size]. `crop`: its side as a share of the short
+    side, its place between the edges across and down (0 to 1). It is written to `out` (channels last in memory) if given."""
     import torch
 
     height, width = pixels.shape[:2]

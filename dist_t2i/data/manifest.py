@@ -34,7 +34,7 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def problem_lines(problems: Iterable[Mapping[str, Any]]) -> bytes:
-    """The content of bad_samples.jsonl: `where`, `picture` and `reason` of each problem."""
+    """The content of bad_samples.jsonl, of a set: `where`, `picture` and `reason` of each problem."""
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     return lines.encode("utf-8", "backslashreplace")
 

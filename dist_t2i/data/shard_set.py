@@ -10,13 +10,13 @@ SET/manifest.json               splits, their shards (samples, bytes, sha256), c
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,8 +81,7 @@ class Shards:
 
     def parts(self) -> list[list[int]]:
         """The sizes of the shards of each entry of `data.train`, in their order."""
-        by_part = itertools.groupby(self._shards, key=attrgetter("part"))
-        return [[shard.samples for shard in shards] for _, shards in by_part]
+        return [[shard.samples for shard in part] for _, part in groupby(self._shards, attrgetter("part"))]
 
     @cached_property
     def remote(self) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 from dist_t2i.data.shard_index import Member, ShardIndex, key_and_extension
 from dist_t2i.storage.shard_file import ShardFile
 
-TEXTS = ("json", "txt")
 _BUFFER = 2**22
 _LARGEST_TEXT = 2**20
 
@@ -24,8 +23,7 @@ class _Reader:
     """A shard as a file object for sequential reading, and random access to its bytes; both use one buffer."""
 
     def __init__(self, file: ShardFile) -> None:
-        self._file, self._position = file, 0
-        self._buffer, self._start = b"", 0
+        self._file, self._position, self._buffer, self._start = file, 0, b"", 0
 
     def tell(self) -> int:
         return self._position
@@ -128,7 +126,7 @@ def _add(info: tarfile.TarInfo, reader: _Reader, contents: TarContents, checksum
     if not info.isreg() or named is None:
         return
     key, extension = named
-    is_text = texts and extension in TEXTS and info.size <= _LARGEST_TEXT
+    is_text = texts and extension in ("json", "txt") and info.size <= _LARGEST_TEXT
     data = reader.at(info.offset_data, info.size) if checksums or is_text else b""
     if (checksums or is_text) and len(data) < info.size:
         raise tarfile.ReadError(f"{info.name} ends too soon")

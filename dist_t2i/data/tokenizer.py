@@ -115,10 +115,8 @@ class Tokenizer:
 
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
-    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts.
-
-    Tokens do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ.
-    """
+    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts. Tokens
+    do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -127,13 +125,9 @@ def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = _alphabet(counts, limit=max(vocabulary // 4, 64))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        min_frequency=2,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-        show_progress=False,
+        vocab_size=vocabulary, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
     )
+    trainer.initial_alphabet, trainer.limit_alphabet = alphabet, len(alphabet)
     ordered = sorted(counts)
     library.train_from_iterator((text for text in ordered for _ in range(counts[text])), trainer=trainer)
     known = sorted({word for text in ordered for word in words(text)})

@@ -61,7 +61,9 @@ class Batch:
         return vars(self) | small | refs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: _received(value) for name, value in state.items()})
+        for name, value in state.items():
+            value = value.tensor() if isinstance(value, BufferRef) else value
+            vars(self)[name] = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         changes: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
@@ -69,12 +71,6 @@ class Batch:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-
-
-def _received(value: Any) -> Any:
-    if isinstance(value, BufferRef):
-        return value.tensor()
-    return torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
 
 
 @lru_cache(maxsize=100_000)

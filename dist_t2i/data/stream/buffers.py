@@ -41,8 +41,7 @@ class Buffers:
         self._stride = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self._first = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, self._first + count * self._stride)
-        self._in_worker = False
-        self._id = next(_ids)
+        self._id, self._in_worker = next(_ids), False
         _all_buffers[self._id] = self
 
     def take(self) -> torch.Tensor | None:
@@ -65,9 +64,8 @@ class Buffers:
         if not self._in_worker or tensor.dtype != torch.uint8 or tensor.nbytes != self._size:
             return None
         number, rest = divmod(tensor.data_ptr() - self._array(0).ctypes.data, self._stride)
-        if rest or not 0 <= number < self._count:
-            return None
-        return BufferRef(self._id, number, tuple(tensor.shape), tensor.stride())
+        fits = not rest and 0 <= number < self._count
+        return BufferRef(self._id, number, tuple(tensor.shape), tensor.stride()) if fits else None
 
     def _array(self, number: int) -> numpy.ndarray:
         return numpy.frombuffer(self._memory, numpy.uint8, self._size, self._first + number * self._stride)

@@ -25,10 +25,8 @@ REMEMBERED_BYTES = 128 * 2**20
 
 class Decode:
     """Stage: adds the randomly cropped `image` (uint8 [3, S, S]) and `captions`; replaces samples that do not decode.
-
-    `image` is a row of `images` (uint8 [m, 3, S, S]), the memory of the micro-batch, which is complete after its last sample.
-    If the reader selects sources, adds likewise `source`, `sources` and `source_id`.
-    """
+    `image` is a row of `images` (uint8 [m, 3, S, S]), the memory of the micro-batch, which is complete after its last
+    sample. If the reader selects sources, adds likewise `source`, `sources` and `source_id`."""
 
     def __init__(
         self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None

@@ -91,8 +91,7 @@ class Order:
     def __init__(self, sizes: Sequence[int], seed: int, window: int, spread: int = 16) -> None:
         self.sizes = numpy.asarray(sizes, dtype=numpy.int64)
         self.samples = int(self.sizes.sum())
-        self.seed = seed
-        self.window = max(1, window)
+        self.seed, self.window = seed, max(1, window)
         if self.samples <= 0:
             raise ValueError("an order over no samples")
         count = len(self.sizes)
@@ -154,13 +153,12 @@ class Order:
             self._epoch, self._groups = epoch, {}
 
     def _group(self, number: int) -> _Group:
-        group = self._groups.get(number)
-        if group is None:
-            shards = self._shards[self._bounds[number] : self._bounds[number + 1]]
+        if number not in self._groups:
             if len(self._groups) >= _CACHED_GROUPS:
                 self._groups.clear()
-            group = self._groups[number] = _Group(shards, self.sizes[shards], self.window)
-        return group
+            shards = self._shards[self._bounds[number] : self._bounds[number + 1]]
+            self._groups[number] = _Group(shards, self.sizes[shards], self.window)
+        return self._groups[number]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ class Prefetcher:
 
     def __init__(self, shards: Shards, order: Order | Mixture, position: int, offset: float = 0.0) -> None:
         """`offset` (0 to 1): where in a window this worker begins, so that workers want different chunks."""
-        self._shards, self._order, self._offset = shards, order, offset
-        self._position = position
+        self._shards, self._order, self._position, self._offset = shards, order, position, offset
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
         if cache is not None and cache.works:
@@ -59,7 +58,7 @@ class Prefetcher:
                 chunks = [chunk for row in rows for chunk in row if chunk][: int(cache.limit * _SHARE) // CHUNK]
                 # Step 3: fetch them, beginning at this worker's share.
                 first = int(self._offset * len(chunks))
-                list(self._pool.map(self._fill, chunks[first:] + chunks[:first]))
+                list(self._pool.map(_fill, chunks[first:] + chunks[:first]))
                 previous = begin
 
     def _chunks(self, run: Run) -> list[tuple[CachedFile, int]]:
@@ -71,8 +70,7 @@ class Prefetcher:
                 return [(file, number) for number in file.chunks(start, stop - start)]
         return []
 
-    @staticmethod
-    def _fill(chunk: tuple[CachedFile, int]) -> None:
-        file, number = chunk
-        with contextlib.suppress(OSError, DataError):
-            file.fill(number)
+
+def _fill(chunk: tuple[CachedFile, int]) -> None:
+    with contextlib.suppress(OSError, DataError):
+        chunk[0].fill(chunk[1])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 import webdataset
 
 from dist_t2i.config.sections import DataConfig, EditConfig
+from dist_t2i.data.manifest import problem_lines
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import Shards, ShardSet
 from dist_t2i.data.stream.batch import SMALL_BYTES, Batch, caption_id
@@ -173,9 +173,8 @@ class Stream(Iterator[Batch]):
     def _record(self, bad: list[BadRecord]) -> None:
         self.bad_counts.update(record["reason"] for record in bad)
         if self._bad_file:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
-            with open(self._bad_file, "a", encoding="utf-8") as file:
-                file.write(lines)
+            with open(self._bad_file, "ab") as file:
+                file.write(problem_lines(bad))
         count = sum(self.bad_counts.values())
         if count > self._limit * max(self._seen, self._allowance):
             last = bad[-1]

@@ -42,11 +42,9 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 class Lanes(Iterator[Any]):
-    """Iterates over the items of several workers in turn; each worker has its own pipe.
-
-    A worker that is killed while it writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits
-    for the rest forever. Here only the worker holds the writing end of its pipe, so its death is an EOF.
-    """
+    """Iterates over the items of several workers in turn; each worker has its own pipe. A worker that is killed while it
+    writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits for the rest forever. Here
+    only the worker holds the writing end of its pipe, so its death is an EOF."""
 
     def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
@@ -116,8 +114,7 @@ class WorkerPool:
         """Ends the workers. May be called twice; also called when the pool is garbage-collected, and at exit."""
         self._iterator = None
         if self._finalizer is not None:
-            self._finalizer()
-            self._finalizer = None
+            self._finalizer()  # does nothing the second time
 
     def _start(self) -> Iterator[Any]:
         if self._workers == 0:
