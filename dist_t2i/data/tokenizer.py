@@ -115,8 +115,8 @@ class Tokenizer:
 
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
-    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts. Tokens
-    do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ."""
+    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts.
+    Tokens do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 

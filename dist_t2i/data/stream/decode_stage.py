@@ -100,8 +100,8 @@ class Decode:
 
 
 class BatchMemory:
-    """The memory of one micro-batch after another, channels last, as the networks need it. Images are decoded into their
-    row of it. In a loader worker it is shared with the parent: a free buffer, else new shared memory."""
+    """The memory of one micro-batch after another, channels last, as the networks need it. Images are decoded into
+    their row of it. In a loader worker it is shared with the parent: a free buffer, else new shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows

@@ -36,9 +36,9 @@ class SampleReader:
     """The first stage: raw samples of every `step`-th micro-batch of a plan, from micro-batch `first` on.
 
     A sample has `__key__`, `__url__`, extension -> bytes, `__position__` in the stream, `__row__` (shard, row) and
-    `__id__`, its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without one);
-    and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples ahead, but
-    the samples come in the order of the plan.
+    `__id__`, its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without
+    one); and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples ahead,
+    but the samples come in the order of the plan.
     """
 
     shards: Shards

@@ -1,11 +1,11 @@
 """DataLoader workers that ignore signals and end with the training process.
 
-Slurm, Ctrl-C in a terminal and launchers send signals to the whole process group. Workers ignore them: the training process
-saves first, then ends its workers. If it dies before that, the kernel kills them.
+Slurm, Ctrl-C in a terminal and launchers send signals to the whole process group. Workers ignore them: the training
+process saves first, then ends its workers. If it dies before that, the kernel kills them.
 
-Workers are forked: two of them deliver their first batch within a second, which spawned ones spend on imports. The fork is
-safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew. On
-systems other than Linux, workers are spawned. (Private parts of torch's DataLoader: tests/data/test_library_internals.py.)
+Workers are forked: two of them deliver their first batch within a second, which spawned ones spend on imports. The fork
+is safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew.
+Outside Linux, workers are spawned. tests/data/test_library_internals.py lists the private parts of the DataLoader.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 class Lanes(Iterator[Any]):
-    """Iterates over the items of several workers in turn; each worker has its own pipe. A worker that is killed while it
-    writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits for the rest forever. Here
-    only the worker holds the writing end of its pipe, so its death is an EOF."""
+    """Iterates over the items of several workers in turn; each worker has its own pipe. A worker that is killed while
+    it writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits for the rest forever.
+    Here only the worker holds the writing end of its pipe, so its death is an EOF."""
 
     def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
