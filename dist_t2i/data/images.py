@@ -168,7 +168,7 @@ def square(
     pixels: numpy.ndarray, size: int, crop: tuple[float, float, float] = (1.0, 0.5, 0.5), out: Tensor | None = None
 ) -> Tensor:
     """A square of the image, resized with antialiasing: uint8 [3, size, size]. `crop`: its side as a share of the short
-    side, its place between the edges across and down (0 to 1). It is written to `out` (channels last in memory), if any."""
+    side, its place between the edges across and down (0 to 1). Written to `out` (channels last in memory), if given."""
     import torch
 
     height, width = pixels.shape[:2]

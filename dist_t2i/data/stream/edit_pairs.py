@@ -4,8 +4,8 @@ Two captions are near if they differ in a single run of at most `longest` words,
 "woman pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot". The
 samples whose captions agree once a certain run is removed form a *group*. Small groups are more specific than large
 ones ("pilot dark skin tone" than "woman dark skin tone"), so groups of more than `LARGEST` samples count only for
-samples without a smaller one, and then only the smallest. Our own. All captions of a split are compared, so the set must
-be on a disk of this machine: reading 100,000 captions takes seconds, and their groups take tens of bytes per word.
+samples without a smaller one, and then only the smallest. Our own. All captions of a split are compared, so the set
+must be on a disk of this machine: reading 100,000 captions takes seconds, and their groups take tens of bytes per word.
 """
 
 from __future__ import annotations

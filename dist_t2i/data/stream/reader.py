@@ -37,8 +37,8 @@ class SampleReader:
 
     A sample has `__key__`, `__url__`, extension -> bytes, `__position__` in the stream, `__row__` (shard, row) and
     `__id__`, its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without
-    one); and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples ahead,
-    but the samples come in the order of the plan.
+    one); and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples
+    ahead, but the samples come in the order of the plan.
     """
 
     shards: Shards

@@ -121,8 +121,8 @@ class Pipeline(torch.utils.data.IterableDataset):
     """Memory that the worker shares with its parent."""
 
     def of_worker(self, first: int, step: int, waiting: int = 0) -> Pipeline:
-        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers. There are
-        buffers for four more: one being filled, one in the parent's hands, and two that the parent may keep."""
+        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers. It
+        gets buffers for four more: one being filled, one in the parent's hands, and two that the parent may keep."""
         size = self.plan.rows * self.data.image_size**2 * 3
         pictures = 1 if self.choice is None else 2
         buffers = Buffers((waiting + 4) * pictures, size) if waiting and size > SMALL_BYTES else None
