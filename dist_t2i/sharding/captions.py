@@ -16,6 +16,8 @@ MAX_CHARACTERS = 1_000
 """Longer captions are cut at the last word that fits, and listed."""
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
 CAPTION_COLUMNS = ("captions", "caption", "text", "description")
+Columns = tuple[tuple[str, ...], tuple[str, ...]]
+"""Names of a table's picture and caption columns; the first one that a row has is used."""
 _MAX_LINES = 50
 """A field of a CSV file that spans more lines than this lacks its closing quotation mark."""
 _FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
@@ -51,14 +53,12 @@ def clean(caption: str) -> tuple[str, str]:
 
     The caption is "" when it cannot be used.
     """
-    if caption.isascii() and caption.isprintable():  # most captions; twenty times faster
-        text = " ".join(caption.split())
-        if text and len(text) <= MAX_CHARACTERS:
-            return text, ""
-    if any("\ud800" <= char <= "\udfff" for char in caption):
-        return "", "caption is not UTF-8"
-    visible = (char if unicodedata.category(char)[0] != "C" or char == "\u200d" else " " for char in caption)
-    text = " ".join(unicodedata.normalize("NFC", "".join(visible)).split())
+    if not (caption.isascii() and caption.isprintable()):  # most captions are; twenty times faster
+        if any("\ud800" <= char <= "\udfff" for char in caption):
+            return "", "caption is not UTF-8"
+        visible = (char if unicodedata.category(char)[0] != "C" or char == "\u200d" else " " for char in caption)
+        caption = unicodedata.normalize("NFC", "".join(visible))
+    text = " ".join(caption.split())
     if not text:
         return "", "caption is empty"
     if len(text) > MAX_CHARACTERS:
@@ -73,18 +73,6 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "surrogateescape")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of a table's picture and caption columns; the first one that a row has is used."""
-
-    image: tuple[str, ...] = IMAGE_COLUMNS
-    caption: tuple[str, ...] = CAPTION_COLUMNS
-
-    def __str__(self) -> str:
-        caption = "caption" if "caption" in self.caption else self.caption[0]
-        return f"`{self.image[0]}` and `{caption}`"
-
-
 def read_captions(path: Path) -> Iterator[Row]:
     """The rows of a caption file. Raises DataError when the file cannot be read, or its columns are unknown."""
     try:
@@ -97,12 +85,10 @@ def read_captions(path: Path) -> Iterator[Row]:
     return rows_of(data, form, str(path))
 
 
-def rows_of(data: bytes, form: str, name: str, columns: Columns = Columns()) -> Iterator[Row]:
+def rows_of(data: bytes, form: str, name: str, columns: Columns = (IMAGE_COLUMNS, CAPTION_COLUMNS)) -> Iterator[Row]:
     """The rows of a table's bytes; `form` is jsonl, csv or tsv. Raises DataError when the columns are unknown."""
     text = decode_text(data)
-    if form == "jsonl":
-        return _read_json_lines(text, name, columns)
-    return _read_table(text, name, "\t" if form == "tsv" else ",", columns)
+    return _read_json_lines(text, name, columns) if form == "jsonl" else _read_table(text, form, name, columns)
 
 
 def read_text_file(path: Path) -> tuple[str, ...]:
@@ -121,42 +107,43 @@ def _read_json_lines(text: str, name: str, columns: Columns) -> Iterator[Row]:
         except (ValueError, RecursionError):
             yield Row(where, problem="line is not JSON")
             continue
+        fields = row if isinstance(row, dict) else {}
         image, captions = (
-            next((row[column] for column in names if row.get(column) not in (None, "")), None)
-            if isinstance(row, dict)
-            else None
-            for names in (columns.image, columns.caption)
+            next((fields[name] for name in names if fields.get(name) not in (None, "")), None) for names in columns
         )
-        yield make_row(where, image, captions, f'line has no "{columns.image[0]}"')
+        yield make_row(where, image, captions, f'line has no "{columns[0][0]}"')
 
 
-def _read_table(text: str, name: str, delimiter: str, columns: Columns) -> Iterator[Row]:
+def _read_table(text: str, form: str, name: str, columns: Columns) -> Iterator[Row]:
     short = Path(name).name
     lines = (line + "\n" for line in text.replace("\0", "").split("\n"))
-    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+    reader = csv.reader(lines, "excel-tab", quoting=csv.QUOTE_NONE) if form == "tsv" else csv.reader(lines)
     try:
         header = [name.strip().lower() for name in next(reader)]
-        image = next(header.index(column.lower()) for column in columns.image if column.lower() in header)
-        caption = next(header.index(column.lower()) for column in columns.caption if column.lower() in header)
+        image, caption = [
+            next(header.index(name.lower()) for name in names if name.lower() in header) for names in columns
+        ]
     except (StopIteration, csv.Error) as error:
         first = text.split("\n", 1)[0][:100].encode("utf-8", "replace").decode()
-        raise DataError(f"{name}: the first line must name the columns {columns}; it is: {first!r}") from error
+        usual = f"`{columns[0][0]}` and `{'caption' if 'caption' in columns[1] else columns[1][0]}`"
+        raise DataError(f"{name}: the first line must name the columns {usual}; it is: {first!r}") from error
     while True:
-        before, row, problem = reader.line_num, None, ""
+        before, filled, problem = reader.line_num, False, ""
         try:
-            row = next(reader, None)
+            row = next(reader)
+            filled = any(field.strip() for field in row)
+        except StopIteration:
+            return
         except csv.Error:
             problem = "line is not CSV"
         where = f"{short}:{before + 1}"
-        if row is None and not problem:
-            return
         if reader.line_num - before > _MAX_LINES:
             where, problem = f"{where}-{reader.line_num}", "quotation mark is never closed"
-        elif row is not None and len(row) <= max(image, caption) and any(field.strip() for field in row):
+        elif filled and len(row) <= max(image, caption):
             problem = "line has too few columns"
         if problem:
             yield Row(where, problem=problem)
-        elif row and any(field.strip() for field in row):
+        elif filled:
             yield Row(where, _unquoted(row[image]).strip(), (_unquoted(row[caption]),))
 
 

@@ -37,9 +37,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     columns = []
     for column in zip(*cells, strict=True):
-        width = max(map(len, column))
-        numeric = all(cell[:1].isdigit() for cell in column[1:])
-        columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in column])
+        align = str.rjust if all(cell[:1].isdigit() for cell in column[1:]) else str.ljust
+        columns.append([align(cell, max(map(len, column))) for cell in column])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
@@ -76,14 +75,14 @@ def _bad_samples(folder: Folder, manifest: dict[str, Any]) -> str:
     counts = manifest.get("bad_samples", {})
     if not counts:
         return "left out or changed: nothing"
-    lines = ["left out or changed:", table(("reason", "count"), list(counts.items()))]
+    text = f"left out or changed:\n{table(('reason', 'count'), list(counts.items()))}\n"
     try:
         listed = [json.loads(line) for line in folder.read("bad_samples.jsonl").decode().splitlines()]
     except (OSError, ValueError):
-        return "\n".join([*lines, "(bad_samples.jsonl cannot be read)"])
+        return f"{text}(bad_samples.jsonl cannot be read)"
     rows = [(entry["where"] or "-", entry["picture"] or "-", entry["reason"]) for entry in listed[:_MAX_LISTED]]
-    lines += ["", table(("where", "picture", "reason"), rows)]
-    return "\n".join([*lines, f"and {len(listed) - _MAX_LISTED:,} more"] if len(listed) > _MAX_LISTED else lines)
+    more = f"\nand {len(listed) - _MAX_LISTED:,} more" if len(listed) > _MAX_LISTED else ""
+    return f"{text}\n{table(('where', 'picture', 'reason'), rows)}{more}"
 
 
 Difference = tuple[str, str, str, str]
@@ -111,27 +110,24 @@ def verify(url: str, processes: int) -> tuple[int, list[Difference]]:
         if total != part["samples"]:
             differences.append(("manifest.json", f"samples of {name}", str(part["samples"]), str(total)))
     calls = [(folder, shard) for shard in shards]
-    for of_shard in in_processes(verify_shard, calls, processes, Progress(len(shards), "shards")):
-        differences.extend(of_shard)
-    return len(shards), differences
+    of_shards = in_processes(_verify_shard, calls, processes, Progress(len(shards), "shards"))
+    return len(shards), sum(of_shards, differences)
 
 
-def verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
-    """The differences in one shard and its index."""
+def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
     advance()
-    name = shard["name"]
+    name, index_file = shard["name"], index_name(shard)
     differences: list[Difference] = []
     index: ShardIndex | None = None
     try:
-        data = folder.read(index_name(shard))
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != shard["index_sha256"]:
-            differences.append((index_name(shard), "sha256", shard["index_sha256"][:16], digest[:16]))
+        data = folder.read(index_file)
+        if (digest := hashlib.sha256(data).hexdigest()) != shard["index_sha256"]:
+            differences.append((index_file, "sha256", shard["index_sha256"][:16], digest[:16]))
         index = ShardIndex.from_bytes(data, name)
         if len(index) != shard["samples"]:
-            differences.append((index_name(shard), "samples", str(shard["samples"]), str(len(index))))
+            differences.append((index_file, "samples", str(shard["samples"]), str(len(index))))
     except (OSError, DataError) as error:
-        differences.append((index_name(shard), "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
+        differences.append((index_file, "", "an index", f"{getattr(error, 'strerror', None) or error}"[:200]))
     try:
         size, digest, wrong = _read_through(*locate(folder, name), index)
     except OSError as error:
@@ -147,11 +143,11 @@ def verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
 
 def _read_through(folder: Folder, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
     """Size, SHA-256, and (member, expected CRC-32, actual CRC-32) of each wrong member; the tar is read once."""
-    spans = []
-    if index is not None:
-        for row, key in enumerate(index.keys):
-            spans += [(m.offset, m.size, m.crc32, f"{key}.{m.extension}") for m in index.members(row)]
-    spans.sort()
+    spans = sorted(
+        (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
+        for row, key in enumerate(index.keys if index else ())
+        for member in index.members(row)
+    )
     digest, start, number, crc = hashlib.sha256(), 0, 0, 0
     wrong = []
     for chunk in folder.chunks(name):

@@ -48,23 +48,18 @@ def unit_hash(text: str) -> float:
 def hold_out(items: Iterable[Item], share: float) -> None:
     """Move a share of the items, selected by a hash of their keys, to the split `test`; never all of them."""
     ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
-    selected = [item for number, item in ranked if number < share]
-    if not selected and share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES:
-        selected = [ranked[0][1]]
-    for item in selected if len(selected) < len(ranked) else selected[:-1]:
+    count = sum(number < share for number, _ in ranked)
+    if not count and share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES:
+        count = 1
+    for _, item in ranked[: min(count, len(ranked) - 1)]:
         item.split = "test"
 
 
 def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
     """Append the cleaned texts that `captions` lacks; returns what was wrong with the texts."""
-    problems = []
-    for text in texts:
-        cleaned, problem = clean(text)
-        if problem:
-            problems.append(problem)
-        if cleaned and cleaned not in captions:
-            captions.append(cleaned)
-    return problems
+    results = [clean(text) for text in texts]
+    captions += dict.fromkeys(text for text, _ in results if text and text not in captions)
+    return [problem for _, problem in results if problem]
 
 
 def captioned(
@@ -85,18 +80,11 @@ def filter_captions(items: Sequence[Item], problems: list[Problem], must: str, m
     An item without any such caption is dropped. Raises DataError for an invalid expression.
     """
     try:
-        wanted, unwanted = (re.compile(text, re.IGNORECASE) if text else None for text in (must, must_not))
+        # "(?!)" matches nothing
+        wanted, unwanted = (re.compile(text, re.IGNORECASE) for text in (must, must_not or "(?!)"))
     except re.error as error:
         raise DataError(f"not a regular expression: {must if error.pattern == must else must_not}: {error}") from error
-    kept = []
     for item in items:
-        item.captions = [
-            text
-            for text in item.captions
-            if (not wanted or wanted.search(text)) and (not unwanted or not unwanted.search(text))
-        ]
-        if item.captions:
-            kept.append(item)
-        else:
-            problems.append(Problem("", item.key, "no caption passes the filter"))
-    return kept
+        item.captions = [text for text in item.captions if wanted.search(text) and not unwanted.search(text)]
+    problems += [Problem("", item.key, "no caption passes the filter") for item in items if not item.captions]
+    return [item for item in items if item.captions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -34,11 +35,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def class_split(
-    classes: Sequence[str],
-    folders: Iterable[Path],
-    train: Path | None,
-    test: Path | None,
-    hold_out_every: int,
+    classes: Sequence[str], folders: Iterable[Path], train: Path | None, test: Path | None, hold_out_every: int
 ) -> tuple[dict[str, str], str]:
     """Class -> `train` or `test`, and the files or rule that decided.
 
@@ -52,7 +49,8 @@ def class_split(
         lists = (TEST_LIST, *TRAIN_LISTS)
         folder = next((folder for folder in folders if any((folder / name).is_file() for name in lists)), None)
         if folder is None:
-            default = {name: "train" if _number(name) % hold_out_every else "test" for name in classes}
+            numbers = {name: int("".join(filter(str.isdigit, name.partition(".")[0])) or 0) for name in classes}
+            default = {name: "train" if number % hold_out_every else "test" for name, number in numbers.items()}
             return default, "the default rule"
         test = folder / TEST_LIST if (folder / TEST_LIST).is_file() else None
         train = next((folder / name for name in TRAIN_LISTS if (folder / name).is_file()), None)
@@ -70,11 +68,6 @@ def class_split(
     return splits, f"{train or 'the rest'} and {test or 'the rest'}"
 
 
-def _number(name: str) -> int:
-    """3 of `003.Sooty_Albatross` and of `class_00003`."""
-    return int("".join(filter(str.isdigit, name.partition(".")[0])) or 0)
-
-
 def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     if path.suffix not in (".txt", ""):
         raise DataError(f"{path}: a list of classes must be a text file with one class a line (pickles are not read)")
@@ -83,10 +76,10 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     except OSError as error:
         raise DataError(f"cannot read the list of classes {path}: {error.strerror}") from error
     known = set(classes)
-    if unknown := [name for name in names if name not in known]:
-        near = nearest(unknown[0], classes)
+    if unknown := next((name for name in names if name not in known), None):
+        near = nearest(unknown, classes)
         hint = f"; did you mean {near}?" if near else ""
-        raise DataError(f"{path} names the class {unknown[0][:100]!r}, of which there are no pictures{hint}")
+        raise DataError(f"{path} names the class {unknown[:100]!r}, of which there are no pictures{hint}")
     return names
 
 
@@ -99,9 +92,8 @@ class ClassSet:
     layout: str
     """The expected files, for `--help` and error messages."""
     images: tuple[str, ...]
-    """Possible folders of the pictures; the first one that exists is used."""
     texts: tuple[str, ...]
-    """Possible folders of the captions, likewise."""
+    """Possible folders of the pictures and of the captions; the first one that exists is used."""
     hold_out_every: int
     """Without lists of classes, the classes whose number is a multiple of this are the split `test`."""
     nested: bool
@@ -129,12 +121,10 @@ class ClassSet:
         print(f"classes are split by {rule}", file=sys.stderr)
         items: list[Item] = []
         problems: list[Problem] = []
-        listed: dict[Path, set[str]] = {}
+        listing = functools.cache(files_of)
         for name in classes:
             folder = images / name if self.nested else images
-            if folder not in listed:
-                listed[folder] = files_of(folder)
-            items += _class_items(texts / name, folder, listed[folder], split[name], problems)
+            items += _class_items(texts / name, folder, listing(folder), split[name], problems)
         return sorted(items, key=lambda item: item.key), problems, self.about
 
 

@@ -52,8 +52,7 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
             continue
         key = name.rpartition(".")[0].replace(".", "_")
         picture = PictureFile(f"{root / folder}/{name}")
-        item = captioned(key, picture, captions, where, problems, image_id=image_id)
-        if item:
+        if item := captioned(key, picture, captions, where, problems, image_id=image_id):
             item.split = split
             items.append(item)
     title = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -36,10 +37,8 @@ def table_items(
 
     Raises: DataError when a table cannot be read, or has no columns of these names.
     """
-    columns = Columns(
-        (image_column,) if image_column else ("url", *IMAGE_COLUMNS),
-        (caption_column,) if caption_column else CAPTION_COLUMNS,
-    )
+    image_columns = (image_column,) if image_column else ("url", *IMAGE_COLUMNS)
+    columns = image_columns, (caption_column,) if caption_column else CAPTION_COLUMNS
     problems: list[Problem] = []
     rows_by_picture: dict[Picture, tuple[str, str, list[str]]] = {}
     tables = [table for pattern in patterns for table in expand(unchained(pattern))]
@@ -61,9 +60,8 @@ def table_items(
             rows_by_picture.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
     items: dict[str, Item] = {}
     for picture, (image, where, texts) in rows_by_picture.items():
-        key = _key(image, items)
-        item = captioned(key, picture, texts, where, problems, **({"url": image} if picture.remote else {}))
-        if item:
+        key, attributes = _key(image, items), {"url": image} if picture.remote else {}
+        if item := captioned(key, picture, texts, where, problems, **attributes):
             items[key] = item
     ordered = [items[key] for key in sorted(items)]
     hold_out(ordered, holdout)
@@ -79,17 +77,14 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
         existing = file.schema_arrow.names
-        names = []
-        for option, known in (("--image-column", columns.image), ("--caption-column", columns.caption)):
-            name = next((name for name in known if name in existing), "")
-            if not name:
-                raise DataError(f"{table}: name the right column with {option}; it has {', '.join(existing)}")
-            names.append(name)
-        number = 0
+        names = [next((name for name in known if name in existing), "") for known in columns]
+        if not all(names):
+            option = "--caption-column" if names[0] else "--image-column"
+            raise DataError(f"{table}: name the right column with {option}; it has {', '.join(existing)}")
+        numbers = itertools.count()
         for batch in file.iter_batches(_BATCH, columns=names):
             for image, captions in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
-                yield make_row(f"{Path(table).name}:{number}", image, captions, "row has no picture")
-                number += 1
+                yield make_row(f"{Path(table).name}:{next(numbers)}", image, captions, "row has no picture")
     except pyarrow.ArrowException as error:
         raise DataError(f"{table}: cannot be read as Parquet: {error}") from error
 

@@ -62,40 +62,32 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
 
 def scan(url: str) -> TarContents:
     """The positions of the pictures in one tar, and its captions. A truncated tar yields the samples before the cut."""
-    tar_contents = TarContents(url)
+    contents = TarContents(url)
     try:
         if is_local(url):
             status = os.stat(url)
             with open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                version = f"{status.st_size} {status.st_mtime_ns}"
-                _scan_members(tar, tar_contents, version, status.st_size)
+                _scan_members(tar, contents, f"{status.st_size} {status.st_mtime_ns}", status.st_size)
         else:
             folder, _, name = url.rpartition("/")
             stream = cast(IO[bytes], _Stream(open_folder(folder).chunks(name)))
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                _scan_members(tar, tar_contents, "", None)
+                _scan_members(tar, contents, "", None)
     except tarfile.TarError as error:
-        reason = f"tar ends in the middle or is damaged: {error}"
-        tar_contents.problems.append(Problem(tar_contents.name, "", reason))
+        contents.problems.append(Problem(contents.name, "", f"tar ends in the middle or is damaged: {error}"))
     except OSError as error:
         raise DataError(f"cannot read {url}: {error.strerror or error}") from error
-    return tar_contents
+    return contents
 
 
 class _Stream:
-    """Chunks of bytes as a file that `tarfile` reads from start to end."""
+    """Chunks of bytes as a file that `tarfile` reads from start to end, in pieces of at most `size` bytes."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
+    def __init__(self, chunks: Iterator[bytes], size: int = tarfile.RECORDSIZE) -> None:
+        self._pieces = (chunk[start : start + size] for chunk in chunks for start in range(0, len(chunk), size))
 
     def read(self, size: int) -> bytes:
-        pieces, length = [self._rest], len(self._rest)
-        while length < size and (chunk := next(self._chunks, b"")):
-            pieces.append(chunk)
-            length += len(chunk)
-        data = b"".join(pieces)
-        self._rest = data[size:]
-        return data[:size]
+        return next(self._pieces, b"")
 
 
 def _scan_members(tar: tarfile.TarFile, into: TarContents, version: str, end: int | None) -> None:
@@ -139,8 +131,7 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
             if problem:
                 problems.append(Problem(tar.name, key, problem))
                 continue
-            item = captioned(key, picture, texts, tar.name, problems, **attributes)
-            if item:
+            if item := captioned(key, picture, texts, tar.name, problems, **attributes):
                 while item.key in items:
                     item.key += f"_{hashlib.sha256(f'{tar.name} {key}'.encode()).hexdigest()[:8]}"
                 item.split = split[1] if split else "train"
@@ -164,11 +155,11 @@ def _captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, Any], str
             return [], {}, "json cannot be read"
         if not isinstance(attributes, dict):
             return [], {}, "json holds no captions"
-        value = attributes.pop("captions", None) or attributes.get("caption")
-        attributes.pop("caption", None)
+        single = attributes.pop("caption", None)
+        value = attributes.pop("captions", None) or single
     if not value:
-        text = next((members[kind] for kind in ("txt", "text", "captions", "caption") if kind in members), None)
-        value = decode_text(text).splitlines() if text is not None else None
+        text = next((members[kind] for kind in ("txt", "text", "captions", "caption") if kind in members), b"")
+        value = decode_text(text).splitlines()
     if not value:
         return [], {}, "no caption"
     captions = text_list(value)

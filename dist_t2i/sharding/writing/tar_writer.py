@@ -1,4 +1,4 @@
-"""Writes a tar in large pieces and computes its checksums at the same time, so that no data is read twice.
+"""Writes a tar and computes its checksums at the same time, so that no data is read twice.
 
 The bytes equal those that `tarfile` writes in GNU format. A header that contains no more than a name and a size is
 built here, ten times faster than by `tarfile`.
@@ -20,12 +20,7 @@ try:  # four times zlib's speed
 except ImportError:
     from zlib import crc32
 
-_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
-_WRITE, _SMALL = 2**20, 4096
-"""Bytes that are collected for one `writev`, and below which a piece is joined with others: so a call has at most 513
-pieces, and systems allow 1,024."""
-_MOST_SMALL = 512
-_ZEROS = bytes(_BLOCK)
+_BLOCK = tarfile.BLOCKSIZE
 
 
 def _info(name: str, size: int) -> tarfile.TarInfo:
@@ -66,65 +61,35 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
 
     def __init__(self, path: Path, expected: int = 0) -> None:
         """`expected`: the approximate size in bytes, which is reserved at once."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = open(path, "wb", buffering=2**16)  # noqa: SIM115  closed by __exit__
         try:
-            _make_room(self._descriptor, expected)
+            _make_room(self._file.fileno(), expected)
         except OSError:
-            os.close(self._descriptor)
+            self._file.close()
             raise
-        self._pieces: list[bytes] = []
-        self._small: list[bytes] = []
-        self._held = 0
         self._digest = hashlib.sha256()
         self.size = 0
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
 
     def add(self, name: str, data: bytes) -> tuple[int, int, int]:
         """Add a file; returns the offset, the size and the CRC-32 of its bytes."""
         head, size = header(name, len(data)), len(data)
         offset = self.size + len(head)
-        padding = -size % _BLOCK
-        self._small.append(head)
-        if size < _SMALL:
-            self._small.append(data)
-        else:
-            self._join()
-            self._pieces.append(data)
-            self._digest.update(data)
-            self._held += size
-        self._small.append(_ZEROS[:padding])
-        self.size = offset + size + padding
-        if self._held >= _WRITE or len(self._small) >= _MOST_SMALL:
-            self._flush()
+        for piece in (head, data, bytes(-size % _BLOCK)):
+            self._write(piece)
         return offset, size, crc32(data)
-
-    def _join(self) -> None:
-        """Join the small pieces into one, because each piece costs one call of the hash and of the system."""
-        if self._small:
-            piece = b"".join(self._small)
-            self._small = []
-            self._pieces.append(piece)
-            self._digest.update(piece)
-            self._held += len(piece)
-
-    def _flush(self) -> None:
-        self._join()
-        written = os.writev(self._descriptor, self._pieces)
-        if written < self._held:
-            rest = memoryview(b"".join(self._pieces))[written:]
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-        self._pieces, self._held = [], 0
 
     def finish(self) -> None:
         """Write the end of the tar."""
-        end = 2 * _BLOCK + -(self.size + 2 * _BLOCK) % _RECORD
-        self._small.append(bytes(end))
-        self.size += end
-        self._flush()
-        os.ftruncate(self._descriptor, self.size)
+        self._write(bytes(2 * _BLOCK + -(self.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
+        self._file.truncate()  # what was reserved in excess; flushes
 
     @property
     def sha256(self) -> str:
