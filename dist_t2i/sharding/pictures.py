@@ -141,9 +141,8 @@ def _download(url: str) -> bytes:
 
     parts = urlsplit(url)
     path, query = quote(parts.path, safe="/%:@!$&'()*+,;=~"), quote(parts.query, safe="%/?&=+:,;@~")
-    request = urllib.request.Request(
-        parts._replace(path=path, query=query).geturl(), headers={"User-Agent": "dist_t2i"}
-    )
+    address = parts._replace(path=path, query=query).geturl()
+    request = urllib.request.Request(address, headers={"User-Agent": "dist_t2i"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)

@@ -31,22 +31,17 @@ _LINGER = 20.0
 
 @dataclass(frozen=True)
 class SlurmArray:
-    """How to submit."""
+    """How to submit: the options `--slurm-...` of these names, which --help explains; `folder` gets submitit's logs."""
 
     cluster: str
-    """`slurm`, or `local` for plain processes of this machine."""
     tasks: int
     folder: Path
-    """Of submitit's logs."""
     partition: str
     account: str
     minutes: int
     memory: int
-    """GB of each task."""
     parallel: int
-    """Maximum number of tasks that run at the same time."""
     extra: Sequence[tuple[str, Any]]
-    """Further parameters of sbatch."""
 
     def write(self, folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress) -> Results:
         """Write the shards in tasks; returns their results by name. Raises DataError when shards remain unwritten."""

@@ -19,13 +19,11 @@ from dist_t2i.sharding.writing.shard_writer import (
     Results,
     ShardPlan,
     finished_result,
-    forget,
-    plan_hash,
     plan_shards,
     reserve,
     write_shard,
 )
-from dist_t2i.storage.folders import Folder, open_folder
+from dist_t2i.storage.folders import WORK, Folder, open_folder
 from dist_t2i.utils.progress import Progress
 
 ShardWriter = Callable[[Folder, Sequence[ShardPlan], Options, Progress], Results]
@@ -53,12 +51,15 @@ def write_set(
         raise _nothing_to_train_on(listed)
     try:
         plans = plan_shards(items, options)
-        reserve(folder, plan_hash(plans, options))
+        reserve(folder, plans, options)
         results = _write_missing(folder, plans, options, write_shards or write_here)
         for result in results:
             listed.extend(result["problems"])
         if not any(result["samples"] for result in results if result["split"] == "train"):
-            forget(folder, plans)
+            for plan in plans:  # nothing of this run may keep the folder from being used again
+                folder.remove(f"{plan.name}.tar")
+                folder.remove(f"{plan.name}.index")
+            folder.remove_folder(WORK)
             raise _nothing_to_train_on(listed)
         manifest = finish(folder, plans, results, listed, options)
         folder.clear_staging()

@@ -55,7 +55,7 @@ def compare(pictures: Path, work: Path, runs: int) -> int:
     from dist_t2i.sharding.sources.folder import find_items
     from dist_t2i.sharding.write_set import write_here
     from dist_t2i.sharding.writing.prepare import Options
-    from dist_t2i.sharding.writing.shard_writer import plan_hash, plan_shards, reserve
+    from dist_t2i.sharding.writing.shard_writer import plan_shards, reserve
     from dist_t2i.storage.folders import open_folder
     from tools.bench.common import print_table
 
@@ -67,7 +67,7 @@ def compare(pictures: Path, work: Path, runs: int) -> int:
 
     def shards() -> None:
         plans = plan_shards(items, Options())
-        reserve(folder, plan_hash(plans, Options()))
+        reserve(folder, plans, Options())
         write_here(folder, plans, Options())
 
     def whole_set() -> None:

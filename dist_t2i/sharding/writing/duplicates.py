@@ -121,6 +121,7 @@ def _sha256(data: bytes) -> bytes:
 
 def look_of(data: bytes) -> tuple[int, bytes] | None:
     """The difference hash (64 bits) and the mean RGB of each quarter (12 bytes); None if `data` does not decode."""
+    import numpy as np
     from PIL import Image
 
     from dist_t2i.data.images import PictureError, decode
@@ -129,9 +130,6 @@ def look_of(data: bytes) -> tuple[int, bytes] | None:
         picture = Image.fromarray(decode(data, at_least=64))
     except PictureError:
         return None
-    gray = picture.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
-    bits = 0
-    for row in range(8):
-        for column in range(8):
-            bits = bits << 1 | (gray[9 * row + column] < gray[9 * row + column + 1])
+    gray = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX))
+    bits = int.from_bytes(np.packbits(gray[:, :-1] < gray[:, 1:]).tobytes(), "big")
     return bits, picture.resize((2, 2), Image.Resampling.BOX).tobytes()

@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.data.images import MAX_PIXELS, MIN_SIDE, PictureError, check_size, decode, open_picture
+from dist_t2i.data.images import PictureError, check_size, decode, open_picture
 from dist_t2i.sharding.writing.headers import kind_of, measure
 
 if TYPE_CHECKING:
@@ -53,12 +53,11 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
     picture: Image | None = None
     if shape is None:
         shape, picture = _decoded(data, kind, options)
-    if min(shape) < MIN_SIDE or shape[0] * shape[1] > MAX_PIXELS or options.min_side or options.max_aspect:
-        check_size(*shape)
-        if min(shape) < options.min_side:
-            raise PictureError(f"smaller than --min-side {options.min_side}")
-        if options.max_aspect and max(shape) > options.max_aspect * min(shape):
-            raise PictureError(f"longer than --max-aspect {options.max_aspect:g}")
+    check_size(*shape)
+    if min(shape) < options.min_side:
+        raise PictureError(f"smaller than --min-side {options.min_side}")
+    if options.max_aspect and max(shape) > options.max_aspect * min(shape):
+        raise PictureError(f"longer than --max-aspect {options.max_aspect:g}")
     shrinks = options.size and min(shape) > options.size
     if kind and not shrinks and options.format in ("", kind):
         return kind, data, shape
@@ -85,8 +84,5 @@ def _encode(picture: Image, kind: str, options: Options) -> tuple[str, bytes, tu
         picture = picture.resize((width, height), reducing_gap=3.0)
     extension = options.format or ("jpg" if kind == "jpg" else "png")
     out = io.BytesIO()
-    if extension == "png":
-        picture.save(out, "PNG")
-    else:
-        picture.save(out, {"jpg": "JPEG", "webp": "WEBP"}[extension], quality=options.quality)
+    picture.save(out, {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}[extension], quality=options.quality)
     return extension, out.getvalue(), picture.size

@@ -14,17 +14,13 @@ from typing import Any
 from dist_t2i.errors import DataError
 from dist_t2i.utils.progress import Progress
 
-
-def _no_progress() -> None:
-    pass
-
-
-_advance: Callable[[], None] = _no_progress
+_advance: Callable[[], None] | None = None
 
 
 def advance() -> None:
     """Count one more finished picture; called by the work that `in_processes` runs."""
-    _advance()
+    if _advance:
+        _advance()
 
 
 def in_processes(

@@ -56,8 +56,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
     """A PNG with the pictures in rows of twelve."""
     from PIL import Image, ImageOps
 
-    rows = max(1, -(-len(samples) // _COLUMNS))
-    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * _TILE), "white")
+    sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, -(-len(samples) // _COLUMNS)) * _TILE), "white")
     for number, sample in enumerate(samples):
         with contextlib.suppress(ValueError):  # the header is intact, but the picture does not decode
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
@@ -77,47 +76,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -
     return f"<table>\n{line(head, 'th')}{''.join(line(row, 'td') for row in rows[:_MAX_LISTED])}</table>\n{more}"
 
 
-def split_table(splits: Mapping[str, Any]) -> tuple[list[str], list[tuple]]:
+def split_table(splits: Mapping[str, Any]) -> tuple[list[str], list[list]]:
     """Head and rows of a table with the counts and statistics of each split."""
     head = ["split", "pictures", "shards", "MB", "KB each", "short side, pixels", "captions", "words, mean / max"]
     head += ["tokens, mean / 99% / max", "distinct words", "words missing from train"]
     rows = []
     for name, part in splits.items():
-        captions = part["captions"]
+        captions, size, sides = part["captions"], part["bytes"], part.get("short_side") or ["unknown"]
         words, tokens = captions["words"], captions["tokens"]
-        rows.append(
-            (
-                name,
-                f"{part['samples']:,}",
-                len(part["shards"]),
-                f"{part['bytes'] / 1e6:,.1f}",
-                f"{part['bytes'] / max(1, part['samples']) / 1e3:,.1f}",
-                " to ".join(map(str, part.get("short_side") or ["unknown"])),
-                f"{captions['count']:,}",
-                f"{words['mean']} / {words['max']}",
-                f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}",
-                f"{captions['distinct_words']:,}",
-                captions["words_not_in_train"],
-            )
-        )
+        row = [name, f"{part['samples']:,}", len(part["shards"]), f"{size / 1e6:,.1f}"]
+        row += [f"{size / max(1, part['samples']) / 1e3:,.1f}", " to ".join(map(str, sides))]
+        row += [f"{captions['count']:,}", f"{words['mean']} / {words['max']}"]
+        row += [f"{tokens['mean']} / {tokens['p99']} / {tokens['max']}", f"{captions['distinct_words']:,}"]
+        rows.append([*row, captions["words_not_in_train"]])
     return head, rows
 
 
 def _shard_table(splits: Mapping[str, Any]) -> str:
     head = ("shard", "pictures", "MB", "captions", "short side, pixels", "left out", "start of its SHA-256")
-    rows = [
-        (
-            shard["name"],
-            f"{shard['samples']:,}",
-            f"{shard['bytes'] / 1e6:,.1f}",
-            f"{shard['captions']:,}",
-            f"{shard['short_side'][0]} to {shard['short_side'][1]}",
-            shard["left_out"],
-            shard["sha256"][:16],
-        )
-        for part in splits.values()
-        for shard in part["shards"]
-    ]
+    rows = []
+    for shard in (shard for part in splits.values() for shard in part["shards"]):
+        row = [shard["name"], f"{shard['samples']:,}", f"{shard['bytes'] / 1e6:,.1f}", f"{shard['captions']:,}"]
+        rows.append([*row, " to ".join(map(str, shard["short_side"])), shard["left_out"], shard["sha256"][:16]])
     return _table(head, rows)
 
 
@@ -126,11 +106,7 @@ def _page(manifest: dict[str, Any], samples: Sequence[Sample], problems: Sequenc
     captions = [(number, sample.key, " | ".join(sample.captions)) for number, sample in enumerate(samples, 1)]
     counts, head = Counter(problem["reason"] for problem in problems), ("where", "picture", "reason")
     details = _table(head, [[problem[cell] for cell in head] for problem in problems], " in bad_samples.jsonl")
-    listed = (
-        f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>{details}"
-        if problems
-        else "<p>Nothing.</p>"
-    )
+    listed = f"{_table(('reason', 'count'), counts.most_common())}<h3>Details</h3>{details}"
     credit = "".join(f"<p>{html.escape(str(manifest[k]))}</p>" for k in ("credit", "licence") if manifest.get(k))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>
@@ -143,7 +119,7 @@ overflow-wrap:anywhere}}img{{max-width:100%;border:1px solid #ccc}}code{{overflo
 {_table(*split_table(manifest["splits"]))}
 <h2>Pictures</h2><img src="contact_sheet.png" alt="Pictures of the training split">
 <h2>Captions of these pictures</h2>{_table(("", "key", "captions"), captions)}
-<h2>Left out or changed</h2>{listed}
+<h2>Left out or changed</h2>{listed if problems else "<p>Nothing.</p>"}
 <h2>Shards</h2>{_shard_table(manifest["splits"])}
 </html>
 """

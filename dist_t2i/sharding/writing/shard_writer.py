@@ -10,7 +10,9 @@ may write at once, a shard does not depend on who wrote it, and a rerun keeps ev
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -58,7 +60,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
     for item in items:
         splits.setdefault(item.split, []).append(item)
     for split in ("train", *sorted(set(splits) - {"train"})):
-        number = 0
+        numbers = itertools.count()
         plan: ShardPlan | None = None
         for item in sorted(splits[split], key=lambda item: hashlib.sha256(item.key.encode()).digest()):
             try:
@@ -68,16 +70,15 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
             megabytes = 0.0 if options.size or options.format else size / 1e6
             full = plan and (len(plan.items) >= options.shard_samples or plan.megabytes + megabytes > options.shard_mb)
             if plan is None or full:
-                plan = ShardPlan(f"{split}-{number:05d}", split, [], [])
+                plan = ShardPlan(f"{split}-{next(numbers):05d}", split, [], [])
                 plans.append(plan)
-                number += 1
             plan.items.append(item)
             plan.stamps.append(stamp)
             plan.megabytes += megabytes
     return plans
 
 
-def plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
+def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
     """Identifies the input and the options that decide the output, which the number of processes does not."""
     pictures = [options.size, options.format, options.quality, options.check, options.min_side, options.max_aspect]
     digest = hashlib.sha256(json.dumps([VERSION, pictures, options.vocabulary, options.about]).encode())
@@ -189,33 +190,22 @@ def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
         return None
 
 
-def reserve(folder: Folder, plan: str) -> None:
-    """Create the folder for the plan with this hash, or accept a folder that was reserved for the same plan.
+def reserve(folder: Folder, plans: Sequence[ShardPlan], options: Options) -> None:
+    """Create the folder for these plans, or accept a folder that was reserved for the same plans and options.
 
     Raises DataError when it holds anything else, or cannot be written.
     """
-    file = f"{WORK}/plan.json"
+    file, plan = f"{WORK}/plan.json", _plan_hash(plans, options)
     try:
-        try:
-            reserved = json.loads(folder.read(file))
-        except FileNotFoundError:
-            if folder.names():
-                raise DataError(f"--out {folder} is not empty: name a new folder, or delete its contents") from None
-            if folder.path is not None:
-                (folder.path / WORK).mkdir(parents=True)
-            folder.write(file, json.dumps({"plan": plan, "format": FORMAT, "version": VERSION}).encode())
-            return
-        if reserved.get("plan") != plan:
-            raise DataError(
-                f"--out {folder} holds a set of other pictures, captions or options: delete it or name another folder"
-            )
+        with contextlib.suppress(FileNotFoundError):
+            if json.loads(folder.read(file)).get("plan") == plan:
+                return
+            others = "a set of other pictures, captions or options"
+            raise DataError(f"--out {folder} holds {others}: delete it or name another folder")
+        if folder.names():
+            raise DataError(f"--out {folder} is not empty: name a new folder, or delete its contents")
+        if folder.path is not None:
+            (folder.path / WORK).mkdir(parents=True)
+        folder.write(file, json.dumps({"plan": plan, "format": FORMAT, "version": VERSION}).encode())
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write to --out {folder}: {error}") from error
-
-
-def forget(folder: Folder, plans: Sequence[ShardPlan]) -> None:
-    """Delete the shards and the reservation, so that the folder can be used again. Raises OSError."""
-    for plan in plans:
-        folder.remove(f"{plan.name}.tar")
-        folder.remove(f"{plan.name}.index")
-    folder.remove_folder(WORK)
