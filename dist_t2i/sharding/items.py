@@ -75,10 +75,7 @@ def captioned(
 
 
 def filter_captions(items: Sequence[Item], problems: list[Problem], must: str, must_not: str) -> list[Item]:
-    """Keep the captions that match `must` and do not match `must_not` (regular expressions, case-insensitive).
-
-    An item without any such caption is dropped. Raises DataError for an invalid expression.
-    """
+    """Keep captions that match the regular expression `must`, not `must_not`, and items that have any. Raises DataError."""
     try:
         # "(?!)" matches nothing
         wanted, unwanted = (re.compile(text, re.IGNORECASE) for text in (must, must_not or "(?!)"))

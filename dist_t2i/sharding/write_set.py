@@ -39,11 +39,8 @@ def write_set(
 ) -> dict[str, Any]:
     """Write a set to a folder or URL and return its manifest. A rerun with the same input keeps intact shards.
 
-    Args:
-        problems: what was wrong with other pictures, for the report.
-        write_shards: by default `write_here`.
-
-    Raises: DataError when no picture is left to train on, or the folder holds anything else or cannot be written.
+    `problems`, of other pictures, go into the report; `write_shards` is by default `write_here`. Raises DataError when no
+    picture is left to train on, or the folder holds anything else or cannot be written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]

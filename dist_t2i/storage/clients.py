@@ -22,8 +22,6 @@ from dist_t2i.errors import DataError
 from dist_t2i.storage.urls import checked, scheme_of
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "http", "https"})
-BLOCK, LARGE_BLOCK = 2**16, 2**20
-"""Minimal bytes that a client yields at a time. A broken connection loses less than one block; large blocks cost less."""
 CONNECT_SECONDS = 5
 
 
@@ -85,7 +83,7 @@ class Blocks(NamedTuple):
     bytes: Iterator[Any]
 
 
-def client_of(url: str, options: StorageOptions) -> ObstoreClient | FsspecClient:
+def client_of(url: str, options: StorageOptions) -> Client:
     """The client for an object. Raises DataError if no installed library knows the scheme.
 
     Must not be called in a process that will fork (reader_process.py).
@@ -101,7 +99,7 @@ class ObstoreClient:
         self._store = _store(f"{parts.scheme}://{parts.netloc}", options)
         self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
-    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
+    def fetch(self, start: int, stop: int | None, tag: str, block: int) -> Blocks:
         """The bytes [start, stop) of the version `tag` ("": any), in blocks of at least `block`; None reads to the end.
 
         Raises StorageError, also while the bytes are iterated.
@@ -127,7 +125,7 @@ class FsspecClient:
     def __init__(self, url: str) -> None:
         self._system, self._path = open_system(url)
 
-    def fetch(self, start: int, stop: int | None, tag: str, block: int = BLOCK) -> Blocks:
+    def fetch(self, start: int, stop: int | None, tag: str, block: int) -> Blocks:
         """As `ObstoreClient.fetch`, in one block."""
         with storage_errors():
             about = self._system.info(self._path)
@@ -136,6 +134,9 @@ class FsspecClient:
                 raise Changed("the object was replaced")
             size = -1 if about.get("size") is None else int(about["size"])
             return Blocks(size, current, iter([self._system.cat_file(self._path, start, stop)]))
+
+
+Client = ObstoreClient | FsspecClient
 
 
 @lru_cache(maxsize=64)
@@ -150,13 +151,9 @@ def _store(address: str, options: StorageOptions) -> Any:
 
 
 def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
-    """obstore's store of a bucket, a prefix or a host. Sends no request yet.
+    """obstore's store of a bucket, a prefix or a host. Sends no request yet. Raises DataError if it cannot be opened.
 
-    Args:
-        limits: limits of each request, as in obstore's `ClientConfig`: `timeout`, `read_timeout`, ...
-        retry: the store's own retries, as in obstore's `RetryConfig`; None for its defaults.
-
-    Raises: DataError if obstore cannot open the URL, or a setting that it needs is missing.
+    `limits` of each request are those of obstore's `ClientConfig`, `retry` is its `RetryConfig` (None: the defaults).
     """
     from obstore.store import from_url
 

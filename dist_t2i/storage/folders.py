@@ -238,10 +238,8 @@ class ObjectFolder(Folder):
     def names(self) -> list[str]:
         with storage_errors(self.url):
             listing = self._store.list_with_delimiter()
-        paths = [str(entry["path"]) for entry in listing["objects"]] + [
-            str(path) for path in listing["common_prefixes"]
-        ]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        paths = [*(entry["path"] for entry in listing["objects"]), *listing["common_prefixes"]]
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
 
 
 class FsspecFolder(Folder):

@@ -14,20 +14,11 @@ import time
 from functools import cached_property
 from typing import BinaryIO
 
-from dist_t2i.storage.clients import (
-    BLOCK,
-    LARGE_BLOCK,
-    Changed,
-    FsspecClient,
-    Gone,
-    ObstoreClient,
-    Short,
-    StorageError,
-    StorageOptions,
-    client_of,
-)
+from dist_t2i.storage.clients import Changed, Client, Gone, Short, StorageError, StorageOptions, client_of
 from dist_t2i.storage.retries import pauses
 
+BLOCK, LARGE_BLOCK = 2**16, 2**20
+"""Minimal bytes that a client yields at a time. A broken connection loses less than one block; large blocks cost less."""
 PAUSES = 0.1, 10.0
 """Seconds of the first and of the longest pause before a failed request is repeated."""
 GONE_SECONDS = 3.0
@@ -72,7 +63,8 @@ class RemoteFile:
 
     def __init__(self, url: str, options: StorageOptions, size: int = -1, tag: str = "") -> None:
         self.url, self.options, self.size = url, options, size
-        self._tag, self._pinned = tag, bool(tag)
+        self.tag, self._pinned = tag, bool(tag)
+        """The ETag of the version that is read; "" before the first answer, and from stores without ETags."""
         self._retries = True
         self._lock = threading.Lock()
 
@@ -91,11 +83,6 @@ class RemoteFile:
         out = io.BytesIO()
         self._read(out, 0, None)
         return out.getvalue()
-
-    @property
-    def tag(self) -> str:
-        """The ETag of the version that is read; "" before the first answer, and from stores without ETags."""
-        return self._tag
 
     def _read(self, out: BinaryIO, start: int, stop: int | None) -> None:
         """Writes the bytes [start, stop) of the object to `out`, to its end with None."""
@@ -131,9 +118,9 @@ class RemoteFile:
 
     def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
         """Appends the missing bytes to `out` with one request. Returns where the range ends, None if that is unknown."""
-        answer = self._client.fetch(start + out.tell(), stop, self._tag, block)
+        answer = self._client.fetch(start + out.tell(), stop, self.tag, block)
         with self._lock:
-            self._tag = self._tag or answer.tag
+            self.tag = self.tag or answer.tag
             self.size = answer.size if answer.size >= 0 else self.size
         if answer.size >= 0:
             stop = answer.size if stop is None else min(stop, answer.size)
@@ -149,11 +136,11 @@ class RemoteFile:
         with self._lock:
             if self._pinned:
                 raise Changed("the object was replaced since it was indexed")
-            self._tag, self.size = "", -1
+            self.tag, self.size = "", -1
         _truncate(out, 0)
 
     @cached_property
-    def _client(self) -> ObstoreClient | FsspecClient:
+    def _client(self) -> Client:
         return client_of(self.url, self.options)
 
 

@@ -148,9 +148,7 @@ def _read_all(url: str, options: StorageOptions) -> bytes:
     return RemoteFile(url, options).read_all()
 
 
-@lru_cache(maxsize=64)
-def _opened(url: str, options: StorageOptions, identity: Identity) -> ShardFile:
-    return _open_remote(url, options, identity)
+_opened = lru_cache(maxsize=64)(_open_remote)
 
 
 def _read_range(url: str, options: StorageOptions, identity: Identity, offset: int, size: int) -> bytes:

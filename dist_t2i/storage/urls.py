@@ -92,12 +92,9 @@ def with_suffix(url: str, suffix: str) -> str:
 
 
 def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list[str]:
-    """The names that patterns expand to, in order: braces such as `{000..591}`, and globs of local files.
+    """The names that patterns expand to, in order: braces such as `{000..591}`, and globs of files below `directory`.
 
-    Args:
-        directory: the folder that relative paths refer to, by default the working directory.
-
-    Raises: DataError if a glob matches nothing, a pattern is a command, or a name occurs twice.
+    Raises DataError if a glob matches nothing, a pattern is a command, or a name occurs twice.
     """
     from braceexpand import braceexpand
 

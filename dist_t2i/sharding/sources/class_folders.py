@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_t2i.errors import DataError
-from dist_t2i.sharding.captions import decode_text, read_text_file
+from dist_t2i.sharding.captions import read_text_file
 from dist_t2i.sharding.items import Gathered, Item, Problem, captioned
 from dist_t2i.sharding.pictures import PictureFile
 from dist_t2i.utils.text import nearest
@@ -21,17 +21,16 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
     """The first of these folders that `root` has. Raises DataError with the layout."""
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder. Expected files:\n{layout}")
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise DataError(f"{root} has no folder {' or '.join(names)}. Expected files:\n{layout}")
+    problem = f" has no folder {' or '.join(names)}" if root.is_dir() else ": there is no such folder"
+    raise DataError(f"{root}{problem}. Expected files:\n{layout}")
 
 
 def files_of(folder: Path) -> set[str]:
     """All names in a folder: one listing is faster than a look-up for each file."""
-    return {entry.name for entry in os.scandir(folder)}
+    return set(os.listdir(folder))
 
 
 def class_split(
@@ -41,9 +40,8 @@ def class_split(
 
     Without `train` and `test`, the text release's lists in one of `folders` decide: classes in `testclasses.txt` are
     held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and `valclasses.txt`, are trained on.
-    Without any list, the classes are held out whose number is a multiple of `hold_out_every`.
-
-    Raises: DataError when a list cannot be read, a list names an unknown class, or a class is in both lists or none.
+    Without any list, the classes are held out whose number is a multiple of `hold_out_every`. Raises DataError when a
+    list cannot be read, a list names an unknown class, or a class is in both lists or none.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)
@@ -72,7 +70,7 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     if path.suffix not in (".txt", ""):
         raise DataError(f"{path}: a list of classes must be a text file with one class a line (pickles are not read)")
     try:
-        names = [line.strip() for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
+        names = [line.strip() for line in read_text_file(path)]
     except OSError as error:
         raise DataError(f"cannot read the list of classes {path}: {error.strerror}") from error
     known = set(classes)
@@ -102,11 +100,8 @@ class ClassSet:
     def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
         """The pictures with their captions, sorted by key; prints the rule of the split.
 
-        Args:
-            texts: the folder of the captions, if it is not one of those in `root`.
-            train, test: lists of classes; see `class_split`.
-
-        Raises: DataError when the layout is another one, or the lists of classes do not fit it.
+        `texts` is the folder of the captions, if it is not one of those in `root`; `train` and `test` are lists of
+        classes (see `class_split`). Raises DataError when the layout is another one, or the lists do not fit it.
         """
         images = first_folder(root, self.images, self.layout)
         texts = texts or first_folder(root, self.texts, self.layout)

@@ -1,9 +1,6 @@
-"""MS-COCO 2014 or 2017 as distributed; with Karpathy's split if its file is named.
-
-References: Lin et al., "Microsoft COCO: Common Objects in Context" (2014) and Chen et al., "Microsoft COCO Captions"
-(2015) for the files; Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments" (2015) for the split, whose `restval` is
-commonly used for training.
-"""
+"""MS-COCO 2014 or 2017 as distributed (Lin et al. 2014, "Microsoft COCO: Common Objects in Context"; Chen et al. 2015,
+"Microsoft COCO Captions"), with the split of Karpathy & Fei-Fei (2015, "Deep Visual-Semantic Alignments") if its file is
+named; its `restval` is commonly used for training."""
 
 from __future__ import annotations
 
@@ -30,14 +27,10 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
-    """The pictures with their captions, sorted by key.
+    """The pictures with their captions, sorted by key. `year` may be None if `root` holds only one of 2014 and 2017.
 
-    The splits are `train`, and val as `test`; with Karpathy's file its train (with restval), val and test.
-
-    Args:
-        year: 2014 or 2017; None if `root` holds one of them.
-
-    Raises: DataError when the layout is another one, or a caption file cannot be read.
+    The splits are `train`, and val as `test`; with Karpathy's file its train (with restval), val and test. Raises
+    DataError when the layout is another one, or a caption file cannot be read.
     """
     items: list[Item] = []
     problems: list[Problem] = []

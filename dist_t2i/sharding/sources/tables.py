@@ -27,15 +27,10 @@ _SCHEMES = (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
 def table_items(
     form: str, patterns: Sequence[str], images: str, image_column: str, caption_column: str, holdout: float
 ) -> Gathered:
-    """The pictures of one or several tables, each once with all its captions, sorted by key.
+    """The pictures of tables (`patterns`: paths or URLs with braces), each once with all its captions, sorted by key.
 
-    Args:
-        form: `jsonl`, `csv`, `tsv` or `parquet`.
-        patterns: paths or URLs of tables, with braces.
-        images: the folder that paths of pictures are relative to; "" for the folder of each table.
-        image_column, caption_column: "" for the usual names.
-
-    Raises: DataError when a table cannot be read, or has no columns of these names.
+    `form` is `jsonl`, `csv`, `tsv` or `parquet`. Paths of pictures are relative to the folder `images`, or with "" to the
+    table's. A column "" has one of the usual names. Raises DataError when a table or its columns cannot be read.
     """
     image_columns = (image_column,) if image_column else ("url", *IMAGE_COLUMNS)
     columns = image_columns, (caption_column,) if caption_column else CAPTION_COLUMNS

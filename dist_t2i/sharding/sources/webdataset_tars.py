@@ -112,13 +112,10 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, version: str, end: in
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
-    """The pictures of tars that have captions, sorted by key.
+    """The pictures of tars that have captions, sorted by key; the set is called `name`, or with "" like the first tar.
 
     A tar named `test-00000.tar` or `val-00000.tar` keeps its split; all other pictures are `train`, of which a share
     `holdout` moves to `test` if no tar has another split.
-
-    Args:
-        name: of the set; "" for the name of the first tar.
     """
     urls = tar_urls(patterns)
     items: dict[str, Item] = {}

@@ -30,11 +30,7 @@ _PART = 64
 
 
 def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], processes: int) -> list[Item]:
-    """The items whose pictures repeat no other, in the given order; the rest is added to `problems`.
-
-    Args:
-        kind: `exact` or `perceptual`.
-    """
+    """The items whose pictures repeat no other in the way `kind` (exact, perceptual); the rest go into `problems`."""
     print(f"looking for duplicates among {len(items):,} pictures", file=sys.stderr)
     ranked = sorted(items, key=lambda item: (item.split == "train", item.key))
     pairs = _exact(ranked, processes) if kind == "exact" else _perceptual(ranked, processes)

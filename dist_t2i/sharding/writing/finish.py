@@ -24,11 +24,7 @@ def finish(
     problems: list[dict[str, Any]],
     options: Options,
 ) -> dict[str, Any]:
-    """Number the shards without gaps, then write all other files, the manifest last; returns it. Raises OSError.
-
-    Args:
-        results: of the shards, in the order of `plans`.
-    """
+    """Number the shards without gaps, then write all other files, the manifest last; returns it. Raises OSError."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):

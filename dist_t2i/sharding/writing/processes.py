@@ -26,10 +26,7 @@ def advance() -> None:
 def in_processes(
     work: Callable[..., Any], arguments: Sequence[tuple], processes: int, progress: Progress | None = None
 ) -> list[Any]:
-    """`[work(*a) for a in arguments]` in up to `processes` processes; `progress` shows the number of `advance` calls.
-
-    Raises DataError when a process is killed.
-    """
+    """`[work(*a) for a in arguments]` in up to `processes` processes; `progress` shows the number of `advance` calls."""
     global _advance
     show = progress.show if progress else lambda done: None
     if processes <= 1 or len(arguments) <= 1:

@@ -191,10 +191,7 @@ def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
 
 
 def reserve(folder: Folder, plans: Sequence[ShardPlan], options: Options) -> None:
-    """Create the folder for these plans, or accept a folder that was reserved for the same plans and options.
-
-    Raises DataError when it holds anything else, or cannot be written.
-    """
+    """Create the folder for these plans, or accept one that was created for the same; else raises DataError."""
     file, plan = f"{WORK}/plan.json", _plan_hash(plans, options)
     try:
         with contextlib.suppress(FileNotFoundError):
