@@ -48,9 +48,7 @@ def unit_hash(text: str) -> float:
 def hold_out(items: Iterable[Item], share: float) -> None:
     """Move a share of the items, selected by a hash of their keys, to the split `test`; never all of them."""
     ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
-    count = sum(number < share for number, _ in ranked)
-    if not count and share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES:
-        count = 1
+    count = sum(number < share for number, _ in ranked) or int(share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES)
     for _, item in ranked[: min(count, len(ranked) - 1)]:
         item.split = "test"
 
@@ -62,16 +60,14 @@ def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
     return [problem for _, problem in results if problem]
 
 
-def captioned(
-    key: str, picture: Picture, texts: Iterable[str], where: str, problems: list[Problem], **attributes: Any
-) -> Item | None:
-    """An item with its distinct captions, cleaned. Without any usable caption: None, and a line in `problems`."""
-    captions: list[str] = []
-    problems.extend(Problem(where, key, reason) for reason in add_captions(captions, texts))
-    if not captions:
-        problems.append(Problem(where, key, "picture is left without a caption"))
-        return None
-    return Item(key, picture, captions, attributes=attributes)
+def captioned(item: Item, where: str, problems: list[Problem]) -> list[Item]:
+    """The item with its distinct captions, cleaned; [] without any usable one. What was wrong goes into `problems`."""
+    texts, item.captions = item.captions, []
+    problems += [Problem(where, item.key, reason) for reason in add_captions(item.captions, texts)]
+    if item.captions:
+        return [item]
+    problems.append(Problem(where, item.key, "picture is left without a caption"))
+    return []
 
 
 def filter_captions(items: Sequence[Item], problems: list[Problem], must: str, must_not: str) -> list[Item]:

@@ -70,12 +70,9 @@ class SlurmArray:
         executor.update_parameters(name="dist_t2i-shard", timeout_min=self.minutes)
         if self.cluster == "slurm":
             named = {"partition": self.partition, "account": self.account}
-            executor.update_parameters(
-                cpus_per_task=options.processes,
-                mem_gb=self.memory,
-                slurm_array_parallelism=self.parallel,
-                slurm_additional_parameters={name: value for name, value in named.items() if value} | dict(self.extra),
-            )
+            extra = {name: value for name, value in named.items() if value} | dict(self.extra)
+            executor.update_parameters(cpus_per_task=options.processes, mem_gb=self.memory)
+            executor.update_parameters(slurm_array_parallelism=self.parallel, slurm_additional_parameters=extra)
         return executor
 
     def _wait(self, folder: Folder, plans: Sequence[ShardPlan], jobs: Sequence[Any], progress: Progress) -> Results:

@@ -68,24 +68,14 @@ class RemoteFile:
         self._retries = True
         self._lock = threading.Lock()
 
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on, fewer at the end of the object. Raises StorageError, DataError."""
+    def read(self, offset: int, size: int | None) -> bytes:
+        """`size` bytes from `offset` on, fewer at the end of the object; None reads to it. Raises StorageError, DataError."""
         out = io.BytesIO()
-        self.read_into(out, offset, size)
+        self.read_into(out, offset, None if size is None else offset + size)
         return out.getvalue()
 
-    def read_into(self, file: BinaryIO, offset: int, size: int) -> None:
-        """As `read`, but writes the bytes to an empty file as they arrive. Also raises the errors of that file."""
-        self._read(file, offset, offset + size)
-
-    def read_all(self) -> bytes:
-        """All bytes of the object. Raises StorageError, DataError."""
-        out = io.BytesIO()
-        self._read(out, 0, None)
-        return out.getvalue()
-
-    def _read(self, out: BinaryIO, start: int, stop: int | None) -> None:
-        """Writes the bytes [start, stop) of the object to `out`, to its end with None."""
+    def read_into(self, out: BinaryIO, start: int, stop: int | None) -> None:
+        """As `read`, but writes the bytes [start, stop) to an empty file as they arrive. Also raises that file's errors."""
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:

@@ -97,7 +97,7 @@ class CachedFile:
         """Caches a chunk. False if another process is fetching it or the cache cannot be written. Raises StorageError."""
         offset = number * CHUNK
         size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
-        return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, size))
+        return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, offset + size))
 
     def forget(self, offset: int, size: int) -> None:
         """Removes the cached chunks of bytes that turned out to be wrong."""
@@ -145,7 +145,7 @@ def read_file(url: str, options: StorageOptions) -> bytes:
 
 
 def _read_all(url: str, options: StorageOptions) -> bytes:
-    return RemoteFile(url, options).read_all()
+    return RemoteFile(url, options).read(0, None)
 
 
 _opened = lru_cache(maxsize=64)(_open_remote)

@@ -136,15 +136,13 @@ def _class_items(texts: Path, images: Path, pictures: set[str], split: str, prob
             problems.append(Problem(where, picture, "picture is missing"))
             continue
         try:
-            captions = read_text_file(texts / file) or ("",)
+            captions = list(read_text_file(texts / file)) or [""]
         except OSError as error:
             problems.append(Problem(where, picture, f"captions are unreadable: {error.strerror}"))
             continue
         key = f"{texts.name}/{file[:-4]}".replace(".", "_")
-        path = PictureFile(str(images / picture))
-        if item := captioned(key, path, captions, where, problems, **{"class": texts.name}):
-            item.split = split
-            items.append(item)
+        item = Item(key, PictureFile(str(images / picture)), captions, split, {"class": texts.name})
+        items += captioned(item, where, problems)
     return items
 
 

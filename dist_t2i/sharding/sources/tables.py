@@ -55,9 +55,8 @@ def table_items(
             rows_by_picture.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
     items: dict[str, Item] = {}
     for picture, (image, where, texts) in rows_by_picture.items():
-        key, attributes = _key(image, items), {"url": image} if picture.remote else {}
-        if item := captioned(key, picture, texts, where, problems, **attributes):
-            items[key] = item
+        found = Item(_key(image, items), picture, texts, attributes={"url": image} if picture.remote else {})
+        items |= {item.key: item for item in captioned(found, where, problems)}
     ordered = [items[key] for key in sorted(items)]
     hold_out(ordered, holdout)
     return ordered, problems, {"name": tables[0].rpartition("/")[2]}

@@ -128,10 +128,10 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
             if problem:
                 problems.append(Problem(tar.name, key, problem))
                 continue
-            if item := captioned(key, picture, texts, tar.name, problems, **attributes):
+            found = Item(key, picture, texts, split[1] if split else "train", attributes)
+            for item in captioned(found, tar.name, problems):
                 while item.key in items:
                     item.key += f"_{hashlib.sha256(f'{tar.name} {key}'.encode()).hexdigest()[:8]}"
-                item.split = split[1] if split else "train"
                 items[item.key] = item
         for key in sorted(tar.texts.keys() - tar.pictures.keys()):
             problems.append(Problem(tar.name, key, "captions without a picture"))

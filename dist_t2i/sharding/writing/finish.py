@@ -21,7 +21,7 @@ def finish(
     folder: Folder,
     plans: Sequence[ShardPlan],
     results: Sequence[dict[str, Any]],
-    problems: list[dict[str, Any]],
+    problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
     """Number the shards without gaps, then write all other files, the manifest last; returns it. Raises OSError."""
@@ -33,20 +33,16 @@ def finish(
     counts = Counter(caption for item in written["train"] for caption in item.captions)
     tokenizer = train_tokenizer(counts, options.vocabulary)
     folder.write("tokenizer.json", tokenizer.text.encode())
-    shards = _number(folder, results)
-    splits = {
-        split: {
-            "samples": sum(shard["samples"] for shard in shards[split]),
-            "bytes": sum(shard["bytes"] for shard in shards[split]),
-            "captions": caption_statistics([item.captions for item in items], tokenizer),
-            "short_side": [
-                limit(side for shard in shards[split] for side in shard["short_side"]) for limit in (min, max)
-            ],
-            "shards": shards[split],
+    splits = {}
+    for split, shards in _number(folder, results).items():
+        sides = [side for shard in shards for side in shard["short_side"]]
+        splits[split] = {
+            "samples": sum(shard["samples"] for shard in shards),
+            "bytes": sum(shard["bytes"] for shard in shards),
+            "captions": caption_statistics([item.captions for item in written[split]], tokenizer),
+            "short_side": [min(sides), max(sides)],
+            "shards": shards,
         }
-        for split, items in written.items()
-        if shards.get(split)
-    }
     tokenizer_facts, about = tokenizer_entry(tokenizer), options.about
     manifest = {
         "format": FORMAT,
@@ -79,7 +75,7 @@ def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list
         if new:
             facts = {name: result[name] for name in ("samples", "bytes", "sha256", "index_sha256", "captions")}
             listed.append({"name": new, **facts, "left_out": len(result["rejected"]), "short_side": result["sides"]})
-    return shards
+    return {split: listed for split, listed in shards.items() if listed}
 
 
 def restore_names(folder: Folder, results: dict[str, dict[str, Any]]) -> None:

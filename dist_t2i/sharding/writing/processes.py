@@ -46,14 +46,11 @@ def in_processes(
             for future in done:
                 results[waiting.pop(future)] = future.result()
             show(counter.value)
-    except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            raise DataError(
-                "a process was killed (out of memory? Try a smaller --processes); run the same command again to resume"
-            ) from error
-        raise
-    pool.shutdown()  # waits, because a process that starts after the last task still needs the counter
+    except concurrent.futures.process.BrokenProcessPool as error:
+        remedy = "out of memory? Try a smaller --processes"
+        raise DataError(f"a process was killed ({remedy}); run the same command again to resume") from error
+    finally:  # success waits, because a process that starts after the last task still needs the counter
+        pool.shutdown(wait=not waiting, cancel_futures=True)
     return results
 
 
