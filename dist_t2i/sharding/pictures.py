@@ -54,12 +54,10 @@ class PictureFile(Picture):
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             data = os.read(descriptor, _FIRST_READ)
-            if len(data) == _FIRST_READ:  # calling fstat for every file would cost more than it saves
-                rest = os.fstat(descriptor).st_size - len(data)
-                while more := os.read(descriptor, max(rest, 0) + 1):
-                    data += more
-                    rest -= len(more)
-            return data
+            if len(data) < _FIRST_READ:  # a file object for every file would cost more than it saves
+                return data
+            with open(descriptor, "rb", buffering=0, closefd=False) as rest:
+                return data + rest.read()
         finally:
             os.close(descriptor)
 

@@ -69,10 +69,8 @@ def _nothing_to_train_on(problems: Sequence[dict[str, Any]]) -> DataError:
     counts = Counter(problem["reason"] for problem in problems)
     reasons = "".join(f"\n  {number} x {reason}" for reason, number in counts.most_common(10))
     examples = "".join(f"\n  {p['where']} {p['picture']}: {p['reason']}" for p in problems[:3])
-    return DataError(
-        f"no picture with a caption is left to train on{':' if reasons else ' (none was found)'}{reasons}"
-        f"{f'{chr(10)}for example{examples}' if examples else ''}"
-    )
+    listed = f":{reasons}\nfor example{examples}" if problems else " (none was found)"
+    return DataError(f"no picture with a caption is left to train on{listed}")
 
 
 def _write_missing(

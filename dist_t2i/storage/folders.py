@@ -145,7 +145,7 @@ class LocalFolder(Folder):
         return self.path / WORK
 
     def clear_staging(self) -> None:
-        for part in self.staging.glob("*.part"):
+        for part in (*self.staging.glob("*.part"), *self.path.glob(".*.part")):
             part.unlink(missing_ok=True)
 
     def read_range(self, name: str, start: int, size: int) -> bytes:

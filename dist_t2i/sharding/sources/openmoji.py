@@ -136,12 +136,11 @@ def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
         unique = parts != words(name) and alias.lower() not in names and counts[alias.lower()] == 1
         return descriptive and unique and alias not in WRONG_ALIASES and vocabulary.issuperset(parts)
 
-    def keep(key: str, name: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
-        if _is_flag(key):
-            return tuple(alias for alias in aliases if alias.startswith("flag for"))[:1]
-        return tuple(alias for alias in aliases if good(alias, name))
-
-    return {name: keep(key, name, aliases) for key, (_, name, aliases) in named.items()}
+    kept = {}
+    for key, (_, name, aliases) in named.items():
+        flags = tuple(alias for alias in aliases if alias.startswith("flag for"))[:1]
+        kept[name] = flags if _is_flag(key) else tuple(alias for alias in aliases if good(alias, name))
+    return kept
 
 
 def _held_out_nouns(named: dict) -> frozenset[str]:

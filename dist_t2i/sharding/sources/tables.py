@@ -87,10 +87,8 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture |
     """The picture that a table names, or None and the reason; `missing` remembers which files do not exist."""
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
-    for url in (image, base):
-        if "://" in url or re.match(r"\s*(pipe:|\|)", url):
-            break
-    else:
+    url = next((name for name in (image, base) if "://" in name or re.match(r"\s*(pipe:|\|)", name)), "")
+    if not url:
         path = os.path.normpath(os.path.join(base, image))
         if path not in missing:
             missing[path] = not os.path.isfile(path)

@@ -36,14 +36,10 @@ _MAX_TEXT = 2**24
 class TarContents:
     """Pictures and texts of a tar by key; texts also by extension."""
 
-    url: str
+    name: str
     pictures: dict[str, TarMember] = field(default_factory=dict)
     texts: dict[str, dict[str, bytes]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.url.rpartition("/")[2]
 
 
 def tar_urls(patterns: Sequence[str]) -> list[str]:
@@ -62,19 +58,19 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
 
 def scan(url: str) -> TarContents:
     """The positions of the pictures in one tar, and its captions. A truncated tar yields the samples before the cut."""
-    contents = TarContents(url)
+    folder, _, name = url.rpartition("/")
+    contents = TarContents(name)
     try:
         if is_local(url):
             status = os.stat(url)
             with open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                _scan_members(tar, contents, f"{status.st_size} {status.st_mtime_ns}", status.st_size)
+                _scan_members(tar, contents, url, f"{status.st_size} {status.st_mtime_ns}", status.st_size)
         else:
-            folder, _, name = url.rpartition("/")
             stream = cast(IO[bytes], _Stream(open_folder(folder).chunks(name)))
             with tarfile.open(fileobj=stream, mode="r|") as tar:
-                _scan_members(tar, contents, "", None)
+                _scan_members(tar, contents, url, "", None)
     except tarfile.TarError as error:
-        contents.problems.append(Problem(contents.name, "", f"tar ends in the middle or is damaged: {error}"))
+        contents.problems.append(Problem(name, "", f"tar ends in the middle or is damaged: {error}"))
     except OSError as error:
         raise DataError(f"cannot read {url}: {error.strerror or error}") from error
     return contents
@@ -90,7 +86,7 @@ class _Stream:
         return next(self._pieces, b"")
 
 
-def _scan_members(tar: tarfile.TarFile, into: TarContents, version: str, end: int | None) -> None:
+def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: str, end: int | None) -> None:
     """Add the members of a tar to `into`; `end` is the size of a local tar, and None for a remote one."""
     unsafe = 0
     for info in tar:
@@ -103,7 +99,7 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, version: str, end: in
         elif end is not None and info.offset_data + info.size > end:
             into.problems.append(Problem(into.name, key, "tar is cut short"))
         elif extension in PICTURES:
-            into.pictures.setdefault(key, TarMember(into.url, info.offset_data, info.size, version, end is None))
+            into.pictures.setdefault(key, TarMember(url, info.offset_data, info.size, version, end is None))
         elif extension in ("json", "txt", "caption", "captions", "text") and info.size <= _MAX_TEXT:
             file = tar.extractfile(info)
             into.texts.setdefault(key, {})[extension] = file.read() if file else b""

@@ -181,11 +181,9 @@ def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
     """The result of a shard whose files exist and match their checksums; otherwise None."""
     try:
         result = json.loads(folder.read(f"{WORK}/{plan.name}.json"))
-        tar = result["file"]
-        if not tar:  # a shard without samples has no files
-            return result
-        intact = folder.checksum(tar) == result["sha256"]
-        return result if intact and folder.checksum(f"{tar[:-4]}.index") == result["index_sha256"] else None
+        tar = result["file"]  # "" for a shard without samples, which has no files
+        sums = {tar: result["sha256"], f"{tar[:-4]}.index": result["index_sha256"]} if tar else {}
+        return result if all(folder.checksum(name) == expected for name, expected in sums.items()) else None
     except (OSError, ValueError, KeyError):
         return None
 
