@@ -38,7 +38,7 @@ def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
     if not isinstance(image, str):
         return Row(where, problem=no_image)
     texts = text_list([""] if captions is None else captions)
-    return Row(where, image, problem="captions are no text") if texts is None else Row(where, image, tuple(texts))
+    return Row(where, problem="captions are no text") if texts is None else Row(where, image, tuple(texts))
 
 
 def text_list(captions: Any) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -45,20 +46,14 @@ def _relative(path: Path, images: Path) -> str:
 
 def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) -> _Rows:
     """Each row of a caption file whose picture exists."""
-    paths: dict[str, Path | None] = {}
+    find, mentioned = functools.cache(_find), set[Path]()
     for row in read_captions(captions):
-        if row.problem:
-            problems.append(Problem(row.where, "", row.problem))
-            continue
-        if row.image not in paths:
-            paths[row.image] = _find(row.image, (images, captions.parent))
-        path = paths[row.image]
-        if path is None:
-            name = row.image.encode("utf-8", "backslashreplace").decode()
-            problems.append(Problem(row.where, name, "picture is missing"))
-        else:
+        if path := find(row.image, (images, captions.parent)):
+            mentioned.add(path)
             yield path, row.where, row.captions
-    mentioned = set(paths.values())
+        else:
+            name = row.image.encode("utf-8", "backslashreplace").decode()
+            problems.append(Problem(row.where, name, row.problem or "picture is missing"))
     others = [_relative(path, images) for path in _pictures(images) if path not in mentioned]
     problems += [Problem("", path, "picture is in no line of the captions") for path in others]
 

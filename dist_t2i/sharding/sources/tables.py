@@ -45,14 +45,12 @@ def table_items(
             raise DataError(f"cannot read the table {table}: {error.strerror or error}") from error
         missing: dict[str, bool] = {}
         for row in _parquet_rows(data, table, columns) if form == "parquet" else rows_of(data, form, table, columns):
-            if row.problem:
-                problems.append(Problem(row.where, "", row.problem))
-                continue
             picture, problem = _picture(row.image, images or folder, missing)
-            if picture is None:
-                problems.append(Problem(row.where, row.image.encode("utf-8", "backslashreplace").decode(), problem))
-                continue
-            rows_by_picture.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
+            if picture:
+                rows_by_picture.setdefault(picture, (row.image, row.where, []))[2].extend(row.captions)
+            else:
+                name = row.image.encode("utf-8", "backslashreplace").decode()
+                problems.append(Problem(row.where, name, row.problem or problem))
     items: dict[str, Item] = {}
     for picture, (image, where, texts) in rows_by_picture.items():
         found = Item(_key(image, items), picture, texts, attributes={"url": image} if picture.remote else {})
