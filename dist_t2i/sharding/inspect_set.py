@@ -118,7 +118,7 @@ def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
     advance()
     name, index_file = shard["name"], index_name(shard)
     differences: list[Difference] = []
-    index: ShardIndex | None = None
+    index = ShardIndex([], [])
     try:
         data = folder.read(index_file)
         if (digest := hashlib.sha256(data).hexdigest()) != shard["index_sha256"]:
@@ -141,11 +141,11 @@ def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
     return differences
 
 
-def _read_through(folder: Folder, name: str, index: ShardIndex | None) -> tuple[int, str, list[tuple[str, int, int]]]:
+def _read_through(folder: Folder, name: str, index: ShardIndex) -> tuple[int, str, list[tuple[str, int, int]]]:
     """Size, SHA-256, and (member, expected CRC-32, actual CRC-32) of each wrong member; the tar is read once."""
     spans = sorted(
         (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
-        for row, key in enumerate(index.keys if index else ())
+        for row, key in enumerate(index.keys)
         for member in index.members(row)
     )
     digest, start, number, crc = hashlib.sha256(), 0, 0, 0

@@ -56,12 +56,9 @@ _Entry = tuple[str, str, Any, list[str], str, str]
 
 
 def _year_of(root: Path) -> int:
-    years = [year for year in (2014, 2017) if (root / f"train{year}").is_dir()]
-    if len(years) == 2:
+    if (root / "train2014").is_dir() and (root / "train2017").is_dir():
         raise DataError(f"{root} holds COCO 2014 and 2017: say which with --year")
-    if not years:
-        first_folder(root, ("train2014", "train2017"), LAYOUT)
-    return years[0]
+    return int(first_folder(root, ("train2014", "train2017"), LAYOUT).name.removeprefix("train"))
 
 
 def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
@@ -74,13 +71,10 @@ def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
         raise DataError(f"cannot read the captions {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): is the download incomplete?") from error
-    lists = []
     for key in keys:
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f'{path} has no list "{key}": it is not a file of COCO captions')
-        lists.append([entry for entry in entries if isinstance(entry, dict)])
-    return lists
+    return [[entry for entry in content[key] if isinstance(entry, dict)] for key in keys]
 
 
 def _entries(root: Path, year: int, problems: list[Problem]) -> Iterator[_Entry]:

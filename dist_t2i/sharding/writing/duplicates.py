@@ -13,6 +13,7 @@ are listed. An exact duplicate within one split leaves its captions to the pictu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
@@ -47,18 +48,14 @@ def _exact(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
     """(duplicate, original) pairs."""
     sizes: dict[int, list[Item]] = {}
     for item in items:
-        try:
+        with contextlib.suppress(OSError):  # listed as a problem when its shard is written
             sizes.setdefault(item.picture.stat()[0], []).append(item)
-        except OSError:  # listed as a problem when its shard is written
-            continue
     candidates = [item for size, alike in sizes.items() if len(alike) > 1 or not size for item in alike]
     digests = _of_all(candidates, _sha256, processes)
-    pairs, originals = [], dict[bytes, Item]()
-    for item in items:
-        digest = digests.get(item.key)
-        if digest is not None and originals.setdefault(digest, item) is not item:
-            pairs.append((item, originals[digest]))
-    return pairs
+    originals: dict[bytes, Item] = {}
+    known = [item for item in items if item.key in digests]
+    pairs = [(item, originals.setdefault(digests[item.key], item)) for item in known]
+    return [(item, original) for item, original in pairs if original is not item]
 
 
 def _perceptual(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
@@ -67,8 +64,7 @@ def _perceptual(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]
     bands: dict[tuple[int, int], list[int]] = {}
     pairs = []
     for number, item in enumerate(items):
-        look = looks.get(item.key)
-        if look is None:
+        if (look := looks.get(item.key)) is None:
             continue
         keys = [(band, look[0] >> band * _BAND & 2**_BAND - 1) for band in range(4)]
         candidates = {other for key in keys for other in bands.get(key, ())}

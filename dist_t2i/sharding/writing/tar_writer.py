@@ -57,7 +57,7 @@ def _make_room(descriptor: int, size: int) -> None:
 
 
 class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
-    """A context manager; `size` and `sha256` are valid after `finish()`. All methods raise OSError."""
+    """A context manager; `size` and `sha256` (hexadecimal) are valid after `finish()`. All methods raise OSError."""
 
     def __init__(self, path: Path, expected: int = 0) -> None:
         """`expected`: the approximate size in bytes, which is reserved at once."""
@@ -68,7 +68,7 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
             self._file.close()
             raise
         self._digest = hashlib.sha256()
-        self.size = 0
+        self.size, self.sha256 = 0, ""
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
@@ -90,8 +90,4 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
         """Write the end of the tar."""
         self._write(bytes(2 * _BLOCK + -(self.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
         self._file.truncate()  # what was reserved in excess; flushes
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of all bytes written so far, in hexadecimal."""
-        return self._digest.hexdigest()
+        self.sha256 = self._digest.hexdigest()
