@@ -71,9 +71,8 @@ def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
     rows = []
     for probe in study.probes:
         counts = [str(len(probe.classes)), f"{probe.train:,} / {probe.test:,}", f"{probe.chance:.3f}"]
-        rows.append(
-            [probe.name, *counts, *(_cell(*probe.accuracy[name], probe.variance_share[name]) for name in names)]
-        )
+        cells = (_cell(*probe.accuracy[name], probe.variance_share[name]) for name in names)
+        rows.append([probe.name, *counts, *cells])
     return ["property", "classes", "captions trained / scored on", "chance", *names], rows
 
 
