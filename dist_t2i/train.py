@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
         print(reference())
         return 0
     from dist_t2i.config import files as config_files
+    from dist_t2i.config.validation import check_world
     from dist_t2i.distributed import launch
 
     rank = launch.prepare()
@@ -59,8 +60,6 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
         if not config.run.folder:
             folder = str(Path("runs") / options.config.stem)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
-        from dist_t2i.config.validation import check_world
-
         check_world(config, rank.world_size)
         from dist_t2i.training.setup import train
 

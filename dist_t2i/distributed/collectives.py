@@ -74,9 +74,7 @@ def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
     main, thread = dist.get_rank() == 0, threading.Thread(target=run, daemon=True)
     if main:
         thread.start()
-    running = 1
-    while running:
+    while max_over_ranks(int(main and thread.is_alive())):
         if main:
             thread.join(0.5)
-        running = max_over_ranks(int(main and thread.is_alive()))
     return future.result

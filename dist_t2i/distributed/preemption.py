@@ -45,8 +45,7 @@ class StopReason(IntEnum):
     SIGUSR2 = 4
     SIGTERM = 5
     LAUNCHER_GONE = 6
-    TAKEN_OVER = 7
-    """Another process has taken the run over: nothing may be saved, so this reason wins over all others."""
+    TAKEN_OVER = 7  # another process has taken the run over: nothing may be saved, so this reason wins over all others
 
     @property
     def text(self) -> str:

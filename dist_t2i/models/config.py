@@ -1,7 +1,7 @@
 """The sections of the configuration that belong to the networks, and the rules within each.
 
-A new kind of generator adds its name to `GeneratorConfig.kind`, to `networks.GENERATORS` and, where it has settings, a section of
-that name. Nothing here imports torch, so that `--help-config` answers at once.
+A new kind of generator adds its name to `GeneratorConfig.kind`, to `networks.GENERATORS` and, where it has settings, a
+section of that name. Nothing here imports torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations

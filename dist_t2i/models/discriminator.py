@@ -154,7 +154,7 @@ class Discriminator(nn.Module):
         return embeddings
 
     def embed_captions(self, text: TextEmbedding) -> Embeddings:
-        """Unit vectors of S_D: `text` [B, A] and, where configured, `region_text` [B, A'], `words` [B, T, A'] with `word_mask`."""
+        """Unit vectors: `text` [B, A] and, where configured, `region_text` [B, A'] and `words` [B, T, A'] with `word_mask`."""
         embeddings = {"text": self.align_text(text.sentence)}
         if self.region_sizes:
             embeddings["region_text"] = F.normalize(self.region_text_projection(text.sentence).float(), dim=1)

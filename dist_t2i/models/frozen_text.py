@@ -25,7 +25,7 @@ class PretrainedEncoder(nn.Module):
 class CaptionTable(nn.Module):
     """Caption vectors computed in advance (by a sentence encoder, for example), looked up by the caption's token ids.
 
-    vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the N captions. A caption
+    vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the captions. A caption
     that the table lacks gets the mean of all vectors. `words` is the sentence vector as a single token.
     """
 
@@ -41,7 +41,6 @@ class CaptionTable(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> TextEmbedding:
         """tokens int64 [B, T], lengths int64 [B] -> `TextEmbedding` whose words are [B, 1, E]."""
-        unknown = len(self.vectors) - 1
-        rows = [self.rows.get(self._key(row, n), unknown) for row, n in zip(tokens.cpu(), lengths.cpu(), strict=True)]
+        rows = [self.rows.get(self._key(row, n), -1) for row, n in zip(tokens.cpu(), lengths.cpu(), strict=True)]
         sentence = self.vectors[torch.tensor(rows, device=self.vectors.device)]
         return TextEmbedding(sentence, sentence[:, None], tokens.new_ones(len(rows), 1, dtype=torch.bool))

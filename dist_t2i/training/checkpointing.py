@@ -33,7 +33,7 @@ _WRITING_SECONDS = LAST_SAVE_SECONDS + 600.0
 
 @dataclass(eq=False)
 class Checkpointer:
-    """Decides when to save, saves, and restores. Every rank has one, and all ranks make the same calls in the same order."""
+    """Decides when to save, saves, and restores. Every rank has one, and all make the same calls in the same order."""
 
     config: CheckpointConfig
     train: TrainConfig
@@ -104,7 +104,7 @@ class Checkpointer:
     def _write(
         self, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], patience: float
     ) -> tuple[Path | None, str]:
-        """The checkpoint's folder, or None and the problem; after `patience` seconds of retries it raises CheckpointError."""
+        """The checkpoint's folder, or None and the problem; raises CheckpointError after `patience` seconds of retries."""
         assert self.lease is not None
         keep = Retention(self.config.keep_last, self.config.keep_every_images)
         deadline, warned = time.monotonic() + patience, False

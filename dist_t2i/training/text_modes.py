@@ -36,8 +36,7 @@ class SharedText(PerNetworkText):
     embedding: TextEmbedding
 
     def __init__(self, engine: NetworkEngine, tokens: Tensor, lengths: Tensor) -> None:
-        self._engine = engine
-        self._encoded: TextEmbedding = engine.module(tokens, lengths)
+        self._engine, self._encoded = engine, engine.module(tokens, lengths)
         self.embedding = TextEmbedding(*(x.detach().requires_grad_(x.is_floating_point()) for x in self._encoded))
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:

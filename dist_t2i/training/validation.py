@@ -1,6 +1,6 @@
 """Scores during training: a small protocol scores the moving average, and the best checkpoint is kept.
 
-The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images, and computing them, on rank 0, does
+The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images. Rank 0 computes them, which does
 not change the training: the weights are copied, and the networks use no random state that training reads.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
