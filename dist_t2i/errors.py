@@ -34,10 +34,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message lists every problem, one per line.
-
-    `problems` holds the same lines without their heading.
-    """
+    """A configuration that cannot be used; the message lists every problem, as `problems` does without the heading."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)

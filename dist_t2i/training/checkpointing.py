@@ -70,11 +70,8 @@ class Checkpointer:
         return passes(self.config.every_images, images, self.train.global_batch) or images == self._retry_at
 
     def save(self, images: int, *, last: bool) -> None:
-        """Save at `images` seen. Collective.
-
-        A failure is a warning and is retried after some more training. The `last` checkpoint of a process has no later
-        chance: it is retried here, and raises CheckpointError in the end.
-        """
+        """Save at `images` seen. Collective. A failure is a warning and is retried after some more training; the `last`
+        checkpoint of a process has no later chance: it is retried here, and raises CheckpointError in the end."""
         if self.latest and self.latest.images == images:
             return
 

@@ -71,7 +71,7 @@ class Validation:
     def prepare(self, data: DataConfig, model_files: Callable[[Weights, Weights, int], ModelFiles]) -> None:
         """Read the held-out pictures and load the networks of the metrics. Raises UserError.
 
-        `model_files` describes the model with these weights of the generator and the discriminator, at images seen.
+        `model_files`: the model with these weights of the generator and the discriminator, at images seen.
         """
         self._model_files = model_files
         if self.config.data:
