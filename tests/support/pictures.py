@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dist_t2i.config.sections import Config
-from dist_t2i.config.sections import DataConfig, EngineConfig, TrainConfig
+from dist_t2i.config.sections import Config, DataConfig, EngineConfig, TrainConfig
 from dist_t2i.data.shard_set import ShardSet, open_set
 from dist_t2i.data.stream.stream import Stream, open_stream
 from dist_t2i.data.tokenizer import Tokenizer
