@@ -10,7 +10,7 @@ Two engines in one process, as a GAN needs, easily go wrong without an error. Th
 
 The state goes out and in as full fp32 tensors by parameter name, so a run can resume at any world size, stage or precision.
 
-Undocumented parts of the libraries that this package uses (`tests/distributed/test_library_internals.py` tests each):
+Undocumented parts of the libraries that this package uses (`tests/distributed/test_deepspeed_internals.py` tests each):
 
     deepspeed   deepspeed.ops.__compatible_ops__        switches the shared-memory collectives off
     deepspeed   optimizer.clear_backward_seen_flag      announces a new backward (stages 1 to 3)
