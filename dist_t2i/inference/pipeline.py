@@ -273,6 +273,13 @@ class ImageEncoder(nn.Module):
         return self.discriminator.align_image(self.discriminator.features(images))
 
 
+def fresh_text_encoder(files: ModelFiles, seed: int) -> nn.Module:
+    """A text encoder of the model's architecture with fresh weights, in evaluation mode on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_text_encoder(files.config.text, files.tokenizer.vocab_size, files.config.data.max_tokens).eval()
+
+
 def build_parts(files: ModelFiles, device: torch.device) -> ModelParts:
     """Builds the networks with their weights. Raises UserError when the weights do not fit the configuration."""
     config, folder, vocabulary = files.config, files.folder, files.tokenizer.vocab_size

@@ -27,7 +27,7 @@ from dist_t2i.errors import UserError
 from dist_t2i.eval import metrics
 from dist_t2i.eval.skin_tones import group_of, split_tone, tone_of
 from dist_t2i.eval.studies import probes
-from dist_t2i.models.text_encoder import build_text_encoder
+from dist_t2i.inference.pipeline import fresh_text_encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -213,10 +213,8 @@ def run_probe(
 
 @torch.no_grad()
 def _untrained(model: TextToImage, texts: Sequence[str]) -> Tensor:
+    encoder = fresh_text_encoder(model.files, seed=0)
     limit = model.config.data.max_tokens
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = build_text_encoder(model.config.text, model.tokenizer.vocab_size, limit).eval()
     batches = [model.tokenizer.encode(texts[i : i + 64], limit) for i in range(0, len(texts), 64)]
     return torch.cat([encoder(*batch).sentence for batch in batches])
 
