@@ -1,1 +1,5 @@
 """The configuration of a run."""
+
+from dist_t2i.config.sections import Config
+
+__all__ = ["Config"]
