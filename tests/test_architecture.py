@@ -15,6 +15,7 @@ from architecture import (
     circles,
     files_of_packages,
     imports,
+    imports_name,
     modules,
     picture,
     violations,
@@ -25,6 +26,15 @@ MOST_FILES, MOST_ARROWS = 12, 100
 
 def test_imports_point_down():
     assert violations(imports()) == []
+
+
+def test_only_the_top_takes_the_whole_configuration():
+    """Everything else takes the sections that it reads."""
+    allowed = ("config/", "publish/", "ablation/", "cli/", "train.py", "training/setup.py", "inference/model_files.py")
+    allowed = (*(f"dist_t2i/{part}" for part in allowed), "slurm/submission.py", "tools/")
+    takers = {path.as_posix() for path in modules().values() if imports_name(path, "dist_t2i.config", "Config")}
+    assert "dist_t2i/training/setup.py" in takers
+    assert [path for path in sorted(takers) if not path.startswith(allowed)] == []
 
 
 def test_no_modules_import_each_other():

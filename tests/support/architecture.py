@@ -105,6 +105,12 @@ def _statements(source: str) -> list[tuple[str, tuple[str, ...], int]]:
     return found
 
 
+def imports_name(path: Path, package: str, name: str) -> bool:
+    """Whether a file of the project imports `name` from a package or from one of the package's modules."""
+    statements = _statements((ROOT / path).read_text(encoding="utf-8"))
+    return any(name in names and f"{module}.".startswith(f"{package}.") for module, names, _ in statements)
+
+
 def own(found: list[Import]) -> list[Import]:
     """The imports of the project's own modules across places."""
     return [
