@@ -1,4 +1,4 @@
-"""The end of a job's batch script: decides by the end of the training whether the job is queued again.
+"""The last step of a job's batch script: decides, from how the training ended, whether the job is queued again.
 
     python3 after.py --run RUN --status STATUS [--log FILE]
 
@@ -6,11 +6,12 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| any status, but Slurm or `submit.py cancel` has ended the job, or Slurm runs a later attempt of it | stays with Slurm |
+| any status, but Slurm or `submit.py cancel` ended the job, or a later attempt of it runs | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
-Slurm is asked for the job's state first, so that a job that its user has cancelled is not queued again. The system's
-Python may run this file: it imports only the standard library and dist_t2i.errors, Python 3.7.
+Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
+again. The system's Python may run this file. It therefore imports only dist_t2i.errors and the standard library of
+Python 3.7.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from dist_t2i.errors import ExitStatus
 from slurm import attempts
 
 SAME_FAILURES = 3
-"""Failures of one kind in a row without a new checkpoint after which a job is not queued again."""
+"""After this many failures of one kind in a row, without a new checkpoint, a job is not queued again."""
 FRUITLESS = 20
-"""Attempts of any kind in a row without a new checkpoint after which a job is not queued again."""
+"""After this many attempts in a row, however they ended, without a new checkpoint, a job is not queued again."""
 _BEFORE_HANDLERS = {128 + number for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
-"""Statuses of a rank that a stop signal ended before its handlers were installed: there was nothing to save."""
+"""Exit statuses after a stop signal that came before its handler was installed, when there was nothing to save."""
 _SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 
 def main() -> int:
-    """Returns the batch script's exit status: 0 when the run has finished, is queued again, or was ended by Slurm."""
+    """Returns the exit status of the batch script: 0 if it finished, is queued again, or was ended by Slurm."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `scontrol requeue` sends SIGTERM before it returns
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, required=True)
@@ -59,17 +60,17 @@ def main() -> int:
         attempts.note(options.run, **entry, verdict=verdict, reason=reason)
         print(reason, flush=True)
     elif verdict == "requeued" and attempts.is_cancelled(options.run, name):
-        # The user cancelled the job between `decide` and the requeue, which has undone the cancellation.
+        # The user cancelled the job between `decide` and the requeue. The requeue has undone this, so cancel again.
         attempts.note(options.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
         _ask("scancel", name)
     return options.status if verdict == "given up" else 0
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, and the kind of failure or ""."""
+    """The verdict (finished, requeued, given up, ended by Slurm, superseded), the reason, and a failure's kind."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
-        return "superseded", "a later attempt has the run", ""  # this node was lost to Slurm
+        return "superseded", "a later attempt has the run", ""  # another attempt or process took the run over
     if status == ExitStatus.FINISHED:
         return "finished", "", ""
     if state not in ("RUNNING", ""):
@@ -92,7 +93,7 @@ def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> 
 
 
 def fruitless(run: Path) -> list[dict]:
-    """The latest attempts that ended without a newer checkpoint than today's newest, oldest first."""
+    """The latest attempts in a row that ended at the checkpoint that is still the newest, oldest attempt first."""
     sought = (attempts.newest_checkpoint(run), "requeued")
     ends = [entry for entry in reversed(attempts.read(run)) if entry["event"] == "end"]
     same = itertools.takewhile(lambda entry: (entry.get("images"), entry.get("verdict")) == sought, ends)
@@ -100,7 +101,7 @@ def fruitless(run: Path) -> list[dict]:
 
 
 def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str]:
-    """Why the training failed: a text for people, and one that is equal for equal failures."""
+    """Why the training failed: a text for people, and a second text by which equal failures are recognized."""
     begins = [entry["time"] for entry in attempts.read(run) if entry["event"] == "begin"]
     reason, kind = attempts.hang(run, since=begins[-1] if begins else 0.0)
     if not kind:
@@ -112,9 +113,10 @@ def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> t
 
 
 def srun_error(log: Path | None) -> str:
-    """srun's line on the first task of this attempt that failed, such as ` (n2: task 1: Killed)`; "" without one.
+    """srun's message about the first task that failed in this attempt, such as ` (n2: task 1: Killed)`, or "".
 
-    A killed task goes before tasks that exited: those only lost their connection to it, and may be named first.
+    A killed task is preferred to tasks that exited: these lost their connection to the killed task, but srun may list
+    them first.
     """
     try:
         with open(log or "", "rb") as file:
@@ -129,20 +131,20 @@ def srun_error(log: Path | None) -> str:
 
 
 def slurm_name(job: str) -> str:
-    """The job's name for Slurm's commands. One task of an array has the array's number, which would mean all tasks."""
+    """The job's name for Slurm's commands. A task of an array is ARRAY_TASK: ARRAY alone names all tasks."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else job
 
 
 def job_state(job: str) -> tuple[str, int | None]:
-    """The state, such as RUNNING or CANCELLED, and the number of restarts; "" and None when Slurm does not answer."""
+    """The job's state, such as RUNNING, and its number of restarts; "" and None if Slurm does not answer."""
     text = _ask("scontrol", "-o", "show", "job", job) or ""
     state, restarts = re.search(r"JobState=(\S+)", text), re.search(r"Restarts=(\d+)", text)
     return state[1] if state else "", int(restarts[1]) if restarts else None
 
 
 def _ask(*command: str) -> str | None:
-    """The output of one of Slurm's commands, or None when it fails; tries again while the controller is away."""
+    """The output of a Slurm command, or None if it fails; repeats the command while the controller does not answer."""
     end = time.monotonic() + _SLURM_SECONDS
     while True:
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,14 +1,15 @@
-"""The record of a run's attempts, RUN/attempts.jsonl, and why an attempt failed.
+"""Records the attempts of a run in RUN/attempts.jsonl, and finds out why an attempt failed.
 
-An attempt is one start of a Slurm job: the first, and one more each time the job is requeued.
+An attempt is one start of a Slurm job; each requeue leads to another attempt.
 
     {"event": "begin", "job": "12", "restart": 0, "time": ..., "nodes": 4, "ranks": 4, "images": 0}
     {"event": "end", "job": "12", "restart": 0, "time": ..., "status": 75, "verdict": "requeued", "images": 640, ...}
     {"event": "cancel", "job": "12", "time": ...}
 
-Rank 0 writes `begin`, and the end of the batch script (after.py) `end`; `submit.py cancel` writes `cancel` before it
-calls scancel, and `cancel failed` when scancel fails. A begin without an end was cut off by Slurm or the loss of a node.
-A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json. Standard library only, Python 3.7 (see after.py).
+Rank 0 writes `begin`, and after.py, at the end of the batch script, writes `end`. `submit.py cancel` writes `cancel`
+before it calls scancel, and `cancel failed` if scancel fails. An attempt without `end` was killed by Slurm or lost with
+its node. A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json. Standard library only, Python 3.7 (see
+after.py).
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from pathlib import Path
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures"
 AWAY = re.compile(r"contact|connect|timed out|communication|authentication|munge", re.IGNORECASE)
-"""Errors of Slurm's commands that changed nothing: the controller is away, or refuses a credential that is late or
-repeated, as on a busy machine."""
+"""Errors after which a Slurm command can be repeated, because it changed nothing: the controller does not answer, or
+refuses a late or repeated credential (on a busy machine).
+"""
 _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I
 )
-"""Messages of ranks that failed only because another rank did."""
+"""Messages of ranks that failed only because another rank failed."""
 
 
 def note(run: Path, **entry: object) -> None:
-    """Append a line, with the time. Ignores errors of the file system: a note is no reason to lose a run."""
+    """Append a line, with the time. Ignores errors of the file system, which must not end the run."""
     with contextlib.suppress(OSError), open(run / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
 
 
 def read(run: Path) -> list[dict]:
-    """The entries, oldest first, without lines that were cut off."""
+    """The entries, oldest first; skips incomplete lines."""
     entries = []
     with contextlib.suppress(OSError):
         for line in (run / ATTEMPTS).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -48,19 +50,19 @@ def read(run: Path) -> list[dict]:
 
 
 def is_cancelled(run: Path, job: str) -> bool:
-    """Whether the user has cancelled the job, which has the name that Slurm's commands take."""
+    """Whether the user has cancelled the job; `job` is its name for Slurm's commands (see `slurm_name` in after.py)."""
     events = [entry["event"] for entry in read(run) if entry.get("job") == job]
     return [event for event in events if str(event).startswith("cancel")][-1:] == ["cancel"]
 
 
 def newest_checkpoint(run: Path) -> int:
-    """Images seen at the newest committed checkpoint; -1 without any."""
+    """Images seen at the newest committed checkpoint; -1 without a checkpoint."""
     names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
     return max((int(name[7:]) for name in names if re.fullmatch(r"images-\d+", name)), default=-1)
 
 
 def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, message: str, *, own: bool = False) -> None:
-    """Records why a rank failed. `own`: the cause is not the loss of another rank, whatever the message says."""
+    """Records why a rank failed. `own`: the rank failed by itself, even if the message looks like a lost connection."""
     failure = {"rank": rank, "kind": kind, "message": message[:4000], "own": own, "time": time.time()}
     with contextlib.suppress(OSError):
         (run / FAILURES).mkdir(exist_ok=True)
@@ -68,9 +70,10 @@ def note_failure(run: Path, job: str, restart: int, rank: int, kind: str, messag
 
 
 def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
-    """Why an attempt failed: a text for people, and one that is equal for equal failures.
+    """Why an attempt failed: a text for people, and a second text by which equal failures are recognized.
 
-    The cause is the first failure that is not the loss of another rank. Two empty texts when no rank recorded one.
+    The cause is the first failure that does not follow from the failure of another rank. Both texts are empty if no
+    rank recorded such a failure.
     """
     failures = []
     for file in (run / FAILURES).glob(f"{job}.{restart}.rank-*.json"):
@@ -87,7 +90,7 @@ def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
 
 
 def hang(run: Path, since: float) -> tuple[str, str]:
-    """The watchdog's verdict after the Unix time `since`, as the two texts of `cause_of_failure`."""
+    """The hang that the watchdog found after the Unix time `since`, as two texts like those of `cause_of_failure`."""
     file = run / "ranks" / "hang.json"
     verdict = {}
     with contextlib.suppress(OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What runs on every rank of the job: `dist_t2i/train.py`; a failure is recorded.
+"""The code on every rank of a job: runs `dist_t2i/train.py` and records a failure.
 
-submitit starts it, one srun task per rank, from the copy of the code in the run folder. submitit's own handling of
-signals is not used: it saves on rank 0 only and counts every preemption of a short job as a time-out. Instead all ranks
+submitit starts this code, one srun task per rank, from the copy in the run folder. submitit's own handling of signals
+is not used, because it saves only on rank 0 and counts every preemption of a short job as a time-out. Instead all ranks
 save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the job is queued again.
 """
 
@@ -22,7 +22,7 @@ from slurm import attempts
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The training of one run, by train.py with `arguments`; called on every rank, it does not return. Pickled by name."""
+    """Trains one run with train.py and `arguments`. Each rank calls the object; the call does not return."""
 
     run: str
     arguments: tuple[str, ...]
@@ -50,5 +50,5 @@ class TrainJob:
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
-        ignore_stop_signals()  # srun signals the other ranks when the first ends, which would change their status
-        sys.exit(status)  # past submitit, which would pickle a result
+        ignore_stop_signals()  # srun signals the others when one rank ends; this would change their status
+        sys.exit(status)  # not `return`: submitit would pickle the result

@@ -1,12 +1,13 @@
-"""Slurm on this one machine, to try jobs and preemption: several virtual nodes, each with its own slurmd.
+"""Slurm on this machine, to try jobs and preemption: several virtual nodes, each with its own slurmd.
 
-    python -m slurm.local up [--nodes 4]      start it; prints the line that points Slurm's commands to it
+    python -m slurm.local up [--nodes 4]      start Slurm; prints the line that points Slurm's commands to it
     python -m slurm.local run COMMAND ...     run a command with Slurm's commands pointed to it
     python -m slurm.local down                end its jobs and stop it
 
-It has two partitions: jobs in `high` preempt those in `low` (the default), which get SIGTERM and 20 seconds and are
-queued again. It needs Slurm's programs, but no root and no accounting. The nodes share the whole machine. Slurm's daemons
-listen on all interfaces, but obey only the user who started them: only that user can open their munged's socket.
+This Slurm has two partitions. Jobs in `high` preempt jobs in `low` (the default): the preempted jobs get SIGTERM, have
+20 seconds to save, and are queued again. Slurm's programs must be installed; root and accounting are not needed. Each
+node may use the whole machine. Slurm's daemons listen on all interfaces, but obey only the user who started them,
+because only this user can open the socket of their munged.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class LocalSlurm:
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
         self._ports = dict(zip(["slurmctld", *self.nodes], free_ports(len(self.nodes) + 1), strict=True))
-        # Random, because a run keeps its job's number, which must not name a job of the next cluster, and because the
-        # ports of ranks derive from job numbers and must differ between clusters that run at the same time.
+        # Random for two reasons. A run records its job's number, which must not name a job of the next cluster. And the
+        # ports of ranks derive from job numbers, and must differ between clusters that run at the same time.
         self._first_job = 1000 + secrets.randbelow(60_000_000)
         self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
@@ -97,11 +98,11 @@ class LocalSlurm:
 
     def down(self) -> None:
         """Ends the jobs, stops the daemons, and kills the processes that outlive them."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # the daemons need not answer
+        with contextlib.suppress(subprocess.SubprocessError, OSError, UserError):  # the daemons may be dead
             self.command("scancel", "--user", _user(), timeout=10)
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
         self._stop("slurm*")
-        self._stop("munged")  # last: the other daemons need it to end in order
+        self._stop("munged")  # last, because the other daemons need it to end cleanly
         send(self.leftovers(), signal.SIGKILL)
         with contextlib.suppress(UserError):
             self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
@@ -122,7 +123,7 @@ class LocalSlurm:
         self._start(f"slurmd-{node}", "-D", "-N", node, "-f", str(self.conf), program="slurmd")
 
     def leftovers(self) -> list[int]:
-        """Pids of other processes with this cluster's slurm.conf and a job in their environment."""
+        """Pids of other processes that belong to a job of this cluster, by their environment variables."""
         import psutil
 
         found = {process.pid: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
@@ -133,7 +134,7 @@ class LocalSlurm:
         """The output of one of Slurm's commands. Raises subprocess.CalledProcessError with the command's stderr."""
         for _ in range(5):
             done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout)
-            # On a busy machine munged refuses credentials that are late or repeated. Nothing was done then.
+            # On a busy machine munged refuses late or repeated credentials. The command then had no effect.
             if not done.returncode or not re.search("authentication|munge", done.stderr, re.IGNORECASE):
                 break
             time.sleep(0.5)
@@ -149,7 +150,7 @@ class LocalSlurm:
             "SlurmUser": user,
             "SlurmdUser": user,
             "FirstJobId": str(self._first_job),
-            # A requeued job waits a little more than 2 * cred_expire: 10 s instead of 121.
+            # A requeued job waits a little more than 2 * cred_expire, so 10 s instead of the default 121.
             "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
             "StateSaveLocation": f'"{self.folder}/state"',
             "SlurmdSpoolDir": f"{self._keys}/spool/%n",
@@ -179,25 +180,25 @@ class LocalSlurm:
         (folder / "run" / name).write_text(str(daemon.pid))
 
     def _new_keys(self) -> Path:
-        """Makes a folder, on a short path, for sockets and munged's secret; only this user can enter it."""
+        """Makes a folder for sockets (which need a short path) and munged's secret; only this user can enter it."""
         folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
         (folder / "spool").mkdir()
         (folder / "key").touch(mode=0o600)
         (folder / "key").write_bytes(secrets.token_bytes(128))
-        shutil.rmtree(link.resolve(), ignore_errors=True)  # of a cluster that was not taken down
+        shutil.rmtree(link.resolve(), ignore_errors=True)  # left by a cluster that was not stopped
         link.unlink(missing_ok=True)
         link.symlink_to(folder)
         return folder
 
     def _daemons(self, programs: str = "*") -> list[int]:
-        """Pids of the daemons that run; their pid files' names match `programs`."""
+        """Pids of the running daemons whose pid file has a name that matches the pattern `programs`."""
         import psutil
 
         pids = []
         for file in (self.folder / "run").glob(programs):
             with contextlib.suppress(OSError, ValueError, psutil.Error, IndexError):
                 pid = int(file.read_text())
-                program = Path(psutil.Process(pid).cmdline()[0]).name  # another one, if the pid was reused
+                program = Path(psutil.Process(pid).cmdline()[0]).name  # not the daemon, if the pid was reused
                 if is_alive(pid) and program == file.name.partition("-")[0]:
                     pids.append(pid)
         return pids
@@ -225,7 +226,7 @@ class LocalSlurm:
 
 
 def _user() -> str:
-    """The owner of this process; USER names somebody else under `runuser` and in containers."""
+    """The owner of this process. The variable USER would be wrong under `runuser` and in containers."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -233,7 +234,7 @@ def _user() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status; `run` does not return: the command replaces this process."""
+    """Returns the exit status, except for `run`, where the command replaces this process."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Cluster profiles: the options of sbatch that a Slurm cluster needs, as YAML.
 
-The keys and their defaults are the fields of `Profile`. Command-line options replace a profile's values. Texts may name
-environment variables (`/scratch/$USER/$SLURM_JOB_ID`), which the job expands.
+The keys and their defaults are the fields of `Profile`. Command-line options replace a profile's values. Texts may
+contain environment variables (`/scratch/$USER/$SLURM_JOB_ID`); the job replaces them with their values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Profile:
-    """Options of a cluster. Empty and 0 mean the cluster's default."""
+    """Options of a cluster. An empty text or 0 means the default of the cluster."""
 
     partition: str = ""
     account: str = ""
@@ -40,7 +40,7 @@ class Profile:
     """Time limit of one attempt: `90m`, `24h`, `2d`, or Slurm's form in quotes: `"12:00:00"`, `"1-12"`."""
     gpus_per_node: int = 0
     tasks_per_node: int = 0
-    """Ranks per node; 0: one per GPU, or one without GPUs."""
+    """Ranks per node; 0 means one rank per GPU, or one rank on nodes without GPUs."""
     cpus_per_task: int = 0
     memory_gb: int = 0
     """Memory of a node."""
@@ -59,8 +59,9 @@ class Profile:
     scratch: str = ""
     """Folder on each node's local disk, for the shard cache."""
     python: str = ""
-    """Python on the nodes; empty: the Python that submits. With a container it only runs after.py, outside of the
-    image: 3.7 or newer; empty: `python3`."""
+    """Python on the nodes; empty: the Python that submits the job. With a container, this Python runs only after.py,
+    outside of the image. It must be 3.7 or newer; empty: `python3`.
+    """
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch by name, such as `mail-type: FAIL`."""
@@ -69,7 +70,7 @@ class Profile:
 
 
 def load(path: Path) -> Profile:
-    """A checked profile. Raises ConfigError that names every problem."""
+    """Read and check a profile. Raises ConfigError, which names every problem."""
     try:
         profile = from_plain(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
@@ -83,7 +84,7 @@ def load(path: Path) -> Profile:
 
 
 def from_plain(values: Any, origin: str = "the profile of the run") -> Profile:
-    """A profile from YAML, or from what `dataclasses.asdict` made of one, through JSON. Raises ConfigError."""
+    """A profile from parsed YAML, or from the JSON of `dataclasses.asdict(profile)`. Raises ConfigError."""
     problems: list[str] = []
     profile = read_section({} if values is None else values, Profile, "", problems, "a profile")
     _refuse(problems, origin)
@@ -97,7 +98,7 @@ def _refuse(problems: list[str], origin: str) -> None:
 
 
 def check(profile: Profile, origin: str = "the profile") -> Profile:
-    """The profile, if its values are valid. Raises ConfigError that names every problem."""
+    """Returns the profile if its values are valid. Raises ConfigError, which names every problem."""
     problems = []
     try:
         minutes(profile.time)

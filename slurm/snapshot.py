@@ -20,7 +20,7 @@ from dist_t2i.utils.environment import git_state
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "code"
 MARKS = ("slurm/rank.py", "slurm/after.py", "dist_t2i/train.py")
-"""The files of a copy that a job starts: a folder without one of them is not a copy."""
+"""The files that a job starts from its copy of the code: a folder without one of these files is not a copy."""
 _PARTS = ("dist_t2i", "slurm", "tools", "configs", "pyproject.toml")
 
 
@@ -44,7 +44,7 @@ def take(run: Path) -> Path:
 
 
 def keep(run: Path) -> bool:
-    """Whether `run` has an earlier copy; a run of an array of seeds gets that of the array. Raises OSError."""
+    """Whether `run` has an earlier copy. A run of an array of seeds first gets the array's copy. Raises OSError."""
     copy, of_array = run / CODE, run.parent / CODE
     if not _is_copy(copy) and run.name.startswith("seed-") and _is_copy(of_array):
         shutil.copytree(of_array, copy, dirs_exist_ok=True)
@@ -52,12 +52,12 @@ def keep(run: Path) -> bool:
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether it is a copy of the code: other folders are called `code` too, and a clean-up may have removed files."""
+    """Whether `folder` is a complete copy: others may be called `code`, and a clean-up may have removed files."""
     return all((folder / part).is_file() for part in MARKS)
 
 
 def _files() -> list[Path]:
-    """Those that git tracks or would add; without git, those of `_PARTS`."""
+    """The files of `_PARTS` that git tracks or would add; without git, all of them."""
     if listing := _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS):
         files = [ROOT / name for name in listing.split("\0") if name]
     else:

@@ -1,4 +1,4 @@
-"""The state of a submitted run: from Slurm where it answers, and always from the files of the run folder."""
+"""The state of a submitted run, from the files of the run folder and, if Slurm answers, from Slurm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class State:
     queue: str = ""
     """Slurm's word for the job's state; "" when Slurm does not know the job (any more)."""
     where: str = ""
-    """The job's nodes, or why it waits."""
+    """The nodes of the job, or the reason why it waits."""
     progress: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: int = -1
@@ -43,7 +43,7 @@ class State:
     submitted: float = 0.0
     """Unix time of the latest submission."""
     silent: bool = False
-    """Whether Slurm is installed and does not answer: the job may be in any state."""
+    """Whether Slurm is installed but does not answer, so that the job may be in any state."""
 
     @property
     def live(self) -> bool:
@@ -60,7 +60,7 @@ class State:
 
     @property
     def interruptions(self) -> tuple[int, int]:
-        """How many attempts, with another one to follow, a signal or Slurm ended, and how many failed."""
+        """How many of the attempts that another one follows were ended by a signal or Slurm, and how many failed."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
         over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
         failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
@@ -117,7 +117,7 @@ def submitted(run: Path) -> dict[str, Any]:
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The submitted runs of a folder: itself, or the seeds of an array. Without any, raises UserError or returns []."""
+    """The submitted runs of a folder: the folder itself, or the seeds of an array. If none: UserError, or []."""
     try:
         runs = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
     except OSError as error:
@@ -128,7 +128,7 @@ def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
 
 
 def _seeds(folder: Path) -> list[Path]:
-    """The submitted runs of an array of seeds, by seed."""
+    """The submitted runs of an array of seeds, sorted by seed."""
     named = {path: re.fullmatch(r"seed-(-?\d+)", path.name) for path in folder.glob("seed-*")}
     seeds = {path: int(match[1]) for path, match in named.items() if match and (path / FOLDER / JOB).exists()}
     return sorted(seeds, key=lambda path: seeds[path])
@@ -145,7 +145,7 @@ def look(run: Path) -> State:
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state, and its nodes or why it waits; empty for an unknown job. Raises _Silent when the controller is away."""
+    """A job's state, and its nodes or why it waits; empty for an unknown job. Raises _Silent without an answer."""
     if queue := _output("squeue", "-h", "-j", job, "-o", "%T|%R"):
         state, _, where = queue.splitlines()[0].partition("|")
         return state, where.strip("()")
@@ -167,7 +167,7 @@ def _output(*command: str) -> str:
 
 
 def describe(state: State) -> str:
-    """The state in a few lines for people."""
+    """A description of the state in a few lines, for people."""
     head = f"{state.run}: {state.word}, job {state.job}"
     if state.word == "running":
         head += f", attempt {max(1, len(state.begins))}" + (f" on {state.where}" if state.where else "")

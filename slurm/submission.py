@@ -1,11 +1,12 @@
-"""From a configuration and a profile to a job in the queue, through submitit.
+"""Submits a job through submitit, from a configuration and a profile; writes these files:
 
     RUN/slurm/config.yaml            the resolved configuration that the job trains with
-    RUN/slurm/job.json               the latest submission: job id, nodes, ranks, script, when
+    RUN/slurm/job.json               the latest submission: job id, nodes, ranks, command, time
     RUN/slurm/JOB_submission.sh      the batch script
     RUN/slurm/JOB_RANK_log.out       the log of a rank, over all attempts of the job
 
-Configuration, world size, data, profile and the script (`sbatch --test-only`) are checked before anything is queued.
+The configuration, the world size, the data, the profile and (with `sbatch --test-only`) the batch script are checked
+before anything is queued.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from slurm.profile import Profile, minutes
 FOLDER = "slurm"
 JOB = "job.json"
 _SAME_NAMES = "gpus_per_node cpus_per_task partition account qos constraint exclude exclusive".split()
-"""Fields of a profile that are options of sbatch under the same name."""
+"""Fields of a profile that have the same names as options of sbatch."""
 
 
 class SubmitError(UserError):
@@ -65,8 +66,8 @@ class Submission:
         self.folder, self.code = self.run / FOLDER, self.run / snapshot.CODE
 
     def check(self) -> str:
-        """Checks world size and data; returns a line that describes the data. Raises UserError."""
-        from dist_t2i.data.open_data import open_data  # late: `status` and the other commands start faster
+        """Checks the world size and the data; returns a line that describes the data. Raises UserError."""
+        from dist_t2i.data.open_data import open_data  # imported here, so that `status` starts faster
 
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one")
@@ -79,7 +80,7 @@ class Submission:
         return f"{train['samples']:,} pictures, {captions:,} captions, {len(train['shards']):,} shards in {data.folder}"
 
     def script(self) -> str:
-        """The batch script: that of an array, if `seeds` is above 1."""
+        """The batch script; the script of an array if `seeds` is above 1."""
         executor = self._executor()
         if self.seeds > 1:
             executor.parameters["map_count"] = self.seeds  # as `map_array` does
@@ -97,7 +98,7 @@ class Submission:
             "dependency": self.dependency,
             **{name: getattr(profile, name) for name in _SAME_NAMES},
         }
-        # A line break ends an `#SBATCH` line, and the shell runs the rest. Slurm expands `%j` and `\\` in paths of logs.
+        # After a line break in an `#SBATCH` line, the shell would run the rest. Slurm expands `%j` and `\\` in paths.
         for name, value in {**options, **profile.sbatch}.items():
             if "\n" in str(value):
                 raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
@@ -163,7 +164,7 @@ class Submission:
         return ["status=$?", f'{after} --run {run} --status "$status" --log {log}', "exit $?"]
 
     def test(self) -> str:
-        """The answer of `sbatch --test-only` to the script, such as when it could start. Raises SubmitError."""
+        """The answer of `sbatch --test-only`, such as the time when the job could start. Raises SubmitError."""
         need_slurm()
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
             file.write(self.script())
@@ -174,7 +175,7 @@ class Submission:
         return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
     def prepare(self, *, keep_code: bool = False) -> None:
-        """Writes the code and the configuration of each run; `keep_code` keeps an earlier copy. Raises UserError."""
+        """Writes code and configuration of each run; `keep_code` keeps an existing copy of code. Raises UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (keep_code and snapshot.keep(self.run)):
@@ -186,7 +187,7 @@ class Submission:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
     def submit(self, *, keep_code: bool = False) -> list[str]:
-        """Calls `prepare` and queues the job; returns one job id per run. A UserError leaves the old configuration."""
+        """Calls `prepare` and queues the job; returns one job id per run. A UserError restores the old config.yaml."""
         need_slurm()
         files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
         before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
@@ -239,11 +240,11 @@ def need_slurm() -> None:
 
 
 PRIVATE = ("_make_submission_file_text", "_submitit_command_str")
-"""Private names of submitit.SlurmExecutor that this module uses; tests/slurm/test_submit.py checks each."""
+"""Private names of submitit.SlurmExecutor that this module uses; tests/slurm/test_submit.py checks that each exists."""
 
 
 class _Executor(submitit.SlurmExecutor):
-    """Starts ranks from the run's copy of the code, and renders scripts on machines without Slurm too."""
+    """Starts ranks from the run's copy of the code, and can render scripts even on machines without Slurm."""
 
     def __init__(self, folder: Path, python: str, code: Path) -> None:
         super().__init__(folder=folder, python=python)
@@ -259,7 +260,7 @@ class _Executor(submitit.SlurmExecutor):
 
 
 def _expanding(value: str) -> str:
-    """`value` quoted for a shell that expands variables in it, but runs no commands."""
+    """`value` in quotes in which the shell expands variables, but runs no commands."""
     return '"' + re.sub(r'(["\\`])', r"\\\1", value).replace("$(", "\\$(") + '"'
 
 

@@ -1,18 +1,22 @@
-"""Which process may commit to a run: the one that acquired the run's lease last.
+"""The lease decides which process may commit to a run: the process that acquired the lease last.
 
-A requeued job may find a process of its earlier attempt alive on a node that Slurm has given up. A check before each
-commit is not enough: another process may acquire the lease in between. So a lease is a folder, and every change that
-counts is a rename into this folder or out of it:
+When Slurm requeues a job, a process of the job's earlier attempt may still be alive on a node that Slurm has given up.
+It is not enough to check the lease before each commit, because another process may acquire the lease between the check
+and the commit. Therefore a lease is a folder. A checkpoint is committed by a rename out of this folder, and deleted by
+a rename into it:
 
     RUN/checkpoints/.claim-JOB.RESTART.PID.BEGUN.XXXX.HOST/    the lease of the process that may commit
       staging-XXXX/                a checkpoint being written; committed by a rename out of the folder
       removed-images-.../          a checkpoint being deleted; deletion begins with a rename into the folder
 
-A process that acquires the lease first renames the folders of all earlier leases, then looks for the newest checkpoint.
-So a commit under an earlier lease either comes before and is seen, or fails because its staging folder no longer exists:
-fencing (Kleppmann 2016, "How to do distributed locking") with the rename as the fence. An earlier attempt of a Slurm job
-(by its restart count) cannot take the lease from a later one. Otherwise the last process wins, except over a live
-process on this machine, which is somebody's running training.
+A process that acquires the lease first renames the folders of all earlier leases and then looks for the newest
+checkpoint. A commit under an earlier lease either happens before this rename, so that the new process finds the
+checkpoint, or it fails because its staging folder no longer exists under the old path. This is fencing (Kleppmann 2016,
+"How to do distributed locking"); the rename is the fence.
+
+An earlier attempt of a Slurm job cannot take the lease from a later attempt; Slurm's restart count orders the attempts.
+In all other cases the process that started last gets the lease, with one exception: if the earlier process is alive on
+the same machine, it is a running training, and the new process raises UserError.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Superseded(UserError):
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lease, and its attempt of a Slurm job (`job` is "" without Slurm)."""
+    """A process that holds a lease, with its Slurm job and the attempt of this job (`job` is "" without Slurm)."""
 
     host: str
     pid: int
@@ -63,7 +67,7 @@ class Owner:
 
     @classmethod
     def of(cls, folder: Path) -> Owner | None:
-        """The owner that the name of a lease's folder states; None for any other folder."""
+        """The owner that the name of a lease's folder encodes; None if the folder is not a lease."""
         fields = folder.name.removeprefix(_PREFIX).split(".", 5)
         with contextlib.suppress(ValueError):
             job, restart, pid, begun, _, host = fields
@@ -83,14 +87,14 @@ class Owner:
         return bool(self.job) and self.job == other.job and self.restart > other.restart
 
     def is_alive_here(self) -> bool:
-        """Whether this is another live process on this machine; False where that cannot be seen."""
+        """Whether this is another process and alive on this machine; False when that cannot be determined."""
         other = self.host == socket.gethostname() and self.pid != os.getpid()
         return other and is_alive(self.pid, self.begun - 3, self.begun + 3)
 
 
 @dataclass
 class Lease:
-    """The right to commit under `root` (RUN/checkpoints) until it is `lost`. `acquire` returns one."""
+    """The right to commit under `root` (RUN/checkpoints). It is `lost` when another process acquires the lease."""
 
     root: Path
     folder: Path
@@ -104,11 +108,11 @@ class Lease:
         return self.broken()
 
     def broken(self) -> bool:
-        """The same as `lost`, checked now."""
+        """Whether the lease is lost; unlike `lost`, this looks at the folder at every call."""
         try:
             os.stat(self.folder)
         except OSError as error:
-            return isinstance(error, FileNotFoundError)  # a file system that does not answer proves nothing
+            return isinstance(error, FileNotFoundError)  # after other errors the lease may still be valid
         return False
 
     def error(self) -> Superseded:
@@ -118,13 +122,16 @@ class Lease:
         return Superseded(f"this run was taken over {by}: this process, {Owner.this()}, leaves it unchanged and ends")
 
     def staging(self) -> Path:
-        """A new folder for a checkpoint; one rename out of it commits, and fails once the lease is lost. Raises OSError."""
+        """A new folder for a checkpoint.
+
+        Renaming it commits the checkpoint; the rename fails once the lease is lost. Raises OSError.
+        """
         folder = self.folder / f"staging-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o755)
         return folder
 
     def remove(self, folder: Path) -> None:
-        """Delete a folder: one rename makes it invisible, then its files are deleted. Raises OSError."""
+        """Delete a checkpoint: one rename moves its folder out of `root`, then its files go. Raises OSError."""
         removed = self.folder / f"removed-{folder.name}"
         shutil.rmtree(removed, ignore_errors=True)
         os.rename(folder, removed)
@@ -136,10 +143,11 @@ class Lease:
 
 
 def acquire(root: Path, *, say: Callable[[str], None] = lambda message: None) -> Lease:
-    """Acquire the lease of the run whose checkpoints are in `root`, a folder that is created if missing.
+    """Acquire the lease of the run that has its checkpoints in `root`; creates this folder if it is missing.
 
-    Waits up to 30 seconds for an earlier process on this machine to end, and announces that with `say`. Raises UserError if
-    that process is still alive then, Superseded if a later attempt of the same Slurm job holds the lease, and OSError.
+    If an earlier process of the run is alive on this machine, waits up to 30 seconds for it to end, and announces the
+    wait with `say`. Raises UserError if that process is still alive after the wait, Superseded if a later attempt of
+    the same Slurm job holds the lease, and OSError.
     """
     owner = Owner.this()
     root.mkdir(parents=True, exist_ok=True)

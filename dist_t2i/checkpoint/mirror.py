@@ -1,8 +1,9 @@
-"""The mirror of a run's checkpoints as training uses it: inspected and restored from at the start, given every checkpoint.
+"""How training uses its mirror: it restores a checkpoint from the mirror at the start, and uploads every new one.
 
-Only rank 0 has a mirror; on other ranks, and with an empty `checkpoint.mirror`, the same calls do nothing. Separate
-processes (mirror_worker.py) do all access to the mirror; they ignore stop signals, end with the training process, and
-never delay a step. A mirror that fails causes a warning, except at the start, when nothing can be lost yet.
+Only rank 0 uses the mirror. On other ranks, and with an empty `checkpoint.mirror`, the methods do nothing. Separate
+processes (mirror_worker.py) make all requests to the mirror, so that no step waits for them. These processes ignore
+stop signals and end with the training process. If the mirror fails during training, the run prints a warning and
+continues. At the start, a failure may be an error, because no training can be lost yet.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from dist_t2i.utils.files import write_atomic
 from dist_t2i.utils.processes import signals_blocked
 
 FINISH_SECONDS = 600.0
-"""Seconds that a finished run waits for its last upload."""
+"""Seconds that a finished run waits at most for its last upload."""
 STOP_SECONDS = 5.0
-"""Seconds that a stopped run waits; the next start uploads what is missing."""
+"""Seconds that a stopped run waits at most for its last upload; the next start uploads what is then missing."""
 _GLANCE_SECONDS = 15.0
-"""Seconds that the mirror may not answer at the start of a run with checkpoints in its folder (at most `retry_seconds`)."""
+"""If the run folder has checkpoints, the start waits at most this many seconds for a mirror that does not answer."""
 
 
 @dataclass
 class Mirror:
-    """Call `look`, then `restore`, `offer` after every commit, `poll` now and then, `finish` at the end.
+    """Call `look` and `restore` first, `offer` after every commit, `poll` from time to time, and `finish` at the end.
 
-    `config` is the text of the run's config.yaml. `retry_seconds`: how long the mirror may not answer at the start.
+    `config` is the text of the run's config.yaml. The start waits `retry_seconds` at most for an answer.
     """
 
     checkpoint: CheckpointConfig
@@ -68,7 +69,8 @@ class Mirror:
     def look(self, fingerprint: str) -> None:
         """Read which run the mirror belongs to and which checkpoints it has; writes nothing, not even to the log.
 
-        Raises CheckpointError if it is in the run folder, is another run's, or cannot be read and no checkpoint is here.
+        Raises CheckpointError if the mirror lies in the run folder, belongs to another run, or cannot be read while the
+        run folder has no checkpoint.
         """
         if not self.url:
             return
@@ -93,9 +95,10 @@ class Mirror:
         self._images = answer["images"]
 
     def restore(self, lease: Lease | None) -> None:
-        """Under the run's lease, fetch the newest intact checkpoint of the mirror if it is newer than the run folder's.
+        """Fetch the mirror's newest intact checkpoint if it is newer than the run folder's; commits it under `lease`.
 
-        Skips damaged checkpoints. Raises CheckpointError when the mirror has checkpoints and none is intact, here or there.
+        Skips damaged checkpoints. Raises CheckpointError when the mirror has checkpoints, but neither the mirror nor
+        the run folder has an intact one.
         """
         if lease is None or not self._images:
             return
@@ -164,7 +167,7 @@ class Mirror:
         return answer
 
     def offer(self, images: int | None) -> None:
-        """Upload the committed checkpoint at `images` in the background. None: only take the mirror over."""
+        """Upload the checkpoint at `images` in the background; None only takes ownership of the mirror."""
         self._offered = images
         self.poll()  # notices an uploader that has ended
         if not self.url or self._refused:
@@ -182,7 +185,7 @@ class Mirror:
             self._uploader.request(images)
 
     def poll(self, seconds: float = 0.0) -> None:
-        """Report the uploader's events since the last call; waits up to `seconds` for one."""
+        """Print the uploader's events since the last call; waits up to `seconds` for the first event."""
         if self._uploader is None:
             return
         for event in self._uploader.events(seconds):
@@ -209,7 +212,10 @@ class Mirror:
         return bool(self.url) and not self._refused and self._uploaded != self._offered
 
     def finish(self, *, finished: bool, stopping: Callable[[], bool]) -> None:
-        """Wait for the last upload, up to FINISH_SECONDS or until `stopping()` in a finished run, else STOP_SECONDS."""
+        """Wait for the last upload.
+
+        A finished run waits up to FINISH_SECONDS, or until `stopping()` is true; a stopped run, up to STOP_SECONDS.
+        """
         limit = FINISH_SECONDS if finished else STOP_SECONDS
         deadline = time.monotonic() + limit
         self.poll(0.5 if self.waiting else 0.0)
@@ -232,7 +238,7 @@ class Mirror:
 
 
 class _Uploader:
-    """A `follow` process of mirror_worker.py. Main thread only: the process ends with the thread that starts it."""
+    """Runs `follow` of mirror_worker.py. Create it in the main thread: the process ends with its creating thread."""
 
     def __init__(self, **arguments: Any) -> None:
         self._process = _start_worker(subprocess.PIPE, command="follow", **arguments)
@@ -246,7 +252,7 @@ class _Uploader:
             self._input.write(b"%d\n" % images)
 
     def events(self, seconds: float) -> list[dict[str, Any]]:
-        """The events since the last call; waits up to `seconds` for the first. Sets `ended`."""
+        """New events; waits up to `seconds` for the first one. Sets `ended` when the process has ended."""
         select.select([self._output], [], [], seconds)
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._output.fileno(), 2**16):
@@ -261,7 +267,7 @@ class _Uploader:
 
 
 def _start_worker(stdin: int, **request: Any) -> subprocess.Popen[bytes]:
-    """A process of mirror_worker.py from this very copy of the package, which comes first on its module search path."""
+    """Start mirror_worker.py from this process's copy of the package, which comes first on the module search path."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", json.dumps({"parent": os.getpid(), **request})]

@@ -1,16 +1,16 @@
 """The files of a mirror of a run's checkpoints, and the order in which they are written and deleted.
 
-    MIRROR/                         laid out as a run folder, so that a copy of it is one
-      config.yaml, environment.json, tokenizer.json      of the run that the mirror belongs to
-      owner.json                    the process that uploads now; a process that takes over replaces it
+    MIRROR/                         has the layout of a run folder: a copy of the mirror is a run folder
+      config.yaml, environment.json, tokenizer.json      identify the run that the mirror belongs to
+      owner.json                    the process that uploads now; another process replaces this file to take over
       checkpoints/images-000001280/
         *.safetensors               as in the run folder
         run/metrics.jsonl, ...      the run's records up to this checkpoint
         state.json                  as in the run folder, with the size and SHA-256 of the files under run/ added
 
 state.json is written last and deleted first, so a mirrored checkpoint with a state.json is complete. Only the processes
-of mirror_worker.py use this module: the training process must have no clients of object stores
-(storage/reader_process.py).
+of mirror_worker.py open a mirror: the training process must not have clients of object stores, because it forks later
+(storage/reader_process.py explains the danger).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from dist_t2i.utils.files import chunks, sha256_of, write_synced
 T = TypeVar("T")
 
 RECORDS = "run/"
-"""The folder of a mirrored checkpoint for files that a run folder has next to its checkpoints."""
+"""The subfolder of a mirrored checkpoint for the run's records, which a run folder keeps outside of checkpoints."""
 RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE)
-"""The names of these files: a mirror is data from outside and may replace nothing else in a run folder."""
+"""The names of the records. Others may have written a mirror, so a restore replaces no other file of the run folder."""
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
-"""In the order in which they are written: a mirror with the last file has all of them."""
+"""Files that identify the run, in the order in which they are written: a mirror with the last file has all of them."""
 _OWNER = "owner.json"
 _REQUEST_SECONDS = 120.0  # seconds that a request for a part of a file may take
 LOOK_SECONDS = 20.0
@@ -61,7 +61,7 @@ _INSPECTED = 20  # how many of the newest checkpoints are checked for completene
 
 
 class Unreachable(Exception):
-    """The mirror does not answer; the message says how."""
+    """The mirror does not answer; the message holds the cause, such as the error of the last request."""
 
 
 class Refused(Exception):
@@ -74,13 +74,13 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Identity:
-    """A run as its mirror knows it: the text of config.yaml and the data set's fingerprint ("" if unreadable)."""
+    """What identifies a run: the text of config.yaml and the data set's fingerprint ("" if unreadable)."""
 
     config: str
     fingerprint: str
 
     def mismatches(self, run: Identity) -> list[str]:
-        """Why this mirror does not belong to `run`, one line each; empty when it does."""
+        """The reasons why a mirror with this identity does not belong to `run`; empty when it does."""
         try:
             mirrored = loads(self.config, origin="config.yaml")
         except ConfigError as error:
@@ -114,17 +114,17 @@ class MirrorStore:
         return Identity(config.decode(errors="replace"), fingerprint)
 
     def newest(self) -> list[int]:
-        """Images seen of the newest complete checkpoints, newest first."""
+        """The newest complete checkpoints, newest first; each is given by its number of images seen."""
         return [images for images in self._folders()[:_INSPECTED] if self._state(images) is not None]
 
     def unidentified(self) -> list[str]:
-        """Why a mirror without identity cannot be used; empty when it has no checkpoints."""
+        """The reasons why a mirror without config.yaml cannot be used; empty when it has no checkpoints."""
         return ["it has checkpoints, but no config.yaml that says whose they are"] if self.newest() else []
 
     def _folders(self) -> list[int]:
         try:
             names = self._patiently(self._root.names)
-        except FileNotFoundError as error:  # an empty prefix is listed as empty: the bucket itself is missing
+        except FileNotFoundError as error:  # the bucket is missing: an empty prefix gives an empty list
             raise Unreachable(str(error)) from error
         return sorted((images for name in names if (images := images_in(name)) is not None), reverse=True)
 
@@ -150,7 +150,7 @@ class MirrorStore:
             raise Unreachable(str(error)) from error
 
     def fetch(self, images: int, folder: Path) -> None:
-        """Download a checkpoint into a folder, state.json last, every file synced; checksums are not compared.
+        """Download a checkpoint into a folder, state.json last, and sync every file. Does not compare checksums.
 
         Raises CheckpointError when a file is missing or unreadable although the mirror answers.
         """
@@ -175,7 +175,7 @@ class MirrorStore:
         attempts = itertools.count(1)
 
         def again(error: OSError, _: float) -> bool:
-            # A mirror that answers, but not for this file, has three attempts.
+            # If only this file cannot be read, while the mirror answers other requests, it is tried three times.
             missing = isinstance(error, FileNotFoundError)
             return not missing and (next(attempts) < 3 or self._state(images) is None)
 
@@ -187,7 +187,10 @@ class MirrorStore:
             raise CheckpointError(f"{self._root}/{full_name}: cannot be read ({error})") from error
 
     def acquire(self, run: Path, *, damaged: Collection[int] = (), allow_changes: bool = False) -> None:
-        """Make this the run's mirror, and this process its uploader; replaces `damaged` checkpoints. Raises Refused."""
+        """Make this the mirror of `run`, with this process as its uploader. Raises Refused.
+
+        Checkpoints in `damaged` count as incomplete: the next `push` deletes or replaces them.
+        """
         mirrored = self.identity()
         fingerprint = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
         own = Identity((run / "config.yaml").read_text(encoding="utf-8"), fingerprint)
@@ -201,7 +204,7 @@ class MirrorStore:
         self._complete = {images for images in self._folders() if self._state(images) is not None} - {*damaged}
 
     def push(self, run: Path, images: int, keep: Retention) -> None:
-        """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` lets expire.
+        """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` does not retain.
 
         Raises Refused when another process has taken over the mirror, FileNotFoundError when the run folder no longer has
         the checkpoint, and Damaged when the checkpoint's files differ from what was saved.
@@ -212,7 +215,7 @@ class MirrorStore:
             with ExitStack() as stack:
                 self._upload(_OpenCheckpoint(run, images, stack))
             self._complete.add(images)
-        incomplete = set(self._folders()) - self._complete - self._removed  # some stores list empty folders for a while
+        incomplete = set(self._folders()) - self._complete - self._removed  # stores may still list deleted folders
         for other in (*incomplete, *keep.expired(self._complete)):
             self._remove(other)
 
@@ -221,7 +224,7 @@ class MirrorStore:
             state = self._state(checkpoint.images) if checkpoint.images in self._complete else None
             if without_records(state or b"") == checkpoint.state:
                 return
-        self._remove(checkpoint.images)  # damaged, or of a run that resumed before it with other values
+        self._remove(checkpoint.images)  # the old copy is damaged, or the run resumed before it and now differs
         folder = f"checkpoints/{folder_name(checkpoint.images)}"
         for name, file in checkpoint.files():
             self._put(f"{folder}/{name}", file)
@@ -236,7 +239,7 @@ class MirrorStore:
         self._complete.discard(images)
 
     def _check_owner(self) -> None:
-        """Keeps a lost older process of the run from uploading next to the current one. Raises Refused."""
+        """Raises Refused if another process owns the mirror now: a process that lost the run must not upload."""
         who = "another process"
         with contextlib.suppress(ValueError, KeyError, TypeError):
             owner = json.loads(self._read(_OWNER) or b"")
@@ -269,7 +272,7 @@ class _OpenCheckpoint:
         self.state_json = store.seal({**self.state, "files": {**self.state["files"], **listed}})
 
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
-        """Name and content of each file but state.json, after a check of its checksum. Raises Damaged."""
+        """Yields the name and content of each file except state.json, after comparing its checksum. Raises Damaged."""
         for name, file in self._opened.items():
             if sha256_of(chunks(file)) != self.state["files"][name]["sha256"]:
                 raise Damaged(f"{file.name}: does not have the checksum it was saved with")
@@ -287,7 +290,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 
 def records(run: Path, images: int) -> dict[str, str]:
-    """The run's records up to `images` seen, by file name: a run that resumes there continues them."""
+    """The run's records up to `images` seen, by file name; a run that resumes at this position extends them."""
     metrics = metrics_log.read(run / "metrics.jsonl")
     texts = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics if entry["images"] <= images)}
     if (run / "bad_samples.jsonl").exists():
@@ -298,7 +301,10 @@ def records(run: Path, images: int) -> dict[str, str]:
 
 
 def without_records(state: bytes) -> dict[str, Any]:
-    """A mirrored state.json's content as in the run folder. Raises ValueError, KeyError, TypeError or AttributeError."""
+    """The content of a mirrored state.json without the records, as in the run folder's state.json.
+
+    Raises ValueError, KeyError, TypeError or AttributeError.
+    """
     content = store.unseal(state)
     files = {name: about for name, about in content["files"].items() if not name.startswith(RECORDS)}
     return {**content, "files": files}
@@ -315,7 +321,7 @@ def another_run(url: str, mismatches: list[str]) -> str:
 
 
 def _safe(name: str) -> str:
-    """`name` if it is a plain file name: a state.json from outside must not lead elsewhere. Raises ValueError."""
+    """`name` if it is a plain file name, else raises ValueError: it must not lead out of the folder."""
     plain = name.removeprefix(RECORDS)
     if not plain or plain != os.path.basename(plain) or plain in (".", "..", STATE):
         raise ValueError(f"{name!r} is not the name of a file in a checkpoint")

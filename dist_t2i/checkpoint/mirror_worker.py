@@ -1,8 +1,9 @@
 """The processes that a training run starts to access its mirror: `python -m dist_t2i.checkpoint.mirror_worker REQUEST`.
 
-REQUEST is a JSON object: `command` (look, fetch or follow), `parent` (the PID of the training process) and the arguments
-of the function with the command's name. The output is JSON, an object a line. The training process must not have clients
-of object stores, which run threads: it forks loader workers later. tools/mirror.py calls `answer` by hand.
+REQUEST is a JSON object: `command` (look, fetch or follow), `parent` (the PID of the training process) and the
+arguments of the function with the command's name. The output is one JSON object per line. Clients of object stores run
+threads. The training process must not have such clients, because it forks loader workers later. tools/mirror.py calls
+`answer` directly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 
 def look(url: str, patience: float) -> dict[str, Any]:
-    """The mirror's `identity` (None without one), why it is `strange` without an identity, and `images` (newest first).
+    """What the mirror contains, as a dictionary of `identity`, `strange` and `images`.
+
+    `identity` is None if the mirror has none; `strange` then says why the mirror cannot be used. `images` lists the
+    checkpoints, newest first.
 
     Raises Unreachable after `patience` seconds without an answer, and UserError when the URL cannot be used.
     """
@@ -40,7 +44,7 @@ def look(url: str, patience: float) -> dict[str, Any]:
 
 
 def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: bool = True) -> dict[str, Any]:
-    """Download a checkpoint, and compare its checksums. Raises CheckpointError, OSError, and as `look` does."""
+    """Download a checkpoint, and `check` it. Raises CheckpointError, OSError, Unreachable and UserError."""
     MirrorStore(url, patience).fetch(images, Path(folder))
     if check:
         open_checkpoint(Path(folder))
@@ -48,7 +52,7 @@ def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: 
 
 
 def answer(command: str, **arguments: Any) -> dict[str, Any]:
-    """The result of `look` or `fetch`, or the reason why there is no result under `unreachable`, `damaged` or `mistake`."""
+    """The result of `look` or `fetch`; after a failure, the reason under `unreachable`, `damaged` or `mistake`."""
     try:
         return (look if command == "look" else fetch)(**arguments)
     except Unreachable as error:
@@ -57,14 +61,16 @@ def answer(command: str, **arguments: Any) -> dict[str, Any]:
         return {"damaged": str(error)}
     except UserError as error:
         return {"mistake": str(error)}
-    except OSError as error:  # of this machine: a full disk
+    except OSError as error:  # an error on this machine, such as a full disk
         return {"mistake": f"{error.filename or arguments['url']}: {error.strerror or error}"}
 
 
 def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: list[int], allow_changes: bool) -> None:
-    """Upload the newest requested checkpoint (stdin: images seen, a line each) until stdin ends; retries until it succeeds.
+    """Upload the checkpoints that stdin requests (images seen, one per line) until stdin ends.
 
-    Prints the events `uploaded`, `failing` and `works` (once each time), `refused` and `skipped`.
+    Of several waiting requests, only the newest checkpoint is uploaded. A failed upload is retried until it succeeds.
+    Prints the events `uploaded`, `skipped`, `refused`, `failing` (at the first failure) and `works` (at the next
+    success).
     """
     store, keep = MirrorStore(url), Retention(keep_last, keep_every_images)
     requests: SimpleQueue[int] = SimpleQueue()
@@ -78,7 +84,7 @@ def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: 
                 acquired = True
             while images is None or not requests.empty():
                 images = requests.get()
-            with contextlib.suppress(FileNotFoundError):  # retention deleted it: a newer one will be requested
+            with contextlib.suppress(FileNotFoundError):  # retention deleted the checkpoint: a newer one will come
                 store.push(Path(run), images, keep)
             if failing:
                 _emit("works")

@@ -1,8 +1,8 @@
-"""The run folder before the first step: its own files, and whether the run may continue with this configuration.
+"""Prepares the run folder before the first step: checks that the run may continue, and writes these files:
 
     RUN/config.yaml         the resolved configuration
     RUN/environment.json    versions, git revision, hardware, and the data set's fingerprint
-    RUN/tokenizer.json      a copy of the set's, so that the run can be used without its data
+    RUN/tokenizer.json      a copy of the data set's tokenizer, so that the run can be used without its data
 
 reporting/reporter.py and checkpoint/store.py list the files that training adds.
 """
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 def prepare(folder: Path, config: str, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> Lease:
-    """Create the folder, or check that it is a run of the same kind, and acquire its lease; rank 0 only.
+    """Create the run folder, or check that it belongs to the same run; acquire its lease. Rank 0 only.
 
     `config` is the text for config.yaml. Raises ConfigError when the run began with a configuration that gives another
-    result, and CheckpointError for another data set, unless `allow_changes`. Raises UserError when the folder cannot be
-    written, or another process on this machine trains the run. No error changes a run that is being trained.
+    result, and CheckpointError when it began with another data set; with `allow_changes` both are warnings. Raises
+    UserError when the folder cannot be written, or when another process on this machine trains the run; nothing in the
+    run changes then.
     """
     try:
         if (folder / "config.yaml").exists():
@@ -68,14 +69,14 @@ def _check_same_run(
 
 
 def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of the set that a run began with; None if an attempt was killed before it wrote this."""
+    """The fingerprint of the set that a run began with; None if every attempt was killed before recording one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
     return None
 
 
 def cut_bad_samples(file: Path, images: int) -> None:
-    """Drop the records of bad_samples.jsonl beyond `images` seen: training writes them again; rank 0 only."""
+    """Drop the records of bad_samples.jsonl beyond `images` seen, which training will write again; rank 0 only."""
     if file.exists():
         write_atomic(file, bad_samples_before(file, images))
 

@@ -9,14 +9,15 @@
         ema.safetensors             the moving average of the generator and of its text encoder
         optimizer-*.safetensors     the optimizers' moments, one file per network
         state.json                  images seen, counters, the size and SHA-256 of every other file, and its own SHA-256
-      .claim-*/                     the lease of the process that may commit (lease.py): what it is writing or deleting
+      .claim-*/                     the lease (lease.py): holds the checkpoints that its process is writing or deleting
 
-Tensors are gathered before they are written, so a run with another world size, ZeRO stage or precision can resume.
-Everything random is a function of (seed, images seen), so there is no other state. Nothing here uses pickle.
+Tensors are gathered before they are written, so a run with another world size, ZeRO stage or precision can resume. All
+random numbers are functions of (seed, images seen), so no random state is stored. Nothing here uses pickle.
 
 `save` writes into a staging folder, syncs each file and the folder, renames the folder, syncs its parent, replaces
-`latest`, and deletes the expired checkpoints. A kill between any two of these steps leaves the old state or the new one,
-and a process that lost the lease can change nothing: each rename leads out of the lease's folder or into it.
+`latest`, and deletes the expired checkpoints. A process that is killed between any two of these steps leaves the old
+state or the new one. A process that lost the lease can change nothing: each rename starts or ends in the lease's
+folder, which no longer exists.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class Checkpoint:
 
 
 def folder_name(images: int) -> str:
-    """The name of the checkpoint at `images` seen: `images-000001280`. Files about a checkpoint have it as their stem."""
+    """The name of the checkpoint at `images` seen, such as `images-000001280`; files about it use this stem."""
     return f"images-{images:09d}"
 
 
 def images_in(name: str) -> int | None:
-    """Images seen by the name of a checkpoint, None for any other name."""
+    """The images seen that the name of a checkpoint states; None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -89,7 +90,7 @@ def folder_of(run: Path) -> Path:
 
 
 def committed(run: Path) -> list[Path]:
-    """Folders of the committed checkpoints, by images seen."""
+    """Folders of the committed checkpoints, sorted by images seen."""
     root = folder_of(run)
     return [root / folder_name(images) for images in _committed(root)]
 
@@ -109,9 +110,10 @@ def save(
 ) -> Path:
     """Commit a checkpoint under a run's lease and apply retention; returns the checkpoint's folder.
 
-    `files` maps a stem (`generator`) to fp32 CPU tensors by name. An intact checkpoint of the same `images` is kept
-    instead: it holds the same. Raises CheckpointError when the checkpoint cannot be written (disk full, no permission)
-    and Superseded when another process holds the lease; both leave earlier checkpoints unchanged.
+    `files` maps a stem (`generator`) to fp32 CPU tensors by name. If an intact checkpoint of the same `images` exists,
+    it is kept instead, because its content is the same. Raises CheckpointError when the checkpoint cannot be written
+    (disk full, no permission) and Superseded when another process holds the lease; both leave earlier checkpoints
+    unchanged.
     """
     target = lease.root / folder_name(images)
     about = {"format": FORMAT, "images": images, **state}
@@ -127,10 +129,10 @@ def save(
 
 
 def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
-    """Commit a checkpoint from another origin and make it the newest; returns its folder.
+    """Commit a checkpoint that `fill` writes, such as a download, and make it the newest; returns its folder.
 
-    `fill(folder)` writes the complete, checked checkpoint there; an exception in it leaves the run unchanged. Replaces a
-    damaged checkpoint of the same `images`. Raises CheckpointError and Superseded as `save` does.
+    `fill(folder)` writes the complete checkpoint into the folder and checks it; if `fill` raises, the run is unchanged.
+    Replaces a damaged checkpoint of the same `images`. Raises CheckpointError and Superseded as `save` does.
     """
     target = lease.root / folder_name(images)
     with _writing_errors(lease, images):
@@ -141,14 +143,18 @@ def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which to keep: the last `last`, the first at or past each multiple of `every_images`, that at `best` (-1: unknown)."""
+    """Which checkpoints to keep.
+
+    These are the newest `last` checkpoints, the first one at or past each multiple of `every_images`, and the one at
+    `best` images seen (-1: unknown).
+    """
 
     last: int = 2
     every_images: int = 0
     best: int = -1
 
     def with_best(self, state: Mapping[str, Any]) -> Retention:
-        """The same retention with the best checkpoint that a checkpoint's state names (training/validation.py)."""
+        """The same retention, with `best` from the `state` of a checkpoint; training/validation.py writes it there."""
         best = (state.get("evaluation") or {}).get("best")
         return replace(self, best=int(best["images"])) if best else self
 
@@ -157,7 +163,7 @@ class Retention:
         ordered = sorted(images)
         kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
-            milestones = {count // self.every_images: count for count in reversed(ordered)}  # the first of each
+            milestones = {count // self.every_images: count for count in reversed(ordered)}  # keeps the first of each
             kept.update(count for milestone, count in milestones.items() if milestone > 0)
         return [count for count in ordered if count not in kept]
 
@@ -186,7 +192,7 @@ def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint after a check of every file's size and SHA-256. Raises CheckpointError naming the file that differs."""
+    """Read a checkpoint and compare all sizes and SHA-256. Raises CheckpointError naming a file that differs."""
     try:
         data = (folder / STATE).read_bytes()
         if (version := json.loads(data)["format"]) != FORMAT:
@@ -208,12 +214,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def seal(state: Mapping[str, Any]) -> bytes:
-    """The content of state.json: `state` with the SHA-256 of its own content."""
+    """The content of state.json: `state` together with the SHA-256 of `state`."""
     return json.dumps({**state, _SEAL: _state_sha256(json.loads(json.dumps(state)))}, indent=1).encode()
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The inverse of `seal`. Raises ValueError when the checksum differs."""
+    """The `state` that `seal` was given. Raises ValueError when the checksum differs."""
     state = json.loads(data)
     if not isinstance(state, dict) or state.pop(_SEAL, None) != _state_sha256(state):
         raise ValueError("it does not have the checksum it was saved with")

@@ -13,7 +13,7 @@ from dist_t2i.utils.progress import duration
 
 
 def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
-    """The progress line in ASCII. A `width` that is too small first tightens the line and then drops its last parts."""
+    """The progress line in ASCII. If it exceeds `width`, it is abbreviated; then its last parts are dropped."""
     line = "  ".join(_parts(images, total, values, tight=False))
     if width is None or len(line) <= width:
         return line
@@ -52,7 +52,7 @@ def line_interval(elapsed: float) -> float:
 
 
 class Console:
-    """Messages, and on a terminal a live progress line below them, else a new line every `line_interval` seconds."""
+    """Prints messages and progress: on a terminal as a live line below the messages, else in new lines."""
 
     REFRESH = 0.2
     """Seconds between two rewrites of the live line."""
@@ -65,7 +65,7 @@ class Console:
         self._live_line = ""
 
     def line(self, images: int, total: int, values: Mapping[str, float], *, now: bool = False) -> None:
-        """Print or rewrite the progress line if it is due, or `now`."""
+        """Print or rewrite the progress line if its interval has passed, or if `now` is true."""
         time_now = time.monotonic()
         if time_now < self._next and not now:
             return

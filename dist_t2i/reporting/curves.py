@@ -21,11 +21,11 @@ _PANELS = (
     ("evaluation: scores", r"eval/.*/(clip|inception)_score.*", False),
     ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
 )
-"""Heading, the names of the metrics, and whether the axis is logarithmic."""
+"""For each panel: heading, pattern of the names of its metrics, and whether the vertical axis is logarithmic."""
 
 
 def plot_curves(metrics: Path, out: Path, *, title: str = "") -> bool:
-    """Plot a metrics.jsonl into a PNG; False without anything to plot. Raises ImportError without matplotlib."""
+    """Plot a metrics.jsonl as a PNG; False if nothing can be plotted. Raises ImportError without matplotlib."""
     entries = metrics_log.read(metrics)
     names = list(dict.fromkeys(name for entry in entries for name in entry))
     matches = [[name for name in names if re.fullmatch(pattern, name)] for _, pattern, _ in _PANELS]

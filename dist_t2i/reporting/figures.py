@@ -9,7 +9,7 @@ from dist_t2i.utils.files import replacing
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
-    """A matplotlib Figure of this size in inches. Raises ImportError without matplotlib (in the extras demo and eval)."""
+    """A matplotlib Figure of this size in inches. Raises ImportError without matplotlib (extras demo, eval)."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)

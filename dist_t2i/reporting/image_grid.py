@@ -27,7 +27,7 @@ class GridRow:
 
 
 def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image | None] = ()) -> list[GridRow]:
-    """A row for each caption; `pictures` holds equally many for each, one caption after the other."""
+    """One row per caption; `pictures` is ordered by caption, with the same number of pictures for each."""
     count = len(pictures) // max(1, len(captions))
     parts = (pictures[i * count : (i + 1) * count] for i in range(len(captions)))
     return [GridRow(*row) for row in zip(captions, parts, real or [None] * len(captions), strict=True)]
@@ -41,9 +41,10 @@ def render_grid(
     columns: int | None = None,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """All rows in `columns` blocks (default: two for more than eight rows); `headings` are above the generated columns.
+    """All rows as one picture, in `columns` blocks (default: two for more than eight rows).
 
-    Pictures smaller than `tile` pixels are enlarged without smoothing.
+    `headings` are printed above the columns of generated pictures. Pictures smaller than `tile` pixels are enlarged
+    without smoothing.
     """
     blocks = columns or (2 if len(rows) > 8 else 1)
     tile = max(tile, *(as_image(picture).width for row in rows for picture in row.generated)) if rows else tile
@@ -102,7 +103,7 @@ def wrap(text: str, width: int, lines: int, font: Any) -> str:
         if wrapped and font.getlength(f"{wrapped[-1]} {word}") <= width:
             wrapped[-1] += f" {word}"
             continue
-        while word:  # a letter is at least a pixel wide
+        while word:  # a letter is at least a pixel wide, so at most `width` fit
             fitting = (n for n in range(min(len(word), width), 1, -1) if font.getlength(word[:n]) <= width)
             size = next(fitting, 1)
             wrapped.append(word[:size])
@@ -123,7 +124,7 @@ def _enlarge(picture: np.ndarray | Image.Image, tile: int) -> Image.Image:
 
 
 def save_grid(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically, and the folders above it."""
+    """Write a PNG atomically; creates the folders in its path if they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         image.save(part, format="PNG")

@@ -26,11 +26,11 @@ class Meter:
         self._begin = time.perf_counter()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """A context whose time counts as waiting for data."""
+        """A context manager: the time inside it counts as waiting for data."""
         return self._timed("waiting")
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context whose time (a checkpoint, a sample grid) does not count."""
+        """A context manager for work between steps, such as a checkpoint: the rates exclude the time inside it."""
         return self._timed("paused")
 
     @contextmanager
@@ -42,7 +42,7 @@ class Meter:
             self._seconds[what] += time.perf_counter() - begin
 
     def add(self, images: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Add a step of `images` over all ranks, and this rank's metrics, each averaged over the steps that have it."""
+        """Add a step of `images` over all ranks. A metric is averaged over the steps that report it."""
         self._images += images
         self._steps += 1
         for name, value in metrics.items():
@@ -51,10 +51,11 @@ class Meter:
             self._counts[name] += 1
 
     def take(self, all_reduce_mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The averages since the last call; starts new ones. Collective if `all_reduce_mean` is.
+        """The averages since the last call; then averaging starts anew. Collective if `all_reduce_mean` is collective.
 
         `all_reduce_mean` averages a float64 CPU vector over the ranks, so that all ranks get the same numbers. Adds
-        `images_per_second`, `seconds_per_step`, and `data_wait` (a share of the time, 0 to 1). Empty without any `add`.
+        `images_per_second`, `seconds_per_step`, and `data_wait` (a share of the time, 0 to 1). Returns {} without any
+        `add`.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line and report; `images` increases from line to line."""
+"""metrics.jsonl: one report per line, as a JSON object; `images` increases from line to line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines, without a last line that a crash has truncated; empty without a file."""
+    """All complete lines; skips a last line that a crash has truncated. Empty if the file does not exist."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def cut(path: Path, images: int) -> int:
-    """Drop the lines beyond `images`, where a run resumes; returns how many were dropped."""
+    """Drop the lines beyond `images`, the position where a run resumes; returns the number of dropped lines."""
     entries = read(path)
     kept = [entry for entry in entries if entry["images"] <= images]
     if path.exists():

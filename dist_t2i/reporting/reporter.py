@@ -1,14 +1,15 @@
 """A run's reports: progress line, log.txt, metrics.jsonl, progress.json, sample grids, curves and W&B.
 
     RUN/log.txt         messages with their times
-    RUN/metrics.jsonl   one object a report: images, step, time, losses, logits, gradient norms, rates, memory; and one
-                        object an evaluation: images, step, time, eval/SPLIT/SCORE
-    RUN/progress.json   the run's position now, for other programs
+    RUN/metrics.jsonl   one object per report: images, step, time, losses, logits, gradient norms, rates, memory; and one
+                        object per evaluation: images, step, time, eval/SPLIT/SCORE
+    RUN/progress.json   the run's current position, for other programs
     RUN/samples/images-000123456.png
     RUN/curves.png
 
 Only rank 0 writes; on other ranks the same calls do nothing. A file that cannot be written (a full disk) causes one
-warning, and training continues. console.py and curves.py list the metrics that they show; others are only recorded.
+warning, and training continues. console.py and curves.py list the metrics that they show; all other metrics are
+recorded but not shown.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reporter:
-    """Call `start`, then `tick` every step, `metrics` and `samples` now and then, and `close` at the end.
+    """Call `start`, then `tick` every step, `metrics` and `samples` from time to time, and `close` at the end.
 
     `title` heads the plots and names the W&B run. `wandb_config` is the configuration that W&B shows.
     """
 
     PROGRESS_EVERY: ClassVar = 2.0
-    """Seconds between two versions of progress.json while training."""
+    """Seconds between two updates of progress.json during training."""
 
     folder: Path
     report: ReportConfig
@@ -94,7 +95,7 @@ class Reporter:
             print(f"rank {os.environ.get('RANK', '?')}: warning: {message}", file=self.stream or sys.stderr, flush=True)
 
     def tick(self, images: int) -> None:
-        """After every step: update the progress line, log.txt and progress.json where that is due."""
+        """Call after every step: updates the progress line, log.txt and progress.json, each at its own interval."""
         self._images = images
         if self.main and self._values:
             self._console.line(images, self.total_images, self._values)
@@ -104,7 +105,7 @@ class Reporter:
             self._write_progress()
 
     def metrics(self, images: int, step: int, values: Mapping[str, float]) -> None:
-        """Record the result of `Meter.take`; the progress line shows it from now on."""
+        """Record the result of `Meter.take`; the progress line shows these values from now on."""
         self._images = images
         if not self.main or not values:
             return
@@ -121,7 +122,7 @@ class Reporter:
         self.say(f"evaluated at {images:,} images: {scores}{'; the best so far' if best else ''}")
 
     def samples(self, images: int, rows: Sequence[GridRow], *, name: str) -> Path | None:
-        """Write a sample grid, RUN/samples/NAME.png, and the curves; the grid's path on rank 0 if it could be written."""
+        """Write the curves and a grid, RUN/samples/NAME.png; returns the grid's path, or None without a file."""
         if not self.main:
             return None
         path = self.folder / "samples" / f"{name}.png"
@@ -134,7 +135,7 @@ class Reporter:
         return path if path.exists() else None
 
     def curves(self) -> None:
-        """Plot curves.png, at most once per position; a missing matplotlib causes one message."""
+        """Plot curves.png, at most once per position; prints one message if matplotlib is missing."""
         if not self.main or not self._can_plot or self._plotted_at == self._images:
             return
         self._plotted_at = self._images
@@ -155,7 +156,7 @@ class Reporter:
             self._write_progress(force=True)
 
     def close(self, state: str, message: str = "", *, hurry: bool = False) -> None:
-        """End the reports. `state`: `stopped` (can be resumed), `finished` or `failed`. A `hurry` skips the curves."""
+        """End the reports. `state`: `stopped` (can be resumed), `finished` or `failed`. `hurry` omits the curves."""
         if not self.main:
             return
         self._state = state
@@ -214,7 +215,7 @@ class Reporter:
 
 
 def memory_bytes() -> int:
-    """Peak GPU memory allocated by torch where it uses CUDA, else this process's resident memory."""
+    """Peak GPU memory that torch has allocated if it uses CUDA, else the resident memory of this process."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     import psutil

@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "silent": True,
     "disable_git": True,
 }
-"""Fields of wandb.Settings, which wandb does not promise to keep; a test checks that the installed version has them."""
+"""Fields of wandb.Settings. Versions of wandb may drop them, so a test checks the installed version."""
 
 
 class WandbLogger:
@@ -74,7 +74,7 @@ class WandbLogger:
             self._run.log({"images": images, **values, **pictures})
 
     def close(self, exit_code: int) -> None:
-        """End the W&B run; 0 also for a stopped run that can be resumed."""
+        """End the W&B run. `exit_code` is 0 for a finished run, and for a stopped run that can be resumed."""
         if self._run is not None:
             with self._guarded():
                 self._run.finish(exit_code=exit_code)
@@ -82,7 +82,7 @@ class WandbLogger:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """No exception of W&B may end the training: a failure is a warning and ends the logging."""
+        """Turns an exception of W&B into a warning and ends the logging, so that the training continues."""
         try:
             yield
         except Exception as error:

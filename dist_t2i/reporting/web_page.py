@@ -16,7 +16,7 @@ from dist_t2i.utils.files import write_atomic
 
 
 def write(path: Path, title: str, body: Sequence[str]) -> Path:
-    """Write a page of these parts atomically; returns its path."""
+    """Write a page with the HTML parts `body` atomically; returns the path of the page."""
     head = f"<meta charset=utf-8><title>{escape(title)}</title>{STYLE}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, f"<!doctype html><html lang=en>{head}{''.join(body)}</html>")
@@ -24,12 +24,12 @@ def write(path: Path, title: str, body: Sequence[str]) -> Path:
 
 
 def file(path: Path, label: str) -> str:
-    """HTML of a PNG file as a wide picture."""
+    """HTML that embeds a PNG file as a wide picture."""
     return _img(path.read_bytes(), label, " class=wide")
 
 
 def img(picture: np.ndarray | Image.Image, label: str) -> str:
-    """HTML of a small picture, uint8 [H, W, 3] or a PIL image."""
+    """HTML that embeds a small picture, uint8 [H, W, 3] or a PIL image."""
     out = io.BytesIO()
     as_image(picture).save(out, "PNG")
     return _img(out.getvalue(), label)
@@ -40,7 +40,7 @@ def _img(png: bytes, label: str, attributes: str = "") -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """HTML of a table of plain texts."""
+    """HTML of a table; heads, cells and caption are plain text, not HTML."""
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
