@@ -4,7 +4,7 @@
     model = dist_t2i.load("runs/demo")          # a run folder, or an exported one
     pictures = model.generate(["woman pilot dark skin tone"], seed=0)
 
-Nothing is imported before it is used: `dist_t2i.config.sections` and the commands' `--help` stay free of torch.
+Names are imported when first used, so that `dist_t2i.config.sections` and the commands' `--help` do not import torch.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ class ExitStatus(IntEnum):
     SUPERSEDED = 76  # another process has taken the run over (checkpoint/lease.py); nothing saved
     HUNG = 77  # a rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact
     INTERRUPTED = (
-        130  # Ctrl-C ended the command at once, as a shell reports it; in training the second one, nothing saved
+        130  # Ctrl-C ended the command at once (a shell's status for it); in training the second Ctrl-C, nothing saved
     )
 
 
 class UserError(Exception):
-    """Something that the user can correct."""
+    """An error that the user can correct."""
 
     status = ExitStatus.USER_ERROR
     reported_by_main = False
@@ -34,7 +34,8 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message lists every problem, as `problems` does without the heading."""
+    """A configuration that cannot be used; the message lists all problems below a heading. `problems` is the same
+    list."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Python puts a script's own folder first on sys.path, where packages of this one (`config`, ...) would hide others.
+# Python puts the folder of a script first on sys.path. For this script it is the package folder, whose packages
+# (`config`, ...) would hide installed packages of the same names. So the entry is replaced by the folder that contains
+# the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dist_t2i.errors import ConfigError, TrainingError, UserError, run_command  # noqa: E402
@@ -41,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) -> int:
-    """Returns the exit status; `stop` as in `training.setup.train`. Raises UserError."""
+    """Returns the exit status. For `stop` see `training.setup.train`. Raises UserError."""
     options = parse(arguments)
     if options.help_config:
         from dist_t2i.config.fields import reference

@@ -85,7 +85,7 @@ def expected(type_: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A default in YAML."""
+    """A default value as YAML text."""
     if isinstance(value, tuple):
         return "[" + ", ".join(show(item) for item in value) + "]"
     if value is None or isinstance(value, bool):

@@ -61,7 +61,7 @@ _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("
 
 
 class _Reading:
-    """Values collected from a file and overrides, with where each came from and what is wrong with it."""
+    """The values collected from a file and overrides, where each value came from, and the problems found."""
 
     def __init__(self, origin: str) -> None:
         self.origin, self.overriding, self.loader = origin, "", _Loader("")
@@ -79,7 +79,7 @@ class _Reading:
         return self.overriding or f"line {node.start_mark.line + 1}"
 
     def current(self, key: str, where: str) -> str:
-        """The name of a key today. Warns when `key` is its name in earlier versions: once a process, on rank 0."""
+        """The present name of a key. If `key` is its name in earlier versions, warns on rank 0, once per process."""
         name = RENAMED.get(key, key)
         if name != key and key not in _WARNED and os.environ.get("RANK", "0") == "0":
             _WARNED.add(key)
@@ -154,7 +154,7 @@ _WARNED: set[str] = set()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration of a YAML file with overrides such as `train.global_batch=128` on top.
+    """The configuration of a YAML file, changed by overrides such as `train.global_batch=128`, and checked.
 
     Raises `ConfigError` with every problem at once: unknown keys, wrong types and ranges, combinations that cannot work.
     """
@@ -171,7 +171,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration") -> Config:
-    """As `load`, from YAML text; `origin` is its name in messages."""
+    """Like `load`, but from YAML text. `origin` is the name of the text in messages."""
     reading = _Reading(origin)
     try:
         if node := yaml.compose(text, _Loader):
@@ -185,7 +185,7 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
         if reading.wrong.isdisjoint(involved):
             where = next((reading.where[key] for key in involved if key in reading.where), "default")
             reading.refuse(where, involved[0], problem)
-    if reading.problems:  # those of the file by line, then those of the overrides in the order given
+    if reading.problems:  # the file's problems by line, then the overrides' in their order
         problems = [text for _, text in sorted(reading.problems, key=itemgetter(0))]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)
@@ -193,12 +193,12 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
 
 
 def parse(text: str) -> Any:
-    """Plain data from YAML, with numbers and texts as in a configuration. Raises yaml.YAMLError."""
+    """Plain data from YAML, with scalars read as in a configuration. Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
 
 
 def dump(config: Config) -> str:
-    """The complete configuration, defaults included, as YAML that `load` turns into an equal one."""
+    """The complete configuration, defaults included, as YAML that `load` turns into an equal configuration."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -220,7 +220,8 @@ def _section_of(key: str) -> tuple[type, str, str]:
 
 
 def _suggestion(section: type, prefix: str, name: str) -> str:
-    """`; did you mean data.image_size?`: a key of this section, or the same word in another one."""
+    """`; did you mean data.image_size?`, with a similar key of this section, or a key of another section with the same
+    leaf."""
     leaf = name.rpartition(".")[2]
     same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
     near = nearest(name, field_types(section))
@@ -230,14 +231,16 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
 
 
 def _nearest_choice(raw: Any, type_: Any) -> str:
-    """`; did you mean bf16?` where a choice of texts was expected and `raw` is similar to one of them."""
+    """`; did you mean bf16?` if one of a few texts was expected and `raw` is similar to one of them; otherwise
+    empty."""
     is_choice = typing.get_origin(type_) is Literal and isinstance(raw, str)
     near = nearest(raw, map(str, typing.get_args(type_))) if is_choice else ""
     return f"; did you mean {near}?" if near else ""
 
 
 def convert(value: Any, type_: Any) -> Any:
-    """A value from YAML as `type_`. Raises ValueError that describes the value if its type is another. 1e6 is an int, too."""
+    """Convert a value from YAML to `type_`; a whole number such as 1e6 is also accepted as an int. Raises ValueError,
+    which describes the value, if it has another type."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -276,10 +279,10 @@ def _describe(value: Any) -> str:
 
 
 def read_section(raw: Any, section: type, prefix: str, problems: list[str], what: str = "a file") -> Any:
-    """`section` from a mapping that YAML gave; appends a line to `problems` for each mistake.
+    """Build `section` from a mapping that was read from YAML; appends a line to `problems` for each mistake.
 
-    A field may have any type of a configuration's key, or be a dataclass, `dict[str, str]` or a dict of dataclasses. Keys
-    without a value or with a wrong one keep their default. `prefix` precedes the keys in messages.
+    A field may have any type that a configuration's key may have, or be a dataclass, `dict[str, str]` or a dict of
+    dataclasses. Keys without a value or with a wrong one keep their default. `prefix` precedes the keys in messages.
     """
     if not isinstance(raw, dict):
         problems.append(f"{prefix.rstrip('.') or what}: expected `key: value` lines")

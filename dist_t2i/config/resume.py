@@ -18,17 +18,17 @@ def is_free(key: str, config: Config) -> bool:
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) for each changed key that alters the result; with `free`, for the others."""
+    """Dotted key -> (old, new) for each changed key that alters the result; with `free`, for each one that does not."""
     before, after = flatten(old), flatten(new)
     changed = [key for key in before if before[key] != after[key] and is_free(key, new) == free]
     return {key: (before[key], after[key]) for key in changed}
 
 
 def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:
-    """A line for each changed key that alters the result. Raises `ConfigError` with them unless `allow`.
+    """A line for each changed key that alters the result. Raises `ConfigError` with these lines unless `allow`.
 
-    Another network or optimizer is refused even then, because the checkpoint has no weights for it. `flag` is the
-    command-line option that sets `allow`.
+    A change of networks or of the optimizer is refused even with `allow`, because the checkpoint has no weights for
+    them. `flag` is the command-line option that sets `allow`.
     """
     changes = {key: f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()}
     lines = list(changes.values())

@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
 
-The string beneath a field documents its key (`--help-config` prints it); its `setting` has the range and whether the key may
-change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise.
+The string beneath a field documents its key (`--help-config` prints it); its `setting` gives the range, and whether the
+key may change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ RENAMED = {
     "model.generator.colours": "model.generator.colors",
     "model.generator.colour_sharpness": "model.generator.color_sharpness",
 }
-"""Keys of earlier versions -> their names today, in the same section. Files and overrides may use either."""
+"""Name of a key in earlier versions -> its present name, in the same section. Files and overrides may use both."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # A set may move, so its fingerprint is compared instead.
+    # FREE, because a set may move. On resume, the fingerprints of the sets are compared instead of their paths.
     train: str | tuple[str, ...] = setting("", resume=Resume.FREE)
     """Training set: a sharded set (a folder or URL that holds manifest.json), or WebDataset tars as a URL with braces or a
     glob: `s3://bucket/coco/train-{000000..000591}.tar`. A list mixes several sets."""
     weights: tuple[float, ...] = setting((), POSITIVE)
-    """Relative sampling frequency of each entry of `train`; empty: every picture once an epoch."""
+    """Relative sampling frequency of each entry of `train`; empty: every picture is used once per epoch."""
     image_size: int = setting(64, Bounds(32, 4096), Resume.FIXED)
     """Training resolution in pixels, square; a power of two, at least 32."""
     workers: int = setting(1, resume=Resume.FREE)
@@ -36,7 +36,7 @@ class DataConfig:
     shuffle_shards: int = setting(16, at_least(1))
     """Shards that a shuffle window takes its samples from."""
     flip: bool = True
-    """Mirrors a picture left to right on every other visit, as a function of (seed, images seen)."""
+    """Mirrors a picture left to right on every other visit, depending only on the seed and the images seen."""
     crop: float = setting(1.0, Bounds(0, 1, above=True))
     """Smallest share of the short side that a random crop keeps; 1 takes the central square."""
     max_tokens: int = setting(32, Bounds(2, 4096), Resume.FIXED)
@@ -71,16 +71,18 @@ class EditConfig:
     init: str = setting("", resume=Resume.FREE)  # read once, when the run starts
     """Run folder or exported model whose weights initialize the run; empty: random weights. Read at the start only."""
     own: float = setting(0.3, SHARE)
-    """Share of the pictures that are their own source and must be reproduced."""
+    """Share of the samples whose source is their own picture, which must be reproduced."""
     none: float = setting(0.1, SHARE)
-    """Share of the pictures without a source, made from their text only. All others edit that of a near caption's sample."""
+    """Share of the samples without a source, generated from their text alone. The source of all other samples is the
+    picture of a sample with a near caption."""
     words: int = setting(4, at_least(1))
     """Two captions are near when they differ in a single run of at most this many words."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and temperatures of the losses; an alignment term (losses/alignment.py) has the name of its weight."""
+    """Weights and temperatures of the losses. An alignment term (losses/alignment.py) and its weight have the same
+    name."""
 
     d_alignment: float = 1.0
     """Weight of D's InfoNCE between real pictures and their captions."""
@@ -91,7 +93,7 @@ class LossConfig:
     g_alignment_image: float = 1.0
     """Weight of G's InfoNCE between its pictures and the real pictures of the same captions."""
     g_alignment_regions: float = 1.0
-    """Weight of G's InfoNCE between its pictures and the real ones, position by position of D's region maps."""
+    """Weight of G's InfoNCE between its pictures and the real ones, at each position of D's region maps."""
     temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on whole pictures and sentences."""
     region_negatives: int = 0
@@ -110,18 +112,21 @@ class LossConfig:
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0
-    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. For sets whose captions
-    determine most of the picture, such as drawings; elsewhere 0, since this loss blurs what a caption leaves open."""
+    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. Use it for sets
+    whose captions determine most of the picture, such as drawings. For other sets leave it 0, since this loss blurs
+    what a caption does not determine."""
     reconstruction: float = 10.0
-    """Weight of G's mean absolute error (pixels in [-1, 1]) on pictures that are their own source; with `edit.width` only."""
+    """Weight of G's mean absolute error (pixels in [-1, 1]) on edits of a picture into itself (`edit.own`)."""
     edit_target: float = 0.0
-    """Weight of the squared distance between G's picture and the target, relative to that between source and target, where
-    the source is another sample's picture (`losses.way_left`). For sets in which pictures with near captions agree pixel by
-    pixel except where the captions differ, such as drawings; elsewhere 0."""
+    """Weight of the squared distance between G's picture and the target, divided by the squared distance between source
+    and target (`losses.way_left`). It applies to samples whose source is another sample's picture. Use it for sets in
+    which pictures with near captions agree pixel by pixel except where the captions differ, such as drawings. For other
+    sets leave it 0."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware one; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
+    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: R1 by finite differences, at any ZeRO
+    stage."""
     penalty_weight: float = 0.05
     """Weight of the penalty, on the squared gradient norm."""
     penalty_every: int = setting(8, at_least(1))
@@ -133,13 +138,14 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     generator_matrices: Literal["adamw", "muon"] = setting("adamw", resume=Resume.FIXED)
-    """Optimizer of the generator's matrices and kernels; AdamW updates its biases and its text encoder."""
+    """Optimizer of the generator's matrices and kernels. AdamW always updates the generator's biases and text
+    encoder."""
     generator_lr: float = setting(8e-4, POSITIVE)
     """Peak learning rate of the generator."""
     discriminator_lr: float = setting(8e-4, POSITIVE)
     """Peak learning rate of the discriminator."""
     text_lr_scale: float = 1.0
-    """Learning rate of the text encoders relative to their engine's."""
+    """Learning rate of the text encoders, as a factor on the learning rate of their engine."""
     beta1: float = setting(0.0, Bounds(0, 1, below=True))
     """Adam's first-moment decay."""
     beta2: float = setting(0.99, Bounds(0, 1, below=True))
@@ -159,7 +165,8 @@ class OptimizerConfig:
     final_lr_scale: float = setting(0.0, SHARE)
     """Learning rates at the end, relative to their peak."""
     gradient_clipping: float = 0.0
-    """Largest global gradient norm; 0 turns clipping off (DeepSpeed is always given this value: its own default is 1.0)."""
+    """Largest global gradient norm; 0 turns clipping off. DeepSpeed always gets this value, because its own default is
+    1.0."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class EmaConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     generator_stage: Literal[0, 1, 2, 3] = setting(0, resume=Resume.FREE)
-    """ZeRO stage of the generator's engine (and its text encoder's)."""
+    """ZeRO stage of the engine that holds the generator and its text encoder."""
     discriminator_stage: Literal[0, 1, 2, 3] = setting(0, resume=Resume.FREE)
     """ZeRO stage of the discriminator's engine; 3 only with loss.penalty fd_r1 or none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -191,9 +198,11 @@ class TrainConfig:
     global_batch: int = setting(64, at_least(2))
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
-    """Seed of weights, order, captions, noise and augmentation; each is a function of the seed and the images seen."""
+    """Seed of the initial weights, the order of samples, the choice of captions, noise and augmentation. All of these
+    depend only on the seed and the images seen."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
-    """A step that takes longer counts as hung: the run exits with status 77 and names the rank; 0 waits forever."""
+    """A step that takes longer than this counts as hung: the run names the rank and exits with status 77; 0 waits
+    forever."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +221,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ReportConfig:
     every_steps: int = setting(20, at_least(1))
-    """Steps between two lines of metrics.jsonl (and of the log, when not on a terminal)."""
+    """Steps between two lines of metrics.jsonl (and of the log, if the output is not a terminal)."""
     sample_every_images: int = setting(20_000, at_least(1))
     """Images between two sample grids."""
     sample_prompts: tuple[str, ...] = ()
@@ -228,11 +237,12 @@ class EvalConfig:
     """Scores during training (see docs/evaluation.md)."""
 
     every_images: int = 0
-    """Images between two evaluations of the moving average, on rank 0, with a last one at the end; 0: no evaluation."""
+    """Images between two evaluations of the moving average on rank 0. The end is evaluated as well. 0: no
+    evaluation."""
     protocol: str = "quick"
-    """Protocol by name, or a .yaml file; a small one, since training waits."""
+    """Name of a protocol, or a .yaml file. Choose a small protocol, because training waits for the evaluation."""
     data: str = ""
-    """Set with the held-out split; empty: that of data.train."""
+    """Set that has the held-out split; empty: the set of data.train."""
     metric: str = "kid"
     """The score that selects the best checkpoint, on the protocol's first split."""
 

@@ -42,7 +42,7 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """`function()` on rank 0; returns its result on every rank. Collective.
 
     A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that it is printed once.
-    `slow` runs it in a thread, for functions that may take longer than a collective's timeout (10 minutes).
+    `slow` runs `function` in a thread, for functions that may take longer than a collective's timeout (10 minutes).
     """
     if slow:
         function = _run_in_thread(function)
@@ -62,7 +62,8 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
 
 
 def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
-    """Run `function` on rank 0 while all ranks meet every half second; returns a function of its result."""
+    """Run `function` in a thread of rank 0. Meanwhile all ranks join in a short collective every half second, so that
+    none times out. Returns a function that returns the result, or raises the error, of `function`."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,24 +1,28 @@
 """One network under DeepSpeed ZeRO. Only this module knows DeepSpeed.
 
-Two engines in one process, as a GAN needs, easily go wrong without an error. The rules:
+A GAN needs two engines in one process, whose wrong use often gives wrong gradients without an error. The rules:
 
-* The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages. `engine(...)`
-  also announces a new backward to ZeRO; here `backward` does, since without it the gradients of an LSTM's second
-  micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
-* A network that only takes part in the other one's loss is frozen meanwhile, or its ZeRO hooks would take that gradient.
-* There is one `backward` per micro-batch, so losses are summed first: a second one is silently wrong at stages 1 to 3.
+* The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages. Since
+  `engine(...)` would also announce a new backward pass to ZeRO, `NetworkEngine.backward` makes this announcement.
+  Without the announcement, the gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed
+  0.19.8).
+* While a network only takes part in the other network's loss, it is frozen. Otherwise its ZeRO hooks would collect the
+  gradient of that loss.
+* There is one `backward` per micro-batch, so losses are summed first. A second `backward` would silently give wrong
+  gradients at stages 1 to 3.
 
-The state goes out and in as full fp32 tensors by parameter name, so a run can resume at any world size, stage or precision.
+The state is saved and restored as full fp32 tensors by parameter name, so a run can resume at any world size, stage or
+precision.
 
 Undocumented parts of the libraries that this package uses (`tests/distributed/test_deepspeed_internals.py` tests each):
 
     deepspeed   deepspeed.ops.__compatible_ops__        switches the shared-memory collectives off
     deepspeed   optimizer.clear_backward_seen_flag      announces a new backward (stages 1 to 3)
     deepspeed   optimizer.bit16_groups                  parameters of each flat master (stages 1 and 2)
-    deepspeed   optimizer.fp16_groups                   the same (stage 3)
+    deepspeed   optimizer.fp16_groups                   parameters of each flat master (stage 3)
     deepspeed   optimizer.single_partition_of_fp32_groups, .fp32_partitioned_groups_flat    this rank's flat masters
     deepspeed   parameter._hp_mapping                   a parameter's piece of a flat master (stages 1 and 2)
-    deepspeed   optimizer.grad_position, .get_param_id  the same (stage 3)
+    deepspeed   optimizer.grad_position, .get_param_id  a parameter's piece of a flat master (stage 3)
     deepspeed   parameter.ds_shape, .ds_numel, .ds_tensor    a split parameter (stage 3)
     deepspeed   optimizer._lazy_init_hp_params_optimizer_state    makes moments known to `safe_get_full_optimizer_state`
     deepspeed   optimizer.loss_scaler, engine.skipped_steps       counters of fp16
@@ -59,8 +63,8 @@ def init_distributed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory collectives for CPU ranks at start-up, which takes a C++ compiler, ninja and
-    # 40 s. Gloo does the same work.
+    # Switch off DeepSpeed's shared-memory collectives for CPU ranks. Compiling them at start-up needs a C++ compiler,
+    # ninja and 40 s, and gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
         keep_freed_memory()
@@ -103,20 +107,21 @@ class EngineSpec:
     accumulation: int  # micro-batches per step
     precision: str
     learning_rate: float  # at its peak
-    scales: dict[str, float]  # of the learning rate, by name of a direct child of the module; 1 for others
+    scales: dict[str, float]  # direct child of the module -> factor on its learning rate; 1 for others
     offload: bool = False  # whether optimizer states live on the CPU (stages 1 to 3)
 
 
 def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one engine; every value that changes results is written out."""
-    # DeepSpeed allocates the reduce bucket at its full size (2 GB by default), a multiple of an alignment.
+    # DeepSpeed allocates the reduce bucket at its full size (2 GB by default), so it is made as small as the network
+    # allows: the number of parameters, rounded up to a multiple of the alignment.
     bucket, gpu = min(-(-parameters // 4096) * 4096, 500_039_680), torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": spec.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "reduce_scatter": False,  # one all-reduce; DeepSpeed's "scatter" is an all-reduce as well, with two more copies
-        "contiguous_gradients": spec.stage >= 2 and gpu,  # one more copy, which only keeps a GPU's memory unfragmented
+        "contiguous_gradients": spec.stage >= 2 and gpu,  # a copy, only to avoid fragmentation of a GPU's memory
         "overlap_comm": False,
     }
     if spec.stage == 3:
@@ -138,13 +143,15 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
 
 
 def effective_stage(stage: int, precision: str) -> int:
-    """Stage 0 as stage 1 in half precision, whose fp32 masters DeepSpeed's stage 0 keeps without loss scaling."""
+    """The stage that is used: stage 1 instead of 0 in half precision, since DeepSpeed's stage 0 has fp32 masters only
+    without loss scaling."""
     return 1 if stage == 0 and precision != "fp32" else stage
 
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Turn off torch.compile, which DeepSpeed's unused Muon is decorated with: loading it takes a second of every start."""
+    """Turn off torch.compile. DeepSpeed decorates its own Muon, which is unused here, with torch.compile, and loading
+    torch.compile takes a second at every start."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -191,7 +198,8 @@ class NetworkEngine:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, no parameter takes a gradient: the network is only a function in the other network's loss."""
+        """Within this context no parameter gets a gradient: the network is only a function in the other network's
+        loss."""
         self.module.requires_grad_(False)
         try:
             yield
@@ -205,10 +213,11 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """After each micro-batch's `backward`; the last one of a step updates the weights, at peak rate * `rate_scale`."""
+        """Call this after each micro-batch's `backward`. The last call of a step updates the weights, at the peak rate
+        times `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
-        # The norm of the global gradient. Stage 0 does not compute it unless it clips.
+        # Compute the norm of the global gradient, which DeepSpeed's stage 0 does not compute unless it clips.
         if self._engine.is_gradient_accumulation_boundary() and self.stage == 0:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -231,7 +240,7 @@ class NetworkEngine:
 
     @property
     def _zero(self) -> Any:
-        """ZeRO's optimizer around ours; at stage 0 ours."""
+        """ZeRO's optimizer, which wraps ours; at stage 0, our optimizer itself."""
         return self._engine.optimizer
 
     @property
@@ -239,20 +248,22 @@ class NetworkEngine:
         return self._zero if self.stage == 0 else self._zero.optimizer
 
     def _flat_masters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer updates: this rank's pieces of each group, or at stage 0 the parameters."""
+        """The fp32 tensors that the optimizer updates: this rank's pieces of each parameter group, or at stage 0 the
+        parameters."""
         if self.stage == 0:
             return list(self._parameters.values())
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
-        """Create the moments, which the optimizer would create in its first step: so they can be loaded before it."""
+        """Create the moments now, so that they can be loaded from a checkpoint. The optimizer would create them in its
+        first step."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = {key: torch.zeros_like(master) for key in self._moments[parameters[0]]}
             self._base_optimizer.state[master] = {"step": step, **moments}
-            # A flat master holds pieces of several parameters, which Muon has to know as matrices.
+            # A flat master holds pieces of several parameters. Muon needs their layout to assemble full matrices.
             if self.stage > 0:
                 layouts[master] = Layout(tuple(map(self._piece, parameters)), self.world_size > 1, self.device)
                 self._base_optimizer.layout_of = layouts.__getitem__
@@ -272,7 +283,8 @@ class NetworkEngine:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()
             return Piece(parameter.ds_shape, first, offset, min(size, max(0, parameter.ds_numel - first)))
-        # Stages 1 and 2 split the concatenation of a group's parameters, so a rank may hold a part of one, or nothing.
+        # Stages 1 and 2 split the concatenation of a group's parameters, so a rank may hold a part of a parameter, or
+        # nothing of it.
         mapping = parameter._hp_mapping
         if mapping is None:
             return Piece(parameter.shape, 0, 0, 0)
@@ -310,7 +322,7 @@ class NetworkEngine:
             else:
                 ds.safe_set_full_optimizer_state(parameter, value, key)
         else:
-            # Stage 3: this rank's piece, padded; DeepSpeed's setter of full tensors does not pad.
+            # Stage 3: set this rank's piece, with padding, because DeepSpeed's setter of full tensors does not pad.
             size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
             local = padded[size * dist.get_rank() :][:size]
@@ -339,7 +351,7 @@ class NetworkEngine:
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], counters: dict[str, float]) -> None:
         """Restore what `weights`, `optimizer_state` and `counters` returned at any world size, stage or precision.
 
-        Collective. Raises CheckpointError when they belong to other networks or to another optimizer.
+        Collective. Raises CheckpointError when the tensors belong to other networks or to another optimizer.
         """
         self._check_fit(weights | moments)
         for name, parameter in self._parameters.items():

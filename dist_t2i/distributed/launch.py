@@ -121,7 +121,8 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
 
 
 def job_port(env: Mapping[str, str]) -> int:
-    """A port that all ranks of a Slurm job derive alike. It changes at a restart: the old port may still be in use."""
+    """A port that each rank of a Slurm job computes for itself, with the same result. It changes when the job restarts,
+    because the old port may still be in use."""
     job, restart = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_RESTART_COUNT", "0"))
     step = int(env.get("SLURM_STEP_ID", "0"))
     return 20_000 + (job * 37 + step * 11 + restart * 7) % 10_000  # below Linux's ephemeral ports (32768)
@@ -130,7 +131,8 @@ def job_port(env: Mapping[str, str]) -> int:
 def free_ports(count: int, apart: int = 0) -> list[int]:
     """`count` free ports of this machine between 12000 and 21999; with `apart`, port + apart is free too.
 
-    Random, for programs that search at the same time; below 32768, where Linux's ports for connections begin.
+    The choice is random, so that programs that search at the same time rarely choose the same port. All ports are below
+    32768, where Linux's ports for outgoing connections begin.
     """
     candidates = random.SystemRandom().sample(range(12_000, 22_000), 10_000)
     free = (port for port in candidates if all(_is_free(number) for number in {port, port + apart}))
@@ -148,7 +150,8 @@ def _is_free(port: int) -> bool:
 
 
 def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
-    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it.
+    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it. This 1 is replaced by the rank's
+    # share of the cores, so that no cores are idle.
     several = rank.local_world_size > 1
     default = several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
     if not env.get("OMP_NUM_THREADS") or default:
@@ -156,15 +159,16 @@ def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
     if not has_gpu(env):
         env.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it finds no accelerator
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo would take the address of this machine's name: often none, or 127.0.1.1, which no other machine reaches
+        # gloo would use the address of this machine's name. Often there is no such address, or it is 127.0.1.1, which
+        # other machines cannot reach
         env["GLOO_SOCKET_IFNAME"] = interface
-    binaries = str(Path(sys.executable).parent)  # unresolved: a venv's python is a link
+    binaries = str(Path(sys.executable).parent)  # not resolved, since a venv's python is a link to elsewhere
     if binaries not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # DeepSpeed's offload needs ninja
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface through which this machine reaches an address, its own included; None if unknown."""
+    """The network interface through which this machine reaches an address, which may be its own; None if unknown."""
     import psutil
 
     try:
@@ -200,7 +204,8 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 class LauncherWatch:
     """Notices when the `deepspeed` or `torchrun` that started this rank has died without a signal to the rank.
 
-    `kill` of the `deepspeed` command leaves its launcher and the ranks running. Other parents (a shell, srun) may end.
+    `kill` of the `deepspeed` command leaves its launcher and the ranks running. Other parents (a shell, srun) are not
+    watched, because they may end while the run goes on.
     """
 
     INTERVAL = 1.0
@@ -219,7 +224,7 @@ class LauncherWatch:
                 self._watched[process.pid] = process.create_time()
 
     def gone(self) -> bool:
-        """Whether it has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
+        """Whether the launcher has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
         if not self._watched or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self.INTERVAL

@@ -1,10 +1,11 @@
 """AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
 
-Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by the
-nearest matrix whose singular values are all equal, so that rare directions of the gradient count as much as the usual ones.
-Kernels of convolutions are matrices of their outputs by all other dimensions. Scaled to the root mean square of AdamW's step
-(Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), the step serves with AdamW's learning rate. Singular values
-belong to a full matrix, but under ZeRO a rank holds pieces (`Layout`), so each step is computed from all ranks' pieces.
+Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by
+the nearest matrix whose singular values are all equal, so that rare directions of the gradient count as much as the
+usual ones. A convolution's kernel counts as a matrix, of its outputs by all its other dimensions. The step is scaled to
+the root mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that it can
+use AdamW's learning rate. Only a full matrix has these singular values, but under ZeRO a rank holds pieces of matrices
+(`Layout`). Each step is therefore computed from all ranks' pieces.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dist_t2i.config.sections import OptimizerConfig
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024); iterated, they map singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
-"""Iterations in each of two parts; the second computes X X' again, because its small values lose digits in the first."""
+"""Iterations in each of two parts. The second part computes X X' again, because the small values of X X' lose digits in
+the first part."""
 RMS = 0.2
 """Root mean square of a step at learning rate 1, close to AdamW's (Liu et al. 2025, eq. 4)."""
 
@@ -39,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces in one flat tensor: of the same parameters, in the same order, on every rank."""
+    """The pieces of parameters in one flat tensor; on every rank, of the same parameters in the same order."""
 
     pieces: tuple[Piece, ...]
     spread: bool  # whether other ranks hold the rest of the parameters
@@ -65,15 +67,16 @@ def full_parameter(parameter: Tensor) -> Layout:
 def orthogonalised(matrix: Tensor) -> Tensor:
     """fp32 [M, N] -> [M, N] with the same singular vectors, and all singular values near 1; zeros stay zeros.
 
-    Its root mean square is near 1 / sqrt(max(M, N)). Newton-Schulz iterations use products of matrices only.
+    Its root mean square is near 1 / sqrt(max(M, N)). The Newton-Schulz iterations use only products of matrices.
     """
-    # X [m, n] with m <= n, so that X X' is the smaller product; scaled so that all singular values are at most 1.
+    # X [m, n] with m <= n, so that X X' is the smaller product. X is scaled so that all singular values are at most 1.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / x.norm().clamp_min(1e-30)
     for repeats in REPEATS:
-        # One iteration is X <- P X with P = a I + b G + c G^2 and G = X X' [m, m] (Jordan et al. 2024). Then G <- P G P, so
-        # the factors of a part are multiplied in [m, m], and X [m, n] takes part in four products instead of ten.
+        # One iteration is X <- P X with P = a I + b G + c G^2 and G = X X' [m, m] (Jordan et al. 2024). The next
+        # iteration has G <- P G P, so the factors P of a part are multiplied with each other first, as [m, m] matrices.
+        # X [m, n] then takes part in only four products instead of ten.
         gram = x @ x.T
         factors = factor = _polynomial(gram)
         for _ in range(repeats - 1):
@@ -93,10 +96,11 @@ def _polynomial(gram: Tensor) -> Tensor:
 
 
 class AdamWAndMuon(torch.optim.AdamW):
-    """AdamW; groups with `muon` true take Muon's step instead, at their `lr` and `weight_decay`, with momentum `momentum`.
+    """AdamW, but Muon updates groups with `muon` true, with the group's `lr` and `weight_decay` and momentum
+    `momentum`.
 
-    The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` gives that layout;
-    by default every tensor is a full parameter. With spread layouts a step is collective.
+    The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` gives that
+    layout; by default every tensor is a full parameter. If layouts are spread over ranks, a step is collective.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, **adamw: Any):
@@ -128,8 +132,8 @@ class AdamWAndMuon(torch.optim.AdamW):
         ahead = gradient.lerp(average, self.momentum).flatten()
         flat.mul_(1 - rate * decay)
 
-        # For each parameter: the full matrix [M, N] from all ranks, its orthogonalised step, and of that this rank's piece.
-        # The factor sqrt(max(M, N)) gives the step the root mean square `RMS` (Liu et al. 2025, eq. 4).
+        # For each parameter: gather the full matrix [M, N] from all ranks, orthogonalize it, and apply this rank's
+        # piece of the result. The factor sqrt(max(M, N)) gives the step the root mean square `RMS` (Liu et al., eq. 4).
         layout, target = self.layout_of(flat), flat.view(-1)
         for piece, full in zip(layout.pieces, layout.full(ahead), strict=True):
             if piece.size:
@@ -144,7 +148,7 @@ def build_optimizer(
     """The optimizer of a network at peak learning rate `rate`, with one group for each direct child of `module`.
 
     A group has the child's `name` and a `scale` of its learning rate from `scales` (1 by default). With
-    `options.generator_matrices` "muon", matrices and kernels of the child `generator` form a second group, which Muon steps.
+    `options.generator_matrices` "muon", matrices and kernels of the child `generator` form a second group, for Muon.
     """
     groups = []
     for name, child in module.named_children():

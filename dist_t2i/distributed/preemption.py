@@ -1,17 +1,19 @@
-"""Stopping: a signal only sets a flag, the ranks agree at a step boundary, and one place saves and exits.
+"""Stopping: a signal only sets a flag, the ranks agree at a step boundary, and the training loop saves and exits.
 
 What launchers do with signals (DeepSpeed 0.19.8, torch 2.13; `tests/distributed/test_preemption.py` checks it):
 
-* A signal to a rank (`kill -USR2 PID`, PID from RUN/progress.json) leaves the save all the time that it needs, and
+* After a signal to a rank (`kill -USR2 PID`, PID from RUN/progress.json), the save may take as long as it needs, and
   `deepspeed` exits with the rank's status 75. Scripts should stop a run this way.
-* Ctrl-C under `deepspeed` reaches all processes. `deepspeed` dies of it, so the shell's prompt returns while the ranks still
-  save. Its launcher then sends SIGTERM, which belongs to the same stop, and SIGKILL 30 seconds later.
-* `kill -TERM` of the launcher (`deepspeed.launcher.launch`) sends SIGTERM to one rank, which informs the others at the step
-  boundary, and SIGKILL after 30 seconds. The launcher's status is 1 whatever the ranks return.
-* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks: `StopFlag` notices that the
-  launcher is gone. After a `kill -9` of its launcher, `deepspeed` exits with 0; RUN/progress.json says how the run ended.
-* `torchrun` passes SIGTERM and SIGINT on, so a Ctrl-C arrives twice (hence `SAME_PRESS`). It sends SIGKILL after 30 seconds
-  and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send those to ranks.
+* Ctrl-C under `deepspeed` reaches all processes. The `deepspeed` command dies at once, so the shell's prompt returns
+  while the ranks still save. DeepSpeed's launcher then sends the ranks SIGTERM, which counts as part of the same stop,
+  and SIGKILL 30 seconds later.
+* `kill -TERM` of the launcher (`deepspeed.launcher.launch`) makes it send SIGTERM to one rank, and SIGKILL after 30
+  seconds. The rank informs the others at the step boundary. The launcher's status is 1 whatever the ranks return.
+* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks. They stop because
+  `StopFlag` notices that the launcher is gone. After a `kill -9` of the launcher, `deepspeed` exits with 0 in any case;
+  only RUN/progress.json says how the run ended.
+* `torchrun` passes SIGTERM and SIGINT on, so a Ctrl-C reaches the ranks twice (hence `SAME_PRESS`). It sends SIGKILL
+  after 30 seconds and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send those to ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from dist_t2i.errors import ExitStatus
 from dist_t2i.utils.processes import STOP_SIGNALS
 
 SAME_PRESS = 1.0
-"""Seconds within which SIGINTs count as one Ctrl-C: launchers repeat the terminal's signal."""
+"""SIGINTs within this many seconds count as one Ctrl-C, because launchers repeat the terminal's signal."""
 
 
 class StopReason(IntEnum):
@@ -49,15 +51,16 @@ class StopReason(IntEnum):
 
     @property
     def text(self) -> str:
-        """The reason within a sentence."""
+        """The reason, as a part of a sentence."""
         return "the launcher is gone" if self is StopReason.LAUNCHER_GONE else self.name
 
 
 class StopFlag:
     """Whether this run was asked to stop. Install it once, in the main thread, on every rank.
 
-    With `announce` (rank 0), a signal prints on stderr what happens next. `install()` lasts until the process ends, so that
-    a launcher's late SIGTERM cannot change the exit status; as a context manager it restores the previous handlers.
+    With `announce` (rank 0), a message on stderr says what a signal leads to. `install()` lasts until the process ends,
+    so that a launcher's late SIGTERM cannot change the exit status; as a context manager it restores the previous
+    handlers.
     """
 
     def __init__(self, *, announce: bool = False) -> None:
@@ -86,7 +89,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether this very process was asked to stop; the ranks may differ until `agreed`."""
+        """Whether this process was asked to stop. Ranks may have different answers until they call `agreed`."""
         if not self._reason and self._launcher.gone():
             self._reason = StopReason.LAUNCHER_GONE
         return bool(self._reason)
@@ -106,7 +109,7 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked loader worker, whose parent decides
+            return  # a forked loader worker, which leaves the signal to its parent
         name = signal.Signals(number).name
         if not self._reason and self._announce:
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

@@ -1,7 +1,7 @@
-"""A training run as a child process under the `deepspeed` launcher: starts, watches, and stops it so that it saves.
+"""Starts a training run as a child process under the `deepspeed` launcher, watches it, and stops it so that it saves.
 
-The run's output passes through to the terminal. The run has its own session, so that Ctrl-C does not end its launcher
-before the ranks have saved: this process gets the Ctrl-C and signals rank 0, whose pid RUN/progress.json holds.
+The run's output passes through to the terminal. The run has its own session, so that Ctrl-C does not end the launcher
+before the ranks have saved. This process gets the Ctrl-C and signals rank 0, whose pid is in RUN/progress.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dist_t2i.utils.processes import is_alive, send
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
-"""How long to wait for a run to save after it was asked to stop."""
+"""Seconds to wait for a run to save after it was asked to stop."""
 _POLL_SECONDS = 0.25
 
 
@@ -46,10 +46,10 @@ def train(
 ) -> None:
     """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()`.
 
-    The output goes to the terminal, or to the file `log`, whose end is printed if the training fails. `launcher` are
-    further options of `deepspeed`; `entry` is the script of another copy of the code.
-    Ctrl-C and SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt
-    at once. Raises TrainingError when the training fails, after it has printed why. Main thread only.
+    The output goes to the terminal, or to the file `log`; if the training fails, the end of `log` is printed.
+    `launcher` holds further options of `deepspeed`. `entry` is the training script, by default this copy's. Ctrl-C and
+    SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt at once.
+    Raises TrainingError when the training fails, after it has printed why. Main thread only.
     """
     child = _Child([*launcher, str(entry), "--config", str(config), f"run.folder={run}", *overrides], run, log)
     with child.signals():
@@ -70,7 +70,7 @@ def train(
 
 
 class _Child:
-    """The `deepspeed` process, and through RUN/progress.json its rank 0."""
+    """The `deepspeed` process and its rank 0, which is known from RUN/progress.json."""
 
     def __init__(self, arguments: Sequence[str], run: Path, log: Path | None) -> None:
         self.run, self.started = run, time.time()
@@ -79,7 +79,7 @@ class _Child:
         environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        # The run logs all that a user needs; the launcher's own messages are off.
+        # The launcher's own messages are switched off, because the run logs everything that a user needs.
         command = [str(binaries / "deepspeed"), "--log_level=critical", f"--master_port={free_ports(1)[0]}", *arguments]
         try:
             with open(log, "wb") if log else contextlib.nullcontext() as out:
@@ -137,7 +137,7 @@ class _Child:
         return members
 
     def _rank(self) -> int | None:
-        """The pid of rank 0 if it runs and is this child's: progress.json may come from an earlier run."""
+        """The pid of this child's rank 0, or None if it does not run (progress.json may be from an earlier run)."""
         state = read_json(self.run / "progress.json")
         with contextlib.suppress(KeyError, TypeError, ValueError):
             current = state["host"] == socket.gethostname() and state["updated"] >= self.started

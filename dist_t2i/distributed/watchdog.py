@@ -1,4 +1,4 @@
-"""Ends a run in which a rank hangs, and names the rank. A launcher only notices ranks that end.
+"""Ends a run in which a rank hangs, and names the rank. This is needed because a launcher notices only ranks that end.
 
 Every rank has a thread that regularly writes the rank's state:
 
@@ -6,11 +6,12 @@ Every rank has a thread that regularly writes the rank's state:
                                  duration, the stacks of the threads
     RUN/ranks/hang.json          the verdict after a hang
 
-When one rank hangs, the others wait for it in a collective, where Python runs no signal handlers; so the threads
-compare the ranks' files. Silent ranks are guilty (the process is stopped, or its machine is gone); without silent
-ranks, those that are not in a collective. With NCCL, ranks also wait for each other in any call that waits for the
-device. If all of them do, no rank is named, and the stacks are the evidence. The process that printed the verdict exits
-with `ExitStatus.HUNG`, so that the launcher ends the other ranks and the job can resume from the last checkpoint.
+When one rank hangs, the others wait for it in a collective, where Python runs no signal handlers. The threads therefore
+compare the files of all ranks. A rank is silent if its file no longer changes, because the process is stopped or its
+machine is gone. Silent ranks are guilty. If no rank is silent, the guilty ranks are those that are not in a collective.
+With NCCL, ranks also wait for each other in any call that waits for the device. If all ranks wait in one way or the
+other, no rank is named, and the cause must be found from the stacks. A process that reaches a verdict exits with
+`ExitStatus.HUNG`, so that the launcher ends the other ranks and the job can resume from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Watchdog:
     """Watches the main thread of the process that creates it. `seconds`: time limit of a step; 0 disables the watchdog.
 
     Call `doing` whenever the run makes progress. Before the first call there is no time limit: the rendezvous of the
-    ranks has its own. `run` is the run folder; `end` is called with the exit status.
+    ranks has its own time limit. `run` is the run folder; `end` is called with the exit status.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, seconds: float, end: Callable[[int], Any] = os._exit):
@@ -61,13 +62,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
-        """Starts the thread, except under a debugger, whose user may pause for any time."""
+        """Starts the thread, except under a debugger, where a pause may have any length."""
         if self.seconds > 0 and sys.gettrace() is None:
             self._thread.start()
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """The run begins `what` at `images` seen, with `extra` seconds more than a step has (silent ranks get none)."""
+        """Say that the run begins `what` at `images` seen, which may take `extra` seconds longer than a step.
+
+        A silent rank gets no extra seconds.
+        """
         self._state = _State(what, images, allowed=self.seconds + extra)
 
     def stop(self) -> None:
@@ -127,7 +131,7 @@ class Watchdog:
             return
         verdict = diagnose(before, self._read(), self.world_size)
         if verdict["silent"] and any(report["rank"] == self.rank for report in verdict["guilty"]):
-            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive: no rank can write files now
+            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive: so no rank can write files
         if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
             return  # a long activity, and every rank is alive
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
@@ -141,7 +145,8 @@ class Watchdog:
 
 
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
-    """Which ranks hang, from their files at two moments (rank -> file) between which each rank should have written.
+    """Find the ranks that hang, from their files (rank -> file) at two moments; between these each rank should have
+    written.
 
     Returns the `guilty` ranks' files with `how` they hang, whether they are `silent`, and who is `waiting` for them.
     """

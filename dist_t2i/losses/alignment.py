@@ -1,8 +1,8 @@
-"""The alignment terms: which of D's embeddings of pictures and captions are contrasted. The only list of them.
+"""The alignment terms: which of D's embeddings of pictures and captions are contrasted. All such terms are listed here.
 
-`Discriminator.embed_pictures` and `embed_captions` give embeddings by name, in the order of the global batch's rows. D's terms
-align real pictures with their captions; G's terms align fakes with the embeddings that D's step computed for the captions and
-the real pictures. A term's weight is the key of the same name in section `loss`.
+`Discriminator.embed_pictures` and `embed_captions` give the embeddings and their names; the rows are those of the
+global batch, in order. D's terms align real pictures with their captions; G's terms align fakes with the embeddings
+that D's step computed for the captions and the real pictures. A term's weight is the key of its name in section `loss`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_t2i.models.discriminator import Embeddings
 
 
 class Negatives(NamedTuple):
-    """What the rows of the global batch are contrasted with, and what not."""
+    """Which pairs of rows are not contrasted with each other, and which other positions are further negatives."""
 
     same: Tensor  # bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives
     positions: Tensor | None = None  # int64 [K, P]: other positions of region maps that are also negatives

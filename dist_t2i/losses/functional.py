@@ -14,8 +14,8 @@ from torch import Tensor
 def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismatched_weight: float = 0.5) -> Tensor:
     """The discriminator's hinge loss (Lim & Ye 2017; Miyato et al. 2018) on logits [B] (or any shape).
 
-    Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The two
-    kinds of negatives share a weight of 1, of which wrong captions have `mismatched_weight` (DF-GAN, Eq. 1: a half).
+    Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The
+    two kinds of negatives have weights that sum to 1: `mismatched_weight` for wrong captions (DF-GAN, Eq. 1: a half).
     """
     loss, fakes = F.relu(1 - real.float()).mean(), F.relu(1 + fake.float()).mean()
     if mismatched is None or mismatched_weight == 0:
@@ -32,9 +32,9 @@ def hinge_g(fake: Tensor) -> Tensor:
 def _contrast(logits: Tensor, same: Tensor | None, further: Tensor | None = None) -> Tensor:
     """Mean cross entropy of the diagonal in both directions; logits [..., B, B].
 
-    further: [..., B, K], logits of more negatives, which only the rows get.
+    further: [..., B, K], logits of more negatives, which enter the cross entropy over rows, not over columns.
     """
-    # `same` pairs other than the row itself leave the denominator.
+    # Remove `same` pairs from the denominator, except each row's pair with itself.
     rows = logits.shape[-1]
     if same is not None:
         others = same & ~torch.eye(rows, dtype=torch.bool, device=logits.device)
@@ -51,8 +51,8 @@ def _contrast(logits: Tensor, same: Tensor | None, further: Tensor | None = None
 def info_nce(a: Tensor, b: Tensor, temperature: float, same: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018, Eq. 4; CLIP): row i of `a` and row i of `b` are a positive pair.
 
-    a, b: unit vectors [B, E]. `same` bool [B, B], symmetric: pairs that share the picture or the caption, which are never
-    each other's negatives (its diagonal is ignored). 0 for a batch of one.
+    a, b: unit vectors [B, E]. `same` bool [B, B], symmetric: pairs that share the picture or the caption, which are
+    never each other's negatives (its diagonal is ignored). The loss is 0 for a batch of one.
     """
     return _contrast(a.float() @ b.float().t() / temperature, same)
 
@@ -62,11 +62,13 @@ def region_info_nce(
 ) -> Tensor:
     """`info_nce` at each position of region maps separately, averaged over positions.
 
-    a: unit vectors [B, P, E]. b: [B, P, E] (position p of a picture against position p of the others: PatchNCE of Park et
-    al. 2020, with other pictures instead of other positions as negatives) or [B, E] (each position against the captions:
-    the word-region contrast of AttnGAN and XMC-GAN with the sentence as the word, our reading). elsewhere: int64 [K, P], for
-    b [B, P, E]: the positions elsewhere[:, p] of all of b are also negatives of position p of `a`. Without them the gradient
-    vanishes where all pictures look alike, such as a white background: positive and negatives are equal there and cancel.
+    a: unit vectors [B, P, E]. b: [B, P, E] or [B, E]. With b [B, P, E], position p of a picture is compared with
+    position p of the others (PatchNCE of Park et al. 2020, with other pictures instead of other positions as
+    negatives). With b [B, E], each position is compared with the captions (the word-region contrast of AttnGAN and
+    XMC-GAN with the sentence as the word, our reading). elsewhere: int64 [K, P], for b [B, P, E]: the positions
+    elsewhere[:, p] of all pictures in b are also negatives of position p of `a`. Without them the gradient vanishes
+    where all pictures look alike, such as on a white background, because the positive and the negatives are equal
+    there.
     """
     # Positions first and contiguous, because strided batches multiply slowly: a [P, B, E], b [P, E, B] or [E, B].
     a = a.float().transpose(0, 1).contiguous()
@@ -83,8 +85,8 @@ def word_info_nce(
     """`info_nce` of pictures and captions, scored word by word (DAMSM: AttnGAN, sec. 3.2).
 
     regions: unit vectors [B, P, E] of pictures; words: unit vectors [B, T, E] of captions; mask bool [B, T], True at a
-    caption's words, at least one. As in XMC-GAN (Zhang et al. 2021, sec. 3.3), and unlike AttnGAN's Eq. 8, words do not
-    compete for a region first. Memory: a few times B * P * N floats, for N words in all B captions.
+    caption's words (at least one). As in XMC-GAN (Zhang et al. 2021, sec. 3.3), and unlike AttnGAN's Eq. 8, words do
+    not compete for a region first. Memory: a few times B * P * N floats, for N words in all B captions.
     """
     # Similarities of all regions with the N words of all captions, concatenated (Eq. 7): [B, P, N].
     regions, own = regions.float(), words.float()[mask]
@@ -115,21 +117,24 @@ def kl_condition(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def pixel_error(images: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """Mean absolute error of pictures [B, 3, H, W], over all B rows, of which those not in `rows`, bool [B], count as 0."""
+    """Mean absolute error of pictures [B, 3, H, W]. The mean is over all B rows; rows that are False in `rows`, bool
+    [B], contribute an error of 0."""
     return ((images.float() - target.float()).abs().mean(dim=(1, 2, 3)) * rows).mean()
 
 
 LEAST_WAY = 0.02
-"""Lower bound of `way_left`'s denominator, below which the ratio would be noise: about the mean squared difference, of pixels
-in [-1, 1], between two similar skin tones of a drawing."""
+"""Lower bound of `way_left`'s denominator; with a smaller denominator, the ratio would be noise. The value is about the
+mean squared difference, of pixels in [-1, 1], between two similar skin tones of a drawing."""
 
 
 def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """Squared distance of pictures [B, 3, H, W] to their targets, relative to that of their sources: 1 for a copy of the
-    source, 0 at the target. A mean over all B rows, of which those not in `rows`, bool [B], count as 0. Our own.
+    """Squared distance of pictures [B, 3, H, W] to their targets, divided by the squared distance of their sources to
+    the targets: 1 for a copy of the source, 0 at the target. The mean is over all B rows; rows that are False in
+    `rows`, bool [B], contribute 0. Our own.
 
-    The ratio weights a picture of which little must change as much as one of which everything must; squared, because a copy
-    of the source minimizes the absolute error for a long time, as most pixels agree.
+    Because of the ratio, a picture in which little must change weighs as much as one in which everything must change.
+    The distance is squared, because a copy of the source minimizes the absolute error for a long time, as most pixels
+    agree.
     """
     distance = (images.float() - target.float()).square().mean(dim=(1, 2, 3))
     start = (source.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -166,7 +171,7 @@ def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) 
 def fd_r1(logits: Tensor, perturbed: Tensor, sigma: float) -> Tensor:
     """R1 by a finite difference: mean of ((D(x + sigma * n) - D(x)) / sigma) ** 2 with n standard normal.
 
-    Its expectation over n tends to `r1` as sigma -> 0. It needs no second derivative, so that parameters may be sharded
-    (ZeRO stage 3). logits, perturbed: [B] or [B, L].
+    Its expectation over n tends to `r1` as sigma -> 0. `fd_r1` needs no second derivative, so that parameters may be
+    sharded (ZeRO stage 3). logits, perturbed: [B] or [B, L].
     """
     return ((row_means(perturbed) - row_means(logits)) / sigma).square().mean()

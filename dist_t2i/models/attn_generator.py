@@ -13,7 +13,7 @@ from dist_t2i.models.layers import WordAttention
 
 
 class AttnGenerator(Generator):
-    """The plain generator, whose maps at `attn.scales` attend to the words before their blocks."""
+    """The plain generator, with attention to the words in front of the blocks of each scale in `attn.scales`."""
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
         super().__init__(config, image_size, text_width)

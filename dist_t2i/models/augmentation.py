@@ -1,4 +1,4 @@
-"""Differentiable augmentation of the discriminator's input (Zhao et al. 2020), with every random number passed in."""
+"""Differentiable augmentation of the discriminator's input (Zhao et al. 2020). Callers pass in all random numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNIFORMS_PER_ROW = 7
 def augment(images: Tensor, uniforms: Tensor, config: AugmentConfig) -> Tensor:
     """images [B, 3, H, W] in [-1, 1], uniforms [B, UNIFORMS_PER_ROW] in [0, 1) -> [B, 3, H, W], row by row.
 
-    A real picture and the fake of its caption share their random numbers, so that their regions stay comparable.
+    A real picture and the fake of its caption get the same random numbers, so that their regions stay comparable.
     """
     if config.color > 0:
         images = _color(images, uniforms[:, 2:5].to(images.dtype), config.color)

@@ -1,7 +1,7 @@
 """The sections of the configuration that belong to the networks, and the rules within each.
 
-A new kind of generator adds its name to `GeneratorConfig.kind`, to `networks.GENERATORS` and, where it has settings, a
-section of that name. Nothing here imports torch, so that `--help-config` answers at once.
+To add a kind of generator, add its name to `GeneratorConfig.kind` and to `networks.GENERATORS`. If the kind has
+settings, also add a section with its name. Nothing here imports torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from dist_t2i.utils.settings import NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
 
 Problem = tuple[tuple[str, ...], str]
-"""(keys, the one to change first; what is wrong, with a remedy)."""
+"""A pair: the keys involved, beginning with the key to change; and a text that says what is wrong, with a remedy."""
 
 
 @dataclass(frozen=True)
@@ -24,40 +24,44 @@ class AttnConfig:
     scales: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that attend to S_G's words."""
     heads: int = 4
-    """Attention heads: the number of words that a position can attend to separately. They share the map's channels."""
+    """Number of attention heads, each with its own weights over the words. The heads share the map's channels."""
     width: int = 32
-    """Width of queries and keys, over all heads."""
+    """Width of queries and keys, summed over all heads."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
     kind: Literal["plain", "attn"] = "plain"
-    """Kind of generator (docs/models.md). `model.generator: KIND` is short for it."""
+    """Kind of generator (docs/models.md). `model.generator: KIND` is short for `model.generator.kind: KIND`."""
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference, unless callers override it: below 1, pictures are more typical and less varied."""
+    """Factor on all noise at inference, unless callers give another: below 1, pictures are more typical and less
+    varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
-    """Channels at 4, 8, 16, ... pixels, up to the last computed scale; a pixel shuffle does the rest."""
+    """Channels of the maps of side 4, 8, 16, ... that are computed. A pixel shuffle turns the last map into the
+    picture."""
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     detail: int = 8
-    """Channels at full resolution (unless it is a computed scale) between the pixel shuffle and a last convolution, which
-    smooths the shuffle's grid; 0 leaves that convolution out."""
+    """Channels at full resolution between the pixel shuffle and a last convolution, which smooths the shuffle's grid; 0
+    leaves that convolution out. Not read if full resolution is a computed scale."""
     colors: int = 0
-    """Size of the palette that the condition gives and whose sharp mixture every pixel is, so that areas of one color in
-    drawings come out flat. 0: each pixel gets its color directly, as photographs need."""
+    """Number of colors in a palette that is computed from the condition. Each pixel is a mixture of these colors,
+    mostly of one of them, so that areas of one color in drawings come out flat. 0: no palette; the color of each pixel
+    is computed directly, as photographs need."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
-    """Inverse temperature of the palette softmax at inference: above 1, lines are sharper than averaged weights give them."""
+    """Inverse temperature of the palette's softmax at inference. Above 1 it sharpens lines, which averaged weights
+    blur."""
     layout: int = 2048
-    """Numbers per scale that the condition writes straight into the map (as layout / size^2 channels, where that is at
-    least 4): a cheap memory for layouts. 0 leaves it out."""
+    """Count of numbers that one matrix computes from the condition and adds to the map of a scale, as layout / size^2
+    channels: a cheap way to store layouts. Scales where this would be less than 4 channels get none; 0 turns it off."""
     attn: AttnConfig = section(AttnConfig)
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot work, regardless of the rest of the configuration."""
+        """The problems within this section, regardless of the rest of the configuration."""
         for kind, options in vars(self).items():
             for option in (
                 dataclasses.fields(options) if dataclasses.is_dataclass(options) and kind != self.kind else ()
@@ -95,18 +99,21 @@ class DiscriminatorConfig:
     embedding: int = setting(256, at_least(1))
     """Width of the alignment space, in which images and S_D sentences are compared."""
     condition: Literal["projection", "joint"] = "projection"
-    """How the adversarial branch reads S_D: `projection` (Miyato & Koyama 2018), or `joint`, a perceptron on both."""
+    """How the adversarial branch reads S_D: `projection` (Miyato & Koyama 2018), or `joint`: a perceptron on S_D and
+    picture."""
     regions: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that are aligned position by position; empty: only whole pictures are aligned."""
     patches: int = 0
-    """Side, in positions, of the map on which a patch head scores each position, too; 0: only whole pictures are scored."""
+    """Side, in positions, of the map that a patch head scores position by position, besides the picture; 0: no patch
+    head."""
     words: int = 0
-    """Side of the map whose positions are aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
+    """Side, in positions, of the map that is aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are
+    aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""
 
     def problems(self) -> Iterator[Problem]:
-        """What cannot work, regardless of the rest of the configuration."""
+        """The problems within this section, regardless of the rest of the configuration."""
         for name in ("regions", "patches", "words"):
             value = getattr(self, name)
             sides = value if isinstance(value, tuple) else (value,) if value else ()
@@ -120,7 +127,7 @@ def scales(channels: tuple[int, ...]) -> list[int]:
 
 
 def not_computed(network: str, sides: tuple[int, ...], channels: tuple[int, ...]) -> str:
-    """The problem with maps of these sides when the network does not compute all of them."""
+    """The message for a setting that asks for maps of `sides` when the network does not compute all of these maps."""
     given, computed = ", ".join(map(str, sides)) or "the list", ", ".join(map(str, scales(channels)))
     return f"{given} must be among the scales that model.{network}.channels computes: {computed}"
 
@@ -150,7 +157,7 @@ class AugmentConfig:
     color: float = setting(0.0, SHARE)
     """Strength of brightness, saturation and contrast jitter, 0 to 1."""
     cutout: float = setting(0.0, Bounds(0, 1, below=True))
-    """Side of the square that is blanked, as a share of the picture's."""
+    """Side of the square that is blanked, as a share of the picture's side."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class Features(NamedTuple):
 
     pooled: Tensor  # [B, A], the whole picture
     maps: tuple[Tensor, ...]  # one [B, C, H, W] for each size in `regions`, in that order
-    patches: Tensor | None = None  # [B, P, C'], the positions that the patch head scores, if there is one
-    words: Tensor | None = None  # [B, C, H, W], the map that words are aligned with, if they are
+    patches: Tensor | None = None  # [B, P, C'], the positions that the patch head scores; None without it
+    words: Tensor | None = None  # [B, C, H, W], the map that words are aligned with; None without words
 
     def rows(self, start: int, stop: int) -> Features:
         """The features of the pictures [start, stop) of the batch."""
@@ -35,7 +35,8 @@ class Features(NamedTuple):
 
 
 class PatchHead(nn.Module):
-    """A projection discriminator at each position of a map (PatchGAN, Isola et al. 2017, with a caption)."""
+    """A projection discriminator at each position of a map (PatchGAN, Isola et al. 2017, here conditioned on a
+    caption)."""
 
     def __init__(self, channels: int, text_width: int, width: int = 64):
         super().__init__()
@@ -44,7 +45,7 @@ class PatchHead(nn.Module):
         self.condition = linear(text_width, width)
 
     def embed(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> patches [B, H * W, C'], which `forward` compares with any number of captions."""
+        """x [B, C, H, W] -> patches [B, H * W, C'], from which `forward` can score any number of captions."""
         return activate(self.embedding(activate(x, inplace=False))).flatten(2).transpose(1, 2)
 
     def forward(self, patches: Tensor, sentence: Tensor) -> Tensor:
@@ -57,8 +58,9 @@ class Discriminator(nn.Module):
     """Scores realism and agreement with a caption from one pass through the trunk.
 
     The adversarial branch scores the whole picture and, with `patches`, each position of a map. The alignment branch
-    projects pictures and S_D sentences, with `regions` or `words` also positions of maps and S_D's words, into spaces where
-    InfoNCE compares them: our reading of the paper. Raises ValueError when a configured map is not computed.
+    projects pictures and S_D sentences into a space where InfoNCE compares them. With `regions` or `words`, it also
+    projects the positions of maps and S_D's words. This is our reading of the paper. Raises ValueError when a
+    configured map is not computed.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):
@@ -87,18 +89,19 @@ class Discriminator(nn.Module):
 
         self.region_projections = nn.ModuleList(map(projection, config.regions))
         self.region_text_projection = linear(text_width, config.region_embedding) if config.regions else None
-        # The name `patch_judge` is in checkpoints.
+        # Do not rename `patch_judge`: checkpoints contain this name.
         self.patch_judge = PatchHead(channels_of[config.patches], text_width) if config.patches else None
         self.word_projection = linear(text_width, config.region_embedding) if config.words else None
         self.word_region_projection = projection(config.words) if config.words else None
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
-        # Patches of pixels to channels, [B, C, H', W'] at the finest computed scale.
+        # Turn patches of pixels into channels, [B, C, H', W'] at the finest computed scale.
         x = self.stem(self.unshuffle(images).contiguous(memory_format=torch.channels_last))
 
-        # Each scale halves the side, [B, C', H'/2, W'/2], down to 4 x 4. The finest region map is the stem's output, which
-        # is linear in the pixels (layer 0 of Park et al. 2020); the others are the outputs of their blocks.
+        # Each scale halves the side, [B, C', H'/2, W'/2], down to 4 x 4. The finest region map is the stem's output,
+        # which is linear in the pixels (layer 0 of Park et al. 2020); the other region maps are the outputs of the
+        # blocks of their scales.
         region_maps, block_maps = {x.shape[-1]: x}, {}
         for i, blocks in enumerate(self.scales):
             x = self.downsamples[i - 1](x) if i else x
@@ -116,11 +119,11 @@ class Discriminator(nn.Module):
     def adversarial(self, features: Features, sentence: Tensor) -> Tensor:
         """Features of B pictures, S_D sentences [B, E] of matching or other captions -> logits [B].
 
-        With `patches` [B, 2 * patches^2]: the whole picture's logit, repeated patches^2 times, and the patch head's, so
-        that a mean over a row weights both equally.
+        With `patches`, the logits are [B, 2 * patches^2]: the whole picture's logit, repeated patches^2 times, and then
+        the patch head's logits. A mean over a row therefore weights both equally.
         """
-        # Miyato & Koyama 2018: an unconditional logit plus the inner product of picture and condition, here scaled
-        # by 1 / sqrt(A); or a perceptron on both, [B, 2A]. Either way [B, 1].
+        # `projection` (Miyato & Koyama 2018): an unconditional logit plus the inner product of picture and condition,
+        # here scaled by 1 / sqrt(A). `joint`: a perceptron on both, [B, 2A]. The result is [B, 1] for both.
         condition = self.condition(sentence)
         if self.joint:
             whole = self.realism(activate(self.hidden(torch.cat([features.pooled, condition], dim=1))))

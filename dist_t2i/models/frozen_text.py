@@ -25,8 +25,9 @@ class PretrainedEncoder(nn.Module):
 class CaptionTable(nn.Module):
     """Caption vectors computed in advance (by a sentence encoder, for example), looked up by the caption's token ids.
 
-    vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the captions. A caption
-    that the table lacks gets the mean of all vectors. `words` is the sentence vector as a single token.
+    vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the captions. A
+    caption that the table lacks gets the mean of all vectors. The only word embedding of a caption is its sentence
+    vector.
     """
 
     def __init__(self, vectors: Tensor, tokens: Tensor, lengths: Tensor):

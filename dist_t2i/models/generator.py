@@ -1,4 +1,4 @@
-"""The plain generator: noise and a sentence in, a picture out, in one stage. Other kinds build on it (networks.py).
+"""The plain generator turns noise and a sentence into a picture in one stage. Other kinds are subclasses (networks.py).
 
 Legend of shapes: B batch, Z noise, E text width, C channels or condition width, N width of noise and condition together,
 T words, H W pixels.
@@ -19,7 +19,7 @@ from dist_t2i.models.source_encoder import SourceGuide
 
 
 class Generated(NamedTuple):
-    """Pictures, and the Gaussian that conditioning augmentation sampled their condition from."""
+    """Pictures, and the Gaussian from which conditioning augmentation sampled their condition."""
 
     images: Tensor  # [B, 3, H, W] in [-1, 1]; edited pictures may lie slightly outside
     mean: Tensor  # [B, C]
@@ -27,11 +27,12 @@ class Generated(NamedTuple):
 
 
 INITIAL_LOG_VARIANCE = -4.0
-"""The condition starts close to its mean, so that the text has an effect from the first step (StackGAN starts near 0)."""
+"""Initial log variance of the condition. It is low (StackGAN's is near 0), so that the condition stays close to its
+mean and the text has an effect from the first step."""
 
 
 class ConditionAugmentation(nn.Module):
-    """Samples the condition from a Gaussian whose mean and variance the sentence gives (StackGAN, sec. 3.2)."""
+    """Samples the condition from a Gaussian. The sentence determines its mean and variance (StackGAN, sec. 3.2)."""
 
     def __init__(self, text_width: int, condition: int):
         super().__init__()
@@ -40,7 +41,8 @@ class ConditionAugmentation(nn.Module):
         nn.init.zeros_(self.statistics.weight[condition:])
 
     def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sentence [B, E], noise [B, C] (standard normal; zeros: the mean) -> condition, mean, log variance [B, C]."""
+        """sentence [B, E], noise [B, C] (standard normal; or 0, for the mean) -> condition, mean, log variance [B,
+        C]."""
         mean, log_variance = self.statistics(sentence).chunk(2, dim=1)
         log_variance = log_variance.clamp(-8.0, 8.0)
         # Reparameterization, so that gradients reach mean and variance (StackGAN, sec. 3.2): c = mu + sigma * eps.
@@ -64,7 +66,8 @@ class GeneratorBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: a 1x1 convolution to the next scale's channels while the map is small, then repetition."""
+    """Doubles the side: a 1x1 convolution to the next scale's channels, while the map is small, then repetition of
+    positions."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -76,12 +79,12 @@ class Upsample(nn.Module):
 
 
 class Layout(nn.Module):
-    """Adds `values` numbers that one matrix computes from the condition, as a map: a cheap memory for layouts. Our own."""
+    """Adds a map of `values` numbers, which a matrix computes from the condition: a cheap store of layouts. Our own."""
 
     def __init__(self, condition: int, channels: int, size: int, values: int):
         super().__init__()
         self.size = size
-        self.draw = linear(condition, values // size**2 * size**2)  # the name is in checkpoints
+        self.draw = linear(condition, values // size**2 * size**2)  # do not rename it: checkpoints contain `draw`
         self.conv = Convolution(values // size**2, channels, size=1, gain=0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -91,7 +94,8 @@ class Layout(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """From the last map to `outputs` values a pixel: convolution, pixel shuffle, and another convolution if `detail` > 0."""
+    """Turns the last map into `outputs` values per pixel: convolution, pixel shuffle, and, if `detail` > 0, a
+    convolution."""
 
     def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
@@ -107,10 +111,12 @@ class ToRGB(nn.Module):
 
 
 class PaletteMix(nn.Module):
-    """Mixes each pixel from a palette that the condition gives. Our own: a saturated softmax keeps areas of a drawing flat."""
+    """Mixes each pixel's color from a palette that is computed from the condition. Our own: where the softmax of the
+    shares saturates, areas of one color in a drawing come out flat."""
 
     SHARPNESS = 3.0
-    """Inverse temperature of the softmax, so that fresh shares lean towards one color each."""
+    """Inverse temperature of the softmax; above 1, so that at initialization each pixel already leans towards one
+    color."""
 
     def __init__(self, condition: int, colors: int, inference_sharpness: float = 1.0):
         super().__init__()
@@ -128,8 +134,8 @@ class PaletteMix(nn.Module):
 class Generator(nn.Module):
     """Single-stage generator, conditioned at every scale on noise and the augmented sentence; all randomness is passed in.
 
-    A pixel shuffle of the last map does the scales that `channels` does not list, so that a small budget is spent where
-    convolutions are cheap per parameter.
+    Convolutions compute only the scales that `channels` lists; a pixel shuffle of the last map replaces the finer
+    scales. A small budget is thus spent where convolutions are cheap per parameter.
     """
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
@@ -147,7 +153,7 @@ class Generator(nn.Module):
         self.last_modulation = Modulation(channels[-1], width)
         patch = patch_size(channels, image_size)
         self.last = ToRGB(channels[-1], config.detail if patch > 1 else 0, patch, config.colors or 3)
-        # The name `colours` is in checkpoints.
+        # Do not rename `colours`: checkpoints contain this name.
         self.colours = PaletteMix(width, config.colors, config.color_sharpness) if config.colors else None
         self.noise_width, self.condition_width = config.noise, config.condition
 
@@ -162,9 +168,9 @@ class Generator(nn.Module):
     ) -> Generated:
         """noise [B, Z], sentence [B, E], words [B, T, E], mask bool [B, T], condition_noise [B, C] -> `Generated`.
 
-        `source` guides the edit of source pictures. This generator ignores the words; others read them.
+        `source` guides the edit of source pictures. This class ignores the words; subclasses may read them.
         """
-        # Conditioning augmentation (StackGAN, sec. 3.2): [B, C]; with the noise: [B, N].
+        # Conditioning augmentation (StackGAN, sec. 3.2) gives the condition [B, C]; with the noise appended, [B, N].
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
 
@@ -172,8 +178,8 @@ class Generator(nn.Module):
         x = self.first(condition).view(len(noise), -1, FIRST_SIZE, FIRST_SIZE)
         x = x.contiguous(memory_format=torch.channels_last)
 
-        # Each scale doubles the side, [B, C', 2H, 2W]. Layout (our own), source and words are added before its blocks,
-        # which modulate the map by the condition (DF-GAN, sec. 3.3).
+        # Each scale doubles the side, [B, C', 2H, 2W]. Before a scale's blocks, the layout (our own), the source and
+        # the words are added to its map. The blocks then modulate the map by the condition (DF-GAN, sec. 3.3).
         for i, blocks in enumerate(self.scales):
             x = self.upsamples[i - 1](x) if i else x
             size = str(x.shape[-1])
@@ -192,5 +198,6 @@ class Generator(nn.Module):
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """A scale's map before its blocks, x [B, C, H, W], updated from words [B, T, E], mask bool [B, T]: here, x."""
+        """x [B, C, H, W], a scale's map before the blocks, updated from words [B, T, E], mask bool [B, T]; here
+        unchanged."""
         return x

@@ -29,16 +29,17 @@ def patch_size(channels: tuple[int, ...], image_size: int) -> int:
 
 
 def activate(x: Tensor, inplace: bool = True) -> Tensor:
-    """Leaky ReLU; in place, `x` must not be used afterwards."""
+    """Leaky ReLU. With `inplace`, the caller must not use `x` afterwards."""
     return F.leaky_relu(x, SLOPE, inplace)
 
 
 class Convolution(nn.Conv2d):
-    """A square convolution that keeps H and W, initialized to scale the variance by gain^2 / 2 (He et al. 2015), whose
-    kernel is stored as [outputs, height, width, inputs].
+    """A square convolution that keeps H and W. Its kernel is stored as [outputs, height, width, inputs] and initialized
+    to scale the variance by gain^2 / 2 (He et al. 2015).
 
-    Channels-last convolutions need this memory layout, and ZeRO's stages 1 to 3 make parameters contiguous views of a flat
-    buffer: with the usual shape each convolution first copies its kernel, some 8% of a step at a peer's size.
+    Channels-last convolutions need the kernel in this memory layout. ZeRO's stages 1 to 3 make parameters contiguous
+    views of a flat buffer, so that a kernel of the usual shape would be copied before each convolution. At the size of
+    comparable models, these copies take some 8% of a step.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5):
@@ -54,7 +55,8 @@ class Convolution(nn.Conv2d):
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Initializes the outputs that a pixel shuffle makes neighbors alike, against checkerboards (Aitken et al. 2017)."""
+    """Gives outputs that become neighboring pixels the same initial weights, against checkerboards (Aitken et al.
+    2017)."""
     first = layer.weight[:: patch**2]
     layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))
     return layer
@@ -71,8 +73,8 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
 class Modulation(nn.Module):
     """Normalizes each picture's features, then scales and shifts each channel by a function of the condition, as DF-GAN does.
 
-    The normalization, our own, divides by one root mean square over all of a row's features (no mean, no batch statistics),
-    a cheap pass that is folded into the scale.
+    The normalization is our own: all features of a row are divided by their root mean square (no mean, no batch
+    statistics). It is cheap, because the division is folded into the scale.
     """
 
     def __init__(self, channels: int, condition: int):

@@ -1,4 +1,4 @@
-"""The networks of a run, grouped by the engine that owns their parameters; each parameter has one engine.
+"""The networks of a run, grouped by the engine that owns their parameters. No parameter belongs to two engines.
 
     text.mode   generator engine        discriminator engine        text engine   outside
     dual        generator, text_g       discriminator, text_d       -             -
@@ -57,11 +57,12 @@ class DiscriminatorSide(nn.Module):
         self.discriminator, self.text_d = discriminator, text_d
 
     def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
-        """`function(self)`: ZeRO's hooks require that a loss uses this side within one forward call."""
+        """Returns `function(self)`. ZeRO's hooks require that everything a loss uses of this side is computed within
+        one forward call, so callers pass that computation as `function`."""
         return function(self)
 
     def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
-        """S_D of B captions; `text` is their embedding if S_D is shared or frozen."""
+        """The S_D embedding of B captions: if S_D is shared or frozen, the given `text`."""
         return self.text_d(tokens, lengths) if self.text_d is not None else cast(TextEmbedding, text)
 
 
@@ -108,7 +109,7 @@ def build_networks(
     generator_side = GeneratorSide(generator, encoder() if dual else None)
     discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
     shared = TextSide(encoder()) if text.mode == "shared" else None
-    if edit_width:  # last, so that it does not change the initial weights of the others
+    if edit_width:  # built last, so that the random initial weights of the others do not depend on it
         generator_side.source = SourceEncoder(edit_width, model.generator.channels, image_size, width)
     return Networks(generator_side, discriminator_side, shared, frozen)
 

@@ -1,11 +1,12 @@
 """The encoder of source pictures for text-guided editing, and how a generator uses its output.
 
-Our reading of "the embeddings serve text-guided manipulation": the source is an additional input of the unchanged generator.
-Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang et al. 2023, sec.
-3.1). The last map gives the share of the source to keep (GANimation: Pumarola et al. 2018, sec. 3.1) for each pixel and color
-channel, unbounded, so that a darker or lighter skin keeps its shading and outlines. Before that the source is *repainted*, our
-own: the caption's words give a palette, and a mask per paint says which pixels get it. Through the generator, with features
-normalized over the picture, a skin tone would change only half way.
+Our reading of "the embeddings serve text-guided manipulation": the source is an additional input of the unchanged
+generator. Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang
+et al. 2023, sec. 3.1). The generator's last map gives the share of the source to keep, for each pixel and color channel
+(GANimation: Pumarola et al. 2018, sec. 3.1). The share is unbounded, so that a skin that turns darker or lighter keeps
+its shading and outlines. Before this mixing, the source is *repainted* (our own): a palette of paints is computed from
+the caption's words, and a mask per paint says which pixels get the paint. Without repainting, a skin tone would change
+only half way, because the generator normalizes features over the picture.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """
@@ -26,7 +27,8 @@ from dist_t2i.models.text_encoder import TextEmbedding
 
 
 class SourceGuide:
-    """The encoded sources of a batch. A generator calls `add` at every scale before its blocks, and `blend` at the end."""
+    """The encoded sources of a batch. Generators call `add` before the blocks of every scale, and `blend` at the
+    end."""
 
     def __init__(self, repainted: Tensor, given: Tensor | None, maps: dict[int, Tensor], keep: nn.Module):
         self._repainted, self._maps, self._keep = repainted, maps, keep
@@ -50,7 +52,7 @@ class Palette(nn.Module):
     def __init__(self, text_width: int, paints: int):
         super().__init__()
         self.paints = paints
-        # The name `colour` is in checkpoints.
+        # Do not rename `colour`: checkpoints contain this name.
         self.share, self.colour = linear(text_width, paints), linear(text_width, 3 * paints)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ class Repaint(nn.Module):
 
     PAINTS, WIDTH = 8, 48
     UNPAINTED = 6.0
-    """Logit of not changing a pixel; the masks' initial logits are near 0."""
+    """Logit of leaving a pixel as it is. The initial logits of the paints are near 0, so that at first almost nothing
+    is repainted."""
 
     def __init__(self, channels: int, text_width: int, patch: int):
         super().__init__()
@@ -81,14 +84,15 @@ class Repaint(nn.Module):
 
     def forward(self, pictures: Tensor, x: Tensor, text: TextEmbedding) -> Tensor:
         """pictures [B, 3, patch * H, patch * W] in [-1, 1] and their map x [B, C, H, W] -> pictures."""
-        # A per-pixel perceptron on the pixel, its surroundings with the words, and the sentence (by modulation).
+        # A perceptron at each pixel. It reads the pixel, the surroundings (which have attended to the words), and the
+        # sentence (by modulation).
         around = self.shuffle(self.around(self.words(_pixel_norm(x), text.words, text.mask)))
         scale1, shift1, scale2, shift2 = self.affine(text.sentence)[:, :, None, None].chunk(4, dim=1)
         y = _pixel_norm(self.pixel(pictures) + around)
         y = _pixel_norm(self.conv1(activate(torch.addcmul(shift1, y, 1 + scale1))))
         y = self.masks(activate(self.conv2(activate(torch.addcmul(shift2, y, 1 + scale2)))))
 
-        # Masks of the paints, [B, K, H', W'] at full resolution; the rest of each pixel stays unpainted.
+        # Masks of the paints, [B, K, H', W'] at full resolution; the rest of each pixel keeps its color.
         unpainted = torch.full_like(y[:, :1], self.UNPAINTED)
         shares = torch.cat([unpainted, y], dim=1).float().softmax(dim=1)[:, 1:].to(pictures.dtype)
         paint = torch.einsum("bkhw,bkc->bchw", shares, self.palette(text.words, text.mask))
@@ -101,7 +105,8 @@ def _pixel_norm(x: Tensor) -> Tensor:
 
 
 class SourceEncoder(nn.Module):
-    """Encodes source pictures and captions into a `SourceGuide` for a generator with these `channels` (4 pixels first)."""
+    """Encodes source pictures and captions into a `SourceGuide` for a generator with `channels` (coarsest scale
+    first)."""
 
     def __init__(self, width: int, channels: Sequence[int], image_size: int, text_width: int):
         super().__init__()

@@ -43,12 +43,13 @@ class _Together(torch.autograd.Function):
 class OrderedLSTM(nn.LSTM):
     """An LSTM whose parameters receive their gradients in an order that does not depend on the captions' lengths.
 
-    ZeRO stage 2 fills its reduction buckets in order of arrival. On packed sequences this order follows the lengths, which
-    differ between ranks, so it would silently add gradients of different parameters.
+    ZeRO stage 2 fills its reduction buckets in the order in which gradients arrive. With packed sequences, this order
+    depends on the captions' lengths, which differ between ranks. Gradients of different parameters would silently be
+    added.
     """
 
     def forward(self, input, hx=None):
-        """As `nn.LSTM`."""
+        """The same arguments and results as those of `nn.LSTM`."""
         parameters = self._flat_weights
         self._flat_weights = list(_Together.apply(*parameters))
         try:
@@ -58,8 +59,8 @@ class OrderedLSTM(nn.LSTM):
 
 
 class LstmText(nn.Module):
-    """A bidirectional LSTM, the default; the sentence is the last hidden state of both directions (AttnGAN, sec. 3.1),
-    normalized over its width, because initial LSTM states are so small that noise would drown them."""
+    """A bidirectional LSTM, the default. The sentence is the last hidden state of both directions (AttnGAN, sec. 3.1).
+    It is normalized over its width, because initial LSTM states are so small that noise would drown them."""
 
     def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Saves and restores the training state of a run: engines, moving average, scores of validation."""
+"""Saves and restores the training state of a run: the engines, the moving average, and the validation scores."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from dist_t2i.training.schedule import passes
 from dist_t2i.training.validation import Validation
 
 LAST_SAVE_SECONDS = 300.0
-"""The last checkpoint of a run is retried for this many seconds while the disk is full or away."""
+"""Seconds for which the last checkpoint of a run is retried while the disk is full or cannot be reached."""
 _WRITING_SECONDS = LAST_SAVE_SECONDS + 600.0
-"""Writing may take this many seconds longer than a step before the watchdog counts it as a hang."""
+"""Seconds that writing a checkpoint may take longer than a step before the watchdog counts it as a hang."""
 
 
 @dataclass(eq=False)
 class Checkpointer:
-    """Decides when to save, saves, and restores. Every rank has one, and all make the same calls in the same order."""
+    """Saves checkpoints when they are due, and restores the latest one.
+
+    Every rank has a `Checkpointer`, and all ranks make the same calls in the same order.
+    """
 
     config: CheckpointConfig
     train: TrainConfig
     report: ReportConfig
-    lease: Lease | None  # only rank 0 has one, and writes files
-    latest: Checkpoint | None  # the newest intact one; None for a new run
+    lease: Lease | None  # None except on rank 0, which alone writes files
+    latest: Checkpoint | None  # the newest intact checkpoint; None for a new run
     engines: Sequence[NetworkEngine]
     average: Average
     validation: Validation | None
@@ -47,12 +50,14 @@ class Checkpointer:
     mirror: Mirror
     watchdog: Watchdog
     _scores: dict[str, Any] | None = None
-    """State of the validation; passed on unchanged while a run does not validate, so that retention keeps the best."""
-    _failures: int = 0  # the same on every rank, as `_retry_at`
+    """State of the validation. A run that does not validate copies this state unchanged from checkpoint to checkpoint,
+    so that retention still keeps the best checkpoint."""
+    _failures: int = 0  # failed saves since the last success; like `_retry_at`, the same on every rank
     _retry_at: int = -1
 
     def restore(self) -> int:
-        """Load the latest checkpoint on every rank; returns its images seen, 0 without one. Collective."""
+        """Load the latest checkpoint on every rank; returns its number of images seen, or 0 if there is no checkpoint.
+        Collective."""
         if self.latest is None:
             return 0
         tensors, state = self.latest.tensors, self.latest.state
@@ -70,12 +75,15 @@ class Checkpointer:
         return passes(self.config.every_images, images, self.train.global_batch) or images == self._retry_at
 
     def save(self, images: int, *, last: bool) -> None:
-        """Save at `images` seen. Collective. A failure is a warning and is retried after some more training; the `last`
-        checkpoint of a process has no later chance: it is retried here, and raises CheckpointError in the end."""
+        """Save a checkpoint at `images` seen. Collective.
+
+        If the save fails, the run prints a warning, trains on, and tries again later. The `last` checkpoint of a
+        process has no later chance: it is retried here, and CheckpointError is raised if all tries fail.
+        """
         if self.latest and self.latest.images == images:
             return
 
-        # Gather: fp32 CPU tensors by name. ZeRO spreads a network over the ranks, so all of them take part.
+        # Gather: fp32 CPU tensors by name. ZeRO spreads a network over the ranks, so all ranks take part.
         self.watchdog.doing("gathering a checkpoint", images)
         files = {"ema": self.average.state()}
         for engine in self.engines:
@@ -101,7 +109,8 @@ class Checkpointer:
     def _write(
         self, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], patience: float
     ) -> tuple[Path | None, str]:
-        """The checkpoint's folder, or None and the problem; raises CheckpointError after `patience` seconds of retries."""
+        """Returns the checkpoint's folder, or None and what the problem is. With `patience` above 0, a failed save is
+        retried for that many seconds before CheckpointError is raised."""
         assert self.lease is not None
         keep = Retention(self.config.keep_last, self.config.keep_every_images)
         deadline, warned = time.monotonic() + patience, False
@@ -119,7 +128,8 @@ class Checkpointer:
             time.sleep(2.0)
 
     def _failed(self, images: int, problem: str) -> None:
-        # The pause doubles with each failure: from one report's images up to the usual distance of checkpoints.
+        # The pause before the next try doubles with each failure. It begins with the images between two reports and
+        # ends with the images between two checkpoints.
         batch, every = self.train.global_batch, self.config.every_images
         pause = self.report.every_steps * batch * 2 ** min(self._failures, 20)
         self._failures += 1

@@ -1,4 +1,5 @@
-"""The moving average of the generator and of a shared encoder; pictures are generated with it."""
+"""The moving average of the weights of the generator and of a shared text encoder; pictures are generated with these
+averaged weights."""
 
 from __future__ import annotations
 
@@ -15,22 +16,24 @@ from dist_t2i.models.networks import Networks
 
 
 class Average:
-    """fp32 copies of the generator side and of a shared encoder, on rank 0 only.
+    """The averages, in fp32, of the weights of the generator side and of a shared text encoder. Only rank 0 holds them.
 
-    Build it before the engines, because ZeRO stage 3 splits the parameters. `batch` is the global batch in images.
+    Build the average before the engines, because ZeRO stage 3 splits the parameters. `batch` is the global batch in
+    images.
     """
 
     def __init__(self, networks: Networks, config: EmaConfig, batch: int, device: torch.device) -> None:
         self._config, self._batch, self._device, self._frozen = config, batch, device, networks.frozen
         averaged: dict[str, nn.Module | None] = {"generator": networks.generator, "text": networks.text}
-        self._modules = {  # by the name of the engine whose weights they average
+        self._modules = {  # engine's name -> average of the engine's weights
             name: copy.deepcopy(module).to(device, torch.float32).requires_grad_(False).eval()
             for name, module in averaged.items()
             if module is not None and dist.get_rank() == 0
         }
 
     def update(self, engines: Iterable[NetworkEngine], images: int) -> None:
-        """After the step that ends at `images` seen. Collective: ZeRO stage 3 gathers the weights on every rank."""
+        """Update the averages after the step that ends at `images` seen. Collective: ZeRO stage 3 gathers the weights
+        on every rank."""
         decay = ema_decay(self._batch, images, self._config.half_life_images, self._config.ramp)
         for engine in engines:
             if engine.name in ("generator", "text"):
@@ -39,7 +42,7 @@ class Average:
                         update_ema(dict(self._modules[engine.name].named_parameters()), weights, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """fp32 CPU tensors by name on rank 0 (`generator.*`, `text_g.*` or `text.*`); empty elsewhere."""
+        """fp32 CPU tensors by name on rank 0 (`generator.*`, `text_g.*` or `text.*`); an empty dict on other ranks."""
         modules = self._modules.values()
         return {name: p.to("cpu", copy=True) for module in modules for name, p in module.named_parameters()}
 
@@ -53,7 +56,8 @@ class Average:
     def generate(
         self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, *pictures: Tensor
     ) -> Tensor:
-        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. Inputs as in `GeneratorSide.forward`."""
+        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. The inputs are those of
+        `GeneratorSide.forward`."""
         tokens, lengths = tokens.to(self._device), lengths.to(self._device)
         encoder = self._modules.get("text", self._frozen)
         text = encoder(tokens, lengths) if encoder is not None else None
@@ -64,9 +68,9 @@ class Average:
 def ema_decay(step_images: int, images: int, half_life_images: float, ramp: float) -> float:
     """The factor on the old average for a step of `step_images` that ends at `images` images seen.
 
-    It is 0.5 ** (step_images / half_life), so that after the ramp the average does not depend on how images are divided into
-    steps. Early on the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average forgets the initial
-    weights; a ramp of 0 turns that off. With a half-life of 0 the average equals the weights.
+    The factor is 0.5 ** (step_images / half_life), so that after the ramp the average does not depend on how images are
+    divided into steps. Early on the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average
+    forgets the initial weights; a ramp of 0 turns this limit off. With a half-life of 0 the average equals the weights.
     """
     half_life = min(half_life_images, ramp * images) if ramp > 0 else half_life_images
     return 0.5 ** (step_images / half_life) if half_life > 0 else 0.0
@@ -74,7 +78,7 @@ def ema_decay(step_images: int, images: int, half_life_images: float, ramp: floa
 
 @torch.no_grad()
 def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * weights, in place, in the average's dtype (keep it fp32).
+    """average <- decay * average + (1 - decay) * weights, in place, in the average's dtype (which should be fp32).
 
     Copies tensors that are not floating point. Raises KeyError when `weights` lacks a name of the average.
     """

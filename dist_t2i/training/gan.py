@@ -10,15 +10,16 @@
     G pixels, where loss.pixels is set (our own)              G(z, S_G)                        G, S_G
     G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
 
-Where pictures are edited (edit.width), G includes the encoder of the source picture, and D compares an edit with its new
-caption and with the real picture of that caption.
+If the run edits pictures (edit.width), G includes the encoder of the source pictures. D compares an edited picture with
+its new caption and with the real picture of that caption.
 
-With one micro-batch per step nothing is computed twice: the fakes of D's step carry the graph that G's step follows, which
-compares them with D's embeddings from before D's update (our reading). With several, a pass without gradients embeds all of
-them first, so that InfoNCE sees the whole global batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size").
+With one micro-batch per step, nothing is computed twice: G's step backpropagates through the fakes that D's step
+generated. G's step compares these fakes with the embeddings that D computed before its update (our reading). With
+several micro-batches per step, a pass without gradients first embeds all micro-batches, so that InfoNCE sees the whole
+global batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size").
 
-Legend of shapes: m rows of a micro-batch on this rank, B rows of the global batch, E text width, H W pixels, L logits per
-picture (more than one where D has a patch head).
+Legend of shapes: m rows of a micro-batch on this rank, B rows of the global batch, E text width, H W pixels, L logits
+per picture (more than one if D has a patch head).
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class MicroBatch:
     noise: RowNoise
     real: Tensor  # [m, 3, H, W] in [-1, 1], augmented
     source: Source | None  # None unless pictures are edited
-    text_g: PerNetworkText = field(init=False)  # S_G as the fakes were generated from it
+    text_g: PerNetworkText = field(init=False)  # S_G, from which the fakes were generated
     fake: Generated = field(init=False)
-    sentence: Tensor = field(init=False)  # S_D [m, E] of D's step, without its graph
+    sentence: Tensor = field(init=False)  # S_D [m, E] as computed in D's step, detached from the graph
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -93,7 +94,7 @@ class Gan:
     model: ModelConfig
     train: TrainConfig
     edit: EditConfig
-    _metrics: dict[str, Tensor] = field(init=False)  # of the present step, as `_negatives`
+    _metrics: dict[str, Tensor] = field(init=False)  # of the current step, like `_negatives`
     _negatives: Negatives = field(init=False)
 
     @property
@@ -102,9 +103,9 @@ class Gan:
         return [e for e in (self.generator, self.discriminator, self.text) if e is not None]
 
     def step(self, batches: Sequence[Batch], images: int, rate_scale: float) -> dict[str, Tensor]:
-        """One update of every network, from this rank's micro-batches of the step that begins at `images` seen.
+        """Update every network once, from this rank's micro-batches of the step that begins at `images` seen.
 
-        `rate_scale` is a factor on the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
+        `rate_scale` multiplies the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
         rows, and global gradient norms. Collective.
         """
         self._metrics, self._negatives = {}, self._find_negatives(batches, images)
@@ -121,16 +122,18 @@ class Gan:
         penalty = self.loss.penalty if due else "none"
         rows, single = GlobalRows(len(micros)), len(micros) == 1
 
-        # Several micro-batches: embed the real pictures and captions of all of them before the first loss needs them.
+        # With several micro-batches: embed the real pictures and captions of all micro-batches first, because every
+        # loss needs the whole global batch.
         for micro in [] if single else micros:
             rows.put(micro.index, self._embed_real(micro))
 
         for micro in micros:
-            # Fakes [m, 3, H, W] from S_G. Their graph is kept only if G's step is going to follow it.
+            # Fakes [m, 3, H, W] from S_G. Their graph is kept only if G's step will backpropagate through it, which
+            # needs a single micro-batch.
             with torch.set_grad_enabled(single):
                 self._generate(micro)
 
-            # D on reals and fakes, in one forward call of the engine. G's step takes S_D [m, E] as a constant.
+            # Evaluate D on reals and fakes, in one forward call of the engine. G's step takes S_D [m, E] as a constant.
             text = self._text(micro, self.discriminator)
             output = self.discriminator.module(partial(self._discriminate, micro, text, penalty))
             micro.sentence = output.sentence.detach()
@@ -146,14 +149,15 @@ class Gan:
     def _discriminate(
         self, micro: MicroBatch, text: PerNetworkText, penalty: str, side: DiscriminatorSide
     ) -> DiscriminatorOutput:
-        """All that D's losses need of one micro-batch, from one pass through D's trunk."""
+        """Everything that D's losses need from one micro-batch, computed in one pass through D's trunk."""
         d, real = side.discriminator, micro.real
         fake = self._augment(micro.fake.images.detach(), micro)
         encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
         sentence = encoded.sentence
 
-        # The trunk, on reals and fakes together [2m, 3, H, W]. Exact penalties need the gradient with respect to the reals:
-        # there the reals pass separately, so that the second derivative does not include the fakes.
+        # The trunk, on reals and fakes together [2m, 3, H, W]. The exact penalties (r1, ma_gp) need the gradient with
+        # respect to the reals. For them, the reals pass through the trunk separately, so that the second derivative
+        # does not include the fakes.
         if penalty in ("r1", "ma_gp"):
             real = real.detach().requires_grad_(True)
             real_features, fake_features = d.features(real), d.features(fake)
@@ -174,7 +178,8 @@ class Gan:
     def _penalty(
         self, kind: str, d: Discriminator, micro: MicroBatch, real: Tensor, features: Features, sentence: Tensor
     ) -> Tensor:
-        """The penalty on real pictures with their captions. S_D is a constant in it, so only D gets its gradient."""
+        """The penalty on real pictures with their captions. S_D is a constant in the penalty, so that only D gets a
+        gradient from it."""
         if kind == "none":
             return real.new_zeros((), dtype=torch.float32)
         if kind == "r1":
@@ -190,14 +195,14 @@ class Gan:
     def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
         weights, batch = self.loss, micro.batch
 
-        # Hinge over this rank's m rows. Another row's caption may match a picture by chance: such a row is no negative, so
-        # its logit is set to -1, where the hinge has no gradient.
+        # Hinge over this rank's m rows. Another row's caption may match a picture by chance: such a pair is no
+        # negative, so its logit is set to -1, where the hinge has no gradient.
         same_image, same_caption = (ids == _swap_partners(ids) for ids in (batch.image_ids, batch.caption_ids))
         matching = (same_image | same_caption).view(-1, *[1] * (output.mismatched.dim() - 1))
         mismatched = output.mismatched.masked_fill(matching, -1.0)
         adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
 
-        # InfoNCE over the global batch of B rows, of which only this micro-batch's rows carry a graph.
+        # InfoNCE over the B rows of the global batch. Only the rows of this micro-batch carry a graph.
         embeddings = rows.with_own(micro.index, output.embeddings)
         named, over_batch = _named_and_weighted(discriminator_terms(embeddings, weights, self._negatives), weights)
         terms, over_rows = {"loss/d_adversarial": adversarial, **named}, adversarial
@@ -207,23 +212,25 @@ class Gan:
         logits = {f"logit/{name}": getattr(output, name).float().mean() for name in ("real", "fake", "mismatched")}
         self._record({"loss/d": over_rows + over_batch, **terms, **logits}, rows)
 
-        # DeepSpeed averages gradients over ranks and micro-batches. That suits means over rows; `share` undoes it for the
-        # losses over the global batch, whose gradients have to be summed.
+        # DeepSpeed averages gradients over ranks and micro-batches. This is right for losses that are means over rows.
+        # For losses over the global batch the gradients must be summed, so the factor `share` undoes the averaging.
         return over_rows + rows.share * over_batch
 
     # ---- the generator and S_G ---------------------------------------------------------------------------------------
 
     def _generator_step(self, micros: list[MicroBatch], real: GlobalRows, rate_scale: float) -> None:
-        """Update G and S_G; `real` holds the embeddings of D's step. D is only a function here."""
+        """Update G and S_G; `real` holds the embeddings that D's step computed. D is not updated here."""
         fakes, single = GlobalRows(len(micros)), len(micros) == 1
         with self.discriminator.frozen():
-            # Several micro-batches: embed all fakes of D's step without gradients, for the losses over the global batch.
+            # With several micro-batches: first embed all fakes of D's step without gradients, for the losses over the
+            # global batch.
             for micro in [] if single else micros:
                 with torch.no_grad():
                     fakes.put(micro.index, self._discriminate_fakes(micro)[1])
 
             for micro in micros:
-                # The same fakes as in D's step, now with a graph: G has not changed since.
+                # Generate the fakes of D's step again, now with a graph. They are the same, because G has not changed
+                # since then.
                 if not single:
                     self._generate(micro)
                 logits, embeddings = self._discriminate_fakes(micro)
@@ -251,12 +258,13 @@ class Gan:
     ) -> Tensor:
         weights = self.loss
 
-        # Over this rank's m rows: hinge, KL of the conditioning (StackGAN, eq. 2), and errors of pixels where configured.
+        # Over this rank's m rows: hinge, KL of the conditioning (StackGAN, eq. 2), and pixel errors if configured.
         adversarial = losses.hinge_g(logits)
         kl = losses.kl_condition(micro.fake.mean, micro.fake.log_variance)
         over_rows = adversarial + weights.kl * kl
 
-        # Over the global batch: InfoNCE of fakes with captions and with reals, both constants from D's step.
+        # Over the global batch: InfoNCE of fakes with captions and with real pictures, whose embeddings are constants
+        # from D's step.
         alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, self._negatives)
         named, over_batch = _named_and_weighted(alignment, weights)
 
@@ -266,7 +274,7 @@ class Gan:
             terms[name] = error
             over_rows = over_rows + weight * error
         self._record({"loss/g": over_rows + over_batch, **terms}, fakes)
-        return over_rows + fakes.share * over_batch  # `share`: as in D's loss
+        return over_rows + fakes.share * over_batch  # `share`: see `_discriminator_loss`
 
     def _pixel_errors(self, micro: MicroBatch) -> Iterator[tuple[str, float, Tensor]]:
         """Metric name, weight and value of each loss that compares fakes with the real pictures of their captions."""
@@ -303,7 +311,7 @@ class Gan:
         return Negatives(same, None if positions is None else positions.to(device))
 
     def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
-        """Fakes as D sees them, augmented with the random numbers of the real pictures of their captions."""
+        """The fakes as D sees them: augmented with the same random numbers as the real pictures of their captions."""
         return augment(images.to(self.discriminator.dtype), micro.noise.augmentation, self.augmentation)
 
     def _text(self, micro: MicroBatch, engine: NetworkEngine) -> PerNetworkText:
@@ -337,12 +345,13 @@ class Gan:
 
 
 def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [m, 3, H, W] -> [-1, 1], with the channels last in memory, as convolutions prefer."""
+    """uint8 [m, 3, H, W] -> [-1, 1], with the channels last in memory, the faster layout for convolutions."""
     return to_unit(images.contiguous(memory_format=torch.channels_last), dtype)
 
 
 def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms under their metrics' names, and their weighted sum: the weight of a term has its name."""
+    """The terms by the names of their metrics, and the weighted sum of the terms. A term and its weight have the same
+    name."""
     named = {f"loss/{name}": value for name, value in alignment.items()}
     return named, sum(getattr(weights, name) * value for name, value in alignment.items())
 

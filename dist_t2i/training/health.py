@@ -1,6 +1,7 @@
-"""Checks of a run's health: a number that is not finite ends it, a collapse is a warning with a remedy.
+"""Checks of a run's health: a number that is not finite ends the run; a collapse gives a warning that names a remedy.
 
-Both read the averages of `Meter.take`, which are the same on every rank, so all ranks decide alike.
+Both checks read the averages that `Meter.take` returns. These are the same on every rank, so that all ranks reach the
+same result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _OWNERS = {
     "logit/": "discriminator",
     "fake/": "generator",
 }
-"""Start of a metric's name -> the networks that its loss trains."""
+"""Prefix of a metric's name -> the networks that an error message names if the metric is not finite."""
 
 
 def check_finite(
@@ -27,8 +28,9 @@ def check_finite(
 ) -> None:
     """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
-    `checkpoint` is the last good one, `groups` names the parameter groups that hold such numbers. With `fp16`, gradient norms
-    need not be finite, because loss scaling skips those steps.
+    `checkpoint` is the folder of the last good checkpoint. `groups` are the names of the parameter groups that hold a
+    NaN or Inf. With `fp16`, gradient norms need not be finite, because loss scaling skips steps whose gradients
+    overflow.
     """
     checked = [name for name in sorted(values) if _owner(name) and not (fp16 and name.startswith("grad/"))]
     bad = [name for name in checked if not math.isfinite(values[name])]
@@ -82,9 +84,10 @@ _SIGNS = {
 
 @dataclass
 class Health:
-    """Warns once of each sign of collapse. Its state is not saved, because it only affects warnings."""
+    """Warns once of each sign of collapse. Its state is not saved in checkpoints, because it affects nothing but
+    warnings."""
 
-    patience_images: int = 20_000  # for which a sign must hold before the warning
+    patience_images: int = 20_000  # images for which a sign must hold before the warning
     _since: dict[str, int] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 

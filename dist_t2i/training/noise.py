@@ -26,7 +26,7 @@ class RowNoise(NamedTuple):
 
 
 def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise:
-    """The random numbers of the rows at stream `positions` (int64 [B]); widths Z and C from the generator's section."""
+    """The random numbers of the rows at stream `positions` (int64 [B]). `widths` has Z and C."""
     normal = torch.empty(len(positions), widths.noise + widths.condition)
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     for row, generator in enumerate(_generators(seed, positions, Purpose.TRAINING_NOISE)):
@@ -39,8 +39,8 @@ def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise
 def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -> Tensor | None:
     """int64 [K, P]: for each of the P positions of all region maps, K = `count` other positions of the same map.
 
-    `sides` are the maps' sides. For the step that begins at `images` seen, the same on every rank. None without maps or
-    with `count` 0.
+    `sides` are the sides of the maps, in positions. The result depends on `images`, at which the step begins, and is
+    the same on every rank. It is None if there are no maps or `count` is 0.
     """
     if not count or not sides:
         return None
@@ -54,7 +54,7 @@ def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -
 
 
 def perturbation(seed: int, positions: Tensor, size: int) -> Tensor:
-    """Standard normal [B, 3, size, size] for the finite difference of `fd_r1`, for the rows at stream `positions`."""
+    """Standard normal [B, 3, size, size], for `fd_r1`'s finite difference on the rows at stream `positions`."""
     pixels = torch.empty(len(positions), 3, size, size)
     for row, generator in enumerate(_generators(seed, positions, Purpose.FD_R1_PIXELS)):
         pixels[row].normal_(generator=generator)

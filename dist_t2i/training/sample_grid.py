@@ -1,4 +1,4 @@
-"""The sample grid of a run: fixed captions and noise, so that only training changes it."""
+"""The sample grid of a run: pictures for fixed captions and fixed noise, so that only training changes the grid."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class _Sample(NamedTuple):
 class SampleSheet:
     """Renders rows of generated pictures, one row for each caption.
 
-    The captions are `texts`, or come from the set, whose held-out pictures are then shown next to them. Where pictures are
-    edited, a row with a caption from the set starts with the source picture of its edits: one of the same split with a near
-    caption, or the caption's own. Raises DataError when no sample of the set can be used.
+    The captions are `texts`. If `texts` is empty, the captions come from the set, held out if possible, and each row
+    also shows the real picture of its caption. If the run edits pictures, such a row starts with the source picture of
+    its edits: a picture of the same split with a near caption, or else the caption's own picture. Raises DataError when
+    no sample of the set can be used.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SampleSheet:
                 self._sources.append(source.picture)
 
     def rows(self, average: Average) -> list[GridRow]:
-        """One row for each caption, with `PER_CAPTION` pictures each and the same noise in every row."""
+        """One row of `PER_CAPTION` pictures for each caption. All rows use the same noise."""
         count, widths = len(self._captions), (self._generator.noise, self._generator.condition)
         sources = []
         if self._sources:
@@ -86,7 +87,8 @@ class SampleSheet:
 
 
 def _first_usable(samples: Samples, numbers: range, side: int) -> _Sample | None:
-    """The first usable one of a few samples. The stream counts bad samples; the grid only skips them."""
+    """The first usable sample among the first few of `numbers`, or None. Bad samples are skipped without counting them:
+    only the training stream counts bad samples."""
     for number in numbers[:_TRIES]:
         try:
             sample = samples[number]

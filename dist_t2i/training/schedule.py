@@ -1,6 +1,7 @@
 """Pure functions of the images seen: what is due, the learning rate, the lazy penalty.
 
-They keep no state, so a resumed run is on schedule at any world size. `training.ema.ema_decay` is another one.
+They keep no state, so a resumed run is on schedule at any world size. Another such function is
+`training.ema.ema_decay`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ def passes(every: int, images: int, batch: int) -> bool:
 
 
 def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: int) -> float:
-    """Factor on the peak learning rate, within 0 to 1, of the step that begins at `images` seen.
+    """The factor, from 0 to 1, on the peak learning rate in the step that begins at `images` seen.
 
-    It rises linearly over `warmup_images`, stays at 1 up to the share `decay_start` of `total_images`, and then falls to
-    `final_lr_scale` at `total_images`.
+    The factor rises linearly over `warmup_images`, stays at 1 up to the share `decay_start` of `total_images`, and then
+    falls to `final_lr_scale` at `total_images`.
     """
     rise, start = warmup(images, optimizer.warmup_images), optimizer.decay_start * total_images
     if optimizer.decay == "constant" or images <= start:
@@ -30,7 +31,7 @@ def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: i
 
 
 def warmup(images: int, warmup_images: int) -> float:
-    """Linear rise from just above 0 to 1; counts the next image too, so that the first step is not at rate 0."""
+    """Linear rise from just above 0 to 1. It counts the next image as seen, so that the first rate is not 0."""
     return min(1.0, (images + 1) / warmup_images) if warmup_images else 1.0
 
 

@@ -1,4 +1,5 @@
-"""Builds the parts of a run. Only this module of the package takes the full configuration; the others take its sections."""
+"""Builds the parts of a run. Only this module of the package takes the full configuration; others take sections of
+it."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
         watchdog.stop()
         with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
             dist.destroy_process_group()
-    # The other ranks need not wait for the upload.
+    # The mirror finishes its upload after the process group has ended, so that the other ranks need not wait for it.
     trainer.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
     return status
 
@@ -75,7 +76,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     config = replace(config, engine=replace(config.engine, precision=precision))
     folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
 
-    # Data, and the run's folder: checked, leased, and filled from the mirror where it lacks the newest checkpoint.
+    # Open the data. Check the run folder, take its lease, and restore the newest checkpoint from the mirror if it is
+    # missing.
     title, total = config.run.name or folder.name, train.total_images
     reporter = Reporter(folder, config.report, total_images=total, title=title, wandb_config=flatten(config), main=main)
     data, retry = open_data(config.data), config.data.retry_seconds
@@ -88,7 +90,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     lease = leases[0] if main else None
     on_main(lambda: mirror.restore(lease), slow=True)
 
-    # Networks under their engines. A resumed run needs no initial weights from another model.
+    # Build the networks and their engines. A resumed run has weights of its own, so `edit.init` is not read again.
     texts, limit = config.text, config.data.max_tokens
     frozen = read_frozen(texts, data.tokenizer, limit) if texts.mode == "frozen" else None
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
@@ -96,7 +98,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     encoder = frozen.build() if frozen is not None else None
     gan, average = assemble(config, data.tokenizer.vocab_size, device, encoder, initial)
 
-    # Validation: rank 0 checks first, so that only rank 0 prints what is wrong.
+    # Validation: rank 0 reads the protocol first, so that an error is printed only once.
     validation = None
     if config.eval.every_images:
         protocol = on_main(lambda: read_protocol(config.eval))
@@ -112,7 +114,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
         prompts = config.report.sample_prompts
         sample_sheet = SampleSheet(prompts, data, config.data, config.model, config.edit, train.seed)
 
-    # The stream starts at the restored position; the records of samples beyond it will be written again.
+    # The stream starts at the restored position. Records of bad samples beyond this position are deleted first, because
+    # the stream will write them again.
     bad_file = folder / "bad_samples.jsonl"
     on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
     with signals_blocked():
@@ -142,11 +145,11 @@ def assemble(
     frozen: nn.Module | None = None,
     initial: ModelFiles | None = None,
 ) -> tuple[Gan, Average]:
-    """The networks under their engines, and their moving average; the same weights on every rank.
+    """The networks in their engines, and the moving average. All ranks get the same weights.
 
-    The weights are those of `initial`, or fresh ones that `train.seed` determines. `frozen` is the given encoder of
-    text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must be concrete. Raises
-    ConfigError when the batch does not divide among the ranks.
+    The weights are those of `initial`, or else random weights that `train.seed` determines. `frozen` is the given
+    encoder of text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must be
+    concrete. Raises ConfigError when the batch does not divide among the ranks.
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
@@ -168,20 +171,21 @@ def assemble(
     generator = engine("generator", networks.generator, stages.generator_stage, rates.generator_lr, accumulation)
     discriminator = engine("discriminator", networks.discriminator, *d_settings, accumulation)
     text = None
-    if networks.text is not None:  # a shared encoder has one micro-step for the gradient of each network
+    if networks.text is not None:  # two micro-steps per micro-batch: one for each network's gradient
         text = engine("text", networks.text, *d_settings, 2 * accumulation)
     sections = config.loss, config.augment, config.model, config.train, config.edit
     return Gan(generator, discriminator, text, frozen, *sections), average
 
 
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
-"""Starts of the keys in which a run must agree with the model that it begins from."""
+"""Prefixes of the configuration keys that must have the same values in a run and in the model that initializes it."""
 
 
 def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
-    """The model that `edit.init` names, None if it is empty.
+    """The model that `edit.init` names, or None if `edit.init` is empty.
 
-    Raises ConfigError when it cannot be read, or has other networks than `config` or another tokenizer than the set.
+    Raises ConfigError when the model cannot be read, has other networks than `config`, or has another tokenizer than
+    the training set.
     """
     if not config.edit.init:
         return None
@@ -206,7 +210,8 @@ def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
 def load_weights(networks: Networks, files: ModelFiles) -> None:
     """Load a model into fresh networks: the generator's moving average, and the discriminator's last weights.
 
-    An encoder of source pictures that the model lacks stays fresh. Raises UserError when a file does not fit.
+    If the model has no encoder of source pictures, that encoder stays random. Raises UserError when a file does not
+    fit.
     """
     g, d = files.generator, files.discriminator
     sides = [(networks.generator, g), (networks.discriminator, d), (networks.text, d)]

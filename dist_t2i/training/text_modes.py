@@ -1,7 +1,8 @@
 """Where a network's text embedding comes from in each text.mode, and how a shared encoder learns from both losses.
 
-A parameter belongs to one engine only, so in text.mode=shared the graph is cut at the embedding: each network reads a leaf,
-its engine's `backward` leaves the gradient there, and `propagate` continues it through the encoder's engine.
+A parameter belongs to only one engine, so in text.mode=shared the autograd graph is cut at the embedding. Each network
+reads a detached copy of the embedding, a leaf. The `backward` of the network's engine stores the gradient in this leaf,
+and `propagate` backpropagates it through the encoder's engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dist_t2i.models.text_encoder import TextEmbedding
 class PerNetworkText:
     """text.mode=dual: each network encodes with its own encoder, inside its own engine."""
 
-    embedding: TextEmbedding | None = None  # for the network to read; None where it encodes for itself
+    embedding: TextEmbedding | None = None  # input of the network; None: the network has its own encoder
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
         """Nothing to do: the network's own backward has reached its encoder."""
@@ -31,7 +32,7 @@ class FrozenText(PerNetworkText):
 
 
 class SharedText(PerNetworkText):
-    """text.mode=shared: one encoder, and a leaf for each network that reads it."""
+    """text.mode=shared: one encoder for both networks, and a detached copy of its embedding for each network."""
 
     embedding: TextEmbedding
 
@@ -40,10 +41,12 @@ class SharedText(PerNetworkText):
         self.embedding = TextEmbedding(*(x.detach().requires_grad_(x.is_floating_point()) for x in self._encoded))
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
-        """After `network.backward`: take the leaf's gradient through the encoder, as one of the encoder's micro-steps.
+        """After `network.backward`: backpropagate the leaf's gradient through the encoder, in a micro-step of its
+        engine.
 
-        The gradient carries the network's loss scale, and the network's engine has averaged it over its micro-batches. The
-        encoder's engine averages over twice as many micro-steps, one for each network; `factor` corrects for both.
+        The gradient carries the network's loss scale, and the network's engine has averaged it over its micro-batches.
+        The encoder's engine would average again, over its own micro-steps. `factor` removes the loss scale and undoes
+        this second averaging.
         """
         factor = self._engine.accumulation / network.loss_scale
         pairs = zip(self._encoded, self.embedding, strict=True)

@@ -1,4 +1,5 @@
-"""The training loop. What is due depends only on the images seen, which are therefore the only state of the loop."""
+"""The training loop. The images seen determine what is due (a report, a save, ...), so the loop needs no other
+state."""
 
 from __future__ import annotations
 
@@ -30,19 +31,19 @@ from dist_t2i.training.schedule import learning_rate_scale, passes
 from dist_t2i.training.validation import Validation
 
 _EVALUATION_SECONDS, _SAMPLE_SECONDS = 3600.0, 600.0
-"""How much longer than a step an evaluation or a sample grid may take before the watchdog counts it as a hang."""
+"""Seconds that an evaluation or a sample grid may take longer than a step before the watchdog counts it as a hang."""
 
 
 @dataclass
 class Trainer:
-    """Trains a run to its end. Every rank has one; all of them make the same calls in the same order."""
+    """Trains a run to its end. Every rank has a `Trainer`, and all ranks make the same calls in the same order."""
 
     folder: Path
-    images: int  # seen
+    images: int  # seen so far
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    engine: EngineConfig  # with a concrete precision
+    engine: EngineConfig  # its precision is never `auto`
     report: ReportConfig
     stream: Stream
     checkpointer: Checkpointer
@@ -65,11 +66,12 @@ class Trainer:
             while True:
                 reason, finished = self._agree(stop), self.images >= self.total
                 ending = bool(reason) or finished
-                # A run that is asked to stop saves at once; the evaluation follows when the run is resumed.
+                # A run that is asked to stop saves at once. An evaluation that is due follows when the run is resumed.
                 improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
                 sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
-                # The report comes before the save: it ends a run whose numbers are not finite.
+                # Report before saving: the report raises if a number is not finite, so that no broken weights are
+                # saved.
                 if saving or passes(self.report.every_steps * self.batch, self.images, self.batch):
                     self._report()
                 if sampling:
@@ -94,7 +96,8 @@ class Trainer:
         self.reporter.tick(self.images)
 
     def _agree(self, stop: StopFlag) -> StopReason:
-        """Why all ranks stop now, if they do. Collective. Raises Superseded when another process has taken over."""
+        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process has taken
+        over."""
         lease = self.checkpointer.lease
         if lease is not None and lease.lost():
             stop.supersede()
@@ -106,7 +109,7 @@ class Trainer:
         return reason
 
     def _evaluate(self) -> bool:
-        """Score the moving average if that is due; returns whether it is the best so far. Collective."""
+        """Score the moving average if an evaluation is due; returns whether its score is the best. Collective."""
         validation = self.validation
         if validation is None or not validation.due(self.images):
             return False
@@ -121,7 +124,7 @@ class Trainer:
         return best
 
     def _report(self) -> None:
-        """Report the averages since the last report. Collective. Raises TrainingError when one is not finite."""
+        """Report the averages since the last report. Collective. Raises TrainingError when an average is not finite."""
         self.mirror.poll()
         values = self.meter.take(mean_over_ranks)
         if not values:
@@ -163,7 +166,8 @@ class Trainer:
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
-        # A scheduler waits for this process to end; after Ctrl-C, a person may want to see the curves.
+        # After a scheduler's signal, skip the curves: the scheduler waits for this process to end. After Ctrl-C, a
+        # person may want to see them.
         saved = f"stopped by {reason.text} at {self.images:,} images, checkpoint saved"
         hurry = reason is not StopReason.SIGINT
         self.reporter.close("stopped", f"{saved}; the same command continues from there", hurry=hurry)
@@ -171,7 +175,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """Ends the loader's workers and gives the lease back; the reporter's last message is the error, if any."""
+        """On leaving, ends the loader's workers and gives the lease back; the reporter's last message is the error, if
+        any."""
         try:
             yield
         except BaseException as error:

@@ -1,7 +1,7 @@
-"""Scores during training: a small protocol scores the moving average, and the best checkpoint is kept.
+"""Scores during training: a small evaluation protocol scores the moving average, and the best checkpoint is kept.
 
-The scores at N images are those that `tools/evaluate.py` gives the checkpoint at N images. Rank 0 computes them, which does
-not change the training: the weights are copied, and the networks use no random state that training reads.
+The scores at N images equal those that `tools/evaluate.py` gives for the checkpoint at N images. Rank 0 computes the
+scores. This does not affect training: the weights are copied, and the networks use no random state that training reads.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
 """
@@ -55,7 +55,7 @@ def read_protocol(config: EvalConfig) -> Protocol:
 
 @dataclass(eq=False)
 class Validation:
-    """Every rank has one. Only rank 0 calls `prepare` and `scores`; all ranks make the other calls alike."""
+    """Every rank has a `Validation`. Only rank 0 calls `prepare` and `scores`; all ranks make the same other calls."""
 
     folder: Path  # of the run
     config: EvalConfig
@@ -71,7 +71,7 @@ class Validation:
     def prepare(self, data: DataConfig, model_files: Callable[[Weights, Weights, int], ModelFiles]) -> None:
         """Read the held-out pictures and load the networks of the metrics. Raises UserError.
 
-        `model_files`: the model with these weights of the generator and the discriminator, at images seen.
+        `model_files(generator, discriminator, images)` gives the model with these weights, as of `images` seen.
         """
         self._model_files = model_files
         if self.config.data:
@@ -82,7 +82,8 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value, of weights that are fp32 with their names in checkpoints; also writes the file."""
+        """Score weights (fp32, by name as in checkpoints) as `eval/SPLIT/SCORE` -> value; also writes
+        RUN/evaluations."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
@@ -97,7 +98,8 @@ class Validation:
         return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
 
     def due(self, images: int) -> bool:
-        """Whether to evaluate at `images` seen; not again in a run that is resumed right after its evaluation."""
+        """Whether an evaluation is due at `images` seen. A run that is resumed right after an evaluation does not
+        repeat it."""
         passed = passes(self.config.every_images, images, self.train.global_batch)
         return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
@@ -113,7 +115,7 @@ class Validation:
         return True
 
     def unsaved(self, images: int) -> None:
-        """The checkpoint at `images` could not be written, so it is not the best one."""
+        """The checkpoint at `images` could not be written, so it no longer counts as the best."""
         if self.best is not None and self.best.images == images:
             self.best = self._previous_best
 
@@ -123,7 +125,7 @@ class Validation:
         return {"at": self._evaluated_at, "best": best, "by": [self.protocol.sha256, self.config.metric]}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Restore what `state` returned, unless it is of another protocol or metric."""
+        """Restore what `state` returned, unless that state belongs to another protocol or metric."""
         if state and state["by"] == [self.protocol.sha256, self.config.metric]:
             self._evaluated_at = state["at"]
             self.best = Best(**state["best"]) if state["best"] else None
