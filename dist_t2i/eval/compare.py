@@ -1,4 +1,4 @@
-"""Compares two files of scores, or says why they are not comparable: which keys of their manifests differ."""
+"""Compares two files of scores. If they are not comparable, lists the keys in which their manifests differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ScoresJson = Mapping[str, Any]
-"""A file of scores, or one score in it, as `scores.read_scores` returns it."""
+"""The content of a scores.json, or one score in it, as `scores.read_scores` returns it."""
 _REQUIRED = {
     "protocol_sha256": "the rules",
     "captions_sha256": "the captions",
@@ -20,11 +20,12 @@ _NOTED = {
     "data_fingerprint": "the sets (their pictures here are the same)",
     "device": "the device",
 }
-"""Keys whose difference is noted. Weights and images seen are what one compares."""
+"""Keys whose difference is printed as a note, but does not prevent a comparison. Weights and images seen are not among
+them, because comparing models that differ in these is the purpose."""
 
 
 def differences(a: ScoresJson, b: ScoresJson) -> list[str]:
-    """Why no score of `a` may be compared with one of `b`, one line per key; empty when they may be."""
+    """The reasons why the scores of `a` and `b` must not be compared, one line per key; empty if there is no reason."""
     names = [f"{s['protocol']['name']} version {s['protocol']['version']}" for s in (a, b)]
     if names[0] != names[1]:
         return [f"protocol: {names[0]} and {names[1]}"]
@@ -54,13 +55,14 @@ def remarks(a: ScoresJson, b: ScoresJson) -> list[str]:
 
 
 def pairs(a: ScoresJson, b: ScoresJson) -> Iterator[tuple[str, str, ScoresJson | None, ScoresJson | None, str]]:
-    """(split, name, score of a, score of b, why the two are not comparable or "") of every score in either file."""
+    """Yields (split, name, score of a, score of b, why these are not comparable or "") for each score in either
+    file."""
     for split in dict.fromkeys([*a["splits"], *b["splits"]]):
         by_key = [{score["key"]: score for score in s["splits"].get(split, {}).get("scores", [])} for s in (a, b)]
         for key in dict.fromkeys([*by_key[0], *by_key[1]]):
             first, second = (scores.get(key) for scores in by_key)
             name = (first or second or {})["name"]
-            if key == "tone_order":  # its name contains a count
+            if key == "tone_order":  # its name contains a count, which differs between models
                 name = name.partition(" (")[0]
             yield split, name, first, second, _objection(a, b, first, second)
 
@@ -70,14 +72,14 @@ def _objection(a: ScoresJson, b: ScoresJson, first: ScoresJson | None, second: S
         return f"only {'the second' if first is None else 'the first'} has it"
     network = first.get("network", "")
     if not network or network == "own":
-        return ""  # the own network of each model has its own weights, as the score's name says
+        return ""  # each model's own network always has other weights; the score's name warns of this
     hashes = [s["manifest"]["judges"].get(network, {}).get("weights_sha256") for s in (a, b)]
     differ = f"the feature networks' weights_sha256 differ: {_short(hashes[0])} and {_short(hashes[1])}"
     return differ if hashes[0] != hashes[1] else ""
 
 
 def table(a: ScoresJson, b: ScoresJson, names: tuple[str, str]) -> str:
-    """The comparison for a terminal: both values with their intervals, or the reasons against it."""
+    """The comparison as text for a terminal: both values with their intervals, or why they must not be compared."""
     lines = [f"{name}: {s['manifest']['images_seen']:,} images seen" for name, s in zip(names, (a, b), strict=True)]
     if reasons := differences(a, b):
         return "\n".join([*lines, "not comparable:", *(f"  {reason}" for reason in reasons)])

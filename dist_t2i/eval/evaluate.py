@@ -1,7 +1,7 @@
 """Scores a model on a set by a protocol, with a manifest of everything that the scores depend on.
 
 `selection.py` finds the pictures and captions, `measure.py` generates pictures and computes features, `scoring.py`
-computes the scores. One process and several ranks give the same result.
+computes the scores. The result does not depend on the number of processes (ranks).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 def protocol_for(data: ShardSet) -> Protocol:
-    """The default protocol of a set: `openmoji` if the set has the pictures that it lists, else `held-out`."""
+    """The default protocol of a set: `openmoji` if the set has all pictures that this protocol lists, else
+    `held-out`."""
     listed = load_protocol("openmoji")
     return listed if has_listed(data, listed) else load_protocol("held-out")
 
@@ -48,10 +49,11 @@ def evaluate(
 ) -> Scores:
     """Scores a model on the held-out splits of a set; every rank gets the scores. Collective.
 
-    `networks` and `selections` default to `load_networks` and `select_all`; metrics without their network are left out
-    and listed in the manifest. `cache` (split -> a dictionary, empty at first) keeps the features of the real pictures for
-    the next call. Raises UserError when the set lacks splits, pictures, or captions that the protocol needs. Takes about
-    0.1 s per picture and seed on one core at 32 px, nearly all of it in the feature network.
+    `networks` and `selections` default to the results of `load_networks` and `select_all`. Metrics whose network is not
+    in `networks` are left out and listed in the manifest. `cache` maps each split to a dictionary, empty at first,
+    which keeps the features of the real pictures for the next call. Raises UserError when the set lacks splits,
+    pictures, or captions that the protocol needs. An evaluation takes about 0.1 s per picture and seed on one core at
+    32 px, nearly all of it in the feature network.
     """
     selections = selections or select_all(data, protocol, ranks)
     networks = dict(networks if networks is not None else load_networks(protocol, model.device))
@@ -85,7 +87,7 @@ def evaluate(
 
 
 def select_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Selection]:
-    """Split -> its pictures and captions. Collective. Raises UserError."""
+    """Selects the pictures and captions of each of the protocol's splits. Collective. Raises UserError."""
     splits = ranks.all(lambda: splits_of(data, protocol))
     return {split: select(data, split, protocol, ranks) for split in splits}
 
@@ -98,7 +100,8 @@ def load_networks(
 ) -> dict[str, FeatureNetwork]:
     """Loads the feature networks that a protocol names, except the model's own. Raises UserError.
 
-    The keys of `weights` (paths or URLs) and of `without` are the first word of a network's key: `inception`, `clip`.
+    `weights` gives paths or URLs of networks' weights, and `without` names networks to leave out. Both name a network
+    by the first word of its key, such as `inception` or `clip`.
     """
     keys = {key: key.partition("-")[0] for _, key in protocol.wanted if key not in ("", "own")}
     weights = weights or {}
@@ -106,7 +109,7 @@ def load_networks(
 
 
 def captions_hash(selections: Mapping[str, Selection]) -> str:
-    """Hash of the list of captions, as `protocol.captions_text` writes it."""
+    """SHA-256 of the list of captions in the form that `protocol.captions_text` writes."""
     return captions_sha256({split: rows.rows() for split, rows in selections.items()})
 
 
@@ -125,7 +128,7 @@ def manifest(
         "protocol_sha256": rules_sha256(protocol),
         "judges": {key: {name: getattr(network, name) for name in attributes} for key, network in networks.items()},
         "packages": about["packages"],
-        "code": {**about["code"], "sha256": sha256_of(pieces)},  # an installed package has no git revision to name
+        "code": {**about["code"], "sha256": sha256_of(pieces)},  # for packages without a git revision
         "device": str(model.device),
     }
 

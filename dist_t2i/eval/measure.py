@@ -1,4 +1,4 @@
-"""Features of generated and of real pictures, a chunk of rows at a time on any rank; only features are kept."""
+"""Computes features of generated and real pictures. Ranks share the pictures in chunks and keep only the features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "noisy": references.noisy,
     "random": references.random,
 }
-"""Copies of the real pictures, intact and damaged: functions of pictures and of the number of the first one."""
+"""Name of a copy -> function that makes the intact or degraded copy. Its arguments are the real pictures and the index
+of the first of them, which seeds random noise."""
 _NEEDED = {
     "kid": ("real", "mirrored", "shrunk", "blurred", "noisy", "random"),
     "retrieval": ("real", "mirrored", "shrunk", "random"),
@@ -40,7 +41,7 @@ _NEEDED = {
     "clip-score": ("real", "random", "texts"),
     "r-precision": ("real", "random", "texts"),
 }
-"""Metric -> the copies that its floor and ceiling need, and `texts` where it needs embeddings of the captions."""
+"""Metric -> the copies that its floor and ceiling need, and `texts` if the metric needs embeddings of the captions."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ class Features:
     """One network's features of N pictures: float32, D numbers per picture."""
 
     fake: Tensor
-    """[S, N, D], S = seeds x J captions per picture: row s * J + j holds caption j from seed s"""
+    """[S, N, D] with S = seeds x J captions per picture: row s * J + j was generated from caption j with seed s"""
     real: Mapping[str, Tensor]
     """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None
-    """[J, N, D], where the network embeds texts and a metric needs them"""
+    """[J, N, D] if the network embeds texts and a metric needs these, else None"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The input of one split's metrics, on rank 0: captions [N][J], features by network, brightness."""
+    """What the metrics of one split are computed from, on rank 0: captions [N][J], features per network, brightness."""
 
     captions: tuple[tuple[str, ...], ...]
     features: Mapping[str, Features]
@@ -66,15 +67,15 @@ class Measured:
     real_luma: Tensor
     """[N] mean luma of the real pictures"""
     prompts: tuple[str, ...]
-    """The N first captions, then those captions of `pairs` that are not among them."""
+    """The first caption of each of the N pictures, then the captions of `pairs` that are not among these."""
     pairs: tuple[tuple[str, str], ...]
-    """The same caption in light and in dark skin tone."""
+    """Pairs of captions that differ only in skin tone: (light, dark)."""
     reference_sha256: str
     """Hash of the real pictures at the model's size."""
 
 
 def generate(model: TextToImage, captions: Sequence[str], seed: int, protocol: Protocol) -> Tensor:
-    """One picture per caption, uint8 [N, 3, H, W]. Captions that differ in skin tone only get the same noise."""
+    """One picture per caption, uint8 [N, 3, H, W]. Captions that differ only in skin tone get the same noise."""
     noise_seeds = [mix(seed, caption_id(group_of(caption)), Purpose.EVALUATION_NOISE) for caption in captions]
     return model.sample(captions, noise_seeds, protocol.truncation)
 
@@ -112,7 +113,7 @@ def measure(
     more = ranks.collect(len(extra), lambda rows: _fake_chunk(model, [extra[rows.start : rows.stop]], protocol, {}))
     if not ranks.main:
         return None
-    luma = fake["luma"][:, :: len(selection.captions[0])]  # of the first captions
+    luma = fake["luma"][:, :: len(selection.captions[0])]  # only for each picture's first caption
     return Measured(
         captions=selection.captions,
         features={
@@ -134,7 +135,7 @@ def measure(
 def _real_chunk(
     model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Features of the copies of these rows' real pictures and of their captions; rows first."""
+    """Features of the real pictures' copies and of the captions for these rows; the first dimension is the row."""
     pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
     digests = [list(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()) for picture in pictures]
     result = {"luma": metrics.brightness(pictures), "digest": torch.tensor(digests, dtype=torch.uint8)}

@@ -1,8 +1,8 @@
 """Metrics as pure functions of features and pixels: no networks, no files, no randomness except from a given seed.
 
-A metric has its published name only with the feature network that defines it: `FeatureNetwork.called` names scores.
-Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R of them. `interval` and
-`around` turn the values of resamples into a confidence interval.
+`FeatureNetwork.called` names the scores: a metric gets its published name only with the network that defines it.
+Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R of them. `interval`
+and `around` turn the values of resamples into a confidence interval.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dist_t2i.utils.seeds import Purpose, mix
 def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     """Unbiased squared MMD of features a [N, D] and b [M, D] under the kernel (cosine + 1)^3; N, M >= 2.
 
-    KID's estimator and cubic kernel (x.y / D + 1)^3 (Binkowski et al. 2018, eq. 4), over all pairs rather than subsets, on
-    features scaled to length sqrt(D) unless `scaled` is False. Inception features have about this length anyway;
-    EfficientNet-Lite0's have 16 instead of 36, so without scaling the same damage gives a ninth of the value. The value
-    may be negative for similar sets, the more if they share pictures, which are then compared with their copies.
+    The estimator and the cubic kernel (x.y / D + 1)^3 are KID's (Binkowski et al. 2018, eq. 4), over all pairs rather
+    than subsets. Features are scaled to length sqrt(D) unless `scaled` is False. Inception features have about this
+    length anyway. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling the same degradation
+    would give a ninth of the value. The value may be negative for similar sets. It is even lower if both sets contain
+    the same pictures, because these are then compared with their copies.
     """
     a, b = _kernel_rows(a, b, scaled)
     within = sum(off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b))
@@ -34,9 +35,10 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 
 
 def kid_resamples(a: Tensor, b: Tensor, weights: Tensor, *, scaled: bool = True) -> Tensor:
-    """`kid` of R resamples, float64 [R], for weights [R, N] and features a, b [N, D] whose rows i share a caption.
+    """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows i of a and b share a
+    caption.
 
-    A row that a resample holds twice is not compared with itself, so resamples are as unbiased as the full sets.
+    A row that occurs twice in a resample is not compared with itself, so these estimates are as unbiased as `kid`.
     """
     a, b = _kernel_rows(a, b, scaled)
     same = weights @ cubic(a[:, None], b[:, None]).flatten() / weights.sum(1)
@@ -53,12 +55,13 @@ def _kernel_rows(a: Tensor, b: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
-    """KID's kernel of rows [..., N, D] and [..., M, D], which hold features divided by sqrt(D): [..., N, M]."""
+    """KID's kernel matrix [..., N, M] of rows [..., N, D] and [..., M, D]; the features are already divided by
+    sqrt(D)."""
     return (x @ y.mT + 1.0) ** 3
 
 
 def off_diagonal_mean(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Mean of `cubic` over pairs of different rows of x and y [N, D], row i counting weights[r, i] times: [R]."""
+    """Mean of `cubic` over pairs of row i of x and row j of y [N, D], i != j; row i counts weights[r, i] times: [R]."""
     pairs = torch.zeros(len(weights), dtype=torch.double)
     for rows in _blocks(len(x)):  # the full kernel of 30,000 pictures would take 7 GB
         kernel, own = cubic(x[rows], y), weights[:, rows]
@@ -73,9 +76,10 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    torch-fidelity computes the reported values; this one takes weights [N] and [M], and is faster with fewer rows than
-    columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular values of AB'. The
-    distance grows as the number of pictures falls: compare equal numbers only.
+    torch-fidelity computes the reported values. This function also takes weights [N] and [M], and it is faster if there
+    are fewer rows than columns: the trace of the root of a product of covariances A'A B'B is then computed as the sum
+    of the singular values of AB'. The distance grows as the number of pictures falls, so it is comparable only between
+    equal numbers of pictures.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -89,16 +93,17 @@ def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Te
 
 
 def _centered(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean [D], and rows X with X'X = covariance."""
+    """The weighted mean [D], and the rows centered and scaled to X, so that X'X is their covariance."""
     weights = torch.ones(len(rows), dtype=torch.double) if weights is None else weights.double()
     mean = weights @ rows / weights.sum()
     return mean, (rows - mean) * (weights / (weights.sum() - 1)).sqrt()[:, None]
 
 
 def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
-    """exp of the mean KL divergence of p(class | picture) from p(class), from logits [N, C], in one part: at least 1.
+    """exp of the mean KL divergence of p(class | picture) from p(class) over all logits [N, C] at once: at least 1.
 
-    Salimans et al. 2016, sec. 4. The published score is the mean over ten parts, which torch-fidelity computes.
+    Salimans et al. 2016, sec. 4. The published score is the mean over ten parts of the pictures; torch-fidelity
+    computes it.
     """
     weights = torch.ones(len(logits), dtype=torch.double) if weights is None else weights.double()
     share, log = weights / weights.sum(), logits.double().log_softmax(1)
@@ -109,8 +114,8 @@ def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
 def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
     """1 where a query [N, D] is no farther from some row [M, D] than that row's k-th nearest other row: float64 [N].
 
-    Kynkaanniemi et al. 2019, sec. 3: precision is the mean over generated queries in the manifold of the real rows,
-    recall over real queries in that of the generated ones. Equals torch-fidelity's.
+    Kynkaanniemi et al. 2019, sec. 3: precision is the mean over generated pictures as queries and real pictures as
+    rows; for recall, the roles are exchanged. The result equals torch-fidelity's.
     """
     queries, rows = queries.float(), rows.float()
     neighbours = min(neighbours, len(rows) - 1)
@@ -122,10 +127,11 @@ def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
 
 
 def retrieval_ranks(queries: Tensor, pictures: Tensor) -> Tensor:
-    """How many other pictures [M, D] are at least as near (by cosine) to query i [N, D] as picture i % M is: int64 [N].
+    """Number of other pictures [M, D] at least as near (by cosine) to query i [N, D] as its picture i % M: int64 [N].
 
-    Ties count against the query, so a network with the same features for every picture ranks last. Several queries per
-    picture are stacked: one for each picture, then another for each picture.
+    Ties count against the query, so a network that gives all pictures the same features gets the worst rank. If each
+    picture has several queries, these are stacked: the first query of every picture, then the second query of every
+    picture.
     """
     nearness = unit(queries) @ unit(pictures).T
     true = nearness.gather(1, (torch.arange(len(queries)) % len(pictures))[:, None])
@@ -141,8 +147,9 @@ def unit(rows: Tensor) -> Tensor:
 def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tensor:
     """Per query, the probability that its picture is among the first `k` of a random gallery: float64 [N].
 
-    A gallery holds the true picture and `gallery` - 1 of the `pictures` - 1 others (or all). The mean over all galleries is
-    hypergeometric: fewer than k of the `rank` pictures that are nearer than the true one are in the gallery.
+    A gallery consists of the true picture and `gallery` - 1 of the `pictures` - 1 others (or all others, if these are
+    fewer). The true picture is among the first k if the gallery contains fewer than k of the `rank` pictures that are
+    nearer to the query. Over all galleries, the probability of this is hypergeometric.
     """
     others, sampled = pictures - 1, min(gallery, pictures) - 1
     total = math.comb(others, sampled)
@@ -154,10 +161,11 @@ def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tenso
 
 
 def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
-    """For each caption, the rows of `count` different ones: int64 [N, count], or as many as there are.
+    """For each caption, the rows of `count` other captions, or of all others if these are fewer: int64 [N, count].
 
-    The committed rule: torch's permutation of the rows, seeded by the hash of the caption, without captions that are
-    equal up to case and spacing to the caption or to an earlier row.
+    The rule is fixed, so that scores stay comparable: torch's random permutation of the rows, seeded by the hash of the
+    caption. Rows are skipped if their caption equals this caption or the caption of an earlier row, up to case and
+    spacing.
     """
     ids = [caption_id(caption) for caption in captions]
     count = min(count, len(set(ids)) - 1)
@@ -185,15 +193,17 @@ def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """Hessel et al. 2021, eq. 1, with 100 for 2.5: 100 x cosine of picture and text i, at least 0, as float64 [N]."""
+    """CLIPScore (Hessel et al. 2021, eq. 1) with a factor of 100, not 2.5: max(100 x cosine of rows i, 0), float64
+    [N]."""
     return 100 * (unit(pictures) * unit(texts)).sum(1).clamp_min(0)
 
 
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:
     """1 where picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
 
-    For captions that differ in skin tone only, the mean luma of the full picture orders real OpenMoji pairs at 32 px
-    correctly 331 times of 331 (99.7% under strong noise); selecting skin pixels by color fails on 3 (30%).
+    The captions of a pair differ only in skin tone. The mean luma of the full picture gives the right order for all 331
+    real OpenMoji pairs at 32 px (for 99.7% under strong noise). Selecting skin pixels by color fails for 3 pairs (for
+    30% under strong noise).
     """
     return (brightness(light) > brightness(dark)).double()
 
@@ -208,7 +218,8 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
-    """How often each row is in each resample, float64 [resamples, N], with the dependent rows of a group together."""
+    """How often each row occurs in each resample, float64 [resamples, N]; the rows of a group are resampled
+    together."""
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randint(len(index), (resamples, len(index)), generator=generator)
@@ -218,13 +229,20 @@ def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: i
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """One mean per resample, float64 [R], of values [N] or of M captions x N/M seeds, with weights [R, N] or [R, M]."""
+    """The weighted mean of each resample: float64 [R].
+
+    `values` [N] has one value per column of `weights` [R, N], or those of N/M seeds one after another for weights [R,
+    M].
+    """
     per_caption = values.double().reshape(-1, weights.shape[1]).mean(0)
     return weights.double() @ per_caption / weights.double().sum(1)
 
 
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Normal interval around the value, for metrics biased by resamples [R], which hold fewer different pictures."""
+    """Normal interval around `value` with the spread of the resampled values [R].
+
+    For metrics that depend on the number of different pictures: a resample has fewer, which biases its values.
+    """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach
 

@@ -1,12 +1,12 @@
 """Protocols as files: all rules of an evaluation, frozen under a name and a version.
 
     dist_t2i/eval/protocols/
-      openmoji.yaml       one protocol; a file gives every key, because keys have no defaults there
-      openmoji.txt        its captions, if the protocol lists them: `split <tab> key <tab> caption` per line
-      frozen.json         "NAME VERSION" -> SHA-256 of the rules, which include the hash of the list
+      openmoji.yaml       one protocol; the file gives every key, because no key has a default openmoji.txt        the
+      captions of a protocol that lists them: `split <tab> key <tab> caption` per line frozen.json         "NAME
+      VERSION" -> SHA-256 of the rules, including the hash of the list of captions
 
-Changed rules need a new version: a file whose hash differs from the frozen one of its name and version is refused. Users
-may write their own protocols as files; scores record the hash of those rules too.
+Changed rules need a new version: a protocol is refused if the hash of its rules differs from the hash that frozen.json
+has for its name and version. Users may write their own protocols as files; scores record the hash of their rules too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ONLY = {
     "r-precision": ("clip", "own"),
     "tone-order": ("",),
 }
-"""Metric -> the networks that it is restricted to: those with classes, those that embed texts, or no network."""
+"""Metric -> the only networks that it works with: networks with classes, networks that embed texts, or no network."""
 _LEAST = dict.fromkeys(
     ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"), 1
 ) | dict.fromkeys(("min_pictures", "gallery", "kid_subset_size", "costly_resamples"), 2)
@@ -50,36 +50,40 @@ class Protocol:
     splits: tuple[str, ...] = ()
     """Splits with the reference pictures and their captions; empty: every split whose name begins with `test`."""
     captions: Literal["first", "hash", "listed"] = "first"
-    """`first`: the first `max_pictures` in the set's order, and the first captions of each; `hash`: the pictures with the
-    smallest hash of (protocol, key), and one caption of each by this hash; `listed`: the committed list in NAME.txt."""
+    """`first`: the first `max_pictures` pictures in the set's order, each with its first captions. `hash`: the pictures
+    with the smallest hash of (protocol, key), each with one caption that a hash selects. `listed`: the pictures and
+    captions that NAME.txt lists."""
     captions_per_picture: int = 1
-    """Captions per picture that a picture is generated for; they repeat where a picture has fewer."""
+    """Number of captions of each real picture from which pictures are generated; captions repeat if there are fewer."""
     captions_sha256: str = ""
-    """Hash of the list of captions; empty where the list depends on the set and is saved with the run's scores."""
+    """Hash of the list of captions. Empty if the list depends on the set; the list is then saved with the run's
+    scores."""
     min_pictures: int = 4
     """A split with fewer pictures is refused."""
     max_pictures: int = 2_000
-    """Pictures per split, at most."""
+    """Maximum number of pictures per split."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """One picture is generated per caption and seed. KID and others are computed per seed and averaged."""
+    """One picture is generated per caption and seed. KID and some other metrics are computed for each seed and then
+    averaged."""
     ema: bool = True
-    """Whether the generator has its moving average or its current weights."""
+    """Whether the generator uses the moving average of its weights (true) or its current weights (false)."""
     truncation: float | None = None
-    """Factor on the noise; None: the model's configuration."""
+    """Factor that scales the noise; None: the factor in the model's configuration."""
     crop: Literal["centre"] = "centre"
-    """Of real pictures: the largest central square ..."""
+    """How real pictures are cropped: to the largest central square."""
     resize: Literal["bilinear-antialias"] = "bilinear-antialias"
-    """... resized to the model's size. The resizing before a feature network is part of the network's name."""
+    """How this square is resized to the model's size. The resizing for a feature network is part of the network's
+    name."""
     metrics: tuple[str, ...] = ("kid/efficientnet-lite0", "retrieval/efficientnet-lite0", "tone-order")
-    """METRIC/NETWORK each, of `METRICS` and `NETWORKS`."""
+    """Each entry is METRIC/NETWORK, from `METRICS` and `NETWORKS`, or only METRIC if the metric needs no network."""
     gallery: int = 100
-    """Pictures (retrieval) or captions (R-precision) that include the true one."""
+    """Number of candidates, including the true one: pictures in retrieval, captions in R-precision."""
     neighbours: int = 3
     """k of precision and recall (Kynkaanniemi et al. 2019, sec. 3)."""
     kid_subsets: int = 100
-    """Number of random subsets that KID by Inception is averaged over (Binkowski et al. 2018) ..."""
+    """Number of random subsets over which KID with Inception features is averaged (Binkowski et al. 2018)."""
     kid_subset_size: int = 1_000
-    """... and pictures per subset, at most."""
+    """Maximum number of pictures in each of these random subsets."""
     inception_splits: int = 10
     """Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
     resamples: int = 1_000
@@ -98,7 +102,8 @@ class Protocol:
         return tuple((metric, network) for metric, _, network in (entry.partition("/") for entry in self.metrics))
 
     def listed(self) -> dict[str, list[tuple[str, str]]]:
-        """Split -> (key, caption) of the committed list. Raises UserError when its hash is not the frozen one."""
+        """Split -> list of (key, caption) in NAME.txt. Raises UserError when the hash of the list is not
+        `captions_sha256`."""
         path = FOLDER / f"{self.name}.txt"
         try:
             text = path.read_text(encoding="utf-8")
@@ -136,7 +141,7 @@ def known_protocols() -> list[str]:
 
 
 def load_protocol(name: str | Path) -> Protocol:
-    """Loads the protocol of that name, or from that .yaml file. Raises UserError."""
+    """Loads a protocol by name, or from a .yaml file. Raises UserError."""
     path, known = Path(name), known_protocols()
     packaged = path.suffix not in (".yaml", ".yml")
     if packaged:

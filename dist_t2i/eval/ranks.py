@@ -1,7 +1,8 @@
 """Evaluation on several processes, with the same result for any number of them.
 
-The ranks share chunks of a fixed number of rows, so that a feature network sees the same batches on any number of ranks:
-features are bitwise the same on one rank and on four (with the same number of threads).
+Rows are divided into chunks of a fixed size, and the ranks share the chunks. A feature network therefore sees the same
+batches on any number of ranks: features are bitwise equal on one rank and on four (with the same number of threads).
+"Collective" marks functions that all ranks must call.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from dist_t2i.errors import UserError
 
 T = TypeVar("T")
 CHUNK = 32
-"""Rows of a chunk."""
+"""Number of rows in a chunk."""
 _TIMEOUT = datetime.timedelta(hours=12)
-"""For a slower rank, or for rank 0 while it computes the metrics."""
+"""How long a rank waits for a slower rank, or for rank 0 while it computes the metrics."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and the `world` processes that evaluate together; a single process unless `join` made it."""
+    """The rank of this process among the `world` processes that evaluate together; by default, one process alone."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def join(cls, rank: int, world: int) -> Ranks:
-        """Joins the other ranks under gloo, because features are on the CPU; addresses come from the environment."""
+        """Joins the other ranks through gloo, because features are on the CPU; addresses come from the environment."""
         if world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=_TIMEOUT)
         return cls(rank, world)
@@ -49,15 +50,16 @@ class Ranks:
         return self.rank == 0
 
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Concatenates the tensors that `compute` returns for each chunk (rows first) on rank 0; empty on other ranks.
+        """On rank 0, concatenates the tensors that `compute` returns for all chunks (rows first); {} on other ranks.
 
-        Collective. A UserError of any rank is raised on all ranks, for rank 0 to print.
+        Collective. A UserError on any rank is raised on all ranks, and rank 0 prints it.
         """
         parts = self.map(rows, compute, to_all=False)
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def map(self, rows: int, compute: Callable[[range], T], *, to_all: bool = True) -> list[T]:
-        """`compute(chunk)` of every chunk in order, on all ranks or on rank 0 only. Collective; errors as in `collect`."""
+        """Results of `compute` for all chunks in order, on all ranks or only on rank 0. Collective; errors as in
+        `collect`."""
         starts = range(self.rank * CHUNK, rows, self.world * CHUNK)
         own = self.all(lambda: {start: compute(range(start, min(start + CHUNK, rows))) for start in starts})
         if self.world == 1:

@@ -1,7 +1,8 @@
-"""Damaged copies of real pictures, for the floor and the ceiling of each score.
+"""Degraded copies of real pictures, which give the floor and the ceiling of each score.
 
-Each function takes and returns uint8 [N, 3, H, W]. The strength of damage is relative to the side (1/32 of it is one
-pixel at 32 px), so it is comparable across resolutions. Random damage is a function of a picture's number.
+Each function takes and returns uint8 [N, 3, H, W]. Blur is relative to the side of a picture (1/32 of the side is one
+pixel at 32 px), so that it is comparable across resolutions. Noise is seeded by the index of the picture, so that a
+picture always gets the same noise.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dist_t2i.utils.seeds import Purpose, mix
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Left and right exchanged: another picture of the same content, close to the best that a generator can reach."""
+    """Left and right exchanged: different pixels with the same content, so close to the best that a generator can
+    reach."""
     return images.flip(-1)
 
 
 def shrunk(images: Tensor, side: int = 8) -> Tensor:
-    """Averaged down to `side` pixels and interpolated back: the colors and rough shapes only."""
+    """Averaged down to `side` pixels and interpolated back, which keeps only the colors and rough shapes."""
     small = F.interpolate(images.float(), size=(side, side), mode="area")
     return _rounded(F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False))
 
@@ -35,13 +37,16 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def noisy(images: Tensor, first: int = 0, sigma: float = 15.0) -> Tensor:
-    """Gaussian noise of `sigma` levels of 255; image i has the noise of number `first` + i, the same on every machine."""
+    """Adds Gaussian noise with standard deviation `sigma` on the 0 to 255 scale.
+
+    The noise of image i is seeded by `first` + i, and is the same on every machine.
+    """
     noise = torch.stack([torch.randn(images.shape[1:], generator=_generator(first + i)) for i in range(len(images))])
     return _rounded(images.float() + sigma * noise.to(images.device))
 
 
 def random(images: Tensor, first: int = 0) -> Tensor:
-    """Independent random bytes in the shape of `images`; image i is random picture number `first` + i."""
+    """Independent random bytes in the shape of `images`; image i is seeded by `first` + i."""
     generators = (_generator(first + i) for i in range(len(images)))
     pictures = [torch.randint(256, images.shape[1:], generator=one, dtype=torch.uint8) for one in generators]
     return torch.stack(pictures).to(images.device)

@@ -1,4 +1,4 @@
-"""Scores as data: values with interval, floor and ceiling, and the manifest that makes them comparable."""
+"""Scores as data: each value with its interval, floor and ceiling, and a manifest that shows what is comparable."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Score:
     """Printed name with its feature network: "KID (EfficientNet-Lite0)"."""
     value: float
     low: float
-    """95% bootstrap interval over captions (groups of related captions are resampled together) ..."""
+    """Lower end of the 95% bootstrap interval over captions; groups of related captions are resampled together."""
     high: float
-    """... for this model and this noise: other training seeds may differ by more."""
+    """Upper end of the interval, which is for this model and this noise: other training seeds may differ by more."""
     better: str
     """`higher` or `lower`."""
     floor: Mapping[str, float] = field(default_factory=dict)
-    """The low end of the scale: description -> value."""
+    """Reference values at the low end of the scale, which are the best values of a distance: description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
     network: str = ""
     """The feature network, by its key in the manifest's `judges`; "" for a metric that needs none."""
@@ -82,7 +82,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def known_scores(folder: Path, weights: str) -> dict[str, Any] | None:
-    """A folder's scores.json if it is about the weights with this SHA-256, else None."""
+    """The content of a folder's scores.json if it has scores of the weights with this SHA-256, else None."""
     try:
         scores = read_scores(folder / "scores.json")
     except UserError:
@@ -91,7 +91,7 @@ def known_scores(folder: Path, weights: str) -> dict[str, Any] | None:
 
 
 def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]]:
-    """(split, pictures, [name, value and interval, better, floor, ceiling] of each score) of a scores.json."""
+    """Yields (split, pictures, rows) of a scores.json; a row is [name, value and interval, better, floor, ceiling]."""
 
     def number(value: float) -> str:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

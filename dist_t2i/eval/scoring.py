@@ -34,7 +34,7 @@ Ends = dict[str, float]
 
 @dataclass(frozen=True)
 class Case:
-    """The input of one metric: its network and this network's key, and bootstrap weights [R, N] of the N pictures."""
+    """The input of one metric with one network; `weights` are the bootstrap weights [R, N] of the N pictures."""
 
     key: str
     network: FeatureNetwork
@@ -53,18 +53,21 @@ class Case:
         return self.features.texts
 
     def ends(self, distance: Callable[[Tensor], float], *copies: str) -> Ends:
-        """`distance` of the features of each of these copies of the real pictures."""
+        """Applies `distance` to the features of the named copies of the real pictures: description -> value."""
         return {_NAMES[copy]: distance(self.features.real[copy]) for copy in copies}
 
     def mean(self, metric: str, values: Tensor, floor: Ends, ceiling: Ends, name: str = "") -> Score:
-        """The mean of values [S, N] or [S * N]."""
+        """A score that is the mean of values [S, N] or [S * N], with its bootstrap interval."""
         interval = metrics.interval(metrics.weighted_mean(values.flatten(), self.weights))
         return self.score(metric, values.mean().item(), interval, floor, ceiling, name)
 
     def costly(
         self, metric: str, value: float, resample: Callable[[Tensor, Tensor], float], floor: Ends, ceiling: Ends
     ) -> Score:
-        """A value whose `resample`, a function of the weights of generated and real pictures, takes seconds."""
+        """A score with few bootstrap resamples, because each takes seconds.
+
+        `resample` computes the value from the weights of the generated and of the real pictures.
+        """
         times, weights = len(self.features.fake), self.weights[: self.protocol.costly_resamples]
         interval = metrics.around(value, torch.tensor([resample(row.repeat(times), row) for row in weights]))
         return self.score(metric, value, interval, floor, ceiling)
@@ -91,13 +94,13 @@ def better_of(key: str) -> str:
 
 
 def key_of(metric: str, network: str) -> str:
-    """The machine name of a score; networks other than the default one are part of it."""
+    """The machine name of a score; it contains the network, unless this is the default network."""
     plain = metric.replace("-", "_")
     return plain if network == "efficientnet-lite0" else f"{plain}_{network.replace('-', '_')}"
 
 
 def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, FeatureNetwork]) -> tuple[Score, ...]:
-    """The protocol's scores, in its order, without those whose network is missing."""
+    """The scores in the protocol's order, without those whose network is not in `networks`."""
     groups = [group_of(row[0]) for row in measured.captions]
     weights = metrics.bootstrap_weights(groups, max(protocol.resamples, protocol.costly_resamples))
     scores: list[Score] = []
@@ -111,15 +114,16 @@ def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, Featur
 
 
 def random_halves(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two random halves."""
+    """Splits rows into two random halves."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 def kid_scores(case: Case) -> list[Score]:
-    """KID of generated and real pictures of the same captions, averaged over seeds; the interval is from all pairs.
+    """KID between generated and real pictures of the same captions, averaged over seeds.
 
-    With a network that defines the published KID, the value is torch-fidelity's, over subsets.
+    For a network that defines the published KID, torch-fidelity computes the value as a mean over random subsets. The
+    interval always comes from resamples that use all pairs of pictures.
     """
     fakes, real, scaled = case.features.fake, case.real, case.network.scaled
 
@@ -193,7 +197,7 @@ def precision_recall_scores(case: Case) -> list[Score]:
 
 
 def retrieval_scores(case: Case) -> list[Score]:
-    """How often a caption's real picture is among the k nearest to its generated one, for k = 1 and 5."""
+    """How often a caption's real picture is among the k real pictures nearest to the generated one, for k = 1 and 5."""
     real, size, gallery = case.real, len(case.real), case.protocol.gallery
     among = min(gallery, size)
     ranks = metrics.retrieval_ranks(case.features.fake.flatten(0, 1), real)
@@ -224,7 +228,7 @@ def clip_scores(case: Case) -> list[Score]:
 
 
 def r_precision_scores(case: Case) -> list[Score]:
-    """How often a picture is nearer to its own caption than to all mismatched ones."""
+    """How often a picture is nearer to its own caption than to any of its mismatched captions."""
     texts, count = case.texts, case.protocol.gallery - 1
     others = [metrics.mismatched([row[j] for row in case.captions], count) for j in range(len(texts))]
 
@@ -240,7 +244,8 @@ def r_precision_scores(case: Case) -> list[Score]:
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
-    """How often the same noise gives a brighter picture in light skin tone than in dark: `metrics.tone_order`."""
+    """How often the picture in light skin tone is brighter than that in dark from the same noise:
+    `metrics.tone_order`."""
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
     if len(pairs) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The pictures and captions of a set that a protocol selects: by its committed list, or by its rule."""
+"""Selects the pictures and captions of a set that a protocol evaluates, by the protocol's list or by its rule."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Selection:
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
     pictures: Tensor | None = None
-    """uint8 [N, 3, size, size], once `loaded`."""
+    """uint8 [N, 3, size, size] in what `loaded` returns, else None."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(key, caption) in order."""
+        """All pairs (key, caption), in the order of the selection."""
         return [(key, caption) for key, row in zip(self.keys, self.captions, strict=True) for caption in row]
 
     def picture(self, row: int, size: int) -> Tensor:
@@ -44,7 +44,7 @@ class Selection:
             return self.pictures[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
-        except PictureError as error:  # without the picture, the scores would follow another protocol
+        except PictureError as error:  # without the picture, the protocol would be a different one
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
 
     def loaded(self, size: int) -> Selection:
@@ -75,7 +75,8 @@ def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
 
 
 def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
-    """The split's samples, the numbers of the selected ones, and number -> caption where the protocol lists captions."""
+    """The split's samples, the numbers of the selected samples, and number -> caption if the protocol lists
+    captions."""
     samples = data.samples(split)
     listed: dict[int, str] = {}
     if protocol.captions == "listed":
@@ -93,7 +94,7 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:
-    """Whether a set has all pictures that a protocol lists, by their keys."""
+    """Whether a set has pictures with all keys that a protocol lists."""
     if not set(protocol.splits) <= set(data.splits):
         return False
     listed = protocol.listed()
@@ -131,7 +132,8 @@ def _captions(sample: Sample, split: str, protocol: Protocol, listed: str | None
 
 
 def _hash(protocol: Protocol, key: str) -> int:
-    """64 bits of the SHA-256 of the protocol's name and a key, so that a new version selects the same pictures."""
+    """64 bits of the SHA-256 of the protocol's name and a key. A new version of a protocol selects the same
+    pictures."""
     return int.from_bytes(hashlib.sha256(f"{protocol.name} {key}".encode()).digest()[:8], "big")
 
 

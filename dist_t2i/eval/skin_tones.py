@@ -1,6 +1,7 @@
 """Skin tones in captions, by Unicode's names: "man vampire medium-dark skin tone".
 
-The preparation of OpenMoji has a pattern of its own (for names with two tones); neither module imports the other.
+The module that prepares OpenMoji has its own pattern, which also matches names with two tones; neither module imports
+the other.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ def split_tone(caption: str) -> tuple[str, str, str] | None:
 
 
 def tone_of(caption: str) -> str:
-    """The skin tone of a caption that names exactly one, else ""."""
+    """The skin tone of a caption that names exactly one tone, else ""."""
     parts = split_tone(caption)
     return parts[1] if parts else ""
 
 
 def tone_pair(caption: str) -> tuple[str, str] | None:
-    """The caption in light and in dark skin tone; None unless it names exactly one tone."""
+    """The caption with its tone replaced by light and by dark; None unless it names exactly one tone."""
     parts = split_tone(caption)
     return (f"{parts[0]}light skin tone{parts[2]}", f"{parts[0]}dark skin tone{parts[2]}") if parts else None
 
 
 def group_of(caption: str) -> str:
-    """A name shared by captions that differ in skin tone only: they get the same noise and are resampled together."""
+    """A name shared by captions that differ only in skin tone, which get the same noise and are resampled together."""
     pair = tone_pair(caption)
     return pair[0] if pair else caption
