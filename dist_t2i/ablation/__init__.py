@@ -1,4 +1,4 @@
-"""Ablations: the same training with one thing changed at a time, several seeds each, and what the scores show.
+"""Ablations: the same training with one thing changed at a time, over several seeds, and what the scores show.
 
 tools/ablate.py is the command. `plan` reads the file, `runs` trains, `scoring` scores each run, `statistics` compares
 (intervals over seeds, differences, verdicts), `figures` and `report` write the results; `report.METHOD` states the

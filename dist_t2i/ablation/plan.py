@@ -26,9 +26,9 @@ class Arm:
     overrides: tuple[str, ...] = ()
     """`section.key=value`, applied after the plan's overrides."""
     sentences: bool = False
-    """Whether `text.frozen` is a table of sentence vectors of this set's captions (see sentence_encoder.py)."""
+    """Whether `text.frozen` is set to a table of sentence vectors of this set's captions (see sentence_encoder.py)."""
     claim: str = ""
-    """Hypothesis about this arm, in words; the test is whether the reference does better than this arm."""
+    """Hypothesis about this arm, in words. It is tested by whether the reference scores better than this arm."""
     note: str = ""
     """What a reader must know about this comparison."""
 
@@ -43,7 +43,7 @@ class Plan:
     data: str = ""
     """Sharded set; empty: data.train of the base configuration."""
     source: str = ""
-    """`openmoji`: a missing set is written with `tools/shard.py openmoji`."""
+    """`openmoji`: if the set does not exist, `tools/shard.py openmoji` writes it."""
     images: int = 0
     """Images that each run sees; 0: train.total_images of the base configuration."""
     seeds: int = 3
@@ -53,7 +53,7 @@ class Plan:
     reference: str = ""
     """Arm that the others are compared with; empty: the first arm."""
     decides: tuple[str, ...] = ("kid", "recall_at_1")
-    """Metrics of the first split that decide the verdict; the others are only reported."""
+    """Metrics that decide the verdict, on the first split; all other metrics are only reported."""
     prompts: int = 10
     """Rows of the sample grid."""
     protocol: str = "held-out"
@@ -69,7 +69,7 @@ class Plan:
         return [name for name in self.arms if name != self.reference]
 
     def config(self, arm: str, number: int, out: Path) -> Config:
-        """Configuration of one run: train.seed + `number` of an arm. Raises ConfigError."""
+        """Configuration of one run of an arm, with the seed train.seed + `number`. Raises ConfigError."""
         config = self._load(arm, out)
         seed = config.train.seed + number
         folder = str(run_folder(out, arm, seed))
@@ -106,7 +106,7 @@ class Plan:
         config = config_files.load(self.base, [*common, *self.overrides, *self.arms[arm].overrides, *table])
         if any("checkpoint.every_images" in text for text in self.overrides):
             return config
-        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. Samples come at the end.
+        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. Samples are made at the end.
         total = config.train.total_images
         checkpoint = dataclasses.replace(config.checkpoint, every_images=-(-total // 5), keep_last=1)
         return dataclasses.replace(
@@ -185,7 +185,7 @@ def _contradictions(plan: Plan) -> list[str]:
 
 
 def _without_repeats(problems: list[str], arms: int) -> list[str]:
-    """Problems that every arm has come from the base configuration, and are listed once."""
+    """Lists a problem that every arm has only once, because it comes from the base configuration."""
     texts = [line.split(": ", 1)[1] for line in problems]
     shared = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
     return shared + [line for line, text in zip(problems, texts, strict=True) if text not in shared]

@@ -1,4 +1,4 @@
-"""The results of an ablation as data, as Markdown and as a page, from the cached scores of the runs."""
+"""The results of an ablation as data, as Markdown and as a web page, from the cached scores of the runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ METHOD = (
     "paired difference shows (better, worse, or neither), and whether this also holds when all comparisons of the "
     "table are counted (Bonferroni).",
 )
-"""How the comparison is made, one paragraph per string, in Markdown; all of it is this project's choice."""
+"""How arms are compared: Markdown, one paragraph per string. The whole method is this project's choice."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
 """(arm, seed) -> result of `RunScorer.scores`."""
 
@@ -105,7 +105,7 @@ class Findings:
         return item.measure.split == self.splits[0] and item.measure.key in self.plan.decides
 
     def verdicts(self) -> list[str]:
-        """A paragraph for each hypothesis."""
+        """One paragraph in Markdown for each hypothesis."""
         verdicts = []
         for arm in self.plan.others:
             default = f"{self.plan.label(self.plan.reference)} beats {self.plan.label(arm)}"
@@ -148,7 +148,7 @@ class Findings:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for infinity and NaN, which JSON lacks."""
+    """A copy of `value` with None in place of infinity and NaN, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -159,7 +159,7 @@ def _finite(value: Any) -> Any:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 Table = tuple[str, list[str], list[list[str]]]
-"""Caption, heads, rows."""
+"""(caption, column heads, rows)"""
 
 
 def tables(results: Findings) -> tuple[list[Table], list[Table]]:
@@ -231,7 +231,7 @@ def _ends(ends: Mapping[str, float]) -> str:
 
 
 def markdown(results: Findings, pictures: Mapping[str, str]) -> str:
-    """The document. `pictures`: heading -> path of a PNG, relative to the document."""
+    """The report in Markdown. `pictures`: heading -> path of a PNG, relative to the report."""
     above, below = tables(results)
     missing = ["**Some runs are missing**: " + "; ".join(results.missing) + ".", ""] if results.missing else []
     lines = [
@@ -259,7 +259,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 
 def write_page(results: Findings, path: Path, pictures: Mapping[str, Path], credit: str) -> Path:
-    """The same as an HTML page that contains its pictures."""
+    """Writes the report as an HTML page that contains its pictures; returns the page's path."""
     above, below = tables(results)
     missing = f"<p><b>Some runs are missing:</b> {escape('; '.join(results.missing))}.</p>" if results.missing else ""
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts.items())

@@ -1,4 +1,4 @@
-"""The runs of an ablation: which are finished, and training the others, one or several at a time.
+"""Finds the finished runs of an ablation and trains the others, one or several at a time.
 
 OUT/ARM/seed-N/            run folder
 OUT/ARM/seed-N.yaml        configuration of the run
@@ -53,7 +53,7 @@ def seconds_trained(run: Path) -> float:
 
 
 def check_kept(configs: Configs, data: ShardSet) -> None:
-    """Raises CheckpointError that lists all existing runs whose configuration or data differ from the plan."""
+    """Raises CheckpointError that lists all existing runs whose configuration or data differs from the plan."""
     problems = []
     for config in configs.values():
         run = Path(config.run.folder)
@@ -77,7 +77,7 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
 
 
 def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
-    """Writes the table of caption vectors if an arm needs one and this set has none yet. Raises UserError."""
+    """Writes the table of caption vectors if an arm needs it and it does not exist for this set. Raises UserError."""
     path = table_of(out)
     stamp = path.with_suffix(".set")
     if not any(arm.sentences for arm in plan.arms.values()):
@@ -93,7 +93,7 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
 
 
 def all_captions(data: ShardSet) -> list[str]:
-    """Every caption of all splits, and its variants by skin tone (which the evaluation scores)."""
+    """Every caption of all splits, and its variants in light and dark skin tone, which the evaluation scores."""
     from dist_t2i.eval.skin_tones import tone_pair
 
     captions: dict[str, None] = {}
@@ -110,9 +110,9 @@ def all_captions(data: ShardSet) -> list[str]:
 
 
 def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains the unfinished runs, `jobs` at a time; returns (arm, seed) -> reason of the runs that failed.
+    """Trains the unfinished runs, `jobs` at a time; returns (arm, seed) -> error of the runs that failed.
 
-    Raises Interrupted after a stop signal; the runs have saved checkpoints.
+    Raises Interrupted after a stop signal, once the runs have saved checkpoints.
     """
     unfinished = {key: config for key, config in configs.items() if not is_finished(config)}
     if len(unfinished) < len(configs):
@@ -125,7 +125,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
 
 
 def config_file(config: Config) -> Path:
-    """File that holds the configuration of a run before it begins (the run keeps a copy)."""
+    """File from which a run reads its configuration when it begins (the run folder keeps a copy)."""
     return Path(config.run.folder + ".yaml")
 
 
@@ -155,7 +155,7 @@ def _name(key: tuple[str, int]) -> str:
 
 
 def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains each run in a separate process (this module as a command), which stops when this process is asked to."""
+    """Trains each run in a separate process, which executes this module; stop signals are passed on to all of them."""
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     root = str(Path(__file__).resolve().parents[2])

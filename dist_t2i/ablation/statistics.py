@@ -49,23 +49,23 @@ class Difference:
     reference: str
     gain: Estimate
     counted: Estimate
-    """`gain` at the Bonferroni level, at which all deciding comparisons hold together."""
+    """`gain` with the wider interval of the Bonferroni correction for the number of deciding comparisons."""
 
     @property
     def says(self) -> str:
-        """Whether the reference is `better` or `worse`, by the interval of `gain`; else `nothing`."""
+        """`better` or `worse` if the interval of `gain` shows that the reference is, `nothing` if it contains 0."""
         if self.gain.n < 2:
             return "nothing"
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "nothing"
 
     @property
     def sure(self) -> bool:
-        """Whether the same holds with all comparisons counted."""
+        """Whether `says` holds even after the Bonferroni correction for all deciding comparisons."""
         return self.says != "nothing" and (self.counted.low > 0 or self.counted.high < 0)
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean and two-sided t interval of independent values, at least one."""
+    """Mean and two-sided t interval of at least one independent value."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -76,7 +76,7 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def difference(measure: Measure, arm: str, reference: str, comparisons: int = 1) -> Difference:
-    """Paired over the seeds that both arms have. `comparisons` is the number of deciding comparisons."""
+    """The reference compared with an arm, paired by seed. `comparisons` is the number of deciding comparisons."""
     sign = 1 if measure.better == "higher" else -1
     values = measure.values[arm]
     gains = [sign * (value - values[seed]) for seed, value in measure.values[reference].items() if seed in values]
@@ -112,9 +112,9 @@ def _within(t: float, freedom: int) -> float:
 
 
 def seeds_needed(gain: Estimate, most: int = 1000) -> int | None:
-    """Number of seeds at which the interval of a gain of this size and spread would exclude 0.
+    """Smallest number of seeds at which the interval of a gain of this size and spread would exclude 0.
 
-    None when it exceeds `most` or the spread is unknown.
+    None when this number exceeds `most` or the spread is unknown.
     """
     if gain.n < 2 or gain.mean == 0:
         return None

@@ -1,11 +1,11 @@
-"""Run an ablation: the same training with one thing changed at a time, several seeds each, and a report of the results.
+"""Run an ablation: the same training with one thing changed at a time, over several seeds, and a report of the results.
 
 python tools/ablate.py --config configs/ablation-openmoji.yaml [--seeds N] [--budget IMAGES] [--jobs 2]
-python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; run again at the end)
+python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; rerun when they end)
 
 The same command resumes an interrupted ablation: finished runs are kept, an interrupted run continues from its
-checkpoint, and scores are computed once. The results are OUT/table.md, table.json, index.html and pictures; --write-doc
-also writes the table to docs/. The report describes the method.
+checkpoint, and scores are not computed again. The results are OUT/table.md, table.json, index.html and pictures;
+--write-doc also writes the table to docs/. The report describes the method.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
-    """Everything that earlier calls have not finished. Returns the exit status."""
+    """Does everything that earlier calls have not finished. Returns the exit status."""
     from dist_t2i.ablation import runs
     from dist_t2i.data.open_data import open_data
 
@@ -159,7 +159,7 @@ def report(
 
 
 def write_pictures(results: Findings, data: ShardSet, protocol: Protocol, out: Path, seed: int) -> dict[str, Path]:
-    """Heading -> PNG."""
+    """Writes the figures; returns heading -> PNG file."""
     from dist_t2i.ablation import figures
 
     pictures = {}

@@ -1,4 +1,4 @@
-"""What several commands share: options, sets, warnings and error messages. Imports nothing heavy."""
+"""What several commands share: options, sets, warnings and error messages. It is fast to import."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def new_parser(command: str, description: str | None) -> argparse.ArgumentParser
 
 
 def add_model(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
-    """Adds --run, and --device."""
+    """Adds the option --run and, if `device`, the option --device."""
     parser.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="run folder, checkpoint or exported model"
     )
@@ -63,7 +63,7 @@ def write_openmoji(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, remedy: str = "name another file with --out") -> Iterator[None]:
-    """Raises a UserError with the path and the remedy in place of an OSError."""
+    """Replaces an OSError with a UserError that names the path and the remedy."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
 """Write OpenMoji as a set, train both networks on it under DeepSpeed, score the model, and write a page of the results.
 
-python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; 90s, 3m, 1h: the time to train)
+python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; the budget is the time to train: 90s, 3m, 1h)
 
-The same command resumes an interrupted demo; once it is finished, the command writes the page again. Ctrl-C saves and
-stops.
+The same command resumes an interrupted demo; after a finished demo, it only writes the page again. Ctrl-C saves a
+checkpoint and stops.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def spelled(budget: int) -> str:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """All steps, except those that an earlier call has finished."""
+    """Runs all steps except those that an earlier call has finished."""
     from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.launch import has_gpu
@@ -122,7 +122,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     started, live = time.monotonic(), sys.stdout.isatty()
 
     def reports() -> list[dict[str, Any]]:
-        """All but the first, which includes warming up: compilers, caches, the first read of the set."""
+        """All reports except the first, which includes warming up: compilers, caches, the first read of the set."""
         return metrics_log.read(trial / "metrics.jsonl")[1:]
 
     def enough() -> bool:
@@ -157,7 +157,7 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
 
 
 def report(run: Path, data: Path, budget: str) -> None:
-    """Scores the weights, unless scores.json is about them, and writes the page; prints where the results are."""
+    """Scores the model, unless scores.json is of these weights, and writes the page; prints where the results are."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import known_scores, table

@@ -1,8 +1,8 @@
-"""Score a trained model by a frozen protocol, every number with interval, floor and ceiling; or compare two scores.
+"""Score a trained model by a frozen protocol, each score with interval, floor and ceiling; or compare two score files.
 
 python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    (RUN: a run, a checkpoint or an exported folder)
-torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       the same numbers on several processes
-python tools/evaluate.py compare A.json B.json                       both side by side, or why they are not comparable
+torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       several processes, with the same result
+python tools/evaluate.py compare A.json B.json                       both files, or why they are not comparable
 python tools/evaluate.py captions --data SET --protocol NAME         the captions that a protocol selects from a set
 
 docs/evaluation.md describes the protocols, the metrics, and how to supply the weights of Inception and CLIP.
@@ -74,7 +74,7 @@ def main() -> int:
     ranks = Ranks.join(rank.rank, rank.world_size)
     try:
         evaluation(args, ranks, rank.local_rank)
-    except UserError:  # raised by all ranks together, so that none is left waiting
+    except UserError:  # raised by all ranks together, so that no rank is left waiting
         ranks.leave()
         raise
     ranks.leave()
@@ -131,7 +131,7 @@ def _inputs(
 
 
 def _device(requested: str | None, local_rank: int, world: int) -> str | None:
-    """The requested device, if it works; else a GPU of this rank's, if any. None: the model's default."""
+    """The requested device (UserError if it does not work), or this rank's GPU or CPU; None: the model's default."""
     import torch
 
     if requested:
@@ -176,7 +176,8 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
 def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
     """Writes the selected captions to the run's folder, unless the protocol has their hash.
 
-    Raises UserError when an earlier evaluation by this protocol had other captions, or when the hash differs.
+    Raises UserError when an earlier evaluation by this protocol had other captions, or when their hash is not the
+    protocol's.
     """
     from dist_t2i.eval.protocol import captions_text
 

@@ -3,7 +3,7 @@
 python tools/mirror.py look URL                    prints which run the mirror belongs to and its checkpoints
 python tools/mirror.py fetch URL IMAGES FOLDER     copies the checkpoint at IMAGES seen and compares its checksums
 
-The answer is one line of JSON: docs/checkpoints.md.
+The answer is one line of JSON, which docs/checkpoints.md describes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dist_t2i.checkpoint import mirror_worker
 
 
 def main() -> int:
-    """Returns the exit status: 0 unless this program is at fault."""
+    """Returns the exit status, which is 0 even if the mirror fails: the answer then contains the reason."""
     parser = argparse.ArgumentParser(
         prog="mirror.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

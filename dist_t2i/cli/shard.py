@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """`command` and its arguments."""
+    """Parses the command line: `command` and its arguments."""
     form = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(prog="shard.py", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -99,7 +99,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("tars", nargs="+", metavar="URL", help="tars or folders of tars")
     add("--name", default="", help="name of the set in its manifest (default: the first tar's)")
 
-    for name, added in commands.choices.items():  # every command so far writes a set
+    for name, added in commands.choices.items():  # all commands added so far write a set
         _add_writing_options(added, name)
 
     add = command("index", "index existing tars in place; they are neither copied nor changed", _INDEX).add_argument
@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 def _add_writing_options(parser: ArgumentParser, name: str) -> None:
-    """The options that the commands which write a set share."""
+    """Adds the options that all commands for writing a set have."""
     if name in ("jsonl", "csv", "tsv", "parquet", "webdataset"):
         text = "parallel reads of URLs in each process (default: %(default)s)"
         parser.add_argument("--threads", type=positive, default=16, help=text)
@@ -173,7 +173,7 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
 
 
 def number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:
-    """An argument type for numbers that `accepts` accepts; the error message for any other is "... is not NEEDS"."""
+    """An argument type for the numbers for which `accepts` is true; for others, the error is "... is not NEEDS"."""
 
     def parse_number(text: str) -> Any:
         value = kind(text)

@@ -1,4 +1,4 @@
-"""Submit a training run to Slurm, and look after it.
+"""Submit a training run to Slurm, and manage it.
 
 python tools/submit.py --nodes 4 --config configs/openmoji64.yaml [--profile slurm/profiles/NAME.yaml] [a.b=c ...]
 python tools/submit.py status RUN
@@ -41,7 +41,7 @@ _DESCRIPTIONS = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; without the name of a command in front it submits."""
+    """Parses the command line; if it does not begin with the name of a command, the command is `submit`."""
     command, words = "submit", arguments
     if arguments and arguments[0] in _DESCRIPTIONS.keys() - {"submit"}:
         command, *words = arguments
@@ -92,7 +92,7 @@ def main() -> int:
     try:
         result = command(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of `logs RUN | head` has ended
+    except BrokenPipeError:  # the reader has ended, as in `logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result
@@ -182,7 +182,7 @@ def _ask(run: Path) -> status.State:
 def _train_here(submission: Submission) -> int:
     if submission.nodes != 1 or submission.seeds:
         raise UserError("--local runs one node on this machine: leave out --nodes and --array-seeds")
-    _refuse_if_live(submission.run, status.look)  # this machine need not have a Slurm that answers
+    _refuse_if_live(submission.run, status.look)  # works without a Slurm that answers
     print(f"data: {submission.check()}")
     submission.prepare()
     supervisor.train(
@@ -225,7 +225,7 @@ def cancel(options: argparse.Namespace) -> int:
         if not state.live:
             print(f"{run}: job {state.job} is not in the queue ({state.word})")
             continue
-        attempts.note(run, event="cancel", job=state.job)  # first: after.py must not requeue a job that ends just now
+        attempts.note(run, event="cancel", job=state.job)  # first, or after.py may requeue a job that is just ending
         done = subprocess.run(["scancel", state.job], capture_output=True, text=True)
         if done.returncode:
             attempts.note(run, event="cancel failed", job=state.job)
@@ -242,7 +242,7 @@ def _log(run: Path, rank: int) -> Path:
 
 
 def _copy_from(log: Path, offset: int) -> int:
-    """Copy a log from a byte on to stdout; returns the offset of its end."""
+    """Copy a log to stdout, starting at byte `offset`; returns the offset of its end."""
     with log.open("rb") as file:
         file.seek(offset)
         shutil.copyfileobj(file, sys.stdout.buffer)

@@ -55,8 +55,7 @@ def remarks(a: ScoresJson, b: ScoresJson) -> list[str]:
 
 
 def pairs(a: ScoresJson, b: ScoresJson) -> Iterator[tuple[str, str, ScoresJson | None, ScoresJson | None, str]]:
-    """Yields (split, name, score of a, score of b, why these are not comparable or "") for each score in either
-    file."""
+    """Yields (split, name, score of a, score of b, why not comparable or "") for each score in either file."""
     for split in dict.fromkeys([*a["splits"], *b["splits"]]):
         by_key = [{score["key"]: score for score in s["splits"].get(split, {}).get("scores", [])} for s in (a, b)]
         for key in dict.fromkeys([*by_key[0], *by_key[1]]):

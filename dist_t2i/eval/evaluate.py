@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 
 def protocol_for(data: ShardSet) -> Protocol:
-    """The default protocol of a set: `openmoji` if the set has all pictures that this protocol lists, else
-    `held-out`."""
+    """The default protocol of a set: `openmoji` if the set has all pictures that `openmoji` lists, else `held-out`."""
     listed = load_protocol("openmoji")
     return listed if has_listed(data, listed) else load_protocol("held-out")
 

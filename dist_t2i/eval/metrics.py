@@ -35,8 +35,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 
 
 def kid_resamples(a: Tensor, b: Tensor, weights: Tensor, *, scaled: bool = True) -> Tensor:
-    """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows i of a and b share a
-    caption.
+    """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows a[i], b[i] share a caption.
 
     A row that occurs twice in a resample is not compared with itself, so these estimates are as unbiased as `kid`.
     """
@@ -55,8 +54,7 @@ def _kernel_rows(a: Tensor, b: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
-    """KID's kernel matrix [..., N, M] of rows [..., N, D] and [..., M, D]; the features are already divided by
-    sqrt(D)."""
+    """KID's kernel matrix [..., N, M] of rows [..., N, D] and [..., M, D], which are already divided by sqrt(D)."""
     return (x @ y.mT + 1.0) ** 3
 
 
@@ -193,8 +191,7 @@ def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """CLIPScore (Hessel et al. 2021, eq. 1) with a factor of 100, not 2.5: max(100 x cosine of rows i, 0), float64
-    [N]."""
+    """CLIPScore (Hessel et al. 2021, eq. 1) with factor 100, not 2.5: max(100 x cosine of rows i, 0), float64 [N]."""
     return 100 * (unit(pictures) * unit(texts)).sum(1).clamp_min(0)
 
 
@@ -218,8 +215,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
-    """How often each row occurs in each resample, float64 [resamples, N]; the rows of a group are resampled
-    together."""
+    """How often each row occurs in each resample: float64 [resamples, N]. Rows of a group are resampled together."""
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randint(len(index), (resamples, len(index)), generator=generator)
@@ -231,8 +227,7 @@ def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: i
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of each resample: float64 [R].
 
-    `values` [N] has one value per column of `weights` [R, N], or those of N/M seeds one after another for weights [R,
-    M].
+    `values` [N] has one value per column of `weights` [R, N], or those of N/M seeds in turn for weights [R, M].
     """
     per_caption = values.double().reshape(-1, weights.shape[1]).mean(0)
     return weights.double() @ per_caption / weights.double().sum(1)

@@ -1,9 +1,9 @@
 """Protocols as files: all rules of an evaluation, frozen under a name and a version.
 
     dist_t2i/eval/protocols/
-      openmoji.yaml       one protocol; the file gives every key, because no key has a default openmoji.txt        the
-      captions of a protocol that lists them: `split <tab> key <tab> caption` per line frozen.json         "NAME
-      VERSION" -> SHA-256 of the rules, including the hash of the list of captions
+      openmoji.yaml       one protocol; the file gives every key, because no key has a default
+      openmoji.txt        the captions of a protocol that lists them: `split <tab> key <tab> caption` per line
+      frozen.json         "NAME VERSION" -> SHA-256 of the rules, including the hash of the list of captions
 
 Changed rules need a new version: a protocol is refused if the hash of its rules differs from the hash that frozen.json
 has for its name and version. Users may write their own protocols as files; scores record the hash of their rules too.
@@ -56,15 +56,13 @@ class Protocol:
     captions_per_picture: int = 1
     """Number of captions of each real picture from which pictures are generated; captions repeat if there are fewer."""
     captions_sha256: str = ""
-    """Hash of the list of captions. Empty if the list depends on the set; the list is then saved with the run's
-    scores."""
+    """Hash of the list of captions. Empty if the list depends on the set; it is then saved with the run's scores."""
     min_pictures: int = 4
     """A split with fewer pictures is refused."""
     max_pictures: int = 2_000
     """Maximum number of pictures per split."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    """One picture is generated per caption and seed. KID and some other metrics are computed for each seed and then
-    averaged."""
+    """One picture is generated per caption and seed. KID and some other metrics are averaged over the seeds."""
     ema: bool = True
     """Whether the generator uses the moving average of its weights (true) or its current weights (false)."""
     truncation: float | None = None
@@ -72,8 +70,7 @@ class Protocol:
     crop: Literal["centre"] = "centre"
     """How real pictures are cropped: to the largest central square."""
     resize: Literal["bilinear-antialias"] = "bilinear-antialias"
-    """How this square is resized to the model's size. The resizing for a feature network is part of the network's
-    name."""
+    """How this square is resized to the model's size. The name of a feature network includes its own resizing."""
     metrics: tuple[str, ...] = ("kid/efficientnet-lite0", "retrieval/efficientnet-lite0", "tone-order")
     """Each entry is METRIC/NETWORK, from `METRICS` and `NETWORKS`, or only METRIC if the metric needs no network."""
     gallery: int = 100
@@ -102,8 +99,7 @@ class Protocol:
         return tuple((metric, network) for metric, _, network in (entry.partition("/") for entry in self.metrics))
 
     def listed(self) -> dict[str, list[tuple[str, str]]]:
-        """Split -> list of (key, caption) in NAME.txt. Raises UserError when the hash of the list is not
-        `captions_sha256`."""
+        """Split -> list of (key, caption) in NAME.txt. Raises UserError when its hash is not `captions_sha256`."""
         path = FOLDER / f"{self.name}.txt"
         try:
             text = path.read_text(encoding="utf-8")

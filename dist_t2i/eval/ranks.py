@@ -58,7 +58,7 @@ class Ranks:
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def map(self, rows: int, compute: Callable[[range], T], *, to_all: bool = True) -> list[T]:
-        """Results of `compute` for all chunks in order, on all ranks or only on rank 0. Collective; errors as in
+        """`compute(chunk)` for all chunks in order, on all ranks or only on rank 0. Collective; errors as in
         `collect`."""
         starts = range(self.rank * CHUNK, rows, self.world * CHUNK)
         own = self.all(lambda: {start: compute(range(start, min(start + CHUNK, rows))) for start in starts})

@@ -244,8 +244,7 @@ def r_precision_scores(case: Case) -> list[Score]:
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
-    """How often the picture in light skin tone is brighter than that in dark from the same noise:
-    `metrics.tone_order`."""
+    """How often light skin tone gives a brighter picture than dark from the same noise: see `metrics.tone_order`."""
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
     if len(pairs) < 2:
         return []

@@ -75,8 +75,7 @@ def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
 
 
 def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
-    """The split's samples, the numbers of the selected samples, and number -> caption if the protocol lists
-    captions."""
+    """The split's samples, the selected samples' numbers, and number -> caption if the protocol lists captions."""
     samples = data.samples(split)
     listed: dict[int, str] = {}
     if protocol.captions == "listed":
@@ -132,8 +131,7 @@ def _captions(sample: Sample, split: str, protocol: Protocol, listed: str | None
 
 
 def _hash(protocol: Protocol, key: str) -> int:
-    """64 bits of the SHA-256 of the protocol's name and a key. A new version of a protocol selects the same
-    pictures."""
+    """64 bits of the SHA-256 of the protocol's name and a key. New versions of a protocol select the same pictures."""
     return int.from_bytes(hashlib.sha256(f"{protocol.name} {key}".encode()).digest()[:8], "big")
 
 

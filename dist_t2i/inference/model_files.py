@@ -52,14 +52,14 @@ _REQUIRED = (CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR)
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A frozen text encoder as data: what an export stores, and what `build` makes a module from."""
+    """A frozen text encoder as data, which an export stores and from which `build` makes a module."""
 
     about: dict[str, Any]
     """JSON-able: `{"kind": "table"}`, or `{"kind": "encoder", "text": {...}, "vocab_size": n, "max_tokens": n}`."""
     tensors: dict[str, Tensor]
     """A table's `vectors`, `tokens` and `lengths`, or an encoder's parameters."""
     file: Path
-    """The file that the tensors were read from, for messages."""
+    """The file that the tensors were read from, for error messages."""
 
     def build(self) -> nn.Module:
         """A module with `.width` and forward(tokens, lengths) -> `TextEmbedding`, on the CPU. Raises UserError."""
@@ -79,7 +79,7 @@ class ModelFiles:
     """The contents of a trained model's files."""
 
     folder: Path
-    """Run or export."""
+    """Folder of the run or of the export."""
     config: Config
     tokenizer: Tokenizer
     generator: Mapping[str, Tensor]
@@ -197,7 +197,7 @@ def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> Froz
 
 
 def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """S_D of an exported model, or the frozen encoder that this model was trained with."""
+    """The encoder S_D of an exported model, or the frozen encoder that the exported model was trained with."""
     model = read_export(folder)
     if model.tokenizer != tokenizer:
         remedy = "both models must be trained on sets that share one tokenizer.json"
@@ -216,7 +216,7 @@ def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> F
 
 
 def _read_table(path: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """A table of caption vectors, its captions encoded by `tokenizer`."""
+    """Reads a table of caption vectors; `tokenizer` encodes the captions."""
     tensors = read_tensors(path)
     try:
         captions = json.loads(read_metadata(path).get("captions", "null"))

@@ -1,8 +1,9 @@
 """Uses a trained model: `load(path)`, then `.generate`, `.edit`, `.embed_text`, `.embed_image`, `.score`.
 
-Guarantee: an image depends on (weights, prompt, seed, index) only, bit for bit, and not on the rest of the call. For
-this, each image has its own noise generator, seeded by (seed, index); each text is encoded separately; and the networks
-always see the same number of rows: one on a CPU (where more are no faster), `CHUNK` on a GPU, padded.
+Guarantee: every bit of an image depends only on (weights, prompt, seed, index), not on the rest of the call. Therefore
+each image has its own noise generator, seeded by (seed, index), and each text is encoded separately. The networks
+always compute the same number of rows: one on a CPU, where more are no faster, and `CHUNK` on a GPU, where the last
+chunk is padded.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class TextToImage:
         self.files, self.config, self.tokenizer = files, files.config, files.tokenizer
         self.images_seen = files.images
         self._parts = build_parts(files, self.device)
-        self.image_encoder = ImageEncoder(self._parts.discriminator)  # what `embed_image` computes with
+        self.image_encoder = ImageEncoder(self._parts.discriminator)  # the network behind `embed_image`
         self._chunk = 1 if self.device.type == "cpu" else CHUNK
 
     @property
@@ -94,10 +95,10 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Generates RGB images for a list of texts: all images of the first prompt, then all of the second, and so on.
 
-        Image i of a prompt depends on (prompt, seed, i) only, and has the same noise for every prompt. `truncation` scales
-        the noise: below 1, images are more typical and less varied; at 0, every seed gives the same image; None uses the
-        configured value. Warns with UnknownWordsWarning about words that were in no training caption and with PromptWarning
-        about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
+        Image i of a prompt depends only on (prompt, seed, i), and its noise is the same for every prompt. `truncation`
+        scales the noise: below 1, images are more typical and less varied; at 0, every seed gives the same image; None
+        uses the configured value. Warns with UnknownWordsWarning about words that were in no training caption and with
+        PromptWarning about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
         """
         prompts = check_texts(prompts, "prompts")
         count, seed = _integer(images_per_prompt, "images_per_prompt", least=1), _integer(seed, "seed")
@@ -108,7 +109,8 @@ class TextToImage:
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
 
     def sample(self, prompts: Sequence[str], noise_seeds: Sequence[int], truncation: float | None = None) -> Tensor:
-        """`generate` without warnings: image i from prompt i and noise seed i, uint8 [N, 3, H, W]. Raises PromptError."""
+        """`generate` without warnings: image i from prompt i and noise seed i, uint8 [N, 3, H, W]. Raises
+        PromptError."""
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
             raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
@@ -131,10 +133,11 @@ class TextToImage:
     ) -> Image.Image:
         """Changes an image to match a text and leaves the rest as it was: an RGB image of the model's size.
 
-        `image` is a PIL image or a file that training could read; transparency is filled with white, the central square is
-        resized. `text` describes the full edited image, not the change only. `strength` 0 returns the source exactly, 1 the
-        full edit; values between interpolate each pixel linearly (our reading). `seed`, `truncation` and the warnings are
-        as in `generate`. Raises UserError when the model was not trained to edit, PromptError for unusable arguments.
+        `image` is a PIL image, or a file in a format that training reads. Transparent pixels become white, and the
+        central square is resized. `text` describes the full edited image, not only the change. `strength` 0 returns
+        exactly the source, and 1 the full edit; values between them interpolate each pixel linearly (our reading).
+        `seed`, `truncation` and the warnings are as in `generate`. Raises UserError when the model was not trained to
+        edit, and PromptError for unusable arguments.
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))
@@ -150,7 +153,7 @@ class TextToImage:
         strength: float = 1.0,
         truncation: float | None = None,
     ) -> Tensor:
-        """`edit` without warnings, of sources uint8 [N, 3, H, W] at the model's size. Raises UserError, PromptError."""
+        """`edit` without warnings for sources uint8 [N, 3, H, W] at the model's size. Raises UserError, PromptError."""
         encoder, generator = self._parts.source, self._parts.generator
         if encoder is None:
             raise UserError(
@@ -193,7 +196,7 @@ class TextToImage:
         return self._by_chunks(lambda chunk: self.image_encoder(to_unit(chunk)), empty, pixels)
 
     def embed_aligned(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors of a list of texts in the alignment space (by S_D), float32 [N, A] on the CPU. Raises PromptError."""
+        """Unit vectors of texts in the alignment space (by S_D), float32 [N, A] on the CPU. Raises PromptError."""
         empty = torch.empty(0, self.config.model.discriminator.embedding)
         return self._by_chunks(self._parts.discriminator.align_text, empty, self.embed_text(texts, which="d"))
 
@@ -215,7 +218,7 @@ class TextToImage:
     @torch.no_grad()
     def _encode(self, encoder: nn.Module, texts: Sequence[str]) -> TextEmbedding:
         embeddings = {}
-        for text in dict.fromkeys(texts or [""]):  # an empty result takes its shapes from the empty text
+        for text in dict.fromkeys(texts or [""]):  # without texts, encodes "" for the right shapes
             tokens, lengths = self.tokenizer.encode([text], self.config.data.max_tokens)
             embeddings[text] = [part.cpu() for part in encoder(tokens.to(self.device), lengths.to(self.device))]
         rows = [embeddings[text] for text in texts or [""]]
@@ -223,7 +226,10 @@ class TextToImage:
 
     @torch.no_grad()
     def _by_chunks(self, function: Callable[..., Tensor], empty: Tensor, *rows: Tensor) -> Tensor:
-        """`function` over rows on the device, a fixed number at a time (the last row fills the last chunk), or `empty`."""
+        """Applies `function` on the device to a fixed number of rows at a time; returns `empty` if there are no rows.
+
+        Copies of the last row fill the last chunk.
+        """
         results = []
         for start in range(0, len(rows[0]), self._chunk):
             index = torch.arange(start, start + self._chunk).clamp(max=len(rows[0]) - 1)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_t2i.eval.studies.embeddings import Probe, Study
 
 _COLORS = dict(zip(TONES, ("#f2c9a1", "#d9a066", "#a86b3c", "#70421f", "#3b2110"), strict=True))
-"""Of the five skin tones; other properties get matplotlib's default colors."""
+"""Colors of the five skin tones; classes of other properties get matplotlib's default colors."""
 _THUMBNAILS = 150
 
 

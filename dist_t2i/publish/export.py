@@ -1,6 +1,7 @@
-"""Exports a run as a folder for others: weights, configuration, tokenizer, samples, model card.
+"""Exports a run as a folder that others can use: weights, configuration, tokenizer, samples, model card.
 
-inference/model_files.py lists the files. The export appears atomically. It holds nothing about this machine: no paths.
+inference/model_files.py lists the files. The folder appears only when it is complete, and contains no paths of this
+machine.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
     """Export the newest checkpoint of a run, or another export, to the new folder `out`; returns its path.
 
-    `replace` allows that an earlier export at `out` is replaced. Raises UserError when `out` contains anything else, `run`
-    contains no model, or the disk is full; nothing is left behind then.
+    `replace` permits replacing an earlier export at `out`. Raises UserError when `out` contains anything else, when
+    `run` contains no model, or when the disk is full; in these cases, no files are left behind.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -98,7 +99,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
 
 
 def published(config: Config) -> Config:
-    """The configuration without paths and the run's name, which belong to a machine or person."""
+    """The configuration without paths and the run's name, which concern only the machine or person that trained."""
     run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))

@@ -37,7 +37,8 @@ class SetAbout:
 
     @classmethod
     def of(cls, files: ModelFiles) -> SetAbout:
-        """Read from an export's record, or from the manifest of a run's set if the set can still be opened."""
+        """Reads the facts from an export's model.json, or from the manifest of a run's set if it can still be
+        opened."""
         if files.about.get("set"):
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}

@@ -29,7 +29,8 @@ _GRIDS = 12  # at most this many sample grids are shown, evenly spread over the 
 def write_page(
     run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
 ) -> Path:
-    """Write RUN/report/index.html; returns its path. `scores`: of scores.json; `command` reproduces the run."""
+    """Write RUN/report/index.html; returns its path. `scores` is a scores.json's content; `command` reproduces the
+    run."""
     facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     about = SetAbout.of(model.files)
@@ -69,7 +70,7 @@ _NOTES = {
 
 
 def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
-    """The first captions of a split, in the set's hashed order, with the real and four generated pictures each."""
+    """The first captions of a split in the set's order (by hash), each with its real and four generated pictures."""
     held_out = data.samples(split)
     samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
     captions = [sample.captions[0] for sample in samples]
@@ -86,7 +87,7 @@ def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
 
 
 def _history(run: Path) -> str:
-    """The run's sample grids with a slider; without JavaScript, all of them one below the other."""
+    """The run's sample grids with a slider; without JavaScript, all grids appear one below the other."""
     found = ((images_in(path.stem), path) for path in (run / "samples").glob("*.png"))
     grids = sorted((images, path) for images, path in found if images is not None)
     if len(grids) > _GRIDS:

@@ -1,7 +1,7 @@
-"""Cost of resuming deep in an epoch (`--resume`) and of very large sets (`--scale`).
+"""Measures the cost of resuming deep in an epoch (`--resume`) and of very large sets (`--scale`).
 
-The sets are hard links to one shard of 10,000 samples: 100 links for `--resume`, 40,000 (400 million samples) for
-`--scale`.
+The sets consist of hard links to one shard of 10,000 samples: 100 links for `--resume`, and 40,000 links (400 million
+samples) for `--scale`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def many_shards(one: Path, count: int) -> Path:
 
 
 def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Share of the epoch -> seconds to the first batch after it, per round; each round starts with another share."""
+    """Share of the epoch to start after -> seconds to the first batch, per round. The order rotates with the rounds."""
     seconds: dict[str, list[float]] = {"0%": [], "10%": [], "90%": []}
     for number in range(rounds):
         for share in list(seconds)[number % 3 :] + list(seconds)[: number % 3]:
@@ -115,7 +115,7 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def measure_scale(folders: list[Path], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Samples of each set -> measurements of each round, 90% into the epoch."""
+    """Number of samples in a set -> measurements of each round, started 90% into the epoch."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for folder, shards in zip(folders, (RESUME_SHARDS, SCALE_SHARDS), strict=True):

@@ -2,9 +2,9 @@
 Simple and Effective Baseline for Text-to-Image Synthesis", CVPR).
 
 At 64 px and a width of 32, generator and discriminator have 4.8M and 3.4M parameters. The text encoder is pretrained
-and frozen, so a constant vector replaces the sentence embedding. A step in fp32 with Adam: the discriminator's hinge
-loss on real pictures, real pictures with wrong captions, and fakes, with the matching-aware penalty (eq. 2) on the pass
-of the real pictures in every step; then the generator's loss, with another pass through the discriminator.
+and frozen, so a constant vector replaces the sentence embedding. Steps use fp32 and Adam. A step first updates the
+discriminator by the hinge loss on real pictures, real pictures with wrong captions, and fakes, plus the matching-aware
+penalty (eq. 2) on the real pictures. It then updates the generator, with another pass through the discriminator.
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -130,7 +130,7 @@ class Peer:
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
     def run(self, steps: int) -> dict[str, float]:
-        """`step`: seconds per step."""
+        """Runs `steps` steps; returns the seconds per step as `step`."""
         begin = now(self.real.device)
         for _ in range(steps):
             self._step()

@@ -1,7 +1,8 @@
 """The loaders that the stream benchmark compares: each function starts one and returns an iterator of its batches.
 
 A batch is (images [64, 3, 256, 256] as uint8 or float, a list of captions). Every loader shuffles, decodes in `workers`
-processes, and is set up as its documentation shows. `decode` None means the decoding of that documentation.
+processes, and is set up as its documentation shows. If `decode` is None, pictures are also decoded as in that
+documentation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Batches = Iterator[Any]
 
 @dataclass
 class Location:
-    """The data of a loader: in `folder` (see sets.py), or under the same names below `remote`."""
+    """The data of a loader: in `folder` (see sets.py), or, if `remote` is set, below `remote` under the same names."""
 
     folder: str
     workers: int
@@ -42,7 +43,7 @@ class Location:
 
 
 def fast(data: bytes) -> Tensor:
-    """The decoder of table 1: uint8 [3, SIZE, SIZE]."""
+    """The decoder that all loaders use in table 1: uint8 [3, SIZE, SIZE]."""
     from dist_t2i.data.images import decode, square
 
     return square(decode(bytes(data), SIZE), SIZE)  # litdata passes a memoryview
@@ -149,8 +150,8 @@ def mds(location: Location, decode: Decode) -> Batches:
 
 
 def replace_torchvision() -> None:
-    """Supplies the names that mosaicml-streaming imports from torchvision and never calls, where torchvision does not
-    load: its wheel needs a CUDA build of torch."""
+    """If torchvision does not load (its wheel needs a CUDA build of torch), replaces it with the names that
+    mosaicml-streaming imports from it and never calls."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
@@ -220,7 +221,7 @@ def write_msc_config(path: Path, remote: str) -> None:
 class Loader(NamedTuple):
     batches: Callable[[Location, Decode], Batches]
     modules: tuple[str, ...]
-    """What the first batch would otherwise import."""
+    """Modules to import before the measurement; otherwise the first batch would import them."""
     package: str = ""
     """Name on PyPI; empty for this project."""
 

@@ -22,7 +22,8 @@ SIZE = (640, 480)
 QUALITY = 90
 TARS = 16
 _NOISE = ((5, 60.0), (10, 45.0), (20, 32.0), (40, 22.0), (80, 15.0), (160, 10.0), (320, 6.0))
-"""Width of a grid of random numbers and its amplitude: similar power at every scale, as in photographs."""
+"""(width of a grid of random numbers, amplitude): together they have similar power at every scale, as in
+photographs."""
 _WORDS = """a the two man woman dog cat child bird horse street kitchen table beach field train bus bicycle plate pizza
 standing sitting riding holding eating next to on in front of with under red blue white small large old young""".split()
 
@@ -55,7 +56,7 @@ def captions(number: int) -> list[str]:
 
 
 def write_captions(path: Path, pictures: Iterable[str]) -> None:
-    """A JSONL file with captions of these pictures, as `tools/shard.py folder` reads it."""
+    """Write a JSONL file with captions of these pictures, in the form that `tools/shard.py folder` reads."""
     lines = (json.dumps({"image": name, "captions": captions(number)}) for number, name in enumerate(pictures))
     path.write_text("".join(f"{line}\n" for line in lines))
 
@@ -149,7 +150,7 @@ def _litdata_sample(sample: tuple[str, str]) -> dict[str, Any]:
 
 
 def write_litdata(pictures: str, out: str) -> None:
-    """litdata's format, in chunks of its default size, 64 MB."""
+    """Write the pictures in litdata's format, in chunks of its default size, 64 MB."""
     import litdata
 
     inputs = [(str(path), json.dumps(texts)) for path, texts in samples(Path(pictures))]

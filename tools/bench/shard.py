@@ -1,4 +1,4 @@
-"""How fast pictures become shards when their bytes are copied unchanged, compared with `tar` over the same files.
+"""Measures how fast pictures become shards if their bytes are copied unchanged, compared with `tar` on the same files.
 
 python tools/bench/shard.py                     4,000 JPEGs of about 115 KB, written to a temporary folder
 python tools/bench/shard.py --pictures DIR      your own JPEGs
@@ -6,7 +6,7 @@ python tools/bench/shard.py --pictures DIR      your own JPEGs
 Each row is the median of several runs, taken in turns, with one process each and the files in the page cache. "per
 core" compares CPU seconds (user and system, with child processes), which other programs disturb least; "clock" compares
 elapsed seconds. `shards` is the time from planning to the last shard, with crc32 and sha256 of everything. `whole set`
-is the command: it starts Python, reads the captions, and writes the shards, tokenizer, report and manifest.
+is the full command: it starts Python, reads the captions, and writes the shards, tokenizer, report and manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shutil import rmtree
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 BAR = 0.7
-"""The speed of `shards` per core, relative to tar, below which the exit status is 1."""
+"""Lowest accepted speed of `shards` per core, relative to tar; if the speed is lower, the exit status is 1."""
 DISTINCT = 32
 
 

@@ -5,8 +5,8 @@
 For every number of ranks, the same step (dist_t2i/training/gan.py) runs on the same synthetic batches, in turn, under
 plain PyTorch (DistributedDataParallel on several ranks) and under ZeRO at each stage. The columns are images/s (median
 over the rounds), the cost relative to plain PyTorch (median of the ratios within a round), the share of a measured
-matmul peak that convolutions and matrix products reach, and milliseconds per phase. With --peer, the networks and the
-step of DF-GAN (dfgan.py) take turns too where there is one rank, at the same picture size and batch.
+matmul peak that convolutions and matrix products reach, and milliseconds per phase. With --peer and one rank, the step
+of DF-GAN (dfgan.py) is measured in turn with the others, at the same picture size and batch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_ranks(ranks: int) -> dict[str, Any]:
 
 
 def print_costs(table: dict[str, Any]) -> None:
-    """The table of one number of ranks."""
+    """Print the table for one number of ranks."""
     from tools.bench.common import print_table
 
     caption = (

@@ -1,4 +1,5 @@
-"""How fast the training stream is, compared with webdataset, litdata, mosaicml-streaming and energon in one run.
+"""Measures how fast the training stream is, compared with webdataset, litdata, mosaicml-streaming and energon in one
+run.
 
     python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
     bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench]"
@@ -8,13 +9,14 @@
     bench-venv/bin/python tools/bench/stream.py --scale      400 million samples in 40,000 shards
 
 Every loader runs in a separate process and reads the same 640x480 JPEGs, shuffled, in batches of 64 at 256 px. The
-loaders take turns within each round, so that other programs disturb all of them alike. In table 1 all loaders use the
-same fast decoder. In table 2 each peer decodes as its documentation shows, with Pillow as where torchvision does not
-load (energon decodes before its shuffle buffer by default); this project's stream has one decoder and also tokenizes.
+loaders take turns within each round, so that other programs disturb all of them alike. In table 1, all loaders use the
+same fast decoder. In table 2, each peer decodes as its documentation shows, but with Pillow, as on machines where
+torchvision does not load; energon would by default decode before its shuffle buffer. This project's stream has only one
+decoder, and it also tokenizes.
 
-The columns are medians over the rounds: images/s after the first batch; the same relative to the fastest peer and to
+The columns are medians over the rounds: images/s after the first batch; this speed relative to the fastest peer and to
 the bare decoder on as many processes (medians of the ratios within a round); seconds to the first batch, with imports
-done and nothing cached by the loader; CPU seconds per 1,000 images of the process tree, without the S3 server. Peak
+done and nothing cached by the loader; CPU seconds of the process tree per 1,000 images, without the S3 server. Peak
 memory is the sum of PSS over the process tree, from one more run. S3 is a SeaweedFS server on the same cores, started
 for this run. Files come from the page cache.
 """
@@ -114,7 +116,7 @@ def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack
 
 @contextlib.contextmanager
 def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
-    """An S3 server that holds the sets, from `data/N/s3`."""
+    """Runs an S3 server with the sets; the server keeps its files in `data/N/s3`."""
     from object_store import S3Server
 
     with S3Server(sets.folder / "s3") as server:
@@ -130,7 +132,7 @@ def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
 def measure(
     options: argparse.Namespace, sets: Sets, server: Any, fast: bool, place: str
 ) -> tuple[Rows, dict[str, str]]:
-    """Loader -> measurements of each round, then of the run that measures memory; and peer -> why it failed."""
+    """Loader -> measurements of each round and of a last run that measures memory; and peer -> why it failed."""
     kind, _, workers = place.partition(":")
     location = {"folder": str(sets.folder), "workers": int(workers)}
     if kind == "s3":
@@ -140,7 +142,7 @@ def measure(
     failures: dict[str, str] = {}
     for number in range(options.rounds + 1):
         memory = number == options.rounds
-        names = list(rows)[number % len(rows) :] + list(rows)[: number % len(rows)]  # no loader always follows another
+        names = list(rows)[number % len(rows) :] + list(rows)[: number % len(rows)]  # the order rotates with rounds
         for name in names:
             if name == DECODER and memory:
                 continue

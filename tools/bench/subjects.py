@@ -29,9 +29,9 @@ from tools.bench.dfgan import Peer
 
 VOCABULARY = 2000
 PEER, PEER_STEPS = "DF-GAN", 3
-"""DF-GAN takes fewer steps in a measurement, because each takes as long as several of this project's."""
+"""DF-GAN takes fewer steps in a measurement, because one of its steps takes as long as several of this project's."""
 METHODS = {"prepare": "_prepare", "discriminator": "_discriminator_step", "generator": "_generator_step"}
-"""Phase -> method of Gan; the phase `average` is the moving average."""
+"""Phase -> method of Gan. A further phase, `average`, is the update of the moving average."""
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class PlainEngine:
-    """The interface of `NetworkEngine` without DeepSpeed, the baseline; DistributedDataParallel on several ranks."""
+    """The baseline: `NetworkEngine`'s interface without DeepSpeed, with DistributedDataParallel on several ranks."""
 
     loss_scale = 1.0
     gradient_norm = 0.0
@@ -127,7 +127,8 @@ class PlainEngine:
 
 
 class Subject:
-    """The step with separate weights, under plain PyTorch (`stage` None) or a ZeRO stage; all get the same batch."""
+    """A training step with its own weights, under plain PyTorch (`stage` None) or a ZeRO stage. All get the same
+    batch."""
 
     def __init__(self, config: Config, stage: Literal[0, 1, 2, 3] | None, device: torch.device):
         self.config, self.device, self.images = config, device, 0
@@ -144,7 +145,7 @@ class Subject:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Weights of `generator`, `discriminator` and `text` (all text encoders); under plain PyTorch only."""
+        """Number of weights in `generator`, `discriminator` and `text` (all text encoders). Requires plain PyTorch."""
         counts: dict[str, int] = {"text": 0}
         for engine in self.gan.engines:
             with engine.gathered() as weights:
@@ -163,7 +164,7 @@ class Subject:
         return run
 
     def run(self, steps: int) -> dict[str, float]:
-        """Seconds per step: `step` in all, and of each phase."""
+        """Runs `steps` steps; returns seconds per step for each phase, and for the whole step as `step`."""
         dist.barrier()
         self._seconds = dict.fromkeys((*METHODS, "average"), 0.0)
         begin = now(self.device)

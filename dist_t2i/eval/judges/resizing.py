@@ -1,4 +1,4 @@
-"""Resizing of pictures to a feature network's input. Scores depend on it, so it is part of a network's name.
+"""Ways to resize pictures for a feature network. Scores depend on the resizing, so the network's name includes it.
 
 Each function takes float32 [B, 3, H, W] in 0 to 255 and a side in pixels, and returns [B, 3, side, side].
 """
@@ -19,15 +19,15 @@ def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
 
 
 def clean(pixels: Tensor, side: int) -> Tensor:
-    """clean-fid's: Pillow's antialiased bicubic in floating point, clamped, not rounded (Parmar et al. 2022, sec. 3).
+    """As clean-fid: Pillow's antialiased bicubic in floats, clamped, not rounded (Parmar et al. 2022, sec. 3).
 
-    torch has the same filter (a = -0.5 with antialiasing); it equals Pillow's within 1e-3 of a level.
+    torch has the same filter (a = -0.5 with antialiasing); its results equal Pillow's within 1e-3 of a gray level.
     """
     return _bicubic(pixels, side).clamp(0, 255)
 
 
 def legacy(pixels: Tensor, side: int) -> Tensor:
-    """The original FID's: TensorFlow 1's bilinear without antialiasing, by torch-fidelity."""
+    """As in the original FID: TensorFlow 1's bilinear interpolation without antialiasing, by torch-fidelity."""
     module = torch_fidelity("interpolate_compat_tensorflow")
     return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
 

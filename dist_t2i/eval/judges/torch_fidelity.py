@@ -28,13 +28,13 @@ def torch_fidelity(module: str) -> Any:
 
 @contextlib.contextmanager
 def _torchvision() -> Iterator[None]:
-    """Inside, `import torchvision` works: placeholders replace it where it cannot be imported."""
+    """A context in which `import torchvision` works: placeholders replace the package if it cannot be imported."""
     try:
         importlib.import_module("torchvision")
         placeholders: dict[str, types.ModuleType] = {}
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # of an import that failed halfway
+            del sys.modules[name]  # left by an import that failed halfway
         placeholders = {f"torchvision{name}": _Placeholder(f"torchvision{name}") for name in _NAMES}
     for name, module in list(placeholders.items())[1:]:
         parent, _, leaf = name.rpartition(".")

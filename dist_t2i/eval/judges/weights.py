@@ -1,4 +1,4 @@
-"""Weights of feature networks: a path, a URL, or the default download location of their library."""
+"""Finds the weights of feature networks: at a path, at a URL, or at their library's default download location."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 
 
 def remedy(network: str, what: str = "FILE") -> str:
-    """How a user names the weights of `inception` or `clip`."""
+    """The part of an error message that says how to supply the weights of `inception` or `clip`."""
     ways = f"--weights {network}={what} or DIST_T2I_{network.upper()}_WEIGHTS={what}"
     return f"name them with {ways}, or do without with --without {network}"
 

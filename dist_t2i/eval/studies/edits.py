@@ -1,9 +1,10 @@
 """Scores edits of held-out pictures: does the edit match its text, and does the rest stay the same?
 
-In a set of drawings that differ by their names, many edits have a true target, such as the same role in another skin
-tone. Edits are compared with their targets in pixels and in the features of an independent network, and so are two
-trivial answers: the source *copied*, and a picture that the text-to-image model before editing generated from *scratch*.
-Targets and the sources of tone changes are held out; the sources of gender changes may be training pictures.
+In a set of drawings with systematic names, many edits have a true target, such as the same role in another skin tone.
+Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers are
+compared in the same way: the source *copied*, and a picture generated from *scratch* by the text-to-image model that
+the training for edits started from. Targets are held out, and so are the sources of tone changes. The sources of gender
+changes may be training pictures.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ if TYPE_CHECKING:
 
 TONES, GENDERS, OWN = "tone changes", "gender changes", "nothing to change"
 TRIVIAL = {"copy": "the source copied", "scratch": "generated from scratch"}
-"""Trivial answers -> their description."""
+"""Trivial answer -> its description."""
 ALIKE = 8
 """Pixels count as equal if their colors differ by at most this many levels (of 255)."""
 SKIN = 24
-"""Pixels show a role's skin tone if its real tones differ there by more than this many levels."""
+"""Pixels count as skin if a role's real pictures in different tones differ there by more than this many levels."""
 
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """The rules; fields that `protocol.Protocol` also has mean the same here."""
+    """The rules; fields that exist also in `protocol.Protocol` have the same meaning."""
 
     name: str = "edits"
     version: int = 1
     splits: tuple[str, ...] = ()
-    """Splits with the targets; empty: `test-combinations` if the set has it, else every split named test..."""
+    """Splits with the targets; empty: `test-combinations` if the set has it, else all whose names begin with `test`."""
     features: str = "efficientnet-lite0"
     seed: int = 0
-    """Of the one edit and the one picture from scratch per case."""
+    """Seed of the noise; each case has one edit and one picture from scratch."""
     strength: float = 1.0
     gallery: int = 100
     resamples: int = 1_000
@@ -89,14 +90,14 @@ class Answers:
         return 1 - (answer * target).sum(1)
 
     def target_first(self, name: str) -> Tensor:
-        """Probability that the nearest of a random gallery of targets is the true one: float64 [N]."""
+        """Probability that, in a random gallery of targets, the true target is the nearest: float64 [N]."""
         ranks = metrics.retrieval_ranks(self.features(self.pictures[name]), self.features(self.pictures["target"]))
         return metrics.recall_at(1, ranks, len(self.cases), self.protocol.gallery)
 
     def score(
         self, key: str, name: str, values: Mapping[str, Tensor], better: str, **ends: Mapping[str, float]
     ) -> Score:
-        """The mean of the edits' values [N] with its interval; the default floor has those of the trivial answers."""
+        """The mean of the edits' values [N] with its interval; the trivial answers are the default floor."""
         weights = metrics.bootstrap_weights([case.group for case in self.cases], self.protocol.resamples)
         low, high = metrics.interval(metrics.weighted_mean(values["edit"], weights))
         means = {name: value.double().mean().item() for name, value in values.items()}
@@ -113,11 +114,12 @@ def evaluate_edits(
     say: Callable[[str], None] = print,
     network: FeatureNetwork | None = None,
 ) -> tuple[Scores, list[tuple[str, list[numpy.ndarray]]]]:
-    """Scores of a model that edits, by kind of edit, and some edits; `base` generates from scratch.
+    """Scores a model's edits by kind of edit; returns the scores and some example edits.
 
-    An edit has the captions of its target and source, and uint8 [H, W, 3]: source, edit, target, picture from scratch.
-    Raises UserError when the set has too few true targets, or when the two models have different image sizes. Takes
-    about 0.2 s per edit on one core at 32 px, nearly all of it in the feature network.
+    `base` generates the pictures from scratch. An example is the captions of target and source, and four pictures uint8
+    [H, W, 3]: the source, the edit, the target, and the picture from scratch. Raises UserError when the set has too few
+    true targets, or when the two models have different image sizes. An evaluation takes about 0.2 s per edit on one
+    core at 32 px, nearly all of it in the feature network.
     """
     sizes = base.image_size, model.image_size
     if sizes[0] != sizes[1]:
@@ -145,7 +147,7 @@ def evaluate_edits(
 
 
 def cached(network: FeatureNetwork) -> Callable[[Tensor], Tensor]:
-    """A feature network that computes each picture once: most pictures are both a source and a target."""
+    """Wraps a feature network to compute each picture once, because most pictures are both a source and a target."""
     known: dict[bytes, Tensor] = {}
 
     def features(pictures: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ def examples_of(answers: Answers) -> list[tuple[str, list[numpy.ndarray]]]:
 
 
 class Library:
-    """Maps first captions of a set to their pictures. `held_out` are those of possible targets, in the set's order."""
+    """Maps the first caption of each picture to the picture. `held_out` lists the captions of possible targets."""
 
     def __init__(self, data: ShardSet, protocol: EditProtocol, size: int) -> None:
         preferred = ("test-combinations",) if "test-combinations" in data.splits else ()
@@ -186,7 +188,7 @@ class Library:
         return caption in self._position
 
     def pictures(self, captions: Sequence[str]) -> Tensor:
-        """uint8 [N, 3, H, W]."""
+        """The pictures of these captions, uint8 [N, 3, H, W]."""
         for caption in captions:
             if caption not in self._decoded:
                 split, number = self._position[caption]
@@ -196,7 +198,7 @@ class Library:
 
 
 def tone_cases(library: Library) -> list[Case]:
-    """Light to dark and dark to light, between held-out pictures."""
+    """Edits from light to dark and from dark to light skin tone, between held-out pictures."""
     held_out = set(library.held_out)
     pairs = [(text, skin_tones.tone_pair(text) or ()) for text in library.held_out]
     return [
@@ -210,7 +212,7 @@ _SWAPPED = {"man": "woman", "woman": "man", "men": "women", "women": "men", "boy
 
 
 def gender_cases(library: Library) -> list[Case]:
-    """Swaps the gendered word of held-out captions that have exactly one."""
+    """Edits to held-out captions with exactly one gendered word, from the caption with the opposite word."""
     cases = []
     for text in library.held_out:
         words = text.split()
@@ -226,7 +228,7 @@ def own_cases(library: Library) -> list[Case]:
 
 
 def target_scores(answers: Answers, library: Library) -> list[Score]:
-    """Distance of the edits from their true targets, and how much smaller it is than that of the trivial answers."""
+    """Distance of the edits from their true targets, and how much nearer they are than the trivial answers."""
     scores = []
     for key, distance, unit in (
         ("pixels", answers.pixel_distance, "levels of 255"),
@@ -244,7 +246,7 @@ def target_scores(answers: Answers, library: Library) -> list[Score]:
 
 
 def _outside(answers: Answers) -> Score:
-    """The change of the pixels that should stay: those in which source and target agree."""
+    """How much the edits change pixels that should stay, which are those where source and target agree."""
     target = answers.pictures["target"]
     same = ((answers.pictures["copy"].int() - target.int()).abs().amax(1) <= ALIKE).double()
 
@@ -257,7 +259,7 @@ def _outside(answers: Answers) -> Score:
 
 
 def tone_scores(answers: Answers, library: Library) -> list[Score]:
-    """How often the tone is right, by the real pictures of the same role in all its tones; then `target_scores`."""
+    """How often the skin tone is right, judged by the role's real pictures in all its tones; then `target_scores`."""
     right = answers.each(lambda name: right_tone(answers.pictures[name], answers.cases, library))
     row = {case.text: i for i, case in enumerate(answers.cases)}
     pairs = [skin_tones.tone_pair(case.text) for case in answers.cases]
@@ -272,10 +274,10 @@ def tone_scores(answers: Answers, library: Library) -> list[Score]:
 
 
 def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Tensor:
-    """1 where the real picture of case i's role that is nearest to picture i has the tone that is asked for: float64 [N].
+    """1 where, among the real pictures of case i's role, the nearest to picture i has the requested tone: float64 [N].
 
-    Only the pixels that show the role's tone count. The difference of two squared distances is linear in the picture, so
-    pixel noise averages out, and the mean shade of these pixels decides.
+    Distances use only the pixels that show skin. The difference of two squared distances is linear in the picture, so
+    noise averages out, and the result depends on the mean shade of the skin.
     """
     right = []
     for picture, case in zip(pictures.double(), cases, strict=True):
@@ -292,13 +294,13 @@ def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Ten
 
 
 def own_scores(answers: Answers, library: Library) -> list[Score]:
-    """The change of a picture that is edited with its own caption."""
+    """How much a picture changes when it is edited with its own caption, which asks for no change."""
     changes = {name: answers.pixel_distance(name) for name in ("edit", "scratch")}
     return [answers.score("pixels", "pixels: change (levels of 255)", changes, "lower")]
 
 
 KINDS = ((TONES, tone_cases, tone_scores), (GENDERS, gender_cases, target_scores), (OWN, own_cases, own_scores))
-"""Kind of edit, its cases, their scores."""
+"""(kind of edit, function that finds its cases, function that scores them)"""
 
 
 def verdict(scores: Scores) -> str:

@@ -1,12 +1,12 @@
 """Studies a model's text embeddings: nearest words, linear probes with their baselines, a map.
 
-Probes learn from captions of the training split and are scored on held-out ones (a fifth of the captions, by their hash,
-in sets without held-out splits). Which probes exist depends on the set:
+Probes learn from captions of the training split and are scored on held-out captions. In sets without held-out
+splits, a fifth of the captions, selected by their hash, is held out. The probed properties depend on the set:
 
-* *skin tone*: captions that name exactly one;
-* *gender*: captions with words of one gender, or with a word for a person that has none;
-* *object*: in sets with skin tones, the person without tone and gender ("pilot"), which held-out captions combine with a
-  tone that training never combined it with; in other sets, the one of the most frequent words that a caption has.
+* *skin tone*: of captions that name exactly one tone;
+* *gender*: of captions whose words for persons are all male, all female, or all without gender;
+* *object*: in sets with skin tones, the role without tone and gender ("pilot"). Held-out captions combine a role with a
+  tone that it never had in training. In other sets, the frequent word of captions that contain exactly one.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
 
 EMBEDDINGS = {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}
-"""text.mode -> the name of each embedding of such models -> its `which` in `embed_text`."""
+"""text.mode -> name of an embedding of such a model -> the argument `which` that makes `embed_text` return it."""
 MOST = 4000
-"""Captions of each side, at most."""
+"""Maximum number of training captions, and of held-out captions."""
 LEARNED = 1000
-"""Captions that a probe learns from at most, evenly spread."""
+"""Maximum number of captions that a probe learns from, evenly spaced among the training captions."""
 MANY = 20
-"""Of a property with more classes than this, only those in held-out captions are probed."""
+"""If a property has more classes than this, only the classes that occur in held-out captions are probed."""
 GENDERS = {
     "male": frozenset("man men boy father prince king mr he".split()),
     "female": frozenset("woman women girl mother princess queen mrs she".split()),
@@ -54,12 +54,12 @@ _STOP_WORDS = frozenset("a an the of in on with and to is are at by for from thi
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions that probes learn from, and those of the held-out split."""
+    """The captions that probes learn from (`train`) and are scored on (`test`)."""
 
     train: list[str]
     test: list[str]
     pictures: list[Image]
-    """Of the held-out captions in the same order; empty in sets without held-out splits."""
+    """The pictures of the held-out captions, in the same order; empty in sets without held-out splits."""
     split: str
 
 
@@ -84,15 +84,15 @@ class Study:
     """All results."""
 
     names: tuple[str, ...]
-    """The model's embeddings: S_G and S_D, or its only one."""
+    """The model's embeddings: S_G and S_D, or its only embedding."""
     captions: Captions
     probes: tuple[Probe, ...]
     neighbours: Mapping[str, Mapping[str, Sequence[str]]]
-    """embedding -> word (or caption) -> its nearest."""
+    """embedding -> word (or caption) -> the nearest other words (or captions)."""
     maps: Mapping[str, tuple[Tensor, tuple[float, float]]]
-    """embedding -> positions [N, 2] of the held-out captions, and shares of the variance."""
+    """embedding -> positions [N, 2] of the held-out captions, and the share of the variance along each axis."""
     labels: Mapping[str, Sequence[str]]
-    """property -> class of each held-out caption, or ""."""
+    """property -> class of each held-out caption, or "" if it has none."""
     alike: float | None
     """Linear CKA of S_G and S_D on the held-out captions."""
 
@@ -155,14 +155,14 @@ def gather(data: ShardSet) -> Captions:
 
 
 def gender_of(caption: str) -> str:
-    """`male`, `female`, `neither` (a person of no gender), or "" for captions with none or several of them."""
+    """`male`, `female`, `neither` (a person without gender), or "" for captions with none or several."""
     in_caption = set(words(caption))
     genders = [name for name, group in GENDERS.items() if in_caption & group]
     return genders[0] if len(genders) == 1 else ""
 
 
 def _objects(caption: str) -> str:
-    """The person without tone and gender: "pilot"; "" for captions without a skin tone."""
+    """The role of a person, without tone and gender: "pilot"; "" for captions without a skin tone."""
     parts = split_tone(caption)
     if parts is None:
         return ""
@@ -170,7 +170,7 @@ def _objects(caption: str) -> str:
 
 
 def _frequent(train: Sequence[str]) -> Callable[[str], str]:
-    """A function from a caption to its only frequent word, "" where it has none or several."""
+    """A function that returns the only frequent word of a caption, or "" if the caption has none or several."""
     counts = Counter(word for text in train for word in set(words(text)) if word not in _STOP_WORDS)
     frequent = {word for word, count in counts.most_common(20) if count < 0.5 * len(train)}
 
@@ -184,10 +184,11 @@ def _frequent(train: Sequence[str]) -> Callable[[str], str]:
 def run_probe(
     name: str, train: Sequence[str], test: Sequence[str], texts: Sequence[str], spaces: Mapping[str, tuple[Tensor, ...]]
 ) -> Probe | None:
-    """Probes one property; None if it has fewer than two classes, or too few captions on a side.
+    """Probes one property; returns None if the property has fewer than two classes, or too few captions.
 
-    `train` and `test` are classes ("" leaves the caption out), `texts` the held-out captions. `spaces` maps each
-    embedding and baseline to the vectors of both sides.
+    `train` and `test` are the classes of the training and of the held-out captions ("" leaves a caption out); `texts`
+    are the held-out captions. `spaces` maps each embedding and baseline to the vectors of the training and held-out
+    captions.
     """
     counts = Counter(label for label in train if label)
     classes = sorted(label for label, count in counts.items() if count >= 2)
@@ -220,7 +221,7 @@ def _untrained(model: TextToImage, texts: Sequence[str]) -> Tensor:
 
 
 def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequence[str]) -> dict[str, list[str]]:
-    """Query -> its nearest among the 600 most frequent words of the training captions, each embedded separately."""
+    """Query -> the nearest of the 600 most frequent words in training captions; each word is embedded separately."""
     frequency = Counter(word for text in captions.train for word in set(words(text)))
     texts = [word for word, count in frequency.most_common(600) if count >= 2 and len(word) > 1]
     if model.files.frozen is not None and model.files.frozen.about.get("kind") == "table":
@@ -234,6 +235,6 @@ def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequ
 
 
 def _spread(texts: list[str]) -> list[str]:
-    """The 7 most frequent texts, and 7 others evenly spread over the next ones up to rank 200."""
+    """The 7 most frequent texts, and 7 others, evenly spaced from there to rank 200."""
     rest = texts[7:200]
     return texts if len(texts) <= 14 else texts[:7] + [rest[i * len(rest) // 7] for i in range(7)]

@@ -1,8 +1,9 @@
 """Linear analysis of embeddings: pure functions of vectors and labels.
 
-A linear probe (Alain & Bengio 2016) that reads a property from an embedding shows that the next layer can use it, not
-that the network does. As captions contain the words themselves, a probe is meaningful only next to two baselines: a bag
-of words (all of the caption), and an untrained encoder of the same kind (what the architecture preserves).
+If a linear probe (Alain & Bengio 2016) reads a property from an embedding, the next layer can use this property, but it
+need not. Captions contain the words for the property, so a probe is meaningful only compared with two baselines: a bag
+of words (everything that the caption says), and an untrained encoder of the same kind (what the architecture
+preserves).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import Tensor
 from dist_t2i.data.tokenizer import words
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""Weight decays of which a probe selects one."""
+"""Weight decays from which a probe selects one."""
 
 
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-    """Predicted classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E], labels int64 [N].
+    """Classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E] and labels int64 [N].
 
-    Training rows standardize the features, and every fifth of them selects the weight decay, fitted to the others.
+    The features are standardized by the training rows. The weight decay is selected by the accuracy on every fifth
+    training row after a fit to the other rows; the final fit uses all training rows.
     """
     mean, std = train.double().mean(0), train.double().std(0)
     varying = std > 1e-6  # constant features carry no information
@@ -53,7 +55,7 @@ def _fit(rows: Tensor, labels: Tensor, classes: int, decay: float) -> Callable[[
 
 
 def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """1 for each word of the training texts that a text has, else 0: float32 [N, V] and [M, V]."""
+    """One column per word of the training texts: 1 if a text has the word, else 0; float32 [N, V] and [M, V]."""
     index = {word: i for i, word in enumerate(sorted({word for text in train for word in words(text)}))}
 
     def rows(texts: Sequence[str]) -> Tensor:
@@ -67,13 +69,13 @@ def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Ten
 
 def nearest(vectors: Tensor, count: int) -> Tensor:
     """Row numbers int64 [N, count] of the nearest other rows of vectors [N, E] by cosine, nearest first."""
-    # The part that all texts share would dominate the cosine.
+    # The mean is removed, because what all texts share would dominate the cosine.
     centered = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
     return (centered @ centered.T).fill_diagonal_(-2.0).topk(min(count, len(vectors) - 1), dim=1).indices
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The two principal components of vectors [N, E] as [N, 2] (largest loading positive), and their variance shares."""
+    """The two principal components [N, 2] of vectors [N, E] (largest loading positive), and their variance shares."""
     centered = vectors.double() - vectors.double().mean(0)
     _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
     axes = directions[:2]
@@ -85,7 +87,8 @@ def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
 def explained(vectors: Tensor, labels: Tensor) -> float:
     """The share of the variance of vectors [N, E] that classes int64 [N] explain: omega squared, summed over E.
 
-    Unlike the plain ratio, it is about 0 for any number of uninformative classes. NaN if every class has one member only.
+    Unlike the plain ratio of variances, omega squared is about 0 for any number of uninformative classes. NaN if every
+    class has only one member.
     """
     vectors = vectors.double() - vectors.double().mean(0)
     classes, index = labels.unique(return_inverse=True)
