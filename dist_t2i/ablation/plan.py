@@ -185,7 +185,7 @@ def _contradictions(plan: Plan) -> list[str]:
 
 
 def _without_repeats(problems: list[str], arms: int) -> list[str]:
-    """Lists a problem that every arm has only once, because it comes from the base configuration."""
+    """A problem that every arm has is listed only once, because it comes from the base configuration."""
     texts = [line.split(": ", 1)[1] for line in problems]
     shared = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
     return shared + [line for line, text in zip(problems, texts, strict=True) if text not in shared]

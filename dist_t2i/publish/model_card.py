@@ -37,8 +37,7 @@ class SetAbout:
 
     @classmethod
     def of(cls, files: ModelFiles) -> SetAbout:
-        """Reads the facts from an export's model.json, or from the manifest of a run's set if it can still be
-        opened."""
+        """Reads the facts from an export's model.json, or from the manifest of a run's set if it still opens."""
         if files.about.get("set"):
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}

@@ -22,8 +22,7 @@ SIZE = (640, 480)
 QUALITY = 90
 TARS = 16
 _NOISE = ((5, 60.0), (10, 45.0), (20, 32.0), (40, 22.0), (80, 15.0), (160, 10.0), (320, 6.0))
-"""(width of a grid of random numbers, amplitude): together they have similar power at every scale, as in
-photographs."""
+"""(width of a grid of random numbers, amplitude): together they give similar power at every scale, as in photos."""
 _WORDS = """a the two man woman dog cat child bird horse street kitchen table beach field train bus bicycle plate pizza
 standing sitting riding holding eating next to on in front of with under red blue white small large old young""".split()
 

@@ -1,5 +1,4 @@
-"""Measures how fast the training stream is, compared with webdataset, litdata, mosaicml-streaming and energon in one
-run.
+"""How fast the training stream is, compared with webdataset, litdata, mosaicml-streaming and energon in one run.
 
     python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
     bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench]"

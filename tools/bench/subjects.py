@@ -127,7 +127,7 @@ class PlainEngine:
 
 
 class Subject:
-    """A training step with its own weights, under plain PyTorch (`stage` None) or a ZeRO stage. All get the same
+    """A training step with its own weights, under plain PyTorch (`stage` None) or ZeRO. All steps use the same
     batch."""
 
     def __init__(self, config: Config, stage: Literal[0, 1, 2, 3] | None, device: torch.device):

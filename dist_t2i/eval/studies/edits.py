@@ -212,7 +212,7 @@ _SWAPPED = {"man": "woman", "woman": "man", "men": "women", "women": "men", "boy
 
 
 def gender_cases(library: Library) -> list[Case]:
-    """Edits to held-out captions with exactly one gendered word, from the caption with the opposite word."""
+    """Edits to held-out pictures with exactly one gendered word in the caption; the source has the opposite word."""
     cases = []
     for text in library.held_out:
         words = text.split()
