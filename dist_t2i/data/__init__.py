@@ -1,1 +1,1 @@
-"""A set of captioned pictures as a stream of batches: shards and their index, order, reading from afar, decoding."""
+"""A set of captioned pictures as a stream of batches: shards, their indexes, the order, remote reads and decoding."""

@@ -1,8 +1,8 @@
-"""Encoded images decoded to uint8 RGB at the training size: upright, on white, square.
+"""Decodes images to uint8 RGB at the training size: upright, on a white background, square.
 
-JPEGs are decoded by libjpeg-turbo, which also shrinks images that are at least twice too large; other formats by Pillow, from
-a closed list (some formats start programs, such as EPS). Sizes are read from the header and checked before decoding, since
-a small file can unpack to gigabytes.
+libjpeg-turbo decodes JPEGs. While decoding, it also shrinks images that are at least twice as large as needed. Pillow
+decodes the other formats, but only those in the list `FORMATS`: some formats, such as EPS, would start other programs.
+The size of an image is read from its header and checked before decoding, because a small file can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
-"""Larger images are refused before decoding: 67 million pixels, 200 MB decoded."""
+"""Images with more pixels are refused before they are decoded. 67 million pixels take 200 MB when decoded."""
 MIN_SIDE = 8
-"""Images with a shorter side are refused: they show nothing to learn from."""
+"""Images with a side of fewer pixels are refused: they show nothing to learn from."""
 _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
 _BEFORE_EXIF = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
-"""JPEG markers of segments that may precede an EXIF segment: application data, comments, tables."""
+"""The JPEG markers of segments that may precede an EXIF segment: application data, comments and tables."""
 
 
 class PictureError(ValueError):
-    """An unusable image; the message is a phrase without its name."""
+    """An unusable image. The message is a phrase that does not contain the name of the image."""
 
 
 def to_unit(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """uint8 images mapped from [0, 255] to [-1, 1], in `dtype` (float32 by default) and the same memory format."""
+    """Maps uint8 images from [0, 255] to [-1, 1]. The result has `dtype` (float32 by default) and the memory format of
+    `images`."""
     images = images.float() if dtype is None else images.to(dtype)
     return images.div(127.5).sub(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images mapped from [-1, 1] to uint8 [0, 255]: rounded to the nearest integer, clamped."""
+    """Maps images from [-1, 1] to uint8 [0, 255]. Values are rounded to the nearest integer and clamped."""
     return images.add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
@@ -54,7 +55,8 @@ def check_size(width: int, height: int) -> None:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The first frame, decoded: RGB, upright, transparency on white, 16 bits cut to 8. Raises PictureError."""
+    """The first frame of an image in RGB and upright. Transparent parts become white, and 16-bit values are cut to 8
+    bits. Raises PictureError if the image does not decode or has an unusable size."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,7 +81,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """The image in mode RGB. Raises PictureError for floating-point pixels, whose range is unknown."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I"):  # 16 bits, in modes I;16 and I
+    if picture.mode.startswith("I"):  # 16-bit pixels, which Pillow gives the modes I;16 and I
         pixels = numpy.asarray(picture).astype(numpy.int64)
         return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(numpy.uint8)).convert("RGB")
     if picture.mode == "F":
@@ -91,7 +93,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 to 8; 1 if it has none. Much faster than Pillow."""
+    """The EXIF orientation of a JPEG, 1 to 8; 1 if the JPEG states none. Much faster than Pillow."""
     start = _tiff_header(data)
     if not start:
         return 1
@@ -109,7 +111,7 @@ def jpeg_orientation(data: bytes) -> int:
 
 
 def _tiff_header(data: bytes) -> int:
-    """The offset of the TIFF header in a JPEG's EXIF segment; 0 without such a segment."""
+    """The offset of the TIFF header in the EXIF segment of a JPEG; 0 if the JPEG has no EXIF segment."""
     offset = 2
     while data[offset : offset + 1] == b"\xff" and data[offset + 1] in _BEFORE_EXIF:
         if data[offset + 1] == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
@@ -130,13 +132,14 @@ def apply_orientation(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
 
 
 class Scratch:
-    """Reusable memory for one decoded image: fresh pages cost a fifth of the time of decoding a JPEG."""
+    """Reusable memory for one decoded image. Without it, the kernel would provide fresh pages for each image, which
+    takes a fifth of the time of decoding a JPEG."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
 
     def of(self, size: int) -> bytearray | None:
-        """At least `size` bytes; None for images so large that keeping their memory is not worthwhile."""
+        """Memory of at least `size` bytes. None if `size` is so large that keeping the memory is not worthwhile."""
         if size > _SCRATCH_BYTES:
             return None
         if len(self._memory) < size:
@@ -145,8 +148,9 @@ class Scratch:
 
 
 def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> numpy.ndarray:
-    """An image as uint8 [H, W, 3], C-contiguous; with `scratch` valid until the next call. A JPEG may be shrunk while
-    decoding, but no side below `at_least`; 0 keeps the full size. Raises PictureError."""
+    """Decodes an image to uint8 [H, W, 3], C-contiguous. With `scratch`, the result is valid until the next call. A
+    JPEG may be shrunk while it is decoded, but no side becomes shorter than `at_least`; 0 keeps the full size. Raises
+    PictureError if the image does not decode or has an unusable size."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -167,8 +171,10 @@ def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> nu
 def square(
     pixels: numpy.ndarray, size: int, crop: tuple[float, float, float] = (1.0, 0.5, 0.5), out: Tensor | None = None
 ) -> Tensor:
-    """A square of the image, resized with antialiasing: uint8 [3, size, size]. `crop`: its side as a share of the short
-    side, its place between the edges across and down (0 to 1). Written to `out` (channels last in memory), if given."""
+    """Cuts a square from the image and resizes it with antialiasing: uint8 [3, size, size]. `crop` has three numbers
+    from 0 to 1: the side of the square as a share of the short side of the image, its horizontal position (0 is the
+    left edge), and its vertical position (0 is the top edge). If `out` is given (channels last in memory), the result
+    is written to it."""
     import torch
 
     height, width = pixels.shape[:2]
@@ -179,6 +185,7 @@ def square(
     out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
     if side == size:
         return out.copy_(image)
-    # The operator behind torch.nn.functional.interpolate(mode="bilinear", antialias=True), which has no `out`.
+    # This is the operator behind torch.nn.functional.interpolate(mode="bilinear", antialias=True). It is called
+    # directly because `interpolate` has no argument `out`.
     torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size, size], False, None, None, out=out[None])
     return out

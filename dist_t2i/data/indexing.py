@@ -1,8 +1,8 @@
-"""Indexes existing WebDataset tars in place: writes indexes and a manifest; the tars are neither copied nor changed.
+"""Indexes existing WebDataset tars in place: writes indexes and a manifest, and neither copies nor changes the tars.
 
-HOME/manifest.json, tokenizer.json      as in a written set; shards are named by their URLs
+HOME/manifest.json, tokenizer.json      have the formats of a set that tools/shard.py wrote; name the tars by their URLs
     /index/00000000.index               the index of the first tar of the list
-    /index/00000000.json                what its manifest entry is made from; a repeated run reuses it
+    /index/00000000.json                the facts about this tar that the manifest states; a repeated run reuses them
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dist_t2i.utils.progress import Progress
 
 VOCABULARY = 4096
 _CAPTIONS = 2_000_000
-"""Captions that are kept for the tokenizer and the statistics, equally many from each tar."""
+"""The number of captions that are kept for the tokenizer and the statistics, the same number from each tar."""
 _MAX_PROBLEMS = 1_000
 
 
@@ -48,14 +48,17 @@ def indexed_set(
     checksums: bool = True,
     vocabulary: int = VOCABULARY,
 ) -> ShardSet:
-    """The set of these tars, in this order. Reads tars that are not indexed yet from end to end, and shows progress.
+    """The set that consists of these tars, in this order. Tars that are not indexed yet are read from end to end, with
+    a display of the progress.
 
     Args:
-        home: the folder for indexes and manifest; by default in the user's cache folder.
-        processes: 0 for one per usable core.
-        checksums: reads images to record their checksums; otherwise skips their bytes.
+        home: the folder for the indexes and the manifest; by default a folder in the user's cache folder.
+        processes: how many processes index tars; 0 for one process per usable core.
+        checksums: whether to read the images and record their checksums; otherwise the bytes of images are skipped.
+        vocabulary: the maximal number of tokens of the tokenizer.
 
-    Raises: DataError if no tar has a usable sample, members could run code, or `home` cannot be written.
+    Raises: DataError if no tar has a usable sample, a tar cannot be read or has members that could run code, or `home`
+        cannot be written.
     """
     urls = [absolute(url) for url in urls]
     if home is None:
@@ -66,7 +69,7 @@ def indexed_set(
         with open(home / "lock", "a+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another process indexes; afterwards this one finds the tars indexed
+            except OSError:  # another process is indexing: wait for it, and then find the tars indexed
                 print(f"waiting for another process that indexes into {home}", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [number for number, url in enumerate(urls) if not _is_indexed(home, number, url)]
@@ -83,7 +86,8 @@ def _files(home: Path, number: int) -> tuple[Path, Path]:
 
 
 def _state_of(url: str) -> list[int]:
-    """Size and time of a local tar, which change when it is rewritten; [] for a remote one, which has an ETag."""
+    """The size and the time of modification of a local tar, which change when the tar is rewritten. [] for a remote
+    tar, whose changes are detected by its ETag."""
     if not is_local(url) or not os.path.exists(url):
         return []
     about = os.stat(url)
@@ -119,7 +123,8 @@ def _start_process() -> None:
 
 
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, limit: int) -> None:
-    """Indexes one tar, with at most about `limit` captions. Raises DataError if it is unreadable or unsafe, OSError."""
+    """Indexes one tar and keeps about `limit` of its captions at most. Raises DataError if the tar is unreadable or
+    unsafe, OSError if the index cannot be written."""
     index_file, result_file = _files(home, number)
     state = _state_of(url)
     try:
@@ -147,7 +152,8 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
 
 
 def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
-    """Drops samples without image or caption; returns the captions of evenly spaced other samples."""
+    """Removes samples without an image or a caption from `contents`. Returns the captions of evenly spaced remaining
+    samples, about `limit` at most."""
     kept, captions = [], []
     for sample in contents.samples:
         try:

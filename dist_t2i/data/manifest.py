@@ -1,4 +1,5 @@
-"""The manifest of a set, manifest.json, and the contents of the files next to it. Written by tools/shard.py and indexing.py."""
+"""The manifest of a set (manifest.json), and the contents of other files in its folder. tools/shard.py and indexing.py
+write these files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ VERSION = 1
 
 
 def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
-    """The manifest in the bytes of `file`. Raises DataError if they are not a manifest of this version."""
+    """Parses `data`, the bytes of the manifest `file`. Raises DataError if they are not a manifest of this version."""
     try:
         manifest = json.loads(data.decode("utf-8"))
     except ValueError as error:
@@ -34,7 +35,7 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def problem_lines(problems: Iterable[Mapping[str, Any]]) -> bytes:
-    """The content of bad_samples.jsonl, of a set: `where`, `picture` and `reason` of each problem."""
+    """The content of the bad_samples.jsonl of a set: one line per problem, with its `where`, `picture` and `reason`."""
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     return lines.encode("utf-8", "backslashreplace")
 
@@ -50,7 +51,7 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest's statistics of the captions of one split; `captions[i]` are those of image i."""
+    """The manifest's statistics of the captions of one split; `captions[i]` are the captions of image i."""
     texts = [text for own in captions for text in own]
     tokens = sorted(len(tokenizer.ids(text)) for text in texts) or [0]
     frequencies = Counter(word for text in texts for word in words(text))

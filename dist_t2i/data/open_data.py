@@ -1,4 +1,5 @@
-"""Opens the data that `data.train` names as one set: a written set, a list of tars, or a list of these."""
+"""Opens the data that `data.train` names as one set. `data.train` names a written set, tars, or a list of sets and
+tars."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from dist_t2i.storage.urls import absolute, checked, expand, is_local, local_pat
 
 
 def storage_options(data: DataConfig) -> StorageOptions:
-    """How remote data is read, from the keys of `data`."""
+    """The options for reading remote data that the keys of `data` request."""
     shared = {name: getattr(data, name) for name in "endpoint region anonymous retry_seconds stall_seconds".split()}
     if data.cache == "auto":
         base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
@@ -30,7 +31,8 @@ def storage_options(data: DataConfig) -> StorageOptions:
 
 
 def open_data(data: DataConfig) -> ShardSet:
-    """The set of `data.train`. Indexes tars that have no index yet, and keeps the index. Raises DataError."""
+    """Opens the set that `data.train` names. Tars that have no index yet are indexed, and the index is kept for later
+    runs. Raises DataError if the data cannot be read or indexed."""
     entries = [data.train] if isinstance(data.train, str) else list(data.train)
     options = storage_options(data)
     sets = [open_entry(entry, options) for entry in entries]
@@ -40,13 +42,14 @@ def open_data(data: DataConfig) -> ShardSet:
 def index_tars(
     patterns: Sequence[str], home: Path | None, *, processes: int, checksums: bool, vocabulary: int
 ) -> ShardSet:
-    """Index tars in place as the first start of training on them would; the arguments are those of `indexed_set`."""
+    """Indexes tars in place, as the first start of training on these tars would. `patterns` name the tars; the other
+    arguments are those of `indexed_set`."""
     options = storage_options(DataConfig())
     return indexed_set(expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary)
 
 
 def open_entry(entry: str, options: StorageOptions) -> ShardSet:
-    """The set of one entry of `data.train`. Raises DataError."""
+    """Opens the set that one entry of `data.train` names. Raises DataError if it cannot be read or indexed."""
     if is_list(entry):
         return indexed_set(expand(entry), options)
     if is_local(entry) and entry:
@@ -57,13 +60,14 @@ def open_entry(entry: str, options: StorageOptions) -> ShardSet:
 
 
 def is_list(entry: str) -> bool:
-    """Whether an entry names tars rather than a set. Raises DataError for commands."""
+    """Whether an entry names tars rather than a set. Raises DataError if the entry is a command."""
     name = checked(entry).partition("?")[0]
     return name.endswith((".tar", "}")) or (is_local(name) and any(sign in name for sign in "*["))
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
-    """One set that concatenates the splits of several, with the tokenizer of the first. Raises DataError if there are none."""
+    """One set that concatenates the splits of `sets` by name and has the tokenizer of the first set. Raises DataError
+    if `sets` is empty."""
     if not sets:
         raise DataError("data.train is an empty list")
     splits: dict[str, Any] = {}

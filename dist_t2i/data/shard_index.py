@@ -1,8 +1,11 @@
 """The index of a shard: offset, size and checksum of each member of each sample in the tar.
 
-An index is a NumPy .npz of plain arrays: `keys` (UTF-8, joined by newlines), `first` (int64 [samples + 1]: sample i has the
-members first[i]:first[i + 1]), and for each member `offset`, `size` (int64), `crc32` (int64, -1: unknown) and `extension`
-(uint8, a line number in `extensions`). As in WebDataset, the members of a sample share their name up to the first dot.
+An index is a NumPy .npz file of plain arrays. `keys` holds the keys of all samples as UTF-8 bytes, joined by newlines,
+and `extensions` holds the distinct extensions in the same form. `first` (int64 [samples + 1]) maps sample i to the
+members first[i]:first[i + 1]. The other arrays have one element per member: `offset` and `size` (int64), `crc32`
+(int64, -1 if unknown), and `extension` (uint8, a line number in `extensions`).
+
+As in WebDataset, the members of a sample have the same name up to the first dot.
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ class Member(NamedTuple):
     offset: int
     size: int
     crc32: int
-    """-1: unknown."""
+    """The CRC-32 checksum of the file; -1 if it is unknown."""
 
 
 def key_and_extension(path: str) -> tuple[str, str] | None:
-    """Key (up to the first dot) and lower-case extension of a member, as in WebDataset; None if it belongs to no sample."""
+    """The key and the extension of a member, as WebDataset defines them: the name is split at its first dot, and the
+    extension is converted to lower case. None if the member belongs to no sample."""
     folder, slash, name = path.rpartition("/")
     base, dot, extension = name.partition(".")
     return (folder + slash + base, extension.lower()) if base and dot else None
 
 
 class Keys(Sequence[str]):
-    """The keys of a shard in one block of memory, a fifth of the memory of a list of strings."""
+    """The keys of a shard in one block of memory. The block is a fifth as large as a list of strings."""
 
     def __init__(self, packed: bytes) -> None:
         self.packed = packed
@@ -53,7 +57,7 @@ class Keys(Sequence[str]):
 
 
 class ShardIndex:
-    """Where the members of each sample of one shard are."""
+    """Maps each sample of one shard to the locations of its members in the tar."""
 
     def __init__(self, keys: Sequence[str], members: Sequence[Sequence[Member]]) -> None:
         self.keys = Keys("\n".join(keys).encode())
@@ -75,7 +79,7 @@ class ShardIndex:
         return [Member(self.extensions[code], *numbers) for code, *numbers in zip(*columns, strict=True)]
 
     def to_bytes(self) -> bytes:
-        """The index file; equal bytes for equal indexes."""
+        """The content of the index file. Equal indexes give equal bytes."""
         out = io.BytesIO()
         texts = {"keys": self.keys.packed, "extensions": "\n".join(self.extensions).encode()}
         lines = {name: numpy.frombuffer(text, dtype=numpy.uint8) for name, text in texts.items()}
@@ -84,14 +88,15 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Raises DataError if `data` is not an index, or has members that could run code."""
+        """Parses the content of an index file. Raises DataError if `data` is not an index, or lists members that could
+        run code when they are decoded."""
         index = cls.__new__(cls)
         try:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 packed = arrays["extensions"].tobytes().decode()
                 index.keys, index.extensions = Keys(arrays["keys"].tobytes()), packed.split("\n") if packed else []
                 index._arrays = {name: arrays[name] for name in ("first", "offset", "size", "crc32", "extension")}
-        except Exception as error:  # broken bytes raise zip, key and value errors
+        except Exception as error:  # a broken file can raise zip, key and value errors
             raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
         if len(index._arrays["first"]) != len(index.keys) + 1:
             raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
@@ -100,7 +105,8 @@ class ShardIndex:
 
 
 def refuse_unsafe(extensions: Iterable[str], name: str) -> None:
-    """Raises DataError if a member could run code when it is decoded, as webdataset decodes pickles by default."""
+    """Raises DataError if a member could run code when it is decoded. webdataset decodes pickles by default, and
+    loading a pickle can run any code."""
     if unsafe := sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE):
         raise DataError(
             f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "

@@ -1,4 +1,4 @@
-"""A set of captioned images: WebDataset tars with an index each, and one manifest.
+"""A set of captioned images: WebDataset tars, an index for each tar, and one manifest.
 
 SET/manifest.json               splits, their shards (samples, bytes, sha256), caption statistics, fingerprint
     tokenizer.json              trained on the training captions
@@ -38,7 +38,7 @@ _OPEN_SHARDS = 64
 
 
 class BadSample(Exception):
-    """An unusable sample; `reason` is a phrase without its name."""
+    """An unusable sample. `reason` is a phrase that does not contain the name of the sample."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"{shard}: {key}: {reason}")
@@ -46,7 +46,7 @@ class BadSample(Exception):
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], reason: str) -> BadSample:
-        """The error about a raw webdataset sample."""
+        """The error for a raw webdataset sample that is unusable for `reason`."""
         return cls(Path(raw["__url__"]).name, raw["__key__"], reason)
 
     def __reduce__(self) -> tuple:
@@ -65,13 +65,14 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """The shards of one split. Keeps a bounded number of files and indexes open. Picklable; threads may share it."""
+    """The shards of one split. Keeps a bounded number of files and indexes open. Picklable; threads may share an
+    instance."""
 
     def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
         self._shards, self.options = list(shards), options
         self.sizes = [shard.samples for shard in shards]
         self.starts = numpy.cumsum([0, *self.sizes])
-        """The number of the first sample of each shard, then the number of all samples."""
+        """The number of the first sample of each shard, followed by the total number of samples."""
         self._broken: dict[int, str] = {}
         self._opened = lru_cache(_OPEN_SHARDS)(self._open)
         self._locks = [threading.Lock() for _ in range(_OPEN_SHARDS)]
@@ -80,7 +81,8 @@ class Shards:
         return Shards, (self._shards, self.options)
 
     def parts(self) -> list[list[int]]:
-        """The sizes of the shards of each entry of `data.train`, in their order."""
+        """The numbers of samples of the shards, as one list for each entry of `data.train`, in the order of the
+        entries."""
         return [[shard.samples for shard in part] for _, part in groupby(self._shards, attrgetter("part"))]
 
     @cached_property
@@ -92,13 +94,14 @@ class Shards:
         return self._shards[shard].url
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Shard and row of a sample by its number in the split."""
+        """The shard and the row of the sample with this number in the split."""
         shard = int(numpy.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - int(self.starts[shard])
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
-        """The file and the index of a shard. Raises DataError if the index does not fit, OSError if a read fails."""
-        with self._locks[shard % len(self._locks)]:  # so that only one of several threads opens it
+        """The file and the index of a shard. Raises DataError if the index does not match the manifest, OSError if a
+        file cannot be read."""
+        with self._locks[shard % len(self._locks)]:  # if several threads want the same shard, only the first opens it
             return self._opened(shard)
 
     def _open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
@@ -109,8 +112,10 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, extension -> bytes (`only` these extensions, by default all).
-        Raises BadSample, DataError."""
+        """A webdataset sample: a dict with `__key__`, `__url__`, and the bytes of each file under its extension. `only`
+        selects the extensions to read; by default all are read.
+
+        Raises BadSample if the sample cannot be read, DataError if the index of its shard is unusable."""
         key, name = str(row), base_name(self.url(shard))
         if shard in self._broken:
             raise BadSample(name, key, self._broken[shard])
@@ -127,7 +132,7 @@ class Shards:
             except BadSample:
                 if not isinstance(file, CachedFile):
                     raise
-                file.forget(*_span(members))  # perhaps only the cached copy is wrong
+                file.forget(*_span(members))  # the cached copy may be wrong: remove it and read the original
                 contents = _contents(file.remote, members, name, key)
         except OSError as error:
             raise BadSample(name, key, f"unreadable: {reason_of(error)}") from error
@@ -135,13 +140,15 @@ class Shards:
 
 
 def _span(members: Sequence[Member]) -> tuple[int, int]:
-    """Offset and size of the range that contains all members of a sample, which are adjacent."""
+    """Offset and size of the range that contains all members of a sample. The members are adjacent, so the range
+    contains nothing else."""
     first = min(member.offset for member in members)
     return first, max(member.offset + member.size for member in members) - first
 
 
 def _contents(file: ShardFile, members: Sequence[Member], shard: str, key: str) -> dict[str, bytes]:
-    """Extension -> bytes of a sample, with one read. Raises BadSample if they are missing or wrong, OSError."""
+    """The bytes of each member of a sample under its extension, obtained with one read of the shard. Raises BadSample
+    if bytes are missing or fail their checksum, OSError if the shard cannot be read."""
     if not members:
         return {}
     first, size = _span(members)
@@ -158,7 +165,7 @@ def _contents(file: ShardFile, members: Sequence[Member], shard: str, key: str) 
 
 
 class Sample:
-    """A captioned image, not yet decoded."""
+    """A captioned image that is not decoded yet."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.key: str = raw["__key__"]
@@ -167,12 +174,13 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image: RGB, upright, on white, in its full size. Raises PictureError."""
+        """The decoded image: RGB, upright, on a white background, in full size. Raises PictureError if it cannot be
+        decoded."""
         return open_picture(self.image_bytes)
 
 
 def picture_of(raw: dict[str, Any]) -> tuple[str, bytes]:
-    """Extension and bytes of the image of a raw sample. Raises BadSample if it has none."""
+    """The extension and the bytes of the image of a raw sample. Raises BadSample if the sample has no image."""
     for extension in PICTURES:
         if extension in raw:
             return extension, raw[extension]
@@ -180,7 +188,8 @@ def picture_of(raw: dict[str, Any]) -> tuple[str, bytes]:
 
 
 def captions_of(raw: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and other attributes of a raw sample, from its `json` or from its `txt`, one per line. Raises BadSample."""
+    """The captions of a raw sample, and the content of its `json`. Captions come from the `json`, or else from the
+    lines of the `txt`. Raises BadSample if the sample has no caption or its captions cannot be read."""
     try:
         attributes = json.loads(raw["json"]) if "json" in raw else {}
         attributes = {"captions": attributes} if isinstance(attributes, list) else attributes
@@ -209,7 +218,7 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """A set. `folder` is its path or URL, `manifest` the parsed manifest.json."""
+    """An open set. `folder` is its path or URL, `manifest` the parsed manifest.json."""
 
     folder: str
     manifest: dict[str, Any]
@@ -222,16 +231,17 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of all shards and the tokenizer: equal for equal sets in any folder."""
+        """SHA-256 over the checksums of all shards and the tokenizer. Equal sets have equal fingerprints in any
+        folder."""
         return self.manifest["fingerprint"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises DataError if it cannot be read."""
+        """The tokenizer of the set. Raises DataError if it cannot be read."""
         return Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
 
     def shards(self, split: str) -> Shards:
-        """Raises DataError if the set has no such split."""
+        """The shards of a split. Raises DataError if the set has no such split."""
         if split not in self.manifest["splits"]:
             raise DataError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
         shards = []
@@ -243,17 +253,19 @@ class ShardSet:
         return Shards(shards, self.options)
 
     def urls(self, entry: Mapping[str, Any]) -> tuple[str, str]:
-        """A shard of the manifest and its `index`, by default the file with the same name and the suffix .index."""
+        """The names of a shard and of its index, from the shard's entry in the manifest. If the entry names no index,
+        the index has the name of the shard with the suffix .index."""
         url = join(self.folder, entry["name"])
         return url, join(self.folder, entry["index"]) if "index" in entry else with_suffix(url, ".index")
 
     def samples(self, split: str) -> Samples:
-        """Raises DataError if the set has no such split."""
+        """The samples of a split. Raises DataError if the set has no such split."""
         return Samples(self.shards(split))
 
 
 def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
-    """The set in a folder, at a URL, or with a given manifest.json. Raises DataError."""
+    """Opens a set. `path` is its folder, the URL of its folder, or the path or URL of its manifest.json. Raises
+    DataError if there is no set or its manifest cannot be read."""
     if not str(path):
         raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
     name = checked(str(path))

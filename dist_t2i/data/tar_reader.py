@@ -1,7 +1,7 @@
-"""Reads a WebDataset tar of any origin from end to end: the offsets of its members and its captions.
+"""Reads a WebDataset tar of any origin from end to end, and returns the offsets of its members and its captions.
 
-Damage costs only the damaged part, and is listed as a problem: after an unreadable header, reading continues at the next
-readable one; of a truncated tar the samples before the cut are kept.
+If a part of the tar is broken, only that part is lost, and it is listed as a problem. After an unreadable header,
+reading continues at the next readable header. If the tar is truncated, the samples before the cut are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _LARGEST_TEXT = 2**20
 
 
 class _Reader:
-    """A shard as a file object for sequential reading, and random access to its bytes; both use one buffer."""
+    """A shard as a file object for sequential reading (`read`) and for random access to its bytes (`at`). Both kinds of
+    access share one buffer."""
 
     def __init__(self, file: ShardFile) -> None:
         self._file, self._position, self._buffer, self._start = file, 0, b"", 0
@@ -50,7 +51,7 @@ class TarSample:
     key: str
     members: list[Member] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
-    """Extension -> bytes of its small json and txt members."""
+    """The bytes of the small json and txt members, by extension."""
 
 
 @dataclass
@@ -59,9 +60,9 @@ class TarContents:
 
     samples: list[TarSample] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """(member or position, reason)"""
+    """Pairs (where, reason); `where` is the name of a member or a position in the tar."""
     size: int = 0
-    """Bytes up to the end of the last member."""
+    """The number of bytes up to the end of the last member."""
 
     def index(self) -> ShardIndex:
         """The index of the samples."""
@@ -69,8 +70,8 @@ class TarContents:
 
 
 def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) -> TarContents:
-    """The samples of a tar. Without `checksums` it does not read the bytes of images. Raises OSError if the file cannot
-    be read, and ValueError if it is not a tar."""
+    """Reads the samples of a tar. Reads the bytes of images only with `checksums`, and keeps the bytes of captions only
+    with `texts`. Raises OSError if the file cannot be read, and ValueError if it is not a tar."""
     contents = TarContents()
     reader = _Reader(file)
     try:
@@ -83,7 +84,7 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
             raise ValueError(f"not a tar: {error}") from error
         last = contents.samples[-1]
         contents.problems.append((last.key, f"shard is cut short: {error}"))
-        # Without checksums it goes unnoticed that the tar ends before its last member does.
+        # Without checksums, the bytes of the last member were not read, so it may extend beyond the end of the tar.
         if last.members and last.members[-1].offset + last.members[-1].size > contents.size:
             last.members.pop()
             if not last.members:
@@ -92,7 +93,8 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
 
 
 def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar. Adds a problem for each gap that is not zeros, and for a missing end."""
+    """Yields the members of the tar. Adds a problem to `contents` for each gap between members that contains more than
+    zeros, and for a missing end of the tar."""
     start = 0
     while True:
         reader.seek(start)
@@ -100,7 +102,7 @@ def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
         try:
             tar = tarfile.TarFile(fileobj=reader, ignore_zeros=True)
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps all members in memory
+                tar.members = []  # type: ignore[attr-defined]  # otherwise the list would keep all members in memory
                 gap = info.offset - contents.size
                 if gap > 0 and reader.at(contents.size, min(gap, 2**20)).strip(b"\0"):
                     after = contents.samples[-1].key if contents.samples else "the beginning"
@@ -108,7 +110,7 @@ def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
                 yield info
                 contents.size = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             break
-        except tarfile.TarError:  # a header of several blocks, one of them broken: continue at the next block
+        except tarfile.TarError:  # one block of a header with several blocks is broken: continue at the next block
             start = max(tar.offset if tar else start, contents.size) + tarfile.BLOCKSIZE
             if not reader.at(start, 1):
                 raise
@@ -121,7 +123,8 @@ def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
 
 
 def _add(info: tarfile.TarInfo, reader: _Reader, contents: TarContents, checksums: bool, texts: bool) -> None:
-    """Adds a member: its offset, its checksum if `checksums`, its bytes if it is a small text and `texts`."""
+    """Adds a member to the samples of `contents`: its offset; with `checksums` its checksum; and with `texts` its
+    bytes, if it is a small text."""
     named = key_and_extension(info.name)
     if not info.isreg() or named is None:
         return

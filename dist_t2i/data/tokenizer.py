@@ -1,11 +1,13 @@
-"""Text to token ids: a byte-pair encoding learned from the training captions.
+"""Converts text to token ids by a byte-pair encoding that is learned from the training captions.
 
-Everything is in one file, `tokenizer.json`, a copy of which is in every run folder and exported model:
-`{"known_words": [...], "tokenizers": {...}}`. `tokenizers` is the file of the `tokenizers` library, which accepts no further
-keys; `known_words` are the words of the training captions, so that unknown words of a prompt can be reported.
+A tokenizer is one file, `tokenizer.json`: `{"known_words": [...], "tokenizers": {...}}`. Every run folder and every
+exported model has a copy. `tokenizers` is the content of a file of the `tokenizers` library; this content is nested
+because the library accepts no further keys in its file. `known_words` lists the words of the training captions, so that
+the unknown words of a prompt can be reported.
 
-Text is NFC-normalized and lower-cased. A run of characters that occur in no training caption becomes one `unknown` token,
-so every text can be encoded. Every text ends with the `end` token; the empty text is the `end` token.
+Text is NFC-normalized and lower-cased. A run of characters that occur in no training caption becomes one `unknown`
+token, so every text can be encoded. Every text ends with the `end` token, and the empty text consists of the `end`
+token only.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
 UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""Texts are cut to this many characters before encoding, far more than `max_tokens` can represent."""
+"""Texts are cut to this many characters before they are encoded. This loses nothing: `max_tokens` tokens represent far
+fewer characters."""
 _CACHED_TEXTS = 200_000
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order, lower-cased: runs of letters, digits and inner apostrophes. Punctuation, including
-    hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word."""
+    """The words of a text in order, in lower case. A word is a run of letters, digits and apostrophes between them.
+    Punctuation, including hyphens, separates words. Each non-ASCII symbol, such as an emoji, is a word of its own."""
     spaced = ""
     for char in unicodedata.normalize("NFC", text).lower().replace("’", "'"):
         kind = unicodedata.category(char)[0]
@@ -48,10 +51,11 @@ def words(text: str) -> list[str]:
 
 @dataclass(unsafe_hash=True, repr=False)
 class Tokenizer:
-    """Ids: 0 pad, 1 unknown, 2 end, then the learned tokens. Tokenizers are equal if their files are equal."""
+    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Two tokenizers are equal if
+    their files are equal."""
 
     text: str
-    """The content of a tokenizer.json; DataError if it is not one."""
+    """The content of a tokenizer.json. Raises DataError if it is anything else."""
 
     def __post_init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,7 +92,7 @@ class Tokenizer:
         return Tokenizer, (self.text,)
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """All ids of a text, with `end`, not truncated."""
+        """All ids of a text, including the final `end`, without truncation to a maximal number of tokens."""
         ids = self._cached.get(text)
         if ids is None:
             ids = (*self._library.encode(text[:MAX_CHARACTERS]).ids, END)
@@ -97,7 +101,8 @@ class Tokenizer:
         return ids
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [B, max_tokens], padded with 0; lengths int64 [B], at least 1. Cuts texts before their `end`."""
+        """Tokens int64 [B, max_tokens], padded with 0, and lengths int64 [B], at least 1. A text that is too long loses
+        its last tokens but keeps its `end`."""
         import numpy
         import torch
 
@@ -110,13 +115,14 @@ class Tokenizer:
         return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The distinct words of `text` that occur in no training caption, in order."""
+        """The distinct words of `text` that occur in no training caption, in the order of the text."""
         return [word for word in dict.fromkeys(words(text)) if word not in self.known_words]
 
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
-    """Trains a tokenizer of at most `vocabulary` tokens on captions with these counts; equal files for equal counts.
-    Tokens do not mark the beginning of a word: the library numbers marked tokens at random, so files would differ."""
+    """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
+    Equal counts give equal files. For this reason, tokens do not mark the beginning of a word: the library numbers
+    marked tokens in a random order."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -136,7 +142,8 @@ def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
 
 
 def _alphabet(counts: Counter[str], limit: int) -> list[str]:
-    """The most frequent characters, ties in the order of code points (the library breaks ties at random)."""
+    """The `limit` most frequent characters. Ties are broken by code point, because the library would break them at
+    random and files would differ."""
     frequencies: Counter[str] = Counter()
     for text, count in counts.items():
         for char in "".join(unicodedata.normalize("NFC", text).lower().split()):

@@ -1,4 +1,5 @@
-"""Captions in JSONL, CSV, TSV and text files: reading, cleaning, and the reasons why some cannot be used."""
+"""Reads captions from JSONL, CSV, TSV and text files, cleans them, and gives the reason for each line or caption that
+cannot be used."""
 
 from __future__ import annotations
 
@@ -13,19 +14,21 @@ from typing import Any
 from dist_t2i.errors import DataError
 
 MAX_CHARACTERS = 1_000
-"""Longer captions are cut at the last word that fits, and listed."""
+"""A longer caption is cut after the last word that fits, and is listed as a problem."""
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
 CAPTION_COLUMNS = ("captions", "caption", "text", "description")
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
-"""Names of a table's picture and caption columns; the first one that a row has is used."""
+"""Possible names of a table's picture column, and possible names of its caption column. The first name that exists is
+used."""
 _MAX_LINES = 50
-"""A field of a CSV file that spans more lines than this lacks its closing quotation mark."""
+"""If a row of a CSV file spans more lines than this, a closing quotation mark is assumed to be missing."""
 _FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a caption file: a picture and its captions, or `problem`, the reason why the line is unusable."""
+    """One line of a caption file: either a picture and its captions, or a `problem`, the reason why the line is
+    unusable."""
 
     where: str
     image: str = ""
@@ -34,7 +37,8 @@ class Row:
 
 
 def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
-    """The row of a line whose fields may have any type; `no_image` is its problem when `image` is no text."""
+    """Makes the row of a line whose fields may have any type. If `image` is not a string, the problem of the row is
+    `no_image`."""
     if not isinstance(image, str):
         return Row(where, problem=no_image)
     texts = text_list([""] if captions is None else captions)
@@ -42,18 +46,19 @@ def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
 
 
 def text_list(captions: Any) -> list[str] | None:
-    """A text, or a list of texts, as a list; None for any other type."""
+    """Converts a string or a list of strings to a list of strings; returns None for any other type."""
     if isinstance(captions, str):
         return [captions]
     return captions if isinstance(captions, list) and all(isinstance(text, str) for text in captions) else None
 
 
 def clean(caption: str) -> tuple[str, str]:
-    """The caption in NFC, on one line, without control characters, cut to the limit; and what was wrong with it, or "".
+    """The caption in NFC, on one line, without control characters, and cut to `MAX_CHARACTERS`. The second result says
+    what was wrong with the caption; it is "" if nothing was.
 
-    The caption is "" when it cannot be used.
+    The caption is "" if it cannot be used.
     """
-    if not (caption.isascii() and caption.isprintable()):  # most captions are; twenty times faster
+    if not (caption.isascii() and caption.isprintable()):  # most captions are, and skipping this is twenty times faster
         if any("\ud800" <= char <= "\udfff" for char in caption):
             return "", "caption is not UTF-8"
         visible = (char if unicodedata.category(char)[0] != "C" or char == "\u200d" else " " for char in caption)
@@ -67,14 +72,15 @@ def clean(caption: str) -> tuple[str, str]:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 (or UTF-16, if marked) as text without its byte order mark; invalid bytes become lone surrogates."""
+    """Decodes UTF-8, or UTF-16 if the data begins with its byte order mark. The result has no byte order mark. Bytes
+    that are not UTF-8 become lone surrogates."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     return data.decode("utf-8-sig", "surrogateescape")
 
 
 def read_captions(path: Path) -> Iterator[Row]:
-    """The rows of a caption file. Raises DataError when the file cannot be read, or its columns are unknown."""
+    """The rows of a caption file. Raises DataError if the file cannot be read or its columns are unknown."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -86,13 +92,14 @@ def read_captions(path: Path) -> Iterator[Row]:
 
 
 def rows_of(data: bytes, form: str, name: str, columns: Columns = (IMAGE_COLUMNS, CAPTION_COLUMNS)) -> Iterator[Row]:
-    """The rows of a table's bytes; `form` is jsonl, csv or tsv. Raises DataError when the columns are unknown."""
+    """The rows of the table with the bytes `data`; `form` is jsonl, csv or tsv. Raises DataError if the columns are
+    unknown."""
     text = decode_text(data)
     return _read_json_lines(text, name, columns) if form == "jsonl" else _read_table(text, form, name, columns)
 
 
 def read_text_file(path: Path) -> tuple[str, ...]:
-    """The captions in a text file, one a line. Raises OSError."""
+    """The captions in a text file, which has one caption per line. Raises OSError if it cannot be read."""
     return tuple(line for line in decode_text(path.read_bytes()).splitlines() if line.strip())
 
 
@@ -148,6 +155,7 @@ def _read_table(text: str, form: str, name: str, columns: Columns) -> Iterator[R
 
 
 def _unquoted(field: str) -> str:
-    """Remove quotation marks from a field of a TSV file, which some programs write and the csv module keeps."""
+    """Removes the quotation marks that some programs write around a field of a TSV file. Python's csv module keeps
+    them."""
     field = field.rstrip("\r\n")
     return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field

@@ -1,4 +1,4 @@
-"""Describes a set in a folder or behind a URL (`describe`), and checks every checksum of it (`verify`)."""
+"""Describes a set in a folder or at a URL (`describe`), and checks all of its checksums (`verify`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_LISTED = 20
 
 
 def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
-    """The folder of a set and its manifest. Raises DataError when the manifest does not exist or cannot be read."""
+    """The folder of a set and its manifest. Raises DataError if the manifest does not exist or cannot be read."""
     folder = open_folder(url.removesuffix("/manifest.json"))
     try:
         return folder, parse_manifest(folder.read("manifest.json"), folder.file_url("manifest.json"))
@@ -33,7 +33,7 @@ def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A text table; columns of numbers are aligned to the right."""
+    """Formats a table as text. Columns of numbers are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     columns = []
     for column in zip(*cells, strict=True):
@@ -43,7 +43,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def describe(url: str, sheet: Path | None, split: str = "train") -> str:
-    """The set in words and numbers; a contact sheet of `split` is written to the file `sheet`. Raises DataError."""
+    """Describes a set in words and numbers. If `sheet` is given, writes a contact sheet of `split` to that file. Raises
+    DataError if the set cannot be read, has no such split, or the sheet cannot be written."""
     folder, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -86,11 +87,12 @@ def _bad_samples(folder: Folder, manifest: dict[str, Any]) -> str:
 
 
 Difference = tuple[str, str, str, str]
-"""File, what was compared, the value in the manifest or index, the actual value."""
+"""A file, what was compared, the value in the manifest or index, and the actual value."""
 
 
 def verify(url: str, processes: int) -> tuple[int, list[Difference]]:
-    """The number of shards, and everything in the set that contradicts its checksums; each byte is read once."""
+    """The number of shards, and every difference between the set and the checksums and numbers that its manifest and
+    indexes state. Each byte is read once."""
     folder, manifest = read_set(url)
     differences: list[Difference] = []
     tokenizer = manifest["tokenizer"]
@@ -142,7 +144,8 @@ def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
 
 
 def _read_through(folder: Folder, name: str, index: ShardIndex) -> tuple[int, str, list[tuple[str, int, int]]]:
-    """Size, SHA-256, and (member, expected CRC-32, actual CRC-32) of each wrong member; the tar is read once."""
+    """Reads a tar once. Returns its size, its SHA-256, and (member, expected CRC-32, actual CRC-32) for each wrong
+    member."""
     spans = sorted(
         (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
         for row, key in enumerate(index.keys)

@@ -1,4 +1,4 @@
-"""Captioned pictures to be written to a set, and the reasons why others are left out."""
+"""The captioned pictures that are to be written to a set, and the reasons why other pictures are left out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dist_t2i.sharding.captions import clean
 from dist_t2i.sharding.pictures import Picture
 
 MIN_HOLDOUT_PICTURES = 50
-"""From this many pictures on, a held-out split has at least one."""
+"""If a set has at least this many pictures, its held-out split gets at least one picture."""
 
 
 @dataclass(slots=True)
 class Item:
-    """A picture to be written; `attributes` go into its json next to the captions."""
+    """A picture that is to be written. `attributes` are written to its json file together with the captions."""
 
     key: str
     picture: Picture
@@ -29,7 +29,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of bad_samples.jsonl: where (file or line), which picture, and a reason that many pictures share."""
+    """A line of bad_samples.jsonl: the file or line, the picture, and the reason. Reasons are worded so that many
+    pictures share one, because the report counts the problems by reason."""
 
     where: str
     picture: str
@@ -37,7 +38,8 @@ class Problem:
 
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
-"""Items; what was wrong with others; and the manifest's entries about the set: name, licence, credit."""
+"""The usable items, the problems of other pictures, and the manifest's entries about the set (name, licence,
+credit)."""
 
 
 def unit_hash(text: str) -> float:
@@ -46,7 +48,8 @@ def unit_hash(text: str) -> float:
 
 
 def hold_out(items: Iterable[Item], share: float) -> None:
-    """Move a share of the items, selected by a hash of their keys, to the split `test`; never all of them."""
+    """Moves a share of the items to the split `test`. A hash of the keys selects the items. At least one item is never
+    moved."""
     ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
     count = sum(number < share for number, _ in ranked) or int(share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES)
     for _, item in ranked[: min(count, len(ranked) - 1)]:
@@ -54,14 +57,15 @@ def hold_out(items: Iterable[Item], share: float) -> None:
 
 
 def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
-    """Append the cleaned texts that `captions` lacks; returns what was wrong with the texts."""
+    """Cleans `texts` and appends those that are not in `captions` yet. Returns the problems of the texts."""
     results = [clean(text) for text in texts]
     captions += dict.fromkeys(text for text, _ in results if text and text not in captions)
     return [problem for _, problem in results if problem]
 
 
 def captioned(item: Item, where: str, problems: list[Problem]) -> list[Item]:
-    """The item with its distinct captions, cleaned; [] without any usable one. What was wrong goes into `problems`."""
+    """Cleans the captions of an item and removes repeated captions. Returns [item], or [] if no usable caption is left.
+    Adds what was wrong to `problems`."""
     texts, item.captions = item.captions, []
     problems += [Problem(where, item.key, reason) for reason in add_captions(item.captions, texts)]
     if item.captions:
@@ -71,9 +75,10 @@ def captioned(item: Item, where: str, problems: list[Problem]) -> list[Item]:
 
 
 def filter_captions(items: Sequence[Item], problems: list[Problem], must: str, must_not: str) -> list[Item]:
-    """Keep captions that match the regular expression `must`, not `must_not`, and items that have any. Raises DataError."""
+    """Keeps the captions that match the regular expression `must` and do not match `must_not`. Returns the items that
+    still have a caption. Raises DataError if `must` or `must_not` is not a regular expression."""
     try:
-        # "(?!)" matches nothing
+        # "(?!)" matches no text, so an empty `must_not` excludes no caption.
         wanted, unwanted = (re.compile(text, re.IGNORECASE) for text in (must, must_not or "(?!)"))
     except re.error as error:
         raise DataError(f"not a regular expression: {must if error.pattern == must else must_not}: {error}") from error

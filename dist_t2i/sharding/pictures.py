@@ -1,4 +1,4 @@
-"""The inputs that a picture's bytes are read from: a file, an SVG, a URL, a member of a tar."""
+"""The inputs from which the bytes of a picture can be read: a file, an SVG, a URL, or a member of a tar."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from dist_t2i.storage.retries import pauses, retry
 from dist_t2i.storage.urls import scheme_of
 
 MAX_DOWNLOAD = 2**28
-"""Larger downloads, in bytes, are abandoned."""
+"""A download of more than this many bytes is abandoned."""
 TIMEOUT, RETRIES = 30.0, 2
-"""Seconds without a byte from a server, and how often a download that may still succeed is repeated."""
+"""A download fails after `TIMEOUT` seconds without a byte from the server. If another attempt may succeed, it is
+repeated up to `RETRIES` times."""
 _FIRST_READ = 2**18
 _OPEN_FILES, _OPEN_FOLDERS = 64, 16
 
 
 class Picture(ABC):
-    """A picture that is not read yet. All methods raise OSError."""
+    """A picture that is not read yet. All methods raise OSError if the picture cannot be read."""
 
     __slots__ = ()
     remote = False
-    """Whether each read takes a round trip over a network, so that several should run at once."""
+    """Whether each read takes a round trip over a network. Such reads should run in parallel."""
 
     @abstractmethod
     def stat(self) -> tuple[int, str]:
-        """The size in bytes (0 if unknown) and a stamp, a text that changes when the picture does; reads no picture."""
+        """The size in bytes (0 if unknown), and a stamp: a text that changes when the picture changes. Does not read
+        the picture itself."""
 
     @abstractmethod
     def read(self) -> bytes:
@@ -54,7 +56,7 @@ class PictureFile(Picture):
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             data = os.read(descriptor, _FIRST_READ)
-            if len(data) < _FIRST_READ:  # a file object for every file would cost more than it saves
+            if len(data) < _FIRST_READ:  # the usual case, which is faster without a Python file object
                 return data
             with open(descriptor, "rb", buffering=0, closefd=False) as rest:
                 return data + rest.read()
@@ -78,7 +80,8 @@ class SvgPicture(Picture):
 
 @dataclass(frozen=True, slots=True)
 class PictureUrl(Picture):
-    """A URL: http(s), an object in S3, Google Cloud Storage or Azure, or any other file system that fsspec knows."""
+    """A picture at a URL: on a web server (http or https), in S3, Google Cloud Storage or Azure, or in any other file
+    system that fsspec knows."""
 
     url: str
     remote = True
@@ -101,13 +104,13 @@ class PictureUrl(Picture):
 
 @dataclass(frozen=True, slots=True)
 class TarMember(Picture):
-    """`size` bytes of a tar from `offset` on."""
+    """A picture that is stored in a tar, as `size` bytes beginning at `offset`."""
 
     url: str
     offset: int
     size: int
     version: str
-    """Changes when the tar does."""
+    """A text that changes when the tar changes."""
     remote: bool
 
     def stat(self) -> tuple[int, str]:
@@ -125,7 +128,7 @@ class TarMember(Picture):
 
 
 class DownloadError(OSError):
-    """The reason why a web server delivered nothing; `temporary` when a later try may succeed."""
+    """A failed download and its reason. `temporary` is True if another attempt may succeed."""
 
     def __init__(self, reason: str, temporary: bool = False) -> None:
         super().__init__(reason)
@@ -159,7 +162,8 @@ def _download(url: str) -> bytes:
     return data
 
 
-# Both caches are per process, because neither connections nor file positions may be shared across a fork.
+# The argument `process` gives each process its own entries: connections and file positions must not be shared across a
+# fork.
 @lru_cache(_OPEN_FOLDERS)
 def _open_folder(process: int, url: str) -> Folder:
     return open_folder(url)
@@ -171,7 +175,8 @@ def _open_file(process: int, path: str) -> BinaryIO:
 
 
 def render(svg: Path, size: int) -> bytes:
-    """An SVG on white as a PNG of `size` x `size` pixels, RGB. Takes about 2 ms at 64 pixels."""
+    """Renders an SVG on a white background. Returns an RGB PNG of `size` x `size` pixels. Takes about 2 ms at 64
+    pixels."""
     import resvg_py
     from PIL import Image
 

@@ -1,8 +1,10 @@
-"""Writes shards by a Slurm array through submitit: each task writes a part of them; this process waits for all.
+"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part of the shards, and this
+process waits until all are written.
 
-The plan is made in this process and sent to the tasks, so a shard does not depend on who wrote it. Results are read
-from the notes that tasks write into OUT, not from the jobs' states, which clusters without accounting do not report.
-All machines must see the pictures, OUT and the log folder.
+This process makes the plan and sends it to the tasks, so the content of a shard does not depend on the task that writes
+it. Each task writes the result of a shard to a file in OUT, and this process reads these files. It does not rely on the
+states of the jobs, because clusters without accounting do not report them. All machines must see the pictures, OUT and
+the log folder.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from dist_t2i.utils.progress import Progress
 
 _POLL = 1.0
 _LINGER = 20.0
-"""Seconds that notes may take to appear on a shared disk after their job has ended."""
+"""The seconds that the result files of a job may take to appear on a shared disk after the job has ended."""
 
 
 @dataclass(frozen=True)
 class SlurmArray:
-    """How to submit: the options `--slurm-...` of these names, which --help explains; `folder` gets submitit's logs."""
+    """How to submit the tasks. The fields are the options `--slurm-...` with the same names, which --help explains;
+    `folder` is the folder for the logs of submitit."""
 
     cluster: str
     tasks: int
@@ -44,7 +47,8 @@ class SlurmArray:
     extra: Sequence[tuple[str, Any]]
 
     def write(self, folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress) -> Results:
-        """Write the shards in tasks; returns their results by name. Raises DataError when shards remain unwritten."""
+        """Writes the shards in tasks and returns their results by name. Raises DataError if some shards were not
+        written."""
         for plan in plans:
             folder.remove(f"{WORK}/{plan.name}.json")
         parts = [part for number in range(self.tasks) if (part := list(plans[number :: self.tasks]))]
@@ -96,7 +100,7 @@ class SlurmArray:
             time.sleep(_POLL)
 
     def _ended(self, job: Any) -> bool:
-        """Whether a task has ended, successfully or not."""
+        """Whether a task has ended, with success or failure."""
         with contextlib.suppress(Exception):
             if job.done(force_check=True):
                 return True

@@ -1,4 +1,4 @@
-"""From items to a set: writes the shards in several processes or on a cluster, then all other files."""
+"""Writes items as a set: first the shards, in several processes or on a cluster, and then all other files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ def write_set(
     options: Options,
     write_shards: ShardWriter | None = None,
 ) -> dict[str, Any]:
-    """Write a set to a folder or URL and return its manifest. A rerun with the same input keeps intact shards.
+    """Writes a set to a folder or URL and returns its manifest. If the same command is repeated with the same input,
+    shards that are complete and unchanged are kept.
 
-    `problems`, of other pictures, go into the report; `write_shards` is by default `write_here`. Raises DataError when no
-    picture is left to train on, or the folder holds anything else or cannot be written.
+    `problems` are the problems of pictures that are not in `items`; they are added to the report. `write_shards` is by
+    default `write_here`. Raises DataError if no picture is left to train on, the folder has other contents, or it
+    cannot be written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
@@ -53,7 +55,7 @@ def write_set(
         for result in results:
             listed.extend(result["problems"])
         if not any(result["samples"] for result in results if result["split"] == "train"):
-            for plan in plans:  # nothing of this run may keep the folder from being used again
+            for plan in plans:  # remove all files of this run, so that another run can use the folder
                 folder.remove(f"{plan.name}.tar")
                 folder.remove(f"{plan.name}.index")
             folder.remove_folder(WORK)
@@ -76,7 +78,7 @@ def _nothing_to_train_on(problems: Sequence[dict[str, Any]]) -> DataError:
 def _write_missing(
     folder: Folder, plans: Sequence[ShardPlan], options: Options, write_shards: ShardWriter
 ) -> list[dict[str, Any]]:
-    """The results of all shards in order, after writing those that are not intact yet."""
+    """Writes the shards that are missing or not intact. Returns the results of all shards in order."""
     checked = in_processes(finished_result, [(folder, plan) for plan in plans], options.processes)
     intact = {plan.name: result for plan, result in zip(plans, checked, strict=True) if result}
     failed = {name for name, result in intact.items() if result.get("unread")}
@@ -100,10 +102,10 @@ def _write_missing(
 def write_here(
     folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress | None = None
 ) -> Results:
-    """Write shards with `options.processes` processes of this machine; returns their results by name."""
+    """Writes shards with `options.processes` processes on this machine, and returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
     enabled = gc.isenabled()
-    gc.disable()  # for 10% of the time, it would scan all items, which hold no cycles
+    gc.disable()  # it would take 10% of the time to scan all items, and find nothing because they contain no cycles
     try:
         results = in_processes(write_shard, calls, options.processes, progress)
     finally:

@@ -1,1 +1,1 @@
-"""Reading and writing files wherever they lie: local disks, object stores, web servers."""
+"""Reads and writes files on local disks, in object stores and on web servers."""

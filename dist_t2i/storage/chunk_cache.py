@@ -4,9 +4,10 @@
                              /.0000013.part    a chunk that the process with the lock on this file is fetching
          /total                            an upper bound on the bytes of all chunks (changed under CACHE/lock)
 
-Chunks appear by a rename, so they are always complete. Only one process fetches a chunk; a second one that wants it sees
-the lock and does other work. The lock is the kernel's (flock) and ends with its process, so kill -9 leaves nothing that
-blocks. Beyond the bound the least recently used chunks are removed; a process that has one open can still read it.
+A finished chunk gets its name by a rename, so a chunk that exists is complete. Only one process fetches a chunk: a
+second process that wants the chunk sees the lock and does other work. The lock is a kernel lock (flock) that ends with
+its process, so a process killed by kill -9 leaves no lock behind. When the cache exceeds its bound, the least recently
+used chunks are removed. A process that has a removed chunk open can still read it.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK = 2**23
-"""Bytes of a chunk; the last one of an object is shorter."""
+"""The size of a chunk in bytes. The last chunk of an object is shorter."""
 _KEPT_OPEN = 256
 _POLL, _POLLED_FOR = 0.005, 0.1
-"""Seconds between checks whether another process has finished a chunk, and for how long `await_fill` checks."""
+"""`await_fill` checks whether another process has finished a chunk: the seconds between checks, and the seconds after
+which it gives up."""
 _ROOM = 0.9
-"""Share of the bound to which an eviction reduces the cache."""
+"""An eviction reduces the cache to this share of its bound."""
 _NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}
 
 
 def key_of(url: str, version: str) -> str:
-    """The key of one version of one object."""
+    """The name under which the cache keeps one version of one object."""
     return hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:40]
 
 
 class ChunkCache:
-    """The cache in `folder`, of at most `limit` bytes. Threads may share it; picklable.
+    """The cache in `folder`, of at most `limit` bytes. Threads may share an instance; picklable.
 
-    When the disk is full or not writable it warns once and stores no more chunks, but raises nothing.
+    When the disk is full or not writable, the cache prints one warning and stores no more chunks, but raises no error.
     """
 
     def __init__(self, folder: str, limit: int) -> None:
@@ -56,15 +58,16 @@ class ChunkCache:
         self.works = self.limit > 0
         """Whether new chunks can be stored."""
         self.fill_seconds = 0.0
-        """Seconds that this process needed for its latest full-sized chunk. 0 before the first one: readers that assumed a
-        slow network would request most samples of the first window twice."""
+        """The seconds that this process needed to fetch its latest full-sized chunk. 0 before the first chunk, which
+        makes readers assume a fast network and wait for chunks. If they assumed a slow network, they would request most
+        samples of the first window twice: alone, and with their chunk."""
         self._pid = os.getpid()
 
     def __reduce__(self) -> tuple:
         return ChunkCache, (str(self.folder), self.limit)
 
     def prepare(self) -> bool:
-        """Creates the folder. False, after a warning, if it cannot be written."""
+        """Creates the folder. If the folder cannot be written, prints a warning and returns False."""
         try:
             (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "a+b"):
@@ -74,17 +77,18 @@ class ChunkCache:
         return self.works
 
     def path(self, key: str, number: int) -> Path:
-        """The file of a chunk, which need not exist."""
+        """The path of the file of a chunk. The file need not exist."""
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
 
     def read(self, key: str, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes from `offset` on within a chunk, fewer at its end; None if the chunk is not cached."""
+        """`size` bytes of a chunk, beginning at `offset` in the chunk; fewer if the chunk ends before. None if the
+        chunk is not cached."""
         with self._lock:
             descriptor = self._descriptor(key, number)
             return None if descriptor is None else os.pread(descriptor, size, offset)
 
     def _descriptor(self, key: str, number: int) -> int | None:
-        if self._pid != os.getpid():  # after a fork the descriptors are shared with the parent, but their table is not
+        if self._pid != os.getpid():  # after a fork, the child begins with an empty table of its own
             self._begin()
         descriptor = self._open.get((key, number))
         if descriptor is not None:
@@ -110,9 +114,10 @@ class ChunkCache:
                 self.path(key, number).unlink()
 
     def fill(self, key: str, number: int, size: int, fetch: Callable[[BinaryIO], None]) -> bool:
-        """Stores what `fetch` writes to a file, at most `size` bytes, unless the chunk is cached already.
+        """Stores a chunk unless it is cached already: calls `fetch` with a file, to which `fetch` writes at most `size`
+        bytes.
 
-        False if another process is fetching the chunk or nothing can be stored. Raises what `fetch` raises.
+        Returns False if another process is fetching the chunk or nothing can be stored. Raises the errors of `fetch`.
         """
         if not self.works:
             return False
@@ -126,12 +131,13 @@ class ChunkCache:
                 if not path.exists():
                     self._fill(path, part, size, fetch)
                 return True
-        except OSError as error:  # a failed request is a StorageError, which has no errno
+        except OSError as error:  # of the disk, or a failed request (a StorageError), which `_disable` raises again
             self._disable(error)
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Waits until another thread has stored a chunk or has failed, at most `seconds`; for another process briefly."""
+        """Waits until another thread has stored a chunk or failed to do so, for `seconds` at most. If another process
+        fetches the chunk, waits only briefly (`_POLLED_FOR`)."""
         path = self.path(key, number)
         filled = self._filling.get(path)
         if filled is not None:
@@ -163,7 +169,7 @@ class ChunkCache:
 
     @contextlib.contextmanager
     def _part(self, path: Path) -> Iterator[Path | None]:
-        """The file that becomes `path`, locked; None if another process holds the lock."""
+        """Locks and yields the file that will be renamed to `path`; yields None if another process holds the lock."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         with open(part, "ab") as file:
@@ -172,12 +178,14 @@ class ChunkCache:
             except OSError:
                 yield None
                 return
-            # The previous holder may have renamed the file: then the lock is on a finished chunk, not on the part.
+            # The process that held the lock before may have renamed the file. Then this lock is on a finished chunk
+            # rather than on the part, and it protects nothing.
             current = part.exists() and os.fstat(file.fileno()).st_ino == part.stat().st_ino
             yield part if current else None
 
     def _disable(self, error: OSError) -> None:
-        """Warns once and stores no more chunks. Raises errors that do not come from a full or unwritable disk."""
+        """Prints one warning and stores no more chunks from now on. If `error` does not come from a full or unwritable
+        disk, raises it again instead."""
         if error.errno not in _NO_ROOM:
             raise error
         if self.works:
@@ -188,7 +196,8 @@ class ChunkCache:
     # ---- the bound ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, size: int) -> None:
-        """Adds `size` bytes to the total before they are written, so that the total is never too small."""
+        """Removes old chunks if `size` more bytes would exceed the bound. Adds `size` to the total before the bytes are
+        written, so that the total is never too small."""
         with open(self.folder / "lock", "a+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             total = self._total() + size
@@ -203,7 +212,8 @@ class ChunkCache:
             return sum(size for _, size, _ in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[float, int, str]]:
-        """Time of use, bytes and path of each chunk. Removes parts that no process holds."""
+        """Yields the time of last use, the bytes and the path of each chunk. Removes parts that no process has
+        locked."""
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
@@ -217,7 +227,8 @@ class ChunkCache:
                             os.unlink(path)
 
     def _evict(self, target: int) -> int:
-        """Removes the least recently used chunks until at most `target` bytes remain; returns the bytes that remain."""
+        """Removes the least recently used chunks until at most `target` bytes remain. Returns the number of bytes that
+        remain."""
         chunks = sorted(self._chunks())
         remaining = sum(size for _, size, _ in chunks)
         for _, size, path in chunks:

@@ -1,10 +1,11 @@
-"""Clients of object stores: how a store is opened, one request for a range of bytes, and the errors of requests.
+"""Clients of object stores: open a store, request a range of bytes, and translate the errors of requests.
 
 obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
-endpoints come from the environment variables of each store's own tools (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...); `StorageOptions` may override endpoint and region.
+endpoints come from the environment variables that the usual tools of each store read (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override the
+endpoint and the region.
 
-A client sends each request once; the caller decides about retries (remote_file.py).
+A client sends each request once, and its caller decides about retries (remote_file.py).
 """
 
 from __future__ import annotations
@@ -30,25 +31,26 @@ class StorageOptions:
     """How remote data is read. Picklable."""
 
     endpoint: str = ""
-    """URL of an S3-compatible server; "" takes it from the environment, else AWS."""
+    """The URL of an S3-compatible server. "" means the server that the environment names, or else AWS."""
     region: str = ""
     anonymous: bool = False
-    """Sends unsigned requests, for public buckets."""
+    """Whether requests are sent without a signature, as public buckets allow."""
     retry_seconds: float = 300.0
-    """Seconds without progress after which a read fails."""
+    """A read fails after this many seconds without progress."""
     stall_seconds: float = 10.0
-    """Seconds without data after which a request fails; a whole request may take six times this."""
+    """A request fails after this many seconds without data. A whole request may take six times as long."""
     cache: str = ""
-    """Folder in which all processes of this machine cache remote data; "" disables the cache."""
+    """The folder in which all processes of this machine cache remote data; "" disables the cache."""
     cache_bytes: int = 0
 
 
 FROM_ENVIRONMENT = StorageOptions()
-"""Endpoint and credentials from the environment, no cache."""
+"""Takes the endpoint and the credentials from the environment, and has no cache."""
 
 
 class StorageError(OSError):
-    """A failed request. `reason` is a phrase without the object's name; the message names the object if it is known."""
+    """A failed request. `reason` is a phrase without the name of the object. The message contains the name if it is
+    known."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -56,7 +58,7 @@ class StorageError(OSError):
 
 
 class Gone(StorageError):
-    """The object is missing or forbidden: retries rarely help."""
+    """The object is missing or forbidden, so retries rarely help."""
 
 
 class Missing(Gone, FileNotFoundError):
@@ -68,7 +70,7 @@ class Denied(Gone, PermissionError):
 
 
 class Changed(StorageError):
-    """The object was replaced since reading began."""
+    """The object was replaced after reading began."""
 
 
 class Short(StorageError):
@@ -76,7 +78,8 @@ class Short(StorageError):
 
 
 class Blocks(NamedTuple):
-    """A response: the size of the object in bytes (-1: unknown), its ETag ("": none), an iterator over the bytes."""
+    """A response: the size of the object in bytes (-1 if unknown), its ETag ("" if it has none), and an iterator over
+    the bytes."""
 
     size: int
     tag: str
@@ -84,15 +87,15 @@ class Blocks(NamedTuple):
 
 
 def client_of(url: str, options: StorageOptions) -> Client:
-    """The client for an object. Raises DataError if no installed library knows the scheme.
+    """The client for an object. Raises DataError if no installed library knows the scheme of the URL.
 
-    Must not be called in a process that will fork (reader_process.py).
+    Must not be called in a process that will fork afterwards (the reason is given in reader_process.py).
     """
     return ObstoreClient(url, options) if scheme_of(checked(url)) in OBJECT_STORES else FsspecClient(url)
 
 
 class ObstoreClient:
-    """S3, Google Cloud Storage, Azure and HTTP through obstore."""
+    """Reads from S3, Google Cloud Storage, Azure and HTTP servers through obstore."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
         parts = urlsplit(url)
@@ -100,9 +103,11 @@ class ObstoreClient:
         self._path = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int) -> Blocks:
-        """The bytes [start, stop) of the version `tag` ("": any), in blocks of at least `block`; None reads to the end.
+        """Requests the bytes [start, stop) of an object, in blocks of at least `block` bytes. If `stop` is None, the
+        range extends to the end of the object. `tag` is the ETag of the version to read; "" accepts any version.
 
-        Raises StorageError, also while the bytes are iterated.
+        Raises StorageError if the request fails; iterating over the bytes of the response can raise StorageError as
+        well.
         """
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
@@ -120,13 +125,13 @@ def _blocks(stream: Iterator[Any]) -> Iterator[Any]:
 
 
 class FsspecClient:
-    """Every other scheme, through fsspec."""
+    """Reads objects of every other scheme through fsspec."""
 
     def __init__(self, url: str) -> None:
         self._system, self._path = open_system(url)
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int) -> Blocks:
-        """As `ObstoreClient.fetch`, in one block."""
+        """Requests a range of bytes as `ObstoreClient.fetch` does, but yields them in one block of any size."""
         with storage_errors():
             about = self._system.info(self._path)
             current = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
@@ -141,7 +146,7 @@ Client = ObstoreClient | FsspecClient
 
 @lru_cache(maxsize=64)
 def _store(address: str, options: StorageOptions) -> Any:
-    """The store of a bucket or host, one per process: it keeps connections open."""
+    """The store of a bucket or host. A process keeps one store for each, because a store keeps its connections open."""
     limits = {
         "connect_timeout": f"{CONNECT_SECONDS}s",
         "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
@@ -151,9 +156,11 @@ def _store(address: str, options: StorageOptions) -> Any:
 
 
 def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
-    """obstore's store of a bucket, a prefix or a host. Sends no request yet. Raises DataError if it cannot be opened.
+    """obstore's object for a bucket, a prefix or a host. Sends no request yet. Raises DataError if the store cannot be
+    opened.
 
-    `limits` of each request are those of obstore's `ClientConfig`, `retry` is its `RetryConfig` (None: the defaults).
+    `limits` are options of obstore's `ClientConfig` that limit the time of each request. `retry` is obstore's
+    `RetryConfig`; None means obstore's defaults.
     """
     from obstore.store import from_url
 
@@ -177,7 +184,8 @@ def _s3_config(options: StorageOptions) -> dict[str, Any]:
 
 
 def open_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. Raises DataError if no installed library knows the scheme."""
+    """The fsspec file system of a URL, and the path in that file system. Raises DataError if no installed library knows
+    the scheme of the URL."""
     import fsspec
 
     try:
@@ -188,7 +196,8 @@ def open_system(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def storage_errors(name: str = "") -> Iterator[None]:
-    """Turns the errors of obstore, fsspec and its file systems into StorageErrors about the object `name`."""
+    """Inside the `with` block, turns the errors of obstore, fsspec and fsspec's file systems into StorageErrors about
+    the object `name`."""
     try:
         yield
     except Exception as error:
@@ -210,25 +219,26 @@ def _translated(error: Exception, name: str) -> StorageError:
         return Changed("the object was replaced", name)
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
         return Gone("the object's name cannot be read", name)
-    text = str(error)  # of obstore's errors: nested Rust structures
+    text = str(error)  # an error of obstore prints nested Rust structures
     status = _status(error, text)
-    plain = re.sub(r"\w+://\S+", "", text)  # an object's name may contain any words
+    plain = re.sub(r"\w+://\S+", "", text)  # without URLs, whose words could match the patterns of `_REASONS`
     if status == 416 or re.search("range not satisfiable", plain, re.IGNORECASE):
         return Short("the object is shorter than expected", name)
     reason = _STATUSES.get(status) or ("the server failed (5xx)" if 500 <= status < 600 else "")
     reason = reason or next((reason for pattern, reason in _REASONS if re.search(pattern, plain, re.IGNORECASE)), "")
-    if not isinstance(error, known.BaseError):  # of an fsspec file system, whose errors have types of their own
+    if not isinstance(error, known.BaseError):  # an error of an fsspec file system, which may have any type
         text = getattr(error, "strerror", None) or f"{type(error).__name__}: {text}"
     return StorageError(reason or " ".join(text.split())[:200], name)
 
 
 def _status(error: Exception, text: str) -> int:
-    """The HTTP status of the response; 0 without a response or a known status.
+    """The HTTP status of the response; 0 if there was no response or its status is unknown.
 
-    Other numbers in the text do not count: names, ports and durations appear there, too.
+    Only a number after certain words is taken as the status, because `text` also contains numbers in names, ports and
+    durations.
     """
-    status = getattr(error, "status", None)  # of aiohttp's errors, which fsspec passes on
-    match = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # obstore's, botocore's
+    status = getattr(error, "status", None)  # an attribute of aiohttp's errors, which fsspec passes on
+    match = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # the words of obstore and of botocore
     return status if isinstance(status, int) else int(match[1]) if match else 0
 
 

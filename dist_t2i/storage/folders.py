@@ -1,4 +1,5 @@
-"""Folders of sets and mirrors: on a disk, in an object store, or in any fsspec file system. Files are written atomically."""
+"""Folders of sets and mirrors, which are on a disk, in an object store, or in any fsspec file system. Files are written
+atomically."""
 
 from __future__ import annotations
 
@@ -20,20 +21,22 @@ from dist_t2i.storage.urls import scheme_of, unchained
 from dist_t2i.utils.files import chunks, fsync, replacing, sha256_of, write_atomic, write_synced
 
 WORK = ".shard"
-"""The folder of the files that a repeated run resumes from."""
+"""The name of the folder of intermediate files, from which a repeated run resumes."""
 _CHUNK = 2**20
 _LONGEST_REQUEST = 3600.0
-"""Seconds that the transfer of one file may take."""
+"""The seconds that the transfer of one file may take."""
 _PART = 8 * 2**20
-"""Minimal bytes of a part of a multipart upload."""
+"""The minimal size of one part of a multipart upload, in bytes."""
 _PARTS = 9000
-"""Maximal number of parts of a file (S3 accepts 10,000)."""
+"""The maximal number of parts of one file (S3 accepts 10,000)."""
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
-    """The folder at a path or URL. Reads and creates nothing. Raises DataError for commands and chained URLs.
+    """The folder at a path or URL, which is neither read nor created yet. Raises DataError for commands and chained
+    URLs.
 
-    `seconds` limits each request to an object store and its retries; by default an hour with the store's own retries.
+    `seconds` limits the time of each request to an object store, retries included. By default a request may take an
+    hour, and the store's library decides about retries.
     """
     text = str(url)
     scheme = scheme_of(unchained(text))
@@ -45,7 +48,8 @@ def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
 
 
 def locate(folder: Folder, name: str) -> tuple[Folder, str]:
-    """Folder and name of a file that a manifest in `folder` names: there, or elsewhere for URLs and absolute paths."""
+    """The folder and the name of a file that a manifest in `folder` names. A relative name is in `folder`; a URL or an
+    absolute path names its own folder."""
     if not scheme_of(unchained(name)) and not os.path.isabs(name):
         return folder, name
     parent, _, last = name.rpartition("/")
@@ -53,10 +57,11 @@ def locate(folder: Folder, name: str) -> tuple[Folder, str]:
 
 
 class Folder(ABC):
-    """Files by name in one folder. Methods raise OSError on failure, FileNotFoundError for missing files. Picklable."""
+    """Access to the files of one folder by name. Methods raise FileNotFoundError if a file is missing, and OSError if
+    they fail for another reason. Picklable."""
 
     path: Path | None = None
-    """The folder's path if it is on a disk."""
+    """The path of the folder; None if the folder is not on a disk."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -70,7 +75,7 @@ class Folder(ABC):
 
     @property
     def staging(self) -> Path:
-        """A folder on this machine's disk for files that are being written; created if it is missing."""
+        """A folder on this machine's disk for files that are being written. It is created if it does not exist."""
         folder = Path(tempfile.gettempdir()) / f"dist_t2i-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
         folder.mkdir(exist_ok=True)
         return folder
@@ -85,7 +90,7 @@ class Folder(ABC):
 
     @abstractmethod
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes from `start` on, fewer at the end of the file."""
+        """`size` bytes beginning at `start`, fewer if the file ends before."""
 
     @abstractmethod
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -103,26 +108,28 @@ class Folder(ABC):
 
     @abstractmethod
     def put(self, file: BinaryIO, name: str) -> None:
-        """Copies an open file from its current position to its end, atomically; creates the subfolder in `name`."""
+        """Atomically copies an open file, from its current position to its end, to the file `name`. Creates the
+        subfolder if `name` contains one."""
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Renames a file; replaces a file with the new name."""
+        """Renames a file. A file that already has the new name is replaced."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file; no error if it is missing."""
+        """Removes a file. A missing file is no error."""
 
     @abstractmethod
     def remove_folder(self, name: str) -> None:
-        """Removes everything below `name`; no error if it is missing."""
+        """Removes everything below the subfolder `name`. A missing subfolder is no error."""
 
     @abstractmethod
     def names(self) -> list[str]:
         """The sorted names of files and subfolders; [] if the folder is missing."""
 
     def settle(self, names: list[str]) -> None:
-        """Returns once these files would survive a power cut. An object store confirms a write only then."""
+        """Returns once these files would survive a power cut. By default this does nothing, because an object store
+        confirms a write only when the file is safe."""
         return
 
     def checksum(self, name: str) -> str:
@@ -187,15 +194,16 @@ class LocalFolder(Folder):
 
 
 class ObjectFolder(Folder):
-    """A prefix in S3, Google Cloud Storage or Azure, with credentials from the store's environment variables, or on a web
-    server, which is read-only."""
+    """A prefix in S3, Google Cloud Storage or Azure, or on a web server, which is read-only. Credentials come from the
+    store's environment variables."""
 
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)
         self._seconds = seconds
 
     def __reduce__(self) -> tuple:
-        return ObjectFolder, (self.url, self._seconds)  # without the store: processes cannot share its connections
+        # The store is not pickled, because processes cannot share its connections.
+        return ObjectFolder, (self.url, self._seconds)
 
     @cached_property
     def _store(self) -> Any:
@@ -217,7 +225,7 @@ class ObjectFolder(Folder):
         start = file.tell()
         size = file.seek(0, os.SEEK_END) - start
         file.seek(start)
-        content = file if size > _PART else file.read()  # small files take one request
+        content = file if size > _PART else file.read()  # a small file is sent with one request
         with storage_errors(self.file_url(name)):
             self._store.put(name, content, chunk_size=max(_PART, size // _PARTS + 1), max_concurrency=4)
 
@@ -246,7 +254,7 @@ class FsspecFolder(Folder):
     """A folder in any other file system that fsspec supports, such as `sftp://` or `hdfs://`."""
 
     def __reduce__(self) -> tuple:
-        return FsspecFolder, (self.url,)  # without the file system: processes cannot share its connections
+        return FsspecFolder, (self.url,)  # the file system is not pickled: processes cannot share its connections
 
     @cached_property
     def _system(self) -> tuple[Any, str]:
@@ -254,7 +262,8 @@ class FsspecFolder(Folder):
 
     @contextlib.contextmanager
     def _at(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The file system, and the path in it of a file (of the folder with ""); errors inside are about that path."""
+        """Yields the file system and the path of the file `name` in it; "" gives the path of the folder itself. Errors
+        inside the `with` block become StorageErrors that name the file."""
         system, root = self._system
         with storage_errors(self.file_url(name) if name else self.url):
             yield system, f"{root.rstrip('/')}/{name}" if name else root

@@ -1,8 +1,9 @@
-"""Remote reads in a process of their own, so that the training process can fork loader workers later.
+"""Makes remote reads in a separate process, so that the training process can fork loader workers later.
 
-The client of an object store runs threads. A process with such threads that forks gives its child locks that nobody will
-ever release: the child's first request hangs. So a process that will fork sends its reads to a child, the *reader*; only
-processes that never fork (loader workers and the reader) have clients.
+The client of an object store runs threads, which hold locks. When a process with such threads forks, the child gets
+copies of the locks but no threads that would release them, so the child's first request hangs. Therefore a process that
+will fork sends its reads to a child process, the *reader*. Only processes that never fork (loader workers and the
+reader) have clients.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ def clients_allowed() -> bool:
 
 
 def allow_clients() -> None:
-    """Lets this process have clients. It must not fork processes that need clients afterwards."""
+    """Lets this process have clients. Afterwards, this process must not fork processes that need clients."""
     global _pid_with_clients
     _pid_with_clients = os.getpid()
 
 
 def with_clients(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, computed in this process if it may have clients, else in the reader.
+    """Returns `function(*arguments)`, computed in this process if it may have clients, otherwise in the reader.
 
-    The function must be one of a module; its arguments, result and errors must be picklable. Raises what it raises.
+    `function` must be defined at the top level of a module, and its arguments, result and errors must be picklable.
+    Raises the errors of `function`, and DataError if the reader was killed.
     """
     global _reader
     if clients_allowed():
@@ -50,11 +52,12 @@ def with_clients(function: Callable[..., T], *arguments: Any) -> T:
 
 
 class _Reader:
-    """The reader, and the pipe to it."""
+    """The reader process and the pipe to it."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        # If other code has used a client in this process (a notebook, say), a fork would copy the client's locks.
+        # If other code has used a client in this process, as in a notebook, a fork would copy that client's locks. So
+        # the reader is spawned if obstore is loaded already.
         fork = sys.platform == "linux" and "obstore" not in sys.modules
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self._pipe, child_end = context.Pipe()
@@ -65,7 +68,8 @@ class _Reader:
         atexit.register(self.close)
 
     def usable(self) -> bool:
-        """Whether the reader runs and this process has started it; a fork of the parent cannot use it."""
+        """Whether the reader is running and was started by this process. A forked child of the process that started the
+        reader cannot use it."""
         return self._pid == os.getpid() and self._process.is_alive()
 
     def call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:

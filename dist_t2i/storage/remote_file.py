@@ -1,8 +1,8 @@
 """Reads of a remote object that survive failed requests.
 
-After a failed request a read pauses (retries.py), then asks only for the bytes that are still missing, of the version of
-the object that it began with (If-Match). It fails when `retry_seconds` have passed without a byte, or sooner where a
-retry cannot help.
+After a failed request, a read pauses (retries.py) and then requests only the bytes that are still missing. The request
+has an If-Match header, so these bytes come from the same version of the object as the earlier bytes. The read fails
+when `retry_seconds` have passed without a byte, or sooner if a retry cannot help.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from dist_t2i.storage.clients import Changed, Client, Gone, Short, StorageError,
 from dist_t2i.storage.retries import pauses
 
 BLOCK, LARGE_BLOCK = 2**16, 2**20
-"""Minimal bytes that a client yields at a time. A broken connection loses less than one block; large blocks cost less."""
+"""The minimal numbers of bytes that a client yields at a time. When a connection breaks, less than one block is lost,
+so small blocks lose less; large blocks take less processor time."""
 PAUSES = 0.1, 10.0
-"""Seconds of the first and of the longest pause before a failed request is repeated."""
+"""The first and the longest pause before a failed request is repeated, in seconds."""
 GONE_SECONDS = 3.0
-"""Seconds for which a missing or forbidden object is retried: a store may lag behind, credentials may be renewed."""
+"""The seconds for which a missing or forbidden object is retried. The object may still appear because the store lags
+behind, and access may be granted because credentials are renewed."""
 SLOWEST = 2**14
-"""Bytes per second. A read that stays slower than this, pauses included, fails in the end."""
+"""In bytes per second. A read that stays slower than this rate, pauses included, fails in the end."""
 _WARN_AFTER = 5.0
-"""Seconds after which a retried read is reported."""
+"""A read that is still being retried after this many seconds prints a warning."""
 
 
 class Backoff:
@@ -40,7 +42,8 @@ class Backoff:
         self._warned = False
 
     def progressed(self, size: int) -> None:
-        """A request that failed has brought `size` bytes: the deadline moves back and the pauses are short again."""
+        """Records that a failed request has brought `size` bytes: the deadline moves back, and the pauses are short
+        again."""
         if size:
             self._pauses = pauses(*PAUSES)
             self._extension += size / SLOWEST
@@ -59,28 +62,31 @@ class Backoff:
 
 
 class RemoteFile:
-    """An object that is read by ranges. Threads may share it. `size` is -1 until it is known."""
+    """An object that is read in ranges of bytes. Threads may share an instance. `size` is -1 until it is known."""
 
     def __init__(self, url: str, options: StorageOptions, size: int = -1, tag: str = "") -> None:
         self.url, self.options, self.size = url, options, size
         self.tag, self._pinned = tag, bool(tag)
-        """The ETag of the version that is read; "" before the first answer, and from stores without ETags."""
+        """The ETag of the version that is read; "" before the first answer, or if the store has no ETags."""
         self._retries = True
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int | None) -> bytes:
-        """`size` bytes from `offset` on, fewer at the end of the object; None reads to it. Raises StorageError, DataError."""
+        """`size` bytes beginning at `offset`, fewer if the object ends before. If `size` is None, reads to the end of
+        the object. Raises StorageError if the object cannot be read, DataError if it cannot be opened."""
         out = io.BytesIO()
         self.read_into(out, offset, None if size is None else offset + size)
         return out.getvalue()
 
     def read_into(self, out: BinaryIO, start: int, stop: int | None) -> None:
-        """As `read`, but writes the bytes [start, stop) to an empty file as they arrive. Also raises that file's errors."""
+        """Writes the bytes [start, stop) to the empty file `out` as they arrive. Raises the errors that `read` raises,
+        and those of writing to `out`."""
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:
                 return
-        # After a read has failed for good, later reads send one request each: retries would delay every sample for nothing.
+        # After a read has failed despite its retries, each later read sends a single request: the store is probably
+        # down, and retries would delay every sample for nothing.
         backoff = Backoff(self.url, self.options.retry_seconds if self._retries else 0.0)
         block = LARGE_BLOCK
         while True:
@@ -93,12 +99,12 @@ class RemoteFile:
                 raise StorageError("the connection closed early")
             except Short:
                 with self._lock:
-                    self.size = start + out.tell()  # no byte lies there or beyond; the exact end does not matter
+                    self.size = start + out.tell()  # the object ends here or earlier; its exact size does not matter
                 return
             except Changed:
                 self._restart(out)
             except StorageError as error:
-                block = BLOCK  # a broken connection loses less than one block, so small blocks lose less
+                block = BLOCK  # connections break here, and with small blocks fewer bytes are lost
                 backoff.progressed(out.tell() - before)
                 try:
                     backoff.wait(error)
@@ -107,7 +113,8 @@ class RemoteFile:
                     raise
 
     def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
-        """Appends the missing bytes to `out` with one request. Returns where the range ends, None if that is unknown."""
+        """Appends the missing bytes to `out` with one request. Returns the end of the range, or None if it is
+        unknown."""
         answer = self._client.fetch(start + out.tell(), stop, self.tag, block)
         with self._lock:
             self.tag = self.tag or answer.tag
@@ -121,8 +128,9 @@ class RemoteFile:
         return stop
 
     def _restart(self, out: BinaryIO) -> None:
-        """Begins again with the new version of an object that was replaced; the checksums of its samples decide whether it
-        is usable. Raises Changed if a manifest fixes the version, since the index describes that version."""
+        """Restarts the read with the new version of an object that was replaced. The checksums in the index show
+        whether the samples of the new version are usable. Raises Changed if the manifest states a version, since the
+        index describes that version only."""
         with self._lock:
             if self._pinned:
                 raise Changed("the object was replaced since it was indexed")

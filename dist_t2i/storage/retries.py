@@ -1,4 +1,4 @@
-"""Trying again after a failed request: exponential backoff with jitter (Brooker 2015, "Exponential Backoff And Jitter")."""
+"""Retries of failed requests: exponential backoff with jitter (Brooker 2015, "Exponential Backoff And Jitter")."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 
 def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]:
-    """Seconds between attempts, endlessly: they grow from `first` to `longest` and are scaled by a random 0.5 to 1, so that
-    processes that failed together do not come back together."""
+    """Endlessly yields the pauses between attempts, in seconds. The pauses grow from `first` to `longest`. Each is
+    multiplied by a random number from 0.5 to 1, so that processes whose requests failed together do not all retry at
+    the same time."""
     pause = first
     while True:
         yield pause * random.uniform(0.5, 1.0)
@@ -20,9 +21,10 @@ def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]
 
 
 def retry(action: Callable[[], T], waits: Iterable[float], again: Callable[[OSError, float], bool]) -> T:
-    """The result of `action`, attempted once more after each of `waits` seconds.
+    """The result of `action`. After an attempt that raises OSError, waits for the next number of seconds in `waits` and
+    tries again.
 
-    An OSError is raised when `again(error, seconds of the coming pause)` is false, or when `waits` has ended.
+    Raises the OSError if `waits` has no more elements, or if `again(error, seconds of the next pause)` returns False.
     """
     for pause in waits:
         try:

@@ -1,4 +1,5 @@
-"""Random access to the bytes of a shard: a local file, an object, or an object with a chunk cache on disk."""
+"""Random access to the bytes of a shard, which is a local file or a remote object, with or without a chunk cache on
+disk."""
 
 from __future__ import annotations
 
@@ -15,26 +16,26 @@ from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.urls import is_local, local_path
 
 QUICK = 0.5
-"""Seconds. While a chunk arrives within this, a reader fetches the chunk, or waits for the process that fetches it: other
-samples of the chunk will be needed too, and one request per sample costs six times the processor time per byte. Otherwise
-it requests its sample only."""
+"""In seconds. As long as chunks arrive within this time, a reader that needs a sample fetches its whole chunk, or waits
+for the process that fetches it. Other samples of the chunk will be needed as well, and one request per sample takes six
+times the processor time per byte. If chunks arrive more slowly, the reader requests only its sample."""
 
 
 class ShardFile(Protocol):
-    """Random access to the bytes of one shard, from several threads."""
+    """Random access to the bytes of one shard. Threads may share an instance."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on, fewer at the end of the file. Raises OSError."""
+        """`size` bytes beginning at `offset`, fewer if the file ends before. Raises OSError if they cannot be read."""
         ...
 
 
 class Identity(NamedTuple):
-    """The version of an object, as a manifest records it."""
+    """The version of an object, as a manifest states it."""
 
     size: int = -1
-    """Bytes; -1: unknown."""
+    """The size of the object in bytes; -1 if it is unknown."""
     version: str = ""
-    """A checksum or tag, the key of the version in the cache."""
+    """A checksum or an ETag, which distinguishes this version from others in the cache; "" if neither is known."""
     tag: str = ""
     """The ETag that the store gave this version."""
 
@@ -43,12 +44,13 @@ UNKNOWN = Identity()
 
 
 def reason_of(error: OSError) -> str:
-    """The reason in an error, without the path."""
+    """The reason that an error gives, without the path that its message contains."""
     return error.strerror or str(error)
 
 
 class LocalFile:
-    """A shard on disk, read with `pread`: threads and forked processes may share it."""
+    """A shard on disk. It is read with `pread`, which has no file position, so threads and forked processes may share
+    it."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closes itself
@@ -58,8 +60,8 @@ class LocalFile:
 
 
 class CachedFile:
-    """An object whose chunks are cached on disk. Reads a missing chunk over the network if chunks arrive quickly, else
-    only the requested bytes."""
+    """An object whose chunks are cached on disk. If a chunk is missing in the cache, fetches the whole chunk if chunks
+    arrive quickly, otherwise only the requested bytes."""
 
     def __init__(self, remote: RemoteFile, cache: ChunkCache, version: str) -> None:
         self.remote, self.cache = remote, cache
@@ -78,12 +80,13 @@ class CachedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, number: int, offset: int, size: int) -> bytes | None:
-        """Bytes of a chunk; None if the chunk is not cached and does not arrive quickly."""
+        """`size` bytes of a chunk, beginning at `offset` in the chunk. None if the chunk is not cached and does not
+        arrive quickly."""
         part = self.cache.read(self.key, number, offset, size)
         if part is not None or self.cache.fill_seconds > QUICK:
             return part
         end = time.monotonic() + QUICK
-        with contextlib.suppress(StorageError):  # the request for the sample meets and reports the same error
+        with contextlib.suppress(StorageError):  # the request for the sample will hit the same error and report it
             while not self.fill(number) and self.cache.works and time.monotonic() < end:
                 self.cache.await_fill(self.key, number, end - time.monotonic())
         return self.cache.read(self.key, number, offset, size)
@@ -94,19 +97,20 @@ class CachedFile:
         return range(offset // CHUNK, -(-(offset + size) // CHUNK))
 
     def fill(self, number: int) -> bool:
-        """Caches a chunk. False if another process is fetching it or the cache cannot be written. Raises StorageError."""
+        """Fetches a chunk into the cache. Returns False if another process is fetching the chunk or the cache cannot be
+        written. Raises StorageError if the chunk cannot be read."""
         offset = number * CHUNK
         size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
         return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, offset + size))
 
     def forget(self, offset: int, size: int) -> None:
-        """Removes the cached chunks of bytes that turned out to be wrong."""
+        """Removes the cached chunks that contain these bytes, which turned out to be wrong."""
         for number in self.chunks(offset, size):
             self.cache.forget(self.key, number)
 
 
 class ReaderProcessFile:
-    """An object that the reader process reads, since this process may fork."""
+    """An object that the reader process reads on behalf of this process, because this process may fork."""
 
     def __init__(self, url: str, options: StorageOptions, identity: Identity) -> None:
         self._arguments = url, options, identity
@@ -116,7 +120,8 @@ class ReaderProcessFile:
 
 
 def open_shard(url: str, options: StorageOptions, identity: Identity = UNKNOWN) -> ShardFile:
-    """Opens a shard for reading; sends no request for a remote one. Raises OSError if a local file cannot be opened."""
+    """Opens a shard for reading. Sends no request yet if the shard is remote. Raises OSError if a local file cannot be
+    opened."""
     if is_local(url):
         return LocalFile(str(local_path(url)))
     return _open_remote(url, options, identity) if clients_allowed() else ReaderProcessFile(url, options, identity)
@@ -130,7 +135,7 @@ def _open_remote(url: str, options: StorageOptions, identity: Identity) -> Shard
 
 @lru_cache(maxsize=8)
 def cache_of(options: StorageOptions) -> ChunkCache | None:
-    """This process's cache; None if `options` names no cache or it cannot be written."""
+    """The cache of this process; None if `options` names no cache or the cache cannot be written."""
     if not options.cache or options.cache_bytes <= 0:
         return None
     cache = ChunkCache(options.cache, options.cache_bytes)
@@ -138,7 +143,8 @@ def cache_of(options: StorageOptions) -> ChunkCache | None:
 
 
 def read_file(url: str, options: StorageOptions) -> bytes:
-    """All bytes of a small file, such as a manifest. Raises OSError (FileNotFoundError if it is missing), DataError."""
+    """All bytes of a small file, such as a manifest. Raises FileNotFoundError if the file is missing, OSError if it
+    cannot be read, and DataError if its store cannot be opened."""
     if is_local(url):
         return local_path(url).read_bytes()
     return with_clients(_read_all, url, options)

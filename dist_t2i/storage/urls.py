@@ -1,6 +1,7 @@
-"""Names of data: paths, `file://...` and URLs of object stores; braces and globs expand to several names.
+"""Names of data: paths, `file://...` and URLs of object stores. Names with braces or globs expand to several names.
 
-Names come from a configuration, so they never run commands: `pipe:...`, which webdataset runs in a shell, is refused.
+Names come from a configuration, so they must never run commands: names such as `pipe:...`, which webdataset would run
+in a shell, are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MAX_NAMES = 10_000_000
 
 
 def scheme_of(url: str) -> str:
-    """`s3` of `s3://bucket/key`, "" of a path."""
+    """The scheme of a URL in lower case: `s3` for `s3://bucket/key`, "" for a path."""
     match = _SCHEME.match(url)
     return match.group(1).lower() if match else ""
 
@@ -32,7 +33,7 @@ def is_local(url: str) -> bool:
 
 
 def checked(url: str) -> str:
-    """The unchanged URL. Raises DataError if it or a URL chained to it is a command."""
+    """Returns the URL unchanged. Raises DataError if the URL, or a URL chained to it with `::`, is a command."""
     for part in url.split("::"):
         if part.strip().lower().startswith(_COMMANDS):
             raise DataError(f"{url}: commands are not run; name a file, a folder or a URL")
@@ -40,14 +41,14 @@ def checked(url: str) -> str:
 
 
 def unchained(url: str) -> str:
-    """The unchanged URL. Raises DataError if it is a command or chains file systems with `::`."""
+    """Returns the URL unchanged. Raises DataError if it is a command or chains file systems with `::`."""
     if "::" in checked(url) and "://" in url:
         raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
     return url
 
 
 def local_path(url: str) -> Path:
-    """The path of a plain path or a `file://` URL. Raises DataError for other URLs."""
+    """The path that a plain path or a `file://` URL names. Raises DataError for other URLs."""
     scheme = scheme_of(checked(url))
     if scheme == "file":
         return Path(url[len("file://") :])
@@ -57,12 +58,13 @@ def local_path(url: str) -> Path:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; URLs of object stores are returned unchanged."""
+    """The absolute form of a local path. A URL of an object store is returned unchanged."""
     return os.path.abspath(local_path(url)) if is_local(url) else url
 
 
 def join(base: str, name: str) -> str:
-    """`name` in the folder `base`; URLs and absolute paths are returned unchanged."""
+    """The path or URL of the file `name` in the folder `base`. If `name` is a URL or an absolute path, it is returned
+    unchanged."""
     if scheme_of(name) or os.path.isabs(name):
         return checked(name)
     if is_local(base):
@@ -72,7 +74,7 @@ def join(base: str, name: str) -> str:
 
 
 def parent(url: str) -> str:
-    """The folder that contains a file."""
+    """The path or URL of the folder that contains a file."""
     if is_local(url):
         return str(local_path(url).parent)
     return url.partition("?")[0].rpartition("/")[0]
@@ -84,7 +86,7 @@ def base_name(url: str) -> str:
 
 
 def with_suffix(url: str, suffix: str) -> str:
-    """The name with another suffix: `a/b.tar` -> `a/b.index`."""
+    """The path or URL with another suffix: `a/b.tar` becomes `a/b.index`."""
     if is_local(url):
         return str(local_path(url).with_suffix(suffix))
     address, question, query = url.partition("?")
@@ -92,9 +94,10 @@ def with_suffix(url: str, suffix: str) -> str:
 
 
 def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list[str]:
-    """The names that patterns expand to, in order: braces such as `{000..591}`, and globs of files below `directory`.
+    """The names to which patterns expand, in order. Braces such as `{000..591}` expand to all combinations, and globs
+    expand to the matching local files. Relative paths are relative to `directory` if it is given.
 
-    Raises DataError if a glob matches nothing, a pattern is a command, or a name occurs twice.
+    Raises DataError if a glob matches nothing, braces do not match, a pattern is a command, or a name occurs twice.
     """
     from braceexpand import braceexpand
 

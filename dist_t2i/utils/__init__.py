@@ -1,1 +1,1 @@
-"""Small helpers without any idea of the project's own: files, seeds, processes, tensors, progress."""
+"""Small helpers that any project could use: files, random numbers, processes, tensors, progress."""

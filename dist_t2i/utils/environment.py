@@ -19,11 +19,11 @@ _PACKAGES = (
     "fsspec", "wandb", "submitit",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16")
-"""Processor features that determine the speed and the precision of training."""
+"""The processor features on which the speed and the precision of training depend."""
 
 
 def describe() -> dict[str, Any]:
-    """Versions, code, processor and GPUs, on which a result may depend; JSON types only."""
+    """Everything on which a result may depend: versions, code, processor and GPUs. Contains JSON types only."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -45,7 +45,8 @@ def _version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """`revision`, and `dirty` if tracked files differ from it; empty outside a git checkout or without git."""
+    """`revision` is the commit that is checked out, and `dirty` is True if tracked files differ from it. The result is
+    empty outside a git checkout or without git."""
     try:
         revision, status = (
             subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
@@ -57,7 +58,8 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """Model name, usable cores, memory in bytes, and those of `_FLAGS` that the processor has."""
+    """The model name of the processor, the usable cores, the memory in bytes, and the features in `_FLAGS` that the
+    processor has."""
     lines = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

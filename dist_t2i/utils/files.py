@@ -1,4 +1,4 @@
-"""Files that are written atomically, their hashes, and JSON files that may be missing."""
+"""Writes files atomically, computes their hashes, and reads JSON files that may be missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `path` at the end of the block, and is deleted when it raises."""
+    """Yields a temporary path. At the end of the `with` block, the temporary file replaces `path`. If the block raises,
+    the temporary file is deleted."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -25,13 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) so that readers see the old or the new one, never a part. Raises OSError."""
+    """Writes a file (text as UTF-8) so that readers see either the old content or the complete new content. Raises
+    OSError if it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file and return once its content would survive a power cut. Raises OSError."""
+    """Writes a file, and returns once its content would survive a power cut. Raises OSError if it cannot be written."""
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(piece)
@@ -40,7 +42,8 @@ def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Return once a file's content, or the names in a folder, would survive a power cut. Raises OSError."""
+    """Returns once the content of a file, or the list of names in a folder, would survive a power cut. Raises OSError
+    on failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +52,8 @@ def fsync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing, cannot be read, or holds no object."""
+    """The object in a JSON file. Returns an empty dict if the file is missing, cannot be read, or contains no
+    object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -58,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The rest of an open file, in pieces of at most 1 MiB."""
+    """The bytes of an open file from its current position on, in pieces of at most 1 MiB."""
     while chunk := file.read(2**20):
         yield chunk
 
@@ -72,6 +76,6 @@ def sha256_of(pieces: Iterable[bytes]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits. Raises OSError."""
+    """SHA-256 of a file as 64 hex digits. Raises OSError if it cannot be read."""
     with open(path, "rb") as file:
         return sha256_of(chunks(file))

@@ -14,12 +14,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 
 
 def usable_cores() -> int:
-    """The processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
-    """Whether the process runs, is no zombie, and started in this span (Unix times): pids are used again."""
+    """Whether the process is running, is no zombie, and started between `earliest` and `latest` (Unix times). The times
+    matter because the system can give the pid of a process that has ended to a new process."""
     import psutil
 
     try:
@@ -30,7 +31,7 @@ def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
 
 
 def send(pids: Iterable[int], number: int) -> None:
-    """Send a signal to processes; those that have ended are skipped."""
+    """Sends a signal to processes. Processes that have ended are skipped."""
     for pid in pids:
         with contextlib.suppress(OSError):
             os.kill(pid, number)
@@ -38,9 +39,11 @@ def send(pids: Iterable[int], number: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Children created inside start with the stop signals blocked, so that no signal kills them during their start.
+    """Blocks the stop signals inside the `with` block. Child processes that are created in the block start with these
+    signals blocked, so no signal kills them before they are ready.
 
-    Signals that arrive meanwhile are not lost: another thread handles them, or this one at the end.
+    Signals that arrive in the meantime are not lost: another thread handles them, or this thread at the end of the
+    block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -50,16 +53,18 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """For worker processes: the parent decides when to stop, and needs data until its next step boundary."""
+    """Makes this process ignore the stop signals. For worker processes: their parent decides when to stop, and needs
+    data until its current step ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def end_with(parent: int) -> None:
-    """Has the kernel kill this process when the process `parent` ends. Linux only."""
+    """Makes the kernel kill this process when the process `parent` ends. Works on Linux only."""
     if sys.platform == "linux":
-        # The signal comes when the thread that forked ends: the main thread, which ends with the process.
+        # The kernel sends the signal when the thread that forked this process ends. That is the main thread of the
+        # parent, which ends together with the parent.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""The progress of a long task on stderr, and durations as text."""
+"""Shows the progress of a long task on stderr, and formats durations as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 
 
 class Progress:
-    """A line on stderr with count, rate and remaining time: updated on a terminal, else a new one every ten seconds."""
+    """A line on stderr with the count, the rate and the remaining time. On a terminal, the line is updated in place;
+    otherwise a new line is printed every ten seconds."""
 
     def __init__(self, total: int, unit: str = "pictures") -> None:
         self.total, self.unit = total, unit
@@ -16,7 +17,7 @@ class Progress:
         self._live = sys.stderr.isatty()
 
     def show(self, done: int, last: bool = False) -> None:
-        """Print the line if it is due, or `last` is true."""
+        """Prints the line if enough time has passed since it was last printed, or if `last` is True."""
         now = time.monotonic()
         if not last and now - self._last < (0.2 if self._live else 10.0):
             return
@@ -29,7 +30,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `1:02:03`, `3d 04h`; `?` if `seconds` is not finite."""
+    """Formats a duration, as in `0:42`, `12:05`, `1:02:03` or `3d 04h`; returns `?` if `seconds` is not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(max(0, round(seconds)), 60)

@@ -1,8 +1,9 @@
-"""Random numbers as pure functions of integers such as (seed, images seen, purpose): the same on any machine.
+"""Random numbers as pure functions of integers such as (seed, images seen, purpose). They are the same on any machine.
 
-`mix` seeds torch's generators; `random_bits` gives 64 bits directly and serves the training stream. Each has its own enum of
-purposes, because their numbers overlap without meaning the same: the windows of the stream's order take every number from
-`StreamPurpose.WINDOWS` on. The values are part of what a run computes, so they never change; a new purpose gets a new one.
+`mix` computes seeds for torch's generators. `random_bits` returns 64 random bits, which the training stream uses
+directly. The purposes of `mix` and those of `random_bits` are separate enums, because the same number means different
+purposes in them: the windows of the stream's order use `StreamPurpose.WINDOWS` and all greater numbers. The results of
+a run depend on these values, so they must never change, and a new purpose must get a new value.
 """
 
 from __future__ import annotations
@@ -13,33 +14,34 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Uses that share a value have always shared it; separating them would change what runs compute."""
+    """Purposes of `mix`. Some values serve several uses. They are not separated now, because that would change what
+    runs compute."""
 
     TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
     FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1
-    NEGATIVES_AND_INFERENCE_NOISE = 3  # region negatives of a step; noise of a grid column or of a picture
+    NEGATIVES_AND_INFERENCE_NOISE = 3  # region negatives of a step, or the noise of a grid column or of a picture
     EVALUATION_NOISE = 4  # noise of one picture generated or edited in an evaluation
     R_PRECISION_CANDIDATES = 5
-    REFERENCE_PICTURES = 6  # damage done to real pictures, which serve as references for scores
+    REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
 
 
 class StreamPurpose(IntEnum):
-    """Purposes of `random_bits`, apart from tests."""
+    """Purposes of `random_bits`. Tests use further numbers."""
 
     SHARDS = 1  # the order of the shards in one epoch
-    WINDOWS = 2  # shuffling within one window of the order: this value plus the window's offset in its epoch
+    WINDOWS = 2  # shuffles one window of the order; the purpose is this value plus the window's offset in its epoch
     CAPTION = 100
     FLIP = 101
     CROP_SHARE = 102
     CROP_ACROSS = 103
     CROP_DOWN = 104
-    EDIT_KIND = 110  # whether a picture is edited from itself, from another one, or made from its text only
+    EDIT_KIND = 110  # whether the source of a picture is the picture itself, another picture, or none
     EDIT_SOURCE = 111
     MIXTURE = 0x4D495854  # the slots of one cycle of a mixture of sets
 
 
 def mix(*values: int) -> int:
-    """A 63-bit hash of integers (splitmix64's finaliser over a running sum; Steele et al. 2014)."""
+    """A 63-bit hash of integers, computed with splitmix64's finalizer over a running sum (Steele et al. 2014)."""
     state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK
@@ -50,7 +52,8 @@ def mix(*values: int) -> int:
 
 
 def random_bits(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position in the training stream (splitmix64's finaliser, as `mix`, over another sum)."""
+    """64 random bits for one position in the training stream. Like `mix`, uses splitmix64's finalizer, but over a
+    different sum."""
     value = seed & _MASK
     for part in (purpose, position):
         value = (value * 31 + part + 1) * 0x9E3779B97F4A7C15 & _MASK

@@ -1,4 +1,5 @@
-"""Metadata of a configuration's fields: the range of values, and whether a key may change on resume.
+"""Metadata of the fields of a configuration: the allowed range of values, and whether a key may change when a run is
+resumed.
 
 noise: int = setting(64, at_least(1))
 report: ReportConfig = section(ReportConfig, Resume.FREE)
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A range of numbers; its text completes "must be"."""
+    """A range of numbers. As a string, it completes a message that begins with "must be"."""
 
     low: float = 0.0
     high: float = math.inf
@@ -45,21 +46,23 @@ NOT_NEGATIVE, POSITIVE, SHARE = Bounds(), Bounds(above=True), Bounds(0, 1)
 
 
 class Resume(enum.Enum):
-    """What a change of a key means for a run that is resumed."""
+    """Whether a key may change when a run is resumed."""
 
     FREE = "free"
-    """The result stays the same within float round-off."""
+    """The key may change: the result stays the same within float round-off."""
     CHECKED = "checked"
-    """The result changes: only with --allow-changes."""
+    """The key may change only with --allow-changes, because the result changes."""
     FIXED = "fixed"
-    """The checkpoint has other tensors or shapes: never."""
+    """The key may never change, because the checkpoint would have other tensors or shapes."""
 
 
 def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
-    """A field of a configuration. `bounds` holds for each number in it; without `resume` it behaves as its section does."""
+    """A field of a configuration. Each number in its value must lie in `bounds`. If `resume` is None, the value that is
+    set for the section applies."""
     return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
-    """A field that holds a section; `resume` is for the keys in it that do not say otherwise."""
+    """A field that holds a section of the configuration. `resume` applies to those keys of the section that set no
+    value of their own."""
     return dataclasses.field(default_factory=factory, metadata={"resume": resume})

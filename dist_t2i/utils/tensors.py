@@ -1,4 +1,4 @@
-"""Loads named tensors from safetensors files into modules and explains every mismatch. Never reads pickles."""
+"""Loads named tensors from safetensors files into modules, and explains mismatches. Never reads pickles."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises UserError when it is missing or damaged."""
+    """The tensors of a safetensors file, on the CPU. Raises UserError if the file is missing or incomplete."""
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise UserError(f"{path}: missing; copy the folder again, or export it again with tools/export.py")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises undocumented types of its own
+    except Exception as error:  # safetensors raises exception types of its own that are not documented
         raise UserError(
             f"{path}: not a complete safetensors file ({error}); copy it again, or export again with tools/export.py. "
             "Pickled weights (.pt, .pth, .bin) are not read: they could run code."
@@ -32,7 +32,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries in the header of an intact safetensors file."""
+    """The metadata in the header of an intact safetensors file: names and texts."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -40,9 +40,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path) -> Module:
-    """Replace the tensors of a module, also on the meta device, by those named `prefix` + name, in fp32; returns the module.
+    """Replaces each tensor of a module by the tensor with the name `prefix` + its name, converted to fp32. The module
+    may be on the meta device. Returns the module.
 
-    Raises UserError, naming the first problems, when tensors are missing, unknown, of another shape, or not finite.
+    Raises UserError with the first problems if tensors are missing, unknown, not finite, or have other shapes.
     """
     expected = module.state_dict()
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -61,7 +62,8 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    # Copies, because the alignment of a tensor in a mapped file is arbitrary, and the last bits of a product depend on it.
+    # Copy every tensor: its alignment in a mapped file is arbitrary, and the last bits of a product depend on the
+    # alignment.
     for name, value in given.items():
         given[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     module.load_state_dict(given, assign=True)

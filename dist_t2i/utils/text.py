@@ -1,4 +1,4 @@
-"""Texts in messages."""
+"""Helpers for the texts of messages."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The entry of `known` that is most like `name`, or "" when no entry is similar: what `did you mean` suggests."""
+    """The entry of `known` that is most similar to `name`, or "" if no entry is similar. Messages suggest it with "did
+    you mean"."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")

@@ -1,1 +1,1 @@
-"""The stream of batches: an order that is a function of (seed, images seen), read, decoded and batched."""
+"""The stream of batches: samples are ordered by a function of (seed, images seen), then read, decoded and batched."""

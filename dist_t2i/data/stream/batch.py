@@ -15,7 +15,7 @@ import torch
 from dist_t2i.data.stream.buffers import BufferRef, buffer_ref
 
 SMALL_BYTES = 2**21
-"""A worker sends tensors of at most this size through its pipe."""
+"""A worker sends tensors of at most this many bytes through its pipe, and larger tensors through shared memory."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Batch:
     lengths: torch.Tensor
     """int64 [m], tokens per caption, at least 1."""
     image_ids: torch.Tensor
-    """int64 [m], index of the image in its split: equal for every visit of an image."""
+    """int64 [m], index of the image in its split: every visit of an image has the same index."""
     caption_ids: torch.Tensor
-    """int64 [m], see `caption_id`: equal for equal captions."""
+    """int64 [m], the `caption_id` of each caption: equal captions have equal ids."""
     positions: torch.Tensor
     """int64 [m], position in the global stream."""
     captions: list[str]
@@ -39,7 +39,7 @@ class Batch:
     sources: torch.Tensor | None = None
     """uint8 [m, 3, H, W], the images that `images` are edits of; None unless `edit` is configured."""
     source_ids: torch.Tensor | None = None
-    """int64 [m], as `image_ids`; -1 without a source (its row of `sources` is black)."""
+    """int64 [m], index of the source image in its split; -1 without a source (the row of `sources` is then black)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -53,8 +53,9 @@ class Batch:
         return self._mapped(torch.Tensor.pin_memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """How a worker sends a batch: tensors in a shared buffer as references, small tensors as bytes through the pipe, which
-        is faster than shared memory for each, other tensors as torch sends them."""
+        """How a worker sends a batch. Tensors in a shared buffer are sent as references. Small tensors are sent as
+        bytes through the pipe, which is faster than allocating shared memory. Other tensors are sent as torch sends
+        them."""
         tensors = self._tensors()
         small = {name: t.numpy() for name, t in tensors.items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         refs = {name: ref for name, t in tensors.items() if name not in small and (ref := buffer_ref(t))}

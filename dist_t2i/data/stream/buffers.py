@@ -1,8 +1,9 @@
 """Reusable memory that a loader worker fills with images and its parent reads.
 
-Fresh memory for each micro-batch costs the kernel a page fault and 4 KB of zeros per page: .2 ms per image of 256 px, whose
-decoding takes 2.5 ms (measured). Here both processes reuse the same pages: an anonymous map that the worker inherits through
-its fork, so the small /dev/shm of a container is no limit.
+If each micro-batch had fresh memory, the kernel would handle a page fault and write 4 KB of zeros for every page. That
+costs .2 ms per image of 256 px, and decoding the image takes 2.5 ms (measured). Here both processes reuse the same
+pages: an anonymous memory map that the worker inherits when it is forked. So the small /dev/shm of a container is no
+limit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _all_buffers: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDicti
 
 
 class BufferRef(NamedTuple):
-    """Refers to a tensor in a shared buffer; a worker sends it in place of the tensor."""
+    """A reference to a tensor in a shared buffer; a worker sends the reference in place of the tensor."""
 
     buffers: int
     number: int
@@ -28,13 +29,13 @@ class BufferRef(NamedTuple):
     strides: tuple[int, ...]
 
     def tensor(self) -> torch.Tensor:
-        """In the parent: the tensor, uint8. The buffer stays in use until nothing refers to its memory."""
+        """Called in the parent. The tensor, uint8. The buffer stays in use until nothing refers to its memory."""
         return _all_buffers[self.buffers].filled(self.number).as_strided(self.shape, self.strides)
 
 
 class Buffers:
-    """`count` buffers of `size` bytes. Must be created before the fork. A byte per buffer marks it as in use: only the
-    worker sets it, only the parent clears it."""
+    """`count` buffers of `size` bytes each. Must be created before the fork. One byte per buffer marks the buffer as in
+    use: only the worker sets that byte, and only the parent clears it, so they need no lock."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count, self._size = count, size
@@ -45,8 +46,8 @@ class Buffers:
         _all_buffers[self._id] = self
 
     def take(self) -> torch.Tensor | None:
-        """In the worker: a free buffer, uint8 [size]; None if the parent still uses all of them."""
-        for number in range(self._count):  # the lowest free one: pages of buffers that are never needed stay untouched
+        """Called in the worker. A free buffer, uint8 [size]; None if the parent still uses all buffers."""
+        for number in range(self._count):  # take the lowest free buffer: a buffer that is never used takes no memory
             if not self._memory[number]:
                 self._memory[number] = 1
                 self._in_worker = True
@@ -54,13 +55,14 @@ class Buffers:
         return None
 
     def filled(self, number: int) -> torch.Tensor:
-        """In the parent: a buffer that the worker has filled, uint8 [size]."""
+        """Called in the parent. A buffer that the worker has filled, uint8 [size]."""
         array = self._array(number)
-        weakref.finalize(array, self._memory.__setitem__, number, 0).atexit = False  # the tensor refers to the array
+        # The tensor keeps the array alive; when the tensor is freed, so is the array, and the buffer is marked as free.
+        weakref.finalize(array, self._memory.__setitem__, number, 0).atexit = False
         return torch.from_numpy(array)
 
     def ref(self, tensor: torch.Tensor) -> BufferRef | None:
-        """In the worker: the reference to a tensor that occupies a buffer; None for other tensors."""
+        """Called in the worker. The reference to a tensor that occupies a buffer; None for other tensors."""
         if not self._in_worker or tensor.dtype != torch.uint8 or tensor.nbytes != self._size:
             return None
         number, rest = divmod(tensor.data_ptr() - self._array(0).ctypes.data, self._stride)

@@ -1,4 +1,4 @@
-"""The stage that decodes images at the training size, directly into the memory of their batch."""
+"""The stage that decodes images at the training size, directly into the memory of their micro-batch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from dist_t2i.data.stream.reader import SampleReader, Stage
 from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 REMEMBERED_BYTES = 128 * 2**20
-"""Decoded images of a split that fit in this are decoded once per worker and kept."""
+"""If all decoded images of a split fit in this many bytes, each worker decodes every image once and keeps it."""
 
 
 class Decode:
     """Stage: adds the randomly cropped `image` (uint8 [3, S, S]) and `captions`; replaces samples that do not decode.
-    `image` is a row of `images` (uint8 [m, 3, S, S]), the memory of the micro-batch, which is complete after its last
-    sample. If the reader selects sources, adds likewise `source`, `sources` and `source_id`."""
+
+    `image` is a row of `images` (uint8 [m, 3, S, S]), the memory of the micro-batch. `images` is complete once the last
+    sample of the micro-batch is decoded. If the reader selects sources, the stage also adds `source_id`, `source` and
+    `sources`, with the shapes of `image` and `images`."""
 
     def __init__(
         self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None
     ) -> None:
-        """`before`: the stages between the reader and this one, which a replacement has to pass, too."""
+        """`before`: the stages between the reader and this stage. A replacement sample must pass through them as
+        well."""
         self._reader, self._before = reader, before
         self._size, self._crop, self._seed = data.image_size, data.crop, seed
         self._least = self._size if self._crop >= 1 else int(self._size / self._crop) + 1
@@ -62,7 +65,7 @@ class Decode:
         return decoded if self._source_memory is None else decoded | self._source(decoded, self._source_memory)
 
     def _source(self, sample: dict[str, Any], memory: BatchMemory) -> dict[str, Any]:
-        """The source, with the crop of the sample; the sample's own image if the source does not decode."""
+        """The source, cropped like the sample; the sample's own image if the source does not decode."""
         source, image, own = sample["__source__"], memory.row(), sample["__id__"]
         number = NONE if source is None else source["__id__"]
         if number == NONE:
@@ -78,7 +81,8 @@ class Decode:
         return {"source": image, "sources": memory.images, "source_id": number}
 
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
-        """Decodes and crops an image, or copies it if it is remembered. Raises BadSample."""
+        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if the image does not
+        decode."""
         row = sample["__row__"]
         if row in self._remembered:
             image.copy_(self._remembered[row])
@@ -100,8 +104,9 @@ class Decode:
 
 
 class BatchMemory:
-    """The memory of one micro-batch after another, channels last, as the networks need it. Images are decoded into
-    their row of it. In a loader worker it is shared with the parent: a free buffer, else new shared memory."""
+    """The memory of one micro-batch after another, channels last, as the networks need it. Each image is decoded into
+    its own row. A loader worker shares this memory with its parent: it takes a free buffer, or else new shared
+    memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows
@@ -110,7 +115,7 @@ class BatchMemory:
         """uint8 [m, 3, S, S], the micro-batch that is being filled."""
 
     def row(self) -> torch.Tensor:
-        """The memory of the next image, uint8 [3, S, S]; the same until `advance`."""
+        """The memory of the next image, uint8 [3, S, S]. Returns the same row until `advance` is called."""
         if self._filled == self._shape[0]:
             self._filled, memory = 0, self._buffers.take() if self._buffers else None
             if memory is None:
@@ -121,5 +126,5 @@ class BatchMemory:
         return self.images[self._filled]
 
     def advance(self) -> None:
-        """The current row is filled."""
+        """Marks the current row as filled."""
         self._filled += 1

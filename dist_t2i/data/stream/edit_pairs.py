@@ -1,11 +1,14 @@
-"""Pairs of samples with near captions, from which editing is learned.
+"""Pairs of samples with near captions, which serve as training examples for editing.
 
 Two captions are near if they differ in a single run of at most `longest` words, which may be empty in one of them:
-"woman pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot". The
-samples whose captions agree once a certain run is removed form a *group*. Small groups are more specific than large
-ones ("pilot dark skin tone" than "woman dark skin tone"), so groups of more than `LARGEST` samples count only for
-samples without a smaller one, and then only the smallest. Our own. All captions of a split are compared, so the set
-must be on a disk of this machine: reading 100,000 captions takes seconds, and their groups take tens of bytes per word.
+"woman pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot".
+Samples form a *group* if their captions become equal once such a run is removed from each. A small group is more
+specific than a large group: the words left in "pilot dark skin tone" say more than those left in "woman dark skin
+tone". So a sample uses only its groups of at most `LARGEST` samples; a sample that has none uses its smallest group.
+This method is our own.
+
+All captions of a split are compared, so the set must be on a disk of this machine. Reading 100,000 captions takes
+seconds, and their groups take tens of bytes of memory per word.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from dist_t2i.errors import DataError
 from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 LARGEST = 16
-"""Samples in the largest group that always counts."""
+"""A group of at most this many samples is always used."""
 MOST_SAMPLES = 200_000
-"""Larger splits are refused."""
+"""A split with more samples than this is refused."""
 NONE = -1
-"""In place of a sample's number: no source."""
+"""Stands for "no source" in place of a sample's number."""
 
 
 class Neighbors:
@@ -40,7 +43,8 @@ class Neighbors:
             keys.extend(own)
             counts.append(len(own))
         _, group, sizes = numpy.unique(numpy.array(keys, dtype=numpy.uint64), return_inverse=True, return_counts=True)
-        # _group: the groups of sample 0, of sample 1, ...; _members: the samples of group 0, of group 1, ...
+        # _group lists the groups of sample 0, then those of sample 1, ...; _members the samples of group 0, of group 1,
+        # ...
         self._group, self._sizes = group.reshape(-1), sizes
         self._starts = numpy.cumsum([0, *counts])
         owners = numpy.repeat(numpy.arange(len(counts)), counts)
@@ -48,7 +52,8 @@ class Neighbors:
         self._ends = numpy.cumsum(sizes)
 
     def groups(self, number: int) -> list[numpy.ndarray]:
-        """The groups of sample `number` that count, each with its sorted samples; [] if no other caption is near."""
+        """The groups that sample `number` uses, each as its sorted samples; [] if no other sample has a near
+        caption."""
         own = self._group[self._starts[number] : self._starts[number + 1]]
         shared = own[self._sizes[own] > 1]
         small = shared[self._sizes[shared] <= LARGEST]
@@ -57,7 +62,8 @@ class Neighbors:
         return [self._members[self._ends[g] - self._sizes[g] : self._ends[g]] for g in small]
 
     def pick(self, number: int, random: int) -> int:
-        """A neighbor of sample `number`, selected by 64 random bits: first a group, then a sample. Without any, `number`."""
+        """A neighbor of sample `number`; `number` itself if it has no neighbor. The 64 bits of `random` select first a
+        group, then a sample of that group."""
         if not (groups := self.groups(number)):
             return number
         random, which = divmod(random, len(groups))
@@ -66,14 +72,15 @@ class Neighbors:
 
 
 class SourceChoice:
-    """The source of each visit of a sample: the sample itself, a neighbor, or none. A function of (seed, position)."""
+    """Selects the source for each visit of a sample: the sample itself, a neighbor, or none. The selection is a
+    function of (seed, position)."""
 
     def __init__(self, neighbors: Neighbors, edit: EditConfig, seed: int) -> None:
         self._neighbors, self._seed = neighbors, seed
         self._none, self._own = edit.none, edit.own
 
     def __call__(self, number: int, position: int) -> int:
-        """The number of the source when sample `number` is visited at `position`; `NONE` without one."""
+        """The number of the source when sample `number` is visited at `position`; `NONE` for no source."""
         share = random_bits(self._seed, position, StreamPurpose.EDIT_KIND) / 2**64
         if share < self._none:
             return NONE
@@ -83,7 +90,8 @@ class SourceChoice:
 
 
 def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:
-    """Reads all captions of a split. Raises DataError if it is remote or too large."""
+    """Reads all captions of a split and returns its `SourceChoice`. Raises DataError if the split is remote or too
+    large."""
     samples = sum(shards.sizes)
     if shards.remote or samples > MOST_SAMPLES:
         problem = "is remote" if shards.remote else f"has {samples:,} samples"
@@ -101,7 +109,7 @@ def read_captions(shards: Shards) -> list[tuple[str, ...]]:
         for row in range(size):
             try:
                 captions.append(captions_of(shards.read(shard, row, only=("json", "txt")))[0])
-            except BadSample:  # the stream counts it when it reads it
+            except BadSample:  # not reported here: the stream counts the bad sample when it reads it
                 captions.append(())
     return captions
 

@@ -1,8 +1,9 @@
-"""A mixture of several lists of shards with fixed shares: an order that combines orders.
+"""A mixture of several lists of shards with fixed shares: one order that combines the orders of the lists.
 
-Positions are divided into cycles of `CYCLE`. Each list has a fixed number of slots per cycle, which are shuffled anew in each
-cycle; the n-th slot of a list takes the n-th sample in the list's own order. So shares are exact in every cycle, every list
-has its own epochs without loss or repetition, and a reader can start at any position at once.
+Positions are divided into cycles of `CYCLE` slots. Each list owns a fixed number of slots per cycle, and every cycle is
+shuffled anew. Over all cycles, the n-th slot of a list takes the n-th sample in that list's own order. So the shares
+are exact in every cycle, and each list has its own epochs without loss or repetition. A reader can start at any
+position at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ CYCLE = 4096
 
 
 def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
-    """Integers of at least 1 whose sum is `cycle`, nearest to the weights' shares (largest remainder method)."""
+    """The slots of each list per cycle: at least 1 each, `cycle` in all, and as near to the shares that the weights
+    request as possible (largest remainder method)."""
     total = sum(weights)
     shares = [max(1.0, weight / total * cycle) for weight in weights]
     counts = [int(share) for share in shares]
@@ -32,7 +34,8 @@ def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
 
 
 class Mixture:
-    """Orders `parts` with relative `weights`; the shards of a part are numbered after those of the parts before it."""
+    """Combines the orders `parts` with relative `weights`. Shards are numbered through: first those of part 0, then
+    those of part 1, and so on."""
 
     def __init__(self, parts: Sequence[Order], weights: Sequence[float], seed: int) -> None:
         self.parts, self.seed = list(parts), seed
@@ -42,7 +45,7 @@ class Mixture:
         self._first = numpy.cumsum([0, *(len(part.sizes) for part in parts)])
 
     def at(self, positions: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each position: int64 arrays with the shape of `positions`."""
+        """The shard and the row of each position: int64 arrays with the shape of `positions`."""
         positions = numpy.asarray(positions, dtype=numpy.int64)
         shards, rows = numpy.empty_like(positions), numpy.empty_like(positions)
         cycles = positions // CYCLE
@@ -59,7 +62,8 @@ class Mixture:
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
-        """As `Order.windows`: the windows of all parts that contain `position`, then each window when it begins."""
+        """Endlessly yields (position, runs) like `Order.windows`: first the window of each part that contains
+        `position`, then each later window of any part, in the order in which they begin."""
         return heapq.merge(*(self._windows(number, position) for number in range(len(self.parts))), key=lambda w: w[0])
 
     def _windows(self, number: int, position: int) -> Iterator[tuple[int, list[Run]]]:
@@ -73,7 +77,8 @@ class Mixture:
             yield cycle * CYCLE + slot, [run._replace(shard=run.shard + first) for run in runs]
 
     def _cycle(self, cycle: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """For each slot of a cycle, int64 [CYCLE]: its part, and the number of earlier slots of the same part."""
+        """Two arrays over the slots of a cycle, int64 [CYCLE]: the part that owns the slot, and the number of earlier
+        slots of the same part."""
         shuffled = permute(numpy.arange(CYCLE), CYCLE, random_bits(self.seed, cycle, StreamPurpose.MIXTURE))
         part = numpy.searchsorted(self._ends, shuffled, side="right")
         count = numpy.empty(CYCLE, dtype=numpy.int64)

@@ -1,15 +1,16 @@
 """The order of the samples: a pure function (seed, position) -> (shard, row), without a list of samples.
 
-A *position* counts samples from the start of training (0, 1, 2, ...) over all ranks; its epoch is `position // samples`.
-Each epoch permutes the shards and divides them into groups of about `spread`. A group is read in windows of about `window`
-samples: a window takes the next run of rows of every shard of the group, and is shuffled. So every sample occurs once per
-epoch for any number of ranks; each shard is read from front to back in long runs; the samples of a batch come from `spread`
-shards; and a reader can start at any position at once.
+A *position* is the number of a sample in the order of training (0, 1, 2, ...), over all ranks. The epoch of a position
+is `position // samples`. Each epoch permutes the shards and divides them into groups of about `spread` shards. A group
+is read in windows of about `window` samples: a window takes the next run of rows from every shard of the group, and
+these rows are shuffled. This order has four properties. Every sample occurs once per epoch for any number of ranks.
+Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. A reader can
+start at any position at once.
 
-A reader needs the data of one window at a time, and of the next one to prefetch it.
+A reader needs the data of one window at a time. If it prefetches, it also needs the data of the next window.
 
-The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002): they need no memory
-and do not depend on the version of a library.
+The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002). They need no
+memory, and the order stays the same when a library is updated.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ def _mix(value: numpy.ndarray) -> numpy.ndarray:
 
 
 def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
-    """The images of `index` (int64, 0 <= index < size) under a permutation of range(`size`) with a 64-bit `key`."""
-    # Cycle walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): E permutes [0, 2^b) with 2^b >= size;
-    # i is mapped to the first element of E(i), E(E(i)), ... that is below `size`. The cycle of i returns to i < size, so the
-    # walk ends, and it is a permutation of [0, size) since it follows the cycles of E. On average it takes less than 2 steps.
+    """Applies the permutation of range(`size`) that a 64-bit `key` selects to each element of `index` (int64, 0 <=
+    index < size). Returns an int64 array with the shape of `index`."""
+    # Cycle walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): the Feistel network E permutes the
+    # larger range [0, 2^b), 2^b >= size. Map i to the first of E(i), E(E(i)), ... that is below `size`. The walk ends
+    # at the latest when E's cycle returns to i itself. Distinct i have distinct results because E is invertible, so the
+    # map permutes [0, size). On average a walk takes less than 2 steps.
     bits = max(2, (size - 1).bit_length())
     result = _feistel(numpy.asarray(index, dtype=numpy.uint64), bits, key)
     while (outside := result >= size).any():
@@ -49,9 +52,9 @@ def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
 
 def _feistel(value: numpy.ndarray, bits: int, key: int) -> numpy.ndarray:
     """A keyed permutation of range(2**bits), elementwise."""
-    # Feistel network (Luby & Rackoff 1988): a round maps the halves (L, R) to (R, L xor F_k(R)), which is invertible for any
-    # F. Here F_k is splitmix64's finalizer, applied twice to R + k. For odd `bits` the halves differ by one bit, so their
-    # widths are exchanged every round, too.
+    # Feistel network (Luby & Rackoff 1988): a round maps the halves (L, R) to (R, L xor F_k(R)), which is invertible
+    # for any F. Here F_k is splitmix64's finalizer, applied twice to R + k. If `bits` is odd, one half is one bit wider
+    # than the other. The halves change places in every round, so the code also swaps their widths.
     low_bits, high_bits = bits // 2, bits - bits // 2
     for step in range(_ROUNDS):
         round_key = numpy.uint64((key + (step + 1) * _GOLDEN) & _MASK)
@@ -77,16 +80,17 @@ class _Group:
         self.shards = shards
         windows = max(1, round(int(sizes.sum()) / window))
         # cuts[j, k] = floor(sizes[k] * j / windows): the first row of shard k in window j, int64 [windows + 1, shards].
-        # Python's integers cannot overflow.
+        # The products are computed with Python's integers, which cannot overflow as int64 could.
         cuts = [[size * j // windows for size in sizes.tolist()] for j in range(windows + 1)]
         self.cuts = numpy.array(cuts, dtype=numpy.int64)
         self.starts = self.cuts.sum(axis=1)
-        """The offset of each window in the group, then the size of the group: int64 [windows + 1]."""
+        """The offset of each window in the group, followed by the size of the group, in samples: int64 [windows +
+        1]."""
 
 
 class Order:
-    """The order over shards with these numbers of samples. Holds one number per shard, one permutation of the shards, and the
-    windows of recently used groups."""
+    """The order over shards that have `sizes` samples. It holds only the sizes, one permutation of the shards, and the
+    windows of recently used groups, so its memory does not grow with the number of samples."""
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int, spread: int = 16) -> None:
         self.sizes = numpy.asarray(sizes, dtype=numpy.int64)
@@ -96,29 +100,30 @@ class Order:
             raise ValueError("an order over no samples")
         count = len(self.sizes)
         groups = max(1, round(count / max(1, spread)))
-        # Group g consists of the permuted shards [bounds[g], bounds[g + 1]).
+        # Group g consists of the shards bounds[g] to bounds[g + 1] - 1 of the permuted list.
         self._bounds = numpy.array([group * count // groups for group in range(groups + 1)], dtype=numpy.int64)
         self._epoch = -1
         self._shards = self._ends = numpy.zeros(0, dtype=numpy.int64)
         self._groups: dict[int, _Group] = {}
 
     def at(self, positions: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Shard and row of each position: int64 arrays with the shape of `positions`."""
+        """The shard and the row of each position: int64 arrays with the shape of `positions`."""
         positions = numpy.asarray(positions, dtype=numpy.int64)
         shards, rows = numpy.empty_like(positions), numpy.empty_like(positions)
         pending = numpy.ones(positions.shape, dtype=bool)
         while pending.any():
-            # Step 1: the window that contains the first pending position, and all positions in the window.
+            # Step 1: find the window that contains the first pending position, and all positions in that window.
             begin, group, window = self._window_at(int(positions[pending][0]))
             size = int(group.starts[window + 1] - group.starts[window])
             inside = (positions >= begin) & (positions < begin + size)
-            # Step 2: the shuffle within the window.
+            # Step 2: shuffle these positions within the window.
             epoch, offset = divmod(begin, self.samples)
             shuffled = permute(
                 positions[inside] - begin, size, random_bits(self.seed, epoch, StreamPurpose.WINDOWS + offset)
             )
-            # Step 3: the window is the concatenation of one run per shard; run k covers [ends[k - 1], ends[k]), and its last
-            # row is cuts[window + 1, k] - 1.
+            # Step 3: convert the shuffled offsets to shards and rows. The window is the concatenation of one run per
+            # shard: run k has the offsets [ends[k - 1], ends[k]), and its last row in the shard is cuts[window + 1, k]
+            # - 1.
             ends = numpy.cumsum(group.cuts[window + 1] - group.cuts[window])
             column = numpy.searchsorted(ends, shuffled, side="right")
             shards[inside] = group.shards[column]
@@ -127,7 +132,8 @@ class Order:
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
-        """The windows from the one that contains `position` on, endlessly: the position of its first sample, its runs."""
+        """Endlessly yields windows, beginning with the window that contains `position`. A window is a pair: the
+        position of its first sample, and its runs."""
         while True:
             begin, group, window = self._window_at(position)
             cuts = zip(group.shards, group.cuts[window], group.cuts[window + 1], strict=True)
@@ -135,7 +141,8 @@ class Order:
             position = begin + int(group.starts[window + 1] - group.starts[window])
 
     def _window_at(self, position: int) -> tuple[int, _Group, int]:
-        """The window that contains a position: the position of its first sample, its group, its number in the group."""
+        """The window that contains a position, as three values: the position of the window's first sample, its group,
+        and its number within the group."""
         epoch, offset = divmod(position, self.samples)
         self._lay_out(epoch)
         number = int(numpy.searchsorted(self._ends, offset, side="right"))
@@ -144,7 +151,7 @@ class Order:
         return epoch * self.samples + first + int(group.starts[window]), group, window
 
     def _lay_out(self, epoch: int) -> None:
-        """Permutes the shards of an epoch and computes the end of each group."""
+        """Permutes the shards for an epoch and computes the offset at which each group ends."""
         if epoch != self._epoch:
             count = len(self.sizes)
             self._shards = permute(numpy.arange(count), count, random_bits(self.seed, epoch, StreamPurpose.SHARDS))
@@ -163,10 +170,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Plan:
-    """The micro-batches of one rank from the position `start` on, where a step begins.
+    """The micro-batches of one rank. The first begins at position `start`, which must be the start of a training step.
 
-    Micro-batch a of rank r has the rows [(a*W + r)*m, (a*W + r + 1)*m) of a step's `global_batch`, with
-    m = global_batch / (W * accumulation). So the rows of a step do not depend on the world size W or the accumulation.
+    A step has the rows 0 to `global_batch` - 1. Micro-batch a of rank r takes the rows [(a*W + r)*m, (a*W + r + 1)*m),
+    with the world size W and m = global_batch / (W * accumulation). So a step has the same rows for every W and
+    accumulation.
     """
 
     rank: int
@@ -181,7 +189,7 @@ class Plan:
         return self.global_batch // (self.world_size * self.accumulation)
 
     def positions(self, sequence: int) -> numpy.ndarray:
-        """The positions of the `sequence`-th micro-batch: int64 [m]."""
+        """The positions of the samples of micro-batch `sequence` (0, 1, ...): int64 [m]."""
         step, micro = divmod(sequence, self.accumulation)
         first = self.start + step * self.global_batch + (micro * self.world_size + self.rank) * self.rows
         return numpy.arange(first, first + self.rows, dtype=numpy.int64)

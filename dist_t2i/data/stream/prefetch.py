@@ -1,7 +1,7 @@
 """Prefetches the chunks of the current and the next window into the disk cache.
 
-All loader workers of a machine read the same windows, and each of them a part of the samples. They share the work: each chunk
-is fetched by the first worker that wants it, and read by all.
+All loader workers of a machine read the same windows, and each worker reads a part of the samples. The workers share
+the downloads: the first worker that wants a chunk fetches it, and all workers read it from the cache.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from dist_t2i.storage.shard_file import CachedFile, cache_of
 
 _THREADS = 4
 _SHARE = 0.4
-"""Largest share of the cache for one window, so that the next window does not evict it."""
+"""The largest share of the cache that one window may fill, so that fetching the next window does not evict this
+window."""
 
 
 class Prefetcher:
-    """Prefetches in background threads, from `position` on; `advance` reports the reader's progress. Idle without a cache."""
+    """Prefetches in background threads, beginning at `position`. The reader calls `advance` to report its progress.
+    Without a cache, the prefetcher does nothing."""
 
     def __init__(self, shards: Shards, order: Order | Mixture, position: int, offset: float = 0.0) -> None:
-        """`offset` (0 to 1): where in a window this worker begins, so that workers want different chunks."""
+        """`offset` (0 to 1): where in the list of a window's chunks this worker begins. Workers with different offsets
+        fetch different chunks."""
         self._shards, self._order, self._position, self._offset = shards, order, position, offset
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
@@ -44,7 +47,7 @@ class Prefetcher:
 
     def _run(self, cache: ChunkCache) -> None:
         previous = -1
-        with contextlib.suppress(RuntimeError):  # at the end of the process its thread pool refuses work
+        with contextlib.suppress(RuntimeError):  # when the process ends, the thread pool refuses more work
             for begin, runs in self._order.windows(self._position):
                 # Step 1: wait until the reader has entered the window before this one.
                 with self._moved:
@@ -52,17 +55,17 @@ class Prefetcher:
                         self._moved.wait()
                 if not cache.works:
                     return
-                # Step 2: list the window's chunks: the first of every shard, the second of every shard, ...; a shuffled
-                # window needs them in about this order.
+                # Step 2: list the window's chunks: the first chunk of every shard, then the second chunk of every
+                # shard, ... The samples of a shuffled window need the chunks in about this order.
                 rows = zip_longest(*self._pool.map(self._chunks, runs))
                 chunks = [chunk for row in rows for chunk in row if chunk][: int(cache.limit * _SHARE) // CHUNK]
-                # Step 3: fetch them, beginning at this worker's share.
+                # Step 3: fetch the chunks, beginning at this worker's offset.
                 first = int(self._offset * len(chunks))
                 list(self._pool.map(_fill, chunks[first:] + chunks[:first]))
                 previous = begin
 
     def _chunks(self, run: Run) -> list[tuple[CachedFile, int]]:
-        with contextlib.suppress(OSError, DataError):  # the reader of the samples meets and reports the same error
+        with contextlib.suppress(OSError, DataError):  # the sample reader will hit the same error and report it
             file, index = self._shards.open(run.shard)
             if isinstance(file, CachedFile):
                 first, last = index.members(run.start), index.members(run.stop - 1)

@@ -1,4 +1,4 @@
-"""The first stage of the stream: raw samples in the order of a plan; unusable ones are replaced."""
+"""The first stage of the stream: reads raw samples in the order of a plan and replaces unusable samples."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ Stage = Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]]
 Location = tuple[int, int, int]
 """Position, shard, row."""
 _LOOK_AHEAD = 512
-"""Positions whose shards and rows are computed at once."""
+"""The number of positions for which shards and rows are computed in one call."""
 _READERS, _READ_AHEAD = 16, 48
-"""Threads that read remote samples, and samples that may wait to be decoded."""
+"""The number of threads that read remote samples, and the number of read samples that may wait to be decoded."""
 _MAX_TRIES = 1_000
 
 
 @dataclass(frozen=True, eq=False)
 class SampleReader:
-    """The first stage: raw samples of every `step`-th micro-batch of a plan, from micro-batch `first` on.
+    """The first stage: yields the raw samples of every `step`-th micro-batch of a plan, beginning with micro-batch
+    `first`.
 
-    A sample has `__key__`, `__url__`, extension -> bytes, `__position__` in the stream, `__row__` (shard, row) and
-    `__id__`, its number in the split; with a `choice` also `__source__`, the raw sample of its source (None without
-    one); and, if it replaces an unusable sample, `__bad__`, the error of that sample. Threads read remote samples
-    ahead, but the samples come in the order of the plan.
+    A sample is a dict with `__key__`, `__url__`, the bytes of each file under its extension, `__position__` in the
+    stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the raw
+    sample of its source, or None. A sample that replaces an unusable one has the error of the unusable sample as
+    `__bad__`.
+
+    Threads read remote samples ahead of time, but samples are yielded in the order of the plan.
     """
 
     shards: Shards
@@ -47,7 +50,7 @@ class SampleReader:
     first: int = 0
     step: int = 1
     strict: bool = False
-    """Raises the first error of a sample instead of replacing the sample."""
+    """If True, the first unusable sample raises DataError instead of being replaced."""
     choice: SourceChoice | None = None
 
     def __call__(self) -> Iterator[dict[str, Any]]:
@@ -69,7 +72,7 @@ class SampleReader:
 
     def _locations(self) -> Iterator[Location]:
         """The location of each sample of the plan, endlessly."""
-        # Locations are computed for several micro-batches at once, since the order is vectorized.
+        # One call computes the locations of several micro-batches: the order is vectorized, so large calls are faster.
         span = max(1, _LOOK_AHEAD // self.plan.rows) * self.step
         start = int(self.plan.positions(self.first)[0])
         prefetcher = Prefetcher(self.shards, self.order, start, offset=self.first % self.step / self.step)
@@ -79,8 +82,9 @@ class SampleReader:
             yield from zip(*(numbers.tolist() for numbers in (positions, *self.order.at(positions))), strict=True)
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
-        """The next readable sample after `bad` in its shard, then in the following shards; `__bad__` is the first error.
-        Raises DataError if `strict`, and if too many samples in a row are unusable."""
+        """The next readable sample after `bad` in the same shard, or else in the following shards. Its `__bad__` is the
+        error of the first sample that was replaced. Raises DataError if `strict` is set or too many samples in a row
+        are unusable."""
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
         shard, row = bad["__row__"]
@@ -102,11 +106,12 @@ class SampleReader:
         return self.shards.read(shard, row) | places
 
     def _source(self, sample: dict[str, Any], choice: SourceChoice) -> dict[str, Any] | None:
-        """The source of a sample: another sample, the sample itself (also if the other one is unreadable), or None."""
+        """The source of a sample: another sample, the sample itself, or None. An unreadable source is replaced by the
+        sample itself."""
         number = choice(sample["__id__"], sample["__position__"])
         if number == NONE:
             return None
-        with contextlib.suppress(BadSample):  # the stream counts it when it visits it
+        with contextlib.suppress(BadSample):  # not reported here: the stream counts the bad sample when it visits it
             if number != sample["__id__"]:
                 return self._located(sample["__position__"], *self.shards.locate(number))
         return sample

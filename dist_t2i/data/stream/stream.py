@@ -1,12 +1,13 @@
-"""The training stream: a webdataset pipeline over samples in our own order, in DataLoader workers.
+"""The training stream: a webdataset pipeline that runs in DataLoader workers and reads samples in our own order.
 
     read (order, shards) -> your stages -> decode -> choose a caption -> batch
 
-The reader yields webdataset samples with `__position__`, their position in the global stream, and if `edit` is
-configured a source (edit_pairs.py), which your stages do not process. All randomness is a function of (seed, position),
-so the n-th batch of a run does not depend on the number of ranks, workers and restarts. To stop, close the stream; to
-resume, open one at another position. A sample that cannot be read or decoded is replaced by the next good one of its
-shard (then of the following shards), recorded, and counted: `data.on_bad`, `data.max_bad_fraction`.
+The reader yields webdataset samples. `__position__` is the position of the sample in the global stream. If `edit` is
+configured, a sample also has a source image (edit_pairs.py), which your stages do not process. All randomness is a
+function of (seed, position), so the n-th batch of a run does not depend on the number of ranks, workers or restarts. To
+stop, close the stream; to resume, open a new stream at the position reached. A sample that cannot be read or decoded is
+replaced by the next good sample of its shard, or else of the following shards. The replacement is recorded and counted
+(`data.on_bad`, `data.max_bad_fraction`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from dist_t2i.errors import DataError
 from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 BadRecord = dict[str, Any]
-"""A replaced sample, a line of bad_samples.jsonl: position, shard, key, reason, replaced_by (a key)."""
+"""A replaced sample, as a line of bad_samples.jsonl: position, shard, key, reason, and replaced_by (the key of the
+replacement)."""
 
 
 def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) -> Iterator[dict[str, Any]]:
-    """Stage: adds one of the `captions` as `caption`; with `flip` mirrors `image` and `source` on every other visit."""
+    """Stage: adds a random one of the `captions` as `caption`. With `flip`, mirrors `image` and `source` on a random
+    half of the visits."""
     for sample in samples:
         position, captions = sample["__position__"], sample["captions"]
         if flip and random_bits(seed, position, StreamPurpose.FLIP) & 1:
@@ -56,7 +59,8 @@ def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) ->
 def collate(
     samples: Iterable[dict[str, Any]], reader: SampleReader, tokenizer: Tokenizer, max_tokens: int
 ) -> Iterator[tuple[Batch, list[BadRecord]]]:
-    """Last stage: micro-batches, records of replaced samples. Raises DataError if a position is not as planned."""
+    """Last stage: yields pairs of a micro-batch and the records of its replaced samples. Raises DataError if the
+    positions of the samples are not those of the plan."""
     sequences = itertools.count(reader.first, reader.step)
     expected = itertools.chain.from_iterable(map(reader.plan.positions, sequences))
     collected: list[dict[str, Any]] = []
@@ -96,7 +100,7 @@ def _batch(samples: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int)
 
 
 def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
-    """The order over these shards that the configuration requests."""
+    """The order of the samples of these shards that the configuration requests."""
     if not data.weights:
         return Order(shards.sizes, seed, data.shuffle_window, data.shuffle_shards)
     parts = [Order(sizes, seed + i, data.shuffle_window, data.shuffle_shards) for i, sizes in enumerate(shards.parts())]
@@ -105,8 +109,9 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
-    """The stages of one worker, which computes every `step`-th micro-batch from `first` on. Iterates over pairs of a
-    Batch and the records of its replaced samples. A DataError is the last item."""
+    """The stages of one worker, which computes every `step`-th micro-batch, beginning with micro-batch `first`.
+    Iterates over pairs of a Batch and the records of its replaced samples. After an error, the last item is a
+    DataError."""
 
     shards: Shards
     plan: Plan
@@ -121,8 +126,9 @@ class Pipeline(torch.utils.data.IterableDataset):
     """Memory that the worker shares with its parent."""
 
     def of_worker(self, first: int, step: int, waiting: int = 0) -> Pipeline:
-        """The pipeline of a worker of which `waiting` batches may wait for the parent; 0 without shared buffers. It
-        gets buffers for four more: one being filled, one in the parent's hands, and two that the parent may keep."""
+        """The pipeline of one worker. Up to `waiting` finished batches may wait for the parent; 0 means no shared
+        buffers. The worker gets buffers for four more batches: one that is being filled, one that the parent is using,
+        and two that the parent may keep."""
         size = self.plan.rows * self.data.image_size**2 * 3
         pictures = 1 if self.choice is None else 2
         buffers = Buffers((waiting + 4) * pictures, size) if waiting and size > SMALL_BYTES else None
@@ -138,7 +144,8 @@ class Pipeline(torch.utils.data.IterableDataset):
             last = functools.partial(collate, reader=reader, tokenizer=self.tokenizer, max_tokens=self.data.max_tokens)
             stream = iter(webdataset.DataPipeline(reader, *self.stages, decode, choose, last))
             while True:
-                # As with WDS_SECURE=1, no stage of a user makes webdataset open pickles or run commands.
+                # As if WDS_SECURE=1 were set: webdataset does not open pickles or run commands, whatever the user's
+                # stages do.
                 before, webdataset.utils.enforce_security = webdataset.utils.enforce_security, True
                 try:
                     item = next(stream)
@@ -146,11 +153,12 @@ class Pipeline(torch.utils.data.IterableDataset):
                     webdataset.utils.enforce_security = before
                 yield item
         except DataError as error:
-            yield DataError(str(error))  # without the traceback
+            yield DataError(str(error))  # a new error, so that the traceback is not sent along
 
 
 class Stream(Iterator[Batch]):
-    """An endless iterator over Batch. `bad_counts` counts the replaced samples of this rank by reason."""
+    """An endless iterator over batches. `bad_counts` maps each reason to the number of samples that this rank replaced
+    for that reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
         self._pool = WorkerPool(pipeline.of_worker, pipeline.data.workers)
@@ -159,7 +167,8 @@ class Stream(Iterator[Batch]):
         self.bad_counts: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        """Raises DataError for a bad sample if `data.on_bad` is strict, and if too many samples were bad."""
+        """The next batch. Raises DataError for any bad sample if `data.on_bad` is strict, otherwise if too many samples
+        were bad."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -167,7 +176,7 @@ class Stream(Iterator[Batch]):
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def close(self) -> None:
-        """Ends the workers at once, and the stream with them. May be called twice."""
+        """Ends the workers and the stream at once. May be called twice."""
         self._pool.close()
 
     def _record(self, bad: list[BadRecord]) -> None:
@@ -201,16 +210,18 @@ def open_stream(
     stages: Sequence[Stage] = (),
     data_set: ShardSet | None = None,
 ) -> Stream:
-    """The micro-batches of one rank from position `start_images` on, endlessly, in the order of `Plan`.
+    """An endless stream of the micro-batches of one rank, beginning at position `start_images`, in the order of `Plan`.
 
     Args:
         accumulation: micro-batches of each rank per step.
         edit: adds sources to the batches if its `width` is not 0.
         bad_file: a file to which replaced samples are appended, one JSON object per line.
-        stages: webdataset stages between the reader and the decoder, such as `wds.map(f)`; they yield one sample for each.
+        stages: webdataset stages between the reader and the decoder, such as `wds.map(f)`. For each sample that a stage
+            receives, it must yield exactly one sample.
         data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError if the set cannot be read or the batch is not divisible; later, see `Stream.__next__`.
+    Raises: DataError if the set cannot be read, or if `global_batch` cannot be divided evenly among the micro-batches.
+        Errors that occur while reading are described at `Stream.__next__`.
     """
     data_set = data_set or open_data(data)
     shards = data_set.shards(split)

@@ -1,11 +1,13 @@
 """DataLoader workers that ignore signals and end with the training process.
 
-Slurm, Ctrl-C in a terminal and launchers send signals to the whole process group. Workers ignore them: the training
-process saves first, then ends its workers. If it dies before that, the kernel kills them.
+Slurm, launchers and Ctrl-C in a terminal send signals to the whole process group. Workers ignore these signals: the
+training process saves first, then ends its workers itself. If the training process dies before that, the kernel kills
+the workers.
 
-Workers are forked: two of them deliver their first batch within a second, which spawned ones spend on imports. The fork
-is safe because a worker uses neither the GPU, nor a process group, nor threads of its parent, and opens its files anew.
-Outside Linux, workers are spawned. tests/data/test_library_internals.py lists the private parts of the DataLoader.
+Workers are forked: two forked workers deliver their first batch within a second, the time that spawned workers spend on
+imports alone. The fork is safe because a worker does not use its parent's GPU, process group or threads, and opens its
+files anew. Outside Linux, workers are spawned. This module uses private parts of the DataLoader, which are listed in
+tests/data/test_library_internals.py.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 _MAX_RESTARTS = 3
 _PREFETCH = 4
-"""Finished batches that may wait in each worker."""
+"""The number of finished batches that may wait in each worker."""
 _FORKS = sys.platform == "linux"
 
 DatasetOfWorker = Callable[[int, int, int], torch.utils.data.IterableDataset]
-"""(first, step, waiting) -> an iterable dataset over every `step`-th item from `first` on, of which `waiting` may wait."""
+"""(first, step, waiting) -> an iterable dataset over every `step`-th item, beginning with item `first`. At most
+`waiting` finished items may wait for the parent."""
 
 
 def _start_worker(parent: int, worker: int) -> None:
@@ -42,13 +45,15 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 class Lanes(Iterator[Any]):
-    """Iterates over the items of several workers in turn; each worker has its own pipe. A worker that is killed while
-    it writes to the DataLoader's usual shared pipe leaves half a message, and the parent waits for the rest forever.
-    Here only the worker holds the writing end of its pipe, so its death is an EOF."""
+    """Iterates over the items of several workers in turn; each worker has its own pipe.
+
+    Usually all workers of a DataLoader share one pipe. A worker that is killed while it writes leaves half a message in
+    the pipe, and the parent waits for the rest forever. Here only the worker holds the writing end of its pipe, so the
+    parent reads an end of file when the worker dies."""
 
     def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
-        self._datasets: list[Any] = []  # the parent resolves references to their shared buffers
+        self._datasets: list[Any] = []  # keeps their shared buffers alive, to which the batches of the workers refer
         for worker in range(workers):
             dataset = dataset_of(first + worker, workers, _PREFETCH if _FORKS else 0)
             loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
@@ -60,7 +65,7 @@ class Lanes(Iterator[Any]):
                 multiprocessing_context="fork" if _FORKS else "spawn",
             )
             iterator: Any = iter(loader)
-            iterator._worker_result_queue._writer.close()  # before the next fork, which would inherit it
+            iterator._worker_result_queue._writer.close()  # now: the next worker must not inherit the writing end
             self._iterators.append(iterator)
             self._datasets.append(dataset)
         self._turns = itertools.cycle(self._iterators)
@@ -74,7 +79,8 @@ class Lanes(Iterator[Any]):
         return next(next(self._turns))
 
     def end(self) -> None:
-        """Ends the workers as the loader does, then kills those that are left: they ignore SIGTERM and hold no state."""
+        """Ends the workers as the DataLoader does, then kills workers that still run. They ignore SIGTERM, and killing
+        them is safe because they hold no state."""
         workers = self.workers
         for iterator in self._iterators:
             iterator._shutdown_workers()
@@ -84,7 +90,8 @@ class Lanes(Iterator[Any]):
 
 
 class WorkerPool:
-    """The items of a dataset, computed in `workers` processes (0: in this one). Restarts workers that were killed."""
+    """The items of a dataset, computed in `workers` processes, or in this process if `workers` is 0. Restarts workers
+    that were killed."""
 
     def __init__(self, dataset_of: DatasetOfWorker, workers: int) -> None:
         self._dataset_of, self._workers = dataset_of, workers
@@ -93,13 +100,14 @@ class WorkerPool:
         self._finalizer: weakref.finalize | None = None
 
     def next(self) -> Any:
-        """The next item. Raises an item that is a DataError, and DataError if workers keep dying."""
+        """The next item. If the item is a DataError, raises it. Also raises DataError if workers keep dying."""
         while True:
             iterator = self._iterator or self._start()
             try:
                 item = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
-                # A worker that dies while it sends a batch breaks its pipe; otherwise the loader notices its death.
+                # If a worker dies while it sends a batch, its pipe breaks. If it dies at another time, the DataLoader
+                # notices. In both cases `next` raises one of these errors, which can have other causes too.
                 if not _worker_died(iterator):
                     raise
                 self._restart(error)
@@ -123,8 +131,9 @@ class WorkerPool:
         before = signal.getsignal(signal.SIGCHLD)
         self._iterator = lanes = Lanes(self._dataset_of, self._taken, self._workers)
         if signal.getsignal(signal.SIGCHLD) is not before:
-            # The loader's handler would raise in any code of the main thread, for example while it saves a checkpoint.
-            # Without the handler, `next` still notices a dead worker within seconds.
+            # Remove the signal handler that the DataLoader has installed: it would raise in the middle of any code of
+            # the main thread, for example while a checkpoint is saved. Without it, `next` still notices a dead worker
+            # within seconds.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         self._finalizer = weakref.finalize(self, lanes.end)
         return lanes

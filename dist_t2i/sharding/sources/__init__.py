@@ -1,1 +1,1 @@
-"""One module for each kind of input that captioned pictures come in."""
+"""Each module reads captioned pictures from one kind of input."""

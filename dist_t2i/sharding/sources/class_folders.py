@@ -1,4 +1,5 @@
-"""CUB-200-2011 and Oxford-102 flowers: each picture belongs to a class; the texts are those of Reed et al. (2016)."""
+"""Reads CUB-200-2011 and Oxford-102 flowers. Each picture of these data sets belongs to a class, and the captions are
+those of Reed et al. (2016)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """The first of these folders that `root` has. Raises DataError with the layout."""
+    """The first folder in `names` that exists in `root`. If none exists, raises DataError with a message that shows
+    `layout`."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -29,19 +31,21 @@ def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
 
 
 def files_of(folder: Path) -> set[str]:
-    """All names in a folder: one listing is faster than a look-up for each file."""
+    """All names in a folder. Listing a folder once is faster than looking up each file."""
     return set(os.listdir(folder))
 
 
 def class_split(
     classes: Sequence[str], folders: Iterable[Path], train: Path | None, test: Path | None, hold_out_every: int
 ) -> tuple[dict[str, str], str]:
-    """Class -> `train` or `test`, and the files or rule that decided.
+    """Maps each class to its split, `train` or `test`. The second result names the files or the rule that determined
+    the split.
 
-    Without `train` and `test`, the text release's lists in one of `folders` decide: classes in `testclasses.txt` are
-    held out; those in `trainvalclasses.txt`, or in its absence in `trainclasses.txt` and `valclasses.txt`, are trained on.
-    Without any list, the classes are held out whose number is a multiple of `hold_out_every`. Raises DataError when a
-    list cannot be read, a list names an unknown class, or a class is in both lists or none.
+    `train` and `test` are files that list the classes of the splits. If neither is given, uses the lists of the text
+    release if one of `folders` has them: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` the
+    training classes. If the latter is missing, `trainclasses.txt` and `valclasses.txt` together list the training
+    classes. If no list exists, the classes whose number is a multiple of `hold_out_every` are the test classes. Raises
+    DataError if a list cannot be read or names an unknown class, or if a class is in both lists or in none.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)
@@ -83,25 +87,28 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ClassSet:
-    """One data set whose pictures belong to classes."""
+    """A data set in which each picture belongs to a class."""
 
     about: dict[str, Any]
     """Entries of the manifest: name, licence, credit."""
     layout: str
-    """The expected files, for `--help` and error messages."""
+    """The files that the data set is expected to have, as text for `--help` and error messages."""
     images: tuple[str, ...]
     texts: tuple[str, ...]
-    """Possible folders of the pictures and of the captions; the first one that exists is used."""
+    """`images` lists possible folders of the pictures, `texts` possible folders of the captions. The first folder that
+    exists is used."""
     hold_out_every: int
-    """Without lists of classes, the classes whose number is a multiple of this are the split `test`."""
+    """If there are no lists of classes, the classes whose number is a multiple of this number are the split `test`."""
     nested: bool
-    """Whether each class has a folder of pictures, as each class has a folder of texts."""
+    """Whether each class has its own folder of pictures; otherwise all pictures are in one folder. The captions of each
+    class are always in their own folder."""
 
     def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
-        """The pictures with their captions, sorted by key; prints the rule of the split.
+        """The pictures with their captions, sorted by key. Prints the rule that determined the split.
 
-        `texts` is the folder of the captions, if it is not one of those in `root`; `train` and `test` are lists of
-        classes (see `class_split`). Raises DataError when the layout is another one, or the lists do not fit it.
+        `texts` is the folder of the captions; None means one of the usual folders in `root`. `train` and `test` are
+        files that list classes (see `class_split`). Raises DataError if the files do not have the expected layout or
+        the lists do not match the classes.
         """
         images = first_folder(root, self.images, self.layout)
         texts = texts or first_folder(root, self.texts, self.layout)
@@ -124,7 +131,7 @@ class ClassSet:
 
 
 def _class_items(texts: Path, images: Path, pictures: set[str], split: str, problems: list[Problem]) -> list[Item]:
-    """The items of one class: each TEXTS/NAME.txt describes IMAGES/NAME.jpg, one caption a line."""
+    """The items of one class. Each TEXTS/NAME.txt contains the captions of IMAGES/NAME.jpg, one per line."""
     label = f"{texts.parent.name}/{texts.name}"
     if not texts.is_dir():
         problems.append(Problem(label, "", "class has no captions"))

@@ -1,6 +1,7 @@
-"""MS-COCO 2014 or 2017 as distributed (Lin et al. 2014, "Microsoft COCO: Common Objects in Context"; Chen et al. 2015,
-"Microsoft COCO Captions"), with the split of Karpathy & Fei-Fei (2015, "Deep Visual-Semantic Alignments") if its file is
-named; its `restval` is commonly used for training."""
+"""Reads MS-COCO 2014 or 2017 in the layout in which it is distributed (Lin et al. 2014, "Microsoft COCO: Common Objects
+in Context"; Chen et al. 2015, "Microsoft COCO Captions"). If the file of Karpathy's split is named, uses that split
+(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). The `restval` part of that split is used for training, as
+is common."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
-    """The pictures with their captions, sorted by key. `year` may be None if `root` holds only one of 2014 and 2017.
+    """The pictures with their captions, sorted by key. `year` may be None if `root` contains either 2014 or 2017 but
+    not both.
 
-    The splits are `train`, and val as `test`; with Karpathy's file its train (with restval), val and test. Raises
-    DataError when the layout is another one, or a caption file cannot be read.
+    COCO's train becomes the split `train`, and COCO's val becomes the split `test`. With the file of Karpathy's split,
+    the splits are its train (including restval), val and test. Raises DataError if the layout is not that of COCO or a
+    caption file cannot be read.
     """
     items: list[Item] = []
     problems: list[Problem] = []
@@ -52,7 +55,8 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
 
 
 _Entry = tuple[str, str, Any, list[str], str, str]
-"""Folder, file name, image id, captions and split of a picture in a caption file, and where the file lists it."""
+"""A picture in a caption file: its folder, file name, image id, captions and split, and where the file lists the
+picture."""
 
 
 def _year_of(root: Path) -> int:
@@ -62,7 +66,8 @@ def _year_of(root: Path) -> int:
 
 
 def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
-    """The objects in each of these lists of a JSON file."""
+    """Reads a JSON file, and returns the objects in each of its lists with these keys. Raises DataError if the file
+    cannot be read or has no such list."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A folder of pictures with their captions."""
+"""Reads a folder of pictures with their captions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _Rows = Iterator[tuple[Path, str, tuple[str, ...]]]
 
 
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
-    """The pictures of a folder that have captions, sorted by key, and what was wrong with the rest. Raises DataError.
+    """The pictures of a folder that have captions, sorted by key, and the problems of the other pictures. Raises
+    DataError if the folder or the captions cannot be read.
 
-    The paths in the file `captions` (JSONL, CSV or TSV) are relative to `images` or to the file's folder; without it, each
-    line of `a.txt` is a caption of `a.png`. The share `holdout`, selected by a hash of the keys, gets the split `test`.
+    `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` or to the folder of that file. If it is
+    None, each line of `a.txt` is a caption of `a.png`. A hash of the keys selects a share `holdout` of the pictures for
+    the split `test`.
     """
     if not images.is_dir():
         raise DataError(f"--images {images}: there is no such folder")
@@ -45,7 +47,8 @@ def _relative(path: Path, images: Path) -> str:
 
 
 def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) -> _Rows:
-    """Each row of a caption file whose picture exists."""
+    """Yields each row of a caption file whose picture exists. Adds the other rows, and pictures without a row, to
+    `problems`."""
     find, mentioned = functools.cache(_find), set[Path]()
     for row in read_captions(captions):
         if path := find(row.image, (images, captions.parent)):
@@ -62,14 +65,14 @@ def _find(image: str, folders: tuple[Path, ...]) -> Path | None:
     if image and "\0" not in image:
         for folder in folders:
             path = Path(os.path.normpath(folder / image))
-            with contextlib.suppress(OSError):  # such as a name that is too long
+            with contextlib.suppress(OSError):  # raised, for example, if the name is too long
                 if path.is_file():
                     return path
     return None
 
 
 def _from_text_files(images: Path, problems: list[Problem]) -> _Rows:
-    """Each picture that has a text file of the same name."""
+    """Yields each picture that has a text file of the same name. Adds the other pictures to `problems`."""
     for path in _pictures(images):
         text = path.with_suffix(".txt")
         try:
@@ -89,13 +92,14 @@ def _pictures(images: Path) -> Iterator[Path]:
 
 
 def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
-    """Items with unique keys: the path without its extension, dots replaced, because a WebDataset key ends at a dot."""
+    """Makes items with unique keys. A key is the path of the picture without its extension. Dots in it are replaced,
+    because a WebDataset key ends at the first dot."""
     items: dict[str, Item] = {}
     for path in sorted(captions, key=lambda path: _relative(path, images)):
         relative = PurePosixPath(_relative(path, images))
         parts = [part for part in relative.with_suffix("").parts if part not in ("..", "/")]
         key = "/".join(parts).replace(".", "_")
-        if key in items:  # a.png and a.jpg
+        if key in items:  # as for a.png if there is an a.jpg too
             key = f"{key}_{relative.suffix[1:]}"
         while key in items:
             key += f"_{hashlib.sha256(str(relative).encode()).hexdigest()[:8]}"

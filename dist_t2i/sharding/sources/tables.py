@@ -1,4 +1,5 @@
-"""Tables of pictures and captions, such as those of img2dataset: JSONL, CSV, TSV or Parquet, with paths or URLs."""
+"""Reads tables that list pictures (paths or URLs) with captions, such as the input of img2dataset: JSONL, CSV, TSV or
+Parquet."""
 
 from __future__ import annotations
 
@@ -27,10 +28,13 @@ _SCHEMES = (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
 def table_items(
     form: str, patterns: Sequence[str], images: str, image_column: str, caption_column: str, holdout: float
 ) -> Gathered:
-    """The pictures of tables (`patterns`: paths or URLs with braces), each once with all its captions, sorted by key.
+    """The pictures that tables list, sorted by key. A picture that is listed repeatedly is returned once, with all its
+    captions.
 
-    `form` is `jsonl`, `csv`, `tsv` or `parquet`. Paths of pictures are relative to the folder `images`, or with "" to the
-    table's. A column "" has one of the usual names. Raises DataError when a table or its columns cannot be read.
+    `patterns` are the paths or URLs of the tables, which may contain braces. `form` is `jsonl`, `csv`, `tsv` or
+    `parquet`. The paths of pictures are relative to the folder `images`; if `images` is "", they are relative to the
+    folder of the table. If `image_column` or `caption_column` is "", the column has one of the usual names. Raises
+    DataError if a table or its columns cannot be read.
     """
     image_columns = (image_column,) if image_column else ("url", *IMAGE_COLUMNS)
     columns = image_columns, (caption_column,) if caption_column else CAPTION_COLUMNS
@@ -82,7 +86,8 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
 
 
 def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture | None, str]:
-    """The picture that a table names, or None and the reason; `missing` remembers which files do not exist."""
+    """The picture that a table names, or None and the reason why there is none. `missing` remembers for each path
+    whether the file is missing."""
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
     url = next((name for name in (image, base) if "://" in name or re.match(r"\s*(pipe:|\|)", name)), "")
@@ -91,7 +96,7 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture |
         if path not in missing:
             missing[path] = not os.path.isfile(path)
         return (None, "picture is missing") if missing[path] else (PictureFile(path), "")
-    with contextlib.suppress(DataError):  # raised for a command, or chained file systems
+    with contextlib.suppress(DataError):  # `unchained` refuses commands and chained file systems
         url = image if url == image else f"{base.rstrip('/')}/{image.removeprefix('./')}"
         if url.startswith("file://"):
             return _picture(url.removeprefix("file://"), "", missing)
@@ -101,7 +106,8 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture |
 
 
 def _key(image: str, existing: dict[str, Item]) -> str:
-    """A unique key: the path, or the last two parts of the URL's; with a hash of the path or URL if that key exists."""
+    """A unique key, made from the path of the picture, or from the last two parts of the path in its URL. If that key
+    exists already, a hash of the whole path or URL is appended."""
     path = PurePosixPath(urlsplit(image).path if "://" in image else image)
     parts = [part for part in path.with_suffix("").parts if part not in ("..", "/", ".")] if path.name else []
     key = re.sub(r"[^\w/ -]", "_", "/".join(parts[-2:] if "://" in image else parts))[-150:].strip("/ ")

@@ -1,8 +1,8 @@
-"""Existing WebDataset tars, local or behind URLs: those that webdataset, img2dataset or this tool wrote.
+"""Reads existing WebDataset tars, local or at URLs, that webdataset, img2dataset or this tool wrote.
 
-A first pass locates each picture and reads the captions; it seeks through a local tar and streams a remote one.
-Pictures are read when their new shard is written. Nothing in a tar is executed: members whose usual decoders run code
-are skipped and listed.
+A first pass locates the pictures and reads the captions. It seeks from member to member in a local tar, and streams a
+remote tar from end to end. The pictures are read later, when their new shard is written. Nothing in a tar is executed:
+members whose usual decoders run code are skipped and listed as problems.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dist_t2i.storage.urls import expand, is_local, unchained
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
 _MAX_TEXT = 2**24
-"""Larger json or text members, in bytes, hold no captions."""
+"""A json or text member of more than this many bytes is not read, because it cannot be a caption file."""
 
 
 @dataclass
 class TarContents:
-    """Pictures and texts of a tar by key; texts also by extension."""
+    """The pictures of a tar by key, and its texts by key and extension."""
 
     name: str
     pictures: dict[str, TarMember] = field(default_factory=dict)
@@ -43,7 +43,8 @@ class TarContents:
 
 
 def tar_urls(patterns: Sequence[str]) -> list[str]:
-    """Paths and URLs of tars from braces (`{000000..000591}`), globs of local files, and folders. Raises DataError."""
+    """The paths and URLs of the tars that `patterns` name. A pattern may contain braces (`{000000..000591}`), be a glob
+    of local files, or name a folder of tars. Raises DataError if a pattern names no tar."""
     urls: list[str] = []
     for name in [name for pattern in patterns for name in expand(unchained(pattern))]:
         if not is_local(name):
@@ -57,7 +58,8 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
 
 
 def scan(url: str) -> TarContents:
-    """The positions of the pictures in one tar, and its captions. A truncated tar yields the samples before the cut."""
+    """Finds the positions of the pictures in one tar, and reads its captions. If the tar is truncated, returns the
+    samples before the cut. Raises DataError if the tar cannot be read."""
     folder, _, name = url.rpartition("/")
     contents = TarContents(name)
     try:
@@ -77,7 +79,8 @@ def scan(url: str) -> TarContents:
 
 
 class _Stream:
-    """Chunks of bytes as a file that `tarfile` reads from start to end, in pieces of at most `size` bytes."""
+    """Presents chunks of bytes as a file that `tarfile` can read from start to end. A read returns at most `size`
+    bytes."""
 
     def __init__(self, chunks: Iterator[bytes], size: int = tarfile.RECORDSIZE) -> None:
         self._pieces = (chunk[start : start + size] for chunk in chunks for start in range(0, len(chunk), size))
@@ -87,7 +90,7 @@ class _Stream:
 
 
 def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: str, end: int | None) -> None:
-    """Add the members of a tar to `into`; `end` is the size of a local tar, and None for a remote one."""
+    """Adds the members of a tar to `into`. `end` is the size of a local tar in bytes, and None for a remote tar."""
     unsafe = 0
     for info in tar:
         named = key_and_extension(info.name)
@@ -108,10 +111,12 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: st
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
-    """The pictures of tars that have captions, sorted by key; the set is called `name`, or with "" like the first tar.
+    """The pictures in tars that have captions, sorted by key. `name` is the name of the set; "" names it after the
+    first tar.
 
-    A tar named `test-00000.tar` or `val-00000.tar` keeps its split; all other pictures are `train`, of which a share
-    `holdout` moves to `test` if no tar has another split.
+    The pictures of a tar with a name such as `test-00000.tar` or `val-00000.tar` keep their split. All other pictures
+    get the split `train`. If no picture has another split, a share `holdout` of the pictures is moved to the split
+    `test`.
     """
     urls = tar_urls(patterns)
     items: dict[str, Item] = {}
@@ -138,7 +143,7 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
 
 
 def _captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, Any], str]:
-    """Captions, other attributes, and the reason why there are no captions."""
+    """The captions of a sample, its other attributes, and the reason why it has no captions ("" if it has captions)."""
     attributes: dict[str, Any] = {}
     value: Any = None
     if "json" in members:

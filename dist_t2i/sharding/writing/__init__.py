@@ -1,1 +1,2 @@
-"""The steps of writing a set: pictures, tars, shards, duplicates, report, manifest."""
+"""The steps of writing a set: find duplicates, prepare pictures, write tars and shards, and write the report and
+manifest."""

@@ -1,14 +1,17 @@
-"""Duplicate pictures, detected before shards are planned, so that the result does not depend on the processes.
+"""Finds duplicate pictures. This happens before shards are planned, so the result does not depend on the number of
+processes.
 
-**exact**: the same bytes (SHA-256). Only files of equal size are read.
+**exact**: duplicates have the same bytes (SHA-256). Only files of equal size are read.
 
-**perceptual**: nearly the same pixels. Each picture is decoded and shrunk to 9 x 8; the signs of the 64 differences
-between horizontal neighbors are its hash (dHash: N. Krawetz, "Kind of like that", 2013). At most `MAX_BITS` signs of
-duplicates differ, and the mean colors of each quarter by at most `MAX_COLOR` levels, which tells plain pictures apart.
-Re-encoding, shrinking and slight retouching stay within these limits; crops, mirror images and rotations do not.
+**perceptual**: duplicates have nearly the same pixels. Each picture is decoded and shrunk to 9 x 8 pixels. The signs of
+the 64 differences between horizontal neighbors are the hash of the picture (dHash: N. Krawetz, "Kind of like that",
+2013). Two pictures are duplicates if at most `MAX_BITS` signs differ, and the mean color of each quarter differs by at
+most `MAX_COLOR` levels. The colors distinguish plain pictures, whose hashes are alike. Re-encoded, shrunk and slightly
+retouched pictures are found as duplicates; cropped, mirrored and rotated pictures are not.
 
-The first duplicate by (held-out splits first, then key) is kept, so that no held-out picture is trained on; the others
-are listed. An exact duplicate within one split leaves its captions to the picture that is kept.
+One picture of each group of duplicates is kept, and the others are listed as problems. A picture of a held-out split is
+preferred, then the picture with the first key, so that no held-out picture is trained on. If exact duplicates are in
+the same split, the picture that is kept also gets the captions of the others.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from dist_t2i.utils.progress import Progress
 
 MAX_BITS, MAX_COLOR = 3, 10
 _BAND = 16
-"""Bits in each of a hash's four bands: hashes that differ in at most three bits have at least one band in common."""
+"""The number of bits in each of the four bands of a hash. If two hashes differ in at most three bits, at least one band
+is equal in both, so it suffices to compare pictures with a common band."""
 _PART = 64
 
 
 def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], processes: int) -> list[Item]:
-    """The items whose pictures repeat no other in the way `kind` (exact, perceptual); the rest go into `problems`."""
+    """The items without duplicates of the given `kind`, which is "exact" or "perceptual". The removed items are added
+    to `problems`."""
     print(f"looking for duplicates among {len(items):,} pictures", file=sys.stderr)
     ranked = sorted(items, key=lambda item: (item.split == "train", item.key))
     pairs = _exact(ranked, processes) if kind == "exact" else _perceptual(ranked, processes)
@@ -45,10 +50,10 @@ def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem]
 
 
 def _exact(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
-    """(duplicate, original) pairs."""
+    """Pairs (duplicate, original) of items whose pictures have the same bytes."""
     sizes: dict[int, list[Item]] = {}
     for item in items:
-        with contextlib.suppress(OSError):  # listed as a problem when its shard is written
+        with contextlib.suppress(OSError):  # the picture will be listed as a problem when its shard is written
             sizes.setdefault(item.picture.stat()[0], []).append(item)
     candidates = [item for size, alike in sizes.items() if len(alike) > 1 or not size for item in alike]
     digests = _of_all(candidates, _sha256, processes)
@@ -59,7 +64,7 @@ def _exact(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
 
 
 def _perceptual(items: Sequence[Item], processes: int) -> list[tuple[Item, Item]]:
-    """(duplicate, original) pairs."""
+    """Pairs (duplicate, original) of items whose pictures have nearly the same pixels."""
     looks = _of_all(items, look_of, processes)
     bands: dict[tuple[int, int], list[int]] = {}
     pairs = []
@@ -84,7 +89,8 @@ def _near(a: tuple[int, bytes], b: tuple[int, bytes]) -> bool:
 
 
 def _of_all(items: Sequence[Item], work: Callable[[bytes], Any], processes: int) -> dict[str, Any]:
-    """Key -> `work` of the picture's bytes, for each picture that can be read and has a result."""
+    """Applies `work` to the bytes of each picture. Returns the results by key, without pictures that cannot be read or
+    have the result None."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
     calls = [([item.picture for item in part], work) for part in parts]
     results = in_processes(_of_part, calls, processes, Progress(len(items)))

@@ -1,4 +1,5 @@
-"""Turns written shards into a set: numbers without gaps, tokenizer, statistics, report, and finally the manifest."""
+"""Turns written shards into a set: numbers the shards without gaps, writes the tokenizer, the statistics and the
+report, and finally the manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def finish(
     problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
-    """Number the shards without gaps, then write all other files, the manifest last; returns it. Raises OSError."""
+    """Numbers the shards without gaps, then writes all other files. The manifest is written last and returned. Raises
+    OSError if a file cannot be written."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):
@@ -66,7 +68,8 @@ def finish(
 
 
 def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Delete empty shards and rename the rest so that numbers have no gap; returns the manifest's shards by split."""
+    """Deletes empty shards and renames the others so that their numbers have no gaps. Returns the manifest's entries
+    about the shards, by split."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         listed = shards.setdefault(result["split"], [])
@@ -79,14 +82,16 @@ def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def restore_names(folder: Folder, results: dict[str, dict[str, Any]]) -> None:
-    """Undo the renaming of `finish`, so that no shard has the name of one that is written again. Raises OSError."""
+    """Undoes the renaming that `finish` did, so that a shard that is written again cannot overwrite another shard.
+    Raises OSError if a file cannot be renamed."""
     for result in reversed(results.values()):
         if result["file"]:
             _rename(folder, result, result["name"])
 
 
 def _rename(folder: Folder, result: dict[str, Any], new: str) -> None:
-    """Rename the tar and the index of a shard, or delete both if `new` is ""; updates the result and its file."""
+    """Renames the tar and the index of a shard, or deletes both if `new` is "". Updates the result and its file in
+    WORK."""
     old = result["file"]
     if new == old:
         return
@@ -100,6 +105,6 @@ def _rename(folder: Folder, result: dict[str, Any], new: str) -> None:
 
 
 def fingerprint(splits: dict[str, Any], tokenizer_sha256: str) -> str:
-    """SHA-256 over the names and checksums of all shards, and the tokenizer's."""
+    """SHA-256 over the names and checksums of all shards and the checksum of the tokenizer."""
     sums = [f"{shard['name']} {shard['sha256']}" for split in splits.values() for shard in split["shards"]]
     return hashlib.sha256("\n".join([*sums, tokenizer_sha256]).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Width and height from the header of a picture, and a check of its last bytes, without decoding any pixel.
+"""Reads the width and height of a picture from its header and checks its last bytes, without decoding any pixel.
 
-Cheap and strict: only an ordinary, complete JPEG, PNG or WebP is measured; the caller decodes any other picture. The
-check detects truncated files, but not a changed byte in the middle.
+This is fast and strict: only an ordinary, complete JPEG, PNG or WebP is measured, and the caller must decode any other
+picture. The check detects truncated files, but not a changed byte in the middle of a file.
 
 Sources: ITU-T T.81 annex B (JPEG), the PNG specification sections 5 and 11, RFC 9649 (WebP).
 """
@@ -13,13 +13,13 @@ import zlib
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _FRAMES = (0xC0, 0xC1, 0xC2)
-"""Baseline, extended and progressive JPEGs with Huffman coding, which every decoder reads."""
+"""The frame markers of baseline, extended and progressive JPEGs with Huffman coding, which every decoder reads."""
 _BEFORE_FRAME = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
-"""Application segments, comments and tables."""
+"""The markers of segments that may precede the frame: application data, comments and tables."""
 
 
 def kind_of(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, or "" for any other data."""
+    """The format that the first bytes show: `jpg`, `png` or `webp`; "" for any other data."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == _PNG:
@@ -28,7 +28,8 @@ def kind_of(data: bytes) -> str:
 
 
 def measure(data: bytes) -> tuple[int, int] | None:
-    """Stored (width, height) of a picture that looks complete; None when it must be decoded to be measured."""
+    """The stored (width, height) of a picture that looks complete; None if the picture must be decoded to be
+    measured."""
     measure_kind = {"jpg": _jpeg, "png": _png, "webp": _webp}.get(kind_of(data))
     return measure_kind(data) if measure_kind else None
 
@@ -66,4 +67,4 @@ def _webp(data: bytes) -> tuple[int, int] | None:
     if data[12:16] == b"VP8L" and data[20:21] == b"\x2f":
         bits = int.from_bytes(data[21:25], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return None  # VP8X: transparency, animation, metadata
+    return None  # VP8X, the format with transparency, animation or metadata, must be decoded

@@ -1,4 +1,5 @@
-"""Prepares a picture for its shard: checks it, applies the filters, shrinks and re-encodes it if asked."""
+"""Prepares a picture for its shard: checks it, applies the filters, and shrinks or re-encodes it if the options say
+so."""
 
 from __future__ import annotations
 
@@ -19,34 +20,37 @@ class Options:
     """How a set is written."""
 
     size: int = 0
-    """Larger pictures are shrunk to this short side, in pixels; 0 keeps their bytes."""
+    """Pictures with a longer short side are shrunk to a short side of this many pixels; 0 shrinks no picture."""
     format: str = ""
-    """Re-encode every picture as `jpg`, `webp` or `png`; "" re-encodes only shrunk pictures and other formats."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" keeps the bytes of pictures in these
+    formats that are not shrunk."""
     quality: int = 95
-    """Of the JPEGs and WebPs that are encoded."""
+    """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
-    """How a picture is checked: by its `header` and end, or by a `decode` of every pixel."""
+    """How a picture is checked: `header` reads its header and its last bytes, `decode` decodes every pixel."""
     min_side: int = 0
-    """Pictures with a shorter side, in pixels, are left out."""
+    """Pictures with a side of fewer pixels are left out."""
     max_aspect: float = 0.0
-    """Pictures whose long side exceeds this many times the short one are left out; 0 keeps all."""
+    """Pictures whose long side is more than this many times as long as the short side are left out; 0 keeps all
+    pictures."""
     shard_samples: int = 10_000
     shard_mb: float = 512.0
     vocabulary: int = 4096
     processes: int = 1
     threads: int = 16
-    """Parallel downloads in each process."""
+    """The number of parallel downloads in each process."""
     retry_failed: bool = False
-    """Rewrite the shards in which a picture could not be read."""
+    """Whether shards in which a picture could not be read are written again."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Entries of the manifest: name, licence, credit."""
+    """The manifest's entries about the set: name, licence, credit."""
 
 
 def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]:
-    """Extension, bytes and stored (width, height) of a picture. Raises PictureError.
+    """The extension, the bytes and the stored (width, height) of a picture as it is written to a shard. Raises
+    PictureError if the picture cannot be used or is left out by a filter.
 
-    An intact JPEG, PNG or WebP that neither shrinks nor changes its format keeps its bytes. Any other picture is
-    encoded as `options.format`, by default as a JPEG if it was one, and otherwise as a PNG.
+    An intact JPEG, PNG or WebP that is not shrunk and keeps its format also keeps its bytes. Any other picture is
+    encoded in `options.format`. If that is "", a JPEG remains a JPEG, and other formats become PNG.
     """
     kind = kind_of(data)
     shape = measure(data) if options.check == "header" else None
@@ -65,11 +69,11 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
 
 
 def _decoded(data: bytes, kind: str, options: Options) -> tuple[tuple[int, int], Image | None]:
-    """(width, height), and the picture if it was decoded in full."""
+    """The (width, height) of a picture that is decoded as a check, and the decoded picture if it has the full size."""
     if kind == "jpg" and not options.size and options.format in ("", "jpg"):
         import simplejpeg
 
-        height, width = decode(data, at_least=64).shape[:2]  # reads every byte but produces few pixels
+        height, width = decode(data, at_least=64).shape[:2]  # reads every byte, but produces few pixels, which is fast
         with contextlib.suppress(ValueError):  # raised for a JPEG that only Pillow decodes
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return (width, height), None

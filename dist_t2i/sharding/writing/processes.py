@@ -1,4 +1,4 @@
-"""One function over many arguments in several processes, with a common progress line."""
+"""Calls one function with many arguments in several processes, and shows the progress of all processes on one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _advance: Callable[[], None] | None = None
 
 
 def advance() -> None:
-    """Count one more finished picture; called by the work that `in_processes` runs."""
+    """Counts one more finished picture. The function that `in_processes` runs must call this."""
     if _advance:
         _advance()
 
@@ -26,14 +26,16 @@ def advance() -> None:
 def in_processes(
     work: Callable[..., Any], arguments: Sequence[tuple], processes: int, progress: Progress | None = None
 ) -> list[Any]:
-    """`[work(*a) for a in arguments]` in up to `processes` processes; `progress` shows the number of `advance` calls."""
+    """Returns `[work(*a) for a in arguments]`, computed in up to `processes` processes. `progress` shows the number of
+    calls of `advance`. Raises DataError if a process was killed."""
     global _advance
     show = progress.show if progress else lambda done: None
     if processes <= 1 or len(arguments) <= 1:
         numbers = itertools.count(1)
         _advance = lambda: show(next(numbers))  # noqa: E731
         return [work(*call) for call in arguments]
-    # Clients of object stores have threads, and the fork of a process with threads hangs (see storage/reader_process).
+    # Clients of object stores have threads, and a process that is forked from a process with threads can hang (for the
+    # reason, see storage/reader_process.py). So processes are spawned if a client may exist.
     forks = sys.platform == "linux" and not {"obstore", "fsspec"} & sys.modules.keys()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     counter = context.Value("q", 0)
@@ -49,7 +51,7 @@ def in_processes(
     except concurrent.futures.process.BrokenProcessPool as error:
         remedy = "out of memory? Try a smaller --processes"
         raise DataError(f"a process was killed ({remedy}); run the same command again to resume") from error
-    finally:  # success waits, because a process that starts after the last task still needs the counter
+    finally:  # after success, wait: a process that is still starting needs the counter
         pool.shutdown(wait=not waiting, cancel_futures=True)
     return results
 
@@ -61,5 +63,5 @@ def _start_process(counter: Any) -> None:
 
     global _advance
     _advance = add
-    gc.disable()  # see write_here; a spawned process does not inherit it
+    gc.disable()  # for the reason, see `write_here`; a spawned process does not inherit the setting
     signal.signal(signal.SIGINT, signal.SIG_IGN)

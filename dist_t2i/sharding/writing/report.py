@@ -1,4 +1,5 @@
-"""The report page of a set: counts, statistics of the captions, a sheet of pictures, and what was left out and why."""
+"""Writes the report page of a set: counts, statistics of the captions, a sheet of pictures, and which pictures were
+left out and why."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ _MAX_LISTED = 200
 
 
 def write_report(folder: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
-    """Write report.html and contact_sheet.png; their bytes depend on the set only. Raises OSError."""
+    """Writes report.html and contact_sheet.png. Their bytes depend only on the set. Raises OSError if they cannot be
+    written."""
     samples = some_samples(folder, manifest)
     folder.write("contact_sheet.png", contact_sheet(samples))
     folder.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
 
 
 def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
-    """Up to `count` samples of a split, evenly spaced, without unreadable ones. Raises OSError, DataError."""
+    """Up to `count` evenly spaced samples of a split. Unusable samples are skipped. Raises OSError if a file cannot be
+    read, DataError if an index is unusable."""
     shards = manifest["splits"][split]["shards"]
     total = sum(shard["samples"] for shard in shards)
     count = min(count, total)
@@ -48,17 +51,18 @@ def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train",
 
 
 def index_name(shard: dict[str, Any]) -> str:
-    """The index file of a shard in a manifest; by default next to the tar."""
+    """The name of the index file of a shard, from the shard's entry in the manifest. If the entry names no index, the
+    index is in the folder of the tar and has its name with the suffix .index."""
     return shard.get("index") or f"{shard['name'][:-4]}.index"
 
 
 def contact_sheet(samples: Sequence[Sample]) -> bytes:
-    """A PNG with the pictures in rows of twelve."""
+    """A PNG that shows the pictures in rows of twelve."""
     from PIL import Image, ImageOps
 
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, -(-len(samples) // _COLUMNS)) * _TILE), "white")
     for number, sample in enumerate(samples):
-        with contextlib.suppress(ValueError):  # the header is intact, but the picture does not decode
+        with contextlib.suppress(ValueError):  # despite an intact header, the picture may not decode: a white tile
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
             sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()
@@ -67,7 +71,8 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -> str:
-    """A table of the first rows, and a line with the number of others; `rest` says where to see those."""
+    """An HTML table of the first rows, and a line with the number of further rows. `rest` says where the further rows
+    are."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
@@ -77,7 +82,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -
 
 
 def split_table(splits: Mapping[str, Any]) -> tuple[list[str], list[list]]:
-    """Head and rows of a table with the counts and statistics of each split."""
+    """The head and the rows of a table with the counts and statistics of each split."""
     head = ["split", "pictures", "shards", "MB", "KB each", "short side, pixels", "captions", "words, mean / max"]
     head += ["tokens, mean / 99% / max", "distinct words", "words missing from train"]
     rows = []

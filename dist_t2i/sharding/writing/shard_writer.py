@@ -1,7 +1,8 @@
-"""Plans shards, and writes each one: a tar, its index and a note of the result.
+"""Plans shards and writes each shard: a tar, its index and a file with the result.
 
-The plan, which item goes into which shard, is made before the first picture is read. So several processes or machines
-may write at once, a shard does not depend on who wrote it, and a rerun keeps every intact shard.
+The plan assigns each item to a shard before the first picture is read. So several processes or machines can write
+shards at the same time, the content of a shard does not depend on the process that writes it, and a repeated run keeps
+every intact shard.
 
     OUT/.shard/plan.json        a hash of the options, the captions, and the sizes and dates of the pictures
               /train-00000.json result of a shard: samples, checksums, rejected pictures
@@ -30,30 +31,32 @@ from dist_t2i.sharding.writing.tar_writer import TarWriter
 from dist_t2i.storage.folders import WORK, Folder
 
 _OVERHEAD = 3 * 1024
-"""Bytes of a sample in a tar, without those of its picture, roughly."""
+"""The approximate number of bytes that a sample takes in a tar in addition to its picture."""
 Results = dict[str, dict[str, Any]]
-"""Results of shards by the name of their plan; see `write_shard`."""
+"""The results that `write_shard` returns for shards, by the name of the shard's plan."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
 
 
 @dataclass
 class ShardPlan:
-    """A shard to be written: its name without extension, and its items."""
+    """A shard that is to be written: its name without extension, and its items."""
 
     name: str
     split: str
     items: list[Item]
     stamps: list[str]
-    """Of each item, a text that changes when its picture does."""
+    """For each item, a text that changes when its picture changes."""
     megabytes: float = 0.0
-    """Of its pictures, as far as their sizes are known."""
+    """The total size of the pictures whose sizes are known, in megabytes."""
 
 
 def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
-    """Assign items to shards, split by split, in the order of a hash of their keys, so that neighbors are unrelated.
+    """Assigns the items of each split to shards, in the order of a hash of their keys, so that neighbors in a shard are
+    unrelated.
 
-    The limit in megabytes applies to the pictures' sizes before they are prepared. Pictures that shrink, change their
-    format or come from URLs count as 0, so only the number of samples limits their shards.
+    The limit in megabytes applies to the sizes that pictures have before they are prepared. Pictures that are shrunk,
+    change their format or come from URLs have a size of 0 here, so their shards are limited only by the number of
+    samples.
     """
     plans: list[ShardPlan] = []
     splits: dict[str, list[Item]] = {"train": []}
@@ -65,7 +68,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
         for item in sorted(splits[split], key=lambda item: hashlib.sha256(item.key.encode()).digest()):
             try:
                 size, stamp = item.picture.stat()
-            except OSError:  # listed as a problem when the shard is written
+            except OSError:  # not reported here: the picture is listed as a problem when the shard is written
                 size, stamp = 0, ""
             megabytes = 0.0 if options.size or options.format else size / 1e6
             full = plan and (len(plan.items) >= options.shard_samples or plan.megabytes + megabytes > options.shard_mb)
@@ -79,19 +82,22 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
 
 
 def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
-    """Identifies the input and the options that decide the output, which the number of processes does not."""
+    """A hash of the input and of the options on which the output depends. The number of processes is not one of
+    them."""
     pictures = [options.size, options.format, options.quality, options.check, options.min_side, options.max_aspect]
     digest = hashlib.sha256(json.dumps([VERSION, pictures, options.vocabulary, options.about]).encode())
     for plan in plans:
         lines = [plan.name]
-        for item, stamp in zip(plan.items, plan.stamps, strict=True):  # captions contain no control characters
+        # Captions contain no control characters, so "\n" and "\0" separate the parts without ambiguity.
+        for item, stamp in zip(plan.items, plan.stamps, strict=True):
             lines += (item.key, stamp, *item.captions, repr(item.attributes) if item.attributes else "", "\0")
         digest.update("\n".join(lines).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 
 def write_shard(folder: Folder, plan: ShardPlan, options: Options) -> dict[str, Any]:
-    """Write one shard and its index. Returns the result, which is also kept in WORK. Raises OSError."""
+    """Writes one shard and its index. Returns the result, which is also written to a file in WORK. Raises OSError if a
+    file cannot be written."""
     path = folder.staging / f"{plan.name}.tar.part"
     keys, members, problems, rejected, sides = [], [], [], [], []
     captions = unread = 0
@@ -135,7 +141,8 @@ def write_shard(folder: Folder, plan: ShardPlan, options: Options) -> dict[str, 
 
 
 def _json(item: Item) -> bytes:
-    """`json.dumps` of captions and attributes; five times faster for an item without attributes, the usual case."""
+    """The captions and attributes of an item as `json.dumps` writes them. For the usual item, which has no attributes,
+    the text is built here, which is five times faster."""
     if item.attributes:
         text = json.dumps({"captions": item.captions, **item.attributes}, ensure_ascii=False)
     else:
@@ -162,7 +169,8 @@ def _read(item: Item) -> bytes | OSError:
 
 
 def _read_all(items: Sequence[Item], threads: int) -> Iterator[tuple[Item, Any]]:
-    """Each item with the bytes of its picture, or with an OSError; remote pictures are read in parallel."""
+    """Yields each item with the bytes of its picture, or with an OSError if the picture cannot be read. Remote pictures
+    are read in parallel."""
     if threads <= 1 or not any(item.picture.remote for item in items):
         yield from ((item, _read(item)) for item in items)
         return
@@ -178,7 +186,7 @@ def _read_all(items: Sequence[Item], threads: int) -> Iterator[tuple[Item, Any]]
 
 
 def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
-    """The result of a shard whose files exist and match their checksums; otherwise None."""
+    """The result of a shard if its files exist and match their checksums; otherwise None."""
     try:
         result = json.loads(folder.read(f"{WORK}/{plan.name}.json"))
         tar = result["file"]  # "" for a shard without samples, which has no files
@@ -189,7 +197,8 @@ def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
 
 
 def reserve(folder: Folder, plans: Sequence[ShardPlan], options: Options) -> None:
-    """Create the folder for these plans, or accept one that was created for the same; else raises DataError."""
+    """Creates the folder for these plans, or accepts an existing folder that was created for the same plans. Raises
+    DataError if the folder has other contents or cannot be written."""
     file, plan = f"{WORK}/plan.json", _plan_hash(plans, options)
     try:
         with contextlib.suppress(FileNotFoundError):
