@@ -220,7 +220,7 @@ def _section_of(key: str) -> tuple[type, str, str]:
 
 
 def _suggestion(section: type, prefix: str, name: str) -> str:
-    """`; did you mean data.image_size?`, with a similar key of this section, or a key of another section with the same
+    """`; did you mean data.image_size?`, with a similar key of this section, or of another section with the same
     leaf."""
     leaf = name.rpartition(".")[2]
     same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
@@ -231,16 +231,14 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
 
 
 def _nearest_choice(raw: Any, type_: Any) -> str:
-    """`; did you mean bf16?` if one of a few texts was expected and `raw` is similar to one of them; otherwise
-    empty."""
+    """`; did you mean bf16?` if `raw` is similar to one of the texts that `type_` allows; otherwise empty."""
     is_choice = typing.get_origin(type_) is Literal and isinstance(raw, str)
     near = nearest(raw, map(str, typing.get_args(type_))) if is_choice else ""
     return f"; did you mean {near}?" if near else ""
 
 
 def convert(value: Any, type_: Any) -> Any:
-    """Convert a value from YAML to `type_`; a whole number such as 1e6 is also accepted as an int. Raises ValueError,
-    which describes the value, if it has another type."""
+    """Convert a value from YAML to `type_`; 1e6 is accepted as an int. Raises ValueError that describes the value."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):

@@ -44,7 +44,7 @@ class DataConfig:
     on_bad: Literal["budget", "strict"] = setting("budget", resume=Resume.FREE)
     """How a sample that cannot be used is handled: `budget` replaces and counts it, `strict` stops the run."""
     max_bad_fraction: float = setting(0.01, SHARE, Resume.FREE)
-    """`budget` stops the run once it has replaced more than this share of the images seen."""
+    """With `budget`, the run stops once more than this share of the images seen has been replaced."""
     retry_seconds: float = setting(300.0, resume=Resume.FREE)
     """Seconds for which a failing remote read is retried before its sample counts as bad."""
     stall_seconds: float = setting(10.0, POSITIVE, Resume.FREE)
@@ -73,16 +73,15 @@ class EditConfig:
     own: float = setting(0.3, SHARE)
     """Share of the samples whose source is their own picture, which must be reproduced."""
     none: float = setting(0.1, SHARE)
-    """Share of the samples without a source, generated from their text alone. The source of all other samples is the
-    picture of a sample with a near caption."""
+    """Share of the samples without a source, generated from their text alone. The remaining samples, neither `own` nor
+    `none`, have as their source the picture of a sample with a near caption."""
     words: int = setting(4, at_least(1))
     """Two captions are near when they differ in a single run of at most this many words."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and temperatures of the losses. An alignment term (losses/alignment.py) and its weight have the same
-    name."""
+    """Weights and temperatures of the losses. An alignment term (losses/alignment.py) and its weight share a name."""
 
     d_alignment: float = 1.0
     """Weight of D's InfoNCE between real pictures and their captions."""
@@ -125,10 +124,10 @@ class LossConfig:
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: R1 by finite differences, at any ZeRO
+    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: finite-difference R1, for any ZeRO
     stage."""
     penalty_weight: float = 0.05
-    """Weight of the penalty, on the squared gradient norm."""
+    """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
     """The penalty is computed every n-th step and weighted n times (StyleGAN2, sec. 3.1: lazy regularization)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
@@ -138,8 +137,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     generator_matrices: Literal["adamw", "muon"] = setting("adamw", resume=Resume.FIXED)
-    """Optimizer of the generator's matrices and kernels. AdamW always updates the generator's biases and text
-    encoder."""
+    """Optimizer of the generator's matrices and kernels. The generator's biases and text encoder always use AdamW."""
     generator_lr: float = setting(8e-4, POSITIVE)
     """Peak learning rate of the generator."""
     discriminator_lr: float = setting(8e-4, POSITIVE)
@@ -165,8 +163,7 @@ class OptimizerConfig:
     final_lr_scale: float = setting(0.0, SHARE)
     """Learning rates at the end, relative to their peak."""
     gradient_clipping: float = 0.0
-    """Largest global gradient norm; 0 turns clipping off. DeepSpeed always gets this value, because its own default is
-    1.0."""
+    """Largest global gradient norm; 0 turns clipping off. DeepSpeed always gets this value, as its default is 1.0."""
 
 
 @dataclass(frozen=True)
@@ -198,10 +195,9 @@ class TrainConfig:
     global_batch: int = setting(64, at_least(2))
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
-    """Seed of the initial weights, the order of samples, the choice of captions, noise and augmentation. All of these
-    depend only on the seed and the images seen."""
+    """Seed of weights, order, captions, noise and augmentation. All depend only on the seed and the images seen."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
-    """A step that takes longer than this counts as hung: the run names the rank and exits with status 77; 0 waits
+    """A step that takes longer counts as hung: the run names the hung rank and exits with status 77. 0 waits
     forever."""
 
 
@@ -214,8 +210,8 @@ class CheckpointConfig:
     keep_every_images: int = 0
     """Also keeps a checkpoint each time this many images have passed; 0 keeps only the newest."""
     mirror: str = ""
-    """Folder or URL (`s3://bucket/runs/mine`) to which a process next to rank 0 copies checkpoints, and from which a run can
-    be restored; empty: no mirror. Each run needs a separate mirror. Credentials come from the environment."""
+    """Folder or URL (`s3://bucket/runs/mine`) to which a process started by rank 0 copies checkpoints, and from which a
+    run can be restored; empty: no mirror. Each run needs its own mirror. Credentials come from the environment."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +233,7 @@ class EvalConfig:
     """Scores during training (see docs/evaluation.md)."""
 
     every_images: int = 0
-    """Images between two evaluations of the moving average on rank 0. The end is evaluated as well. 0: no
-    evaluation."""
+    """Images between two evaluations of the moving average by rank 0; the last is at the end. 0: no evaluation."""
     protocol: str = "quick"
     """Name of a protocol, or a .yaml file. Choose a small protocol, because training waits for the evaluation."""
     data: str = ""

@@ -84,7 +84,7 @@ def _sizes(config: Config) -> Iterator[Problem]:
 
 
 def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """The rules within a section: what its method `problems` yields, and what those of the sections within it yield."""
+    """The rules within a section: what its method `problems` yields, and the same for the sections within it."""
     for names, text in section.problems() if hasattr(section, "problems") else ():
         yield tuple(prefix + name for name in names), text
     for name, value in vars(section).items():

@@ -2,16 +2,15 @@
 
 A GAN needs two engines in one process, whose wrong use often gives wrong gradients without an error. The rules:
 
-* The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages. Since
-  `engine(...)` would also announce a new backward pass to ZeRO, `NetworkEngine.backward` makes this announcement.
-  Without the announcement, the gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed
-  0.19.8).
+* The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages.
+  `engine(...)` would announce a new backward pass to ZeRO; `NetworkEngine.backward` does this instead. Without the
+  announcement, the gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
 * While a network only takes part in the other network's loss, it is frozen. Otherwise its ZeRO hooks would collect the
   gradient of that loss.
-* There is one `backward` per micro-batch, so losses are summed first. A second `backward` would silently give wrong
-  gradients at stages 1 to 3.
+* There is one `backward` per micro-batch, so losses are summed first. A second one would silently be wrong at stages 1
+  to 3.
 
-The state is saved and restored as full fp32 tensors by parameter name, so a run can resume at any world size, stage or
+State is saved and restored as full fp32 tensors by parameter name, so runs resume at any world size, stage or
 precision.
 
 Undocumented parts of the libraries that this package uses (`tests/distributed/test_deepspeed_internals.py` tests each):
@@ -143,8 +142,7 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
 
 
 def effective_stage(stage: int, precision: str) -> int:
-    """The stage that is used: stage 1 instead of 0 in half precision, since DeepSpeed's stage 0 has fp32 masters only
-    without loss scaling."""
+    """In half precision, stage 1 replaces 0, because DeepSpeed's stage 0 has no loss scaling for its fp32 masters."""
     return 1 if stage == 0 and precision != "fp32" else stage
 
 
@@ -198,8 +196,7 @@ class NetworkEngine:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within this context no parameter gets a gradient: the network is only a function in the other network's
-        loss."""
+        """Within this context no parameter gets a gradient, while the other network's loss uses this network."""
         self.module.requires_grad_(False)
         try:
             yield
@@ -213,8 +210,8 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call this after each micro-batch's `backward`. The last call of a step updates the weights, at the peak rate
-        times `rate_scale`."""
+        """Call after each micro-batch's `backward`; a step's last call updates weights at the peak rate *
+        `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
         # Compute the norm of the global gradient, which DeepSpeed's stage 0 does not compute unless it clips.
@@ -248,16 +245,15 @@ class NetworkEngine:
         return self._zero if self.stage == 0 else self._zero.optimizer
 
     def _flat_masters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer updates: this rank's pieces of each parameter group, or at stage 0 the
-        parameters."""
+        """The fp32 tensors that the optimizer updates: this rank's pieces of each group; at stage 0, the parameters."""
         if self.stage == 0:
             return list(self._parameters.values())
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
-        """Create the moments now, so that they can be loaded from a checkpoint. The optimizer would create them in its
-        first step."""
+        """Create the moments now, for a checkpoint to be loaded into. The optimizer would create them in its first
+        step."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -283,8 +279,8 @@ class NetworkEngine:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()
             return Piece(parameter.ds_shape, first, offset, min(size, max(0, parameter.ds_numel - first)))
-        # Stages 1 and 2 split the concatenation of a group's parameters, so a rank may hold a part of a parameter, or
-        # nothing of it.
+        # Stages 1 and 2 split the concatenation of a group's parameters, so a rank may hold only a part of a parameter,
+        # or nothing.
         mapping = parameter._hp_mapping
         if mapping is None:
             return Piece(parameter.shape, 0, 0, 0)

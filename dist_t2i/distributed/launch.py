@@ -150,8 +150,8 @@ def _is_free(port: int) -> bool:
 
 
 def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
-    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it. This 1 is replaced by the rank's
-    # share of the cores, so that no cores are idle.
+    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it. This value is replaced by the rank's
+    # share of the cores.
     several = rank.local_world_size > 1
     default = several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
     if not env.get("OMP_NUM_THREADS") or default:
@@ -159,8 +159,8 @@ def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
     if not has_gpu(env):
         env.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it finds no accelerator
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo would use the address of this machine's name. Often there is no such address, or it is 127.0.1.1, which
-        # other machines cannot reach
+        # gloo would resolve this machine's name, which often fails or gives 127.0.1.1, which other machines cannot
+        # reach
         env["GLOO_SOCKET_IFNAME"] = interface
     binaries = str(Path(sys.executable).parent)  # not resolved, since a venv's python is a link to elsewhere
     if binaries not in env.get("PATH", "").split(os.pathsep):

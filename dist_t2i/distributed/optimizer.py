@@ -1,8 +1,8 @@
 """AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by
-the nearest matrix whose singular values are all equal, so that rare directions of the gradient count as much as the
-usual ones. A convolution's kernel counts as a matrix, of its outputs by all its other dimensions. The step is scaled to
+the nearest matrix whose singular values are all equal. Rare directions of the gradient then count as much as frequent
+directions. A convolution's kernel counts as a matrix, of its outputs by all its other dimensions. The step is scaled to
 the root mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that it can
 use AdamW's learning rate. Only a full matrix has these singular values, but under ZeRO a rank holds pieces of matrices
 (`Layout`). Each step is therefore computed from all ranks' pieces.
@@ -23,8 +23,7 @@ from dist_t2i.config.sections import OptimizerConfig
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024); iterated, they map singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
-"""Iterations in each of two parts. The second part computes X X' again, because the small values of X X' lose digits in
-the first part."""
+"""Iterations in each of two parts. The second computes X X' again, whose small values have lost digits in the first."""
 RMS = 0.2
 """Root mean square of a step at learning rate 1, close to AdamW's (Liu et al. 2025, eq. 4)."""
 
@@ -41,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces of parameters in one flat tensor; on every rank, of the same parameters in the same order."""
+    """The pieces of parameters in one flat tensor. All ranks have pieces of the same parameters, in the same order."""
 
     pieces: tuple[Piece, ...]
     spread: bool  # whether other ranks hold the rest of the parameters

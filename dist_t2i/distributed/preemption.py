@@ -13,7 +13,7 @@ What launchers do with signals (DeepSpeed 0.19.8, torch 2.13; `tests/distributed
   `StopFlag` notices that the launcher is gone. After a `kill -9` of the launcher, `deepspeed` exits with 0 in any case;
   only RUN/progress.json says how the run ended.
 * `torchrun` passes SIGTERM and SIGINT on, so a Ctrl-C reaches the ranks twice (hence `SAME_PRESS`). It sends SIGKILL
-  after 30 seconds and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send those to ranks.
+  after 30 seconds and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send these two to ranks.
 """
 
 from __future__ import annotations

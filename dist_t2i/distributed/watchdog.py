@@ -68,7 +68,7 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """Say that the run begins `what` at `images` seen, which may take `extra` seconds longer than a step.
+        """Say that the run begins `what`, at `images` seen, which may take `extra` seconds longer than a step.
 
         A silent rank gets no extra seconds.
         """
@@ -136,9 +136,8 @@ class Watchdog:
             return  # a long activity, and every rank is alive
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
-            if (
-                time.time() - read_json(self.folder / VERDICT).get("time", 0.0) >= self.seconds
-            ):  # no other rank reported
+            # Report only if no other rank has reported this hang already.
+            if time.time() - read_json(self.folder / VERDICT).get("time", 0.0) >= self.seconds:
                 write_atomic(self.folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
                 os.write(2, f"\n{describe(verdict)}\n".encode())
         self._end(ExitStatus.HUNG)

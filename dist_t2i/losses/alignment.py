@@ -20,7 +20,7 @@ class Negatives(NamedTuple):
     """Which pairs of rows are not contrasted with each other, and which other positions are further negatives."""
 
     same: Tensor  # bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives
-    positions: Tensor | None = None  # int64 [K, P]: other positions of region maps that are also negatives
+    positions: Tensor | None = None  # int64 [K, P]: other positions of region maps that are negatives, too
 
 
 def discriminator_terms(e: Embeddings, loss: LossConfig, negatives: Negatives) -> dict[str, Tensor]:

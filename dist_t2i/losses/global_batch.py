@@ -1,4 +1,4 @@
-"""The global batch for contrastive losses: the embeddings of all rows, of which only the rank's own rows carry a graph.
+"""The global batch for contrastive losses: the embeddings of all rows. Only a rank's own rows carry a graph.
 
 Each rank computes the same loss over all B rows; only the rows of its current micro-batch carry a graph. The gradients,
 summed over ranks and micro-batches, equal the gradients of the loss over the global batch. DeepSpeed averages them, so
@@ -38,8 +38,8 @@ def global_same_pairs(ids: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class GlobalRows:
-    """Embeddings of the B rows of a step. Row (a W + r) m + i is row i of the m rows that rank r of W has in
-    micro-batch a."""
+    """Embeddings of the B rows of a step. Row (a W + r) m + i is row i of the m rows of rank r of W in micro-batch
+    a."""
 
     def __init__(self, micro_batches: int):
         self.micro_batches, self.share = micro_batches, micro_batches * dist.get_world_size()

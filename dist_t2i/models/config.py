@@ -36,13 +36,12 @@ class GeneratorConfig:
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference, unless callers give another: below 1, pictures are more typical and less
+    """Factor on all noise at inference, unless callers give another. Below 1, pictures are more typical, less
     varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
-    """Channels of the maps of side 4, 8, 16, ... that are computed. A pixel shuffle turns the last map into the
-    picture."""
+    """Channels of the computed maps, of side 4, 8, 16, ... A pixel shuffle turns the last map into the picture."""
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     detail: int = 8
@@ -53,7 +52,7 @@ class GeneratorConfig:
     mostly of one of them, so that areas of one color in drawings come out flat. 0: no palette; the color of each pixel
     is computed directly, as photographs need."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
-    """Inverse temperature of the palette's softmax at inference. Above 1 it sharpens lines, which averaged weights
+    """Inverse temperature of the palette's softmax at inference. Above 1 it sharpens lines that averaged weights
     blur."""
     layout: int = 2048
     """Count of numbers that one matrix computes from the condition and adds to the map of a scale, as layout / size^2
@@ -99,16 +98,14 @@ class DiscriminatorConfig:
     embedding: int = setting(256, at_least(1))
     """Width of the alignment space, in which images and S_D sentences are compared."""
     condition: Literal["projection", "joint"] = "projection"
-    """How the adversarial branch reads S_D: `projection` (Miyato & Koyama 2018), or `joint`: a perceptron on S_D and
-    picture."""
+    """How the adversarial branch uses S_D: `projection` (Miyato & Koyama 2018), or `joint` (a perceptron on both)."""
     regions: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that are aligned position by position; empty: only whole pictures are aligned."""
     patches: int = 0
-    """Side, in positions, of the map that a patch head scores position by position, besides the picture; 0: no patch
-    head."""
+    """Side, in positions, of the map that a patch head scores, position by position; 0: only whole pictures are
+    scored."""
     words: int = 0
-    """Side, in positions, of the map that is aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are
-    aligned."""
+    """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""
 

@@ -41,8 +41,7 @@ class ConditionAugmentation(nn.Module):
         nn.init.zeros_(self.statistics.weight[condition:])
 
     def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sentence [B, E], noise [B, C] (standard normal; or 0, for the mean) -> condition, mean, log variance [B,
-        C]."""
+        """sentence [B, E], noise [B, C] (standard normal; 0 for the mean) -> condition, mean, log variance [B, C]."""
         mean, log_variance = self.statistics(sentence).chunk(2, dim=1)
         log_variance = log_variance.clamp(-8.0, 8.0)
         # Reparameterization, so that gradients reach mean and variance (StackGAN, sec. 3.2): c = mu + sigma * eps.
@@ -66,7 +65,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: a 1x1 convolution to the next scale's channels, while the map is small, then repetition of
+    """Doubles the side: a 1x1 convolution to the next scale's channels on the small map, then repetition of
     positions."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -94,8 +93,7 @@ class Layout(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Turns the last map into `outputs` values per pixel: convolution, pixel shuffle, and, if `detail` > 0, a
-    convolution."""
+    """Turns the last map into `outputs` values per pixel: convolution, pixel shuffle, a convolution if `detail` > 0."""
 
     def __init__(self, channels: int, detail: int, patch: int, outputs: int):
         super().__init__()
@@ -115,8 +113,7 @@ class PaletteMix(nn.Module):
     shares saturates, areas of one color in a drawing come out flat."""
 
     SHARPNESS = 3.0
-    """Inverse temperature of the softmax; above 1, so that at initialization each pixel already leans towards one
-    color."""
+    """Inverse temperature of the softmax; above 1, so that each pixel leans towards one color from the start."""
 
     def __init__(self, condition: int, colors: int, inference_sharpness: float = 1.0):
         super().__init__()
@@ -198,6 +195,6 @@ class Generator(nn.Module):
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """x [B, C, H, W], a scale's map before the blocks, updated from words [B, T, E], mask bool [B, T]; here
-        unchanged."""
+        """Updates x [B, C, H, W], a scale's map before the blocks, from words [B, T, E], mask bool [B, T]. Here:
+        no-op."""
         return x

@@ -55,7 +55,7 @@ class Convolution(nn.Conv2d):
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Gives outputs that become neighboring pixels the same initial weights, against checkerboards (Aitken et al.
+    """Gives outputs that become neighboring pixels equal initial weights, against checkerboards (Aitken et al.
     2017)."""
     first = layer.weight[:: patch**2]
     layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))

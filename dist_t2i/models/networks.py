@@ -109,7 +109,7 @@ def build_networks(
     generator_side = GeneratorSide(generator, encoder() if dual else None)
     discriminator_side = DiscriminatorSide(discriminator, encoder() if dual else None)
     shared = TextSide(encoder()) if text.mode == "shared" else None
-    if edit_width:  # built last, so that the random initial weights of the others do not depend on it
+    if edit_width:  # built last, so that it does not change the random numbers of the other networks
         generator_side.source = SourceEncoder(edit_width, model.generator.channels, image_size, width)
     return Networks(generator_side, discriminator_side, shared, frozen)
 

@@ -27,8 +27,7 @@ from dist_t2i.models.text_encoder import TextEmbedding
 
 
 class SourceGuide:
-    """The encoded sources of a batch. Generators call `add` before the blocks of every scale, and `blend` at the
-    end."""
+    """The encoded sources of a batch. Generators call `add` before every scale's blocks, and `blend` at the end."""
 
     def __init__(self, repainted: Tensor, given: Tensor | None, maps: dict[int, Tensor], keep: nn.Module):
         self._repainted, self._maps, self._keep = repainted, maps, keep
@@ -68,8 +67,7 @@ class Repaint(nn.Module):
 
     PAINTS, WIDTH = 8, 48
     UNPAINTED = 6.0
-    """Logit of leaving a pixel as it is. The initial logits of the paints are near 0, so that at first almost nothing
-    is repainted."""
+    """Logit of leaving a pixel as it is. The paints' logits begin near 0, so at first almost nothing is repainted."""
 
     def __init__(self, channels: int, text_width: int, patch: int):
         super().__init__()
@@ -105,8 +103,7 @@ def _pixel_norm(x: Tensor) -> Tensor:
 
 
 class SourceEncoder(nn.Module):
-    """Encodes source pictures and captions into a `SourceGuide` for a generator with `channels` (coarsest scale
-    first)."""
+    """Encodes source pictures and captions into a `SourceGuide`, for generators with `channels` (coarsest first)."""
 
     def __init__(self, width: int, channels: Sequence[int], image_size: int, text_width: int):
         super().__init__()

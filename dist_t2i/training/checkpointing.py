@@ -50,14 +50,12 @@ class Checkpointer:
     mirror: Mirror
     watchdog: Watchdog
     _scores: dict[str, Any] | None = None
-    """State of the validation. A run that does not validate copies this state unchanged from checkpoint to checkpoint,
-    so that retention still keeps the best checkpoint."""
+    """State of the validation. A run without validation copies the state of the last checkpoint."""
     _failures: int = 0  # failed saves since the last success; like `_retry_at`, the same on every rank
     _retry_at: int = -1
 
     def restore(self) -> int:
-        """Load the latest checkpoint on every rank; returns its number of images seen, or 0 if there is no checkpoint.
-        Collective."""
+        """Load the latest checkpoint on every rank; returns its images seen, or 0 without a checkpoint. Collective."""
         if self.latest is None:
             return 0
         tensors, state = self.latest.tensors, self.latest.state
@@ -109,8 +107,8 @@ class Checkpointer:
     def _write(
         self, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], patience: float
     ) -> tuple[Path | None, str]:
-        """Returns the checkpoint's folder, or None and what the problem is. With `patience` above 0, a failed save is
-        retried for that many seconds before CheckpointError is raised."""
+        """Returns the checkpoint's folder, or None and the problem. With `patience`, a failed save is instead retried
+        for that many seconds, and then raises CheckpointError."""
         assert self.lease is not None
         keep = Retention(self.config.keep_last, self.config.keep_every_images)
         deadline, warned = time.monotonic() + patience, False

@@ -1,5 +1,4 @@
-"""The moving average of the weights of the generator and of a shared text encoder; pictures are generated with these
-averaged weights."""
+"""The moving average of the weights of the generator and of a shared text encoder, used to generate pictures."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class Average:
         }
 
     def update(self, engines: Iterable[NetworkEngine], images: int) -> None:
-        """Update the averages after the step that ends at `images` seen. Collective: ZeRO stage 3 gathers the weights
-        on every rank."""
+        """Update after the step that ends at `images` seen. Collective: ZeRO stage 3 gathers weights on every rank."""
         decay = ema_decay(self._batch, images, self._config.half_life_images, self._config.ramp)
         for engine in engines:
             if engine.name in ("generator", "text"):
@@ -56,8 +54,7 @@ class Average:
     def generate(
         self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, *pictures: Tensor
     ) -> Tensor:
-        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. The inputs are those of
-        `GeneratorSide.forward`."""
+        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. For the inputs see `GeneratorSide.forward`."""
         tokens, lengths = tokens.to(self._device), lengths.to(self._device)
         encoder = self._modules.get("text", self._frozen)
         text = encoder(tokens, lengths) if encoder is not None else None

@@ -128,8 +128,7 @@ class Gan:
             rows.put(micro.index, self._embed_real(micro))
 
         for micro in micros:
-            # Fakes [m, 3, H, W] from S_G. Their graph is kept only if G's step will backpropagate through it, which
-            # needs a single micro-batch.
+            # Fakes [m, 3, H, W] from S_G. The graph is kept only if G's step will backpropagate through it.
             with torch.set_grad_enabled(single):
                 self._generate(micro)
 
@@ -178,8 +177,7 @@ class Gan:
     def _penalty(
         self, kind: str, d: Discriminator, micro: MicroBatch, real: Tensor, features: Features, sentence: Tensor
     ) -> Tensor:
-        """The penalty on real pictures with their captions. S_D is a constant in the penalty, so that only D gets a
-        gradient from it."""
+        """The penalty on real pictures with their captions. S_D is a constant here, so only D gets its gradient."""
         if kind == "none":
             return real.new_zeros((), dtype=torch.float32)
         if kind == "r1":
@@ -222,15 +220,13 @@ class Gan:
         """Update G and S_G; `real` holds the embeddings that D's step computed. D is not updated here."""
         fakes, single = GlobalRows(len(micros)), len(micros) == 1
         with self.discriminator.frozen():
-            # With several micro-batches: first embed all fakes of D's step without gradients, for the losses over the
-            # global batch.
+            # With several micro-batches: embed all fakes without gradients first, for losses over the global batch.
             for micro in [] if single else micros:
                 with torch.no_grad():
                     fakes.put(micro.index, self._discriminate_fakes(micro)[1])
 
             for micro in micros:
-                # Generate the fakes of D's step again, now with a graph. They are the same, because G has not changed
-                # since then.
+                # Generate the same fakes as in D's step again, now with a graph; G has not changed since then.
                 if not single:
                     self._generate(micro)
                 logits, embeddings = self._discriminate_fakes(micro)
@@ -350,8 +346,7 @@ def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms by the names of their metrics, and the weighted sum of the terms. A term and its weight have the same
-    name."""
+    """The terms by metric name, and the weighted sum of the terms. A term and its weight have the same name."""
     named = {f"loss/{name}": value for name, value in alignment.items()}
     return named, sum(getattr(weights, name) * value for name, value in alignment.items())
 

@@ -84,8 +84,7 @@ _SIGNS = {
 
 @dataclass
 class Health:
-    """Warns once of each sign of collapse. Its state is not saved in checkpoints, because it affects nothing but
-    warnings."""
+    """Warns once of each sign of collapse. Checkpoints do not hold its state, which affects only warnings."""
 
     patience_images: int = 20_000  # images for which a sign must hold before the warning
     _since: dict[str, int] = field(default_factory=dict)

@@ -26,7 +26,7 @@ class RowNoise(NamedTuple):
 
 
 def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise:
-    """The random numbers of the rows at stream `positions` (int64 [B]). `widths` has Z and C."""
+    """The random numbers of the rows at stream `positions` (int64 [B]). `widths` gives Z and C."""
     normal = torch.empty(len(positions), widths.noise + widths.condition)
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     for row, generator in enumerate(_generators(seed, positions, Purpose.TRAINING_NOISE)):

@@ -1,5 +1,4 @@
-"""Builds the parts of a run. Only this module of the package takes the full configuration; others take sections of
-it."""
+"""Builds the parts of a run. Only this module of the package takes the full configuration; others take sections."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The training loop. The images seen determine what is due (a report, a save, ...), so the loop needs no other
-state."""
+"""The training loop. The images seen determine what is due (reports, saves, ...), so the loop has no other state."""
 
 from __future__ import annotations
 
@@ -96,8 +95,7 @@ class Trainer:
         self.reporter.tick(self.images)
 
     def _agree(self, stop: StopFlag) -> StopReason:
-        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process has taken
-        over."""
+        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process took over."""
         lease = self.checkpointer.lease
         if lease is not None and lease.lost():
             stop.supersede()
@@ -175,14 +173,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """On leaving, ends the loader's workers and gives the lease back; the reporter's last message is the error, if
-        any."""
+        """At the end, stops the loader's workers and gives the lease back; the reporter's last message is any error."""
         try:
             yield
         except BaseException as error:
-            if not isinstance(
-                error, Superseded
-            ):  # then the folder belongs to another process: nothing is written into it
+            if not isinstance(error, Superseded):  # a superseded process must not write into the run's folder
                 message = "" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 self.reporter.close("failed", message)
             self.mirror.close()

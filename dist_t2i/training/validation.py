@@ -82,8 +82,8 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """Score weights (fp32, by name as in checkpoints) as `eval/SPLIT/SCORE` -> value; also writes
-        RUN/evaluations."""
+        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints); also writes a scores
+        file."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
@@ -98,8 +98,7 @@ class Validation:
         return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
 
     def due(self, images: int) -> bool:
-        """Whether an evaluation is due at `images` seen. A run that is resumed right after an evaluation does not
-        repeat it."""
+        """Whether an evaluation is due at `images` seen. A run resumed right after an evaluation does not repeat it."""
         passed = passes(self.config.every_images, images, self.train.global_batch)
         return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
