@@ -30,12 +30,12 @@ class Arm:
     claim: str = ""
     """Hypothesis about this arm, in words. It is tested by whether the reference scores better than this arm."""
     note: str = ""
-    """What a reader must know about this comparison."""
+    """Remark about this comparison for the readers of the report."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An ablation."""
+    """The plan of one ablation."""
 
     name: str = ""
     base: str = ""
@@ -159,7 +159,7 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
 
 
 def _contradictions(plan: Plan) -> list[str]:
-    from dist_t2i.ablation import scoring  # imports torch
+    from dist_t2i.ablation import scoring  # imported here, because it imports torch
 
     problems = []
     if not plan.base:

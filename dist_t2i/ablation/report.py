@@ -69,7 +69,7 @@ class Findings:
 
     @cached_property
     def comparisons(self) -> list[Difference]:
-        """Every measure for every arm except the reference."""
+        """The difference between the reference and every other arm, for every measure."""
         plan = self.plan
         deciding = sum(key in plan.decides for key in {m.key for m in self.measures}) * len(plan.others)
         return [difference(m, arm, plan.reference, deciding) for m in self.measures for arm in plan.others]

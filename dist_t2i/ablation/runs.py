@@ -61,7 +61,7 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
             continue
         try:
             saved = config_files.load(run / "config.yaml")
-            if config.engine.precision == "auto":  # a run saves the precision that `auto` chose
+            if config.engine.precision == "auto":  # a run saves the precision that `auto` chose: no change
                 config = replace(config, engine=replace(config.engine, precision=saved.engine.precision))
             refuse_changes(saved, config)
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The scores of an ablation's runs, cached: by an independent feature network, and by the model itself.
+"""Scores the runs of an ablation by an independent feature network and by the models themselves; caches the scores.
 
 OUT/features/HASH.safetensors      features of pictures, by the hash of their pixels
 OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything they depend on
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "ablation.json"
 OWN = "_own"
-"""Suffix of the keys of scores that the model's own D and S_D give."""
+"""Suffix of the keys of scores by the model's own D and S_D."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RunScorer:
             }
         started = time.monotonic()
         result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.networks)
-        scores = json.loads(json.dumps(result.as_json()))  # gives the types that the cache returns
+        scores = json.loads(json.dumps(result.as_json()))  # the types are then the same as from the cache
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
         write_atomic(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")

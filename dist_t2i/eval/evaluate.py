@@ -46,7 +46,7 @@ def evaluate(
     selections: Mapping[str, Selection] | None = None,
     cache: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Scores:
-    """Scores a model on the held-out splits of a set; every rank gets the scores. Collective.
+    """Scores a model on the held-out splits of a set. Collective: all ranks call this function and get the scores.
 
     `networks` and `selections` default to the results of `load_networks` and `select_all`. Metrics whose network is not
     in `networks` are left out and listed in the manifest. `cache` maps each split to a dictionary, empty at first,

@@ -31,7 +31,7 @@ _COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "random": references.random,
 }
 """Name of a copy -> function that makes the intact or degraded copy. Its arguments are the real pictures and the index
-of the first of them, which seeds random noise."""
+of the first of them; this index seeds random noise."""
 _NEEDED = {
     "kid": ("real", "mirrored", "shrunk", "blurred", "noisy", "random"),
     "retrieval": ("real", "mirrored", "shrunk", "random"),
@@ -155,7 +155,7 @@ def _real_chunk(
 def _fake_chunk(
     model: TextToImage, captions: Sequence[Sequence[str]], protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Luma and features of the pictures generated for captions [J][n]: [n, S, ...]."""
+    """Mean luma and features, each [n, S, ...], of the pictures generated for captions [J][n]."""
     parts: dict[str, list[Tensor]] = {}
     for seed in protocol.seeds:
         for column in captions:

@@ -26,7 +26,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     than subsets. Features are scaled to length sqrt(D) unless `scaled` is False. Inception features have about this
     length anyway. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling the same degradation
     would give a ninth of the value. The value may be negative for similar sets. It is even lower if both sets contain
-    the same pictures, because these are then compared with their copies.
+    the same pictures, because each of these is then compared with its copy.
     """
     a, b = _kernel_rows(a, b, scaled)
     within = sum(off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b))
@@ -74,10 +74,10 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    torch-fidelity computes the reported values. This function also takes weights [N] and [M], and it is faster if there
-    are fewer rows than columns: the trace of the root of a product of covariances A'A B'B is then computed as the sum
-    of the singular values of AB'. The distance grows as the number of pictures falls, so it is comparable only between
-    equal numbers of pictures.
+    torch-fidelity computes the reported values. This function also takes weights [N] and [M]. It is faster if there are
+    fewer rows than columns, because the trace of the root of a product of covariances A'A B'B is the sum of the
+    singular values of AB'. The distance grows as the number of pictures falls, so it is comparable only between equal
+    numbers of pictures.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -110,7 +110,8 @@ def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
 
 
 def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
-    """1 where a query [N, D] is no farther from some row [M, D] than that row's k-th nearest other row: float64 [N].
+    """1 if a query [N, D] is as near to some row [M, D] as this row's k-th nearest other row is, or nearer: float64
+    [N].
 
     Kynkaanniemi et al. 2019, sec. 3: precision is the mean over generated pictures as queries and real pictures as
     rows; for recall, the roles are exchanged. The result equals torch-fidelity's.
@@ -227,7 +228,7 @@ def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: i
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of each resample: float64 [R].
 
-    `values` [N] has one value per column of `weights` [R, N], or those of N/M seeds in turn for weights [R, M].
+    `values` [N] are of N captions for weights [R, N], or of M captions for each of N/M seeds for weights [R, M].
     """
     per_caption = values.double().reshape(-1, weights.shape[1]).mean(0)
     return weights.double() @ per_caption / weights.double().sum(1)
@@ -236,7 +237,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Normal interval around `value` with the spread of the resampled values [R].
 
-    For metrics that depend on the number of different pictures: a resample has fewer, which biases its values.
+    For metrics that depend on how many pictures differ: a resample repeats pictures, so its values are biased.
     """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach

@@ -82,11 +82,11 @@ class Protocol:
     kid_subset_size: int = 1_000
     """Maximum number of pictures in each of these random subsets."""
     inception_splits: int = 10
-    """Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
+    """Number of parts over which the Inception Score is averaged (Salimans et al. 2016)."""
     resamples: int = 1_000
-    """Bootstrap resamples for the intervals."""
+    """Number of bootstrap resamples for the intervals."""
     costly_resamples: int = 20
-    """Bootstrap resamples for metrics that take seconds per resample, such as the Frechet distance."""
+    """Number of bootstrap resamples for metrics that take seconds per resample, such as the Frechet distance."""
 
     @property
     def sha256(self) -> str:
@@ -126,7 +126,7 @@ def captions_sha256(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
 
 
 def captions_text(captions: Mapping[str, Iterable[tuple[str, str]]]) -> str:
-    """A list of captions as a file: `split <tab> key <tab> caption` per line, white space in captions normalized."""
+    """The text of a file with these captions: `split <tab> key <tab> caption` per line, with white space normalized."""
     rows = ((split, key, " ".join(caption.split())) for split, pairs in captions.items() for key, caption in pairs)
     return "".join("\t".join(row) + "\n" for row in rows)
 

@@ -15,7 +15,7 @@ from dist_t2i.utils.seeds import Purpose, mix
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Left and right exchanged: other pixels with the same content, so close to the best that a generator can reach."""
+    """Left and right exchanged. The content is the same, so scores are close to the best that a generator can reach."""
     return images.flip(-1)
 
 

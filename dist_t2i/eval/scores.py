@@ -30,7 +30,7 @@ class Score:
     better: str
     """`higher` or `lower`."""
     floor: Mapping[str, float] = field(default_factory=dict)
-    """Reference values at the low end of the scale, which are the best values of a distance: description -> value."""
+    """Reference values at the low end of the scale (for a distance, the good end): description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
     network: str = ""
     """The feature network, by its key in the manifest's `judges`; "" for a metric that needs none."""
@@ -106,7 +106,7 @@ def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """A scores.json for a terminal: each score with its floor and ceiling below it."""
+    """A scores.json as text for a terminal: each score, with its floor and ceiling below it."""
     lines: list[str] = []
     for split, pictures, cells in rows(scores):
         lines.append(f"{split}: {pictures:,} held-out pictures" + ("" if lines else ", 95% intervals in brackets"))

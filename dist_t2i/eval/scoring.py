@@ -27,7 +27,7 @@ _NAMES = {
 }
 _HALVES = "one half of the real pictures against the other"
 _PARTS = {"retrieval": ("recall-at-1", "recall-at-5"), "precision-recall": ("precision", "recall")}
-"""Metrics that give several scores."""
+"""Metric -> its scores, for metrics that give several scores."""
 Ends = dict[str, float]
 """One end of a scale: description -> value."""
 
@@ -134,7 +134,7 @@ def kid_scores(case: Case) -> list[Score]:
     resamples = [metrics.kid_resamples(fake, real, case.weights, scaled=scaled) for fake in fakes]
     resampled = torch.stack(resamples).mean(0)
     interval = metrics.interval(resampled) if scaled else metrics.around(value, resampled)
-    halvings = [random_halves(real, seed) for seed in range(20 if scaled else 1)]  # subsets are costly
+    halvings = [random_halves(real, seed) for seed in range(20 if scaled else 1)]  # KID over subsets is slow
     floor = {_HALVES: sum(distance(*halves) for halves in halvings) / len(halvings)}
     floor |= case.ends(lambda copy: distance(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: distance(copy, real), "noisy", "blurred", "shrunk", "random")
@@ -186,7 +186,7 @@ def inception_scores(case: Case) -> list[Score]:
 
 
 def precision_recall_scores(case: Case) -> list[Score]:
-    """Precision and recall, averaged over seeds; each seed has as many generated pictures as there are real ones."""
+    """Precision and recall, averaged over seeds; each seed has as many generated as real pictures."""
     k, real, random = case.protocol.neighbours, case.real, case.features.real["random"]
     precise = torch.stack([metrics.in_manifold(fake, real, k) for fake in case.features.fake])
     recalled = torch.stack([metrics.in_manifold(real, fake, k) for fake in case.features.fake])

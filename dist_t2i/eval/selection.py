@@ -44,7 +44,7 @@ class Selection:
             return self.pictures[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
-        except PictureError as error:  # without the picture, the protocol would be a different one
+        except PictureError as error:  # skipping the picture would change what is scored
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
 
     def loaded(self, size: int) -> Selection:
@@ -53,7 +53,8 @@ class Selection:
 
 
 def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
-    """The splits that a protocol evaluates. Raises UserError when the set lacks one, or has no held-out split."""
+    """The splits that a protocol evaluates. Raises UserError when the set lacks one of them, or has no held-out
+    split."""
     splits = protocol.splits or tuple(name for name in data.splits if name.startswith("test"))
     missing = [name for name in splits if name not in data.splits]
     if missing or not splits:
@@ -93,7 +94,7 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:
-    """Whether a set has pictures with all keys that a protocol lists."""
+    """Whether a set has all pictures that a protocol lists, judged by their keys."""
     if not set(protocol.splits) <= set(data.splits):
         return False
     listed = protocol.listed()

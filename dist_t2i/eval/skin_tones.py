@@ -14,7 +14,10 @@ _TONE = re.compile(rf"(?<![\w-])({'|'.join(TONES)}) skin tone")
 
 
 def split_tone(caption: str) -> tuple[str, str, str] | None:
-    """Splits "man vampire medium-dark skin tone" into ("man vampire ", "medium-dark", ""); None without one tone."""
+    """Splits "man vampire medium-dark skin tone" into ("man vampire ", "medium-dark", "").
+
+    Returns None unless the caption names exactly one tone.
+    """
     tones = _TONE.findall(caption)
     if len(tones) != 1 or caption.count("skin tone") != 1:
         return None

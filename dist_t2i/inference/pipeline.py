@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from dist_t2i.models.source_encoder import SourceEncoder
 
 CHUNK = 16
-"""Rows that a GPU computes at a time."""
+"""Number of rows that a GPU computes at a time."""
 
 
 class PromptError(UserError, ValueError):
-    """An argument that cannot be used, with what to pass instead."""
+    """An argument cannot be used; the message says what to pass instead."""
 
 
 class PromptWarning(UserWarning):
@@ -203,7 +203,8 @@ class TextToImage:
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         """Cosines (-1 to 1) of each image and each text in the alignment space, float32 [images, texts].
 
-        The model (its D and S_D) scores its own images here: this is no independent evaluation. Raises PromptError.
+        The model (its D and S_D) scores its own images here, so this is not an independent evaluation. Raises
+        PromptError.
         """
         return self.embed_image(images) @ self.embed_aligned(texts).T
 

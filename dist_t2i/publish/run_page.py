@@ -29,7 +29,7 @@ _GRIDS = 12  # at most this many sample grids are shown, evenly spread over the 
 def write_page(
     run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
 ) -> Path:
-    """Write RUN/report/index.html; returns its path. `scores` is from a scores.json; `command` reproduces the run."""
+    """Write RUN/report/index.html; returns its path. `scores` is a read scores.json; `command` reproduces the run."""
     facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     about = SetAbout.of(model.files)

@@ -105,7 +105,7 @@ def many_shards(one: Path, count: int) -> Path:
 
 
 def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Share of the epoch to start after -> seconds to the first batch, per round. The order rotates with the rounds."""
+    """Share of the epoch that is skipped -> seconds to the first batch, per round. Each round rotates the order."""
     seconds: dict[str, list[float]] = {"0%": [], "10%": [], "90%": []}
     for number in range(rounds):
         for share in list(seconds)[number % 3 :] + list(seconds)[: number % 3]:

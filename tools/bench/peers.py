@@ -87,7 +87,7 @@ def dist_t2i(location: Location, decode: Decode) -> Batches:
 
 
 def webdataset(location: Location, decode: Decode) -> Batches:
-    """Reads S3 through signed URLs and curl, which needs no AWS command line."""
+    """Reads S3 through signed URLs and curl, so that the AWS command line is not needed."""
     import webdataset as wds
 
     urls = sorted(str(path) for path in Path(location.folder, "set").glob("train-*.tar"))
@@ -150,8 +150,8 @@ def mds(location: Location, decode: Decode) -> Batches:
 
 
 def replace_torchvision() -> None:
-    """If torchvision does not load (its wheel needs a CUDA build of torch), replaces it with the names that
-    mosaicml-streaming imports from it and never calls."""
+    """If torchvision does not load (its wheel needs a CUDA build of torch), replaces it with placeholders for the names
+    that mosaicml-streaming imports from it but never calls."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):

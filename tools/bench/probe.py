@@ -1,4 +1,4 @@
-"""Measures one loader in a separate process: `python -m tools.bench.probe` with a JSON order on stdin."""
+"""Measures one loader in a separate process: `python -m tools.bench.probe`, which reads a JSON order from stdin."""
 
 from __future__ import annotations
 

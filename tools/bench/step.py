@@ -24,7 +24,7 @@ sys.path[0] = str(ROOT)
 
 
 def main() -> int:
-    """Start the ranks of each table, print the tables."""
+    """Start the ranks for each table, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes, which share the cores")

@@ -74,7 +74,7 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
             warnings.simplefilter("ignore")
             model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types
+    except Exception as error:  # transformers raises errors of many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: not a CLIP model ({reason}); {_REMEDY}") from None
     model, side, width = model.to(device), model.config.vision_config.image_size, model.config.projection_dim
@@ -97,6 +97,6 @@ def _folder(location: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(location, allow_patterns=["*.json", "merges.txt", *_FILES]))
-    except Exception as error:  # the hub's client raises many types
+    except Exception as error:  # the hub's client raises errors of many types
         problem = f"CLIP cannot be had from the Hugging Face hub as {location} ({' '.join(str(error).split())[:160]})"
         raise UserError(f"{problem}; download its folder elsewhere and {_REMEDY}") from None

@@ -62,7 +62,7 @@ class FeatureNetwork:
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to vectors [N, width] in the space of the pictures' vectors."""
     scaled: bool = True
-    """Whether the kernel distance scales features to one length, see `metrics.kid`."""
+    """Whether the kernel distance scales all features to the same length (see `metrics.kid`)."""
 
     def called(self, metric: str) -> str:
         """The name of a metric with this network: the published name only if this network defines the metric."""
@@ -107,7 +107,7 @@ def load_features(
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module, function, *arguments = _LOADERS[key]
-    with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
+    with torch.random.fork_rng(devices=[]):  # because constructors sample initial weights
         return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights, *arguments)
 
 

@@ -1,6 +1,6 @@
 """Ways to resize pictures for a feature network. Scores depend on the resizing, so the network's name includes it.
 
-Each function takes float32 [B, 3, H, W] in 0 to 255 and a side in pixels, and returns [B, 3, side, side].
+Each function takes float32 [B, 3, H, W] with values from 0 to 255 and a side in pixels, and returns [B, 3, side, side].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
 
 
 def clean(pixels: Tensor, side: int) -> Tensor:
-    """As clean-fid: Pillow's antialiased bicubic in floats, clamped, not rounded (Parmar et al. 2022, sec. 3).
+    """clean-fid's resizing: Pillow's antialiased bicubic in floats, clamped, not rounded (Parmar et al. 2022, sec. 3).
 
     torch has the same filter (a = -0.5 with antialiasing); its results equal Pillow's within 1e-3 of a gray level.
     """
@@ -27,7 +27,7 @@ def clean(pixels: Tensor, side: int) -> Tensor:
 
 
 def legacy(pixels: Tensor, side: int) -> Tensor:
-    """As in the original FID: TensorFlow 1's bilinear interpolation without antialiasing, by torch-fidelity."""
+    """The original FID's resizing: TensorFlow 1's bilinear interpolation without antialiasing, by torch-fidelity."""
     module = torch_fidelity("interpolate_compat_tensorflow")
     return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(side, side), align_corners=False)
 

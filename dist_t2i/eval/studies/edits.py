@@ -2,8 +2,8 @@
 
 In a set of drawings with systematic names, many edits have a true target, such as the same role in another skin tone.
 Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers are
-compared in the same way: the source *copied*, and a picture generated from *scratch* by the text-to-image model that
-the training for edits started from. Targets are held out, and so are the sources of tone changes. The sources of gender
+compared in the same way: the source *copied*, and a picture generated from *scratch* by the text-to-image model from
+which training for edits started. Targets are held out, and so are the sources of tone changes. The sources of gender
 changes may be training pictures.
 """
 
@@ -43,7 +43,7 @@ SKIN = 24
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """The rules; fields that exist also in `protocol.Protocol` have the same meaning."""
+    """The rules. Fields that are also in `protocol.Protocol` have the same meaning as there."""
 
     name: str = "edits"
     version: int = 1
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """The cases of one kind with all answers to them."""
+    """The cases of one kind of edit, with the model's answers and the trivial answers."""
 
     cases: Sequence[Case]
     pictures: Mapping[str, Tensor]
@@ -77,7 +77,7 @@ class Answers:
     protocol: EditProtocol
 
     def each(self, function: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """`function` of the name of every answer."""
+        """Name of an answer -> what `function` returns for this name."""
         return {name: function(name) for name in ("edit", *TRIVIAL)}
 
     def pixel_distance(self, name: str) -> Tensor:

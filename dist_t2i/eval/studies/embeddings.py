@@ -6,7 +6,7 @@ splits, a fifth of the captions, selected by their hash, is held out. The probed
 * *skin tone*: of captions that name exactly one tone;
 * *gender*: of captions whose words for persons are all male, all female, or all without gender;
 * *object*: in sets with skin tones, the role without tone and gender ("pilot"). Held-out captions combine a role with a
-  tone that it never had in training. In other sets, the frequent word of captions that contain exactly one.
+  tone that it never had in training. In other sets, the frequent word of captions that contain exactly one such word.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Study:
-    """All results."""
+    """All results of the study."""
 
     names: tuple[str, ...]
     """The model's embeddings: S_G and S_D, or its only embedding."""
