@@ -110,8 +110,7 @@ def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
 
 
 def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
-    """1 if a query [N, D] is as near to some row [M, D] as this row's k-th nearest other row is, or nearer: float64
-    [N].
+    """1 if a query [N, D] is at least as near to some row [M, D] as that row's k-th nearest other row: float64 [N].
 
     Kynkaanniemi et al. 2019, sec. 3: precision is the mean over generated pictures as queries and real pictures as
     rows; for recall, the roles are exchanged. The result equals torch-fidelity's.

@@ -55,8 +55,7 @@ class FrozenEncoder:
     """A frozen text encoder as data, which an export stores and from which `build` makes a module."""
 
     about: dict[str, Any]
-    """A value for JSON: `{"kind": "table"}`, or `{"kind": "encoder", "text": {...}, "vocab_size": n, "max_tokens":
-    n}`."""
+    """JSON value: `{"kind": "table"}`, or `{"kind": "encoder", "text": {...}, "vocab_size": n, "max_tokens": n}`."""
     tensors: dict[str, Tensor]
     """A table's `vectors`, `tokens` and `lengths`, or an encoder's parameters."""
     file: Path
@@ -125,8 +124,7 @@ def read_model(path: str | Path, *, ema: bool = True) -> ModelFiles:
 
 
 def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> ModelFiles:
-    """Reads a run's checkpoint in the folder `checkpoint`, by default the newest intact checkpoint. Raises
-    UserError."""
+    """Reads a run's checkpoint in the folder `checkpoint` (default: the newest intact checkpoint). Raises UserError."""
     config = config_files.load(run / CONFIG)
     if checkpoint is None:
         saved = store.load_latest(run, warn=lambda message: warnings.warn(message, stacklevel=4))

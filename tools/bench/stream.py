@@ -10,8 +10,8 @@
 Every loader runs in a separate process and reads the same 640x480 JPEGs, shuffled, in batches of 64 at 256 px. The
 loaders take turns within each round, so that other programs disturb all of them alike. In table 1, all loaders use the
 same fast decoder. In table 2, each peer decodes as its documentation shows, but with Pillow, as on machines where
-torchvision does not load. There, energon decodes before its shuffle buffer, as it does by default. This project's
-stream has only one decoder, and it also tokenizes.
+torchvision does not load. In this table, energon decodes before its shuffle buffer, as it does by default. This
+project's stream has only one decoder, and it also tokenizes.
 
 The columns are medians over the rounds: images/s after the first batch; this speed relative to the fastest peer and to
 the bare decoder on as many processes (medians of the ratios within a round); seconds to the first batch, with imports
