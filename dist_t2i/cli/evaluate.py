@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
-    """Writes the scores to a file and prints them. Collective; a UserError is raised on all ranks."""
+    """Writes the scores to a file and prints them. All ranks must call it, and a UserError is raised on all ranks."""
     from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
     from dist_t2i.eval.scores import table
 

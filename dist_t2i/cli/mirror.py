@@ -1,7 +1,7 @@
 """Read a mirror of checkpoints by hand.
 
 python tools/mirror.py look URL                    prints which run the mirror belongs to and its checkpoints
-python tools/mirror.py fetch URL IMAGES FOLDER     copies the checkpoint at IMAGES seen and compares its checksums
+python tools/mirror.py fetch URL IMAGES FOLDER     copies the checkpoint after IMAGES images and verifies its checksums
 
 The answer is one line of JSON, which docs/checkpoints.md describes.
 """

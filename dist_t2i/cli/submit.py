@@ -7,7 +7,7 @@ python tools/submit.py cancel RUN
 python tools/submit.py resume RUN [--nodes 2]
 
 Configuration, data and profile are checked before anything is queued. After a time limit, a preemption or a failure the
-job is queued again and resumes from its last checkpoint: docs/preemption.md. Every command has its own --help.
+job is queued again and resumes from its last checkpoint (see docs/preemption.md). Every command has its own --help.
 """
 
 from __future__ import annotations

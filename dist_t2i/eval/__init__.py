@@ -1,1 +1,1 @@
-"""Evaluation: feature networks, metrics (pure functions), and the frozen protocols that join them."""
+"""Evaluation: feature networks, metrics (pure functions), and the frozen protocols that combine them."""

@@ -86,7 +86,7 @@ def evaluate(
 
 
 def select_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Selection]:
-    """Selects the pictures and captions of each of the protocol's splits. Collective. Raises UserError."""
+    """Selects the pictures and captions of each split. Collective: all ranks must call it. Raises UserError."""
     splits = ranks.all(lambda: splits_of(data, protocol))
     return {split: select(data, split, protocol, ranks) for split in splits}
 

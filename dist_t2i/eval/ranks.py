@@ -2,7 +2,7 @@
 
 Rows are divided into chunks of a fixed size, and the ranks share the chunks. A feature network therefore sees the same
 batches on any number of ranks: features are bitwise equal on one rank and on four (with the same number of threads).
-"Collective" marks functions that all ranks must call.
+All ranks must call the functions that are marked "Collective".
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Ranks:
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
         """On rank 0, concatenates the tensors that `compute` returns for all chunks (rows first); {} on other ranks.
 
-        Collective. A UserError on any rank is raised on all ranks, and rank 0 prints it.
+        Collective: all ranks must call it. A UserError on any rank is raised on all ranks, and rank 0 prints it.
         """
         parts = self.map(rows, compute, to_all=False)
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

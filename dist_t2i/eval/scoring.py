@@ -215,7 +215,7 @@ def retrieval_scores(case: Case) -> list[Score]:
 
 
 def clip_scores(case: Case) -> list[Score]:
-    """100 x cosine of generated pictures and their captions."""
+    """100 times the cosine between generated pictures and their captions."""
     texts = case.texts
     hits = torch.stack([metrics.clip_score(fake, texts[i % len(texts)]) for i, fake in enumerate(case.features.fake)])
 

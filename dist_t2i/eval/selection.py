@@ -63,7 +63,7 @@ def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
 
 
 def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE) -> Selection:
-    """Selects the pictures and captions of a split. Collective. Raises UserError."""
+    """Selects the pictures and captions of a split. Collective: all ranks must call it. Raises UserError."""
     samples, numbers, listed = ranks.all(lambda: _pictures(data, split, protocol))
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:

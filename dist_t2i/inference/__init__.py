@@ -1,1 +1,1 @@
-"""A trained model: its files, and making pictures with it."""
+"""Reads the files of trained models, and makes pictures with the models."""

@@ -71,7 +71,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> TextToIm
 
 
 class TextToImage:
-    """A trained model. `files` are the files it was built from; `images_seen` counts its training images."""
+    """A trained model. `files` are the files that it was built from; `images_seen` is the number of its training
+    images."""
 
     def __init__(self, files: ModelFiles, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -135,9 +136,9 @@ class TextToImage:
 
         `image` is a PIL image, or a file in a format that training reads. Transparent pixels become white, and the
         central square is resized. `text` describes the full edited image, not only the change. `strength` 0 returns
-        exactly the source, and 1 the full edit; values between them interpolate each pixel linearly (our reading).
-        `seed`, `truncation` and the warnings are as in `generate`. Raises UserError when the model was not trained to
-        edit, and PromptError for unusable arguments.
+        exactly the source, and 1 the full edit; values between them interpolate each pixel linearly (our reading of the
+        paper). `seed`, `truncation` and the warnings are as in `generate`. Raises UserError when the model was not
+        trained to edit, and PromptError for unusable arguments.
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))

@@ -66,7 +66,7 @@ _PROBE_NOTE = (
 
 
 def probe_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """The heads and rows of the table of probes."""
+    """The column heads and the rows of the table of probes."""
     names = list(study.probes[0].accuracy)
     rows = []
     for probe in study.probes:

@@ -236,7 +236,7 @@ LOADERS = {
 
 
 def preload(name: str) -> None:
-    """Import a loader's modules, so that imports do not count as part of its first batch."""
+    """Import a loader's modules, so that the time to the first batch does not include imports."""
     if name == "mds":
         replace_torchvision()
     for module in LOADERS[name].modules:

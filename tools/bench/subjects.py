@@ -177,7 +177,7 @@ class Subject:
 
 
 def synthetic_batch(config: Config) -> Batch:
-    """This rank's rows of a step: noise as pictures, captions of four to twelve tokens."""
+    """This rank's share of a batch: noise as pictures, and captions of four to twelve random tokens."""
     rows = config.train.global_batch // dist.get_world_size()
     first = dist.get_rank() * rows
     generator = torch.Generator().manual_seed(first)

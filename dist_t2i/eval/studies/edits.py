@@ -223,7 +223,7 @@ def gender_cases(library: Library) -> list[Case]:
 
 
 def own_cases(library: Library) -> list[Case]:
-    """Every held-out picture with its own caption."""
+    """Edits of every held-out picture with its own caption."""
     return [Case(text, text, skin_tones.group_of(text)) for text in library.held_out]
 
 

@@ -1,4 +1,4 @@
-"""Studies a model's text embeddings: nearest words, linear probes with their baselines, a map.
+"""Studies a model's text embeddings: nearest words, linear probes with their baselines, and a map.
 
 Probes learn from captions of the training split and are scored on held-out captions. In sets without held-out
 splits, a fifth of the captions, selected by their hash, is held out. The probed properties depend on the set:

@@ -23,8 +23,8 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     """Classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E] and labels int64 [N].
 
-    The features are standardized by the training rows. The weight decay is selected by the accuracy on every fifth
-    training row after a fit to the other rows; the final fit uses all training rows.
+    Features are standardized with the mean and deviation of the training rows. The weight decay is selected by the
+    accuracy on every fifth training row after a fit to the other rows; the final fit uses all training rows.
     """
     mean, std = train.double().mean(0), train.double().std(0)
     varying = std > 1e-6  # constant features carry no information
