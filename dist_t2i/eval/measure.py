@@ -88,8 +88,7 @@ def measure(
     ranks: Ranks = ALONE,
     cache: dict[str, Tensor] | None = None,
 ) -> Measured | None:
-    """The features that the protocol's metrics need, on rank 0; None on other ranks. Collective: all ranks must call
-    it.
+    """The features that the protocol's metrics need, on rank 0; None on other ranks. All ranks must call it.
 
     `cache` keeps the features of the real pictures for the next call with the same selection and networks. The features
     of the model's own network are never cached, because this network changes with training.
