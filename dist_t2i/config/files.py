@@ -220,8 +220,8 @@ def _section_of(key: str) -> tuple[type, str, str]:
 
 
 def _suggestion(section: type, prefix: str, name: str) -> str:
-    """`; did you mean data.image_size?`, with a similar key of this section, or of another section with the same
-    leaf."""
+    """`; did you mean data.image_size?`, with a similar key of this section, or with the same word in another
+    section."""
     leaf = name.rpartition(".")[2]
     same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
     near = nearest(name, field_types(section))

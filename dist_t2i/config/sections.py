@@ -34,7 +34,7 @@ class DataConfig:
     shuffle_window: int = setting(16_384, at_least(1))
     """Samples per shuffle window; a reader holds about two windows."""
     shuffle_shards: int = setting(16, at_least(1))
-    """Shards that a shuffle window takes its samples from."""
+    """Number of shards from which a shuffle window takes its samples."""
     flip: bool = True
     """Mirrors a picture left to right on every other visit, depending only on the seed and the images seen."""
     crop: float = setting(1.0, Bounds(0, 1, above=True))
@@ -73,8 +73,8 @@ class EditConfig:
     own: float = setting(0.3, SHARE)
     """Share of the samples whose source is their own picture, which must be reproduced."""
     none: float = setting(0.1, SHARE)
-    """Share of the samples without a source, generated from their text alone. The remaining samples, neither `own` nor
-    `none`, have as their source the picture of a sample with a near caption."""
+    """Share of the samples without a source, generated from their text alone. All other samples edit the picture of a
+    sample with a near caption."""
     words: int = setting(4, at_least(1))
     """Two captions are near when they differ in a single run of at most this many words."""
 
@@ -124,12 +124,13 @@ class LossConfig:
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: finite-difference R1, for any ZeRO
+    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: finite-difference R1, at any ZeRO
     stage."""
     penalty_weight: float = 0.05
     """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
-    """The penalty is computed every n-th step and weighted n times (StyleGAN2, sec. 3.1: lazy regularization)."""
+    """n: the penalty is computed every n-th step, with n times its weight (StyleGAN2, sec. 3.1: lazy
+    regularization)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
     """Step of the finite difference; `fd_r1` only."""
 
@@ -195,10 +196,9 @@ class TrainConfig:
     global_batch: int = setting(64, at_least(2))
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
-    """Seed of weights, order, captions, noise and augmentation. All depend only on the seed and the images seen."""
+    """Random seed. Weights, sample order, captions, noise and augmentation depend only on it and the images seen."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
-    """A step that takes longer counts as hung: the run names the hung rank and exits with status 77. 0 waits
-    forever."""
+    """A step that takes longer counts as hung: the run names the rank and exits with status 77. 0 waits forever."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class CheckpointConfig:
     keep_last: int = setting(2, at_least(1))
     """Number of newest checkpoints to keep; at least 1."""
     keep_every_images: int = 0
-    """Also keeps a checkpoint each time this many images have passed; 0 keeps only the newest."""
+    """Keeps, in addition, one checkpoint each time this many images have passed; 0 keeps only the newest."""
     mirror: str = ""
     """Folder or URL (`s3://bucket/runs/mine`) to which a process started by rank 0 copies checkpoints, and from which a
     run can be restored; empty: no mirror. Each run needs its own mirror. Credentials come from the environment."""

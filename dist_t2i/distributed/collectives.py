@@ -21,7 +21,7 @@ def _device() -> torch.device:
 
 
 def mean_over_ranks(vector: Tensor) -> Tensor:
-    """The mean over the ranks of a float64 CPU vector, the same on all of them. Collective."""
+    """The mean over the ranks of a float64 CPU vector; every rank gets the same result. Collective."""
     if dist.get_world_size() == 1:
         return vector
     moved = vector.to(_device())

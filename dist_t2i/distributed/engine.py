@@ -1,6 +1,6 @@
 """One network under DeepSpeed ZeRO. Only this module knows DeepSpeed.
 
-A GAN needs two engines in one process, whose wrong use often gives wrong gradients without an error. The rules:
+A GAN needs two engines in one process. Mistakes with them often give wrong gradients instead of an error. The rules:
 
 * The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages.
   `engine(...)` would announce a new backward pass to ZeRO; `NetworkEngine.backward` does this instead. Without the
@@ -87,7 +87,7 @@ def native_precision(device: torch.device) -> Precision:
 
 
 def resolve_precision(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The concrete precision for `auto`. Raises ConfigError for fp16 on a processor without it."""
+    """The precision to use, never `auto`. Raises ConfigError for fp16 on a processor without fp16 arithmetic."""
     if precision == "auto":
         return native_precision(device)
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -142,7 +142,7 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
 
 
 def effective_stage(stage: int, precision: str) -> int:
-    """In half precision, stage 1 replaces 0, because DeepSpeed's stage 0 has no loss scaling for its fp32 masters."""
+    """In half precision, stage 1 replaces stage 0, where DeepSpeed has no loss scaling for its fp32 masters."""
     return 1 if stage == 0 and precision != "fp32" else stage
 
 
@@ -181,7 +181,7 @@ class NetworkEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=base, config=config, dist_init_required=False
             )
-        self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # with attributes of DeepSpeed's
+        self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # DeepSpeed adds attributes to them
         self._create_optimizer_state()
 
     @property
@@ -210,7 +210,7 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call after each micro-batch's `backward`; a step's last call updates weights at the peak rate *
+        """Call after each micro-batch's `backward`; the last call of a step updates weights, at peak rate *
         `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
@@ -252,8 +252,8 @@ class NetworkEngine:
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
-        """Create the moments now, for a checkpoint to be loaded into. The optimizer would create them in its first
-        step."""
+        """Create the moments before the optimizer's first step would create them, so that a checkpoint can be
+        loaded."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             step = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -267,14 +267,14 @@ class NetworkEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _parameters_of_masters(self) -> list[list[nn.Parameter]]:
-        """The parameters whose pieces each of `_flat_masters` holds, in order."""
+        """For each of `_flat_masters`, the parameters whose pieces it holds, in order."""
         if self.stage == 0:
             return [[parameter] for parameter in self._parameters.values()]
         return list(self._zero.fp16_groups if self.stage == 3 else self._zero.bit16_groups)
 
     def _piece(self, parameter: Any) -> Piece:
         """The part of a parameter that this rank's flat master holds, at stages 1 to 3."""
-        # Stage 3 splits every parameter into equal pieces, one for each rank; the last ones end in padding.
+        # Stage 3 splits every parameter into equal pieces, one for each rank; the last pieces end in padding.
         if self.stage == 3:
             _, offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             first = size * dist.get_rank()

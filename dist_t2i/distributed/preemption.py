@@ -117,7 +117,7 @@ class StopFlag:
         self._reason = self._reason or StopReason[name]
 
     def _watch_second_interrupt(self) -> None:
-        """A thread that sees SIGINT even while the main thread is stuck in a collective, where handlers do not run."""
+        """A thread sees SIGINT even while the main thread is stuck in a collective, where handlers do not run."""
         reading, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)

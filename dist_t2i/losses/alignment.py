@@ -2,7 +2,8 @@
 
 `Discriminator.embed_pictures` and `embed_captions` give the embeddings and their names; the rows are those of the
 global batch, in order. D's terms align real pictures with their captions; G's terms align fakes with the embeddings
-that D's step computed for the captions and the real pictures. A term's weight is the key of its name in section `loss`.
+that D's step computed for the captions and the real pictures. A term's weight is the key of the same name in section
+`loss`.
 """
 
 from __future__ import annotations

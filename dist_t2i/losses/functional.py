@@ -15,7 +15,8 @@ def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismat
     """The discriminator's hinge loss (Lim & Ye 2017; Miyato et al. 2018) on logits [B] (or any shape).
 
     Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The
-    two kinds of negatives have weights that sum to 1: `mismatched_weight` for wrong captions (DF-GAN, Eq. 1: a half).
+    two kinds of negatives have weights that sum to 1: `mismatched_weight` for wrong captions (a half in DF-GAN, Eq. 1),
+    the rest for fakes.
     """
     loss, fakes = F.relu(1 - real.float()).mean(), F.relu(1 + fake.float()).mean()
     if mismatched is None or mismatched_weight == 0:

@@ -38,8 +38,7 @@ def global_same_pairs(ids: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class GlobalRows:
-    """Embeddings of the B rows of a step. Row (a W + r) m + i is row i of the m rows of rank r of W in micro-batch
-    a."""
+    """Embeddings of the B rows of a step. Row i (of m) of micro-batch a on rank r (of W) is row (a W + r) m + i."""
 
     def __init__(self, micro_batches: int):
         self.micro_batches, self.share = micro_batches, micro_batches * dist.get_world_size()

@@ -36,8 +36,7 @@ class GeneratorConfig:
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference, unless callers give another. Below 1, pictures are more typical, less
-    varied."""
+    """Factor on all noise at inference, unless callers set another. Below 1, pictures are more typical, less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
@@ -52,8 +51,7 @@ class GeneratorConfig:
     mostly of one of them, so that areas of one color in drawings come out flat. 0: no palette; the color of each pixel
     is computed directly, as photographs need."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
-    """Inverse temperature of the palette's softmax at inference. Above 1 it sharpens lines that averaged weights
-    blur."""
+    """Inverse temperature of the palette's softmax at inference. Above 1, it sharpens lines, which averaging blurs."""
     layout: int = 2048
     """Count of numbers that one matrix computes from the condition and adds to the map of a scale, as layout / size^2
     channels: a cheap way to store layouts. Scales where this would be less than 4 channels get none; 0 turns it off."""
@@ -102,8 +100,7 @@ class DiscriminatorConfig:
     regions: tuple[int, ...] = (8,)
     """Sides, in positions, of the maps that are aligned position by position; empty: only whole pictures are aligned."""
     patches: int = 0
-    """Side, in positions, of the map that a patch head scores, position by position; 0: only whole pictures are
-    scored."""
+    """Side, in positions, of the map that a patch head scores position by position; 0: only pictures are scored."""
     words: int = 0
     """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64

@@ -35,7 +35,7 @@ class Features(NamedTuple):
 
 
 class PatchHead(nn.Module):
-    """A projection discriminator at each position of a map (PatchGAN, Isola et al. 2017, plus a caption)."""
+    """A projection discriminator at each position of a map: PatchGAN (Isola et al. 2017) with a caption."""
 
     def __init__(self, channels: int, text_width: int, width: int = 64):
         super().__init__()

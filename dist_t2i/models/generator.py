@@ -65,8 +65,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: a 1x1 convolution to the next scale's channels on the small map, then repetition of
-    positions."""
+    """Doubles the side: a 1x1 convolution to the next scale's channels while the map is small, then repetition."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -195,6 +194,5 @@ class Generator(nn.Module):
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Updates x [B, C, H, W], a scale's map before the blocks, from words [B, T, E], mask bool [B, T]. Here:
-        no-op."""
+        """Updates a scale's map before the blocks, x [B, C, H, W], from words [B, T, E], mask bool [B, T]; here not."""
         return x

@@ -55,8 +55,7 @@ class Convolution(nn.Conv2d):
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Gives outputs that become neighboring pixels equal initial weights, against checkerboards (Aitken et al.
-    2017)."""
+    """Equal initial weights for outputs that become neighboring pixels, against checkerboards (Aitken et al. 2017)."""
     first = layer.weight[:: patch**2]
     layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))
     return layer

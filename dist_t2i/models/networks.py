@@ -57,12 +57,12 @@ class DiscriminatorSide(nn.Module):
         self.discriminator, self.text_d = discriminator, text_d
 
     def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
-        """Returns `function(self)`. ZeRO's hooks require that everything a loss uses of this side is computed within
-        one forward call, so callers pass that computation as `function`."""
+        """Returns `function(self)`. Callers pass all computations of a loss with this side as one `function`, because
+        ZeRO's hooks require that they happen within one forward call."""
         return function(self)
 
     def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
-        """The S_D embedding of B captions: if S_D is shared or frozen, the given `text`."""
+        """The S_D embedding of B captions, which is the given `text` if S_D is shared or frozen."""
         return self.text_d(tokens, lengths) if self.text_d is not None else cast(TextEmbedding, text)
 
 

@@ -44,8 +44,8 @@ class OrderedLSTM(nn.LSTM):
     """An LSTM whose parameters receive their gradients in an order that does not depend on the captions' lengths.
 
     ZeRO stage 2 fills its reduction buckets in the order in which gradients arrive. With packed sequences, this order
-    depends on the captions' lengths, which differ between ranks. Gradients of different parameters would silently be
-    added.
+    depends on the captions' lengths, which differ between ranks. Without a fixed order, gradients of different
+    parameters would silently be added.
     """
 
     def forward(self, input, hx=None):

@@ -50,7 +50,7 @@ class Checkpointer:
     mirror: Mirror
     watchdog: Watchdog
     _scores: dict[str, Any] | None = None
-    """State of the validation. A run without validation copies the state of the last checkpoint."""
+    """State of the validation. A run without validation copies it from the last checkpoint, so that it is not lost."""
     _failures: int = 0  # failed saves since the last success; like `_retry_at`, the same on every rank
     _retry_at: int = -1
 

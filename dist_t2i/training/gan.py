@@ -177,7 +177,7 @@ class Gan:
     def _penalty(
         self, kind: str, d: Discriminator, micro: MicroBatch, real: Tensor, features: Features, sentence: Tensor
     ) -> Tensor:
-        """The penalty on real pictures with their captions. S_D is a constant here, so only D gets its gradient."""
+        """The penalty on real pictures with their captions. S_D is a constant, so only D gets a gradient from it."""
         if kind == "none":
             return real.new_zeros((), dtype=torch.float32)
         if kind == "r1":

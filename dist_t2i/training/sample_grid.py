@@ -36,9 +36,9 @@ class SampleSheet:
     """Renders rows of generated pictures, one row for each caption.
 
     The captions are `texts`. If `texts` is empty, the captions come from the set, held out if possible, and each row
-    also shows the real picture of its caption. If the run edits pictures, such a row starts with the source picture of
-    its edits: a picture of the same split with a near caption, or else the caption's own picture. Raises DataError when
-    no sample of the set can be used.
+    also shows the real picture of its caption. If the run edits pictures, a row with a caption from the set starts with
+    the source picture of its edits: a picture of the same split with a near caption, or else the caption's own picture.
+    Raises DataError when no sample of the set can be used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Builds the parts of a run. Only this module of the package takes the full configuration; others take sections."""
+"""Builds the parts of a run. Only this module in training/ takes the full configuration; others take sections."""
 
 from __future__ import annotations
 

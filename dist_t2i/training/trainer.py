@@ -69,7 +69,7 @@ class Trainer:
                 improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
                 sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
-                # Report before saving: the report raises if a number is not finite, so that no broken weights are
+                # Report before saving: a number that is not finite then raises an error before broken weights are
                 # saved.
                 if saving or passes(self.report.every_steps * self.batch, self.images, self.batch):
                     self._report()
@@ -164,8 +164,8 @@ class Trainer:
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
-        # After a scheduler's signal, skip the curves: the scheduler waits for this process to end. After Ctrl-C, a
-        # person may want to see them.
+        # After a scheduler's signal, do not plot the curves, because the scheduler waits for this process to end. After
+        # Ctrl-C, plot them, because a person may want to see them.
         saved = f"stopped by {reason.text} at {self.images:,} images, checkpoint saved"
         hurry = reason is not StopReason.SIGINT
         self.reporter.close("stopped", f"{saved}; the same command continues from there", hurry=hurry)
@@ -173,7 +173,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """At the end, stops the loader's workers and gives the lease back; the reporter's last message is any error."""
+        """At the end, stops the loader's workers and gives the lease back. An error is the reporter's last message."""
         try:
             yield
         except BaseException as error:

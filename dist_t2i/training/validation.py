@@ -55,7 +55,7 @@ def read_protocol(config: EvalConfig) -> Protocol:
 
 @dataclass(eq=False)
 class Validation:
-    """Every rank has a `Validation`. Only rank 0 calls `prepare` and `scores`; all ranks make the same other calls."""
+    """Every rank has a `Validation`. Only rank 0 calls `prepare` and `scores`; the other calls are for all ranks."""
 
     folder: Path  # of the run
     config: EvalConfig
@@ -82,8 +82,8 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints); also writes a scores
-        file."""
+        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints); writes them to a file,
+        too."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
