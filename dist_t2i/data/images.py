@@ -35,8 +35,8 @@ class PictureError(ValueError):
 
 
 def to_unit(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Maps uint8 images from [0, 255] to [-1, 1]. The result has `dtype` (float32 by default) and the memory format of
-    `images`."""
+    """Maps uint8 images from [0, 255] to [-1, 1]. The result has `dtype` (default: float32) and the same memory
+    format."""
     images = images.float() if dtype is None else images.to(dtype)
     return images.div(127.5).sub(1.0)
 
@@ -173,8 +173,8 @@ def square(
 ) -> Tensor:
     """Cuts a square from the image and resizes it with antialiasing: uint8 [3, size, size]. `crop` has three numbers
     from 0 to 1: the side of the square as a share of the short side of the image, its horizontal position (0 is the
-    left edge), and its vertical position (0 is the top edge). If `out` is given (channels last in memory), the result
-    is written to it."""
+    left edge), and its vertical position (0 is the top edge). The result is written to `out` (channels last) if
+    given."""
     import torch
 
     height, width = pixels.shape[:2]

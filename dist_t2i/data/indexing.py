@@ -48,8 +48,8 @@ def indexed_set(
     checksums: bool = True,
     vocabulary: int = VOCABULARY,
 ) -> ShardSet:
-    """The set that consists of these tars, in this order. Tars that are not indexed yet are read from end to end, with
-    a display of the progress.
+    """The set that consists of these tars, in this order. Reads tars that are not indexed yet from end to end and shows
+    progress.
 
     Args:
         home: the folder for the indexes and the manifest; by default a folder in the user's cache folder.
@@ -57,8 +57,7 @@ def indexed_set(
         checksums: whether to read the images and record their checksums; otherwise the bytes of images are skipped.
         vocabulary: the maximal number of tokens of the tokenizer.
 
-    Raises: DataError if no tar has a usable sample, a tar cannot be read or has members that could run code, or `home`
-        cannot be written.
+    Raises: DataError if no tar has a usable sample, a tar is unreadable or could run code, or `home` cannot be written.
     """
     urls = [absolute(url) for url in urls]
     if home is None:
@@ -152,8 +151,8 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
 
 
 def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
-    """Removes samples without an image or a caption from `contents`. Returns the captions of evenly spaced remaining
-    samples, about `limit` at most."""
+    """Removes samples without an image or a caption. Returns the captions of about `limit` evenly spaced other
+    samples."""
     kept, captions = [], []
     for sample in contents.samples:
         try:

@@ -1,5 +1,4 @@
-"""The manifest of a set (manifest.json), and the contents of other files in its folder. tools/shard.py and indexing.py
-write these files."""
+"""The manifest of a set and the other files in its folder. tools/shard.py and indexing.py write them."""
 
 from __future__ import annotations
 

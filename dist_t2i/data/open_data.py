@@ -1,5 +1,4 @@
-"""Opens the data that `data.train` names as one set. `data.train` names a written set, tars, or a list of sets and
-tars."""
+"""Opens the data that `data.train` names as one set. It names a written set, tars, or a list of both."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ def open_data(data: DataConfig) -> ShardSet:
 def index_tars(
     patterns: Sequence[str], home: Path | None, *, processes: int, checksums: bool, vocabulary: int
 ) -> ShardSet:
-    """Indexes tars in place, as the first start of training on these tars would. `patterns` name the tars; the other
-    arguments are those of `indexed_set`."""
+    """Indexes tars in place, as a first start of training on them would. See `indexed_set` for the arguments."""
     options = storage_options(DataConfig())
     return indexed_set(expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary)
 
@@ -66,8 +64,7 @@ def is_list(entry: str) -> bool:
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
-    """One set that concatenates the splits of `sets` by name and has the tokenizer of the first set. Raises DataError
-    if `sets` is empty."""
+    """One set with the splits of all `sets` and the tokenizer of the first set. Raises DataError if `sets` is empty."""
     if not sets:
         raise DataError("data.train is an empty list")
     splits: dict[str, Any] = {}

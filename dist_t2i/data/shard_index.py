@@ -88,8 +88,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Parses the content of an index file. Raises DataError if `data` is not an index, or lists members that could
-        run code when they are decoded."""
+        """Parses an index file. Raises DataError if it is not an index, or lists members that could run code."""
         index = cls.__new__(cls)
         try:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -105,8 +104,7 @@ class ShardIndex:
 
 
 def refuse_unsafe(extensions: Iterable[str], name: str) -> None:
-    """Raises DataError if a member could run code when it is decoded. webdataset decodes pickles by default, and
-    loading a pickle can run any code."""
+    """Raises DataError if decoding a member could run code: webdataset decodes pickles by default."""
     if unsafe := sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE):
         raise DataError(
             f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "

@@ -65,8 +65,7 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """The shards of one split. Keeps a bounded number of files and indexes open. Picklable; threads may share an
-    instance."""
+    """The shards of one split. Keeps a bounded number of files and indexes open. Picklable and thread-safe."""
 
     def __init__(self, shards: Sequence[Shard], options: StorageOptions = FROM_ENVIRONMENT) -> None:
         self._shards, self.options = list(shards), options
@@ -81,8 +80,7 @@ class Shards:
         return Shards, (self._shards, self.options)
 
     def parts(self) -> list[list[int]]:
-        """The numbers of samples of the shards, as one list for each entry of `data.train`, in the order of the
-        entries."""
+        """One list for each entry of `data.train`: the numbers of samples of its shards."""
         return [[shard.samples for shard in part] for _, part in groupby(self._shards, attrgetter("part"))]
 
     @cached_property
@@ -99,8 +97,7 @@ class Shards:
         return shard, number - int(self.starts[shard])
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
-        """The file and the index of a shard. Raises DataError if the index does not match the manifest, OSError if a
-        file cannot be read."""
+        """The file and the index of a shard. Raises OSError, and DataError if the index does not match the manifest."""
         with self._locks[shard % len(self._locks)]:  # if several threads want the same shard, only the first opens it
             return self._opened(shard)
 
@@ -112,8 +109,7 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: a dict with `__key__`, `__url__`, and the bytes of each file under its extension. `only`
-        selects the extensions to read; by default all are read.
+        """A webdataset sample: `__key__`, `__url__`, and the bytes of each file by extension (`only` these, or all).
 
         Raises BadSample if the sample cannot be read, DataError if the index of its shard is unusable."""
         key, name = str(row), base_name(self.url(shard))
@@ -140,15 +136,14 @@ class Shards:
 
 
 def _span(members: Sequence[Member]) -> tuple[int, int]:
-    """Offset and size of the range that contains all members of a sample. The members are adjacent, so the range
-    contains nothing else."""
+    """Offset and size of the range that contains the members of a sample. Members are adjacent."""
     first = min(member.offset for member in members)
     return first, max(member.offset + member.size for member in members) - first
 
 
 def _contents(file: ShardFile, members: Sequence[Member], shard: str, key: str) -> dict[str, bytes]:
-    """The bytes of each member of a sample under its extension, obtained with one read of the shard. Raises BadSample
-    if bytes are missing or fail their checksum, OSError if the shard cannot be read."""
+    """The bytes of each member of a sample by extension, from one read. Raises OSError, and BadSample if bytes are
+    missing or fail their checksum."""
     if not members:
         return {}
     first, size = _span(members)
@@ -174,8 +169,7 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image: RGB, upright, on a white background, in full size. Raises PictureError if it cannot be
-        decoded."""
+        """The decoded image in full size: RGB, upright, on white. Raises PictureError if it does not decode."""
         return open_picture(self.image_bytes)
 
 
@@ -231,8 +225,7 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of all shards and the tokenizer. Equal sets have equal fingerprints in any
-        folder."""
+        """SHA-256 over the checksums of all shards and the tokenizer. Equal sets have equal fingerprints."""
         return self.manifest["fingerprint"]
 
     @cached_property
@@ -264,8 +257,7 @@ class ShardSet:
 
 
 def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
-    """Opens a set. `path` is its folder, the URL of its folder, or the path or URL of its manifest.json. Raises
-    DataError if there is no set or its manifest cannot be read."""
+    """Opens a set by the path or URL of its folder or of its manifest.json. Raises DataError if that fails."""
     if not str(path):
         raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
     name = checked(str(path))

@@ -20,8 +20,7 @@ _LARGEST_TEXT = 2**20
 
 
 class _Reader:
-    """A shard as a file object for sequential reading (`read`) and for random access to its bytes (`at`). Both kinds of
-    access share one buffer."""
+    """A shard for sequential reading as a file object and for random access (`at`), with one buffer for both."""
 
     def __init__(self, file: ShardFile) -> None:
         self._file, self._position, self._buffer, self._start = file, 0, b"", 0
@@ -93,8 +92,7 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
 
 
 def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of the tar. Adds a problem to `contents` for each gap between members that contains more than
-    zeros, and for a missing end of the tar."""
+    """Yields the members of the tar. A gap that contains more than zeros, or a missing end, becomes a problem."""
     start = 0
     while True:
         reader.seek(start)
@@ -123,8 +121,7 @@ def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
 
 
 def _add(info: tarfile.TarInfo, reader: _Reader, contents: TarContents, checksums: bool, texts: bool) -> None:
-    """Adds a member to the samples of `contents`: its offset; with `checksums` its checksum; and with `texts` its
-    bytes, if it is a small text."""
+    """Adds a member: its offset, with `checksums` its checksum, and with `texts` its bytes if it is a small text."""
     named = key_and_extension(info.name)
     if not info.isreg() or named is None:
         return

@@ -6,8 +6,7 @@ because the library accepts no further keys in its file. `known_words` lists the
 the unknown words of a prompt can be reported.
 
 Text is NFC-normalized and lower-cased. A run of characters that occur in no training caption becomes one `unknown`
-token, so every text can be encoded. Every text ends with the `end` token, and the empty text consists of the `end`
-token only.
+token, so every text can be encoded. Every text ends with the `end` token; the empty text is only that token.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
 UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""Texts are cut to this many characters before they are encoded. This loses nothing: `max_tokens` tokens represent far
-fewer characters."""
+"""Texts are cut to this many characters before they are encoded, far more than `max_tokens` can represent."""
 _CACHED_TEXTS = 200_000
 
 
@@ -51,8 +49,8 @@ def words(text: str) -> list[str]:
 
 @dataclass(unsafe_hash=True, repr=False)
 class Tokenizer:
-    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Two tokenizers are equal if
-    their files are equal."""
+    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Equal files make tokenizers
+    equal."""
 
     text: str
     """The content of a tokenizer.json. Raises DataError if it is anything else."""
@@ -121,8 +119,8 @@ class Tokenizer:
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
-    Equal counts give equal files. For this reason, tokens do not mark the beginning of a word: the library numbers
-    marked tokens in a random order."""
+    Equal counts give equal files. So tokens do not mark the beginning of a word: the library numbers such tokens at
+    random."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -142,8 +140,7 @@ def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
 
 
 def _alphabet(counts: Counter[str], limit: int) -> list[str]:
-    """The `limit` most frequent characters. Ties are broken by code point, because the library would break them at
-    random and files would differ."""
+    """The `limit` most frequent characters. Ties are broken by code point (the library breaks them at random)."""
     frequencies: Counter[str] = Counter()
     for text, count in counts.items():
         for char in "".join(unicodedata.normalize("NFC", text).lower().split()):

@@ -1,2 +1,2 @@
-"""Writes captioned pictures as a set of shards (tools/shard.py), and inspects such sets. The package `data` reads them
-for training."""
+"""Writes captioned pictures as a set of shards (tools/shard.py), and inspects such a set. Training reads it with
+`data`."""

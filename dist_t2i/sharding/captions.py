@@ -1,5 +1,4 @@
-"""Reads captions from JSONL, CSV, TSV and text files, cleans them, and gives the reason for each line or caption that
-cannot be used."""
+"""Reads and cleans captions in JSONL, CSV, TSV and text files, and says why some of them cannot be used."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ MAX_CHARACTERS = 1_000
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
 CAPTION_COLUMNS = ("captions", "caption", "text", "description")
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
-"""Possible names of a table's picture column, and possible names of its caption column. The first name that exists is
-used."""
+"""Possible names of a table's picture column and of its caption column. The first existing name is used."""
 _MAX_LINES = 50
 """If a row of a CSV file spans more lines than this, a closing quotation mark is assumed to be missing."""
 _FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv"}
@@ -27,8 +25,7 @@ _FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a caption file: either a picture and its captions, or a `problem`, the reason why the line is
-    unusable."""
+    """One line of a caption file: a picture and its captions, or the `problem` that makes the line unusable."""
 
     where: str
     image: str = ""
@@ -37,8 +34,7 @@ class Row:
 
 
 def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
-    """Makes the row of a line whose fields may have any type. If `image` is not a string, the problem of the row is
-    `no_image`."""
+    """The row of a line whose fields may have any type; its problem is `no_image` if `image` is not a string."""
     if not isinstance(image, str):
         return Row(where, problem=no_image)
     texts = text_list([""] if captions is None else captions)
@@ -92,8 +88,8 @@ def read_captions(path: Path) -> Iterator[Row]:
 
 
 def rows_of(data: bytes, form: str, name: str, columns: Columns = (IMAGE_COLUMNS, CAPTION_COLUMNS)) -> Iterator[Row]:
-    """The rows of the table with the bytes `data`; `form` is jsonl, csv or tsv. Raises DataError if the columns are
-    unknown."""
+    """The rows of the table with the bytes `data`; `form` is jsonl, csv or tsv. Raises DataError for unknown
+    columns."""
     text = decode_text(data)
     return _read_json_lines(text, name, columns) if form == "jsonl" else _read_table(text, form, name, columns)
 
@@ -155,7 +151,6 @@ def _read_table(text: str, form: str, name: str, columns: Columns) -> Iterator[R
 
 
 def _unquoted(field: str) -> str:
-    """Removes the quotation marks that some programs write around a field of a TSV file. Python's csv module keeps
-    them."""
+    """Removes the quotation marks around a field of a TSV file, which some programs write and csv keeps."""
     field = field.rstrip("\r\n")
     return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field

@@ -43,8 +43,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def describe(url: str, sheet: Path | None, split: str = "train") -> str:
-    """Describes a set in words and numbers. If `sheet` is given, writes a contact sheet of `split` to that file. Raises
-    DataError if the set cannot be read, has no such split, or the sheet cannot be written."""
+    """Describes a set in words and numbers; writes a contact sheet of `split` to the file `sheet`. Raises DataError."""
     folder, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -91,8 +90,8 @@ Difference = tuple[str, str, str, str]
 
 
 def verify(url: str, processes: int) -> tuple[int, list[Difference]]:
-    """The number of shards, and every difference between the set and the checksums and numbers that its manifest and
-    indexes state. Each byte is read once."""
+    """The number of shards, and everything in the set that differs from its manifest or indexes. Reads each byte
+    once."""
     folder, manifest = read_set(url)
     differences: list[Difference] = []
     tokenizer = manifest["tokenizer"]
@@ -144,8 +143,7 @@ def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
 
 
 def _read_through(folder: Folder, name: str, index: ShardIndex) -> tuple[int, str, list[tuple[str, int, int]]]:
-    """Reads a tar once. Returns its size, its SHA-256, and (member, expected CRC-32, actual CRC-32) for each wrong
-    member."""
+    """Reads a tar once: its size, its SHA-256, and (member, expected CRC-32, actual CRC-32) for each wrong member."""
     spans = sorted(
         (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
         for row, key in enumerate(index.keys)

@@ -29,8 +29,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of bad_samples.jsonl: the file or line, the picture, and the reason. Reasons are worded so that many
-    pictures share one, because the report counts the problems by reason."""
+    """A line of bad_samples.jsonl: the file or line, the picture, and the reason. Many pictures share a reason, and the
+    report counts them."""
 
     where: str
     picture: str
@@ -38,8 +38,7 @@ class Problem:
 
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
-"""The usable items, the problems of other pictures, and the manifest's entries about the set (name, licence,
-credit)."""
+"""The usable items, the problems of others, and the manifest's entries about the set (name, licence, credit)."""
 
 
 def unit_hash(text: str) -> float:
@@ -48,8 +47,7 @@ def unit_hash(text: str) -> float:
 
 
 def hold_out(items: Iterable[Item], share: float) -> None:
-    """Moves a share of the items to the split `test`. A hash of the keys selects the items. At least one item is never
-    moved."""
+    """Moves a share of the items, selected by a hash of their keys, to the split `test`, but never all items."""
     ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
     count = sum(number < share for number, _ in ranked) or int(share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES)
     for _, item in ranked[: min(count, len(ranked) - 1)]:
@@ -64,8 +62,7 @@ def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
 
 
 def captioned(item: Item, where: str, problems: list[Problem]) -> list[Item]:
-    """Cleans the captions of an item and removes repeated captions. Returns [item], or [] if no usable caption is left.
-    Adds what was wrong to `problems`."""
+    """Cleans the captions of an item and removes repeated captions. Returns [item], or [] if none is left."""
     texts, item.captions = item.captions, []
     problems += [Problem(where, item.key, reason) for reason in add_captions(item.captions, texts)]
     if item.captions:

@@ -19,8 +19,7 @@ from dist_t2i.storage.urls import scheme_of
 MAX_DOWNLOAD = 2**28
 """A download of more than this many bytes is abandoned."""
 TIMEOUT, RETRIES = 30.0, 2
-"""A download fails after `TIMEOUT` seconds without a byte from the server. If another attempt may succeed, it is
-repeated up to `RETRIES` times."""
+"""A download fails after `TIMEOUT` seconds without a byte, and is repeated up to `RETRIES` times if that may help."""
 _FIRST_READ = 2**18
 _OPEN_FILES, _OPEN_FOLDERS = 64, 16
 
@@ -34,8 +33,7 @@ class Picture(ABC):
 
     @abstractmethod
     def stat(self) -> tuple[int, str]:
-        """The size in bytes (0 if unknown), and a stamp: a text that changes when the picture changes. Does not read
-        the picture itself."""
+        """The size in bytes (0 if unknown), and a text that changes when the picture changes. Does not read it."""
 
     @abstractmethod
     def read(self) -> bytes:
@@ -80,8 +78,7 @@ class SvgPicture(Picture):
 
 @dataclass(frozen=True, slots=True)
 class PictureUrl(Picture):
-    """A picture at a URL: on a web server (http or https), in S3, Google Cloud Storage or Azure, or in any other file
-    system that fsspec knows."""
+    """A picture at a URL: http(s), S3, Google Cloud Storage, Azure, or any other file system that fsspec knows."""
 
     url: str
     remote = True
@@ -162,8 +159,7 @@ def _download(url: str) -> bytes:
     return data
 
 
-# The argument `process` gives each process its own entries: connections and file positions must not be shared across a
-# fork.
+# `process` gives each process its own entries: connections and file positions must not be shared across a fork.
 @lru_cache(_OPEN_FOLDERS)
 def _open_folder(process: int, url: str) -> Folder:
     return open_folder(url)
@@ -175,8 +171,7 @@ def _open_file(process: int, path: str) -> BinaryIO:
 
 
 def render(svg: Path, size: int) -> bytes:
-    """Renders an SVG on a white background. Returns an RGB PNG of `size` x `size` pixels. Takes about 2 ms at 64
-    pixels."""
+    """Renders an SVG on white to an RGB PNG of `size` x `size` pixels. Takes about 2 ms at 64 pixels."""
     import resvg_py
     from PIL import Image
 

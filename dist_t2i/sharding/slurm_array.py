@@ -1,10 +1,10 @@
-"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part of the shards, and this
-process waits until all are written.
+"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part, and this process waits
+for all.
 
 This process makes the plan and sends it to the tasks, so the content of a shard does not depend on the task that writes
 it. Each task writes the result of a shard to a file in OUT, and this process reads these files. It does not rely on the
 states of the jobs, because clusters without accounting do not report them. All machines must see the pictures, OUT and
-the log folder.
+logs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _LINGER = 20.0
 
 @dataclass(frozen=True)
 class SlurmArray:
-    """How to submit the tasks. The fields are the options `--slurm-...` with the same names, which --help explains;
-    `folder` is the folder for the logs of submitit."""
+    """How to submit: the options `--slurm-...` with these names, which --help explains; `folder` is for submitit's
+    logs."""
 
     cluster: str
     tasks: int
@@ -47,8 +47,7 @@ class SlurmArray:
     extra: Sequence[tuple[str, Any]]
 
     def write(self, folder: Folder, plans: Sequence[ShardPlan], options: Options, progress: Progress) -> Results:
-        """Writes the shards in tasks and returns their results by name. Raises DataError if some shards were not
-        written."""
+        """Writes the shards in tasks; returns their results by name. Raises DataError if some were not written."""
         for plan in plans:
             folder.remove(f"{WORK}/{plan.name}.json")
         parts = [part for number in range(self.tasks) if (part := list(plans[number :: self.tasks]))]

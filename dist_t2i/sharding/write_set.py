@@ -37,12 +37,11 @@ def write_set(
     options: Options,
     write_shards: ShardWriter | None = None,
 ) -> dict[str, Any]:
-    """Writes a set to a folder or URL and returns its manifest. If the same command is repeated with the same input,
-    shards that are complete and unchanged are kept.
+    """Writes a set to a folder or URL and returns its manifest. A repeated run with the same input keeps intact shards.
 
     `problems` are the problems of pictures that are not in `items`; they are added to the report. `write_shards` is by
-    default `write_here`. Raises DataError if no picture is left to train on, the folder has other contents, or it
-    cannot be written.
+    default `write_here`. Raises DataError if no training picture is left, or the folder has other contents or cannot be
+    written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]

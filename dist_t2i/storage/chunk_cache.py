@@ -29,8 +29,7 @@ CHUNK = 2**23
 """The size of a chunk in bytes. The last chunk of an object is shorter."""
 _KEPT_OPEN = 256
 _POLL, _POLLED_FOR = 0.005, 0.1
-"""`await_fill` checks whether another process has finished a chunk: the seconds between checks, and the seconds after
-which it gives up."""
+"""`await_fill` waits for another process: the seconds between its checks, and the seconds until it gives up."""
 _ROOM = 0.9
 """An eviction reduces the cache to this share of its bound."""
 _NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}
@@ -81,8 +80,7 @@ class ChunkCache:
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
 
     def read(self, key: str, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk, beginning at `offset` in the chunk; fewer if the chunk ends before. None if the
-        chunk is not cached."""
+        """`size` bytes of a chunk from its `offset` on, fewer at its end. None if the chunk is not cached."""
         with self._lock:
             descriptor = self._descriptor(key, number)
             return None if descriptor is None else os.pread(descriptor, size, offset)
@@ -114,8 +112,7 @@ class ChunkCache:
                 self.path(key, number).unlink()
 
     def fill(self, key: str, number: int, size: int, fetch: Callable[[BinaryIO], None]) -> bool:
-        """Stores a chunk unless it is cached already: calls `fetch` with a file, to which `fetch` writes at most `size`
-        bytes.
+        """Stores a chunk unless it is cached already. `fetch` gets a file and writes at most `size` bytes to it.
 
         Returns False if another process is fetching the chunk or nothing can be stored. Raises the errors of `fetch`.
         """
@@ -136,8 +133,8 @@ class ChunkCache:
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Waits until another thread has stored a chunk or failed to do so, for `seconds` at most. If another process
-        fetches the chunk, waits only briefly (`_POLLED_FOR`)."""
+        """Waits until another thread has stored a chunk or failed, at most `seconds`; for another process
+        `_POLLED_FOR`."""
         path = self.path(key, number)
         filled = self._filling.get(path)
         if filled is not None:
@@ -178,14 +175,12 @@ class ChunkCache:
             except OSError:
                 yield None
                 return
-            # The process that held the lock before may have renamed the file. Then this lock is on a finished chunk
-            # rather than on the part, and it protects nothing.
+            # The previous holder may have renamed the file. Then this lock is on a finished chunk and protects nothing.
             current = part.exists() and os.fstat(file.fileno()).st_ino == part.stat().st_ino
             yield part if current else None
 
     def _disable(self, error: OSError) -> None:
-        """Prints one warning and stores no more chunks from now on. If `error` does not come from a full or unwritable
-        disk, raises it again instead."""
+        """Warns once and stores no more chunks. Raises `error` again if the disk is neither full nor unwritable."""
         if error.errno not in _NO_ROOM:
             raise error
         if self.works:
@@ -212,8 +207,7 @@ class ChunkCache:
             return sum(size for _, size, _ in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[float, int, str]]:
-        """Yields the time of last use, the bytes and the path of each chunk. Removes parts that no process has
-        locked."""
+        """Yields the time of use, the bytes and the path of each chunk. Removes parts that no process has locked."""
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
@@ -227,8 +221,7 @@ class ChunkCache:
                             os.unlink(path)
 
     def _evict(self, target: int) -> int:
-        """Removes the least recently used chunks until at most `target` bytes remain. Returns the number of bytes that
-        remain."""
+        """Removes the least recently used chunks until at most `target` bytes remain. Returns the bytes that remain."""
         chunks = sorted(self._chunks())
         remaining = sum(size for _, size, _ in chunks)
         for _, size, path in chunks:

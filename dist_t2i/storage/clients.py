@@ -2,8 +2,7 @@
 
 obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
 endpoints come from the environment variables that the usual tools of each store read (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override the
-endpoint and the region.
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override both.
 
 A client sends each request once, and its caller decides about retries (remote_file.py).
 """
@@ -49,8 +48,7 @@ FROM_ENVIRONMENT = StorageOptions()
 
 
 class StorageError(OSError):
-    """A failed request. `reason` is a phrase without the name of the object. The message contains the name if it is
-    known."""
+    """A failed request. `reason` is a phrase without the name of the object. The message adds the name if known."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -78,8 +76,8 @@ class Short(StorageError):
 
 
 class Blocks(NamedTuple):
-    """A response: the size of the object in bytes (-1 if unknown), its ETag ("" if it has none), and an iterator over
-    the bytes."""
+    """A response: the size of the object in bytes (-1 if unknown), its ETag ("" if none), an iterator over the
+    bytes."""
 
     size: int
     tag: str
@@ -106,8 +104,7 @@ class ObstoreClient:
         """Requests the bytes [start, stop) of an object, in blocks of at least `block` bytes. If `stop` is None, the
         range extends to the end of the object. `tag` is the ETag of the version to read; "" accepts any version.
 
-        Raises StorageError if the request fails; iterating over the bytes of the response can raise StorageError as
-        well.
+        Raises StorageError if the request fails; iterating over the bytes can raise it as well.
         """
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
@@ -156,8 +153,7 @@ def _store(address: str, options: StorageOptions) -> Any:
 
 
 def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
-    """obstore's object for a bucket, a prefix or a host. Sends no request yet. Raises DataError if the store cannot be
-    opened.
+    """obstore's object for a bucket, a prefix or a host. Sends no request yet. Raises DataError if this fails.
 
     `limits` are options of obstore's `ClientConfig` that limit the time of each request. `retry` is obstore's
     `RetryConfig`; None means obstore's defaults.
@@ -184,8 +180,7 @@ def _s3_config(options: StorageOptions) -> dict[str, Any]:
 
 
 def open_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in that file system. Raises DataError if no installed library knows
-    the scheme of the URL."""
+    """The fsspec file system of a URL, and the path in it. Raises DataError if no library knows the scheme."""
     import fsspec
 
     try:
@@ -196,8 +191,7 @@ def open_system(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def storage_errors(name: str = "") -> Iterator[None]:
-    """Inside the `with` block, turns the errors of obstore, fsspec and fsspec's file systems into StorageErrors about
-    the object `name`."""
+    """Turns errors of obstore, fsspec and its file systems in the block into StorageErrors about the object `name`."""
     try:
         yield
     except Exception as error:
@@ -234,8 +228,7 @@ def _translated(error: Exception, name: str) -> StorageError:
 def _status(error: Exception, text: str) -> int:
     """The HTTP status of the response; 0 if there was no response or its status is unknown.
 
-    Only a number after certain words is taken as the status, because `text` also contains numbers in names, ports and
-    durations.
+    Only a number after certain words is a status, since `text` also contains names, ports and durations.
     """
     status = getattr(error, "status", None)  # an attribute of aiohttp's errors, which fsspec passes on
     match = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # the words of obstore and of botocore

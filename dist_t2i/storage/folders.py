@@ -1,5 +1,4 @@
-"""Folders of sets and mirrors, which are on a disk, in an object store, or in any fsspec file system. Files are written
-atomically."""
+"""Folders on a disk, in an object store, or in any fsspec file system. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -32,11 +31,10 @@ _PARTS = 9000
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
-    """The folder at a path or URL, which is neither read nor created yet. Raises DataError for commands and chained
-    URLs.
+    """The folder at a path or URL; neither reads nor creates it. Raises DataError for commands and chained URLs.
 
-    `seconds` limits the time of each request to an object store, retries included. By default a request may take an
-    hour, and the store's library decides about retries.
+    `seconds` limits the time of each request to an object store, retries included. By default an hour, with the retries
+    of the library.
     """
     text = str(url)
     scheme = scheme_of(unchained(text))
@@ -194,8 +192,8 @@ class LocalFolder(Folder):
 
 
 class ObjectFolder(Folder):
-    """A prefix in S3, Google Cloud Storage or Azure, or on a web server, which is read-only. Credentials come from the
-    store's environment variables."""
+    """A prefix in S3, Google Cloud Storage or Azure, or on a (read-only) web server. Environment variables give the
+    credentials."""
 
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)

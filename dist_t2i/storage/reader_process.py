@@ -68,8 +68,8 @@ class _Reader:
         atexit.register(self.close)
 
     def usable(self) -> bool:
-        """Whether the reader is running and was started by this process. A forked child of the process that started the
-        reader cannot use it."""
+        """Whether the reader is running and was started by this process; a forked child cannot use its parent's
+        reader."""
         return self._pid == os.getpid() and self._process.is_alive()
 
     def call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:

@@ -42,8 +42,7 @@ class Backoff:
         self._warned = False
 
     def progressed(self, size: int) -> None:
-        """Records that a failed request has brought `size` bytes: the deadline moves back, and the pauses are short
-        again."""
+        """Records `size` bytes from a failed request: the deadline moves back, and the pauses are short again."""
         if size:
             self._pauses = pauses(*PAUSES)
             self._extension += size / SLOWEST
@@ -79,8 +78,8 @@ class RemoteFile:
         return out.getvalue()
 
     def read_into(self, out: BinaryIO, start: int, stop: int | None) -> None:
-        """Writes the bytes [start, stop) to the empty file `out` as they arrive. Raises the errors that `read` raises,
-        and those of writing to `out`."""
+        """Writes the bytes [start, stop) to the empty file `out` as they arrive. Raises as `read`, and errors of
+        `out`."""
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:
@@ -113,8 +112,7 @@ class RemoteFile:
                     raise
 
     def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
-        """Appends the missing bytes to `out` with one request. Returns the end of the range, or None if it is
-        unknown."""
+        """Appends the missing bytes to `out` with one request. Returns the end of the range (None: unknown)."""
         answer = self._client.fetch(start + out.tell(), stop, self.tag, block)
         with self._lock:
             self.tag = self.tag or answer.tag

@@ -12,8 +12,7 @@ T = TypeVar("T")
 
 def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]:
     """Endlessly yields the pauses between attempts, in seconds. The pauses grow from `first` to `longest`. Each is
-    multiplied by a random number from 0.5 to 1, so that processes whose requests failed together do not all retry at
-    the same time."""
+    multiplied by a random number from 0.5 to 1, so that processes that failed together do not retry together."""
     pause = first
     while True:
         yield pause * random.uniform(0.5, 1.0)
@@ -21,8 +20,8 @@ def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]
 
 
 def retry(action: Callable[[], T], waits: Iterable[float], again: Callable[[OSError, float], bool]) -> T:
-    """The result of `action`. After an attempt that raises OSError, waits for the next number of seconds in `waits` and
-    tries again.
+    """The result of `action`. After an attempt that raises OSError, waits for the next of `waits` (seconds) and
+    retries.
 
     Raises the OSError if `waits` has no more elements, or if `again(error, seconds of the next pause)` returns False.
     """

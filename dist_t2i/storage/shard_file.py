@@ -1,5 +1,4 @@
-"""Random access to the bytes of a shard, which is a local file or a remote object, with or without a chunk cache on
-disk."""
+"""Random access to the bytes of a shard: a local file, or a remote object with or without a chunk cache on disk."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def reason_of(error: OSError) -> str:
 
 
 class LocalFile:
-    """A shard on disk. It is read with `pread`, which has no file position, so threads and forked processes may share
-    it."""
+    """A shard on disk. `pread` needs no file position, so threads and forked processes may share it."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closes itself
@@ -80,8 +78,7 @@ class CachedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk, beginning at `offset` in the chunk. None if the chunk is not cached and does not
-        arrive quickly."""
+        """`size` bytes of a chunk from its `offset` on; None if it is not cached and does not arrive quickly."""
         part = self.cache.read(self.key, number, offset, size)
         if part is not None or self.cache.fill_seconds > QUICK:
             return part
@@ -97,8 +94,7 @@ class CachedFile:
         return range(offset // CHUNK, -(-(offset + size) // CHUNK))
 
     def fill(self, number: int) -> bool:
-        """Fetches a chunk into the cache. Returns False if another process is fetching the chunk or the cache cannot be
-        written. Raises StorageError if the chunk cannot be read."""
+        """Caches a chunk. False if another process fetches it or the cache cannot be written. Raises StorageError."""
         offset = number * CHUNK
         size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
         return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, offset + size))
@@ -120,8 +116,7 @@ class ReaderProcessFile:
 
 
 def open_shard(url: str, options: StorageOptions, identity: Identity = UNKNOWN) -> ShardFile:
-    """Opens a shard for reading. Sends no request yet if the shard is remote. Raises OSError if a local file cannot be
-    opened."""
+    """Opens a shard for reading; sends no request yet. Raises OSError if a local file cannot be opened."""
     if is_local(url):
         return LocalFile(str(local_path(url)))
     return _open_remote(url, options, identity) if clients_allowed() else ReaderProcessFile(url, options, identity)
@@ -143,8 +138,7 @@ def cache_of(options: StorageOptions) -> ChunkCache | None:
 
 
 def read_file(url: str, options: StorageOptions) -> bytes:
-    """All bytes of a small file, such as a manifest. Raises FileNotFoundError if the file is missing, OSError if it
-    cannot be read, and DataError if its store cannot be opened."""
+    """All bytes of a small file, such as a manifest. Raises DataError, OSError (FileNotFoundError if it is missing)."""
     if is_local(url):
         return local_path(url).read_bytes()
     return with_clients(_read_all, url, options)

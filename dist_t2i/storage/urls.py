@@ -63,8 +63,7 @@ def absolute(url: str) -> str:
 
 
 def join(base: str, name: str) -> str:
-    """The path or URL of the file `name` in the folder `base`. If `name` is a URL or an absolute path, it is returned
-    unchanged."""
+    """The path or URL of `name` in the folder `base`; `name` itself if it is a URL or an absolute path."""
     if scheme_of(name) or os.path.isabs(name):
         return checked(name)
     if is_local(base):

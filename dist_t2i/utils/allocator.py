@@ -3,8 +3,7 @@
 glibc returns the memory of each large array to the system as soon as it is freed. The next large array then gets new
 pages, which the kernel must fill with zeros first. This happens many times in a training step with ZeRO, and when
 feature networks run on a CPU. Measured: EfficientNet-Lite0 on one thread processes 38 pictures/s instead of 19. On two
-ranks, steps of ZeRO stages 1 and 2 take 1.03 and 1.09 times as long as a step of plain PyTorch, instead of 1.10 and
-1.11 times.
+ranks, steps of ZeRO stages 1 and 2 take 1.03 and 1.09 times plain PyTorch's step, instead of 1.10 and 1.11.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT = 256 * 2**20
 """The process keeps up to this many bytes of free memory at the top of the heap."""
 LARGEST = 32 * 2**20
-"""Arrays of up to this many bytes are allocated on the heap, whose memory can be kept. This is the maximum that glibc
-allows."""
+"""Arrays of up to this many bytes (glibc's maximum) are allocated on the heap, whose memory can be kept."""
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Lets this process keep up to 256 MB of freed memory. Returns whether this worked, which it does only with
-    glibc."""
+    """Lets this process keep up to 256 MB of freed memory. Returns whether this worked (only with glibc)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # the C library has no mallopt; there is no C library; this is Windows

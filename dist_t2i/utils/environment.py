@@ -58,8 +58,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The model name of the processor, the usable cores, the memory in bytes, and the features in `_FLAGS` that the
-    processor has."""
+    """The processor's model name, usable cores and features (of those in `_FLAGS`), and the memory in bytes."""
     lines = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. At the end of the `with` block, the temporary file replaces `path`. If the block raises,
-    the temporary file is deleted."""
+    """Yields a temporary path. The file there replaces `path` when the block ends; it is deleted if the block
+    raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -26,8 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file (text as UTF-8) so that readers see either the old content or the complete new content. Raises
-    OSError if it cannot be written."""
+    """Writes a file (text as UTF-8). Readers see the old or the complete new content. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -42,8 +41,7 @@ def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Returns once the content of a file, or the list of names in a folder, would survive a power cut. Raises OSError
-    on failure."""
+    """Returns once a file's content, or a folder's list of names, would survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,8 +50,7 @@ def fsync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Returns an empty dict if the file is missing, cannot be read, or contains no
-    object."""
+    """The object in a JSON file. An empty dict if the file is missing, unreadable, or contains no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -42,8 +42,7 @@ def signals_blocked() -> Iterator[None]:
     """Blocks the stop signals inside the `with` block. Child processes that are created in the block start with these
     signals blocked, so no signal kills them before they are ready.
 
-    Signals that arrive in the meantime are not lost: another thread handles them, or this thread at the end of the
-    block.
+    Such signals are not lost: another thread handles them, or this thread at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -53,8 +52,8 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """Makes this process ignore the stop signals. For worker processes: their parent decides when to stop, and needs
-    data until its current step ends."""
+    """Makes this process ignore the stop signals. A worker's parent decides when to stop, and needs data until its step
+    ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -14,8 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Some values serve several uses. They are not separated now, because that would change what
-    runs compute."""
+    """Purposes of `mix`. Some values serve several uses; separating these would change what runs compute."""
 
     TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
     FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1
@@ -52,8 +51,8 @@ def mix(*values: int) -> int:
 
 
 def random_bits(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position in the training stream. Like `mix`, uses splitmix64's finalizer, but over a
-    different sum."""
+    """64 random bits for one position in the training stream. Uses splitmix64's finalizer as `mix`, over another
+    sum."""
     value = seed & _MASK
     for part in (purpose, position):
         value = (value * 31 + part + 1) * 0x9E3779B97F4A7C15 & _MASK

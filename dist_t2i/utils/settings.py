@@ -1,5 +1,4 @@
-"""Metadata of the fields of a configuration: the allowed range of values, and whether a key may change when a run is
-resumed.
+"""Metadata of a configuration's fields: the range of values, and whether a key may change when a run is resumed.
 
 noise: int = setting(64, at_least(1))
 report: ReportConfig = section(ReportConfig, Resume.FREE)
@@ -57,12 +56,11 @@ class Resume(enum.Enum):
 
 
 def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
-    """A field of a configuration. Each number in its value must lie in `bounds`. If `resume` is None, the value that is
-    set for the section applies."""
+    """A field of a configuration. Its numbers must lie in `bounds`. If `resume` is None, its section's value
+    applies."""
     return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
-    """A field that holds a section of the configuration. `resume` applies to those keys of the section that set no
-    value of their own."""
+    """A field that holds a section of the configuration. `resume` applies to keys in it without their own."""
     return dataclasses.field(default_factory=factory, metadata={"resume": resume})

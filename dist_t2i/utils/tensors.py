@@ -62,8 +62,7 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    # Copy every tensor: its alignment in a mapped file is arbitrary, and the last bits of a product depend on the
-    # alignment.
+    # Copies, because the alignment of a tensor in a mapped file is arbitrary and affects the last bits of a product.
     for name, value in given.items():
         given[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     module.load_state_dict(given, assign=True)

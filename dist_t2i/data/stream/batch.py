@@ -54,8 +54,7 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """How a worker sends a batch. Tensors in a shared buffer are sent as references. Small tensors are sent as
-        bytes through the pipe, which is faster than allocating shared memory. Other tensors are sent as torch sends
-        them."""
+        bytes through the pipe, which is faster than shared memory; others as torch does."""
         tensors = self._tensors()
         small = {name: t.numpy() for name, t in tensors.items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         refs = {name: ref for name, t in tensors.items() if name not in small and (ref := buffer_ref(t))}

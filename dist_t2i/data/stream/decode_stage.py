@@ -33,8 +33,7 @@ class Decode:
     def __init__(
         self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None
     ) -> None:
-        """`before`: the stages between the reader and this stage. A replacement sample must pass through them as
-        well."""
+        """`before`: the stages between the reader and this stage. A replacement must pass them as well."""
         self._reader, self._before = reader, before
         self._size, self._crop, self._seed = data.image_size, data.crop, seed
         self._least = self._size if self._crop >= 1 else int(self._size / self._crop) + 1
@@ -81,8 +80,7 @@ class Decode:
         return {"source": image, "sources": memory.images, "source_id": number}
 
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
-        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if the image does not
-        decode."""
+        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if that fails."""
         row = sample["__row__"]
         if row in self._remembered:
             image.copy_(self._remembered[row])
@@ -105,8 +103,7 @@ class Decode:
 
 class BatchMemory:
     """The memory of one micro-batch after another, channels last, as the networks need it. Each image is decoded into
-    its own row. A loader worker shares this memory with its parent: it takes a free buffer, or else new shared
-    memory."""
+    its own row. In a loader worker it is shared with the parent: a free buffer, or else new shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows

@@ -43,8 +43,7 @@ class Neighbors:
             keys.extend(own)
             counts.append(len(own))
         _, group, sizes = numpy.unique(numpy.array(keys, dtype=numpy.uint64), return_inverse=True, return_counts=True)
-        # _group lists the groups of sample 0, then those of sample 1, ...; _members the samples of group 0, of group 1,
-        # ...
+        # _group lists the groups of sample 0, then of sample 1, ...; _members the samples of group 0, then of group 1.
         self._group, self._sizes = group.reshape(-1), sizes
         self._starts = numpy.cumsum([0, *counts])
         owners = numpy.repeat(numpy.arange(len(counts)), counts)
@@ -52,8 +51,7 @@ class Neighbors:
         self._ends = numpy.cumsum(sizes)
 
     def groups(self, number: int) -> list[numpy.ndarray]:
-        """The groups that sample `number` uses, each as its sorted samples; [] if no other sample has a near
-        caption."""
+        """The groups that sample `number` uses, each as its sorted samples; [] if no other caption is near."""
         own = self._group[self._starts[number] : self._starts[number + 1]]
         shared = own[self._sizes[own] > 1]
         small = shared[self._sizes[shared] <= LARGEST]
@@ -62,8 +60,7 @@ class Neighbors:
         return [self._members[self._ends[g] - self._sizes[g] : self._ends[g]] for g in small]
 
     def pick(self, number: int, random: int) -> int:
-        """A neighbor of sample `number`; `number` itself if it has no neighbor. The 64 bits of `random` select first a
-        group, then a sample of that group."""
+        """A neighbor of sample `number`, or `number` if it has none. 64 random bits select a group, then a sample."""
         if not (groups := self.groups(number)):
             return number
         random, which = divmod(random, len(groups))
@@ -72,8 +69,7 @@ class Neighbors:
 
 
 class SourceChoice:
-    """Selects the source for each visit of a sample: the sample itself, a neighbor, or none. The selection is a
-    function of (seed, position)."""
+    """Selects the source for a visit of a sample (itself, a neighbor, or none), by a function of (seed, position)."""
 
     def __init__(self, neighbors: Neighbors, edit: EditConfig, seed: int) -> None:
         self._neighbors, self._seed = neighbors, seed
@@ -90,8 +86,7 @@ class SourceChoice:
 
 
 def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:
-    """Reads all captions of a split and returns its `SourceChoice`. Raises DataError if the split is remote or too
-    large."""
+    """Reads all captions of a split for the choice. Raises DataError if the split is remote or too large."""
     samples = sum(shards.sizes)
     if shards.remote or samples > MOST_SAMPLES:
         problem = "is remote" if shards.remote else f"has {samples:,} samples"

@@ -4,8 +4,8 @@ A *position* is the number of a sample in the order of training (0, 1, 2, ...), 
 is `position // samples`. Each epoch permutes the shards and divides them into groups of about `spread` shards. A group
 is read in windows of about `window` samples: a window takes the next run of rows from every shard of the group, and
 these rows are shuffled. This order has four properties. Every sample occurs once per epoch for any number of ranks.
-Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. A reader can
-start at any position at once.
+Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can
+start at any position.
 
 A reader needs the data of one window at a time. If it prefetches, it also needs the data of the next window.
 
@@ -30,7 +30,7 @@ _CACHED_GROUPS = 64
 
 
 def _mix(value: numpy.ndarray) -> numpy.ndarray:
-    """The finalizer of splitmix64 (Steele et al. 2014) on uint64 arrays: every output bit depends on every input bit."""
+    """The finalizer of splitmix64 (Steele et al. 2014) on uint64 arrays: each output bit depends on each input bit."""
     value = (value ^ (value >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return value ^ (value >> numpy.uint64(31))
@@ -84,8 +84,7 @@ class _Group:
         cuts = [[size * j // windows for size in sizes.tolist()] for j in range(windows + 1)]
         self.cuts = numpy.array(cuts, dtype=numpy.int64)
         self.starts = self.cuts.sum(axis=1)
-        """The offset of each window in the group, followed by the size of the group, in samples: int64 [windows +
-        1]."""
+        """The offset of each window in the group, then the size of the group: int64 [windows + 1]."""
 
 
 class Order:
@@ -122,8 +121,7 @@ class Order:
                 positions[inside] - begin, size, random_bits(self.seed, epoch, StreamPurpose.WINDOWS + offset)
             )
             # Step 3: convert the shuffled offsets to shards and rows. The window is the concatenation of one run per
-            # shard: run k has the offsets [ends[k - 1], ends[k]), and its last row in the shard is cuts[window + 1, k]
-            # - 1.
+            # shard: run k has the offsets [ends[k - 1], ends[k]), and its last row is cuts[window + 1, k] - 1.
             ends = numpy.cumsum(group.cuts[window + 1] - group.cuts[window])
             column = numpy.searchsorted(ends, shuffled, side="right")
             shards[inside] = group.shards[column]
@@ -141,8 +139,7 @@ class Order:
             position = begin + int(group.starts[window + 1] - group.starts[window])
 
     def _window_at(self, position: int) -> tuple[int, _Group, int]:
-        """The window that contains a position, as three values: the position of the window's first sample, its group,
-        and its number within the group."""
+        """The window that contains a position: the position of its first sample, its group, its number in the group."""
         epoch, offset = divmod(position, self.samples)
         self._lay_out(epoch)
         number = int(numpy.searchsorted(self._ends, offset, side="right"))
@@ -173,7 +170,7 @@ class Plan:
     """The micro-batches of one rank. The first begins at position `start`, which must be the start of a training step.
 
     A step has the rows 0 to `global_batch` - 1. Micro-batch a of rank r takes the rows [(a*W + r)*m, (a*W + r + 1)*m),
-    with the world size W and m = global_batch / (W * accumulation). So a step has the same rows for every W and
+    with the world size W and m = global_batch / (W * accumulation). So the rows of a step do not depend on W or
     accumulation.
     """
 

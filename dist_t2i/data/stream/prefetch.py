@@ -21,17 +21,15 @@ from dist_t2i.storage.shard_file import CachedFile, cache_of
 
 _THREADS = 4
 _SHARE = 0.4
-"""The largest share of the cache that one window may fill, so that fetching the next window does not evict this
-window."""
+"""The largest share of the cache that one window may fill, so that the next window does not evict it."""
 
 
 class Prefetcher:
-    """Prefetches in background threads, beginning at `position`. The reader calls `advance` to report its progress.
-    Without a cache, the prefetcher does nothing."""
+    """Prefetches in background threads; does nothing without a cache. The reader reports its progress to `advance`."""
 
     def __init__(self, shards: Shards, order: Order | Mixture, position: int, offset: float = 0.0) -> None:
-        """`offset` (0 to 1): where in the list of a window's chunks this worker begins. Workers with different offsets
-        fetch different chunks."""
+        """`offset` (0 to 1): where in a window's list of chunks this worker begins, so that workers fetch different
+        chunks."""
         self._shards, self._order, self._position, self._offset = shards, order, position, offset
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None

@@ -33,13 +33,11 @@ _MAX_TRIES = 1_000
 
 @dataclass(frozen=True, eq=False)
 class SampleReader:
-    """The first stage: yields the raw samples of every `step`-th micro-batch of a plan, beginning with micro-batch
-    `first`.
+    """The first stage: the raw samples of every `step`-th micro-batch of a plan, beginning with number `first`.
 
     A sample is a dict with `__key__`, `__url__`, the bytes of each file under its extension, `__position__` in the
     stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the raw
-    sample of its source, or None. A sample that replaces an unusable one has the error of the unusable sample as
-    `__bad__`.
+    sample of its source, or None. If it replaces an unusable sample, `__bad__` is that sample's error.
 
     Threads read remote samples ahead of time, but samples are yielded in the order of the plan.
     """
@@ -83,8 +81,7 @@ class SampleReader:
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
         """The next readable sample after `bad` in the same shard, or else in the following shards. Its `__bad__` is the
-        error of the first sample that was replaced. Raises DataError if `strict` is set or too many samples in a row
-        are unusable."""
+        error of the first sample that was replaced. Raises DataError if `strict`, or after too many tries."""
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
         shard, row = bad["__row__"]
@@ -106,8 +103,7 @@ class SampleReader:
         return self.shards.read(shard, row) | places
 
     def _source(self, sample: dict[str, Any], choice: SourceChoice) -> dict[str, Any] | None:
-        """The source of a sample: another sample, the sample itself, or None. An unreadable source is replaced by the
-        sample itself."""
+        """The source of a sample: another sample, the sample itself (also if the other is unreadable), or None."""
         number = choice(sample["__id__"], sample["__position__"])
         if number == NONE:
             return None

@@ -40,13 +40,12 @@ from dist_t2i.errors import DataError
 from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 BadRecord = dict[str, Any]
-"""A replaced sample, as a line of bad_samples.jsonl: position, shard, key, reason, and replaced_by (the key of the
-replacement)."""
+"""A replaced sample, as a line of bad_samples.jsonl: position, shard, key, reason, replaced_by (a key)."""
 
 
 def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) -> Iterator[dict[str, Any]]:
-    """Stage: adds a random one of the `captions` as `caption`. With `flip`, mirrors `image` and `source` on a random
-    half of the visits."""
+    """Stage: adds a random one of the `captions` as `caption`. With `flip`, mirrors the images on a random half of
+    visits."""
     for sample in samples:
         position, captions = sample["__position__"], sample["captions"]
         if flip and random_bits(seed, position, StreamPurpose.FLIP) & 1:
@@ -59,8 +58,8 @@ def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) ->
 def collate(
     samples: Iterable[dict[str, Any]], reader: SampleReader, tokenizer: Tokenizer, max_tokens: int
 ) -> Iterator[tuple[Batch, list[BadRecord]]]:
-    """Last stage: yields pairs of a micro-batch and the records of its replaced samples. Raises DataError if the
-    positions of the samples are not those of the plan."""
+    """Last stage: pairs of a micro-batch and the records of its replaced samples. Raises DataError for a wrong
+    position."""
     sequences = itertools.count(reader.first, reader.step)
     expected = itertools.chain.from_iterable(map(reader.plan.positions, sequences))
     collected: list[dict[str, Any]] = []
@@ -110,8 +109,7 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 @dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
     """The stages of one worker, which computes every `step`-th micro-batch, beginning with micro-batch `first`.
-    Iterates over pairs of a Batch and the records of its replaced samples. After an error, the last item is a
-    DataError."""
+    Iterates over pairs of a Batch and the records of its replaced samples. An error is the last item."""
 
     shards: Shards
     plan: Plan
@@ -144,8 +142,7 @@ class Pipeline(torch.utils.data.IterableDataset):
             last = functools.partial(collate, reader=reader, tokenizer=self.tokenizer, max_tokens=self.data.max_tokens)
             stream = iter(webdataset.DataPipeline(reader, *self.stages, decode, choose, last))
             while True:
-                # As if WDS_SECURE=1 were set: webdataset does not open pickles or run commands, whatever the user's
-                # stages do.
+                # As if WDS_SECURE=1 were set: webdataset opens no pickles and runs no commands.
                 before, webdataset.utils.enforce_security = webdataset.utils.enforce_security, True
                 try:
                     item = next(stream)
@@ -157,8 +154,7 @@ class Pipeline(torch.utils.data.IterableDataset):
 
 
 class Stream(Iterator[Batch]):
-    """An endless iterator over batches. `bad_counts` maps each reason to the number of samples that this rank replaced
-    for that reason."""
+    """An endless iterator over batches. `bad_counts` has the number of replaced samples by reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
         self._pool = WorkerPool(pipeline.of_worker, pipeline.data.workers)
@@ -167,8 +163,7 @@ class Stream(Iterator[Batch]):
         self.bad_counts: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError for any bad sample if `data.on_bad` is strict, otherwise if too many samples
-        were bad."""
+        """The next batch. Raises DataError for a bad sample if `data.on_bad` is strict, otherwise for too many."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -220,8 +215,7 @@ def open_stream(
             receives, it must yield exactly one sample.
         data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError if the set cannot be read, or if `global_batch` cannot be divided evenly among the micro-batches.
-        Errors that occur while reading are described at `Stream.__next__`.
+    Raises: DataError if the set cannot be read or `global_batch` does not divide; later, see `Stream.__next__`.
     """
     data_set = data_set or open_data(data)
     shards = data_set.shards(split)

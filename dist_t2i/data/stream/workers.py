@@ -1,8 +1,7 @@
 """DataLoader workers that ignore signals and end with the training process.
 
 Slurm, launchers and Ctrl-C in a terminal send signals to the whole process group. Workers ignore these signals: the
-training process saves first, then ends its workers itself. If the training process dies before that, the kernel kills
-the workers.
+training process saves first, then ends its workers itself. If it dies before that, the kernel kills them.
 
 Workers are forked: two forked workers deliver their first batch within a second, the time that spawned workers spend on
 imports alone. The fork is safe because a worker does not use its parent's GPU, process group or threads, and opens its
@@ -79,8 +78,7 @@ class Lanes(Iterator[Any]):
         return next(next(self._turns))
 
     def end(self) -> None:
-        """Ends the workers as the DataLoader does, then kills workers that still run. They ignore SIGTERM, and killing
-        them is safe because they hold no state."""
+        """Ends the workers as the DataLoader does, then kills the rest: they ignore SIGTERM and hold no state."""
         workers = self.workers
         for iterator in self._iterators:
             iterator._shutdown_workers()
@@ -90,8 +88,8 @@ class Lanes(Iterator[Any]):
 
 
 class WorkerPool:
-    """The items of a dataset, computed in `workers` processes, or in this process if `workers` is 0. Restarts workers
-    that were killed."""
+    """The items of a dataset, computed in `workers` processes (0: in this process). Restarts workers that were
+    killed."""
 
     def __init__(self, dataset_of: DatasetOfWorker, workers: int) -> None:
         self._dataset_of, self._workers = dataset_of, workers
@@ -132,8 +130,7 @@ class WorkerPool:
         self._iterator = lanes = Lanes(self._dataset_of, self._taken, self._workers)
         if signal.getsignal(signal.SIGCHLD) is not before:
             # Remove the signal handler that the DataLoader has installed: it would raise in the middle of any code of
-            # the main thread, for example while a checkpoint is saved. Without it, `next` still notices a dead worker
-            # within seconds.
+            # the main thread, for example while a checkpoint is saved. `next` still notices a dead worker soon.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         self._finalizer = weakref.finalize(self, lanes.end)
         return lanes

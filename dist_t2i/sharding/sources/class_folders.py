@@ -1,5 +1,4 @@
-"""Reads CUB-200-2011 and Oxford-102 flowers. Each picture of these data sets belongs to a class, and the captions are
-those of Reed et al. (2016)."""
+"""Reads CUB-200-2011 and Oxford-102 flowers, whose pictures belong to classes, with captions of Reed et al. (2016)."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """The first folder in `names` that exists in `root`. If none exists, raises DataError with a message that shows
-    `layout`."""
+    """The first folder in `names` that exists in `root`. Raises DataError that shows `layout` if none exists."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -95,13 +93,12 @@ class ClassSet:
     """The files that the data set is expected to have, as text for `--help` and error messages."""
     images: tuple[str, ...]
     texts: tuple[str, ...]
-    """`images` lists possible folders of the pictures, `texts` possible folders of the captions. The first folder that
-    exists is used."""
+    """Possible folders of the pictures (`images`) and of the captions (`texts`). The first existing one of each is
+    used."""
     hold_out_every: int
     """If there are no lists of classes, the classes whose number is a multiple of this number are the split `test`."""
     nested: bool
-    """Whether each class has its own folder of pictures; otherwise all pictures are in one folder. The captions of each
-    class are always in their own folder."""
+    """Whether each class has its own folder of pictures; otherwise all pictures are in one folder."""
 
     def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
         """The pictures with their captions, sorted by key. Prints the rule that determined the split.

@@ -1,7 +1,6 @@
 """Reads MS-COCO 2014 or 2017 in the layout in which it is distributed (Lin et al. 2014, "Microsoft COCO: Common Objects
 in Context"; Chen et al. 2015, "Microsoft COCO Captions"). If the file of Karpathy's split is named, uses that split
-(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). The `restval` part of that split is used for training, as
-is common."""
+(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). Its `restval` part is used for training, as is common."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
-    """The pictures with their captions, sorted by key. `year` may be None if `root` contains either 2014 or 2017 but
-    not both.
+    """The pictures with their captions, sorted by key. `year` may be None if `root` does not contain both.
 
     COCO's train becomes the split `train`, and COCO's val becomes the split `test`. With the file of Karpathy's split,
     the splits are its train (including restval), val and test. Raises DataError if the layout is not that of COCO or a
@@ -55,8 +53,7 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
 
 
 _Entry = tuple[str, str, Any, list[str], str, str]
-"""A picture in a caption file: its folder, file name, image id, captions and split, and where the file lists the
-picture."""
+"""A picture in a caption file: folder, file name, image id, captions, split, and where the file lists it."""
 
 
 def _year_of(root: Path) -> int:
@@ -66,8 +63,7 @@ def _year_of(root: Path) -> int:
 
 
 def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
-    """Reads a JSON file, and returns the objects in each of its lists with these keys. Raises DataError if the file
-    cannot be read or has no such list."""
+    """The objects in each list of a JSON file that these keys name. Raises DataError if a list is missing."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:

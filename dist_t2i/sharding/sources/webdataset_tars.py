@@ -58,8 +58,7 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
 
 
 def scan(url: str) -> TarContents:
-    """Finds the positions of the pictures in one tar, and reads its captions. If the tar is truncated, returns the
-    samples before the cut. Raises DataError if the tar cannot be read."""
+    """Finds the pictures in a tar and reads its captions; before the cut if it is truncated. Raises DataError."""
     folder, _, name = url.rpartition("/")
     contents = TarContents(name)
     try:
@@ -79,8 +78,7 @@ def scan(url: str) -> TarContents:
 
 
 class _Stream:
-    """Presents chunks of bytes as a file that `tarfile` can read from start to end. A read returns at most `size`
-    bytes."""
+    """Chunks of bytes as a file for `tarfile` to read from start to end. A read returns at most `size` bytes."""
 
     def __init__(self, chunks: Iterator[bytes], size: int = tarfile.RECORDSIZE) -> None:
         self._pieces = (chunk[start : start + size] for chunk in chunks for start in range(0, len(chunk), size))
@@ -111,12 +109,10 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: st
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
-    """The pictures in tars that have captions, sorted by key. `name` is the name of the set; "" names it after the
-    first tar.
+    """The pictures in tars that have captions, sorted by key. The set is named `name`, or "" after its first tar.
 
     The pictures of a tar with a name such as `test-00000.tar` or `val-00000.tar` keep their split. All other pictures
-    get the split `train`. If no picture has another split, a share `holdout` of the pictures is moved to the split
-    `test`.
+    get the split `train`. If no tar has another split, a share `holdout` of the pictures moves to `test`.
     """
     urls = tar_urls(patterns)
     items: dict[str, Item] = {}

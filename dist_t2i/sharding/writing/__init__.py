@@ -1,2 +1,1 @@
-"""The steps of writing a set: find duplicates, prepare pictures, write tars and shards, and write the report and
-manifest."""
+"""The steps of writing a set: find duplicates, prepare pictures, write tars, shards, report and manifest."""

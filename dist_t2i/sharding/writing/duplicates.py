@@ -1,5 +1,4 @@
-"""Finds duplicate pictures. This happens before shards are planned, so the result does not depend on the number of
-processes.
+"""Finds duplicate pictures. This happens before shards are planned, so the processes do not affect it.
 
 **exact**: duplicates have the same bytes (SHA-256). Only files of equal size are read.
 
@@ -35,8 +34,7 @@ _PART = 64
 
 
 def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], processes: int) -> list[Item]:
-    """The items without duplicates of the given `kind`, which is "exact" or "perceptual". The removed items are added
-    to `problems`."""
+    """The items without duplicates of this `kind` (exact or perceptual); the others are added to `problems`."""
     print(f"looking for duplicates among {len(items):,} pictures", file=sys.stderr)
     ranked = sorted(items, key=lambda item: (item.split == "train", item.key))
     pairs = _exact(ranked, processes) if kind == "exact" else _perceptual(ranked, processes)
@@ -89,8 +87,7 @@ def _near(a: tuple[int, bytes], b: tuple[int, bytes]) -> bool:
 
 
 def _of_all(items: Sequence[Item], work: Callable[[bytes], Any], processes: int) -> dict[str, Any]:
-    """Applies `work` to the bytes of each picture. Returns the results by key, without pictures that cannot be read or
-    have the result None."""
+    """The results of `work` on the bytes of each picture, by key; without unreadable pictures and results None."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
     calls = [([item.picture for item in part], work) for part in parts]
     results = in_processes(_of_part, calls, processes, Progress(len(items)))

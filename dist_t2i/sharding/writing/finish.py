@@ -1,5 +1,4 @@
-"""Turns written shards into a set: numbers the shards without gaps, writes the tokenizer, the statistics and the
-report, and finally the manifest."""
+"""Turns written shards into a set: numbers them, and writes tokenizer, statistics, report and finally the manifest."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ def finish(
     problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
-    """Numbers the shards without gaps, then writes all other files. The manifest is written last and returned. Raises
-    OSError if a file cannot be written."""
+    """Numbers the shards without gaps, writes all other files, and the manifest last. Returns it. Raises OSError."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):
@@ -68,8 +66,7 @@ def finish(
 
 
 def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Deletes empty shards and renames the others so that their numbers have no gaps. Returns the manifest's entries
-    about the shards, by split."""
+    """Deletes empty shards and closes gaps in the numbers of the others. Returns the manifest's shards by split."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         listed = shards.setdefault(result["split"], [])
@@ -90,8 +87,7 @@ def restore_names(folder: Folder, results: dict[str, dict[str, Any]]) -> None:
 
 
 def _rename(folder: Folder, result: dict[str, Any], new: str) -> None:
-    """Renames the tar and the index of a shard, or deletes both if `new` is "". Updates the result and its file in
-    WORK."""
+    """Renames the tar and the index of a shard, or deletes both if `new` is "". Updates the result and its file."""
     old = result["file"]
     if new == old:
         return

@@ -28,8 +28,7 @@ def kind_of(data: bytes) -> str:
 
 
 def measure(data: bytes) -> tuple[int, int] | None:
-    """The stored (width, height) of a picture that looks complete; None if the picture must be decoded to be
-    measured."""
+    """The stored (width, height) of a picture that looks complete; None if it must be decoded to be measured."""
     measure_kind = {"jpg": _jpeg, "png": _png, "webp": _webp}.get(kind_of(data))
     return measure_kind(data) if measure_kind else None
 

@@ -1,5 +1,4 @@
-"""Prepares a picture for its shard: checks it, applies the filters, and shrinks or re-encodes it if the options say
-so."""
+"""Prepares a picture for its shard: checks it, applies the filters, and shrinks or re-encodes it if requested."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class Options:
     size: int = 0
     """Pictures with a longer short side are shrunk to a short side of this many pixels; 0 shrinks no picture."""
     format: str = ""
-    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" keeps the bytes of pictures in these
-    formats that are not shrunk."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" keeps pictures in these formats."""
     quality: int = 95
     """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
@@ -31,8 +29,7 @@ class Options:
     min_side: int = 0
     """Pictures with a side of fewer pixels are left out."""
     max_aspect: float = 0.0
-    """Pictures whose long side is more than this many times as long as the short side are left out; 0 keeps all
-    pictures."""
+    """Pictures whose long side is more than this many times their short side are left out; 0 keeps all pictures."""
     shard_samples: int = 10_000
     shard_mb: float = 512.0
     vocabulary: int = 4096

@@ -1,5 +1,4 @@
-"""Writes the report page of a set: counts, statistics of the captions, a sheet of pictures, and which pictures were
-left out and why."""
+"""The report page of a set: counts, statistics of the captions, a sheet of pictures, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -19,16 +18,14 @@ _MAX_LISTED = 200
 
 
 def write_report(folder: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
-    """Writes report.html and contact_sheet.png. Their bytes depend only on the set. Raises OSError if they cannot be
-    written."""
+    """Writes report.html and contact_sheet.png. Their bytes depend only on the set. Raises OSError."""
     samples = some_samples(folder, manifest)
     folder.write("contact_sheet.png", contact_sheet(samples))
     folder.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
 
 
 def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train", count: int = _SHEET) -> list[Sample]:
-    """Up to `count` evenly spaced samples of a split. Unusable samples are skipped. Raises OSError if a file cannot be
-    read, DataError if an index is unusable."""
+    """Up to `count` evenly spaced samples of a split, without unusable samples. Raises OSError, DataError."""
     shards = manifest["splits"][split]["shards"]
     total = sum(shard["samples"] for shard in shards)
     count = min(count, total)
@@ -51,8 +48,7 @@ def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train",
 
 
 def index_name(shard: dict[str, Any]) -> str:
-    """The name of the index file of a shard, from the shard's entry in the manifest. If the entry names no index, the
-    index is in the folder of the tar and has its name with the suffix .index."""
+    """The index file of a shard in a manifest. By default it has the name of the tar with the suffix .index."""
     return shard.get("index") or f"{shard['name'][:-4]}.index"
 
 
@@ -71,8 +67,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -> str:
-    """An HTML table of the first rows, and a line with the number of further rows. `rest` says where the further rows
-    are."""
+    """An HTML table of the first rows, and a line with the number of others; `rest` says where the others are."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"

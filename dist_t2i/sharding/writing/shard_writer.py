@@ -1,8 +1,8 @@
 """Plans shards and writes each shard: a tar, its index and a file with the result.
 
 The plan assigns each item to a shard before the first picture is read. So several processes or machines can write
-shards at the same time, the content of a shard does not depend on the process that writes it, and a repeated run keeps
-every intact shard.
+shards at the same time, the content of a shard does not depend on the process that writes it, and a rerun keeps intact
+shards.
 
     OUT/.shard/plan.json        a hash of the options, the captions, and the sizes and dates of the pictures
               /train-00000.json result of a shard: samples, checksums, rejected pictures
@@ -51,12 +51,10 @@ class ShardPlan:
 
 
 def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
-    """Assigns the items of each split to shards, in the order of a hash of their keys, so that neighbors in a shard are
-    unrelated.
+    """Assigns the items of each split to shards, in the order of a hash of their keys: neighbors are unrelated.
 
     The limit in megabytes applies to the sizes that pictures have before they are prepared. Pictures that are shrunk,
-    change their format or come from URLs have a size of 0 here, so their shards are limited only by the number of
-    samples.
+    change their format or come from URLs count as 0 MB, so only the number of samples limits their shards.
     """
     plans: list[ShardPlan] = []
     splits: dict[str, list[Item]] = {"train": []}
@@ -82,8 +80,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
 
 
 def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
-    """A hash of the input and of the options on which the output depends. The number of processes is not one of
-    them."""
+    """A hash of everything on which the output depends: the input, and all options except those for processes."""
     pictures = [options.size, options.format, options.quality, options.check, options.min_side, options.max_aspect]
     digest = hashlib.sha256(json.dumps([VERSION, pictures, options.vocabulary, options.about]).encode())
     for plan in plans:
@@ -96,8 +93,7 @@ def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
 
 
 def write_shard(folder: Folder, plan: ShardPlan, options: Options) -> dict[str, Any]:
-    """Writes one shard and its index. Returns the result, which is also written to a file in WORK. Raises OSError if a
-    file cannot be written."""
+    """Writes one shard and its index. Returns the result, which is also written to WORK. Raises OSError."""
     path = folder.staging / f"{plan.name}.tar.part"
     keys, members, problems, rejected, sides = [], [], [], [], []
     captions = unread = 0
@@ -169,8 +165,7 @@ def _read(item: Item) -> bytes | OSError:
 
 
 def _read_all(items: Sequence[Item], threads: int) -> Iterator[tuple[Item, Any]]:
-    """Yields each item with the bytes of its picture, or with an OSError if the picture cannot be read. Remote pictures
-    are read in parallel."""
+    """Yields each item with the bytes of its picture or an OSError. Remote pictures are read in parallel."""
     if threads <= 1 or not any(item.picture.remote for item in items):
         yield from ((item, _read(item)) for item in items)
         return

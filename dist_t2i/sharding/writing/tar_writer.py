@@ -45,8 +45,7 @@ def header(name: str, size: int) -> bytes:
 
 
 def _make_room(descriptor: int, size: int) -> None:
-    """Reserves space on disk if the file system supports that, which makes writing a third cheaper. Raises OSError if
-    the disk is full.
+    """Reserves space if the file system can, which makes writing a third cheaper. Raises OSError if the disk is full.
 
     `os.posix_fallocate` is not used, because it writes every block if the file system cannot reserve space.
     """
@@ -58,8 +57,8 @@ def _make_room(descriptor: int, size: int) -> None:
 
 
 class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
-    """Writes a tar; a context manager. `size` and `sha256` (hexadecimal) are valid after `finish()`. All methods raise
-    OSError if the file cannot be written."""
+    """Writes a tar; a context manager. `size` and `sha256` (hexadecimal) are valid after `finish()`. Methods raise
+    OSError."""
 
     def __init__(self, path: Path, expected: int = 0) -> None:
         """`expected`: the approximate size in bytes. This much space is reserved at the beginning."""
