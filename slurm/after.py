@@ -6,7 +6,7 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| any status, but Slurm or `submit.py cancel` ended the job, or a later attempt of it runs | is left to Slurm |
+| any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt of the job runs | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
@@ -42,7 +42,7 @@ _SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 def main() -> int:
     """Returns the exit status of the batch script: 0 if it finished, is queued again, or was ended by Slurm."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `scontrol requeue` sends SIGTERM before it returns
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `scontrol requeue` sends SIGTERM to this script
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--status", type=int, required=True)
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm, superseded), the reason, and a failure's kind."""
+    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, a failure's kind or ""."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt has the run", ""  # another attempt or process took the run over
@@ -131,7 +131,7 @@ def srun_error(log: Path | None) -> str:
 
 
 def slurm_name(job: str) -> str:
-    """The job's name for Slurm's commands. A task of an array is ARRAY_TASK: ARRAY alone names all tasks."""
+    """The job's name for Slurm's commands. A task of an array is named ARRAY_TASK: ARRAY alone means all tasks."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else job
 

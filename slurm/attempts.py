@@ -8,8 +8,8 @@ An attempt is one start of a Slurm job; each requeue leads to another attempt.
 
 Rank 0 writes `begin`, and after.py, at the end of the batch script, writes `end`. `submit.py cancel` writes `cancel`
 before it calls scancel, and `cancel failed` if scancel fails. An attempt without `end` was killed by Slurm or lost with
-its node. A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json. Standard library only, Python 3.7 (see
-after.py).
+its node. A rank that fails writes RUN/failures/JOB.RESTART.rank-RANK.json. This module uses only the standard library
+of Python 3.7 (after.py says why).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 This Slurm has two partitions. Jobs in `high` preempt jobs in `low` (the default): the preempted jobs get SIGTERM, have
 20 seconds to save, and are queued again. Slurm's programs must be installed; root and accounting are not needed. Each
 node may use the whole machine. Slurm's daemons listen on all interfaces, but obey only the user who started them,
-because only this user can open the socket of their munged.
+because only this user can open the socket of munged, Slurm's authentication daemon.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _search_path() -> str:
 
 
 class LocalSlurm:
-    """A cluster in `folder`: slurm.conf, state, logs, pid files. `settings` of slurm.conf replace the built-in ones."""
+    """A cluster that keeps all its files in `folder`; `settings` replace the built-in settings of slurm.conf."""
 
     def __init__(self, folder: Path, *, nodes: int = 4, settings: Mapping[str, str] | None = None) -> None:
         self.folder, self.settings = folder.absolute(), dict(settings or {})
@@ -81,10 +81,11 @@ class LocalSlurm:
         for name in ("state", "log", "pid", "run"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
-        (self.folder / "cgroup.conf").write_text("")  # must exist, even empty
+        (self.folder / "cgroup.conf").write_text("")  # Slurm needs this file, even if it is empty
         self._ports = dict(zip(["slurmctld", *self.nodes], free_ports(len(self.nodes) + 1), strict=True))
-        # Random for two reasons. A run records its job's number, which must not name a job of the next cluster. And the
-        # ports of ranks derive from job numbers, and must differ between clusters that run at the same time.
+        # The first job number is random for two reasons. A run records its job's number, which must not name a job of
+        # the next cluster. And the ports of ranks derive from job numbers, and must differ between clusters that run at
+        # the same time.
         self._first_job = 1000 + secrets.randbelow(60_000_000)
         self._keys = self._new_keys()
         self.conf.write_text(self.configuration())

@@ -49,7 +49,7 @@ class Profile:
     """Nodes that the job must not use."""
     exclusive: bool = False
     signal_seconds: int = 120
-    """Seconds between the signal to save and the time limit; at least a step, a checkpoint and half a minute."""
+    """Seconds between the signal to save and the time limit; a step, a checkpoint and half a minute must fit in."""
     modules: tuple[str, ...] = ()
     """Arguments of `module load`."""
     environment: dict[str, str] = field(default_factory=dict)

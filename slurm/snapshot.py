@@ -52,12 +52,12 @@ def keep(run: Path) -> bool:
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether `folder` is a complete copy: others may be called `code`, and a clean-up may have removed files."""
+    """Whether `folder` is a copy of the code, not another folder called `code` or a copy that lacks files."""
     return all((folder / part).is_file() for part in MARKS)
 
 
 def _files() -> list[Path]:
-    """The files of `_PARTS` that git tracks or would add; without git, all of them."""
+    """The files of `_PARTS` that git tracks or would add; without git, all files of `_PARTS`."""
     if listing := _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *_PARTS):
         files = [ROOT / name for name in listing.split("\0") if name]
     else:

@@ -60,7 +60,7 @@ class State:
 
     @property
     def interruptions(self) -> tuple[int, int]:
-        """How many of the attempts that another one follows were ended by a signal or Slurm, and how many failed."""
+        """How many of the past attempts were ended by a signal or by Slurm, and how many failed."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
         over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
         failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
@@ -117,7 +117,7 @@ def submitted(run: Path) -> dict[str, Any]:
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The submitted runs of a folder: the folder itself, or the seeds of an array. If none: UserError, or []."""
+    """The submitted runs in a folder: itself, or the seeds of an array. UserError without runs, unless `missing_ok`."""
     try:
         runs = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
     except OSError as error:

@@ -83,7 +83,7 @@ class Submission:
         """The batch script; the script of an array if `seeds` is above 1."""
         executor = self._executor()
         if self.seeds > 1:
-            executor.parameters["map_count"] = self.seeds  # as `map_array` does
+            executor.parameters["map_count"] = self.seeds  # as submitit's `map_array` sets it
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def _executor(self) -> _Executor:
@@ -121,7 +121,7 @@ class Submission:
         if not container.image:
             return shlex.quote(self.profile.python or sys.executable)
         if container.runtime == "pyxis":
-            return shlex.quote(container.python)  # srun enters the image
+            return shlex.quote(container.python)  # srun starts the ranks inside the image
         binds = [word for mount in self._mounts() for word in ("--bind", mount)]
         gpus = ["--nv"] if self.profile.gpus_per_node else []
         return shlex.join(["apptainer", "exec", *gpus, *binds, container.image, container.python])

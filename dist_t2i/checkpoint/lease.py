@@ -57,7 +57,7 @@ class Owner:
 
     @classmethod
     def this(cls) -> Owner:
-        """This process."""
+        """The owner that describes this process."""
         import psutil
 
         job = os.environ.get("SLURM_JOB_ID", "") if os.environ.get("SLURM_PROCID") else ""
@@ -83,11 +83,11 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}"
 
     def is_newer(self, other: Owner) -> bool:
-        """Whether this is a later attempt of the same Slurm job."""
+        """Whether this owner is a later attempt of the Slurm job that `other` belongs to."""
         return bool(self.job) and self.job == other.job and self.restart > other.restart
 
     def is_alive_here(self) -> bool:
-        """Whether this is another process and alive on this machine; False when that cannot be determined."""
+        """Whether this owner is another process that is alive on this machine; False if that cannot be determined."""
         other = self.host == socket.gethostname() and self.pid != os.getpid()
         return other and is_alive(self.pid, self.begun - 3, self.begun + 3)
 
@@ -131,7 +131,7 @@ class Lease:
         return folder
 
     def remove(self, folder: Path) -> None:
-        """Delete a checkpoint: one rename moves its folder out of `root`, then its files go. Raises OSError."""
+        """Delete a checkpoint: a rename moves its folder out of `root`, then the files are deleted. Raises OSError."""
         removed = self.folder / f"removed-{folder.name}"
         shutil.rmtree(removed, ignore_errors=True)
         os.rename(folder, removed)

@@ -44,7 +44,7 @@ _GLANCE_SECONDS = 15.0
 class Mirror:
     """Call `look` and `restore` first, `offer` after every commit, `poll` from time to time, and `finish` at the end.
 
-    `config` is the text of the run's config.yaml. The start waits `retry_seconds` at most for an answer.
+    `config` is the text of the run's config.yaml. The start waits up to `retry_seconds` for the mirror to answer.
     """
 
     checkpoint: CheckpointConfig

@@ -29,8 +29,8 @@ from dist_t2i.utils.processes import end_with, ignore_stop_signals
 def look(url: str, patience: float) -> dict[str, Any]:
     """What the mirror contains, as a dictionary of `identity`, `strange` and `images`.
 
-    `identity` is None if the mirror has none; `strange` then says why the mirror cannot be used. `images` lists the
-    checkpoints, newest first.
+    `identity` is None if the mirror has none; `strange` then lists reasons why the mirror cannot be used. `images`
+    lists the checkpoints, newest first.
 
     Raises Unreachable after `patience` seconds without an answer, and UserError when the URL cannot be used.
     """
