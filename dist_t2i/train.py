@@ -5,9 +5,9 @@
     srun python dist_t2i/train.py --config ...
     python dist_t2i/train.py --config ...
 
-The same command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the configuration,
-data or environment must be corrected, as the message says; 75 stopped by a signal, checkpoint saved; 76 another process
-has taken the run over; 77 a rank hung; 130 second Ctrl-C.
+The same command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the
+configuration, data or environment must be corrected, as the message says; 75 stopped by a signal, checkpoint saved; 76
+another process has taken the run over; 77 a rank hung; 130 second Ctrl-C.
 """
 
 from __future__ import annotations

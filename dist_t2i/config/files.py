@@ -1,7 +1,7 @@
 """Reads and writes configurations: defaults <- YAML <- `section.key=value`, with all problems in one report.
 
-Scalars follow YAML 1.2, unlike PyYAML's YAML 1.1: `1e-4` is a number, `off`, `no` and `y` are texts, `012` is twelve, `12:30`
-is a text.
+Scalars follow YAML 1.2, unlike PyYAML's YAML 1.1: `1e-4` is a number, `off`, `no` and `y` are texts, `012` is twelve,
+`12:30` is a text.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ _WARNED: set[str] = set()
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, changed by overrides such as `train.global_batch=128`, and checked.
 
-    Raises `ConfigError` with every problem at once: unknown keys, wrong types and ranges, combinations that cannot work.
+    Raises `ConfigError` with all problems at once: unknown keys, wrong types and ranges, combinations that cannot work.
     """
     path = Path(path)
     try:
@@ -220,8 +220,7 @@ def _section_of(key: str) -> tuple[type, str, str]:
 
 
 def _suggestion(section: type, prefix: str, name: str) -> str:
-    """`; did you mean data.image_size?`, with a similar key of this section, or with the same word in another
-    section."""
+    """`; did you mean data.image_size?`, with a similar key of this section or the same word in another section."""
     leaf = name.rpartition(".")[2]
     same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
     near = nearest(name, field_types(section))

@@ -23,8 +23,8 @@ RENAMED = {
 class DataConfig:
     # FREE, because a set may move. On resume, the fingerprints of the sets are compared instead of their paths.
     train: str | tuple[str, ...] = setting("", resume=Resume.FREE)
-    """Training set: a sharded set (a folder or URL that holds manifest.json), or WebDataset tars as a URL with braces or a
-    glob: `s3://bucket/coco/train-{000000..000591}.tar`. A list mixes several sets."""
+    """Training set: a sharded set (a folder or URL that holds manifest.json), or WebDataset tars as a URL with braces
+    or a glob: `s3://bucket/coco/train-{000000..000591}.tar`. A list mixes several sets."""
     weights: tuple[float, ...] = setting((), POSITIVE)
     """Relative sampling frequency of each entry of `train`; empty: every picture is used once per epoch."""
     image_size: int = setting(64, Bounds(32, 4096), Resume.FIXED)
@@ -86,7 +86,7 @@ class LossConfig:
     d_alignment: float = 1.0
     """Weight of D's InfoNCE between real pictures and their captions."""
     d_alignment_regions: float = 1.0
-    """Weight of D's InfoNCE between the positions of its region maps and captions (without region maps the term is 0)."""
+    """Weight of D's InfoNCE between the positions of its region maps and captions (0 without region maps)."""
     g_alignment_text: float = 1.0
     """Weight of G's InfoNCE between its pictures and S_D of their captions."""
     g_alignment_image: float = 1.0
@@ -96,8 +96,8 @@ class LossConfig:
     temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on whole pictures and sentences."""
     region_negatives: int = 0
-    """Number of other positions that each position of a fake's region map is contrasted with, besides the same position of
-    other pictures. They provide a gradient where all pictures look alike, such as a plain background."""
+    """Number of other positions that each position of a fake's region map is contrasted with, besides the same position
+    of other pictures. They provide a gradient where all pictures look alike, such as a plain background."""
     region_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on regions."""
     d_alignment_words: float = 1.0
@@ -107,7 +107,8 @@ class LossConfig:
     word_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on words."""
     word_sharpness: float = setting(5.0, POSITIVE)
-    """Inverse temperature of a word's attention over regions, and of a caption's pooling over words (AttnGAN: gamma 1, 2)."""
+    """Inverse temperature of a word's attention to regions and of pooling over a caption's words (AttnGAN: gamma 1,
+    2)."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0
@@ -129,8 +130,8 @@ class LossConfig:
     penalty_weight: float = 0.05
     """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
-    """n: the penalty is computed every n-th step, with n times its weight (StyleGAN2, sec. 3.1: lazy
-    regularization)."""
+    """n: the penalty is computed every n-th step, with n times its weight (lazy regularization, StyleGAN2, sec.
+    3.1)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
     """Step of the finite difference; `fd_r1` only."""
 

@@ -204,14 +204,13 @@ class NetworkEngine:
             self.module.requires_grad_(True)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a scalar `loss`, a mean over this rank's micro-batch. Call it once per micro-batch."""
+        """Accumulate the gradient of a scalar `loss`, a mean over this rank's micro-batch. One call per micro-batch."""
         if self.stage > 0:
             self._zero.clear_backward_seen_flag()  # in place of `engine(...)`; see the rules above
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call after each micro-batch's `backward`; the last call of a step updates weights, at peak rate *
-        `rate_scale`."""
+        """Call after each micro-batch's `backward`; a step's last call updates weights, at peak rate * `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
         # Compute the norm of the global gradient, which DeepSpeed's stage 0 does not compute unless it clips.
@@ -252,8 +251,7 @@ class NetworkEngine:
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
-        """Create the moments before the optimizer's first step would create them, so that a checkpoint can be
-        loaded."""
+        """Create the moments, which the optimizer's first step would create, so that checkpoints can be loaded."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             step = torch.zeros((), dtype=torch.float32, device=master.device)

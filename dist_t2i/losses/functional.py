@@ -1,7 +1,7 @@
 """Losses as pure functions of logits, embeddings and gradients; always computed and returned in fp32.
 
-Legend of shapes: B batch, E embedding width, P positions of region maps, T words, L logits per picture, H W pixels. Each
-loss is a scalar, a mean over rows.
+Legend of shapes: B batch, E embedding width, P positions of region maps, T words, L logits per picture, H W pixels.
+Each loss is a scalar, a mean over rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _contrast(logits: Tensor, same: Tensor | None, further: Tensor | None = None
         others = same & ~torch.eye(rows, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(others, float("-inf"))
 
-    # InfoNCE (van den Oord et al. 2018, Eq. 4): -log(exp(l_ii) / sum_j exp(l_ij)), [..., B], over rows and over columns.
+    # InfoNCE (van den Oord et al. 2018, Eq. 4): -log(exp(l_ii) / sum_j exp(l_ij)), [..., B], over rows and columns.
     positive = logits.diagonal(dim1=-2, dim2=-1)
     across = logits if further is None else torch.cat([logits, further], dim=-1)
     forward = torch.logsumexp(across, dim=-1) - positive
@@ -158,10 +158,10 @@ def r1(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) -> Tensor:
-    """DF-GAN's matching-aware gradient penalty (MA-GP, Eq. 2, p = 6) without its factor: mean of joint gradient norm ** p.
+    """DF-GAN's matching-aware gradient penalty (MA-GP, Eq. 2, p = 6) without its factor: mean joint gradient norm ** p.
 
-    logits ([B] or [B, L]) must be computed from `images` [B, 3, H, W] and `sentence` [B, E] of matching real pairs, which
-    must both require a gradient.
+    logits ([B] or [B, L]) must be computed from `images` [B, 3, H, W] and `sentence` [B, E] of matching real pairs.
+    Both must require a gradient.
     """
     # Gradients by picture and by sentence, concatenated: [B, 3 H W + E].
     gradients = torch.autograd.grad(row_means(logits).sum(), (images, sentence), create_graph=True)

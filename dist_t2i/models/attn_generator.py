@@ -1,4 +1,4 @@
-"""The generator `attn`: the positions of its maps attend to S_G's words (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
+"""The generator `attn`: its maps' positions attend to S_G's words (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
 
 Legend of shapes: B batch, T words, E text width, C channels.
 """

@@ -36,7 +36,7 @@ def _color(images: Tensor, uniforms: Tensor, strength: float) -> Tensor:
 
 
 def _translate(images: Tensor, uniforms: Tensor, share: float) -> Tensor:
-    """Integer-pixel shifts of up to `share` of the side; pixels beyond an edge repeat it (the original pads with zeros)."""
+    """Shifts by whole pixels, up to `share` of the side; pixels beyond an edge repeat it (the original pads with 0)."""
 
     def moved(size: int, uniform: Tensor) -> Tensor:
         reach = round(share * size)

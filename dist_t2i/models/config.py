@@ -98,7 +98,7 @@ class DiscriminatorConfig:
     condition: Literal["projection", "joint"] = "projection"
     """How the adversarial branch uses S_D: `projection` (Miyato & Koyama 2018), or `joint` (a perceptron on both)."""
     regions: tuple[int, ...] = (8,)
-    """Sides, in positions, of the maps that are aligned position by position; empty: only whole pictures are aligned."""
+    """Sides, in positions, of the maps aligned position by position; empty: only whole pictures are aligned."""
     patches: int = 0
     """Side, in positions, of the map that a patch head scores position by position; 0: only pictures are scored."""
     words: int = 0
@@ -129,7 +129,7 @@ def not_computed(network: str, sides: tuple[int, ...], channels: tuple[int, ...]
 @dataclass(frozen=True)
 class TextConfig:
     mode: Literal["dual", "shared", "frozen"] = "dual"
-    """`dual`: separate encoders S_G and S_D; `shared`: one encoder that both losses train; `frozen`: a given embedding."""
+    """`dual`: separate encoders S_G and S_D; `shared`: one encoder for both losses; `frozen`: a given embedding."""
     encoder: Literal["lstm", "transformer"] = "lstm"
     """Architecture of the text encoders."""
     embedding: int = setting(256, at_least(2))

@@ -145,7 +145,7 @@ class Discriminator(nn.Module):
         return F.normalize(self.text_projection(sentence).float(), dim=1)
 
     def embed_pictures(self, features: Features) -> Embeddings:
-        """Unit vectors: `image` [B, A] and, where configured, `regions` and `word_regions` [B, P, A'], one per position."""
+        """Unit vectors: `image` [B, A] and, if configured, `regions` and `word_regions` [B, P, A'] by position."""
         embeddings = {"image": self.align_image(features)}
         if self.region_sizes:
             maps = [layer(x).flatten(2) for layer, x in zip(self.region_projections, features.maps, strict=True)]
@@ -156,7 +156,7 @@ class Discriminator(nn.Module):
         return embeddings
 
     def embed_captions(self, text: TextEmbedding) -> Embeddings:
-        """Unit vectors: `text` [B, A] and, where configured, `region_text` [B, A'] and `words` [B, T, A'] with `word_mask`."""
+        """Unit vectors: `text` [B, A]; if configured, `region_text` [B, A'] and `words` [B, T, A'] with `word_mask`."""
         embeddings = {"text": self.align_text(text.sentence)}
         if self.region_sizes:
             embeddings["region_text"] = F.normalize(self.region_text_projection(text.sentence).float(), dim=1)

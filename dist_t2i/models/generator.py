@@ -1,7 +1,7 @@
 """The plain generator turns noise and a sentence into a picture in one stage. Other kinds are subclasses (networks.py).
 
-Legend of shapes: B batch, Z noise, E text width, C channels or condition width, N width of noise and condition together,
-T words, H W pixels.
+Legend of shapes: B batch, Z noise, E text width, C channels or condition width, N width of noise and condition
+together, T words, H W pixels.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class PaletteMix(nn.Module):
 
 
 class Generator(nn.Module):
-    """Single-stage generator, conditioned at every scale on noise and the augmented sentence; all randomness is passed in.
+    """Single-stage generator, conditioned at every scale on noise and the augmented sentence. Callers pass in all
+    noise.
 
     Convolutions compute only the scales that `channels` lists; a pixel shuffle of the last map replaces the finer
     scales. A small budget is thus spent where convolutions are cheap per parameter.

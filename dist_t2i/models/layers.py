@@ -16,9 +16,11 @@ SLOPE = 0.2
 
 
 def patch_size(channels: tuple[int, ...], image_size: int) -> int:
-    """Side, in pixels, of the square that one position of the finest computed map covers: the factor of the pixel shuffle.
+    """Side, in pixels, of the square that a position of the finest computed map covers: the factor of the pixel
+    shuffle.
 
-    `channels` has one entry per computed scale 4, 8, 16, ... Raises ValueError when the scales do not divide `image_size`.
+    `channels` has one entry per computed scale 4, 8, 16, ... Raises ValueError if the scales do not divide
+    `image_size`.
     """
     count, finest = len(channels), FIRST_SIZE * 2 ** (len(channels) - 1)
     if image_size % finest:
@@ -70,7 +72,7 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
 
 
 class Modulation(nn.Module):
-    """Normalizes each picture's features, then scales and shifts each channel by a function of the condition, as DF-GAN does.
+    """Normalizes each picture's features, then scales and shifts each channel depending on the condition, as in DF-GAN.
 
     The normalization is our own: all features of a row are divided by their root mean square (no mean, no batch
     statistics). It is cheap, because the division is folded into the scale.
@@ -90,8 +92,8 @@ class Modulation(nn.Module):
 class WordAttention(nn.Module):
     """Adds to each position of a map a mixture of the caption's words, by AttnGAN's attention (sec. 3.1).
 
-    Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and both inputs normalized
-    first, because initial LSTM states are small and maps grow.
+    Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and both inputs
+    normalized first, because initial LSTM states are small and maps grow.
     """
 
     def __init__(self, channels: int, text_width: int, width: int, heads: int):

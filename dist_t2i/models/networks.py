@@ -43,7 +43,7 @@ class GeneratorSide(nn.Module):
         pictures: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Generated:
-        """Pictures for B captions; `text`: embeddings of a shared or frozen S_G; `pictures`, `given`: see `SourceEncoder`."""
+        """Pictures for B captions. `text`: S_G if shared or frozen. For `pictures` and `given` see `SourceEncoder`."""
         text = text if self.text_g is None else self.text_g(tokens, lengths)
         guide = None if pictures is None else self.source(pictures, text, given)
         return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
@@ -99,8 +99,8 @@ def build_networks(
 ) -> Networks:
     """Networks for pictures of `image_size` pixels, initialized from torch's global generator (seed it first).
 
-    `frozen` is the encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding. `edit_width`
-    (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
+    `frozen` is the encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding.
+    `edit_width` (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.
     """
     encoder = partial(build_text_encoder, text, vocab_size, max_tokens)
     dual, width = text.mode == "dual", frozen.width if frozen is not None else text.embedding

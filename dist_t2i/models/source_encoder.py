@@ -39,7 +39,7 @@ class SourceGuide:
         return x + (source if self._given is None else source * self._given)
 
     def blend(self, last: Tensor, images: Tensor) -> Tensor:
-        """The activated last map and its pictures [B, 3, H, W] -> mixtures of these pictures and the repainted sources."""
+        """The activated last map, its pictures [B, 3, H, W] -> mixtures of these and the repainted sources."""
         keep = self._keep(last)
         keep = keep if self._given is None else keep * self._given
         return images + keep * (self._repainted - images)
@@ -122,7 +122,7 @@ class SourceEncoder(nn.Module):
         self.repaint = Repaint(width, text_width, patch)
 
     def forward(self, pictures: Tensor, text: TextEmbedding, given: Tensor | None = None) -> SourceGuide:
-        """pictures [B, 3, H, W] in [-1, 1], S_G's text, given bool [B] (False for rows without a source; None: all True)."""
+        """pictures [B, 3, H, W] in [-1, 1], S_G's text, given bool [B] (False: no source; None: all True)."""
         x = self.stem(self.unshuffle(pictures).contiguous(memory_format=torch.channels_last))
         features = []
         for i, block in enumerate(self.blocks):

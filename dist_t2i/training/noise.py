@@ -1,7 +1,7 @@
 """Random numbers of a training step, as functions of the seed and the position in the stream.
 
-Each row of a batch has its own generator, seeded by its position, so that image number 1,234,567 has the same noise on any
-rank, at any world size and after any resume.
+Each row of a batch has its own generator, seeded by its position, so that image number 1,234,567 has the same noise on
+any rank, at any world size and after any resume.
 """
 
 from __future__ import annotations

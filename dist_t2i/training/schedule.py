@@ -12,7 +12,7 @@ from dist_t2i.config.sections import LossConfig, OptimizerConfig
 
 
 def passes(every: int, images: int, batch: int) -> bool:
-    """Whether the step of `batch` images that ended at `images` seen passed a multiple of `every`; never for `every` 0."""
+    """Whether the step of `batch` images that ended at `images` seen passed a multiple of `every`; 0 means never."""
     return every > 0 and images > 0 and images // every > (images - batch) // every
 
 

@@ -44,8 +44,8 @@ from dist_t2i.utils.tensors import fill
 def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> ExitStatus:
     """Train as one rank of a run until `train.total_images` are seen or a signal asks to stop; returns the exit status.
 
-    Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so that
-    no signal is lost while this package is imported. Raises UserError.
+    Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so
+    that no signal is lost while this package is imported. Raises UserError.
     """
     device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":

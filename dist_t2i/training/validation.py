@@ -82,8 +82,8 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints); writes them to a file,
-        too."""
+        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints). Also writes a scores
+        file."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
@@ -103,7 +103,7 @@ class Validation:
         return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
     def take(self, images: int, values: Mapping[str, float]) -> bool:
-        """Record the scores at `images`; returns whether `eval.metric` is the best so far on the protocol's first split."""
+        """Record the scores at `images`; returns whether `eval.metric` on the first split is the best so far."""
         self._evaluated_at, self._previous_best = images, self.best
         metric = self.config.metric
         value = next((value for name, value in values.items() if name.rpartition("/")[2] == metric), math.nan)
