@@ -57,7 +57,8 @@ def indexed_set(
         checksums: whether to read the images and record their checksums; otherwise the bytes of images are skipped.
         vocabulary: the maximal number of tokens of the tokenizer.
 
-    Raises: DataError if no tar has a usable sample, a tar is unreadable or could run code, or `home` cannot be written.
+    Raises: DataError if no tar has a usable sample, a tar is unreadable or has members that could run code, or `home`
+    cannot be written.
     """
     urls = [absolute(url) for url in urls]
     if home is None:

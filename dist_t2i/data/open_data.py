@@ -1,4 +1,4 @@
-"""Opens the data that `data.train` names as one set. It names a written set, tars, or a list of both."""
+"""Opens, as one set, the data that `data.train` names: a written set, tars, or a list of sets and tars."""
 
 from __future__ import annotations
 

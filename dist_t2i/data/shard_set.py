@@ -109,7 +109,8 @@ class Shards:
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
-        """A webdataset sample: `__key__`, `__url__`, and the bytes of each file by extension (`only` these, or all).
+        """A webdataset sample: `__key__`, `__url__`, and the bytes of each file by extension. `only` limits the
+        extensions.
 
         Raises BadSample if the sample cannot be read, DataError if the index of its shard is unusable."""
         key, name = str(row), base_name(self.url(shard))
@@ -257,7 +258,7 @@ class ShardSet:
 
 
 def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
-    """Opens a set by the path or URL of its folder or of its manifest.json. Raises DataError if that fails."""
+    """Opens a set by the path or URL of its folder or of its manifest.json. Raises DataError on failure."""
     if not str(path):
         raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
     name = checked(str(path))

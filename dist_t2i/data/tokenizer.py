@@ -49,8 +49,8 @@ def words(text: str) -> list[str]:
 
 @dataclass(unsafe_hash=True, repr=False)
 class Tokenizer:
-    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Equal files make tokenizers
-    equal."""
+    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Two tokenizers with equal
+    files are equal."""
 
     text: str
     """The content of a tokenizer.json. Raises DataError if it is anything else."""
@@ -119,8 +119,8 @@ class Tokenizer:
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
-    Equal counts give equal files. So tokens do not mark the beginning of a word: the library numbers such tokens at
-    random."""
+    Equal counts give equal files. Tokens do not mark the beginning of a word, because the library would number such
+    tokens at random."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 

@@ -1,2 +1,1 @@
-"""Writes captioned pictures as a set of shards (tools/shard.py), and inspects such a set. Training reads it with
-`data`."""
+"""Writes captioned pictures as a set of shards (tools/shard.py), and inspects sets. The package `data` reads them."""

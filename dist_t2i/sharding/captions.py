@@ -151,6 +151,6 @@ def _read_table(text: str, form: str, name: str, columns: Columns) -> Iterator[R
 
 
 def _unquoted(field: str) -> str:
-    """Removes the quotation marks around a field of a TSV file, which some programs write and csv keeps."""
+    """Removes the quotation marks that some programs write around a field of a TSV file."""
     field = field.rstrip("\r\n")
     return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field

@@ -29,8 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of bad_samples.jsonl: the file or line, the picture, and the reason. Many pictures share a reason, and the
-    report counts them."""
+    """A line of bad_samples.jsonl: the file or line, the picture, and a reason that other pictures can share."""
 
     where: str
     picture: str
@@ -62,7 +61,7 @@ def add_captions(captions: list[str], texts: Iterable[str]) -> list[str]:
 
 
 def captioned(item: Item, where: str, problems: list[Problem]) -> list[Item]:
-    """Cleans the captions of an item and removes repeated captions. Returns [item], or [] if none is left."""
+    """Cleans the captions of an item and removes repeated captions. Returns [item], or [] if no caption is left."""
     texts, item.captions = item.captions, []
     problems += [Problem(where, item.key, reason) for reason in add_captions(item.captions, texts)]
     if item.captions:

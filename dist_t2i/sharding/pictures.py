@@ -33,7 +33,7 @@ class Picture(ABC):
 
     @abstractmethod
     def stat(self) -> tuple[int, str]:
-        """The size in bytes (0 if unknown), and a text that changes when the picture changes. Does not read it."""
+        """The size in bytes (0 if unknown), and a text that changes with the picture. Does not read the picture."""
 
     @abstractmethod
     def read(self) -> bytes:

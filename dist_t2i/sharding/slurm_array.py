@@ -1,10 +1,10 @@
-"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part, and this process waits
-for all.
+"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part of the shards, and this
+process waits for all tasks.
 
 This process makes the plan and sends it to the tasks, so the content of a shard does not depend on the task that writes
 it. Each task writes the result of a shard to a file in OUT, and this process reads these files. It does not rely on the
 states of the jobs, because clusters without accounting do not report them. All machines must see the pictures, OUT and
-logs.
+the log folder.
 """
 
 from __future__ import annotations

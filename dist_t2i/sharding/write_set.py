@@ -104,7 +104,7 @@ def write_here(
     """Writes shards with `options.processes` processes on this machine, and returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
     enabled = gc.isenabled()
-    gc.disable()  # it would take 10% of the time to scan all items, and find nothing because they contain no cycles
+    gc.disable()  # the collector would spend 10% of the time on scanning the items, which contain no cycles
     try:
         results = in_processes(write_shard, calls, options.processes, progress)
     finally:

@@ -133,8 +133,8 @@ class ChunkCache:
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Waits until another thread has stored a chunk or failed, at most `seconds`; for another process
-        `_POLLED_FOR`."""
+        """Waits at most `seconds` until another thread has stored a chunk or failed. Waits for other processes only
+        briefly."""
         path = self.path(key, number)
         filled = self._filling.get(path)
         if filled is not None:
@@ -180,7 +180,7 @@ class ChunkCache:
             yield part if current else None
 
     def _disable(self, error: OSError) -> None:
-        """Warns once and stores no more chunks. Raises `error` again if the disk is neither full nor unwritable."""
+        """Warns once and stores no more chunks. Raises errors that do not come from a full or unwritable disk."""
         if error.errno not in _NO_ROOM:
             raise error
         if self.works:

@@ -2,7 +2,8 @@
 
 obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
 endpoints come from the environment variables that the usual tools of each store read (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override both.
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override the
+endpoint and the region.
 
 A client sends each request once, and its caller decides about retries (remote_file.py).
 """

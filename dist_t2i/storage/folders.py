@@ -33,8 +33,8 @@ _PARTS = 9000
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
     """The folder at a path or URL; neither reads nor creates it. Raises DataError for commands and chained URLs.
 
-    `seconds` limits the time of each request to an object store, retries included. By default an hour, with the retries
-    of the library.
+    `seconds` limits the time of each request to an object store, retries included. The default is an hour, with the
+    library's own retries.
     """
     text = str(url)
     scheme = scheme_of(unchained(text))
@@ -192,8 +192,8 @@ class LocalFolder(Folder):
 
 
 class ObjectFolder(Folder):
-    """A prefix in S3, Google Cloud Storage or Azure, or on a (read-only) web server. Environment variables give the
-    credentials."""
+    """A prefix in S3, Google Cloud Storage or Azure, or on a (read-only) web server. The store's environment variables
+    give the credentials."""
 
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)

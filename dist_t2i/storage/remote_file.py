@@ -78,8 +78,8 @@ class RemoteFile:
         return out.getvalue()
 
     def read_into(self, out: BinaryIO, start: int, stop: int | None) -> None:
-        """Writes the bytes [start, stop) to the empty file `out` as they arrive. Raises as `read`, and errors of
-        `out`."""
+        """Writes the bytes [start, stop) to the empty file `out` as they arrive. Raises the errors of `read` and of
+        writing to `out`."""
         if stop is not None and self.size >= 0:
             stop = min(stop, self.size)
             if start >= stop:
@@ -103,7 +103,7 @@ class RemoteFile:
             except Changed:
                 self._restart(out)
             except StorageError as error:
-                block = BLOCK  # connections break here, and with small blocks fewer bytes are lost
+                block = BLOCK  # the connection may break again, and small blocks lose less
                 backoff.progressed(out.tell() - before)
                 try:
                     backoff.wait(error)

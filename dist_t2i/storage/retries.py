@@ -20,8 +20,8 @@ def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]
 
 
 def retry(action: Callable[[], T], waits: Iterable[float], again: Callable[[OSError, float], bool]) -> T:
-    """The result of `action`. After an attempt that raises OSError, waits for the next of `waits` (seconds) and
-    retries.
+    """The result of `action`. After an attempt that raises OSError, sleeps for the next of the `waits` (in seconds) and
+    tries again.
 
     Raises the OSError if `waits` has no more elements, or if `again(error, seconds of the next pause)` returns False.
     """

@@ -51,8 +51,7 @@ def mix(*values: int) -> int:
 
 
 def random_bits(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position in the training stream. Uses splitmix64's finalizer as `mix`, over another
-    sum."""
+    """64 random bits for one position in the training stream. Uses the finalizer of `mix` over another sum."""
     value = seed & _MASK
     for part in (purpose, position):
         value = (value * 31 + part + 1) * 0x9E3779B97F4A7C15 & _MASK

@@ -62,5 +62,6 @@ def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = N
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
-    """A field that holds a section of the configuration. `resume` applies to keys in it without their own."""
+    """A field that holds a section of the configuration. `resume` applies to the keys in it that set none
+    themselves."""
     return dataclasses.field(default_factory=factory, metadata={"resume": resume})

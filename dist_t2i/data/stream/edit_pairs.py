@@ -43,7 +43,7 @@ class Neighbors:
             keys.extend(own)
             counts.append(len(own))
         _, group, sizes = numpy.unique(numpy.array(keys, dtype=numpy.uint64), return_inverse=True, return_counts=True)
-        # _group lists the groups of sample 0, then of sample 1, ...; _members the samples of group 0, then of group 1.
+        # _group lists the groups of sample 0, then of sample 1, ...; _members those of group 0, of group 1, ...
         self._group, self._sizes = group.reshape(-1), sizes
         self._starts = numpy.cumsum([0, *counts])
         owners = numpy.repeat(numpy.arange(len(counts)), counts)

@@ -2,7 +2,8 @@
 
 Positions are divided into cycles of `CYCLE` slots. Each list owns a fixed number of slots per cycle, and every cycle is
 shuffled anew. Over all cycles, the n-th slot of a list takes the n-th sample in that list's own order. So the shares
-are exact in every cycle, and each list has its own epochs without loss or repetition. Reading can start anywhere.
+are exact in every cycle, and each list has its own epochs without loss or repetition. Reading can start at any position
+without reading the earlier ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ CYCLE = 4096
 
 
 def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
-    """The slots of each list per cycle: at least 1, `cycle` in all, nearest to the weights (largest remainder
-    method)."""
+    """The number of slots of each list in a cycle: at least 1 each, `cycle` in all, in proportion to the weights. The
+    numbers are rounded by the largest remainder method."""
     total = sum(weights)
     shares = [max(1.0, weight / total * cycle) for weight in weights]
     counts = [int(share) for share in shares]
@@ -33,8 +34,8 @@ def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
 
 
 class Mixture:
-    """Combines the orders `parts` with relative `weights`. The shards of part 0 are numbered first, then of part 1,
-    ..."""
+    """Combines the orders `parts` with relative `weights`. The shards of part 0 are numbered first, then those of part
+    1, and so on."""
 
     def __init__(self, parts: Sequence[Order], weights: Sequence[float], seed: int) -> None:
         self.parts, self.seed = list(parts), seed

@@ -5,7 +5,7 @@ is `position // samples`. Each epoch permutes the shards and divides them into g
 is read in windows of about `window` samples: a window takes the next run of rows from every shard of the group, and
 these rows are shuffled. This order has four properties. Every sample occurs once per epoch for any number of ranks.
 Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can
-start at any position.
+start at any position without reading the earlier ones.
 
 A reader needs the data of one window at a time. If it prefetches, it also needs the data of the next window.
 

@@ -37,7 +37,7 @@ class SampleReader:
 
     A sample is a dict with `__key__`, `__url__`, the bytes of each file under its extension, `__position__` in the
     stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the raw
-    sample of its source, or None. If it replaces an unusable sample, `__bad__` is that sample's error.
+    sample of its source, or None. If a sample replaces an unusable one, `__bad__` is the error of the unusable one.
 
     Threads read remote samples ahead of time, but samples are yielded in the order of the plan.
     """
@@ -81,7 +81,7 @@ class SampleReader:
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
         """The next readable sample after `bad` in the same shard, or else in the following shards. Its `__bad__` is the
-        error of the first sample that was replaced. Raises DataError if `strict`, or after too many tries."""
+        error of the first sample that was replaced. Raises DataError if `strict` is set, or after too many tries."""
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
         shard, row = bad["__row__"]

@@ -44,8 +44,8 @@ BadRecord = dict[str, Any]
 
 
 def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) -> Iterator[dict[str, Any]]:
-    """Stage: adds a random one of the `captions` as `caption`. With `flip`, mirrors the images on a random half of
-    visits."""
+    """Stage: adds a randomly selected caption as `caption`. With `flip`, mirrors the image and its source on a randomly
+    selected half of the visits."""
     for sample in samples:
         position, captions = sample["__position__"], sample["captions"]
         if flip and random_bits(seed, position, StreamPurpose.FLIP) & 1:
@@ -58,8 +58,8 @@ def choose_captions(samples: Iterable[dict[str, Any]], seed: int, flip: bool) ->
 def collate(
     samples: Iterable[dict[str, Any]], reader: SampleReader, tokenizer: Tokenizer, max_tokens: int
 ) -> Iterator[tuple[Batch, list[BadRecord]]]:
-    """Last stage: pairs of a micro-batch and the records of its replaced samples. Raises DataError for a wrong
-    position."""
+    """Last stage: pairs of a micro-batch and the records of its replaced samples. Raises DataError if a sample does not
+    have the planned position."""
     sequences = itertools.count(reader.first, reader.step)
     expected = itertools.chain.from_iterable(map(reader.plan.positions, sequences))
     collected: list[dict[str, Any]] = []
@@ -109,7 +109,8 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 @dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
     """The stages of one worker, which computes every `step`-th micro-batch, beginning with micro-batch `first`.
-    Iterates over pairs of a Batch and the records of its replaced samples. An error is the last item."""
+    Iterates over pairs of a Batch and the records of its replaced samples. If a DataError occurs, it becomes the last
+    item."""
 
     shards: Shards
     plan: Plan
@@ -154,7 +155,7 @@ class Pipeline(torch.utils.data.IterableDataset):
 
 
 class Stream(Iterator[Batch]):
-    """An endless iterator over batches. `bad_counts` has the number of replaced samples by reason."""
+    """An endless iterator over batches. `bad_counts` is the number of replaced samples by reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
         self._pool = WorkerPool(pipeline.of_worker, pipeline.data.workers)
@@ -163,7 +164,8 @@ class Stream(Iterator[Batch]):
         self.bad_counts: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError for a bad sample if `data.on_bad` is strict, otherwise for too many."""
+        """The next batch. Raises DataError for a bad sample if `data.on_bad` is strict, otherwise if too many samples
+        were bad."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -211,11 +213,12 @@ def open_stream(
         accumulation: micro-batches of each rank per step.
         edit: adds sources to the batches if its `width` is not 0.
         bad_file: a file to which replaced samples are appended, one JSON object per line.
-        stages: webdataset stages between the reader and the decoder, such as `wds.map(f)`. For each sample that a stage
-            receives, it must yield exactly one sample.
+        stages: webdataset stages between the reader and the decoder, such as `wds.map(f)`. A stage must yield exactly
+        one sample for each sample that it receives.
         data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError if the set cannot be read or `global_batch` does not divide; later, see `Stream.__next__`.
+    Raises: DataError if the set cannot be read or `global_batch` cannot be divided evenly. While reading, see
+    `Stream.__next__`.
     """
     data_set = data_set or open_data(data)
     shards = data_set.shards(split)

@@ -52,7 +52,7 @@ class Lanes(Iterator[Any]):
 
     def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
-        self._datasets: list[Any] = []  # keeps their shared buffers alive, to which the batches of the workers refer
+        self._datasets: list[Any] = []  # kept, because batches refer to the shared buffers in these datasets
         for worker in range(workers):
             dataset = dataset_of(first + worker, workers, _PREFETCH if _FORKS else 0)
             loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
@@ -105,7 +105,7 @@ class WorkerPool:
                 item = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
                 # If a worker dies while it sends a batch, its pipe breaks. If it dies at another time, the DataLoader
-                # notices. In both cases `next` raises one of these errors, which can have other causes too.
+                # notices. In both cases `next` raises one of these errors, but they can have other causes.
                 if not _worker_died(iterator):
                     raise
                 self._restart(error)

@@ -1,6 +1,7 @@
 """Reads MS-COCO 2014 or 2017 in the layout in which it is distributed (Lin et al. 2014, "Microsoft COCO: Common Objects
 in Context"; Chen et al. 2015, "Microsoft COCO Captions"). If the file of Karpathy's split is named, uses that split
-(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). Its `restval` part is used for training, as is common."""
+(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). Pictures of its part `restval` are used for training, as
+is common."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
-    """The pictures with their captions, sorted by key. `year` may be None if `root` does not contain both.
+    """The pictures with their captions, sorted by key. `year` may be None unless `root` contains both 2014 and 2017.
 
     COCO's train becomes the split `train`, and COCO's val becomes the split `test`. With the file of Karpathy's split,
     the splits are its train (including restval), val and test. Raises DataError if the layout is not that of COCO or a

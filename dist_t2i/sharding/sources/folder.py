@@ -97,7 +97,7 @@ def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
         relative = PurePosixPath(_relative(path, images))
         parts = [part for part in relative.with_suffix("").parts if part not in ("..", "/")]
         key = "/".join(parts).replace(".", "_")
-        if key in items:  # as for a.png if there is an a.jpg too
+        if key in items:  # for example the key of a.png, if there is also an a.jpg
             key = f"{key}_{relative.suffix[1:]}"
         while key in items:
             key += f"_{hashlib.sha256(str(relative).encode()).hexdigest()[:8]}"

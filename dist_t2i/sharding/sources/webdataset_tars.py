@@ -58,7 +58,8 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
 
 
 def scan(url: str) -> TarContents:
-    """Finds the pictures in a tar and reads its captions; before the cut if it is truncated. Raises DataError."""
+    """Finds the pictures in a tar and reads the captions. A truncated tar yields the samples before the cut. Raises
+    DataError if the tar cannot be read."""
     folder, _, name = url.rpartition("/")
     contents = TarContents(name)
     try:
@@ -109,7 +110,8 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: st
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
-    """The pictures in tars that have captions, sorted by key. The set is named `name`, or "" after its first tar.
+    """The pictures in tars that have captions, sorted by key. The set is named `name`, or after its first tar if `name`
+    is "".
 
     The pictures of a tar with a name such as `test-00000.tar` or `val-00000.tar` keep their split. All other pictures
     get the split `train`. If no tar has another split, a share `holdout` of the pictures moves to `test`.

@@ -1,4 +1,5 @@
-"""Finds duplicate pictures. This happens before shards are planned, so the processes do not affect it.
+"""Finds duplicate pictures. This happens before shards are planned, so the result does not depend on the number of
+processes.
 
 **exact**: duplicates have the same bytes (SHA-256). Only files of equal size are read.
 
@@ -87,7 +88,8 @@ def _near(a: tuple[int, bytes], b: tuple[int, bytes]) -> bool:
 
 
 def _of_all(items: Sequence[Item], work: Callable[[bytes], Any], processes: int) -> dict[str, Any]:
-    """The results of `work` on the bytes of each picture, by key; without unreadable pictures and results None."""
+    """The results of `work` on the bytes of each picture, by key. Unreadable pictures and results of None are left
+    out."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
     calls = [([item.picture for item in part], work) for part in parts]
     results = in_processes(_of_part, calls, processes, Progress(len(items)))

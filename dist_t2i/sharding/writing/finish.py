@@ -24,7 +24,8 @@ def finish(
     problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
-    """Numbers the shards without gaps, writes all other files, and the manifest last. Returns it. Raises OSError."""
+    """Numbers the shards without gaps and writes all other files, the manifest last. Returns the manifest. Raises
+    OSError."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):

@@ -21,7 +21,8 @@ class Options:
     size: int = 0
     """Pictures with a longer short side are shrunk to a short side of this many pixels; 0 shrinks no picture."""
     format: str = ""
-    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" keeps pictures in these formats."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" encodes only pictures that are shrunk or
+    have another format."""
     quality: int = 95
     """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
