@@ -58,7 +58,9 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, -(-len(samples) // _COLUMNS)) * _TILE), "white")
     for number, sample in enumerate(samples):
-        with contextlib.suppress(ValueError):  # despite an intact header, the picture may not decode; its tile stays white
+        with contextlib.suppress(
+            ValueError
+        ):  # despite an intact header, the picture may not decode; its tile stays white
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
             sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()
