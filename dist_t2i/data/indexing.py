@@ -35,7 +35,7 @@ from dist_t2i.utils.progress import Progress
 
 VOCABULARY = 4096
 _CAPTIONS = 2_000_000
-"""The number of captions that are kept for the tokenizer and the statistics, the same number from each tar."""
+"""The number of captions that are kept for the tokenizer and the statistics, equally many from each tar."""
 _MAX_PROBLEMS = 1_000
 
 

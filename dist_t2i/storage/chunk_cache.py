@@ -29,7 +29,8 @@ CHUNK = 2**23
 """The size of a chunk in bytes. The last chunk of an object is shorter."""
 _KEPT_OPEN = 256
 _POLL, _POLLED_FOR = 0.005, 0.1
-"""`await_fill` waits for another process: the seconds between its checks, and the seconds until it gives up."""
+"""`await_fill` waits for another process: the seconds between its checks for the chunk, and the seconds until it gives
+up."""
 _ROOM = 0.9
 """An eviction reduces the cache to this share of its bound."""
 _NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}

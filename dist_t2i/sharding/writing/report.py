@@ -60,7 +60,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
     for number, sample in enumerate(samples):
         with contextlib.suppress(
             ValueError
-        ):  # despite an intact header, the picture may not decode; its tile stays white
+        ):  # despite an intact header, a picture may not decode; its tile stays white
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
             sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()

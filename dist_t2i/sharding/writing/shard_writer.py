@@ -80,7 +80,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
 
 
 def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
-    """A hash of everything on which the output depends: the input, and all options except those for processes."""
+    """A hash of the input and of the options that affect the output. The number of processes does not affect it."""
     pictures = [options.size, options.format, options.quality, options.check, options.min_side, options.max_aspect]
     digest = hashlib.sha256(json.dumps([VERSION, pictures, options.vocabulary, options.about]).encode())
     for plan in plans:
