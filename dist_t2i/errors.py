@@ -20,7 +20,7 @@ class ExitStatus(IntEnum):
     STOPPED = 75  # by a signal, checkpoint saved; the same command continues from it (EX_TEMPFAIL of sysexits.h)
     SUPERSEDED = 76  # another process has taken the run over (checkpoint/lease.py); nothing saved
     HUNG = 77  # a rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact
-    INTERRUPTED = 130  # Ctrl-C (in training: a second one) ended the command at once, nothing saved; a status of shells
+    INTERRUPTED = 130  # Ctrl-C (in training: a second one) ended the command at once, as in a shell; nothing saved
 
 
 class UserError(Exception):

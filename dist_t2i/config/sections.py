@@ -32,7 +32,7 @@ class DataConfig:
     workers: int = setting(1, resume=Resume.FREE)
     """Loader processes per rank; 0 decodes in the training process."""
     shuffle_window: int = setting(16_384, at_least(1))
-    """Samples per shuffle window; a reader holds about two windows."""
+    """Samples per shuffle window; a reader holds about two windows in memory."""
     shuffle_shards: int = setting(16, at_least(1))
     """Number of shards from which a shuffle window takes its samples."""
     flip: bool = True
@@ -48,7 +48,7 @@ class DataConfig:
     retry_seconds: float = setting(300.0, resume=Resume.FREE)
     """Seconds for which a failing remote read is retried before its sample counts as bad."""
     stall_seconds: float = setting(10.0, POSITIVE, Resume.FREE)
-    """Seconds without data after which a remote read fails; a complete read may take six times this."""
+    """Seconds without data after which a remote read fails; a complete read may take six times as long."""
     cache: str = setting("auto", resume=Resume.FREE)
     """Folder on the local disk that caches parts of remote shards for all processes of this machine; `auto`: inside the
     temporary folder of the job or the system; `none`: no cache, one request per sample."""
@@ -76,7 +76,7 @@ class EditConfig:
     """Share of the samples without a source, generated from their text alone. All other samples edit the picture of a
     sample with a near caption."""
     words: int = setting(4, at_least(1))
-    """Two captions are near when they differ in a single run of at most this many words."""
+    """Two captions are near when they differ only in one group of at most this many consecutive words."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ class LossConfig:
     word_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on words."""
     word_sharpness: float = setting(5.0, POSITIVE)
-    """Inverse temperature of a word's attention to regions and of pooling over a caption's words (AttnGAN: gamma 1,
-    2)."""
+    """Inverse temperature of a word's attention to regions and of pooling over words (AttnGAN: gamma 1 and 2)."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0
@@ -125,13 +124,11 @@ class LossConfig:
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's matching-aware penalty; `fd_r1`: finite-difference R1, at any ZeRO
-    stage."""
+    """D's gradient penalty. `ma_gp`: DF-GAN's, matching-aware; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
     penalty_weight: float = 0.05
     """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
-    """n: the penalty is computed every n-th step, with n times its weight (lazy regularization, StyleGAN2, sec.
-    3.1)."""
+    """The penalty is computed every n-th step, with n times its weight (StyleGAN2, sec. 3.1: lazy regularization)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
     """Step of the finite difference; `fd_r1` only."""
 
@@ -185,7 +182,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the processor or GPU computes it natively, fp32 elsewhere."""
     accumulation: int = setting(1, at_least(1), Resume.FREE)
-    """Micro-batches per step and rank; the global batch does not change."""
+    """Micro-batches per step and rank, into which the global batch is divided."""
     offload: Literal["none", "cpu"] = setting("none", resume=Resume.FREE)
     """Device that holds the optimizer states (ZeRO stage 1 to 3)."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_t2i.config.sections import OptimizerConfig
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x^3, x^5 (Jordan et al. 2024). Iterated, they map singular values of (0, 1] to about [0.7, 1.2]."""
+"""Coefficients of x, x^3 and x^5 (Jordan et al. 2024). Iteration maps singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
 """Iterations in each of two parts. The second computes X X' again, whose small values have lost digits in the first."""
 RMS = 0.2

@@ -82,8 +82,7 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints). Also writes a scores
-        file."""
+        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints). Also writes a file."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
