@@ -124,7 +124,7 @@ class LossConfig:
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
-    """D's gradient penalty. `ma_gp`: DF-GAN's, matching-aware; `fd_r1`: R1 by finite differences, for any ZeRO stage."""
+    """D's gradient penalty. `ma_gp`: DF-GAN's, matching-aware; `fd_r1`: R1 by finite differences, at any ZeRO stage."""
     penalty_weight: float = 0.05
     """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))

@@ -80,7 +80,8 @@ def init_distributed(device: torch.device) -> None:
 
 
 def native_precision(device: torch.device) -> Precision:
-    """`bf16` if the device multiplies it in hardware, `fp32` otherwise (emulated bf16 is about 20 times slower)."""
+    """`bf16` if the device multiplies bf16 numbers in hardware, else `fp32` (emulated bf16 is about 20 times
+    slower)."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
@@ -161,7 +162,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 class NetworkEngine:
-    """A network, its optimizer (AdamW, and Muon where `optimizer` says so) and its ZeRO engine."""
+    """A network, its optimizer (AdamW, and Muon if `optimizer` says so) and its ZeRO engine."""
 
     def __init__(self, module: nn.Module, spec: EngineSpec, optimizer: OptimizerConfig, device: torch.device) -> None:
         import deepspeed

@@ -162,7 +162,7 @@ def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
         # gloo would resolve this machine's name, which often fails or gives 127.0.1.1, which other machines cannot
         # reach
         env["GLOO_SOCKET_IFNAME"] = interface
-    binaries = str(Path(sys.executable).parent)  # not resolved, since a venv's python is a link to elsewhere
+    binaries = str(Path(sys.executable).parent)  # symlinks kept: a venv's python is a link to another folder
     if binaries not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # DeepSpeed's offload needs ninja
 

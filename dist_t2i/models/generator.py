@@ -65,7 +65,7 @@ class GeneratorBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: a 1x1 convolution to the next scale's channels while the map is small, then repetition."""
+    """Doubles the side: a 1x1 convolution to the next scale's channels, then repetition of each position."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -195,5 +195,6 @@ class Generator(nn.Module):
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Updates a scale's map before the blocks, x [B, C, H, W], from words [B, T, E], mask bool [B, T]; here not."""
+        """A scale's map x [B, C, H, W] after attending to words [B, T, E], mask bool [B, T]. This class returns x
+        itself."""
         return x

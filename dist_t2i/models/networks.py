@@ -79,7 +79,7 @@ class TextSide(nn.Module):
 
 @dataclass(frozen=True)
 class Networks:
-    """Randomly initialized networks; `text` is set in mode shared, `frozen` in mode frozen."""
+    """Randomly initialized networks. `text` is set only in text.mode=shared, `frozen` only in text.mode=frozen."""
 
     generator: GeneratorSide
     discriminator: DiscriminatorSide

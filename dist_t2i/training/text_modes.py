@@ -20,7 +20,7 @@ class PerNetworkText:
     embedding: TextEmbedding | None = None  # input of the network; None: the network has its own encoder
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
-        """Nothing to do: the network's own backward has reached its encoder."""
+        """Nothing to do: the network's own `backward` has already reached the network's encoder."""
 
 
 class FrozenText(PerNetworkText):
