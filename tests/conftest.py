@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What became of every planned sample under each fault (data/test_faults.py), whichever process ran the test."""
+    """What became of every planned sample under each fault (data/stream/test_faults.py), whichever process ran the test."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
     told = [report for report in reports if getattr(report, "when", "") == "teardown"]
     table = [value for report in told for name, value in report.user_properties if name == "fault"]

@@ -14,8 +14,8 @@ from dist_t2i.distributed.watchdog import Watchdog, describe, diagnose
 from dist_t2i.errors import ExitStatus
 from runs import Run, make_set
 
-STEP = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}
-ELSEWHERE = {"MainThread": ["/p/dist_t2i/trainer.py:9 _step", "/p/dist_t2i/data/stream.py:3 __next__"]}
+STEP = {"MainThread": ["/p/dist_t2i/training/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}
+ELSEWHERE = {"MainThread": ["/p/dist_t2i/training/trainer.py:9 _step", "/p/dist_t2i/data/stream/stream.py:3 __next__"]}
 
 
 def said(count: int, stacks=STEP) -> dict:

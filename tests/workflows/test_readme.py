@@ -1,7 +1,7 @@
 """Every command of the README, run as it stands there, in the order in which it stands there.
 
 Only budgets are cut: `make demo` trains for seconds, and training commands get `train.total_images` and the like appended.
-The commands about Slurm are run by slurm/scenarios.py.
+The commands about Slurm are run by tests/slurm/scenarios.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pictures import config_for, make_set, stream_of
 
 BATCH, SIZE = 32, 160
 IN_THE_MAP = 4 + 4
-"""Batches that wait, and those that `Pipeline.new_buffers` adds."""
+"""Batches that wait, and those that `Pipeline.of_worker` adds."""
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
 
