@@ -6,12 +6,12 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt of the job runs | is left to Slurm |
+| any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt or process has the run (76) | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
-again. The system's Python may run this file. It therefore imports only dist_t2i.errors and the standard library of
-Python 3.7.
+again. The system's Python may run this file. It therefore imports only the standard library of Python 3.7,
+dist_t2i.errors and attempts.py. After 20 attempts in a row without a new checkpoint, the job is not queued again.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def warmup(images: int, warmup_images: int) -> float:
 def penalty_scale(step: int, loss: LossConfig) -> float:
     """Factor on the gradient penalty in step `step` (from 0): its weight times n in every n-th step, 0 in the others.
 
-    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 4): the mean weight per step stays `penalty_weight`.
+    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 3.1): the mean weight per step stays `penalty_weight`.
     """
     if loss.penalty == "none" or step % loss.penalty_every:
         return 0.0

@@ -1,7 +1,7 @@
 """The training step of a published peer, for comparison: DF-GAN, written from the paper (Tao et al. 2022, "DF-GAN: A
 Simple and Effective Baseline for Text-to-Image Synthesis", CVPR).
 
-At 64 px and a width of 32, generator and discriminator have 4.8M and 3.4M parameters. The text encoder is pretrained
+At 64 px and a width of 32, generator and discriminator have 4.87M and 3.44M parameters. The text encoder is pretrained
 and frozen, so a constant vector replaces the sentence embedding. Steps use fp32 and Adam. A step first updates the
 discriminator by the hinge loss on real pictures, real pictures with wrong captions, and fakes, plus the matching-aware
 penalty (eq. 2), which every step computes on the real pictures. It then updates the generator, with another pass
