@@ -14,7 +14,9 @@ from dist_t2i.distributed.watchdog import Watchdog, describe, diagnose
 from dist_t2i.errors import ExitStatus
 from runs import Run, make_set
 
-STEP = {"MainThread": ["/p/dist_t2i/training/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]}
+STEP = {
+    "MainThread": ["/p/dist_t2i/training/trainer.py:9 _step", "/p/torch/distributed/distributed_c10d.py:3 all_reduce"]
+}
 ELSEWHERE = {"MainThread": ["/p/dist_t2i/training/trainer.py:9 _step", "/p/dist_t2i/data/stream/stream.py:3 __next__"]}
 
 
