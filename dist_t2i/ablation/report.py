@@ -37,7 +37,7 @@ METHOD = (
     "paired difference shows (better, worse, or neither), and whether this also holds when all comparisons of the "
     "table are counted (Bonferroni).",
 )
-"""How arms are compared: Markdown, one paragraph per string. The whole method is this project's choice."""
+"""How arms are compared: Markdown, one paragraph per string. This project chose the method; it is not from a paper."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
 """(arm, seed) -> result of `RunScorer.scores`."""
 

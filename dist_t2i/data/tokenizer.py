@@ -119,7 +119,7 @@ class Tokenizer:
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
-    Equal counts give equal files. Tokens do not mark the beginning of a word, because the library would number such
+    The same counts always give the same file. Tokens do not mark the beginning of a word, because the library would number such
     tokens at random."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers

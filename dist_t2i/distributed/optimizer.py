@@ -23,7 +23,8 @@ from dist_t2i.config.sections import OptimizerConfig
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024). Iteration maps singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
-"""Iterations in each of two parts. The second computes X X' again, whose small values have lost digits in the first."""
+"""Newton-Schulz iterations of the first and of the second part. The second part computes X X' again, because its small
+values have lost digits in the first part."""
 RMS = 0.2
 """Root mean square of a step at learning rate 1, close to AdamW's (Liu et al. 2025, eq. 4)."""
 

@@ -47,7 +47,8 @@ def train(
     """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()`.
 
     The output goes to the terminal, or to the file `log`; if the training fails, the end of `log` is printed.
-    `launcher` holds further options of `deepspeed`. `entry` is the training script, by default this copy's. Ctrl-C and
+    `launcher` holds further options of `deepspeed`. `entry` is the training script (default: the
+    train.py of the running package). Ctrl-C and
     SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt at once.
     Raises TrainingError when the training fails, after it has printed why. Main thread only.
     """

@@ -64,7 +64,8 @@ class Reporter:
         self._wandb: WandbLogger | None = None
 
     def start(self, images: int, checkpoint: Path | None = None) -> None:
-        """Start the reports at `images` seen. Drops the metrics beyond this position: training will report them again."""
+        """Start the reports where `images` images have been seen. Drops the metrics beyond this position: training
+        will report them again."""
         self._images, self._checkpoint = images, str(checkpoint or "")
         if not self.main:
             return

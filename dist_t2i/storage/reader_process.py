@@ -31,7 +31,8 @@ def clients_allowed() -> bool:
 
 
 def allow_clients() -> None:
-    """Lets this process have clients. Afterwards, this process must not fork processes that need clients."""
+    """Allows this process to have clients of object stores. After this call the process must not fork processes
+    that need clients."""
     global _pid_with_clients
     _pid_with_clients = os.getpid()
 

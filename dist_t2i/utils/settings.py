@@ -62,6 +62,6 @@ def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = N
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
-    """A field that holds a section of the configuration. `resume` applies to the keys in it that set none
-    themselves."""
+    """A field that holds a section of the configuration. `resume` applies to those keys of the section that
+    have no `resume` themselves."""
     return dataclasses.field(default_factory=factory, metadata={"resume": resume})

@@ -103,7 +103,8 @@ class Decode:
 
 class BatchMemory:
     """The memory of one micro-batch after another, channels last, as the networks need it. Each image is decoded into
-    its own row. In a loader worker it is shared with the parent: a free buffer, or else new shared memory."""
+    its own row. In a loader worker, this memory is shared with the parent process: a free buffer if there is one, else new
+    shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows
