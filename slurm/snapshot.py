@@ -52,7 +52,7 @@ def keep(run: Path) -> bool:
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether `folder` is a copy of the code, not another folder called `code` or a copy that lacks files."""
+    """Whether `folder` is a complete copy of the code. False for an incomplete copy and for any other folder."""
     return all((folder / part).is_file() for part in MARKS)
 
 

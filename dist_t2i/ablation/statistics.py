@@ -49,7 +49,7 @@ class Difference:
     reference: str
     gain: Estimate
     counted: Estimate
-    """`gain` with the wider interval of the Bonferroni correction for the number of deciding comparisons."""
+    """`gain` with a wider interval: Bonferroni-corrected for the number of comparisons on which the verdicts rest."""
 
     @property
     def says(self) -> str:

@@ -159,7 +159,7 @@ def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -
 
 
 def in_collective(stacks: dict[str, list[str]]) -> bool:
-    """Whether a thread waits for other ranks. Any thread counts: backward hooks need not run in the main thread."""
+    """Whether any thread waits for other ranks; backward hooks need not run in the main thread."""
     paths = ("torch/distributed/", "deepspeed/comm/")
     return any(path in frame for frames in stacks.values() for frame in frames[-6:] for path in paths)
 

@@ -20,8 +20,8 @@ _NOTED = {
     "data_fingerprint": "the sets (their pictures here are the same)",
     "device": "the device",
 }
-"""Keys whose difference is printed as a note, but does not prevent a comparison. Weights and images seen are not among
-them, because comparing models that differ in these is the purpose."""
+"""Keys whose difference is printed as a note, but does not prevent a comparison. The weights and the
+number of images seen may differ, because the purpose is to compare different models."""
 
 
 def differences(a: ScoresJson, b: ScoresJson) -> list[str]:

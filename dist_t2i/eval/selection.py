@@ -53,7 +53,8 @@ class Selection:
 
 
 def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
-    """The splits that a protocol evaluates. Raises UserError if the set lacks one of them or all held-out splits."""
+    """The splits that a protocol evaluates. Raises UserError if the set lacks one of them, or has
+    no held-out split."""
     splits = protocol.splits or tuple(name for name in data.splits if name.startswith("test"))
     missing = [name for name in splits if name not in data.splits]
     if missing or not splits:

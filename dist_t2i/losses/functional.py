@@ -134,8 +134,8 @@ def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Te
     `rows`, bool [B], contribute 0. Our own.
 
     Because of the ratio, a picture in which little must change weighs as much as one in which everything must change.
-    The distance is squared, because a copy of the source minimizes the absolute error for a long time, as most pixels
-    agree.
+    The distance is squared. With the absolute error, copying the source would remain the best answer for long, because
+    most pixels of source and target agree.
     """
     distance = (images.float() - target.float()).square().mean(dim=(1, 2, 3))
     start = (source.float() - target.float()).square().mean(dim=(1, 2, 3))

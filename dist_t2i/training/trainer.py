@@ -30,7 +30,7 @@ from dist_t2i.training.schedule import learning_rate_scale, passes
 from dist_t2i.training.validation import Validation
 
 _EVALUATION_SECONDS, _SAMPLE_SECONDS = 3600.0, 600.0
-"""Seconds that an evaluation or a sample grid may take longer than a step before the watchdog counts it as a hang."""
+"""Extra seconds, beyond those of a step, before the watchdog counts an evaluation or a sample grid as a hang."""
 
 
 @dataclass

@@ -161,8 +161,8 @@ CUB = ClassSet(
       text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
       trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
 (CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out, 004, 008
-... 200: 150 classes and 50, but not the split of published numbers. Pickled lists are not read.)""",
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out (004, 008
+... 200): 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,
@@ -179,8 +179,9 @@ FLOWERS = ClassSet(
       text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
       trainvalclasses.txt, testclasses.txt       one class a line: class_00001 ...    (optional)
 (102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out,
-class_00005 ... class_00100: 82 classes and 20, but not the split of published numbers. imagelabels.mat is not needed.)""",
+trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out
+(class_00005 ... class_00100): 82 training and 20 test classes. Published results use another
+split. imagelabels.mat is not needed.)""",
     images=("jpg", "102flowers/jpg"),
     texts=("text_c10", "cvpr2016_flowers/text_c10"),
     hold_out_every=5,

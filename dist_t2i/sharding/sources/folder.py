@@ -24,8 +24,8 @@ def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[lis
     DataError if the folder or the captions cannot be read.
 
     `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` or to the folder of that file. If it is
-    None, each line of `a.txt` is a caption of `a.png`. A hash of the keys selects a share `holdout` of the pictures for
-    the split `test`.
+    None, each line of `a.txt` is a caption of `a.png`. `holdout` is the share of the pictures that goes to the split
+    `test`; a hash of the keys selects them.
     """
     if not images.is_dir():
         raise DataError(f"--images {images}: there is no such folder")
