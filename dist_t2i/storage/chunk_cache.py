@@ -212,12 +212,12 @@ class ChunkCache:
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):
+                with contextlib.suppress(FileNotFoundError):
                     about = os.stat(path)
                     if not name.endswith(".part"):
                         yield about.st_mtime, about.st_size, path
                     elif time.time() - about.st_mtime > 60:
-                        with open(path, "r+b") as part:
+                        with contextlib.suppress(OSError), open(path, "r+b") as part:
                             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
                             os.unlink(path)
 

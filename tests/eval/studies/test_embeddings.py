@@ -13,9 +13,6 @@ from dist_t2i.eval.skin_tones import tone_of
 from dist_t2i.eval.studies import embeddings, probes
 from models_on_disk import write_run, write_tone_set
 from pictures import make_set
-from ranks import ROOT
-
-TOOL = ROOT / "tools" / "embeddings.py"
 
 
 def test_a_probe_finds_what_is_there_and_nothing_else():
