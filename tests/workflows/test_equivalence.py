@@ -15,6 +15,7 @@ from small_gan import (
     build_gan,
     frozen_encoder,
     micro_batches,
+    smooth_activations,
     synthetic_rows,
     tiny_config,
 )
@@ -27,9 +28,14 @@ PAIRS = [(g, d) for g in range(4) for d in range(4)]
 
 def train_engines(overrides: dict, steps: int = STEPS):
     """Losses of each step (averaged over ranks) and the final weights under DeepSpeed."""
+    config = tiny_config(**overrides)
+    with smooth_activations():
+        return _train_engines(config, steps)
+
+
+def _train_engines(config, steps: int):
     import torch.distributed as dist
 
-    config = tiny_config(**overrides)
     gan = build_gan(config, frozen_encoder() if config.text.mode == "frozen" else None)
     history = []
     for step in range(steps):
@@ -49,7 +55,8 @@ def train_reference(overrides: dict, steps: int = STEPS):
     torch.set_num_threads(1)
     config = tiny_config(**overrides)
     reference = Reference(config, VOCABULARY, frozen_encoder() if config.text.mode == "frozen" else None)
-    history = [reference.step(synthetic_rows(step * BATCH, BATCH), step * BATCH) for step in range(steps)]
+    with smooth_activations():
+        history = [reference.step(synthetic_rows(step * BATCH, BATCH), step * BATCH) for step in range(steps)]
     return history, reference.state()
 
 
