@@ -50,7 +50,7 @@ def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Maps texts to embeddings [N, width] on the CPU. Texts are truncated to CLIP's number of tokens (77)."""
     limit, rows = model.config.text_config.max_position_embeddings, [torch.empty(0, model.config.projection_dim)]
     # All texts are padded to the limit, so that every batch has the same number of tokens.
-    options = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
     for start in range(0, len(texts), _BATCH):
         batch = tokenizer(list(texts[start : start + _BATCH]), **options).to(model.device)
         pooled = model.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output
@@ -83,7 +83,7 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     published = {"clip-score": f"CLIP score ({known})", "r-precision": f"R-precision ({known})"} if known else {}
     name = known or f"a CLIP network, weights sha256 {sha256[:8]}…"
     embed = functools.partial(embed_texts, model, tokenizer)
-    options = {"mean": 0.0, "std": 255.0, "published": published, "embed_texts": embed}
+    options: dict[str, Any] = {"mean": 0.0, "std": 255.0, "published": published, "embed_texts": embed}
     return FeatureNetwork(name, side, width, sha256, Vision(model).to(device), **options)
 
 

@@ -114,7 +114,7 @@ def load_features(
 def own_network(model: TextToImage) -> FeatureNetwork:
     """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
     name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
-    options = {"mean": 127.5, "std": 127.5, "embed_texts": model.embed_aligned}
+    options: dict[str, Any] = {"mean": 127.5, "std": 127.5, "embed_texts": model.embed_aligned}
     return FeatureNetwork(name, model.image_size, width, model.files.sha256(), model.image_encoder, **options)
 
 

@@ -53,7 +53,10 @@ def inception(device: torch.device, weights: str | None, resize: str) -> Feature
     network = load_network(path, sha256)
     published = _PUBLISHED[resize] if sha256 == FID_SHA256 else {}
     label = "InceptionV3" if published else f"InceptionV3, weights sha256 {sha256[:8]}…"
-    options = {"resizer": resizing.clean if resize == "clean" else resizing.legacy, "published": published}
+    options: dict[str, Any] = {
+        "resizer": resizing.clean if resize == "clean" else resizing.legacy,
+        "published": published,
+    }
     options |= {"mean": 128.0, "std": 128.0, "classifier": network.fc.weight.detach().clone(), "scaled": False}
     return FeatureNetwork(f"{label}, {resize} resize", 299, 2048, sha256, Trunk(network).to(device), **options)
 
