@@ -1,4 +1,4 @@
-"""Computes features of generated and real pictures. Ranks share the pictures in chunks and keep only the features."""
+"""Computes features of generated and real pictures. Each rank processes some chunks; only the features are kept."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _COPIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "noisy": references.noisy,
     "random": references.random,
 }
-"""Name of a copy -> function that makes the intact or degraded copy. Its arguments are the real pictures and the index
-of the first of them; this index seeds random noise."""
+"""Name of a copy -> function that makes the intact or degraded copy. The function's arguments are the real pictures and
+the index of the first picture, which seeds random noise."""
 _NEEDED = {
     "kid": ("real", "mirrored", "shrunk", "blurred", "noisy", "random"),
     "retrieval": ("real", "mirrored", "shrunk", "random"),
@@ -49,16 +49,16 @@ class Features:
     """One network's features of N pictures: float32, D numbers per picture."""
 
     fake: Tensor
-    """[S, N, D] with S = seeds x J captions per picture: row s * J + j was generated from caption j with seed s"""
+    """[S, N, D], S = number of seeds x J, with J captions per picture. Row s * J + j: from caption j with seed s"""
     real: Mapping[str, Tensor]
     """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None
-    """[J, N, D] if the network embeds texts and a metric needs these, else None"""
+    """[J, N, D] if the network embeds texts and a metric needs embeddings of texts, else None"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the metrics of one split are computed from, on rank 0: captions [N][J], features per network, brightness."""
+    """The inputs of the metrics of one split, on rank 0: captions [N][J], features per network, brightness."""
 
     captions: tuple[tuple[str, ...], ...]
     features: Mapping[str, Features]
@@ -67,7 +67,7 @@ class Measured:
     real_luma: Tensor
     """[N] mean luma of the real pictures"""
     prompts: tuple[str, ...]
-    """The first caption of each of the N pictures, then the captions of `pairs` that are not among these."""
+    """The first caption of each of the N pictures, then the other captions of `pairs`."""
     pairs: tuple[tuple[str, str], ...]
     """Pairs of captions that differ only in skin tone: (light, dark)."""
     reference_sha256: str
@@ -88,7 +88,7 @@ def measure(
     ranks: Ranks = ALONE,
     cache: dict[str, Tensor] | None = None,
 ) -> Measured | None:
-    """The features that the protocol's metrics need, on rank 0; None on other ranks. All ranks must call it.
+    """The features that the protocol's metrics need, on rank 0; None on other ranks. Collective.
 
     `cache` keeps the features of the real pictures for the next call with the same selection and networks. The features
     of the model's own network are never cached, because this network changes with training.
@@ -113,7 +113,7 @@ def measure(
     more = ranks.collect(len(extra), lambda rows: _fake_chunk(model, [extra[rows.start : rows.stop]], protocol, {}))
     if not ranks.main:
         return None
-    luma = fake["luma"][:, :: len(selection.captions[0])]  # only for each picture's first caption
+    luma = fake["luma"][:, :: len(selection.captions[0])]  # keep the first caption of each picture
     return Measured(
         captions=selection.captions,
         features={
@@ -135,7 +135,7 @@ def measure(
 def _real_chunk(
     model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Features of the real pictures' copies and of the captions for these rows; the first dimension is the row."""
+    """Features of the captions and of all copies of the real pictures, for these rows; the rows are dimension 0."""
     pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
     digests = [list(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()) for picture in pictures]
     result = {"luma": metrics.brightness(pictures), "digest": torch.tensor(digests, dtype=torch.uint8)}

@@ -7,10 +7,10 @@
     G adversarial                                             D(G(z, S_G), S_D as a constant)  G, S_G
     G alignment: InfoNCE of fakes with S_D, and with reals    align(G(z, S_G))                 G, S_G
     conditioning augmentation KL                              S_G                              G, S_G
-    G pixels, where loss.pixels is set (our own)              G(z, S_G)                        G, S_G
-    G pixels, where source pictures are edited                G(z, S_G, source)                G, S_G
+    G pixels, if loss.pixels is set (not in the paper)        G(z, S_G)                        G, S_G
+    G pixels, if source pictures are edited                   G(z, S_G, source)                G, S_G
 
-If the run edits pictures (edit.width), G includes the encoder of the source pictures. D compares an edited picture with
+If the run trains edits (edit.width), G includes the encoder of the source pictures. D compares an edited picture with
 its new caption and with the real picture of that caption.
 
 With one micro-batch per step, nothing is computed twice: G's step backpropagates through the fakes that D's step
@@ -103,7 +103,7 @@ class Gan:
         return [e for e in (self.generator, self.discriminator, self.text) if e is not None]
 
     def step(self, batches: Sequence[Batch], images: int, rate_scale: float) -> dict[str, Tensor]:
-        """Update every network once, from this rank's micro-batches of the step that begins at `images` seen.
+        """Update every network once, with this rank's micro-batches. `images` is the number seen before this step.
 
         `rate_scale` multiplies the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
         rows, and global gradient norms. Collective.
@@ -128,7 +128,7 @@ class Gan:
             rows.put(micro.index, self._embed_real(micro))
 
         for micro in micros:
-            # Fakes [m, 3, H, W] from S_G. The graph is kept only if G's step will backpropagate through it.
+            # Fakes [m, 3, H, W] from S_G. They keep their autograd graph only if G's step backpropagates through it.
             with torch.set_grad_enabled(single):
                 self._generate(micro)
 
@@ -154,9 +154,9 @@ class Gan:
         encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
         sentence = encoded.sentence
 
-        # The trunk, on reals and fakes together [2m, 3, H, W]. The exact penalties (r1, ma_gp) need the gradient with
-        # respect to the reals. For them, the reals pass through the trunk separately, so that the second derivative
-        # does not include the fakes.
+        # The trunk processes reals and fakes together, [2m, 3, H, W], unless the penalty is exact. Exact penalties (r1,
+        # ma_gp) need the gradient with respect to the reals. The reals then pass through the trunk separately, so that
+        # the second derivative does not include the fakes.
         if penalty in ("r1", "ma_gp"):
             real = real.detach().requires_grad_(True)
             real_features, fake_features = d.features(real), d.features(fake)
@@ -193,14 +193,14 @@ class Gan:
     def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
         weights, batch = self.loss, micro.batch
 
-        # Hinge over this rank's m rows. Another row's caption may match a picture by chance: such a pair is no
-        # negative, so its logit is set to -1, where the hinge has no gradient.
+        # Hinge over this rank's m rows. A picture may match the caption of another row by chance. Such a pair is not a
+        # negative: its logit is set to -1, where the hinge has no gradient.
         same_image, same_caption = (ids == _swap_partners(ids) for ids in (batch.image_ids, batch.caption_ids))
         matching = (same_image | same_caption).view(-1, *[1] * (output.mismatched.dim() - 1))
         mismatched = output.mismatched.masked_fill(matching, -1.0)
         adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
 
-        # InfoNCE over the B rows of the global batch. Only the rows of this micro-batch carry a graph.
+        # InfoNCE over the B rows of the global batch. Only the rows of this micro-batch have an autograd graph.
         embeddings = rows.with_own(micro.index, output.embeddings)
         named, over_batch = _named_and_weighted(discriminator_terms(embeddings, weights, self._negatives), weights)
         terms, over_rows = {"loss/d_adversarial": adversarial, **named}, adversarial
@@ -226,7 +226,7 @@ class Gan:
                     fakes.put(micro.index, self._discriminate_fakes(micro)[1])
 
             for micro in micros:
-                # Generate the same fakes as in D's step again, now with a graph; G has not changed since then.
+                # Generate the fakes of D's step again, now with a graph. G has not changed, so they are the same.
                 if not single:
                     self._generate(micro)
                 logits, embeddings = self._discriminate_fakes(micro)
@@ -240,7 +240,7 @@ class Gan:
                 del micro.fake
 
     def _discriminate_fakes(self, micro: MicroBatch) -> tuple[Tensor, Embeddings]:
-        """D's logits, [m] or [m, L], and embeddings of a micro-batch's fakes; the fakes keep their graph, if any."""
+        """D's logits, [m] or [m, L], and embeddings of a micro-batch's fakes. The fakes are not detached."""
         fake = self._augment(micro.fake.images, micro)
 
         def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
@@ -259,8 +259,8 @@ class Gan:
         kl = losses.kl_condition(micro.fake.mean, micro.fake.log_variance)
         over_rows = adversarial + weights.kl * kl
 
-        # Over the global batch: InfoNCE of fakes with captions and with real pictures, whose embeddings are constants
-        # from D's step.
+        # Over the global batch: InfoNCE of fakes with captions and with real pictures. D's step computed the embeddings
+        # of captions and real pictures; here they are constants.
         alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, self._negatives)
         named, over_batch = _named_and_weighted(alignment, weights)
 
@@ -352,5 +352,5 @@ def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tu
 
 
 def _swap_partners(rows: Tensor) -> Tensor:
-    """[m, ...] with rows 2k and 2k + 1 exchanged: each picture meets another caption of the same rank."""
+    """[m, ...] with rows 2k and 2k + 1 exchanged, which pairs each picture with another caption of the same rank."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

