@@ -1,1 +1,1 @@
-"""Training: the loop, the adversarial step, and the parts it is built from."""
+"""Training: the loop, the adversarial step, and the other parts of a run."""

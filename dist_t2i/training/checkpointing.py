@@ -26,9 +26,9 @@ from dist_t2i.training.schedule import passes
 from dist_t2i.training.validation import Validation
 
 LAST_SAVE_SECONDS = 300.0
-"""Seconds for which the last checkpoint of a run is retried while the disk is full or cannot be reached."""
+"""If the disk is full or cannot be reached, saving the last checkpoint of a run is retried for this many seconds."""
 _WRITING_SECONDS = LAST_SAVE_SECONDS + 600.0
-"""Seconds that writing a checkpoint may take longer than a step before the watchdog counts it as a hang."""
+"""Extra seconds, beyond those of a step, before the watchdog counts the writing of a checkpoint as a hang."""
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Checkpointer:
     config: CheckpointConfig
     train: TrainConfig
     report: ReportConfig
-    lease: Lease | None  # None except on rank 0, which alone writes files
+    lease: Lease | None  # None except on rank 0, the only rank that writes files
     latest: Checkpoint | None  # the newest intact checkpoint; None for a new run
     engines: Sequence[NetworkEngine]
     average: Average
@@ -50,8 +50,8 @@ class Checkpointer:
     mirror: Mirror
     watchdog: Watchdog
     _scores: dict[str, Any] | None = None
-    """State of the validation. A run without validation copies it from the last checkpoint, so that it is not lost."""
-    _failures: int = 0  # failed saves since the last success; like `_retry_at`, the same on every rank
+    """State of the validation. A run without validation passes on the state that the last checkpoint contains."""
+    _failures: int = 0  # failed saves since the last success; `_failures` and `_retry_at` are equal on all ranks
     _retry_at: int = -1
 
     def restore(self) -> int:
@@ -69,19 +69,19 @@ class Checkpointer:
         return self.latest.images
 
     def due(self, images: int) -> bool:
-        """Whether a checkpoint, or the retry of a failed one, is due at `images` seen."""
+        """Whether a checkpoint is due at `images` seen, or the retry of a failed checkpoint."""
         return passes(self.config.every_images, images, self.train.global_batch) or images == self._retry_at
 
     def save(self, images: int, *, last: bool) -> None:
         """Save a checkpoint at `images` seen. Collective.
 
-        If the save fails, the run prints a warning, trains on, and tries again later. The `last` checkpoint of a
-        process has no later chance: it is retried here, and CheckpointError is raised if all tries fail.
+        If the save fails, the run prints a warning, continues training, and tries again later. The `last` checkpoint of
+        a process is retried here. CheckpointError is raised if all these tries fail.
         """
         if self.latest and self.latest.images == images:
             return
 
-        # Gather: fp32 CPU tensors by name. ZeRO spreads a network over the ranks, so all ranks take part.
+        # Gather fp32 CPU tensors by name. ZeRO spreads a network over the ranks, so all ranks take part.
         self.watchdog.doing("gathering a checkpoint", images)
         files = {"ema": self.average.state()}
         for engine in self.engines:
@@ -93,7 +93,7 @@ class Checkpointer:
         if self._scores:
             state["evaluation"] = self._scores
 
-        # Write: rank 0, while the other ranks wait for its result.
+        # Rank 0 writes; the other ranks wait for the result.
         self.watchdog.doing("writing a checkpoint", images, extra=_WRITING_SECONDS)
         patience = LAST_SAVE_SECONDS if last else 0.0
         folder, problem = on_main(lambda: self._write(images, files, state, patience))
@@ -107,8 +107,8 @@ class Checkpointer:
     def _write(
         self, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], patience: float
     ) -> tuple[Path | None, str]:
-        """Returns the checkpoint's folder, or None and the problem. With `patience`, a failed save is instead retried
-        for that many seconds, and then raises CheckpointError."""
+        """Returns (folder, "") after a success, and (None, problem) after a failure. If `patience` is not 0, a failed
+        save is retried for `patience` seconds instead, and then CheckpointError is raised."""
         assert self.lease is not None
         keep = Retention(self.config.keep_last, self.config.keep_every_images)
         deadline, warned = time.monotonic() + patience, False
@@ -121,13 +121,13 @@ class Checkpointer:
                 if time.monotonic() > deadline:
                     raise
                 if not warned:
-                    self.reporter.warn(f"{error} It is the last checkpoint: retrying for {patience / 60:g} minutes.")
+                    self.reporter.warn(f"{error} Saving this last checkpoint is retried for {patience / 60:g} minutes.")
                     warned = True
             time.sleep(2.0)
 
     def _failed(self, images: int, problem: str) -> None:
-        # The pause before the next try doubles with each failure. It begins with the images between two reports and
-        # ends with the images between two checkpoints.
+        # The pause before the next try, in images, doubles with each failure. The first pause is as long as the
+        # interval of reports, and the longest pause is as long as the interval of checkpoints.
         batch, every = self.train.global_batch, self.config.every_images
         pause = self.report.every_steps * batch * 2 ** min(self._failures, 20)
         self._failures += 1
@@ -135,7 +135,7 @@ class Checkpointer:
         if self.validation is not None:
             self.validation.unsaved(images)
         if self.lease is not None:
-            self.reporter.warn(f"{problem} Training goes on; the next try is at {self._retry_at:,} images.")
+            self.reporter.warn(f"{problem} Training continues; the next try is at {self._retry_at:,} images.")
 
     def _saved(self, images: int, folder: Path) -> None:
         if self._failures:

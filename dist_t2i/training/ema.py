@@ -15,9 +15,9 @@ from dist_t2i.models.networks import Networks
 
 
 class Average:
-    """The averages, in fp32, of the weights of the generator side and of a shared text encoder. Only rank 0 holds them.
+    """The fp32 averages of the weights of the generator side and of a shared text encoder. Only rank 0 stores averages.
 
-    Build the average before the engines, because ZeRO stage 3 splits the parameters. `batch` is the global batch in
+    Build this object before the engines, because ZeRO stage 3 splits the parameters. `batch` is the global batch in
     images.
     """
 
@@ -63,11 +63,11 @@ class Average:
 
 
 def ema_decay(step_images: int, images: int, half_life_images: float, ramp: float) -> float:
-    """The factor on the old average for a step of `step_images` that ends at `images` images seen.
+    """The factor that multiplies the old average in a step of `step_images` that ends at `images` seen.
 
-    The factor is 0.5 ** (step_images / half_life), so that after the ramp the average does not depend on how images are
-    divided into steps. Early on the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average
-    forgets the initial weights; a ramp of 0 turns this limit off. With a half-life of 0 the average equals the weights.
+    The factor is 0.5 ** (step_images / half_life), so after the ramp the average does not depend on the batch size.
+    Early in training the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average forgets the
+    initial weights; a ramp of 0 removes this limit. With a half-life of 0 the average equals the weights.
     """
     half_life = min(half_life_images, ramp * images) if ramp > 0 else half_life_images
     return 0.5 ** (step_images / half_life) if half_life > 0 else 0.0
@@ -75,7 +75,7 @@ def ema_decay(step_images: int, images: int, half_life_images: float, ramp: floa
 
 @torch.no_grad()
 def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * weights, in place, in the average's dtype (which should be fp32).
+    """average <- decay * average + (1 - decay) * weights, in place. The average should be fp32: its dtype is used.
 
     Copies tensors that are not floating point. Raises KeyError when `weights` lacks a name of the average.
     """

@@ -63,8 +63,9 @@ _SIGNS = {
     "d_zero": _Sign(
         lambda v: v.get("loss/d_adversarial", 1.0) < 0.02,
         1.0,
-        "the discriminator's adversarial loss is zero: the discriminator separates real from fake without error, and the "
-        "generator stops learning. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or augment.*",
+        "the discriminator's adversarial loss is zero: the discriminator separates real from fake without error, so "
+        "the generator learns nothing. Try a larger loss.penalty_weight, a lower optimizer.discriminator_lr, or "
+        "augment.*",
     ),
     "identical": _Sign(
         lambda v: v.get("fake/std", 1.0) < 0.02,

@@ -1,7 +1,7 @@
 """Random numbers of a training step, as functions of the seed and the position in the stream.
 
-Each row of a batch has its own generator, seeded by its position, so that image number 1,234,567 has the same noise on
-any rank, at any world size and after any resume.
+Each row of a batch has its own random generator, whose seed depends on the row's position. So image number 1,234,567
+has the same noise on any rank, at any world size and after any resume.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise
 def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -> Tensor | None:
     """int64 [K, P]: for each of the P positions of all region maps, K = `count` other positions of the same map.
 
-    `sides` are the sides of the maps, in positions. The result depends on `images`, at which the step begins, and is
-    the same on every rank. It is None if there are no maps or `count` is 0.
+    `sides` are the sides of the maps, in positions. The result depends on `images`, the number seen before the step,
+    and is the same on every rank. The result is None if there are no maps or `count` is 0.
     """
     if not count or not sides:
         return None

@@ -35,10 +35,10 @@ class _Sample(NamedTuple):
 class SampleSheet:
     """Renders rows of generated pictures, one row for each caption.
 
-    The captions are `texts`. If `texts` is empty, the captions come from the set, held out if possible, and each row
-    also shows the real picture of its caption. If the run edits pictures, a row with a caption from the set starts with
-    the source picture of its edits: a picture of the same split with a near caption, or else the caption's own picture.
-    Raises DataError when no sample of the set can be used.
+    The captions are `texts`. If `texts` is empty, the captions come from the set, from a held-out split if possible,
+    and each row also shows the real picture of its caption. If the run trains edits, a row with a caption from the set
+    starts with the source picture of its edits: a picture of the same split with a similar caption, or else the
+    caption's own picture. Raises DataError when no sample of the set can be used.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class SampleSheet:
 
 
 def _first_usable(samples: Samples, numbers: range, side: int) -> _Sample | None:
-    """The first usable sample among the first few of `numbers`, or None. Bad samples are skipped without counting them:
-    only the training stream counts bad samples."""
+    """The first usable sample among the first few of `numbers`, or None. Bad samples are skipped but not counted: only
+    the training stream counts bad samples."""
     for number in numbers[:_TRIES]:
         try:
             sample = samples[number]

@@ -1,7 +1,7 @@
 """Pure functions of the images seen: what is due, the learning rate, the lazy penalty.
 
-They keep no state, so a resumed run is on schedule at any world size. Another such function is
-`training.ema.ema_decay`.
+The functions keep no state, so a resumed run keeps its schedule, even at another world size. `training.ema.ema_decay`
+is also such a function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def passes(every: int, images: int, batch: int) -> bool:
 
 
 def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: int) -> float:
-    """The factor, from 0 to 1, on the peak learning rate in the step that begins at `images` seen.
+    """The factor (0 to 1) that multiplies the peak learning rate in the step that begins at `images` seen.
 
     The factor rises linearly over `warmup_images`, stays at 1 up to the share `decay_start` of `total_images`, and then
     falls to `final_lr_scale` at `total_images`.
@@ -31,14 +31,14 @@ def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: i
 
 
 def warmup(images: int, warmup_images: int) -> float:
-    """Linear rise from just above 0 to 1. It counts the next image as seen, so that the first rate is not 0."""
+    """Linear rise to 1 over `warmup_images`. The next image counts as seen, so the first value is not 0."""
     return min(1.0, (images + 1) / warmup_images) if warmup_images else 1.0
 
 
 def penalty_scale(step: int, loss: LossConfig) -> float:
-    """Factor on the gradient penalty in step `step` (from 0): its weight times n in every n-th step, 0 in the others.
+    """The weight of the gradient penalty in step `step`, counted from 0.
 
-    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 3.1): the mean weight per step stays `penalty_weight`.
+    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 3.1): n times `penalty_weight` in every n-th step, else 0.
     """
     if loss.penalty == "none" or step % loss.penalty_every:
         return 0.0

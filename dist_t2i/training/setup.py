@@ -1,4 +1,4 @@
-"""Builds the parts of a run. Only this module in training/ takes the full configuration; others take sections."""
+"""Builds the parts of a run. This module takes the full configuration; other modules in training/ take sections."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from dist_t2i.utils.tensors import fill
 def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: StopFlag | None = None) -> ExitStatus:
     """Train as one rank of a run until `train.total_images` are seen or a signal asks to stop; returns the exit status.
 
-    Continues from the newest checkpoint in the run folder. `stop` is a flag that the caller has already installed, so
-    that no signal is lost while this package is imported. Raises UserError.
+    Continues from the newest checkpoint in the run folder. A caller may install the `stop` flag before it imports this
+    package, so that no signal is lost during the import. Raises UserError.
     """
     device = torch.device("cuda", rank.local_rank) if has_gpu() else torch.device("cpu")
     if device.type == "cuda":
@@ -59,15 +59,15 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
         status = trainer.run(stop)
     finally:
         watchdog.stop()
-        with contextlib.suppress(Exception):  # after an error the other ranks may be gone, and the error matters more
+        with contextlib.suppress(Exception):  # if other ranks have ended, this call fails and must not hide their error
             dist.destroy_process_group()
-    # The mirror finishes its upload after the process group has ended, so that the other ranks need not wait for it.
+    # The mirror finishes its upload after the end of the process group, so that the other ranks do not wait.
     trainer.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
     return status
 
 
 def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> Trainer:
-    """The trainer of the run in `config.run.folder`, restored from its newest intact checkpoint, if any.
+    """The trainer of the run in `config.run.folder`, restored from the newest intact checkpoint if there is one.
 
     Collective; the process group must exist. Raises UserError.
     """
@@ -75,8 +75,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     config = replace(config, engine=replace(config.engine, precision=precision))
     folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
 
-    # Open the data. Check the run folder, take its lease, and restore the newest checkpoint from the mirror if it is
-    # missing.
+    # Open the data. Check the run folder and take its lease. If the newest checkpoint is missing, restore it from the
+    # mirror.
     title, total = config.run.name or folder.name, train.total_images
     reporter = Reporter(folder, config.report, total_images=total, title=title, wandb_config=flatten(config), main=main)
     data, retry = open_data(config.data), config.data.retry_seconds
@@ -84,12 +84,12 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     mirror = Mirror(config.checkpoint, folder, text, reporter, retry_seconds=retry, **flags)
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
     leases: list[Lease] = []
-    warn = partial(print, "warning:", flush=True)  # without the lease, this process must not write into the log
+    warn = partial(print, "warning:", flush=True)  # a process that does not hold the lease must not write into the log
     on_main(lambda: leases.append(run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=warn)))
     lease = leases[0] if main else None
     on_main(lambda: mirror.restore(lease), slow=True)
 
-    # Build the networks and their engines. A resumed run has weights of its own, so `edit.init` is not read again.
+    # Build the networks and their engines. A resumed run loads its own weights, so it does not read `edit.init` again.
     texts, limit = config.text, config.data.max_tokens
     frozen = read_frozen(texts, data.tokenizer, limit) if texts.mode == "frozen" else None
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
@@ -147,8 +147,8 @@ def assemble(
     """The networks in their engines, and the moving average. All ranks get the same weights.
 
     The weights are those of `initial`, or else random weights that `train.seed` determines. `frozen` is the given
-    encoder of text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must be
-    concrete. Raises ConfigError when the batch does not divide among the ranks.
+    encoder of text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must not be
+    `auto`. Raises ConfigError when the batch cannot be divided evenly among the ranks.
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
@@ -183,8 +183,8 @@ _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers",
 def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
     """The model that `edit.init` names, or None if `edit.init` is empty.
 
-    Raises ConfigError when the model cannot be read, has other networks than `config`, or has another tokenizer than
-    the training set.
+    Raises ConfigError when the model cannot be read, when its networks differ from those of `config`, or when its
+    tokenizer differs from that of the training set.
     """
     if not config.edit.init:
         return None
@@ -194,14 +194,14 @@ def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
         raise ConfigError(f"edit.init: {error}", [str(error)]) from None
     same = (*_SAME, "edit.width") if files.config.edit.width else _SAME
     changes = differences(files.config, config).items()
-    lines = [f"{key}: is {here!r}, there {there!r}" for key, (there, here) in changes if key.startswith(same)]
+    lines = [f"{key}: {new!r} here, {old!r} in the model" for key, (old, new) in changes if key.startswith(same)]
     folder = files.folder
     if lines:
-        head = f"edit.init: {folder} has other networks than this run:"
-        raise ConfigError("\n  ".join([head, *lines]) + "\nMake them agree.", lines)
+        head = f"edit.init: the networks of {folder} differ from those of this run:"
+        raise ConfigError("\n  ".join([head, *lines]) + "\nSet these keys to the values of the model.", lines)
     if files.tokenizer != tokenizer:
-        trained = f"edit.init: {folder} was trained with another tokenizer than that of data.train"
-        line = f"{trained}: train on a set with its tokenizer"
+        trained = f"edit.init: the tokenizer of {folder} differs from that of data.train"
+        line = f"{trained}: train on a set that has the tokenizer of the model"
         raise ConfigError(line, [line])
     return files
 
@@ -209,8 +209,8 @@ def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
 def load_weights(networks: Networks, files: ModelFiles) -> None:
     """Load a model into fresh networks: the generator's moving average, and the discriminator's last weights.
 
-    If the model has no encoder of source pictures, that encoder stays random. Raises UserError when a file does not
-    fit.
+    If the model has no encoder of source pictures, this encoder keeps its random weights. Raises UserError when the
+    tensors of a file do not fit the networks.
     """
     g, d = files.generator, files.discriminator
     sides = [(networks.generator, g), (networks.discriminator, d), (networks.text, d)]

@@ -1,8 +1,8 @@
 """Where a network's text embedding comes from in each text.mode, and how a shared encoder learns from both losses.
 
 A parameter belongs to only one engine, so in text.mode=shared the autograd graph is cut at the embedding. Each network
-reads a detached copy of the embedding, a leaf. The `backward` of the network's engine stores the gradient in this leaf,
-and `propagate` backpropagates it through the encoder's engine.
+reads a detached copy of the embedding: a leaf of the graph. The `backward` of the network's engine stores the gradient
+in this leaf, and `propagate` backpropagates this gradient through the encoder's engine.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class SharedText(PerNetworkText):
         self.embedding = TextEmbedding(*(x.detach().requires_grad_(x.is_floating_point()) for x in self._encoded))
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
-        """After `network.backward`: backpropagate the leaf's gradient through the encoder, in a micro-step of its
-        engine.
+        """Backpropagate the leaf's gradient through the encoder, as one micro-step of the encoder's engine. Call this
+        after `network.backward`.
 
-        The gradient carries the network's loss scale, and the network's engine has averaged it over its micro-batches.
-        The encoder's engine would average again, over its own micro-steps. `factor` removes the loss scale and undoes
-        this second averaging.
+        The network's engine has multiplied the gradient by its loss scale and averaged it over its micro-batches. The
+        encoder's engine averages a second time, over its own micro-steps. `factor` removes the loss scale and cancels
+        the second average.
         """
         factor = self._engine.accumulation / network.loss_scale
         pairs = zip(self._encoded, self.embedding, strict=True)

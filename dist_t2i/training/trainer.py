@@ -1,4 +1,4 @@
-"""The training loop. The images seen determine what is due (reports, saves, ...), so the loop has no other state."""
+"""The training loop. What is due (a report, a save, ...) depends only on the images seen, the loop's only state."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Trainer:
                 improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
                 sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
-                # Report before saving: a number that is not finite then raises an error before broken weights are
-                # saved.
+                # Report before saving: the report raises an error if a number is not finite, so broken weights are
+                # never saved.
                 if saving or passes(self.report.every_steps * self.batch, self.images, self.batch):
                     self._report()
                 if sampling:
@@ -101,7 +101,7 @@ class Trainer:
             stop.supersede()
         reason = stop.agreed(max_over_ranks)
         if reason is StopReason.TAKEN_OVER:
-            error = lease.error() if lease is not None else Superseded("another process has taken the run over")
+            error = lease.error() if lease is not None else Superseded("another process has taken over the run")
             error.reported_by_main = lease is None
             raise error
         return reason
@@ -160,20 +160,20 @@ class Trainer:
             self._sample()
 
     def _end(self, reason: StopReason) -> ExitStatus:
-        self.watchdog.stop()  # ranks end at different times from here on, and an ended rank looks like a hung one
+        self.watchdog.stop()  # from here on, ranks end at different times; to the watchdog, an ended rank looks hung
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
-        # After a scheduler's signal, do not plot the curves, because the scheduler waits for this process to end. After
-        # Ctrl-C, plot them, because a person may want to see them.
+        # After a scheduler's signal, do not plot the curves: the scheduler is waiting for this process to end. After
+        # Ctrl-C, plot the curves: a person may want to see them.
         saved = f"stopped by {reason.text} at {self.images:,} images, checkpoint saved"
         hurry = reason is not StopReason.SIGINT
-        self.reporter.close("stopped", f"{saved}; the same command continues from there", hurry=hurry)
+        self.reporter.close("stopped", f"{saved}; run the same command again to resume", hurry=hurry)
         return ExitStatus.STOPPED
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """At the end, stops the loader's workers and gives the lease back. An error is the reporter's last message."""
+        """At the end, stops the loader's workers and releases the lease. After an error, the reporter shows it last."""
         try:
             yield
         except BaseException as error:

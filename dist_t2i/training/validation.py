@@ -1,7 +1,7 @@
 """Scores during training: a small evaluation protocol scores the moving average, and the best checkpoint is kept.
 
-The scores at N images equal those that `tools/evaluate.py` gives for the checkpoint at N images. Rank 0 computes the
-scores. This does not affect training: the weights are copied, and the networks use no random state that training reads.
+At N images seen, the scores are those that `tools/evaluate.py` computes for the checkpoint at N images. Rank 0 computes
+them. Training is not affected: the weights are copied, and the networks use no random state that training reads.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
 """
@@ -43,7 +43,7 @@ class Best:
 
 
 def read_protocol(config: EvalConfig) -> Protocol:
-    """The protocol of `eval.protocol`. Raises UserError when it is unknown or does not suit training."""
+    """The protocol that `eval.protocol` names. Raises UserError when it is unknown or cannot be used in training."""
     protocol = load_protocol(config.protocol)
     if config.metric not in (known := keys_of(protocol)):
         problem = f"protocol {protocol.name} has no score {config.metric!r}; it has {', '.join(known)}"
@@ -55,7 +55,7 @@ def read_protocol(config: EvalConfig) -> Protocol:
 
 @dataclass(eq=False)
 class Validation:
-    """Every rank has a `Validation`. Only rank 0 calls `prepare` and `scores`; the other calls are for all ranks."""
+    """Every rank has a `Validation`. Only rank 0 calls `prepare` and `scores`; all ranks call the other methods."""
 
     folder: Path  # of the run
     config: EvalConfig
@@ -71,7 +71,7 @@ class Validation:
     def prepare(self, data: DataConfig, model_files: Callable[[Weights, Weights, int], ModelFiles]) -> None:
         """Read the held-out pictures and load the networks of the metrics. Raises UserError.
 
-        `model_files(generator, discriminator, images)` gives the model with these weights, as of `images` seen.
+        `model_files(generator, discriminator, images)` returns the model with these weights of both networks.
         """
         self._model_files = model_files
         if self.config.data:
@@ -82,7 +82,7 @@ class Validation:
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
-        """`eval/SPLIT/SCORE` -> value for these weights (fp32, by name as in checkpoints). Also writes a file."""
+        """`eval/SPLIT/SCORE` -> value, for weights in fp32 with the names that checkpoints use. Also writes a file."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
@@ -97,7 +97,7 @@ class Validation:
         return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
 
     def due(self, images: int) -> bool:
-        """Whether an evaluation is due at `images` seen. A run resumed right after an evaluation does not repeat it."""
+        """Whether an evaluation is due at `images` seen. A run that resumes at an evaluation does not repeat it."""
         passed = passes(self.config.every_images, images, self.train.global_batch)
         return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
@@ -113,7 +113,7 @@ class Validation:
         return True
 
     def unsaved(self, images: int) -> None:
-        """The checkpoint at `images` could not be written, so it no longer counts as the best."""
+        """Record that the checkpoint at `images` could not be written: it does not count as the best."""
         if self.best is not None and self.best.images == images:
             self.best = self._previous_best
 

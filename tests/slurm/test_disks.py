@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
 def test_a_full_disk_and_a_read_only_one(job, whole2):
-    """Training goes on, says so, and saves when it can."""
+    """Training continues, says so, and saves when it can."""
     run = job("checkpoint.every_images=40", images=480)
     checkpoints = run.folder / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -27,7 +27,7 @@ def test_a_full_disk_and_a_read_only_one(job, whole2):
                 file.write(bytes(1 << 20))
                 file.flush()
         run.wait_for(lambda: "No space left on device" in run.log(), "the warning")
-        assert "Training goes on; the next try is at" in run.log()
+        assert "Training continues; the next try is at" in run.log()
         filler.unlink()
         run.wait_for(lambda: "images saved, after" in run.log(), "the next one")
         run.wait_for(lambda: remount("ro", checkpoints), "a moment in which nothing is being written")

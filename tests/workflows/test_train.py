@@ -186,7 +186,7 @@ def test_a_full_disk_warns_and_training_goes_on(tmp_path, data):
             time.sleep(0.02)
         filler.unlink()
         assert process.wait(240) == 0, run.output()
-        assert "Training goes on" in run.output()
+        assert "Training continues" in run.output()
         assert run.checkpoints()[-1] == "images-000000160"
     finally:
         subprocess.run(["umount", str(folder)], check=True)
