@@ -1,6 +1,7 @@
 """Write captioned pictures as WebDataset shards that dist_t2i trains on; inspect such a set; verify it.
 
 python tools/shard.py openmoji --size 64 --out DIR
+python tools/shard.py scenes --count 20000 --size 32 --out DIR
 python tools/shard.py folder --images DIR --captions FILE.jsonl --out DIR
 python tools/shard.py coco DIR --karpathy dataset_coco.json --out s3://bucket/coco
 python tools/shard.py parquet part-{000..063}.parquet --image-column URL --caption-column TEXT --size 256 --out DIR
@@ -29,6 +30,8 @@ from dist_t2i.utils.processes import usable_cores
 if TYPE_CHECKING:
     from dist_t2i.sharding.items import Gathered
 
+RENDERED = ("openmoji", "scenes")
+"""The commands whose pictures are rendered at `--size`, and which have their own rule for the held-out splits."""
 _RESUME = """Unusable pictures and captions are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
 After an interruption, run the same command again: it keeps every shard whose checksums match. With --retry-failed, it
 also retries pictures that could not be downloaded or read."""
@@ -66,6 +69,10 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         return commands.add_parser(name, help=short, description=text or short, formatter_class=form)
 
     command("openmoji", "3,953 emoji with names (CC BY-SA 4.0), from installed packages")
+
+    add = command("scenes", "one or two shapes in known colors and positions, rendered by the project").add_argument
+    add("--count", type=positive, default=20_000, help="number of pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed gives other pictures (default: %(default)s)")
 
     add = command("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{_RESUME}").add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched recursively")
@@ -125,13 +132,13 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     if name in ("jsonl", "csv", "tsv", "parquet", "webdataset"):
         text = "parallel reads of URLs in each process (default: %(default)s)"
         parser.add_argument("--threads", type=positive, default=16, help=text)
-    if name not in ("openmoji", "coco", "cub", "flowers"):
+    if name not in (*RENDERED, "coco", "cub", "flowers"):
         text = "share of the pictures that are held out of training, as the split `test` (default: %(default)s)"
         holdout = 0.0 if name == "webdataset" else 0.02
         parser.add_argument("--holdout", type=share, default=holdout, metavar="SHARE", help=text)
 
     add = parser.add_argument_group("pictures").add_argument
-    if name == "openmoji":
+    if name in RENDERED:
         add("--size", type=positive, default=64, help="side in pixels (default: %(default)s)")
     else:
         add("--size", type=positive, default=0, help="shrink to this short side, in pixels (default: keep bytes)")
@@ -151,7 +158,7 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     add("--out", required=True, metavar="URL", help=text)
     text = "rewrite shards of an earlier run in which a picture could not be downloaded or read"
     add("--retry-failed", action="store_true", help=text)
-    samples = 1_000 if name == "openmoji" else 10_000
+    samples = 1_000 if name in RENDERED else 10_000
     add("--shard-samples", type=positive, default=samples, help="maximum per shard (default: %(default)s)")
     add("--shard-mb", type=float, default=512.0, help="maximum MB per shard (default: %(default)s)")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
@@ -204,6 +211,10 @@ def _gather(args: Namespace) -> Gathered:
         from dist_t2i.sharding.sources.openmoji import ABOUT, openmoji_items
 
         return openmoji_items(args.size), [], ABOUT
+    if args.command == "scenes":
+        from dist_t2i.sharding.sources import scenes
+
+        return scenes.scene_items(args.count, args.size, args.seed), [], scenes.ABOUT
     if args.command == "folder":
         from dist_t2i.sharding.sources.folder import find_items
 

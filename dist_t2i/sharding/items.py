@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from dist_t2i.errors import DataError
 from dist_t2i.sharding.captions import clean
 from dist_t2i.sharding.pictures import Picture
+from dist_t2i.utils.seeds import unit_hash
 
 MIN_HOLDOUT_PICTURES = 50
 """If a set has at least this many pictures, its held-out split gets at least one picture."""
@@ -38,11 +38,6 @@ class Problem:
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
 """The usable items, the problems of others, and the manifest's entries about the set (name, licence, credit)."""
-
-
-def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` only: the first 64 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def hold_out(items: Iterable[Item], share: float) -> None:

@@ -8,6 +8,7 @@ a run depend on these values, so they must never change, and a new purpose must 
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 
 _MASK = (1 << 64) - 1
@@ -22,6 +23,7 @@ class Purpose(IntEnum):
     EVALUATION_NOISE = 4  # noise of one picture generated or edited in an evaluation
     R_PRECISION_CANDIDATES = 5
     REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
+    SCENES = 0x5343454E  # everything about one scene that the project renders itself
 
 
 class StreamPurpose(IntEnum):
@@ -59,3 +61,8 @@ def random_bits(seed: int, position: int, purpose: int) -> int:
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
         value ^= value >> 31
     return value
+
+
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on `text` only: the first 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -30,8 +30,9 @@ from typing import NamedTuple
 
 from dist_t2i.data.tokenizer import words
 from dist_t2i.errors import UserError
-from dist_t2i.sharding.items import Item, unit_hash
+from dist_t2i.sharding.items import Item
 from dist_t2i.sharding.pictures import SvgPicture
+from dist_t2i.utils.seeds import unit_hash
 
 ABOUT = {
     "name": "OpenMoji",
