@@ -21,21 +21,21 @@ from dist_t2i.reporting import web_page
 
 FORMAT = 1
 METHOD = (
-    "An *arm* is the base configuration with overrides. All arms have the same networks (except for what text.mode "
-    "itself changes; the table lists the parameters), the same number of images and the same seeds. A seed determines "
-    "the weights, the order of the data and the noise, so that a seed of one arm is compared with the same seed of "
-    "another: differences are paired.",
-    "Every run is scored on the same held-out captions and the same evaluation noise by a feature network that took "
-    "no part in training. Scores by the model's own D and S_D are reported and labeled, but they decide nothing, "
-    "because they compare arms by different networks.",
-    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. They answer whether other "
-    "seeds would give the same result, which is the question about a method. A bootstrap over few seeds would be too "
-    "narrow: the resamples of 3 values never leave the range of these values, and a nominal 95% interval then covers "
-    "the mean about three times in four. The t interval is valid if seeds are normally distributed, which few seeds "
-    "cannot show.",
-    "A verdict rests on the metrics that the plan names in advance (`decides`). It states what the interval of the "
-    "paired difference shows (better, worse, or neither), and whether this also holds when all comparisons of the "
-    "table are counted (Bonferroni).",
+    "An *arm* is the base configuration with overrides. All arms have the same number of images, the same seeds and "
+    "the same networks, except for the parts of the networks that text.mode changes; the table lists the parameters. A "
+    "seed determines the initial weights, the order of the data and the noise. Differences are paired: each run of one "
+    "arm is compared with the run of another arm that has the same seed.",
+    "Every run is scored on the same held-out captions with the same evaluation noise. The scores come from a feature "
+    "network that took no part in training. Scores by the model's own D and S_D are reported and labeled, but they "
+    "decide nothing, because each arm has a different D and S_D.",
+    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. An interval shows whether "
+    "other seeds would give the same result, which is the question about a method. A bootstrap over few seeds would be "
+    "too narrow: the resamples of 3 values never leave the range of these values, so that a nominal 95% interval "
+    "covers the mean only about three times in four. The t interval is valid if the scores of seeds are normally "
+    "distributed; few seeds cannot show this.",
+    "The plan names the deciding metrics in advance (`decides`). A verdict states what the intervals of the paired "
+    "differences show for these metrics (better, worse, or neither), and whether this also holds after a Bonferroni "
+    "correction for all deciding comparisons.",
 )
 """How arms are compared: Markdown, one paragraph per string. This project chose the method; it is not from a paper."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -190,7 +190,7 @@ def difference_table(results: Findings, split: str) -> Table:
         own = " (own networks)" if item.measure.key.endswith(OWN) else ""
         decides = "yes" if results.decides(item) else f"no{own}"
         conclusion = "inconclusive" if item.says == "nothing" else f"{reference} {item.says}"
-        conclusion += ", also with all counted" if item.sure else ""
+        conclusion += ", also after correction" if item.sure else ""
         label = results.plan.label(item.arm)
         rows.append([label, item.measure.name, f"{gain.mean:+.3f}", span, conclusion, decides])
     heads = ["against", "score", f"{reference} is better by", "95% interval", "conclusion", "decides"]

@@ -164,7 +164,7 @@ def _sentence(item: Difference) -> str:
         remedy = f"{seeds} would show a difference of this size"
         return f"{subject} {_signed(gain.mean)} {span}, which is inconclusive; {remedy}."
     holds = "also holds" if item.sure else "does not hold"
-    return f"{subject} {_signed(gain.mean)} {span}; this {holds} when all comparisons are counted."
+    return f"{subject} {_signed(gain.mean)} {span}; this {holds} after the Bonferroni correction."
 
 
 def weakness(seeds: int) -> str:
@@ -173,9 +173,9 @@ def weakness(seeds: int) -> str:
         return "One seed has no interval: any difference between two runs may be chance alone."
     known = 1.96 / math.sqrt(seeds)
     return (
-        f"With {seeds} seeds, the interval is ±{_half_width(1, seeds):.2f} standard deviations wide (±{known:.2f} if "
-        f"the standard deviation were known), and it is valid only if seeds are normally distributed, which {seeds} values "
-        "cannot show. A smaller difference goes undetected: “inconclusive” does not mean “no difference”."
+        f"With {seeds} seeds, each interval is the mean ±{_half_width(1, seeds):.2f} standard deviations (±{known:.2f} if the "
+        f"standard deviation were known). It is valid only if scores of seeds are normally distributed; {seeds} values cannot "
+        "show this. Smaller differences are not detected: “inconclusive” does not mean “no difference”."
     )
 
 

@@ -45,7 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     else:
         add_model(parser)
         parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
-        protocol = "openmoji, held-out, quick, coco30k, cub, flowers, or a .yaml file (default: by the set)"
+        names = "openmoji, openmoji-ablation, held-out, quick, coco30k, cub, flowers"
+        protocol = f"{names}, or a .yaml file (default: openmoji for the demo's set, otherwise held-out)"
         parser.add_argument("--protocol", metavar="NAME", help=protocol)
         weights = "path or URL of the weights of inception or clip (default: downloaded)"
         parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help=weights)

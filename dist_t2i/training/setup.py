@@ -37,7 +37,6 @@ from dist_t2i.training.gan import Gan
 from dist_t2i.training.sample_grid import SampleSheet
 from dist_t2i.training.trainer import Trainer
 from dist_t2i.training.validation import Validation, read_protocol
-from dist_t2i.utils.processes import signals_blocked
 from dist_t2i.utils.tensors import fill
 
 
@@ -117,20 +116,19 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     # the stream will write them again.
     bad_file = folder / "bad_samples.jsonl"
     on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
-    with signals_blocked():
-        stream = open_stream(
-            config.data,
-            data.tokenizer,
-            seed=train.seed,
-            global_batch=train.global_batch,
-            accumulation=config.engine.accumulation,
-            edit=config.edit,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            start_images=images,
-            bad_file=bad_file,
-            data_set=data,
-        )
+    stream = open_stream(
+        config.data,
+        data.tokenizer,
+        seed=train.seed,
+        global_batch=train.global_batch,
+        accumulation=config.engine.accumulation,
+        edit=config.edit,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        start_images=images,
+        bad_file=bad_file,
+        data_set=data,
+    )
     loop = config.data, train, config.optimizer, config.engine, config.report
     return Trainer(
         folder, images, *loop, stream, checkpointer, gan, average, validation, sample_sheet, reporter, mirror, watchdog
