@@ -145,7 +145,7 @@ PASSING: dict[str, Callable[[FaultProxy], object]] = {
     "503 for six seconds": lambda proxy: proxy.add(Status(503), path="*", seconds=6.0),
     "reset in mid-body": lambda proxy: proxy.add(Reset(after=3000), path="*.tar", first=8),
     "clean close in mid-body": lambda proxy: proxy.add(Close(after=3000), path="*.tar", first=8),
-    "stall before the answer": lambda proxy: proxy.add(Stall(6.0), path="*.tar", first=2),
+    "stall before the response": lambda proxy: proxy.add(Stall(6.0), path="*.tar", first=2),
     "stall in mid-body": lambda proxy: proxy.add(Stall(6.0, after=2000), path="*.tar", first=2),
     "slow trickle": lambda proxy: proxy.add(Trickle(20_000), path="*.tar", first=3),
     "length too long": lambda proxy: proxy.add(WrongLength(500), path="*.tar", first=4),
@@ -186,7 +186,7 @@ def test_the_server_gone_and_back(mended: Store, tmp_path: Path):
         mended.server.start()
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert mended.account("the server gone and back", json.loads(out), tmp_path) == 0
+    assert mended.account("the server stops and restarts", json.loads(out), tmp_path) == 0
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_damage_that_lasts_is_replaced_and_listed(mended: Store, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "status"), [("404 for good", 404), ("403 for good", 403), ("500 for good", 500)])
+@pytest.mark.parametrize(("name", "status"), [("permanent 404", 404), ("permanent 403", 403), ("permanent 500", 500)])
 def test_a_shard_that_cannot_be_had_is_replaced_and_listed(mended: Store, tmp_path: Path, name: str, status: int):
     mended.proxy.add(Status(status), path="*/train-00003.tar")
     reported, _ = mended.read(tmp_path, data__retry_seconds=2.0, data__cache="none")
@@ -285,7 +285,7 @@ def test_a_bit_flipped_on_the_way_is_read_again(mended: Store, tmp_path: Path):
     reported, _ = mended.read(tmp_path)
     assert rule.hits == 1
     # The chunk that was kept with the flipped bit is fetched anew; without a cache, the sample would be listed.
-    assert mended.account("a bit flipped on the way", reported, tmp_path) in (0, 1)
+    assert mended.account("a bit flipped during the transfer", reported, tmp_path) in (0, 1)
 
 
 @pytest.mark.slow
