@@ -7,12 +7,12 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests beside each other: threads that wait for each other's core, spinning, take longer than one does alone.
+    # Tests run in parallel: threads that spin while they wait for a core make tests slower than one thread does.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What became of every planned sample under each fault (data/stream/test_faults.py), whichever process ran the test."""
+    """Prints what happened to the planned samples under each fault (data/stream/test_faults.py), from all processes."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
     told = [report for report in reports if getattr(report, "when", "") == "teardown"]
     table = [value for report in told for name, value in report.user_properties if name == "fault"]

@@ -1,4 +1,4 @@
-"""Imports point down the ladder of docs/architecture.md: no import up, none sideways, no circle; and the picture is current."""
+"""Imports point down the ladder of docs/architecture.md: none up, sideways or in a circle; the picture is current."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_imports_point_down():
 
 
 def test_only_the_top_takes_the_whole_configuration():
-    """Everything else takes the sections that it reads."""
+    """All other modules take the sections that they read."""
     allowed = ("config/", "publish/", "ablation/", "cli/", "train.py", "training/setup.py", "inference/model_files.py")
     allowed = (*(f"dist_t2i/{part}" for part in allowed), "slurm/submission.py", "tools/")
     takers = {path.as_posix() for path in modules().values() if imports_name(path, "dist_t2i.config", "Config")}
@@ -55,7 +55,7 @@ def test_the_picture_of_the_documents_is_current():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The project's code, for imports to be planted in."""
+    """A copy of the project's code, into which tests insert imports."""
     folder = tmp_path_factory.mktemp("copy")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The file of an ablation: what it makes of arms and seeds, and its mistakes in one report."""
+"""The file of an ablation: the configurations of its arms and seeds, and one report of all mistakes in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The sentence encoder of a package: the numbers that its own library gives, and the table that a run reads."""
+"""The sentence encoder of a package gives the numbers of its own library, and the table that a run reads."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ def measure(key="recall_at_1", better="higher", **arms):
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have():
-    """Seeds that scatter widely, but alike in both arms, leave a clear difference."""
+    """Scores that vary widely between seeds, but equally in both arms, give a clear difference."""
     spread = measure(dual=[0.1, 0.5, 0.9, 0.3], shared=[0.05, 0.46, 0.84])
     result = difference(spread, "shared", "dual")
     assert result.gain.n == 3 and result.gain.mean == pytest.approx(0.05) and result.says == "better"

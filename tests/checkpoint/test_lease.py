@@ -1,4 +1,4 @@
-"""Who may commit to a run: the fence between attempts that may be alive at the same time. Real processes and folders."""
+"""Only one of several live attempts may commit to a run. The tests use real processes and folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save(mine, images):
 
 
 def attempt(monkeypatch, restart: int, job: str = "12") -> None:
-    """From here on this process is that attempt of a Slurm job."""
+    """Makes this process an attempt of a Slurm job, by its environment."""
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
@@ -47,7 +47,8 @@ def test_the_last_to_acquire_the_lease_may_commit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["_write", "fsync", "_point_latest"])
 def test_overtaken_in_the_midst_of_a_save(tmp_path, monkeypatch, moment):
-    """The new attempt acquires the lease, continues and commits between any two steps of the old one's save: the newest stays newest."""
+    """The new attempt takes the lease and commits between any two steps of the old attempt's save. The newest
+    checkpoint stays the newest."""
     attempt(monkeypatch, 0)
     old = acquire(tmp_path / "checkpoints")
     save(old, 100)
@@ -139,7 +140,7 @@ def test_a_running_training_is_not_taken_over_by_accident(tmp_path, monkeypatch)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    acquire(tmp_path / "checkpoints")  # the dead hold nothing
+    acquire(tmp_path / "checkpoints")  # ended processes hold no lease
 
 
 def test_one_that_is_about_to_end_is_waited_for(tmp_path):

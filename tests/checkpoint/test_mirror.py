@@ -1,4 +1,5 @@
-"""`checkpoint.mirror`: checkpoints copied to a real S3 server, and runs that go on from there when their folder is lost."""
+"""`checkpoint.mirror`: checkpoints are copied to a real S3 server, and runs whose folder is lost resume from the
+mirror."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture()
 def proxy(server, monkeypatch):
-    """What stands before an empty bucket, and where all clients of a test go."""
+    """A proxy before an empty bucket; all clients of a test use its endpoint."""
     with FaultProxy(server.endpoint) as proxy:
         for name in [name for name in os.environ if name.startswith(("AWS_", "S3_"))]:
             monkeypatch.delenv(name)
@@ -63,7 +64,7 @@ def keys(server) -> list[str]:
 
 
 def mirrored(server) -> list[int]:
-    """Images seen of the checkpoints that have their marker; no other checkpoint has files."""
+    """Images seen of the checkpoints that have their marker. Other checkpoints must have no files."""
     found = {int(key.split("images-")[1][:9]) for key in keys(server) if "/checkpoints/images-" in key}
     whole = {int(key.split("images-")[1][:9]) for key in keys(server) if key.endswith("/state.json")}
     assert found == whole
@@ -94,7 +95,7 @@ class Small:
         )
 
     def begin(self) -> Small:
-        """As a training run does."""
+        """Calls the mirror as a training run does."""
         self.mirror.look(FINGERPRINT)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(config_files.dump(self.config))
@@ -163,7 +164,7 @@ def test_what_goes_up_is_what_comes_down(small, tmp_path, where):
     first = small("first", url).begin()
     (first.folder / "bad_samples.jsonl").write_text('{"position": 150}\n{"position": 250}\n')
     first.upload(100)
-    first.save(200, size=9_000_000 if where == "s3" else 1000)  # goes up in parts, comes down in several requests
+    first.save(200, size=9_000_000 if where == "s3" else 1000)  # uploaded in parts, downloaded in several requests
     first.mirror.offer(200)
     first.save(300)
     first.finish()
@@ -391,7 +392,7 @@ def test_stop_signals_do_not_reach_it_and_it_ends_with_the_run(small, server):
     run.mirror.offer(None)
     process = run.mirror._uploader._process
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        process.send_signal(number)  # while it starts
+        process.send_signal(number)  # during the start
     run.upload(100)
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process.send_signal(number)
@@ -486,7 +487,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """The run that nothing stops."""
+    """The uninterrupted run."""
     run = Run(tmp_path_factory.mktemp("whole") / "run", data)
     assert run.train() == 0, run.output()
     return run
@@ -497,7 +498,7 @@ def mirroring(folder: Path, data: Path, *overrides: str) -> Run:
 
 
 def uploaders(pid: int) -> list[psutil.Process]:
-    """The processes below this one that upload; children that have ended are none."""
+    """The uploading descendants of this process. Ended processes are left out."""
     found = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
@@ -508,7 +509,8 @@ def uploaders(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_path, proxy, server):
-    """Lost after a stop, lost again when kill -9 struck in mid-upload: in the end it is the run that nothing stopped."""
+    """The folder is lost after a stop, and again after a kill -9 during an upload. The result equals the uninterrupted
+    run."""
     run = mirroring(tmp_path / "run", data, "checkpoint.every_images=32")
     (process,) = run.start("checkpoint.every_images=1000")
     wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 1, process, run)
@@ -553,7 +555,7 @@ def test_the_server_is_down_for_a_while(whole, data, tmp_path, proxy, server):
 
 @pytest.mark.slow
 def test_a_run_folder_put_there_by_hand_is_a_mirror(whole, data, tmp_path, proxy, server):
-    """Another run is refused, and two ranks pass over a damaged checkpoint."""
+    """Another run is refused, and two ranks skip a damaged checkpoint."""
     server.put_folder(whole.folder, "runs/mine/")
     key = "runs/mine/checkpoints/images-000000080/generator.safetensors"
     server.put(key, flip(server.get(key)))

@@ -1,4 +1,4 @@
-"""The checkpoint folder: committed whole or not at all, kept by a rule, read only when intact."""
+"""The checkpoint folder: commits are atomic, a rule decides what is kept, and only intact checkpoints are read."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
 
 
 def test_a_flipped_bit_in_the_marker_is_noticed(tmp_path):
-    """Wherever it is: the checkpoint is passed over, or, for a blank between two words, says the same."""
+    """Any damaged byte: the checkpoint is skipped, or its content is unchanged (white space between two words)."""
     save(tmp_path, 100)
     marker = save(tmp_path, 200) / "state.json"
     good, state = marker.read_bytes(), store.load_latest(tmp_path).state
@@ -185,7 +185,8 @@ print(json.dumps(ended))
 
 
 def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
-    """SIGKILL before the n-th open, rename, mkdir, remove of a save, for every n: old or new, never in between."""
+    """SIGKILL before the n-th open, rename, mkdir or remove of a save, for every n: the folder is in the old or the new
+    state."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*moments):

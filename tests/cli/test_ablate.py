@@ -1,4 +1,4 @@
-"""An ablation as a command at a size that takes seconds: really trained, interrupted, resumed, and reported again."""
+"""An ablation that takes seconds, run by its command: trained, interrupted, resumed, and reported again."""
 
 import dataclasses
 import importlib
@@ -118,7 +118,7 @@ def test_interrupted_resumed_and_reported(plan, tmp_path, monkeypatch, capsys):
 
 
 def check_table(out):
-    """Every number of the table from the runs' own scores, by the standard library."""
+    """Recomputes every number of the table from the scores of the runs, with the standard library."""
     table = json.loads((out / "table.json").read_text())
     runs = {
         (arm, seed): json.loads((out / arm / f"seed-{seed}" / scoring.FILE).read_text())["scores"]

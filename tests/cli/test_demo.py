@@ -1,4 +1,4 @@
-"""The demo as a newcomer meets it, at a size that takes seconds: interrupted, resumed, finished, shown again."""
+"""The demo as a new user runs it, at a size that takes seconds: interrupted, resumed, finished, shown again."""
 
 import argparse
 import importlib
@@ -56,7 +56,7 @@ def test_a_plan_is_a_run_that_the_configuration_accepts(demo, rate, budget, batc
 
 @pytest.mark.slow
 def test_interrupted_resumed_finished_and_shown_again(tmp_path):
-    """Signals go to the demo process alone, as `kill` sends them; the training must save all the same."""
+    """Signals are sent only to the demo process, as by `kill`; the training must save nevertheless."""
     pytest.importorskip("efficientnet_lite_pytorch")
     data, run = write_tone_set(tmp_path / "set", roles=8), tmp_path / "runs" / "demo"
     (tmp_path / "tiny.yaml").write_text(CONFIG)
@@ -101,6 +101,6 @@ def test_interrupted_resumed_finished_and_shown_again(tmp_path):
 
 
 def processes(folder):
-    """How many processes have this folder on their command line."""
+    """The number of processes with this folder on their command line."""
     lines = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
     return sum(any(str(folder) in part for part in line) for line in lines)

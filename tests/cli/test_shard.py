@@ -1,4 +1,4 @@
-"""tools/shard.py as people run it: on their pictures, good and bad, interrupted, twice."""
+"""tools/shard.py as users run it: on good and bad pictures, interrupted, and twice."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ def test_paths_relative_to_the_caption_file_and_columns_of_other_names(tmp_path)
 
 
 def plant_bad_pictures(images):
-    """Good, odd and unusable pictures; returns what each unusable one should be listed as."""
+    """Writes good, odd and unusable pictures; returns the expected reason for each unusable picture."""
     red = Image.new("RGB", (30, 20), (250, 10, 20))
     usable = {
         "good.png": encoded(red),

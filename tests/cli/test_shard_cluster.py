@@ -1,4 +1,4 @@
-"""Shards written by the tasks of a submitit array: really run, on this machine."""
+"""Shards written by the tasks of a submitit array, which run on this machine."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A set in a real S3 server: written, gone on with, looked at, checked, and sharded anew out of it."""
+"""A set on a real S3 server: written, resumed, inspected, verified, and read to write another set."""
 
 import pytest
 

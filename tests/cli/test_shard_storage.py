@@ -1,4 +1,4 @@
-"""Tars in object storage that become a set where they lie."""
+"""Tars in object storage become a set without being copied."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_mistakes_are_reported_in_a_line(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_evaluate_writes_scores_that_the_export_shows(tmp_path, monkeypatch):
-    """From pictures to a set, a model of it, its scores by the real feature network, and its card."""
+    """From pictures to a set, a model, its scores by the real feature network, and its model card."""
     pytest.importorskip("efficientnet_lite_pytorch")
     for i in range(12):
         Image.effect_mandelbrot((40, 40), (-3, -2.5 + i / 9, 2, 2.5), 20 + i).save(tmp_path / f"{i}.png")
@@ -128,7 +128,7 @@ costly_resamples: 20
 
 @pytest.mark.slow
 def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_path, monkeypatch, capsys):
-    """The commands as a user has them: a custom protocol, torchrun, compare, captions."""
+    """The commands as a user runs them: a custom protocol, torchrun, compare, captions."""
     from dist_t2i.data.shard_set import open_set
 
     data = write_tone_set(tmp_path / "set", roles=60)

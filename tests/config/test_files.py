@@ -1,4 +1,4 @@
-"""Configurations: what a YAML file means, which mistakes are reported, what may change on resume."""
+"""Configurations: the meaning of a YAML file, the reports of mistakes, and the changes that are allowed on resume."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_overrides(override: str, key: str, value: object):
 
 
 def test_every_mistake_is_in_one_report():
-    """Compared with a file: what a user reads. Rewrite it with the text that a failure prints, after reading that."""
+    """Messages are compared with a file. After a change, read the text that a failure prints, and save it there."""
     text = (GOLDEN / "config_errors.yaml").read_text()
     overrides = [
         "train.image_size=3",
@@ -174,7 +174,7 @@ def test_combinations_that_work(text: str):
     ("wrong", "hint"),
     [
         ("data: {image_sise: 64}", "did you mean data.image_size?"),
-        ("train: {image_size: 64}", "did you mean data.image_size?"),  # the right word in the wrong section
+        ("train: {image_size: 64}", "did you mean data.image_size?"),  # a valid key in the wrong section
         ("optimiser: {beta1: 0}", "did you mean optimizer?"),
         ("generator: {noise: 3}", "did you mean model.generator"),
         ("data: {zzz: 1}", "data has train, weights"),
@@ -264,7 +264,7 @@ def _values(type_: object) -> st.SearchStrategy:
 @settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.fixed_dictionaries({}, optional={key.name: _values(key.type) for key in keys().values()}))
 def test_what_is_dumped_is_read_back_as_the_same(values: dict):
-    """Whatever the values; whether they make sense together is another question."""
+    """For any values, even if their combination is not valid."""
     config = build(values)
     text = dump(config)
     try:

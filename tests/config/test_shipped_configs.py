@@ -1,4 +1,4 @@
-"""The configurations that ship: they load, and the networks have the sizes that are said of them."""
+"""The project's configurations load, and the networks have the documented sizes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from models_on_disk import networks_of
 from ranks import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-CONFIGS = [path for path in FILES if not path.name.startswith("ablation-")]  # those are lists of runs
+CONFIGS = [path for path in FILES if not path.name.startswith("ablation-")]  # ablations are lists of runs
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

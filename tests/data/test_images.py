@@ -1,4 +1,4 @@
-"""Every kind of picture that people have becomes upright RGB on white, or is refused with a reason."""
+"""Pictures of all common kinds become upright RGB on white, or are refused with a reason."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def near(pixel, expected, tolerance=12):
 
 
 def quarters(size=(48, 32)):
-    """Four colours, one a corner: shows how a picture was turned."""
+    """Four colors, one in each corner, which show how a picture was rotated."""
     image = Image.new("RGB", size)
     half = size[0] // 2, size[1] // 2
     for place, colour in enumerate([RED, (10, 240, 10), (20, 20, 230), (240, 240, 10)]):
@@ -38,7 +38,7 @@ def quarters(size=(48, 32)):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and has next to no data."""
+    """A PNG whose header states a size, but which has almost no data."""
     chunk = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = b"IHDR" + chunk
     header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
@@ -168,7 +168,7 @@ def test_resizing_is_antialiased():
 
 
 def test_reading_does_not_depend_on_names():
-    """A PNG called .jpg is a PNG."""
+    """A PNG with the extension .jpg is read as a PNG."""
     assert Image.open(io.BytesIO(encoded(quarters()))).format == "PNG"
     assert decode(encoded(quarters()), 8).shape == (32, 48, 3)
 

@@ -1,4 +1,4 @@
-"""Tars that others wrote become a set without being touched."""
+"""Tars of other tools become a set without being changed."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ from tars import write_tar
 
 
 def write(path: Path, numbers: range, layout: str = "webdataset") -> Path:
-    """Tars as webdataset's writer or img2dataset lay them out."""
+    """Tars in the layout of webdataset's writer or img2dataset."""
     with webdataset.TarWriter(str(path)) as writer:
         for number in numbers:
             sample = {"__key__": f"{number:09d}", "jpg": encoded(picture(number), "JPEG", quality=95)}

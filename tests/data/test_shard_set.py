@@ -1,4 +1,5 @@
-"""Our shards are WebDataset tars, WebDataset's tars can be indexed, and nothing in either is run."""
+"""This project's shards are WebDataset tars, other WebDataset tars can be indexed, and no content of a tar runs as
+code."""
 
 import json
 from pathlib import Path

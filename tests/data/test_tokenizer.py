@@ -1,4 +1,4 @@
-"""Text to ids: nothing crashes, nothing differs between two trainings, and unknown words are known to be so."""
+"""Text to ids: no text crashes it, two trainings give the same tokenizer, and unknown words are reported."""
 
 import pickle
 from collections import Counter

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 
 def small_engine(stage: int, precision: str = "fp32"):
-    """An engine of two parameters under ZeRO; 15 and 5 numbers, which two ranks cannot divide."""
+    """An engine of two parameters under ZeRO. They have 15 and 5 numbers, which two ranks cannot share equally."""
     from dist_t2i.config.sections import OptimizerConfig
     from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, init_distributed
 
@@ -26,7 +26,7 @@ def small_engine(stage: int, precision: str = "fp32"):
 
 
 def masters_hold_the_pieces(stage: int) -> list[str]:
-    """Compare every piece of a flat master with the same part of the full parameter."""
+    """Compares every piece of a flat master with the same part of the full parameter."""
     engine = small_engine(stage)
     with engine.gathered() as parameters:
         full = {id(p): parameters[name].detach().float().flatten().clone() for name, p in engine._parameters.items()}

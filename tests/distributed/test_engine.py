@@ -1,4 +1,4 @@
-"""One network under ZeRO: state in and out at every stage and precision, and the switches that engine.py relies on."""
+"""One network under ZeRO: its state is saved and loaded at every stage and precision, and engine.py's settings work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_gradient_clipping_is_always_written():
-    """DeepSpeed clips at 1.0 where its configuration says nothing."""
+    """DeepSpeed clips at 1.0 if its configuration has no value."""
     from dist_t2i.config.sections import OptimizerConfig
     from dist_t2i.distributed.engine import EngineSpec
 
@@ -35,7 +35,8 @@ def test_fp16_without_hardware_is_a_configuration_error():
 
 
 def round_trips(precision: str, optimizer: str) -> list[str]:
-    """For every stage: train, take the state, go on; put the state into a fresh gan of each stage, go on; compare."""
+    """For every stage: train, save the state, continue. Load the state into a new GAN of each stage, continue, and
+    compare."""
     import torch.distributed as dist
 
     from dist_t2i.distributed.engine import DTYPES
@@ -106,7 +107,7 @@ def test_state_goes_out_and_in_bitwise_at_every_stage(precision, optimizer):
 
 
 def broken_group() -> list[list[str]]:
-    """A NaN in one tensor, at every stage: which group is named?"""
+    """For a NaN in one tensor, at every stage, the right group is named."""
     from small_gan import build_gan, tiny_config
 
     named = []
@@ -129,7 +130,7 @@ def test_the_group_that_is_not_finite_is_named():
 
 
 def misfits() -> list[str]:
-    """What loading the state of other networks says: another shape at stage 0, a missing moment at stage 3."""
+    """Loading the state of other networks gives clear errors: another shape at stage 0, a missing moment at stage 3."""
     from small_gan import build_gan, tiny_config
 
     said = []

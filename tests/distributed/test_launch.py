@@ -1,4 +1,4 @@
-"""Which rank am I, and where are the others? (`test_preemption.py` starts ranks under the real launchers.)"""
+"""A process finds its rank and the other ranks. (`test_preemption.py` starts ranks under the real launchers.)"""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_launcher_variables_are_taken_as_they_are():
 
 def test_threads_are_shared_between_the_ranks_of_a_machine():
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    env |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}  # torchrun's default, not the user's wish
+    env |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}  # torchrun's default, not set by the user
     prepare(env)
     assert int(env["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
 
@@ -107,7 +107,7 @@ def test_uneven_nodes_under_srun():
 
 
 def scontrol(folder: Path, hostnames: str, node: str) -> dict[str, str]:
-    """The environment of a machine whose `scontrol` answers so."""
+    """The environment of a machine whose `scontrol` gives this answer."""
     program = folder / "scontrol"
     program.write_text(f"#!/bin/sh\ncase \"$*\" in\n*hostnames*) printf '{hostnames}' ;;\n*) echo '{node}' ;;\nesac\n")
     program.chmod(0o755)
@@ -116,7 +116,7 @@ def scontrol(folder: Path, hostnames: str, node: str) -> dict[str, str]:
 
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Programs are looked up on this process's PATH."""
+    """Programs are found by this process's PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""Muon's step by itself: what it makes of singular values, and its size beside AdamW's."""
+"""Muon's step alone: its effect on singular values, and its size compared with AdamW's."""
 
 from __future__ import annotations
 

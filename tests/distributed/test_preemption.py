@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 
 class Run:
-    """The program of tests/support/programs/stoppable.py under a launcher, in a process group of its own like a shell's job."""
+    """tests/support/programs/stoppable.py under a launcher, in a process group of its own, like a job of a shell."""
 
     def __init__(self, folder: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,), ranks: int = 1):
         self.folder, self.ranks = folder, ranks
@@ -48,14 +48,14 @@ class Run:
             time.sleep(0.02)
 
     def signal_all(self, number: int) -> None:
-        """What the terminal does on Ctrl-C: every process of the job gets it."""
+        """Sends SIGINT to every process of the job, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, number)
 
     def saved(self) -> list[str]:
         return [file.read_text() for file in sorted(self.folder.glob("saved-*"))]
 
     def wait(self) -> int:
-        """The exit status of the command, once the ranks are gone too."""
+        """The exit status of the command, after the ranks have also ended."""
         status = self.process.wait(240)
         end = time.monotonic() + 60
         while any(psutil.pid_exists(pid) for pid in self.pids):
@@ -88,7 +88,7 @@ def test_the_second_ctrl_c_stops_at_once_and_takes_the_workers_along(tmp_path: P
     run.signal_all(signal.SIGINT)
     assert run.wait() == ExitStatus.INTERRUPTED == 130
     assert run.saved() == []  # a save takes 60 seconds here
-    assert psutil.wait_procs([worker], timeout=120)[1] == []  # it was killed: left alone it sleeps for ten minutes
+    assert psutil.wait_procs([worker], timeout=120)[1] == []  # it was killed; otherwise it would sleep for ten minutes
     assert "second Ctrl-C" in run.output.read_text()
 
 
@@ -152,7 +152,7 @@ def test_a_forked_childs_signals_are_its_own():
             time.sleep(0.1)
             os.kill(child, number)
         time.sleep(SAME_PRESS + 0.2)
-        os.kill(child, signal.SIGINT)  # were it the parent's, this second Ctrl-C would end the tests
+        os.kill(child, signal.SIGINT)  # if the parent received it, this second Ctrl-C would end the tests
         time.sleep(0.2)
         assert not stop.requested
         os.kill(child, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_forked_childs_signals_are_its_own():
 
 def test_the_ranks_agree_on_the_largest():
     with StopFlag() as first, StopFlag() as second:
-        os.kill(os.getpid(), signal.SIGUSR1)  # only the handler installed last sees it
+        os.kill(os.getpid(), signal.SIGUSR1)  # only the last installed handler receives it
         assert second.requested and not first.requested
         sent: list[int] = []
         assert second.agreed(lambda number: sent.append(number) or number) is StopReason.SIGUSR1

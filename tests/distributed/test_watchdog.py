@@ -1,4 +1,5 @@
-"""The watchdog: who hangs, by what the ranks wrote. Whole runs that hang are in tests/slurm and at the end here."""
+"""The watchdog finds the hanging rank from the files of the ranks. Whole runs that hang: tests/slurm and the end of
+this file."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_moving_on_is_no_hang_and_standing_still_is(tmp_path):
 
 
 def test_what_takes_long_excuses_nobody_who_is_silent(tmp_path):
-    """A rank stopped in the midst of a checkpoint is not given the time that writing one may take."""
+    """A rank that is stopped during a save does not get the time that a save may take."""
     ended = []
     dog = Watchdog(tmp_path, 0, 2, 1.0, end=ended.append).start()
     dog.doing("writing a checkpoint", 8, extra=3600)
@@ -83,7 +84,7 @@ def test_what_takes_long_excuses_nobody_who_is_silent(tmp_path):
 
 
 def test_a_disk_that_takes_no_files_makes_nobody_silent(tmp_path):
-    """The last checkpoint waits for minutes for room; the files of the ranks, on the same disk, stand still meanwhile."""
+    """The last checkpoint waits for disk space for minutes. The ranks' files on this disk do not change meanwhile."""
     ended = []
     (tmp_path / "ranks").write_text("in the way: no file can be written below")
     dog = Watchdog(tmp_path, 0, 2, 1.0, end=ended.append).start()

@@ -1,4 +1,4 @@
-"""The protocol on a small set and an untrained model: real shards, the real judge where it is installed."""
+"""A protocol on a small set and an untrained model: real shards, and the real feature network if it is installed."""
 
 import importlib.util
 import json
@@ -79,7 +79,7 @@ def test_a_number_never_carries_the_name_of_a_metric_that_it_is_not(scores):
 
 
 def test_the_library_gives_the_frechet_distance(scores, model, data):
-    """The value is torch-fidelity's, and lies in the interval that our resamples give."""
+    """The value equals torch-fidelity's, and lies in the interval of our resamples."""
     score = scores["test", "fid"]
     assert score.low < score.value < score.high
     assert score.floor["one half of the real pictures against the other"] < score.value
@@ -102,7 +102,7 @@ def test_what_the_judges_saw_of_real_pictures_may_be_kept(scores, model, data):
 
 
 def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_path):
-    """Nor its own of an earlier day: between two evaluations of a run it learns."""
+    """Also not the model's own earlier features: D changes between two evaluations of a run."""
     cache = {"test": {}}
     runs = [write_run(tmp_path / str(seed), seed=seed, words=data.tokenizer) for seed in (1, 2)]
     first, second = (dist_t2i.load(run, "cpu") for run in runs)
@@ -112,7 +112,7 @@ def test_what_a_model_sees_of_real_pictures_is_never_another_models(data, tmp_pa
 
 
 def scored_on_a_rank(run, folder):
-    """On each of several ranks: the values of all scores."""
+    """The scores that each of several ranks gets."""
     torch.distributed.init_process_group("gloo")
     ranks_module.CHUNK = 4
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -122,7 +122,8 @@ def scored_on_a_rank(run, folder):
 
 @pytest.mark.slow
 def test_four_ranks_give_the_numbers_of_one(scores, model, data, monkeypatch):
-    """With chunks of four rows, what a judge sees at a time, so that every rank has some, and not all as many."""
+    """Feature networks get chunks of four rows, so that every rank has some chunks, but not all ranks have the same
+    number."""
     here = [str(ROOT / "tests" / "support"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
     everywhere = run_ranks(4, scored_on_a_rank, model.files.folder, data.folder)
@@ -223,7 +224,7 @@ def test_pairs_share_their_noise(model):
 
 
 def test_perfect_pictures_reach_the_ends_of_the_scales(data):
-    """The scores of the real pictures themselves, taken for generated ones."""
+    """The real pictures are scored in place of generated pictures."""
     selection = select(data, "test", QUICK)
     real = torch.stack([selection.picture(row, 32) for row in range(len(selection))])
     features = JUDGE(real)
@@ -237,7 +238,7 @@ def test_perfect_pictures_reach_the_ends_of_the_scales(data):
 
 
 def test_several_captions_a_picture(model, data):
-    """Each gets a picture of its own; wrapped around where there are fewer."""
+    """One picture is generated per caption; captions repeat if there are too few."""
     protocol = Protocol("test", captions_per_picture=3, seeds=(0, 1), resamples=10, metrics=QUICK.metrics)
     found = scored(model, data, protocol)
     assert {score.key for score in found.splits["test"].scores} >= {"kid", "fid", "r_precision_own", "tone_order"}

@@ -138,7 +138,7 @@ def test_many_rows_are_taken_in_blocks(monkeypatch):
 @fidelity
 @pytest.mark.parametrize(("n", "m"), [(60, 50), (20, 60), (12, 9)])
 def test_frechet_is_torch_fidelitys(n, m):
-    """With more rows than columns and with fewer: two ways to the same trace."""
+    """Two methods give the same trace, with more rows than columns and with fewer."""
     a, b = rows(n, d=24), 1.5 * rows(m, d=24, seed=1, shift=0.2)
     assert metrics.frechet(a, b) == pytest.approx(fidelity_frechet(a, b), rel=1e-6)
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9 * n)

@@ -1,4 +1,4 @@
-"""Protocols as files: complete, frozen, and what is said of those that are not."""
+"""Protocols as files: complete and frozen; errors for files that are not."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Tones named in captions: exactly one, or none counts."""
+"""Tones in captions: a tone counts only if the caption names exactly one."""
 
 from dist_t2i.eval.skin_tones import group_of, split_tone, tone_of, tone_pair
 

@@ -1,4 +1,4 @@
-"""Using a model: the same picture whatever the batch, warnings and errors for people, all text modes."""
+"""Using a model: pictures do not depend on the batch, warnings and errors are clear, and all text modes work."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def data(image):
 
 
 def mode_run(tmp_path, mode):
-    """A run in that text.mode; frozen by a table, or by the S_D of an exported model."""
+    """A run with this text.mode. A frozen encoder is a table, or the S_D of an exported model."""
     if mode == "table":
         vectors = torch.randn(len(CAPTIONS), 16)
         save_file({"vectors": vectors}, tmp_path / "t.safetensors", metadata={"captions": json.dumps(CAPTIONS)})

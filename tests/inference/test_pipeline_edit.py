@@ -1,4 +1,4 @@
-"""Changing a picture with a model: strengths, a user's own files, what is refused, and the command line."""
+"""Editing a picture with a model: strengths, a user's own files, refused files, and the command line."""
 
 import io
 import subprocess
@@ -24,7 +24,7 @@ TEXT = "woman pilot dark skin tone"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A model that edits, its layers moved from zero as training would."""
+    """A model that edits, with layers that have left zero as after training."""
     return write_run(tmp_path_factory.mktemp("runs") / "edit", "edit.width=8", "edit.init=somewhere", stir="source.")
 
 

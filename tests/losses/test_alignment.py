@@ -1,4 +1,4 @@
-"""The one list of alignments: what it makes of D's embeddings, and that who trains knows none of them by name."""
+"""The list of alignments: its losses of D's embeddings. Training code contains no name of an alignment."""
 
 import re
 

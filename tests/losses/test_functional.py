@@ -135,7 +135,7 @@ def test_other_places_pull_where_all_pictures_are_alike():
 
 
 def test_words_by_the_formulas_of_the_paper():
-    """Caption by caption, word by word, as AttnGAN, sec. 3.2 writes it (without the words' competition for regions)."""
+    """One caption and one word at a time, as in AttnGAN, sec. 3.2 (without the softmax over the words of a region)."""
     regions, words, sharpness = units(4, 6, 5, seed=1), units(4, 3, 5, seed=2), 5.0
     lengths = [3, 1, 2, 2]
     mask = torch.arange(3) < torch.tensor(lengths)[:, None]
@@ -221,7 +221,7 @@ def test_finite_difference_tends_to_r1():
 
 
 def test_pixel_error_and_way_left():
-    """By hand: three rows of one value each; the last one does not count."""
+    """Computed by hand: three rows of one value each; the last row does not count."""
     source, wanted = torch.zeros(3, 3, 2, 2), torch.full((3, 3, 2, 2), 0.8)
     images = torch.stack([torch.full((3, 2, 2), value) for value in (0.4, 0.8, 7.0)])
     rows = torch.tensor([True, True, False])

@@ -1,4 +1,4 @@
-"""Augmentation: nothing at zero strength, the named effect otherwise, gradients that pass."""
+"""Augmentation: no effect at zero strength, the named effect otherwise, and gradients pass through it."""
 
 import pytest
 import torch

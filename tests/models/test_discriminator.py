@@ -1,4 +1,4 @@
-"""The discriminator: one trunk, two branches, regions; rows apart; gradients where they belong."""
+"""The discriminator: one trunk, two branches, regions; independent rows; gradients only for the right parameters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The generators: sizes by configuration, no hidden randomness, rows apart, and what words do to `attn`."""
+"""The generators: sizes by configuration, no hidden randomness, independent rows, and the effect of words in `attn`."""
 
 import typing
 
@@ -91,7 +91,7 @@ def test_layouts_exist_where_they_have_four_channels_and_can_be_left_out():
 @KINDS
 @pytest.mark.parametrize("image_size", [16, 64])
 def test_pictures_that_are_mixed_from_a_palette(kind, image_size):
-    """Every pixel lies among the colors of its palette, and is one of them where the shares are saturated."""
+    """Every pixel is a mixture of its palette's colors, and exactly one of them if the shares are saturated."""
     generator = build(image_size, kind=kind, colors=5)
     images = generator(*inputs(generator)).images
     assert images.shape == (4, 3, image_size, image_size) and images.abs().max() <= 1 and images.std() > 0.05
@@ -138,7 +138,7 @@ def test_attention_is_where_it_was_asked_for():
 
 
 def test_positions_read_the_words_they_look_for():
-    """One head, one word that matches the queries: that word's value is what a position gets."""
+    """With one head and one word that matches the queries, every position gets the value of this word."""
     attention = WordAttention(channels=2, text_width=3, width=2, heads=1)
     with torch.no_grad():
         attention.query.weight.copy_(torch.eye(2) * 30)

@@ -1,4 +1,4 @@
-"""The source picture's way into a generator: silent at first, row by row, and able to give the source back."""
+"""The source picture in a generator: no effect at first, independent rows, and able to reproduce the source."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def inputs(rows=3):
 
 
 def trained(source):
-    """As if training had moved the layers that begin at zero."""
+    """Moves the layers that start at zero, as training would."""
     for layer in (*source.into, source.keep.conv):
         torch.nn.init.normal_(layer.weight, std=0.1)
     return source
@@ -68,7 +68,7 @@ def test_all_kept_is_the_source(networks):
 
 
 def test_a_source_is_repainted_with_the_colors_of_the_words(networks):
-    """Where the masks are saturated a pixel has exactly a paint's color or its own; padding names no colors."""
+    """If the masks are saturated, a pixel has the exact color of a paint or its own color. Padding gives no colors."""
     repaint = networks[1].repaint
     pictures, x = torch.rand(3, 3, 32, 32) * 2 - 1, torch.randn(3, 8, 16, 16)
     fresh = repaint(pictures, x, TEXT)

@@ -1,4 +1,4 @@
-"""S_G and S_D: shapes, masks, and rows that do not see each other."""
+"""S_G and S_D: shapes, masks, and independent rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Exports: what is in them, what loading them may and may not do, and every way in which they can be broken."""
+"""Exports: their files, safe loading, and errors for every kind of damage."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ def exported(tmp_path):
 
 
 class Bomb:
-    """Writes a file when it is unpickled."""
+    """An object whose unpickling writes a file."""
 
     def __init__(self, path):
         self.path = path
@@ -32,7 +32,7 @@ class Bomb:
 
 
 def relist(folder, name):
-    """Puts the present size and hash of a file into model.json, as somebody who builds a trap would."""
+    """Writes the current size and hash of a file into model.json, as an attacker would."""
     about = json.loads((folder / "model.json").read_text())
     about["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     (folder / "model.json").write_text(json.dumps(about))

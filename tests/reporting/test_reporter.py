@@ -91,7 +91,7 @@ def test_duration(seconds: float, text: str):
 
 
 class Terminal:
-    """A pseudo-terminal of `columns` columns; what is written to `stream` can be read from `text`."""
+    """A pseudo-terminal with `columns` columns; `text` reads what was written to `stream`."""
 
     def __init__(self, columns: int):
         self._master, slave = pty.openpty()
@@ -399,7 +399,7 @@ def test_wandb_offline_keeps_one_id_across_resumes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_wandb_that_cannot_be_reached_does_not_stop_the_run(tmp_path: Path):
-    """Online, with a key, towards a port where nobody listens."""
+    """Online, with a key, and with a port at which no server listens."""
     code = (
         "import sys; sys.path[:0] = [{root!r}, {support!r}, {tests!r}]\n"
         "from pathlib import Path; from test_reporter import report_run\n"

@@ -1,4 +1,4 @@
-"""Sets at a path or URL are written whole, looked at, and checked byte by byte."""
+"""Sets at a path or URL are written, inspected, and verified byte by byte."""
 
 import json
 

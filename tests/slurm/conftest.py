@@ -33,7 +33,7 @@ def cluster(tmp_path_factory, request):
         pytest.skip(message)
     slurm = LocalSlurm(tmp_path_factory.mktemp("cluster"), settings=SETTINGS)
     slurm.up()
-    request.getfixturevalue("background")  # begins in the background
+    request.getfixturevalue("background")  # starts in the background
     yield slurm
     slurm.down()
     assert slurm.leftovers() == [], "processes outlived the cluster"
@@ -48,10 +48,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def projects(tmp_path_factory):
-    """Makes copies of the project with a bug at the end of a step: `projects(lines)` is the copy's folder.
+    """Makes copies of the project with a bug at the end of a step: `projects(lines)` returns the copy's folder.
 
-    In a `smooth` one the leaky ReLUs have no kink. Where round-off puts an activation on the other side of its kink, as
-    happens now and then, a gradient's norm jumps by 1e-4 at once, and no bound on round-off can hold.
+    In a `smooth` copy the leaky ReLUs have no kink. Sometimes round-off moves an activation across the kink; a
+    gradient's norm then jumps by 1e-4, which no bound on round-off allows.
     """
 
     def make(*lines: str, smooth: bool = False) -> Path:
@@ -74,7 +74,7 @@ def projects(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def slow(projects) -> Path:
-    """A copy of the project whose steps take a while on any machine, so that there is time to disturb it."""
+    """A copy of the project with slow steps on any machine, so that tests have time to disturb a run."""
     return projects("time.sleep(0.15)")
 
 
@@ -91,7 +91,7 @@ def job(cluster, data, slow, tmp_path):
 
 @pytest.fixture(scope="session")
 def background(request, tmp_path_factory, data, projects, slow) -> Iterator[Background]:
-    """Runs the scenarios that the selected tests need, those of each lane on a Slurm of its own."""
+    """Runs the scenarios that the selected tests need; each lane of scenarios has a Slurm of its own."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
     running = Background(tmp_path_factory.mktemp, data, projects, slow)
     clusters = []
@@ -112,7 +112,7 @@ def background(request, tmp_path_factory, data, projects, slow) -> Iterator[Back
 def _of(name: str):
     @pytest.fixture(scope="session", name=name)
     def result(cluster, background):
-        """The result of the scenario of this name; `cluster` for its check that Slurm is there."""
+        """The result of the scenario of this name. `cluster` checks that Slurm is installed."""
         return background.ended(name)
 
     return result

@@ -1,8 +1,9 @@
-"""Jobs that need no hand while they run: what undisturbed runs make, what a defect leads to, ten random events in a row.
+"""Jobs that need no test code while they run: undisturbed runs, defects, and ten random events in a row.
 
-They take minutes in which the machine mostly waits. So they run in the background of the tests, in lanes, each lane on a Slurm of its
-own (`Background`); the fixture of a scenario's name gives what came of it. A scenario is called with that Slurm, a folder of its
-own, the set, the maker of copies of the project (`projects`) and the copy with slow steps.
+They take minutes, in which the machine mostly waits. Therefore they run in the background of the tests, in lanes, and
+each lane has a Slurm of its own (`Background`). The fixture with a scenario's name gives the scenario's result. A
+scenario is called with that Slurm, a folder of its own, the set, the maker of copies of the project (`projects`) and
+the copy with slow steps.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ OFTEN = "checkpoint.every_images=40"
 
 
 class Background:
-    """Runs lanes of scenarios, those of a lane one after the other. `tools` are what each is called with after its Slurm and
-    its folder."""
+    """Runs lanes of scenarios. The scenarios of a lane run one after the other. `tools` are their arguments after Slurm
+    and folder."""
 
     def __init__(self, make_folder: Callable[[str], Path], *tools: object) -> None:
         self._make_folder, self._tools = make_folder, tools
@@ -50,7 +51,7 @@ class Background:
             self._begun[scenario.__name__] = self._pools[-1].submit(scenario, slurm, folder, *self._tools)
 
     def ended(self, name: str):
-        """What the scenario of that name returned; raises what it raised."""
+        """The result of the scenario of this name; raises the scenario's error."""
         return self._begun[name].result(timeout=1000)
 
     def stop(self) -> None:
@@ -58,7 +59,7 @@ class Background:
             pool.shutdown(cancel_futures=True, wait=False)
 
 
-# ---- undisturbed runs, which others are compared with ----------------------------------------------------------------
+# ---- undisturbed runs, for comparison --------------------------------------------------------------------------------
 
 
 def _undisturbed(
@@ -81,11 +82,11 @@ def whole2(slurm, folder, data, projects, slow) -> Job:
 
 
 def whole4(slurm, folder, data, projects, slow) -> Job:
-    """Four nodes; compared with two nodes as well, so that round-off must stay round-off."""
+    """Four nodes. Also compared with two nodes: the difference must stay within round-off."""
     return _undisturbed(slurm, folder, data, *CALM, nodes=4, images=480, project=projects(smooth=True))
 
 
-# ---- what a job gives up on, and what it gets out of by itself -------------------------------------------------------
+# ---- failures after which a job gives up or recovers -----------------------------------------------------------------
 
 
 def _job(slurm: LocalSlurm, folder: Path, data: Path, project: Path, *overrides: str, nodes: int, images: int) -> Job:
@@ -94,7 +95,7 @@ def _job(slurm: LocalSlurm, folder: Path, data: Path, project: Path, *overrides:
 
 
 def crash(slurm, folder, data, projects, slow) -> Job:
-    """A defect that comes at the same step every time."""
+    """A defect that occurs at the same step in every attempt."""
     bug = projects("if self.images == 56: raise ValueError('the 7th step cannot be')")
     run = _job(slurm, folder, data, bug, OFTEN, nodes=1, images=200).submit()
     run.wait_end("FAILED")
@@ -102,7 +103,7 @@ def crash(slurm, folder, data, projects, slow) -> Job:
 
 
 def bad_data(slurm, folder, data, projects, slow) -> Job:
-    """A set that is damaged after it was checked, beyond data.max_bad_fraction."""
+    """A set that is damaged after the check, beyond data.max_bad_fraction."""
     broken = folder / "broken"
     shutil.copytree(data, broken)
     run = _job(slurm, folder, data, slow, OFTEN, nodes=1, images=200)
@@ -119,7 +120,7 @@ def bad_data(slurm, folder, data, projects, slow) -> Job:
 
 
 def stuck(slurm, folder, data, projects, slow) -> Job:
-    """A defect in which rank 1 never comes to the collective, once."""
+    """A defect that occurs once: rank 1 never enters the collective."""
     mark = folder / "stuck"
     bug = projects(
         f"if self.images == 80 and dist.get_rank() == 1 and not Path({str(mark)!r}).exists():",
@@ -134,7 +135,7 @@ def stuck(slurm, folder, data, projects, slow) -> Job:
 def taken_port(slurm, folder, data, projects, slow) -> Job:
     """Another program holds the port at which the ranks of the first attempt meet."""
     number = int(re.search(r"NEXT_JOB_ID\s*= (\d+)", slurm.command("scontrol", "show", "config"))[1])
-    number += 1  # `sbatch --test-only`, with which submit.py begins, takes one
+    number += 1  # submit.py first runs `sbatch --test-only`, which takes one job number
     with socket.create_server(("0.0.0.0", job_port({"SLURM_JOB_ID": str(number)}))):
         run = Job(slurm, folder / "run", data, "train.total_images=40", OFTEN, nodes=2).submit()
         assert run.id == str(number)
@@ -143,7 +144,7 @@ def taken_port(slurm, folder, data, projects, slow) -> Job:
 
 
 def random_events(slurm, folder, data, projects, slow) -> Job:
-    """Ten of them, each after a little training."""
+    """Ten random events, each after a few steps of training."""
     chance = random.Random(int(os.environ.get("DIST_T2I_SEED", "7")))
     overrides = ("checkpoint.every_images=16", "train.hang_seconds=10")
     run = _job(slurm, folder, data, slow, *overrides, nodes=2, images=480).submit()
@@ -170,12 +171,12 @@ def random_events(slurm, folder, data, projects, slow) -> Job:
 
 
 def orphan(slurm, folder, data, projects, slow) -> Job:
-    """slurmd is killed and the rank lives on: Slurm starts the job elsewhere; the orphan, late, ends."""
+    """slurmd is killed, but its rank survives. Slurm starts the job on another node; the orphaned rank ends later."""
     run = _job(slurm, folder, data, slow, OFTEN, nodes=1, images=200).submit()
     run.wait_images(48)
     node, rank = run.node_list(), run.rank_pid(0)
     os.kill(node_processes(slurm, node)["slurmd"][0], signal.SIGKILL)
-    os.kill(rank, signal.SIGSTOP)  # busy elsewhere, until the new attempt has begun
+    os.kill(rank, signal.SIGSTOP)  # the old rank is blocked until the new attempt has begun
     try:
         run.wait_restart(1)
         run.wait_for(lambda: len(claims(run)) == 1 and claims(run)[0].split(".")[3] != str(rank), "the new claim")
@@ -201,7 +202,7 @@ def gone(pid: int) -> bool:
 
 
 def the_readmes_four_lines(slurm, folder, data, projects, slow) -> str:
-    """Up, submit, push it out and see it come back, down, by a new user: nothing in the cache, no SLURM_CONF."""
+    """A new user (empty cache, no SLURM_CONF): up, submit, preempt the run, see it resume, down."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```sh\n(python -m slurm\.local up\n.*?)^```", readme, re.DOTALL | re.MULTILINE)
     up, submit, push, down = (shlex.split(line.split("#")[0]) for line in block.splitlines())
@@ -244,7 +245,7 @@ arms: {dual: , shared: {overrides: [text.mode=shared]}}
 
 
 def ablation(slurm, folder, data, projects, slow) -> Path:
-    """Two arms of two seeds, as arrays: queued, looked at, and read when they are done."""
+    """Two arms with two seeds each, as arrays: submitted, watched, and scored after they finish."""
     pytest.importorskip("efficientnet_lite_pytorch")
     (folder / "base.yaml").write_text(CONFIG)
     tones = write_tone_set(folder / "set", roles=8)
@@ -264,7 +265,7 @@ def ablation(slurm, folder, data, projects, slow) -> Path:
 
     said = ablate()
     assert "dual: 2 seeds queued as " in said and "shared: 2 seeds queued as " in said
-    assert "seed-1" in ablate()  # how they are doing, or the scores of what is done already
+    assert "seed-1" in ablate()  # the state of the arrays, or the scores of finished arms
     until(lambda: finished() == 4)
     assert str(out / "table.md") in ablate()
     return out

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
 def test_a_full_disk_and_a_read_only_one(job, whole2):
-    """Training continues, says so, and saves when it can."""
+    """Training continues, prints a warning, and saves when it can."""
     run = job("checkpoint.every_images=40", images=480)
     checkpoints = run.folder / "checkpoints"
     checkpoints.mkdir(parents=True)

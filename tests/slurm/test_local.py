@@ -1,4 +1,4 @@
-"""Slurm on one machine: what it takes, and what it says when something is wrong."""
+"""Slurm on one machine: options, permissions, and error messages."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_what_is_wrong_is_said(cluster, home):
 
 
 def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
-    """Options may stand after the word; the user is who runs it, not who the environment names; job numbers do not come
-    again, or `cancel` of an older run would end a job of this cluster."""
+    """Options may follow the command. The user is the one who runs the command, not the one that the environment names.
+    Job numbers are never reused, because `cancel` of an older run would then end another job."""
     words, where = [sys.executable, "-m", "slurm.local"], ["--folder", str(tmp_path / "my cluster" / ("long" * 10))]
     env = home | {"USER": "nobody", "LOGNAME": "nobody"}
     assert run([*words, "up", "--nodes", "1", *where], env).returncode == 0
@@ -58,7 +58,7 @@ def test_in_a_folder_with_a_space_under_another_name(cluster, home, tmp_path):
 
 
 def test_nobody_else_is_heard(cluster, tmp_path):
-    """The daemons' ports can be reached from everywhere; what they take orders by is a secret of who started them."""
+    """All users can reach the daemons' ports, but commands need a secret of the user who started the daemons."""
     assert cluster.command("sbatch", "--test-only", "-o", "/dev/null", "--wrap", "true") == ""
     folder = (cluster.folder / "keys").resolve()
     assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "key").stat().st_mode & 0o777 == 0o600

@@ -1,4 +1,4 @@
-"""The copy of the code that a job runs: what is in it, and where it is taken from."""
+"""The copy of the code that a job runs: its files and their origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def git(folder: Path, *words: str) -> None:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A small project on a path with a space, which is what is copied."""
+    """A small project to copy, on a path with a space."""
     folder = tmp_path / "my project"
     for name in snapshot.MARKS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_of_a_dirty_checkout(project, tmp_path):
-    """Changed and new files are in it, deleted ones are not, and the difference is kept to the byte."""
+    """The copy contains changed and new files, but no deleted ones; the difference is recorded byte by byte."""
     (project / ".gitignore").write_text("__pycache__\n")
     (project / "dist_t2i" / "old.py").write_text("pass\n")
     git(project, "init", "-q")
@@ -66,7 +66,7 @@ def test_without_git(project, tmp_path):
 
 
 def test_only_a_copy_of_the_code_is_kept(project, tmp_path):
-    """Neither what is left of one, nor a folder next to the run that has its name; a seed has that of its array."""
+    """Incomplete copies, and folders of the same name next to the run, are no copies. A seed uses its array's copy."""
     run = tmp_path / "run"
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "my.txt").write_text("other work")

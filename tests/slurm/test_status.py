@@ -1,4 +1,4 @@
-"""What `status` makes of Slurm's word and of the run folder's files, and what the commands say when one of them is missing."""
+"""`status` combines Slurm's answers with the files of the run folder, and reports what is missing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FINISHED = {"state": "finished", "updated": 200.0}
         ("finished", "COMPLETING", FINISHED, [begin(150.0)]),
         ("finished", "COMPLETED", FINISHED, [begin(150.0)]),
         ("finished", "", FINISHED, [begin(150.0)]),
-        # What an earlier attempt has left says nothing of this one.
+        # Files of an earlier attempt do not describe this attempt.
         ("running", "RUNNING", FINISHED, [begin(250.0)]),
         ("running", "RUNNING", FINISHED | {"updated": 50.0}, []),
         ("cancelled", "CANCELLED", FINISHED | {"updated": 50.0}, []),
@@ -85,7 +85,7 @@ def test_a_damaged_note_is_named(tmp_path, text):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("action", ["status", "logs", "cancel", "resume"])
 def test_a_folder_of_somebody_else(tmp_path, action):
-    """No traceback. As the user nobody, in a process that has imported what it needs."""
+    """Prints no traceback. Runs as the user nobody, in a process that has already imported its modules."""
     note(tmp_path / "mine" / "run")
     (tmp_path / "mine").chmod(0o700)
     words = ["submit.py", action, str(tmp_path / "mine" / "run")]
@@ -97,7 +97,7 @@ def test_a_folder_of_somebody_else(tmp_path, action):
 
 
 def test_accounting_is_asked_where_the_controller_has_forgotten(tmp_path, monkeypatch):
-    """In place of an accounting database, which takes a database server, a program that says what sacct would."""
+    """A program that prints what sacct would print, because a real accounting database needs a database server."""
     sacct = tmp_path / "sacct"
     sacct.write_text('#!/bin/sh\n[ "$*" = "-n -X -P -j 12 -o State" ] && echo "CANCELLED by 1000"\n')
     sacct.chmod(0o755)
@@ -136,7 +136,7 @@ def test_a_controller_that_is_away(cluster, tmp_path):
 
 
 def test_a_connection_that_a_rank_has_trouble_with_itself_is_a_cause(tmp_path):
-    """... and one to a rank that is lost is none."""
+    """A connection to a lost rank is not reported as a cause."""
     refused = "s3://bucket/a.tar: the connection was refused"
     attempts.note_failure(tmp_path, "1", 0, 1, "RuntimeError", "gloo: Connection closed by peer")
     assert attempts.cause_of_failure(tmp_path, "1", 0) == ("", "")
@@ -162,7 +162,7 @@ def test_the_task_that_was_killed_is_named_and_not_those_that_it_took_along(tmp_
 
 
 def test_the_end_of_the_script_runs_with_the_systems_python():
-    """Outside of containers and environments: no library, and the syntax of Python 3.7."""
+    """The script runs outside of containers and environments: it needs no library, only Python 3.7."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import slurm.after; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     own = {name for name in done.stdout.split() if name.partition(".")[0] in ("dist_t2i", "slurm")}

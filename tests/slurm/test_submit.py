@@ -1,4 +1,4 @@
-"""tools/submit.py and the profiles: what is checked before anything is queued, and the script that is queued."""
+"""tools/submit.py and the profiles: the checks before a job is queued, and the job's script."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_profile_that_is_not_there_names_those_that_are(tmp_path):
 
 
 class _GpuCluster(LocalSlurm):
-    """Pretends to have what the example profiles ask for; nothing runs there."""
+    """A Slurm that claims the resources of the example profiles; no job runs on it."""
 
     def configuration(self) -> str:
         text = super().configuration()
@@ -101,7 +101,7 @@ class _GpuCluster(LocalSlurm):
 
 @pytest.mark.slurm
 def test_slurm_takes_every_profile(cluster, tmp_path, config):
-    """`cluster` only for its check that Slurm is there."""
+    """`cluster` only checks that Slurm is installed."""
     gpus = _GpuCluster(tmp_path / "gpus", nodes=2)
     gpus.up()
     try:
@@ -152,7 +152,7 @@ def test_containers_modules_and_environment_in_the_script(tmp_path, config):
 
 
 def test_odd_names_stay_what_they_are(tmp_path, config):
-    """Within the script, and in a shell that runs it; what could not is refused."""
+    """Values keep their meaning in the script and in the shell that runs it; other values are refused."""
     run = tmp_path / 'it\'s a "run" $(HOME) ünï'
     script = submit("--config", str(config), "--name", 'a "näme"', f"run.folder={run}", "--dry-run").stdout
     assert "#SBATCH --job-name='a \"näme\"'\n" in script
@@ -228,7 +228,7 @@ def test_a_folder_that_was_not_submitted(cluster, tmp_path, action):
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_path):
-    """Two seeds in two folders; the copy of the code is what runs; status and logs of each; a live run is not submitted
+    """Two seeds in two folders run the copy of the code, with status and logs of each. A live run is not submitted
     twice."""
     run = Job(cluster, tmp_path / "run", data, "train.total_images=16", nodes=1)
     words = ("--nodes", "1", "--config", str(run.config), "--profile", str(PROFILES[0].with_name("local.yaml")))
@@ -274,7 +274,7 @@ until [ "$(squeue -h -t RUNNING -j "$SLURM_ARRAY_JOB_ID" -o %i | wc -l)" = 2 ]; 
 
 @pytest.mark.slurm
 def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
-    """One of the tasks has the array's own number, by which Slurm's commands would mean all of them."""
+    """One task has the array's own number. With this number, Slurm's commands would apply to all tasks."""
     after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75\n"
     (tmp_path / "job.sh").write_text(TWO_TASKS + after)
     (array,) = re.findall(r"\d+", cluster.command("sbatch", str(tmp_path / "job.sh")))
@@ -288,7 +288,7 @@ def test_a_task_of_an_array_is_queued_again_alone(cluster, tmp_path):
 
 @pytest.mark.slurm
 def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
-    """`status` says so, and what it had ended of."""
+    """`status` reports this, and why the job had ended."""
     after = f"{sys.executable} {ROOT / 'slurm' / 'after.py'} --run {tmp_path} --status 75"
     said = cluster.command(
         "sbatch", "-W", "--parsable", "--no-requeue", "-o", "/dev/null", "--wrap", f"{after} || true"
@@ -301,7 +301,7 @@ def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
 @pytest.mark.slurm
 @pytest.mark.parametrize("moment", ["before the end of the script looks", "between its look and the requeue"])
 def test_cancelled_at_the_last_moment(cluster, tmp_path, moment):
-    """A job that its user cancels just when it is queued again does not come back."""
+    """A job that its user cancels at the moment of its requeue stays cancelled."""
     note = f'{json.dumps({"event": "cancel"})[:-1]}, "job": "\'$SLURM_JOB_ID\'", "time": 0}}'
     cancel = f"echo '{note}' >>{tmp_path}/attempts.jsonl; {shutil.which('scancel')} $SLURM_JOB_ID"
     with_it = f'trap "" TERM\ncase "$1" in requeue) {cancel};; esac\n' if moment.startswith("between") else ""
@@ -323,7 +323,7 @@ def test_cancelled_at_the_last_moment(cluster, tmp_path, moment):
 
 
 def refused_resume(cluster: LocalSlurm, folder: Path, run: Path) -> None:
-    """Slurm goes away between the check of the script and the submission of it: the run stays as it was."""
+    """Slurm stops between the check of the script and its submission; the run folder does not change."""
     refusing = (
         'case "$*" in *--test-only*) exec {} "$@";; esac\necho "sbatch: error: Unable to contact slurm" >&2; exit 1\n'
     )
@@ -347,7 +347,7 @@ def program(file: Path, lines: str) -> None:
 
 
 def wait_for_restart(cluster: LocalSlurm, array: str) -> str:
-    """What Slurm shows of the tasks as soon as one of them was queued again."""
+    """Slurm's list of the tasks after one of them was queued again."""
     end = time.monotonic() + 60
     while "Restarts=1" not in (shown := cluster.command("scontrol", "-o", "show", "job", array)):
         assert time.monotonic() < end, shown

@@ -1,7 +1,7 @@
-"""What a job survives: real signals, kills and lost nodes in a real Slurm of four nodes, ZeRO-2 on gloo.
+"""A job survives real signals, kills and lost nodes, in a real Slurm with four nodes, with ZeRO-2 on gloo.
 
-Two runs, on four nodes and on two, meet one event after the other; after each one, all losses so far are compared with
-those of the run that nothing disturbed, and at the end every tensor is.
+Two runs, on four nodes and on two, go through one event after the other. After each event, all losses so far are
+compared with the losses of an undisturbed run. At the end, every tensor is compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OFTEN = "checkpoint.every_images=40"
 
 @pytest.fixture(scope="module")
 def run4(cluster, data, projects, whole4, tmp_path_factory) -> Job:
-    """Steps of most of a second: Slurm looks at its clock every half minute only."""
+    """Steps take almost a second, because Slurm checks time limits only every half minute."""
     folder = tmp_path_factory.mktemp("run4")
     profile = folder / "profile.yaml"
     profile.write_text(LOCAL.read_text().replace("signal_seconds: 60", "signal_seconds: 110"))
@@ -42,7 +42,7 @@ def test_usr2_by_the_user(cluster, run4, whole4):
 
 
 def test_the_time_limit(cluster, run4, whole4):
-    """Cut to a minute or two from now, of which the job gets notice 110 s before."""
+    """The time limit is reduced to one or two minutes from now; the job gets the signal 110 s before the limit."""
 
     def cut_short() -> None:
         number = run4.restarts()
@@ -57,7 +57,7 @@ def test_the_time_limit(cluster, run4, whole4):
 
 
 def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
-    """... with two nodes, and then with four again: the same losses and gradient norms within round-off."""
+    """Resumed with two nodes and then with four: the same losses and gradient norms within round-off."""
     run4.wait_images(run4.images() + 16)
     assert "saves a checkpoint" in run4.tool("cancel", str(run4.folder))
     run4.wait_end("CANCELLED")
@@ -75,7 +75,7 @@ def test_cancelled_stays_cancelled_and_can_be_resumed(run4, whole4):
     run4.assert_losses(whole4, tolerance=1e-5)
 
 
-# ---- two nodes: pushed out, killed, lost, stopped --------------------------------------------------------------------
+# ---- two nodes: preempted, killed, lost, stopped ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_preemption_by_the_user_signal(cluster, run2, whole2):
 
 
 def push_out(cluster) -> None:
-    """A job of a higher partition that wants all nodes for a moment."""
+    """A job of a partition with higher priority, which needs all nodes for a moment."""
     cluster.command("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 
@@ -122,19 +122,19 @@ def test_a_killed_rank(run2, whole2):
     run2.comes_back(lambda: os.kill(run2.rank_pid(1), signal.SIGKILL), whole2, lost=True)
     ended = run2.attempts("end")[-1]
     assert ended["verdict"] == "requeued" and "task 1: Killed" in ended["reason"], ended
-    # The newest checkpoint is a regular one, or still the one that the killed attempt itself began from.
+    # The newest checkpoint is a regular one, or the one from which the killed attempt started.
     assert ended["images"] % 40 == 0 or ended["images"] == killed["images"], (killed, ended)
     assert run2.attempts("begin")[-1]["images"] == ended["images"]
 
 
 def test_a_stopped_rank(run2, whole2):
-    """SIGSTOP: no handler, no exit, no word. The other rank's watchdog names it."""
+    """After SIGSTOP the rank runs no handler, and does not exit. The other rank's watchdog names this rank."""
     stopped = run2.rank_pid(1)
 
     def stop() -> None:
         ends = len(run2.attempts("end"))
         os.kill(stopped, signal.SIGSTOP)
-        # hang_seconds, three looks at the others and KillWait are 19 seconds; the rest is for a loaded machine
+        # hang_seconds, three intervals and KillWait take 19 seconds; the rest is for a busy machine
         run2.wait_for(lambda: len(run2.attempts("end")) > ends, "the watchdog", seconds=90)
 
     run2.comes_back(stop, whole2, lost=True)
@@ -144,13 +144,13 @@ def test_a_stopped_rank(run2, whole2):
 
 
 def test_a_lost_node(cluster, run2, whole2):
-    """slurmd, slurmstepd and rank gone at once: the job goes on on other nodes."""
+    """slurmd, slurmstepd and the rank are killed at once; the job continues on other nodes."""
     node = cluster.command("scontrol", "show", "hostnames", run2.node_list()).split()[1]
 
     def lose() -> None:
         for pids in node_processes(cluster, node).values():
             for pid in pids:
-                with contextlib.suppress(ProcessLookupError):  # it may end of the death of the one before
+                with contextlib.suppress(ProcessLookupError):  # it may end because the previous process ended
                     os.kill(pid, signal.SIGKILL)
 
     try:

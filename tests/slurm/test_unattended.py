@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 
 def test_the_readmes_four_lines(the_readmes_four_lines):
-    """What each line said was looked at while they ran; this is the last look before `down`."""
+    """The output of each line was checked while the lines ran; this is the last check before `down`."""
     assert "320 of 320 images" in the_readmes_four_lines and "preempted or stopped once" in the_readmes_four_lines
 
 
@@ -39,7 +39,7 @@ def test_bad_data_three_times(bad_data):
 
 
 def test_a_rank_that_never_comes_to_the_collective(stuck, whole2):
-    """Named with its stack; the next attempt finds the defect gone and goes on."""
+    """The rank is reported with its stack; the next attempt has no defect and continues."""
     run = stuck
     assert len(run.attempts("begin")) == 2, run.story()
     run.assert_equals(whole2)
@@ -51,7 +51,7 @@ def test_a_rank_that_never_comes_to_the_collective(stuck, whole2):
 
 
 def test_a_port_that_is_taken(taken_port, whole2):
-    """Said by rank 0, which the others are ended after; the next attempt meets at another."""
+    """Rank 0 reports the port, then the other ranks are ended. The next attempt uses another port."""
     run = taken_port
     first, last = run.attempts("end")
     assert first["verdict"] == "requeued" and first["reason"].startswith("rank 0: LaunchError: port "), first
@@ -61,14 +61,14 @@ def test_a_port_that_is_taken(taken_port, whole2):
 
 
 def test_ten_random_events(random_events, whole2):
-    """Whatever comes, in whatever order: the weights are those of the run that nothing disturbed."""
+    """After any events in any order, the weights equal those of the undisturbed run."""
     run = random_events
     assert len(run.attempts("begin")) == 11, run.story()
     run.assert_equals(whole2)
 
 
 def test_an_orphan_can_never_commit(orphan, whole1):
-    """Late, it has changed nothing: the run that took over is the one that nothing disturbed."""
+    """The late orphan has changed nothing: the run that took over equals the undisturbed run."""
     run = orphan
     run.assert_equals(whole1)
     verdicts = {(end["restart"], end["verdict"]) for end in run.attempts("end")}

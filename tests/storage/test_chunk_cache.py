@@ -1,4 +1,4 @@
-"""The disk cache: within its bound, shared by processes, never partly there, and nothing that blocks after kill -9."""
+"""The disk cache: limited in size, shared by processes, with atomic parts, and without locks after kill -9."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ def chunk(number: int) -> bytes:
 
 
 def writes(data: bytes):
-    """What fetches `data`."""
+    """A function that fetches `data`."""
     return lambda file: file.write(data)
 
 
@@ -52,7 +52,7 @@ def test_the_least_recently_used_go_first(tmp_path):
     for number in range(10):
         cache.fill(key, number, SIZE, writes(chunk(number)))
         os.utime(cache.path(key, number), (number, number))
-    other = ChunkCache(str(cache.folder), cache.limit)  # another process: nothing is open in it
+    other = ChunkCache(str(cache.folder), cache.limit)  # in another process, which has no files open
     assert other.read(key, 0, 0, 1) == b"\0", "used just now"
     other.fill(key, 10, SIZE, writes(chunk(10)))
     assert kept(other, key, range(11)) == [0, 3, 4, 5, 6, 7, 8, 9, 10]

@@ -1,4 +1,4 @@
-"""What the errors of object stores are taken for: a number in a name, or in a time, is no answer of the server."""
+"""The meaning of object stores' errors: a number in a name or in a time is no status of the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_objects_name_does_not_say_what_went_wrong(name):
 
 @pytest.mark.parametrize("time", ["416.3ms", "503.25\u00b5s"])
 def test_nor_does_the_time_it_took(time):
-    """As obstore words it."""
+    """An error with obstore's wording."""
     from obstore.exceptions import GenericError
 
     said = f"Error performing GET http://127.0.0.1:9/a.tar in {time} - HTTP error: error sending request"
@@ -49,7 +49,7 @@ def test_nothing_is_there_beyond_the_end_of_an_object():
 
 
 class answering:
-    """A server that answers every request with one status; its URL of an object."""
+    """The URL of an object on a server that answers every request with the same status."""
 
     def __init__(self, status: int) -> None:
         class Handler(BaseHTTPRequestHandler):

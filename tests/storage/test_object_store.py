@@ -1,4 +1,4 @@
-"""The S3 server and the proxy that other tests trust: real clients see what is there, and each fault as it is meant."""
+"""The S3 server and the proxy that other tests rely on: real clients get the objects, and each fault works."""
 
 import datetime
 import http.client
@@ -50,12 +50,12 @@ def read(store, key=KEY, **options):
 
 
 def url(server, proxy, key=KEY):
-    """Signed, so that clients which know nothing of S3 may read it."""
+    """A signed URL, so that clients without support for S3 may read the object."""
     return obstore.sign(server.store(proxy.endpoint), "GET", key, datetime.timedelta(minutes=5))
 
 
 def until_it_breaks(address):
-    """What urllib gets of a URL, byte by byte as they come, and what it raised at the end."""
+    """The bytes that urllib reads from a URL, and its error at the end."""
     answer, got = urllib.request.urlopen(address, timeout=30), b""
     try:
         while piece := answer.read1(2**16):
@@ -143,7 +143,7 @@ def test_it_dies_with_the_process_that_started_it(tmp_path):
 
 
 def alive(pid):
-    """Whether a process runs: one that ended may wait for somebody to ask for its status."""
+    """Whether a process runs. A zombie does not run."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

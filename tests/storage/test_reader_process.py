@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 
 def test_a_process_that_has_used_a_client_of_its_own_reads_too(tmp_path):
-    """Its reader is not forked from it: it would wait for ever for locks that no thread holds any more."""
+    """The reader of such a process is not forked, because a forked reader would wait for locks forever."""
     program = tmp_path / "program.py"
     program.write_text(AFTER_A_CLIENT)
     command = [sys.executable, "-W", "ignore", str(program)]

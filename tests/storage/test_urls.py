@@ -1,4 +1,4 @@
-"""Names of data: what they stand for, and what is refused."""
+"""Names of data: their meaning, and refused names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Training jobs in a real Slurm, submitted, disturbed and looked at as a user would."""
+"""Training jobs in a real Slurm, which tests submit, disturb and inspect as users do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def submit(*words: str, env: dict[str, str] | None = None) -> subprocess.Complet
 
 
 def new_user(folder: Path) -> dict[str, str]:
-    """The environment of somebody with nothing in the cache and no SLURM_CONF."""
+    """The environment of a user with an empty cache and no SLURM_CONF."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**kept, "XDG_CACHE_HOME": str(folder / "cache"), "PATH": path}
@@ -65,7 +65,7 @@ def node_processes(cluster: LocalSlurm, node: str) -> dict[str, list[int]]:
 
 
 def until(condition: Callable[[], bool], seconds: float = 240) -> None:
-    """Waits until the condition holds, which may take a program's start to find out."""
+    """Waits until the condition holds. Checking the condition may start a program."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -113,7 +113,7 @@ class Job(Run):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.story()}"
-            time.sleep(0.3)  # each look starts a command of Slurm's, on the cores that the jobs run on
+            time.sleep(0.3)  # each check starts a command of Slurm on the cores of the jobs
 
     def images(self) -> int:
         """Images seen at the last report."""
@@ -136,7 +136,7 @@ class Job(Run):
         return self.shown("JobState")
 
     def node_list(self) -> str:
-        """The nodes that it has now, such as n[1-2]."""
+        """The job's current nodes, such as n[1-2]."""
         return self.cluster.command("squeue", "-h", "-j", self.id, "-o", "%N").strip()
 
     def restarts(self) -> int:
@@ -146,7 +146,7 @@ class Job(Run):
         self.wait_for(lambda: self.restarts() == number and self.running(), f"restart {number}", seconds)
 
     def wait_end(self, state: str = "COMPLETED", seconds: float = 300) -> None:
-        """Until the job has left Slurm's hands, in that state."""
+        """Waits until the job has ended in this state."""
         live = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
         self.wait_for(lambda: self.slurm_state() not in live, "the end", seconds)
         assert self.slurm_state() == state, self.story()
@@ -162,14 +162,14 @@ class Job(Run):
         )
 
     def story(self) -> str:
-        """Everything that may explain a failure."""
+        """All records that may explain a failure."""
         notes = self.folder / "attempts.jsonl"
         said = "".join(f"--- rank {rank}\n{self.log(rank)[-3000:]}\n" for rank in range(self.nodes))
         queue = self.cluster.command("squeue")
         return f"{queue}\n{notes.read_text() if notes.exists() else 'no attempts'}\n{said}"
 
     def rank_pid(self, rank: int) -> int:
-        """The process of a rank of the attempt that runs now."""
+        """The process of a rank of the current attempt."""
         wanted = {"SLURM_JOB_ID": self.id, "SLURM_PROCID": str(rank), "SLURM_CONF": str(self.cluster.conf)}
         newest = (-1.0, 0)
         for process in psutil.process_iter():
@@ -179,7 +179,7 @@ class Job(Run):
                     process.cmdline()
                 ):
                     parent = process.parent()
-                    if parent is None or "rank.py" not in " ".join(parent.cmdline()):  # not a loader's worker
+                    if parent is None or "rank.py" not in " ".join(parent.cmdline()):  # not a loader worker
                         newest = max(newest, (process.create_time(), process.pid))
             except psutil.Error:
                 continue
@@ -187,14 +187,14 @@ class Job(Run):
         return newest[1]
 
     def steps_lost(self) -> int:
-        """Reports (one a step) that had to be done again after a resume."""
+        """The number of reports (one per step) that were repeated after a resume."""
         return sum(int(count) for count in re.findall(r"metrics.jsonl: (\d+) reports beyond", self.log()))
 
-    # ---- compared with the run that nothing disturbed ----------------------------------------------------------------
+    # ---- comparison with the undisturbed run -------------------------------------------------------------------------
 
     def comes_back(self, disturb: Callable[[], object], whole: Job, *, lost: bool = False) -> None:
-        """Train a little, disturb it, and see the next attempt train on by itself, every loss so far as in the whole run.
-        Unless something may be `lost`, it goes on at the very step."""
+        """Trains a little, disturbs the run, and checks that the next attempt continues with the losses of the
+        undisturbed run. Unless steps may be `lost`, the next attempt continues at the exact step."""
         number, redone = self.restarts(), self.steps_lost()
         self.wait_images(self.images() + 24)
         disturb()
@@ -206,7 +206,7 @@ class Job(Run):
         self.assert_losses(whole)
 
     def assert_losses(self, whole: Job, tolerance: float = 0.0) -> None:
-        """Every loss so far is that of the whole run, and none is missing."""
+        """Every loss so far equals that of the undisturbed run, and none is missing."""
         ours, theirs = self.losses(), whole.losses()
         assert sorted(ours) == [images for images in sorted(theirs) if images <= max(ours)], self.story()
         for images, values in ours.items():
@@ -218,7 +218,7 @@ class Job(Run):
                     assert abs(value - expected) <= tolerance * max(1, abs(expected)), (images, name)
 
     def assert_equals(self, whole: Job) -> None:
-        """It ended as the whole run was there, to the bit: every loss, and every tensor of its last checkpoint."""
+        """Every loss and every tensor of the last checkpoint equals the undisturbed run, to the bit."""
         self.assert_losses(whole)
         total = max(self.losses())
         mine, theirs = self.tensors(total), whole.tensors(total)

@@ -6,7 +6,7 @@ from dist_t2i.eval.judges.features import FeatureNetwork
 
 
 class Averages(torch.nn.Module):
-    """A judge for tests: each picture shrunk to 8 x 8."""
+    """A feature network for tests: each picture shrunk to 8 x 8."""
 
     def __init__(self):
         super().__init__()

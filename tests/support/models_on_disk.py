@@ -1,4 +1,4 @@
-"""Tiny models written as a run or an export is, for the tests of what reads them. Real files, untrained weights."""
+"""Tiny models in the layout of runs and exports, for tests of code that reads these. Real files, untrained weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Programs that start at once: a process has imported what they need, and forks one that runs them whenever it is asked.
+"""Programs that start at once: a server process has imported their modules, and forks a process for each program.
 
-What a test gets is a process of its own, with its own arguments, environment, output and exit status; only the imports,
-which take most of a short program's time, were done before. What must be seen to start by itself is started by itself.
+A test gets a separate process with its own arguments, environment, output and exit status. Only the imports, which take
+most of a short program's time, were done before. Tests of a program's start do not use this module.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Program:
         cwd: str | os.PathLike[str] | None = None,
         output: Path | None = None,
     ) -> Started:
-        """Run it. The environment is that of the tests, and the folder theirs, unless others are given.
+        """Runs the program, by default in the environment and the folder of the tests.
 
-        `output` is a file that all it says is appended to, instead of what `communicate` gives.
+        All output is appended to the file `output`, if given; otherwise `communicate` returns the output.
         """
         server = self._running()
         self._count += 1
         place = self._folder / str(self._count)
         files = [str(output)] * 2 if output else [f"{place}.out", f"{place}.err"]
         for file in files:
-            Path(file).touch()  # as Popen's are: there, if empty, before the program has said a word
+            Path(file).touch()  # like Popen's: these files exist before the program prints anything
         request = {"arguments": arguments, "environment": dict(environment or os.environ), "place": str(place)}
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request | {"files": files, "cwd": os.fspath(cwd or os.getcwd())}) + "\n")
@@ -72,7 +72,7 @@ class Program:
 
 
 class Started:
-    """A program that runs, or has run: as much of `subprocess.Popen` as tests need."""
+    """A program that runs or has run, with the part of `subprocess.Popen` that tests need."""
 
     def __init__(self, pid: int, place: Path, out: Path, err: Path) -> None:
         self.pid, self._place, self._out, self._err = pid, place, out, err
@@ -108,13 +108,13 @@ class Started:
         return _text(self._out), _text(self._err)
 
     def send_signal(self, number: int) -> None:
-        """Signal it, if it still runs."""
+        """Sends a signal if the program still runs."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """Sends SIGKILL if the program still runs."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -144,7 +144,7 @@ def _serve() -> dict[str, Any]:
 
 
 def _become(program: str, request: dict[str, Any]) -> None:
-    """Take on what the request says: folder, environment, arguments, files for the output."""
+    """Applies the request: folder, environment, arguments, files for the output."""
     for number, name in enumerate(["/dev/null", *request["files"]]):
         descriptor = os.open(name, os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
@@ -158,7 +158,7 @@ def _become(program: str, request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # some say something when they are imported
+    with contextlib.redirect_stdout(sys.stderr):  # some modules print a message when they are imported
         for module in sys.argv[2:]:
             importlib.import_module(module)
     request = _serve()

@@ -1,4 +1,4 @@
-"""Run a function of a test module on several gloo ranks, each a process of its own."""
+"""Runs a function of a test module on several gloo ranks; each rank is a separate process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _main() -> None:
     torch.set_num_threads(1)
     result = getattr(importlib.import_module(module), name)(*args)
     (folder / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
-    if torch.distributed.is_initialized():  # gloo's threads, still running at the interpreter's end, may abort it
+    if torch.distributed.is_initialized():  # gloo's threads may still run when the interpreter ends, and can abort it
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """The method in plain PyTorch: one process, the whole batch at once, no engines, no micro-batches, no cut graphs.
 
-What the two ZeRO engines must reproduce. Written from the table in `dist_t2i.training.gan`, sharing only the networks, the losses
-on single terms and the random numbers with it.
+The two ZeRO engines must reproduce its results. It follows the table in `dist_t2i.training.gan`, and shares only the
+networks, the losses of single terms and the random numbers with that module.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Embedded(NamedTuple):
 
 
 class WithMuon:
-    """AdamW for all but the matrices of `generator`, which take Muon's step, by their singular values in double precision."""
+    """AdamW for all parameters, except that the matrices of `generator` get Muon's step, by a double-precision SVD."""
 
     def __init__(self, adamw, generator, options):
         self.adamw, self.options = adamw, options
@@ -52,7 +52,7 @@ class WithMuon:
     def step(self):
         o = self.options
         for p, momentum in self.momentum.items():
-            gradient, p.grad = p.grad, None  # AdamW passes over what has no gradient
+            gradient, p.grad = p.grad, None  # AdamW skips parameters without a gradient
             momentum.mul_(o.muon_momentum).add_(gradient, alpha=1 - o.muon_momentum)
             ahead = (1 - o.muon_momentum) * gradient + o.muon_momentum * momentum
             u, values, v = torch.linalg.svd(ahead.double().flatten(1), full_matrices=False)
@@ -98,7 +98,7 @@ class Reference:
         raise AssertionError("no encoder")
 
     def step(self, batch, images):
-        """D's step, then G's, on a whole batch at `images` seen; returns the losses by the names of their metrics."""
+        """D's step, then G's step, on a whole batch at `images` seen. Returns metric name -> loss."""
         c = self.config
         noise = row_noise(c.train.seed, batch.positions, c.model.generator)
         real = augment(self._pixels(batch.images), noise.augmentation, c.augment)
@@ -127,7 +127,7 @@ class Reference:
         self.optimizers[name].step()
 
     def _d_losses(self, seen):
-        """The total, what G's step needs of the real pictures, and the single losses."""
+        """The total, the values of real pictures that G's step needs, and the single losses."""
         w, d = self.config.loss, self.nets.discriminator.discriminator
         sent_d, word_d, mask = self._encode(self.nets.discriminator.text_d, seen.batch)
         with torch.no_grad():
@@ -176,7 +176,8 @@ class Reference:
         return losses.fd_r1(logits, moved, w.penalty_sigma)
 
     def _g_losses(self, seen, real):
-        """The total and the single losses: D as updated, S_D and the embeddings of real pictures as D's step saw them."""
+        """The total and the single losses, by the updated D; S_D and the embeddings of real pictures are those of D's
+        step."""
         w, d = self.config.loss, self.nets.discriminator.discriminator
         fake, out = self._fake(seen)
         ff = d.features(fake)
@@ -211,7 +212,7 @@ class Reference:
         return losses.word_info_nce(regions, words, mask, w.word_temperature, seen.same, w.word_sharpness)
 
     def _fake(self, seen):
-        """The fakes, augmented, and all that G put out."""
+        """The augmented fakes, and all outputs of G."""
         text = self._encode(self.nets.generator.text_g, seen.batch)
         noise, condition_noise = seen.noise.noise, seen.noise.condition_noise
         guide = []
@@ -226,7 +227,7 @@ class Reference:
         return images.float() / 127.5 - 1
 
     def _pixel_errors(self, seen, out):
-        """Weighted errors of edits: of those whose source was the real picture itself, and another one."""
+        """Weighted errors of edits: edits whose source is the real picture itself, and edits of another source."""
         w, batch = self.config.loss, seen.batch
         difference = (out.images - self._pixels(batch.images)).flatten(1)
         errors, squares = difference.abs().mean(1), difference.square().mean(1)

@@ -44,7 +44,7 @@ checkpoint: {every_images: 32, keep_last: 20}
 
 
 def make_set(folder: Path, pictures: int = 48) -> Path:
-    """Coloured shapes with captions that say so, written by `tools/shard.py folder`; the set's path."""
+    """A set of colored shapes with matching captions, written by `tools/shard.py folder`; returns the set's path."""
     images, out = folder / "pictures", folder / "set"
     images.mkdir(parents=True)
     colours, shapes = ["red", "green", "blue", "orange"], ["square", "circle", "bar"]
@@ -65,7 +65,7 @@ def make_set(folder: Path, pictures: int = 48) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher may have left in it."""
+    """This process's environment without variables that a launcher may have set."""
     dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
@@ -73,12 +73,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def whole_lines(file: Path) -> list[dict]:
-    """A file with a JSON object on each line; one that is being written at this moment is left out."""
+    """The JSON objects of a file, one per line; an incomplete last line is left out."""
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def progress(folder: Path) -> dict:
-    """The run's progress file; nothing while there is none yet."""
+    """The content of the run's progress file, or an empty result before the file exists."""
     try:
         return json.loads((folder / "progress.json").read_text())
     except (OSError, ValueError):
@@ -86,7 +86,7 @@ def progress(folder: Path) -> dict:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> None:
-    """Until the condition holds; fails with the process's output when it ends before that, or time is up."""
+    """Waits until the condition holds. Fails with the process's output if the process ends first or time is up."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -96,7 +96,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], secon
 
 
 class Run:
-    """A run in `folder` on the set `data`; `start` begins or goes on, as the same command does for a user."""
+    """A run in `folder` on the set `data`; `start` begins or resumes it, as the training command does for a user."""
 
     def __init__(self, folder: Path, data: Path, *overrides: str):
         self.folder = folder
@@ -108,7 +108,7 @@ class Run:
         return [str(TRAIN), "--config", str(self.config), *self.overrides, *overrides]
 
     def start(self, *overrides: str, ranks: int = 1) -> list[Started]:
-        """One process a rank, not waited for. Output is in the folder's `.out` file."""
+        """Starts one process per rank and does not wait. Their output is in the folder's `.out` file."""
         port = str(free_port())
         processes = []
         for rank in range(ranks):
@@ -120,7 +120,7 @@ class Run:
         return processes
 
     def train(self, *overrides: str, ranks: int = 1, timeout: float = 240) -> int:
-        """Run to its end; the exit status of rank 0 (the others must have the same)."""
+        """Runs to the end; returns the exit status of rank 0, which the other ranks must share."""
         processes = self.start(*overrides, ranks=ranks)
         try:
             statuses = [p.wait(timeout) for p in processes]
@@ -138,7 +138,7 @@ class Run:
         return whole_lines(self.folder / "metrics.jsonl")
 
     def losses(self) -> dict[int, dict[str, float]]:
-        """What the losses, logits and gradient norms were, by images seen."""
+        """Images seen -> losses, logits and gradient norms."""
         kept = ("loss/", "logit/", "grad/", "fake/", "lr")
         return {
             line["images"]: {key: value for key, value in line.items() if key.startswith(kept)}
@@ -171,7 +171,8 @@ def assert_same_state(run: Run, other: Run, images: int = 80, tolerance: float =
 
 
 def wait_for_run(condition, process, run: Run, *, allow_exit: bool = False, seconds: float = 120) -> None:
-    """Until the condition holds; fails with the run's output. `allow_exit` accepts that the process ends first."""
+    """Waits until the condition holds; otherwise fails with the run's output. With `allow_exit`, the process may end
+    first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None:

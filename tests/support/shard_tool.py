@@ -1,4 +1,4 @@
-"""Runs tools/shard.py as people do, and looks at what it wrote."""
+"""Runs tools/shard.py as users do, and reads its output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _PROGRAM = Program(TOOL, *(f"dist_t2i.{step}" for step in _STEPS), "dist_t2i.dat
 
 
 def shard(*arguments, check=True, cwd=None, **environment):
-    """Run the tool; what it said, and its exit status. It must not show a traceback, and succeed unless `check` is false."""
+    """Runs the tool; returns its output and exit status. It must print no traceback, and succeed unless `check` is
+    false."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     process = _PROGRAM.start(*map(str, arguments), environment=environment, cwd=cwd)
     out, err = process.communicate(timeout=300)

@@ -12,10 +12,10 @@ VOCABULARY, TOKENS, BATCH = 40, 8, 8
 
 @contextlib.contextmanager
 def smooth_activations():
-    """Replaces the leaky ReLU, inside this process, by a function without a kink.
+    """Replaces the leaky ReLU in this process by a function without a kink.
 
-    Where round-off takes an activation across the kink, a gradient jumps, and no bound on round-off can hold. Which
-    activations lie that close depends on the processor.
+    If round-off moves an activation across the kink, a gradient jumps beyond any bound on round-off. Which activations
+    lie near the kink depends on the processor.
     """
 
     def smooth(x, slope, inplace=False):
@@ -44,7 +44,7 @@ def tiny_config(**overrides):
         "train.global_batch": BATCH,
         "train.total_images": 1000,
         "engine.precision": "fp32",
-        # AdamW divides by the gradient's size: with a tiny epsilon, round-off in a gradient that ought to be zero becomes
+        # AdamW divides by the gradient's size: with a tiny epsilon, round-off in a gradient that should be zero becomes
         # a whole step. What is tested here are the gradients, so the division is kept well-conditioned.
         "optimizer.epsilon": 1e-3,
         **{key.replace("__", "."): value for key, value in overrides.items()},
@@ -53,7 +53,7 @@ def tiny_config(**overrides):
 
 
 def synthetic_rows(first: int, count: int):
-    """Rows [first, first + count) of an endless made-up stream; some pictures and captions come twice in a batch."""
+    """Rows [first, first + count) of an endless synthetic stream; a batch contains some pictures and captions twice."""
     from dist_t2i.data.stream.batch import Batch
 
     rows = []
@@ -81,7 +81,7 @@ def synthetic_rows(first: int, count: int):
 
 
 def synthetic_sources(images, ids, first: int) -> dict:
-    """By position: the picture itself, none, or a darker one that passes for another's."""
+    """Source by position: the picture itself, none, or a darker copy in place of another picture."""
     kind = (first + torch.arange(len(ids))) % 3
     shown = torch.stack([image * (k != 1) // (1 + (k == 2)) for image, k in zip(images, kind, strict=True)])
     return {"sources": shown.to(torch.uint8), "source_ids": torch.where(kind == 1, -1, ids + 100 * (kind == 2))}

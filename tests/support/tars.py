@@ -1,4 +1,4 @@
-"""Tars as other tools write them, and the content of a hostile one."""
+"""Tars in the layout of other tools, and the content of a hostile tar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream benchmark runs, on pictures like COCO's, with the loaders that every installation has."""
+"""The stream benchmark runs on pictures like COCO's, with the loaders that every installation has."""
 
 import json
 import statistics

@@ -50,7 +50,7 @@ def flows_of_cases() -> dict:
 
 
 def flows(mode: str, words: str, penalty: str = "r1", **more) -> dict:
-    """What one step did: parameters that each loss has a gradient for, and those that each half of the step changed."""
+    """The effects of one step: the parameters with a gradient of each loss, and those that each half changed."""
     import torch
 
     from dist_t2i.training.gan import Gan
@@ -197,7 +197,7 @@ def edit_flows() -> dict:
 
 
 def test_the_encoder_of_source_pictures_is_the_generators():
-    """No loss of D's reaches it; all of G's do, but for that of the conditioning, which it takes no part in."""
+    """The losses of D have no gradient for it. The losses of G have one, except the KL of the conditioning."""
     (flow,) = run_ranks(1, edit_flows)
     g_side = G_SIDE | {"source"}
     table = {

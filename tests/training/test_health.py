@@ -1,4 +1,4 @@
-"""Health: what stops a run, and what is only told."""
+"""Health: problems that stop a run, and problems that are only reported."""
 
 from __future__ import annotations
 

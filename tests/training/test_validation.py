@@ -1,4 +1,4 @@
-"""Scores during training: real runs with and without, stopped and gone on with, on one rank and on two."""
+"""Scores during training: real runs with and without scores, stopped and resumed, on one rank and on two."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def protocol(tmp_path_factory):
-    """A look at eight pictures, as a file of the user's."""
+    """A user's protocol file with eight pictures."""
     path = tmp_path_factory.mktemp("protocols") / "tiny.yaml"
     rules = Protocol("tiny", max_pictures=8, seeds=(0,), resamples=10, metrics=("kid/efficientnet-lite0", "tone-order"))
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(rules).items()}
@@ -61,14 +61,14 @@ def whole(tmp_path_factory, data, protocol):
 
 
 def scores(run):
-    """Images seen -> the scores there, from metrics.jsonl."""
+    """Images seen -> scores, from metrics.jsonl."""
     lines = [line for line in run.metrics() if any(name.startswith("eval/") for name in line)]
     assert len({line["images"] for line in lines}) == len(lines)
     return {line["images"]: {k: v for k, v in line.items() if k.startswith("eval/")} for line in lines}
 
 
 def best_of(run):
-    """Images seen of the best by KID: the first of the lowest."""
+    """Images seen at the best KID: the first of the lowest values."""
     found = scores(run)
     return min(found, key=lambda images: (found[images]["eval/test/kid"], images))
 
@@ -94,7 +94,7 @@ def test_scores_are_logged_and_the_best_checkpoint_survives(whole):
         for n in found
         if found[n]["eval/test/kid"] < min([found[m]["eval/test/kid"] for m in found if m < n] or [1e9])
     ]
-    saved = sorted({32, 64, TOTAL, *bests})  # every 32 images, at the end, and where the scores were the best so far
+    saved = sorted({32, 64, TOTAL, *bests})  # every 32 images, at the end, and at the best scores so far
     assert whole.checkpoints() == [f"images-{images:09d}" for images in sorted({best, *saved[-2:]})]
     state = store.load_latest(whole.folder).state["evaluation"]
     assert state["best"] == {"images": best, "value": found[best]["eval/test/kid"]} and state["at"] == TOTAL
@@ -103,7 +103,7 @@ def test_scores_are_logged_and_the_best_checkpoint_survives(whole):
 
 @pytest.fixture
 def one_thread():
-    """As the runs have: the last bits depend on it."""
+    """The number of threads of the runs, because the last bits depend on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,7 +111,7 @@ def one_thread():
 
 
 def test_they_are_what_the_checkpoint_is_scored_with(whole, data, protocol, one_thread):
-    """To the bit, by the program that evaluates checkpoints; the manifest says the same weights."""
+    """Equal to the bit to the scores of the program that evaluates checkpoints; the manifest names the same weights."""
     best = best_of(whole)
     model = dist_t2i.load(whole.folder / "checkpoints" / f"images-{best:09d}", "cpu")
     assert model.images_seen == best
@@ -132,7 +132,7 @@ def test_gone_on_with_it_is_the_run_that_was_not_stopped(whole, data, protocol, 
 
 
 def test_two_ranks_wait_for_the_one_that_judges(data, protocol, tmp_path):
-    """The watchdog lets them, and the loop goes on together."""
+    """The watchdog lets the other ranks wait, and all ranks continue together."""
     run = evaluated(tmp_path / "run", data, protocol, "train.hang_seconds=10", "engine.generator_stage=2")
     assert run.train("eval.every_images=40", "train.total_images=80", ranks=2) == 0, run.output()
     assert list(scores(run)) == [40, 80]

@@ -1,4 +1,4 @@
-"""Training to edit, as real runs: begun from a text-to-image model, resumed to the bit, and the same on two ranks."""
+"""Training of edits in real runs: started from a text-to-image model, resumed to the bit, and equal on two ranks."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def base(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data, base):
-    """The run that nothing stops."""
+    """The uninterrupted run."""
     run = Run(tmp_path_factory.mktemp("whole") / "run", data, *EDIT, f"edit.init={base}")
     assert run.train() == 0, run.output()
     return run
 
 
 def test_it_begins_with_the_models_weights(data, base, tmp_path):
-    """At a rate of zero the weights stay where they began: those of the model, and an encoder that says nothing yet."""
+    """With a learning rate of zero the weights stay the same: the model's weights, and an encoder without an effect."""
     rates = ("optimizer.generator_lr=1e-30", "optimizer.discriminator_lr=1e-30", "train.total_images=8")
     run = Run(tmp_path / "run", data, *EDIT, f"edit.init={base}", *rates)
     assert run.train() == 0, run.output()

@@ -1,17 +1,16 @@
 """Golden curves: what tiny runs report today, committed as `tests/golden/curve_VARIANT.json`.
 
-Each variant trains for 40 steps on one CPU process in fp32, as a user starts a run. What it reports of losses and logits
-in the first ten steps equals the committed numbers within 1e-4, which a change of any one loss weight by 2% breaks.
-
-A change that is meant to move the numbers commits new ones. A person writes them, never a test:
+Each variant trains for 40 steps on one CPU process in fp32, as a user starts a run. The reported losses and
+logits of the first ten steps equal the committed numbers within 1e-4. A change of any loss weight by 2% exceeds this
+tolerance. After an intended change of the numbers, a person writes and commits new numbers; no test writes them:
 
     python tests/workflows/test_golden_curve.py --write
 
-Other processors and thread counts add up in another order. Round-off alone moves the numbers by about 1e-6, but now and
-then it also takes an activation across the kink of a leaky ReLU, and a gradient jumps. Therefore the learning rates are low
-and rise slowly, and AdamW's epsilon is wide: such a jump hardly moves the first ten steps. Gradient norms show it at once,
-so they are not compared. Jumps add up over the other thirty steps, where single values must be finite, and the means of
-the two totals are compared loosely.
+Other processors and thread counts compute sums in another order. Round-off alone changes the numbers by about 1e-6. But
+sometimes round-off moves an activation across the kink of a leaky ReLU, and a gradient jumps. Therefore the learning
+rates are low and rise slowly, and AdamW's epsilon is wide: such a jump hardly moves the first ten steps. Gradient norms
+show it at once, so they are not compared. Jumps add up over the other thirty steps, where single values must be finite,
+and the means of the two totals are compared loosely.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ LOSS_KEYS = tuple(paths(LossConfig(), "loss"))
 
 
 def run_curve(folder: Path, data: Path, variant: str, *overrides: str, steps: int = STEPS) -> Curve:
-    """Train, and return what the run's metrics.jsonl has of losses and logits."""
+    """Trains, and returns the losses and logits of the run's metrics.jsonl."""
     run = Run(folder, data, *VARIANTS[variant], f"train.total_images={steps * BATCH}", *overrides)
     run.config.write_text(CONFIG)
     assert run.train() == 0, run.output()
@@ -153,7 +152,7 @@ def committed(variant: str) -> Curve:
 
 
 def differences(got: Curve, wanted: Curve) -> list[str]:
-    """Where the first steps are not as committed, in words; an empty list where all are."""
+    """The first steps that differ from the committed numbers, in words; an empty list if none differs."""
     found = [f"{name}: only in one of the two" for name in sorted(got.keys() ^ wanted.keys())]
     for name in sorted(got.keys() & wanted.keys()):
         for step, (new, old) in enumerate(zip(got[name][:FIRST], wanted[name][:FIRST], strict=True), 1):
@@ -186,7 +185,7 @@ def test_the_curve_is_the_committed_one(variant, data, tmp_path):
 
 
 def test_ten_steps_alone_are_the_first_ten(data, tmp_path):
-    """So what the last test finds is the work of the weight."""
+    """A run of ten steps equals the first ten of 40, so a difference in the last test comes from the weight."""
     assert not differences(run_curve(tmp_path / "run", data, "dual", steps=FIRST), committed("dual"))
 
 
@@ -206,7 +205,7 @@ def test_a_weight_changed_by_two_percent_is_seen(key, data, tmp_path):
 
 
 def write() -> None:
-    """Train every variant, and overwrite the committed numbers."""
+    """Trains every variant, and overwrites the committed numbers."""
     with tempfile.TemporaryDirectory() as folder:
         data = make_set(Path(folder) / "set")
         for variant in VARIANTS:

@@ -35,7 +35,7 @@ class Machines:
         (folder / "hosts").write_text(HOSTS[1])
 
     def start(self, launcher: str, run: Run, **more: str) -> list[subprocess.Popen]:
-        """The recipe of `launcher` on both, as it stands there up to the name of the program."""
+        """The commands of `launcher` on both machines, exactly as in docs/machines.md up to the program's name."""
         recipe, separator, _ = RECIPES[launcher].partition("dist_t2i/train.py")
         assert separator
         if not self._networks:
@@ -112,7 +112,7 @@ def end(launchers: list[subprocess.Popen]) -> None:
 
 
 def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_path):
-    """Stopped under one, gone on with under the other: to the bit what two ranks of one machine make."""
+    """Stopped under one launcher and resumed under the other: equal to the bit to two ranks of one machine."""
     run = Run(tmp_path / "run", data)
     launchers = machines.start("torchrun", run)
     try:

@@ -1,8 +1,9 @@
-"""Files of earlier versions still work: a model loads, a run resumes, a set streams. Each folder of tests/fixtures is one.
+"""Files of earlier versions still work: a model loads, a run resumes, a set streams.
 
-What the version that wrote them made of them is stored with them, and what this one makes is compared with that. The
-tolerances are for other processors. On one without AVX-512, losses differed by 2e-6 of their size, gradients' norms by 2e-6
-and tensors by 1e-5; with SSE alone by 3e-6, 2e-5 and 2e-4. On the same one, nothing differed.
+Each folder of tests/fixtures holds the files of one version, and the results of that version for these files. The tests
+compare the results of the current version with these results. The tolerances are for other processors. On a processor
+without AVX-512, losses differed by 2e-6 of their size, gradient norms by 2e-6 and tensors by 1e-5; with SSE alone by
+3e-6, 2e-5 and 2e-4. On the same processor, nothing differed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def streamed(folder: Path) -> list[dict]:
 
 
 def resumed(folder: Path) -> tuple[list[dict], dict[str, dict[str, float]]]:
-    """Go on with the run to its end: the lines of metrics.jsonl since, and the sum and norm of every tensor."""
+    """Resumes the run to its end; returns the new lines of metrics.jsonl, and the sum and norm of every tensor."""
     run = Run(folder / "run", folder / "set", "report.every_steps=1")
     shutil.copy(folder / CONFIG, run.config)
     (before,) = run.checkpoints()
@@ -67,7 +68,7 @@ def resumed(folder: Path) -> tuple[list[dict], dict[str, dict[str, float]]]:
 
 
 def picture(model: TextToImage) -> numpy.ndarray:
-    """The model's picture of PROMPT; a word that it does not know would be a warning, and an error here."""
+    """The model's picture of PROMPT. A warning about an unknown word is an error here."""
     return numpy.asarray(model.generate([PROMPT], seed=SEED)[0])
 
 
@@ -76,7 +77,7 @@ def test_an_exported_model_makes_the_same_picture(old):
     model = dist_t2i.load(old / "export", "cpu")
     expected = numpy.asarray(Image.open(old / "expected.png"), dtype=float)
     assert expected.std() > 40, "a blank picture would show nothing"
-    assert numpy.abs(picture(model) - expected).mean() <= 0.5  # of 255; without colour_sharpness it is 1.4
+    assert numpy.abs(picture(model) - expected).mean() <= 0.5  # of 255; without color_sharpness it is 1.4
     for which in ("g", "d"):
         red, green = model.embed_text([PROMPT, "a green square"], which=which)
         assert red.isfinite().all() and not torch.allclose(red, green)
@@ -123,7 +124,7 @@ def test_a_set_is_what_its_manifest_says(old, tmp_path):
 
 
 def test_no_path_of_a_machine_is_in_the_files():
-    """People publish runs and models: what is here was made with paths that are relative, and shows none."""
+    """Users publish runs and models. These files were made with relative paths, and contain no absolute path."""
     roots = [f"/{name}/".encode() for name in ("home", "root", "tmp", "work", "Users")]
     for path in FIXTURES.rglob("*"):
         if path.is_file():

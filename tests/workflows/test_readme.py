@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there, in the order in which it stands there.
+"""Runs every command of the README, exactly as written and in the same order.
 
 Only budgets are cut: `make demo` trains for seconds, and training commands get `train.total_images` and the like appended.
 The commands about Slurm are run by tests/slurm/scenarios.py.
@@ -48,7 +48,7 @@ def place(tmp_path_factory) -> Path:
     pictures = folder / "my" / "pictures"
     pictures.mkdir(parents=True)
     lines = []
-    for i in range(600):  # two in a hundred of them are held out, and scores compare those
+    for i in range(600):  # 2% of them are held out, and scores compare these
         colour, shape = ("red", "blue")[i % 2], ("square", "circle")[i // 2 % 2]
         Image.new("RGB", (80, 64 + i % 64), colour).save(pictures / f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", "captions": [f"a {colour} {shape}"]}))

@@ -1,4 +1,4 @@
-"""A run stopped anywhere and resumed is the run that was not stopped. Real processes, real signals."""
+"""A run that is stopped anywhere and resumed equals the uninterrupted run. Real processes, real signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """The run that nothing stops."""
+    """The uninterrupted run."""
     run = Run(tmp_path_factory.mktemp("whole") / "run", data)
     assert run.train() == 0, run.output()
     return run
@@ -115,14 +115,14 @@ def test_two_ranks_then_one(data, tmp_path):
 
 
 def test_killed_twenty_times_at_random_moments(whole, data, tmp_path):
-    """kill -9, wherever it strikes; whatever is left is a run that goes on to the same end."""
+    """After a kill -9 at any moment, the run resumes and ends with the same result."""
     rng = random.Random(20)
     run = Run(tmp_path / "run", data, "checkpoint.every_images=8", "report.sample_every_images=16")
     kills = 0
     while kills < 20:
         process = run.start()[0]
         before = len(run.checkpoints())
-        # Start-up is not worth dying in twenty times: most deaths come in the steps and saves after it.
+        # The start-up need not be killed twenty times: most kills come in the steps and saves after the start-up.
         if kills % 5:
             wait_for_run(lambda n=before: ready(run) or len(run.checkpoints()) != n, process, run, allow_exit=True)
         time.sleep(rng.uniform(0, 0.25))
@@ -149,7 +149,7 @@ def ready(run: Run) -> bool:
 
 
 def restart(run: Run) -> None:
-    """The run came to its end before it was killed often enough: take its newest checkpoints away."""
+    """The run ended before it was killed often enough: removes its newest checkpoints."""
     for name in run.checkpoints():
         if name > "images-000000016":
             shutil.rmtree(run.folder / "checkpoints" / name)

@@ -1,4 +1,4 @@
-"""`dist_t2i/train.py` as a user meets it: launchers, mistakes, numbers that break down, a full disk."""
+"""`dist_t2i/train.py` as users run it: launchers, mistakes, NaN, a full disk."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_launchers(tmp_path, data, launcher, ranks):
 
 @pytest.mark.slow
 def test_as_two_tasks_of_slurm(tmp_path, data):
-    """srun tells a task who it is by its environment alone, which is what stands here."""
+    """srun passes the rank to a task only in the environment, which this test sets."""
     run = Run(tmp_path / "run", data, "train.total_images=16")
     common = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
     common |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost", "SLURM_TASKS_PER_NODE": "2"}

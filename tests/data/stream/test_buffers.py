@@ -1,4 +1,4 @@
-"""Buffers between a worker and its parent: filled again once nobody reads them, and never while somebody does."""
+"""Buffers between a worker and its parent: reused when no process reads them any more, and not before."""
 
 import copy
 import dataclasses
@@ -43,14 +43,14 @@ def test_memory_is_used_again_and_what_is_held_stays(data, expected, workers):
     for number, batch in zip(range(40), stream, strict=False):
         assert batch.keys == expected[number].keys and torch.equal(batch.images, expected[number].images), number
         places.add(batch.images.data_ptr())
-        if number in (0, 30):  # 2, with 4 that wait or are made, and 2 in the parent's hands
-            held.append((number, batch.images[3], batch.images[5:7].numpy()))  # views keep the memory, too
+        if number in (0, 30):  # 2 workers: 4 batches wait or are being filled, and the parent keeps 2
+            held.append((number, batch.images[3], batch.images[5:7].numpy()))  # views also keep the memory
     assert len(places) <= workers * IN_THE_MAP
     for number, picture, pair in held:
         assert torch.equal(picture, expected[number].images[3])
         assert torch.equal(torch.from_numpy(pair), expected[number].images[5:7])
     stream.close()
-    assert torch.equal(held[-1][1], expected[30].images[3])  # also when the workers are gone
+    assert torch.equal(held[-1][1], expected[30].images[3])  # also after the workers have ended
 
 
 def test_whoever_holds_more_than_there_are_gets_fresh_memory(data, expected):

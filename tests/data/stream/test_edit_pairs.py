@@ -1,4 +1,5 @@
-"""Which picture is changed into which: near captions, a choice by (seed, position), and the stream that brings both."""
+"""Pairs of source and edit: captions that differ little, a choice by (seed, position), and the stream that delivers
+both."""
 
 import dataclasses
 import json
@@ -81,7 +82,7 @@ def editing(data, own: float = 0.25, none: float = 0.25, **more):
 
 
 def rows(stream, batches: int) -> dict[int, tuple]:
-    """By position: id, source id, the bytes of picture and source."""
+    """Position -> id, source id, the bytes of picture and source."""
     found = {}
     for _ in range(batches):
         batch = next(stream)

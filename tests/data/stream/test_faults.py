@@ -1,4 +1,4 @@
-"""Faults on the way from object storage: every planned sample is delivered, or listed with its reason.
+"""Faults between object storage and training: every planned sample is delivered, or listed with its reason.
 
 A real S3 server behind a proxy that injects faults, two loader workers in a process of their own, and one epoch
 read under each fault. The rows are compared with those of the same set on the local disk, read without any fault.
@@ -42,7 +42,7 @@ TABLE: list[tuple[str, int, int, int, int]] = []
 
 @pytest.fixture(autouse=True)
 def _told(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """What this test adds to the table goes into its report, which reaches the process that prints."""
+    """Adds rows to the table through the test's report, which reaches the process that prints the table."""
     before = len(TABLE)
     yield
     for row in TABLE[before:]:
@@ -59,7 +59,7 @@ class Store:
     clean: dict[int, tuple[str, int]]
 
     def read(self, work: Path, **config: Any) -> tuple[dict[str, Any], str]:
-        """What tests/support/programs/stream.py prints, and its stderr."""
+        """The output of tests/support/programs/stream.py, and its stderr."""
         with self.start(work, **config) as process:
             out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -81,7 +81,7 @@ class Store:
         return PROGRAM.start(json.dumps(config), environment=environment)
 
     def account(self, name: str, reported: dict[str, Any], work: Path, clean: dict[int, tuple[str, int]] = {}) -> int:  # noqa: B006
-        """Check every position of the run; returns how many were replaced."""
+        """Checks every position of the run; returns the number of replaced samples."""
         clean = clean or self.clean
         rows = {position: (key, total) for position, key, total in reported["rows"]}
         assert not reported["error"], reported["error"]
@@ -127,7 +127,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @pytest.fixture
 def mended(store: Store) -> Iterator[Store]:
-    """The store, whole again afterwards."""
+    """The store, which is restored after the test."""
     yield store
     store.proxy.clear()
     store.server.put_folder(store.folder, "set/")
@@ -203,7 +203,7 @@ def test_connection_refused(mended: Store, tmp_path: Path):
 def damaged(
     store: Store, name: str, change: Callable[[bytearray, dict[str, tarfile.TarInfo]], bytes | bytearray]
 ) -> None:
-    """Put a changed shard in the bucket."""
+    """Puts a changed shard into the bucket."""
     path = store.folder / name
     with tarfile.open(path) as tar:
         members = {info.name: info for info in tar}
@@ -234,7 +234,7 @@ def garble(data: bytearray, members: dict[str, tarfile.TarInfo]) -> bytearray:
 
 
 def reindex(store: Store, name: str, work: Path) -> None:
-    """Write the index of a changed shard anew, as if it had been so when it was written."""
+    """Writes a new index of a changed shard, as if the shard had always been like this."""
     (work / name).write_bytes(store.server.get(f"set/{name}"))
     index = read_tar(LocalFile(str(work / name))).index()
     store.server.put(f"set/{name.replace('.tar', '.index')}", index.to_bytes())
@@ -284,14 +284,14 @@ def test_a_bit_flipped_on_the_way_is_read_again(mended: Store, tmp_path: Path):
     rule = mended.proxy.add(FlippedBit(offset), path="*/train-00001.tar", first=1)
     reported, _ = mended.read(tmp_path)
     assert rule.hits == 1
-    # The chunk that was kept with the flipped bit is fetched anew; without a cache, the sample would be listed.
+    # The cached part with the flipped bit is fetched again; without a cache, the sample would be listed.
     assert mended.account("a bit flipped during the transfer", reported, tmp_path) in (0, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["", "none"], ids=["cache", "no cache"])
 def test_an_object_replaced_while_being_read(mended: Store, tmp_path: Path, cache: str):
-    """By another one of the same layout in which three pictures differ: those are listed, not delivered."""
+    """An object with the same layout, but three other pictures, replaces the object. These three are listed."""
 
     def replace() -> None:
         damaged(mended, "train-00004.tar", spoil)
@@ -299,13 +299,13 @@ def test_an_object_replaced_while_being_read(mended: Store, tmp_path: Path, cach
     rule = mended.proxy.add(Replaced(replace, after=30_000), path="*/train-00004.tar", first=1)
     reported, _ = mended.read(tmp_path, **({"data__cache": cache} if cache else {}))
     replaced = mended.account(f"replaced while being read{', no cache' if cache else ''}", reported, tmp_path)
-    # The old bytes of the three may have been delivered before: then they were what was planned.
+    # The old bytes of the three may have been delivered before; then they were the planned samples.
     assert rule.hits == 1 and replaced <= 3 * EPOCHS
 
 
 @pytest.mark.slow
 def test_foreign_tars_with_damage(mended: Store, tmp_path: Path):
-    """Indexed on first use: what is damaged already is left out and listed then, and the rest is an epoch of its own."""
+    """The tars are indexed on first use. Damaged samples are left out and listed then; the others form the epoch."""
     damaged(mended, "train-00001.tar", garble)
     damaged(mended, "train-00005.tar", cut)
     reported, err = mended.read(tmp_path, data__train="s3://data/set/train-{00000..00005}.tar")
@@ -379,7 +379,8 @@ def test_a_cache_that_cannot_be_written(mended: Store, tmp_path: Path):
 def test_any_world_and_worker_count_goes_on_anywhere(
     store: Store, tmp_path: Path, world_size: int, workers: int, start: int, cache: str
 ):
-    """No fault: the same rows from object storage as from the disk, begun anywhere, by any number of ranks and workers."""
+    """Without faults, object storage gives the same rows as the disk, from any start, for any number of ranks and
+    workers."""
     rows: dict[int, tuple[str, int]] = {}
     count = (EPOCHS * COUNT - start) // 8 * 8
     cache = cache or str(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Weighted lists: exact shares, every list once through before it begins again, and windows that tell what comes."""
+"""Weighted lists: exact shares, complete epochs of every list, and windows that name the coming samples."""
 
 import itertools
 from collections import Counter

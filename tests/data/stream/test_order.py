@@ -84,7 +84,7 @@ def test_neighbours_come_from_all_shards_of_a_window():
 
 
 def test_the_order_is_the_one_of_other_machines():
-    """Golden: it must not change with versions of anything, or a resumed run would see other data."""
+    """Golden values: the order must not change with versions of any library, or a resumed run would see other data."""
     shards, rows = Order(SIZES, 11, 20, spread=2).at(numpy.arange(70, 82))
     assert [shards.tolist(), rows.tolist()] == GOLDEN
     assert random_bits(1, 2, 3) == GOLDEN_DRAW

@@ -45,7 +45,7 @@ def test_a_prefetcher_in_another_epoch_does_not_change_the_readers_order(tmp_pat
     ]
     prefetcher = Prefetcher(shards, order, 0)
     for turn in itertools.count():
-        prefetcher.advance((100 + turn) * samples)  # the prefetcher hurries through these epochs
+        prefetcher.advance((100 + turn) * samples)  # the prefetcher runs through these epochs quickly
         epoch = turn % 2
         got = numpy.stack(order.at(numpy.arange(epoch * samples, (epoch + 1) * samples)))
         assert (got == expected[epoch]).all()

@@ -1,4 +1,4 @@
-"""The stream delivers what the order plans: everywhere, from anywhere, bad samples replaced and reported."""
+"""The stream delivers the samples in the planned order, from any start; bad samples are replaced and reported."""
 
 import json
 import zlib
@@ -35,7 +35,7 @@ def read(data_set, config, batches, **where):
 
 
 def rows(batches):
-    """What the rows of some micro-batches are, by position."""
+    """Position -> row, of some micro-batches."""
     found = {}
     for batch in batches:
         for row, position in enumerate(batch.positions.tolist()):
@@ -172,7 +172,8 @@ def test_batches_that_do_not_divide(small, batch, world_size, accumulation):
 
 
 def damage(data_set, numbers, kind="bytes"):
-    """Spoil pictures: `bytes` flips one (the checksum notices), `picture` rewrites index and tar with a broken one."""
+    """Damages pictures: `bytes` flips a byte (the checksum notices it), `picture` rewrites index and tar with a broken
+    picture."""
     shards = data_set.shards("train")
     for shard in range(len(shards.sizes)):
         path = Path(shards.url(shard))

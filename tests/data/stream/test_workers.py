@@ -1,4 +1,4 @@
-"""Workers survive the signals that end a run, not their parent, and are started anew when one is killed."""
+"""Workers survive the signals that stop a run, end with their parent, and are restarted when one is killed."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def small(tmp_path_factory):
 
 
 def running(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
+    """Whether a process runs. A zombie does not run."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     except OSError:
@@ -85,7 +85,7 @@ def test_signals_to_the_group_do_not_end_workers_and_death_of_the_parent_does(pr
 @pytest.mark.skipif(sys.platform != "linux", reason="uses /proc")
 @pytest.mark.parametrize("delay", [0, 0.0003, 0.001, 0.003, 0.01])
 def test_a_killed_worker_costs_nothing(small, delay):
-    """Killed at several moments, in the middle of handing over a batch among them."""
+    """Workers are killed at several moments, also while they send a batch."""
     config = config_for(small, workers=2)
     stream = stream_of(config, small.tokenizer)
     positions = []

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def test_pictures_and_texts_are_clips(folder):
-    """Beside the whole model's own forward pass on the same pixels and tokens."""
+    """Compared with the whole model's own forward pass on the same pixels and tokens."""
     judge = features.load_features("clip", "cpu", str(folder))
     images, texts = shapes(5), ["a red square", "a blue disc", "disc", "a a a a a a a a a a a a a a", "green"]
     model = transformers.CLIPModel.from_pretrained(folder).eval()

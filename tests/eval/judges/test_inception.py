@@ -1,4 +1,4 @@
-"""Inception by torch-fidelity, with random weights from a file: our numbers against those of torch-fidelity's own program."""
+"""torch-fidelity's Inception with random weights from a file gives the scores of torch-fidelity's own program."""
 
 import importlib.util
 import io
@@ -24,12 +24,12 @@ if not importlib.util.find_spec("torch_fidelity"):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of weights as torch-fidelity's is, sampled so that the features of pictures differ."""
+    """A file of random weights in torch-fidelity's format, with which the features of pictures differ."""
     module = inception.torch_fidelity("feature_extractor_inceptionv3")
 
     class Fresh(module.FeatureExtractorInceptionV3):
         def load_state_dict(self, state):
-            """Keep the sampled weights."""
+            """Keeps the sampled weights."""
 
     nothing = io.BytesIO()
     torch.save({}, nothing)
@@ -57,7 +57,7 @@ class Pictures(Dataset):
 
 
 def two_sets(count=10):
-    """Coloured rectangles at 40 px, and others with noise."""
+    """Colored rectangles at 40 px, and others with noise."""
     images = shapes(2 * count, side=40)
     noise = torch.randint(-30, 31, images[count:].shape, generator=torch.Generator().manual_seed(1))
     return images[:count], (images[count:].int() + noise).clamp(0, 255).to(torch.uint8)
@@ -65,7 +65,8 @@ def two_sets(count=10):
 
 @pytest.mark.slow
 def test_legacy_numbers_are_torch_fidelitys(weights):
-    """FID, KID, Inception Score, precision and recall of the same pictures by the same weights, by its own program."""
+    """FID, KID, Inception Score, precision and recall of the same pictures with the same weights, by torch-fidelity's
+    program."""
     inception.torch_fidelity("metrics")
     import torch_fidelity
 
@@ -100,7 +101,7 @@ def test_legacy_numbers_are_torch_fidelitys(weights):
 
 @pytest.mark.parametrize("side", [40, 350])
 def test_clean_resizing_is_clean_fids(side):
-    """clean-fid resizes each channel by Pillow, in floating point, and clips (cleanfid/resize.py, make_resizer)."""
+    """clean-fid resizes each channel with Pillow, in floating point, and clips (cleanfid/resize.py, make_resizer)."""
     (image,) = shapes(1, side=side)
     channels = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in image]
     resized = [np.asarray(channel.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for channel in channels]
@@ -134,7 +135,7 @@ def test_random_weights_give_no_published_name(weights):
 
 
 def test_the_known_weights_do(weights, monkeypatch):
-    """Only the hash decides."""
+    """Only the hash decides the name."""
     monkeypatch.setattr(inception, "file_sha256", lambda path: inception.FID_SHA256)
     clean, legacy = (
         features.load_features(f"inception-{resize}", "cpu", str(weights)) for resize in ("clean", "legacy")

@@ -1,4 +1,4 @@
-"""Scores of edits on a small set with true targets: a model that copies, one that knows, and what the table says."""
+"""Scores of edits on a small set with true targets, for a model that copies and a model that knows the answers."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, data):
-    """One that edits (untrained: it draws what the other one draws), and its base."""
+    """An editing model and its base. The editing model is untrained: both generate the same pictures."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [
         write_run(folder / name, f"data.train={data.folder}", *more, words=data.tokenizer)
@@ -33,7 +33,7 @@ def models(tmp_path_factory, data):
 
 
 class Oracle:
-    """A model that edits by looking the answer up: what a perfect one, or one that copies, would get."""
+    """A model that looks up the true edit or copies the source, for the scores of a perfect or a trivial model."""
 
     def __init__(self, model, data, how):
         self.library, self.how = edits.Library(data, QUICK, 32), how

@@ -1,4 +1,4 @@
-"""Probes and neighbours: on vectors whose answer is known, and on tiny models of every text mode as a command."""
+"""Probes and neighbors: on vectors with known results, and by the command on tiny models of every text mode."""
 
 import importlib
 import json
@@ -111,7 +111,7 @@ def test_a_page_for_every_text_mode(mode, toned, tmp_path, monkeypatch, capsys):
         assert 0 <= low <= value <= high <= 1
     near = found["neighbours"][names[0]]
     assert near and all(query not in others for query, others in near.items())
-    assert ("skin" in near) == (mode != "frozen")  # a table knows captions only
+    assert ("skin" in near) == (mode != "frozen")  # a table has vectors of captions, not of words
     page = (run / "embeddings" / "index.html").read_text()
     assert "data:image/png" in page and 'src="http' not in page
     assert Image.open(run / "embeddings" / "map.png").width > 500

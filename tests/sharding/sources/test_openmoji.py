@@ -1,4 +1,4 @@
-"""The split of OpenMoji: what is held out, and that nothing of it leaks into training."""
+"""The split of OpenMoji: the held-out names, and that none of their pictures is in the training split."""
 
 import hashlib
 import io
@@ -85,7 +85,7 @@ def test_render():
 
 @pytest.mark.slow
 def test_no_picture_of_a_test_split_is_in_another_split_and_twins_are_all_known():
-    """Renders everything: two names may share one drawing."""
+    """Renders all pictures, because two names may have the same drawing."""
     places = defaultdict(list)
     for entry in openmoji_entries():
         places[hashlib.sha256(render(entry.svg, 64)).digest()].append(entry)

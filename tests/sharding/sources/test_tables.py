@@ -108,7 +108,7 @@ def test_what_cannot_be_downloaded_is_tried_again_or_listed(tmp_path, server):
 
 
 def test_what_could_not_be_downloaded_is_asked_for_again(tmp_path, server):
-    """In shards of two, of which some are empty at first and those behind them have other numbers; the others stay."""
+    """In shards of two pictures. Some shards are empty at first, so later shards get other numbers; the others stay."""
     names = [f"{'dead' if number in (0, 3, 4, 9, 10) else 'p'}{number:02d}.png" for number in range(12)]
     table = write_table(tmp_path / "t.jsonl", "jsonl", [(f"{server.url}/{name}", f"this is {name}") for name in names])
     words = ("jsonl", table, "--shard-samples", 2, "--holdout", 0)

@@ -1,4 +1,4 @@
-"""Existing tars, as webdataset and img2dataset write them, sharded anew: filtered, shrunk, with nothing in them run."""
+"""Tars of webdataset and img2dataset are sharded again: filtered, shrunk, and without running any content."""
 
 import json
 
@@ -12,7 +12,7 @@ from tars import harmful_pickle, write_tar
 
 
 def old_tars(folder, count=3, each=6):
-    """Tars in img2dataset's way: key.jpg, key.txt, key.json with the caption and more; pictures of growing size."""
+    """Tars in img2dataset's layout: key.jpg, key.txt, key.json with the caption and more; pictures of growing size."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in range(count):
         with webdataset.TarWriter(str(folder / f"{part:05d}.tar")) as writer:

@@ -1,4 +1,4 @@
-"""Pictures that are there twice, to the byte or to the eye, are dropped the same way by any number of processes."""
+"""Exact and visual duplicates are removed in the same way by any number of processes."""
 
 import json
 
@@ -11,7 +11,7 @@ from shard_tool import captions_by_key, contents, problems, shard
 
 
 def scene(number, size=(160, 120)):
-    """A smooth picture with some shape in it, unlike that of any other number."""
+    """A smooth picture with a shape that differs for every number."""
     coarse = numpy.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=numpy.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""The parts on which fast sharding rests: a tar like tarfile's, headers read without decoding, files read in one call."""
+"""What makes sharding fast: a writer of tars like tarfile's, headers without decoding, and files read in one call."""
 
 import hashlib
 import os

@@ -35,7 +35,7 @@ def start_worker(ready: Path) -> multiprocessing.Process:
 
 
 class Ranks:
-    """The MAX over the ranks by way of files: importing torch would take longer than all the rest."""
+    """The MAX over the ranks, through files: importing torch would take longer than the whole test."""
 
     def __init__(self, folder: Path, rank: int, world_size: int):
         self.folder, self.rank, self.world_size, self.round = folder, rank, world_size, 0
@@ -52,7 +52,7 @@ class Ranks:
 
 
 def hang() -> None:
-    """Lock a mutex twice: no signal interrupts that."""
+    """Locks a mutex twice, which no signal interrupts."""
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
     libc.pthread_mutex_lock(mutex)

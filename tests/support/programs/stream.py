@@ -1,4 +1,4 @@
-"""Reads a stream as a training process does, and tells what came.
+"""Reads a stream as a training process does, and prints its samples.
 
 usage: stream.py '{"data.train": "s3://...", ..., "images": 400, "start": 0, "rank": 0, "world_size": 1, "bad_file": "..."}'
 
