@@ -1,7 +1,7 @@
 """dist_t2i: text-to-image GANs whose two text embeddings are learned from scratch, end to end.
 
     import dist_t2i
-    model = dist_t2i.load("runs/demo")          # a run folder, or an exported one
+    model = dist_t2i.load("runs/demo")          # a run folder, or an exported model
     pictures = model.generate(["woman pilot dark skin tone"], seed=0)
 
 Names are imported when first used, so that `dist_t2i.config.sections` and the commands' `--help` do not import torch.

@@ -14,13 +14,13 @@ from enum import IntEnum
 class ExitStatus(IntEnum):
     """Exit statuses of training and of the commands that run it."""
 
-    FINISHED = 0  # `train.total_images` seen
+    FINISHED = 0  # the run has seen `train.total_images` pictures
     FAILED = 1  # a defect, or numbers that are not finite (`TrainingError`); the last good checkpoint is intact
-    USER_ERROR = 2  # the user's configuration, data or environment (`UserError`)
-    STOPPED = 75  # by a signal, checkpoint saved; the same command continues from it (EX_TEMPFAIL of sysexits.h)
-    SUPERSEDED = 76  # another process has taken the run over (checkpoint/lease.py); nothing saved
+    USER_ERROR = 2  # the user must correct the configuration, the data or the environment (`UserError`)
+    STOPPED = 75  # a signal stopped the run, which saved a checkpoint; the same command resumes (EX_TEMPFAIL)
+    SUPERSEDED = 76  # another process has taken over the run (checkpoint/lease.py); nothing is saved
     HUNG = 77  # a rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact
-    INTERRUPTED = 130  # Ctrl-C (in training: a second one) ended the command at once, as in a shell; nothing saved
+    INTERRUPTED = 130  # Ctrl-C (in training: the second Ctrl-C) ended the command at once; nothing is saved
 
 
 class UserError(Exception):
@@ -32,8 +32,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message lists all problems below a heading. `problems` is the same
-    list."""
+    """A configuration cannot be used. The message is a heading and all problems; `problems` is the list of problems."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -41,11 +40,11 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A set, shard or caption file that cannot be used, or more replaced samples than allowed."""
+    """A set, shard or caption file cannot be used, or more samples were replaced than the configuration allows."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run folder that cannot be written, read, or resumed with this configuration."""
+    """A checkpoint or run folder cannot be written, read, or resumed with this configuration."""
 
 
 class LaunchError(UserError):
@@ -59,7 +58,7 @@ class TrainingError(UserError):
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """The exit status of `main()`; prints a `UserError` as one `error: ...` on stderr."""
+    """Returns the exit status of `main()`. Prints a `UserError` as `error: ...` on stderr."""
     try:
         return main() or ExitStatus.FINISHED
     except UserError as error:

@@ -6,8 +6,8 @@
     python dist_t2i/train.py --config ...
 
 The same command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the
-configuration, data or environment must be corrected, as the message says; 75 stopped by a signal, checkpoint saved; 76
-another process has taken the run over; 77 a rank hung; 130 second Ctrl-C.
+configuration, data or environment must be corrected, as the message says; 75 a signal stopped the run, which saved a
+checkpoint; 76 another process has taken over the run; 77 a rank hung; 130 a second Ctrl-C ended the run at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Python puts the folder of a script first on sys.path. For this script it is the package folder, whose packages
-# (`config`, ...) would hide installed packages of the same names. So the entry is replaced by the folder that contains
-# the package.
+# Python puts the folder of a script first on sys.path. For this script, that is the package folder, whose packages
+# (`config`, ...) would hide installed packages of the same names. So the next line replaces the entry by the folder
+# that contains the package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dist_t2i.errors import ConfigError, TrainingError, UserError, run_command  # noqa: E402
@@ -33,12 +33,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=plain)
-    parser.add_argument("--config", type=Path, help="YAML file of the run; keys that it lacks have defaults")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override values of the file")
-    changes = "continue a run although its configuration or data changed"
+    parser.add_argument("--config", type=Path, help="YAML file of the run; missing keys get their defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    changes = "resume a run even if its configuration or data has changed"
     parser.add_argument("--allow-changes", action="store_true", help=changes)
     parser.add_argument("--help-config", action="store_true", help="print every key with its default, and exit")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this option
     return parser.parse_intermixed_args(arguments)
 
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
     rank = launch.prepare()
     try:
         if options.config is None:
-            raise UserError("--config FILE is missing, such as --config configs/openmoji64.yaml")
+            raise UserError("--config FILE is missing; for example: --config configs/openmoji64.yaml")
         config = config_files.load(options.config, options.overrides)
         if not config.run.folder:
             folder = str(Path("runs") / options.config.stem)

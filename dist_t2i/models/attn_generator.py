@@ -1,4 +1,4 @@
-"""The generator `attn`: its maps' positions attend to S_G's words (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
+"""The generator `attn`, whose maps attend to S_G's words (AttnGAN, Xu et al. 2018, sec. 3.1, in one stage).
 
 Legend of shapes: B batch, T words, E text width, C channels.
 """
@@ -13,7 +13,7 @@ from dist_t2i.models.layers import WordAttention
 
 
 class AttnGenerator(Generator):
-    """The plain generator, with attention to the words in front of the blocks of each scale in `attn.scales`."""
+    """The plain generator, with attention to the words before the blocks of each scale in `attn.scales`."""
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
         super().__init__(config, image_size, text_width)

@@ -36,7 +36,7 @@ def _color(images: Tensor, uniforms: Tensor, strength: float) -> Tensor:
 
 
 def _translate(images: Tensor, uniforms: Tensor, share: float) -> Tensor:
-    """Shifts by whole pixels, up to `share` of the side; pixels beyond an edge repeat it (the original pads with 0)."""
+    """Shifts by whole pixels, up to `share` of the side. Repeats the pixels at the edges (the original pads with 0)."""
 
     def moved(size: int, uniform: Tensor) -> Tensor:
         reach = round(share * size)
@@ -49,7 +49,7 @@ def _translate(images: Tensor, uniforms: Tensor, share: float) -> Tensor:
 
 
 def _cutout(images: Tensor, uniforms: Tensor, share: float) -> Tensor:
-    """Sets a square of `share` of the side to gray (0); its center is uniform over the picture."""
+    """Sets a square of `share` of the side to gray (0). The center of the square is uniform over the picture."""
     _, _, height, width = images.shape
     center_x, center_y = uniforms[:, :1] * width, uniforms[:, 1:] * height
     x, y = (torch.arange(n, device=images.device) + 0.5 for n in (width, height))

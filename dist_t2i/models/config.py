@@ -14,7 +14,7 @@ from typing import Literal
 from dist_t2i.utils.settings import NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
 
 Problem = tuple[tuple[str, ...], str]
-"""A pair: the keys involved, beginning with the key to change; and a text that says what is wrong, with a remedy."""
+"""A pair: the keys involved, with the key to change first; and a text that says what is wrong and how to correct it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class GeneratorConfig:
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference, unless callers set another. Below 1, pictures are more typical, less varied."""
+    """Factor on all noise at inference; callers may set another. Below 1, pictures are more typical and less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
@@ -44,17 +44,17 @@ class GeneratorConfig:
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     detail: int = 8
-    """Channels at full resolution between the pixel shuffle and a last convolution, which smooths the shuffle's grid; 0
-    leaves that convolution out. Not read if full resolution is a computed scale."""
+    """Channels at full resolution between the pixel shuffle and a last convolution, which smooths the shuffle's grid.
+    0: no last convolution. Ignored if full resolution is a computed scale."""
     colors: int = 0
-    """Number of colors in a palette that is computed from the condition. Each pixel is a mixture of these colors,
-    mostly of one of them, so that areas of one color in drawings come out flat. 0: no palette; the color of each pixel
-    is computed directly, as photographs need."""
+    """Number of colors in a palette that is computed from the condition. Each pixel mixes these colors and consists
+    mostly of one, so that areas of one color in drawings are flat. 0: no palette; the color of each pixel is computed
+    directly, which suits photographs."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
-    """Inverse temperature of the palette's softmax at inference. Above 1, it sharpens lines, which averaging blurs."""
+    """Inverse temperature of the palette's softmax at inference. Above 1, lines that averaging blurs are sharper."""
     layout: int = 2048
-    """Count of numbers that one matrix computes from the condition and adds to the map of a scale, as layout / size^2
-    channels: a cheap way to store layouts. Scales where this would be less than 4 channels get none; 0 turns it off."""
+    """Count of numbers that a matrix computes from the condition and adds to a scale's map, as layout / size^2
+    channels: a cheap way to store layouts. Only scales with at least 4 such channels have a layout; 0: no layouts."""
     attn: AttnConfig = section(AttnConfig)
 
     def problems(self) -> Iterator[Problem]:
@@ -67,7 +67,7 @@ class GeneratorConfig:
                     why = f"is only read by the generator {kind}, but model.generator.kind is {self.kind}"
                     yield (f"{kind}.{option.name}", "kind"), f"{why}: set model.generator.kind={kind} or leave this out"
         if self.colors == 1:
-            yield ("colors",), "a picture of one color shows nothing: at least 2, or 0 for colors pixel by pixel"
+            yield ("colors",), "a picture of one color shows nothing: set at least 2, or 0 for no palette"
         if self.color_sharpness != 1.0 and not self.colors:
             yield ("color_sharpness", "colors"), "only applies to a palette: set colors, or leave this out"
         if self.kind == "attn":
@@ -98,9 +98,9 @@ class DiscriminatorConfig:
     condition: Literal["projection", "joint"] = "projection"
     """How the adversarial branch uses S_D: `projection` (Miyato & Koyama 2018), or `joint` (a perceptron on both)."""
     regions: tuple[int, ...] = (8,)
-    """Sides, in positions, of the maps aligned position by position; empty: only whole pictures are aligned."""
+    """Sides, in positions, of the maps that are aligned by position; empty: only whole pictures are aligned."""
     patches: int = 0
-    """Side, in positions, of the map that a patch head scores position by position; 0: only pictures are scored."""
+    """Side, in positions, of the map that a patch head scores by position; 0: only whole pictures are scored."""
     words: int = 0
     """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64

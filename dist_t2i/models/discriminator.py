@@ -58,8 +58,8 @@ class Discriminator(nn.Module):
 
     The adversarial branch scores the whole picture and, with `patches`, each position of a map. The alignment branch
     projects pictures and S_D sentences into a space where InfoNCE compares them. With `regions` or `words`, it also
-    projects the positions of maps and S_D's words. This is our reading of the paper. Raises ValueError when a
-    configured map is not computed.
+    projects the positions of maps and S_D's words. This is our reading of the paper. Raises ValueError if `config`
+    names a map that the trunk does not compute.
     """
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, text_width: int):

@@ -23,10 +23,10 @@ class PretrainedEncoder(nn.Module):
 
 
 class CaptionTable(nn.Module):
-    """Caption vectors computed in advance (by a sentence encoder, for example), looked up by the caption's token ids.
+    """Caption vectors that were computed in advance, for example by a sentence encoder. The keys are token ids.
 
     vectors: float [N, E]; tokens: int64 [N, T] and lengths: int64 [N], as the run's tokenizer encodes the captions. A
-    caption that the table lacks gets the mean of all vectors. The only word embedding of a caption is its sentence
+    caption that is not in the table gets the mean of all vectors. The only word embedding of a caption is its sentence
     vector.
     """
 

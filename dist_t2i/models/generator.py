@@ -77,7 +77,7 @@ class Upsample(nn.Module):
 
 
 class Layout(nn.Module):
-    """Adds a map of `values` numbers, which a matrix computes from the condition: a cheap store of layouts. Our own."""
+    """Adds a map of `values` numbers that a matrix computes from the condition: a cheap store of layouts. Our idea."""
 
     def __init__(self, condition: int, channels: int, size: int, values: int):
         super().__init__()
@@ -108,8 +108,8 @@ class ToRGB(nn.Module):
 
 
 class PaletteMix(nn.Module):
-    """Mixes each pixel's color from a palette that is computed from the condition. Our own: where the softmax of the
-    shares saturates, areas of one color in a drawing come out flat."""
+    """Mixes each pixel's color from a palette that is computed from the condition. Our idea: where the softmax of the
+    shares saturates, areas of one color in a drawing are flat."""
 
     SHARPNESS = 3.0
     """Inverse temperature of the softmax; above 1, so that each pixel leans towards one color from the start."""
@@ -132,7 +132,7 @@ class Generator(nn.Module):
     noise.
 
     Convolutions compute only the scales that `channels` lists; a pixel shuffle of the last map replaces the finer
-    scales. A small budget is thus spent where convolutions are cheap per parameter.
+    scales. Thus a small budget of computation is spent at scales where convolutions cost little per parameter.
     """
 
     def __init__(self, config: GeneratorConfig, image_size: int, text_width: int):
@@ -167,7 +167,7 @@ class Generator(nn.Module):
 
         `source` guides the edit of source pictures. This class ignores the words; subclasses may read them.
         """
-        # Conditioning augmentation (StackGAN, sec. 3.2) gives the condition [B, C]; with the noise appended, [B, N].
+        # Conditioning augmentation (StackGAN, sec. 3.2) gives the condition [B, C], with the noise [B, N].
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
 
@@ -191,7 +191,7 @@ class Generator(nn.Module):
         output = self.last(last)
         images = torch.tanh(output) if self.colours is None else self.colours(output, condition)
 
-        # When editing, each pixel keeps some of the source (GANimation, sec. 3.1).
+        # In an edit, each pixel keeps a share of the source (GANimation, sec. 3.1).
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:

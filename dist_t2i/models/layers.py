@@ -40,8 +40,8 @@ class Convolution(nn.Conv2d):
     to scale the variance by gain^2 / 2 (He et al. 2015).
 
     Channels-last convolutions need the kernel in this memory layout. ZeRO's stages 1 to 3 make parameters contiguous
-    views of a flat buffer, so that a kernel of the usual shape would be copied before each convolution. At the size of
-    comparable models, these copies take some 8% of a step.
+    views of a flat buffer, so that a kernel of the usual shape would be copied before each convolution. In models of a
+    typical size, these copies take about 8% of a step.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, gain: float = 2**0.5):
@@ -57,7 +57,7 @@ class Convolution(nn.Conv2d):
 
 @torch.no_grad()
 def repeat_in_patches(layer: Convolution, patch: int) -> Convolution:
-    """Equal initial weights for outputs that become neighboring pixels, against checkerboards (Aitken et al. 2017)."""
+    """Makes the initial weights of neighboring output pixels equal, which avoids checkerboards (Aitken et al. 2017)."""
     first = layer.weight[:: patch**2]
     layer.weight.copy_(first.repeat_interleave(patch**2, dim=0))
     return layer
@@ -92,8 +92,8 @@ class Modulation(nn.Module):
 class WordAttention(nn.Module):
     """Adds to each position of a map a mixture of the caption's words, by AttnGAN's attention (sec. 3.1).
 
-    Our reading for a single stage: several heads, a sum with the map instead of a concatenation, and both inputs
-    normalized first, because initial LSTM states are small and maps grow.
+    Our reading for a single stage has several heads and adds the mixture to the map instead of concatenating both. Both
+    inputs are normalized first, because initial LSTM states are small and maps grow.
     """
 
     def __init__(self, channels: int, text_width: int, width: int, heads: int):

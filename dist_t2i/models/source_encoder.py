@@ -39,7 +39,7 @@ class SourceGuide:
         return x + (source if self._given is None else source * self._given)
 
     def blend(self, last: Tensor, images: Tensor) -> Tensor:
-        """The activated last map, its pictures [B, 3, H, W] -> mixtures of these and the repainted sources."""
+        """The activated last map, its pictures [B, 3, H, W] -> mixtures of these pictures and the repainted sources."""
         keep = self._keep(last)
         keep = keep if self._given is None else keep * self._given
         return images + keep * (self._repainted - images)

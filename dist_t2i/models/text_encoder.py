@@ -49,7 +49,7 @@ class OrderedLSTM(nn.LSTM):
     """
 
     def forward(self, input, hx=None):
-        """The same arguments and results as those of `nn.LSTM`."""
+        """Takes and returns the same as `nn.LSTM`."""
         parameters = self._flat_weights
         self._flat_weights = list(_Together.apply(*parameters))
         try:
@@ -60,7 +60,7 @@ class OrderedLSTM(nn.LSTM):
 
 class LstmText(nn.Module):
     """A bidirectional LSTM, the default. The sentence is the last hidden state of both directions (AttnGAN, sec. 3.1).
-    It is normalized over its width, because initial LSTM states are so small that noise would drown them."""
+    It is normalized over its width, because initial LSTM states are much smaller than the noise."""
 
     def __init__(self, vocab_size: int, embedding: int, layers: int = 1):
         super().__init__()

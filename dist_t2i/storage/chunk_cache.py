@@ -29,8 +29,7 @@ CHUNK = 2**23
 """The size of a chunk in bytes. The last chunk of an object is shorter."""
 _KEPT_OPEN = 256
 _POLL, _POLLED_FOR = 0.005, 0.1
-"""`await_fill` waits for another process: the seconds between its checks for the chunk, and the seconds until it gives
-up."""
+"""How `await_fill` waits for another process: the seconds between two checks, and the seconds until it gives up."""
 _ROOM = 0.9
 """An eviction reduces the cache to this share of its bound."""
 _NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}
@@ -58,9 +57,9 @@ class ChunkCache:
         self.works = self.limit > 0
         """Whether new chunks can be stored."""
         self.fill_seconds = 0.0
-        """The seconds that this process needed to fetch its latest full-sized chunk. 0 before the first chunk, which
-        makes readers assume a fast network and wait for chunks. If they assumed a slow network, they would request most
-        samples of the first window twice: alone, and with their chunk."""
+        """The seconds that this process needed to fetch its latest full-sized chunk. The initial value 0 makes readers
+        assume a fast network and wait for chunks. Readers that assumed a slow network would request most samples of the
+        first window twice: once alone, and once with the chunk."""
         self._pid = os.getpid()
 
     def __reduce__(self) -> tuple:
@@ -81,7 +80,7 @@ class ChunkCache:
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
 
     def read(self, key: str, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk from its `offset` on, fewer at its end. None if the chunk is not cached."""
+        """`size` bytes of a chunk beginning at `offset`, fewer if the chunk ends earlier; None if it is not cached."""
         with self._lock:
             descriptor = self._descriptor(key, number)
             return None if descriptor is None else os.pread(descriptor, size, offset)
@@ -129,13 +128,13 @@ class ChunkCache:
                 if not path.exists():
                     self._fill(path, part, size, fetch)
                 return True
-        except OSError as error:  # of the disk, or a failed request (a StorageError), which `_disable` raises again
+        except OSError as error:  # a disk error, or a failed request (StorageError), which `_disable` raises again
             self._disable(error)
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Waits at most `seconds` until another thread has stored a chunk or failed. Waits for other processes only
-        briefly."""
+        """Waits at most `seconds` for another thread of this process that is storing the chunk. If another process
+        stores the chunk, waits only briefly."""
         path = self.path(key, number)
         filled = self._filling.get(path)
         if filled is not None:
@@ -186,7 +185,7 @@ class ChunkCache:
             raise error
         if self.works:
             self.works = False
-            message = f"{error.strerror}; cached chunks are used, nothing new is kept"
+            message = f"{error.strerror}; cached chunks are still used, but no more chunks are stored"
             print(f"warning: data.cache {self.folder}: {message}", file=sys.stderr)
 
     # ---- the bound ---------------------------------------------------------------------------------------------------
@@ -208,7 +207,8 @@ class ChunkCache:
             return sum(size for _, size, _ in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[float, int, str]]:
-        """Yields the time of use, the bytes and the path of each chunk. Removes parts that no process has locked."""
+        """Yields the time of use, the bytes and the path of each chunk. Removes `.part` files that no process has
+        locked."""
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)

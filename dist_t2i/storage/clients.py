@@ -1,11 +1,10 @@
 """Clients of object stores: open a store, request a range of bytes, and translate the errors of requests.
 
 obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
-endpoints come from the environment variables that the usual tools of each store read (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...). `StorageOptions` may override the
-endpoint and the region.
+endpoints come from the environment variables that each store's own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...). `StorageOptions` may override the endpoint and the region.
 
-A client sends each request once, and its caller decides about retries (remote_file.py).
+A client sends each request once; the caller decides about retries (remote_file.py).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class StorageOptions:
     retry_seconds: float = 300.0
     """A read fails after this many seconds without progress."""
     stall_seconds: float = 10.0
-    """A request fails after this many seconds without data. A whole request may take six times as long."""
+    """A request fails after this many seconds without data. A whole request may take six times this long."""
     cache: str = ""
     """The folder in which all processes of this machine cache remote data; "" disables the cache."""
     cache_bytes: int = 0
@@ -49,7 +48,7 @@ FROM_ENVIRONMENT = StorageOptions()
 
 
 class StorageError(OSError):
-    """A failed request. `reason` is a phrase without the name of the object. The message adds the name if known."""
+    """A failed request. `reason` is a phrase without the name of the object; the message contains both."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -113,7 +112,7 @@ class ObstoreClient:
         with storage_errors():
             result = self._store.get(self._path, options=options)
         if result.range[0] != start:
-            raise StorageError("the server sent another range than the requested one")
+            raise StorageError("the server sent a range that was not requested")
         return Blocks(result.meta["size"], result.meta.get("e_tag") or "", _blocks(result.stream(block)))
 
 
@@ -129,7 +128,7 @@ class FsspecClient:
         self._system, self._path = open_system(url)
 
     def fetch(self, start: int, stop: int | None, tag: str, block: int) -> Blocks:
-        """Requests a range of bytes as `ObstoreClient.fetch` does, but yields them in one block of any size."""
+        """Like `ObstoreClient.fetch`, but yields all bytes of the range in one block."""
         with storage_errors():
             about = self._system.info(self._path)
             current = str(about.get("ETag") or about.get("etag") or about.get("mtime") or about.get("created") or "")
@@ -144,7 +143,7 @@ Client = ObstoreClient | FsspecClient
 
 @lru_cache(maxsize=64)
 def _store(address: str, options: StorageOptions) -> Any:
-    """The store of a bucket or host. A process keeps one store for each, because a store keeps its connections open."""
+    """The store of a bucket or host. Cached, because a store keeps its connections open."""
     limits = {
         "connect_timeout": f"{CONNECT_SECONDS}s",
         "read_timeout": f"{int(1000 * options.stall_seconds)}ms",

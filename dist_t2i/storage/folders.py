@@ -31,9 +31,9 @@ _PARTS = 9000
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
-    """The folder at a path or URL; neither reads nor creates it. Raises DataError for commands and chained URLs.
+    """The folder at a path or URL. Neither reads nor creates it. Raises DataError for commands and chained URLs.
 
-    `seconds` limits the time of each request to an object store, retries included. The default is an hour, with the
+    `seconds` limits the time of each request to an object store, retries included. None means an hour, with the
     library's own retries.
     """
     text = str(url)
@@ -88,7 +88,7 @@ class Folder(ABC):
 
     @abstractmethod
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes beginning at `start`, fewer if the file ends before."""
+        """`size` bytes beginning at `start`, fewer if the file ends earlier."""
 
     @abstractmethod
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -192,8 +192,8 @@ class LocalFolder(Folder):
 
 
 class ObjectFolder(Folder):
-    """A prefix in S3, Google Cloud Storage or Azure, or on a (read-only) web server. The store's environment variables
-    give the credentials."""
+    """A prefix in S3, Google Cloud Storage or Azure, or on a (read-only) web server. Credentials come from the store's
+    environment variables."""
 
     def __init__(self, url: str, seconds: float | None = None) -> None:
         super().__init__(url)

@@ -1,4 +1,4 @@
-"""Makes remote reads in a separate process, so that the training process can fork loader workers later.
+"""Reads remote data in a separate process, so that the training process can fork loader workers later.
 
 The client of an object store runs threads, which hold locks. When a process with such threads forks, the child gets
 copies of the locks but no threads that would release them, so the child's first request hangs. Therefore a process that

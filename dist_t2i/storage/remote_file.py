@@ -1,4 +1,4 @@
-"""Reads of a remote object that survive failed requests.
+"""Reads remote objects, and repeats requests that fail.
 
 After a failed request, a read pauses (retries.py) and then requests only the bytes that are still missing. The request
 has an If-Match header, so these bytes come from the same version of the object as the earlier bytes. The read fails
@@ -23,10 +23,10 @@ so small blocks lose less; large blocks take less processor time."""
 PAUSES = 0.1, 10.0
 """The first and the longest pause before a failed request is repeated, in seconds."""
 GONE_SECONDS = 3.0
-"""The seconds for which a missing or forbidden object is retried. The object may still appear because the store lags
-behind, and access may be granted because credentials are renewed."""
+"""The seconds for which a missing or forbidden object is retried. A store that lags behind may still list the object,
+and renewed credentials may still grant access."""
 SLOWEST = 2**14
-"""In bytes per second. A read that stays slower than this rate, pauses included, fails in the end."""
+"""A rate in bytes per second. A read whose average rate, pauses included, stays lower than this fails in the end."""
 _WARN_AFTER = 5.0
 """A read that is still being retried after this many seconds prints a warning."""
 
@@ -42,7 +42,7 @@ class Backoff:
         self._warned = False
 
     def progressed(self, size: int) -> None:
-        """Records `size` bytes from a failed request: the deadline moves back, and the pauses are short again."""
+        """Records `size` bytes from a failed request. Extends the deadline and makes the pauses short again."""
         if size:
             self._pauses = pauses(*PAUSES)
             self._extension += size / SLOWEST
@@ -71,7 +71,7 @@ class RemoteFile:
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int | None) -> bytes:
-        """`size` bytes beginning at `offset`, fewer if the object ends before. If `size` is None, reads to the end of
+        """`size` bytes beginning at `offset`, fewer if the object ends earlier. If `size` is None, reads to the end of
         the object. Raises StorageError if the object cannot be read, DataError if it cannot be opened."""
         out = io.BytesIO()
         self.read_into(out, offset, None if size is None else offset + size)

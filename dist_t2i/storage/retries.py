@@ -20,8 +20,8 @@ def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]
 
 
 def retry(action: Callable[[], T], waits: Iterable[float], again: Callable[[OSError, float], bool]) -> T:
-    """The result of `action`. After an attempt that raises OSError, sleeps for the next of the `waits` (in seconds) and
-    tries again.
+    """Returns the result of `action`. If `action` raises OSError, sleeps for the next of the `waits` (in seconds) and
+    calls `action` again.
 
     Raises the OSError if `waits` has no more elements, or if `again(error, seconds of the next pause)` returns False.
     """

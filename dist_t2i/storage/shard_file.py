@@ -15,16 +15,17 @@ from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.urls import is_local, local_path
 
 QUICK = 0.5
-"""In seconds. As long as chunks arrive within this time, a reader that needs a sample fetches its whole chunk, or waits
-for the process that fetches it. Other samples of the chunk will be needed as well, and one request per sample takes six
-times the processor time per byte. If chunks arrive more slowly, the reader requests only its sample."""
+"""In seconds. If chunks arrive within this time, a reader that needs a sample fetches the sample's whole chunk, or
+waits for the process that fetches the chunk. Other samples of the chunk will be needed as well, and one request per
+sample takes six times the processor time per byte. If chunks arrive more slowly, the reader requests only the
+sample."""
 
 
 class ShardFile(Protocol):
     """Random access to the bytes of one shard. Threads may share an instance."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes beginning at `offset`, fewer if the file ends before. Raises OSError if they cannot be read."""
+        """`size` bytes beginning at `offset`, fewer if the file ends earlier. Raises OSError if a read fails."""
         ...
 
 
@@ -48,7 +49,7 @@ def reason_of(error: OSError) -> str:
 
 
 class LocalFile:
-    """A shard on disk. `pread` needs no file position, so threads and forked processes may share it."""
+    """A shard on disk. `pread` needs no file position, so threads and forked processes may share the file."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closes itself
@@ -58,8 +59,8 @@ class LocalFile:
 
 
 class CachedFile:
-    """An object whose chunks are cached on disk. If a chunk is missing in the cache, fetches the whole chunk if chunks
-    arrive quickly, otherwise only the requested bytes."""
+    """An object whose chunks are cached on disk. When a chunk is missing in the cache, the whole chunk is fetched if
+    chunks arrive quickly; otherwise, only the requested bytes are fetched."""
 
     def __init__(self, remote: RemoteFile, cache: ChunkCache, version: str) -> None:
         self.remote, self.cache = remote, cache
@@ -78,7 +79,7 @@ class CachedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk from its `offset` on; None if it is not cached and does not arrive quickly."""
+        """`size` bytes of a chunk beginning at `offset`; None if the chunk is neither cached nor arrives quickly."""
         part = self.cache.read(self.key, number, offset, size)
         if part is not None or self.cache.fill_seconds > QUICK:
             return part

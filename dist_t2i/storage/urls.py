@@ -43,7 +43,7 @@ def checked(url: str) -> str:
 def unchained(url: str) -> str:
     """Returns the URL unchanged. Raises DataError if it is a command or chains file systems with `::`."""
     if "::" in checked(url) and "://" in url:
-        raise DataError(f"{url}: file systems are not chained with `::`; name one URL")
+        raise DataError(f"{url}: file systems cannot be chained with `::`; give one URL")
     return url
 
 
@@ -110,7 +110,7 @@ def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list
                 if len(names) > _MAX_NAMES:
                     raise DataError(f"{pattern} expands to more than {_MAX_NAMES:,} names")
         except ValueError as error:
-            raise DataError(f"{pattern}: its braces do not match") from error
+            raise DataError(f"{pattern}: the braces do not match") from error
     if len(set(names)) < len(names):
         duplicate = next(name for name, count in Counter(names).items() if count > 1)
         raise DataError(f"{duplicate} is named twice; list each shard once")
@@ -121,7 +121,7 @@ def _matches(name: str, directory: Path | None) -> list[str]:
     if not is_local(name):
         if _GLOB.search(name.partition("?")[0]):
             raise DataError(
-                f"{name}: globs match local files only; write the numbers as braces, such as train-{{000000..000591}}.tar"
+                f"{name}: globs match only local files; write numbers in braces, such as train-{{000000..000591}}.tar"
             )
         return [name]
     path = local_path(name)

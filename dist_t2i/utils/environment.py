@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
 
 def git_state(folder: Path) -> dict[str, Any]:
     """`revision` is the commit that is checked out, and `dirty` is True if tracked files differ from it. The result is
-    empty outside a git checkout or without git."""
+    empty if `folder` is not in a git checkout or git is missing."""
     try:
         revision, status = (
             subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
@@ -58,7 +58,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The processor's model name, usable cores and features (of those in `_FLAGS`), and the memory in bytes."""
+    """The processor's model name, its usable cores, its features (only those in `_FLAGS`), and the memory in bytes."""
     lines = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

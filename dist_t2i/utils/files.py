@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. The file there replaces `path` when the block ends; it is deleted if the block
-    raises."""
+    """Yields a temporary path. When the block ends, the temporary file replaces `path`. If the block raises, the
+    temporary file is deleted."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file (text as UTF-8). Readers see the old or the complete new content. Raises OSError."""
+    """Writes a file (text as UTF-8). Readers see either the old or the complete new content. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -50,7 +50,7 @@ def fsync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. An empty dict if the file is missing, unreadable, or contains no object."""
+    """The object in a JSON file; an empty dict if the file is missing, unreadable, or contains no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 """Random numbers as pure functions of integers such as (seed, images seen, purpose). They are the same on any machine.
 
 `mix` computes seeds for torch's generators. `random_bits` returns 64 random bits, which the training stream uses
-directly. The purposes of `mix` and those of `random_bits` are separate enums, because the same number means different
-purposes in them: the windows of the stream's order use `StreamPurpose.WINDOWS` and all greater numbers. The results of
-a run depend on these values, so they must never change, and a new purpose must get a new value.
+directly. Each of the two functions has its own enum of purposes. In `random_bits`, the windows of the stream's order
+also use numbers above `StreamPurpose.WINDOWS`, one number for each window. The results of a run depend on the values in
+both enums, so these values must never change, and a new purpose must get a new value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Some values serve several uses; separating these would change what runs compute."""
+    """Purposes of `mix`. Some values have several uses; separate values would change what existing runs compute."""
 
     TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
     FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1

@@ -26,13 +26,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises exception types of its own that are not documented
         raise UserError(
-            f"{path}: not a complete safetensors file ({error}); copy it again, or export again with tools/export.py. "
+            f"{path}: not a complete safetensors file ({error}); copy or export it again (tools/export.py). "
             "Pickled weights (.pt, .pth, .bin) are not read: they could run code."
         ) from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in the header of an intact safetensors file: names and texts."""
+    """The metadata (names and texts) in the header of a safetensors file, which must be intact."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -40,8 +40,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path) -> Module:
-    """Replaces each tensor of a module by the tensor with the name `prefix` + its name, converted to fp32. The module
-    may be on the meta device. Returns the module.
+    """Replaces each tensor NAME of a module by the tensor `prefix` + NAME, converted to fp32. The module may be on the
+    meta device. Returns the module.
 
     Raises UserError with the first problems if tensors are missing, unknown, not finite, or have other shapes.
     """
@@ -62,7 +62,7 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    # Copies, because the alignment of a tensor in a mapped file is arbitrary and affects the last bits of a product.
+    # Copy the tensors: in a mapped file their alignment is arbitrary, and it affects the last bits of products.
     for name, value in given.items():
         given[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     module.load_state_dict(given, assign=True)
