@@ -6,11 +6,11 @@
 |---|---|
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
-| any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt or process has the run (76) | is left to Slurm |
+| any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt or process owns the run (76) | is left to Slurm |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
-again. The system's Python may run this file. It therefore imports only the standard library of Python 3.7,
+again. This file may run under the system's Python. It therefore imports only the standard library of Python 3.7,
 dist_t2i.errors and attempts.py. After 20 attempts in a row without a new checkpoint, the job is not queued again.
 """
 
@@ -32,11 +32,11 @@ from dist_t2i.errors import ExitStatus
 from slurm import attempts
 
 SAME_FAILURES = 3
-"""After this many failures of one kind in a row, without a new checkpoint, a job is not queued again."""
+"""A job is not queued again after this many equal failures in a row without a new checkpoint."""
 FRUITLESS = 20
-"""After this many attempts in a row, however they ended, without a new checkpoint, a job is not queued again."""
+"""A job is not queued again after this many attempts of any kind in a row without a new checkpoint."""
 _BEFORE_HANDLERS = {128 + number for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
-"""Exit statuses after a stop signal that came before its handler was installed, when there was nothing to save."""
+"""Exit statuses after a stop signal that came before its handler was installed; nothing had to be saved."""
 _SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 
@@ -56,21 +56,22 @@ def main() -> int:
     attempts.note(options.run, **entry, verdict=verdict, reason=reason)
     print(f"job {job}, attempt {restart + 1}: {verdict}{': ' if reason else ''}{reason}", flush=True)
     if verdict == "requeued" and _ask("scontrol", "requeue", name) is None:  # on success Slurm ends this script
-        verdict, reason = "given up", f"Slurm did not queue it again (scontrol requeue {name}); {reason}"
+        verdict, reason = "given up", f"Slurm did not queue the job again (scontrol requeue {name}); {reason}"
         attempts.note(options.run, **entry, verdict=verdict, reason=reason)
         print(reason, flush=True)
     elif verdict == "requeued" and attempts.is_cancelled(options.run, name):
-        # The user cancelled the job between `decide` and the requeue. The requeue has undone this, so cancel again.
+        # The user cancelled the job between `decide` and the requeue, which has undone the cancellation: cancel again.
         attempts.note(options.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
         _ask("scancel", name)
     return options.status if verdict == "given up" else 0
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, a failure's kind or ""."""
+    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, a failure's kind ("":
+    none)."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
-        return "superseded", "a later attempt has the run", ""  # another attempt or process took the run over
+        return "superseded", "a later attempt owns the run", ""  # another attempt or process took over the run
     if status == ExitStatus.FINISHED:
         return "finished", "", ""
     if state not in ("RUNNING", ""):
@@ -80,20 +81,20 @@ def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> 
     if status == ExitStatus.STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     elif status in _BEFORE_HANDLERS:
-        reason, kind = "stopped by a signal before it had begun", ""
+        reason, kind = "stopped by a signal before training began", ""
     else:
         reason, kind = cause(run, status, log, job, restart)
     before, images = fruitless(run), attempts.newest_checkpoint(run)
     if kind and [entry.get("kind") for entry in before[-SAME_FAILURES + 1 :]] == [kind] * (SAME_FAILURES - 1):
-        return "given up", f"{SAME_FAILURES} times in a row, without a new checkpoint: {reason}", kind
+        return "given up", f"it failed {SAME_FAILURES} times in a row without a new checkpoint: {reason}", kind
     if len(before) + 1 >= FRUITLESS:
-        checkpoint = f"without a new checkpoint (at {images:,} images)"
+        checkpoint = f"made no new checkpoint (the newest is at {images:,} images)"
         return "given up", f"{FRUITLESS} attempts in a row {checkpoint}: {reason}", kind
     return "requeued", reason, kind
 
 
 def fruitless(run: Path) -> list[dict]:
-    """The latest attempts in a row that ended at the checkpoint that is still the newest, oldest attempt first."""
+    """The latest consecutive attempts that ended at the newest checkpoint and were queued again, oldest first."""
     sought = (attempts.newest_checkpoint(run), "requeued")
     ends = [entry for entry in reversed(attempts.read(run)) if entry["event"] == "end"]
     same = itertools.takewhile(lambda entry: (entry.get("images"), entry.get("verdict")) == sought, ends)

@@ -24,8 +24,8 @@ from pathlib import Path
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures"
 AWAY = re.compile(r"contact|connect|timed out|communication|authentication|munge", re.IGNORECASE)
-"""Errors after which a Slurm command can be repeated, because it changed nothing: the controller does not answer, or
-refuses a late or repeated credential (on a busy machine).
+"""Errors after which a Slurm command can be repeated, because the command had no effect: the controller does not
+answer, or refuses a late or repeated credential (on a busy machine).
 """
 _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I

@@ -50,5 +50,5 @@ class TrainJob:
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
-        ignore_stop_signals()  # srun signals the others when one rank ends; this would change their status
+        ignore_stop_signals()  # srun signals the other ranks when one ends, which would change their status
         sys.exit(status)  # not `return`: submitit would pickle the result

@@ -1,8 +1,8 @@
 """Slurm on this machine, to try jobs and preemption: several virtual nodes, each with its own slurmd.
 
-    python -m slurm.local up [--nodes 4]      start Slurm; prints the line that points Slurm's commands to it
-    python -m slurm.local run COMMAND ...     run a command with Slurm's commands pointed to it
-    python -m slurm.local down                end its jobs and stop it
+    python -m slurm.local up [--nodes 4]      start Slurm; prints the line that selects it in a shell
+    python -m slurm.local run COMMAND ...     run a command that uses this Slurm
+    python -m slurm.local down                end all jobs and stop Slurm
 
 This Slurm has two partitions. Jobs in `high` preempt jobs in `low` (the default): the preempted jobs get SIGTERM, have
 20 seconds to save, and are queued again. Slurm's programs must be installed; root and accounting are not needed. Each
@@ -66,18 +66,18 @@ class LocalSlurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's environment with Slurm's commands pointed to this cluster."""
+        """This process's environment, changed so that Slurm's commands use this cluster."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {**kept, "SLURM_CONF": str(self.conf), "PATH": _search_path()}
 
     def up(self) -> None:
         """Starts the cluster and waits until every node is idle. Raises UserError."""
         if not self.nodes:
-            raise UserError("--nodes: a cluster has at least one")
+            raise UserError("--nodes: a cluster needs at least one node")
         if missing := missing_programs():
             raise UserError(f"Slurm is not installed here ({', '.join(missing)} missing).\n{INSTALL}")
         if self.running():
-            raise UserError(f"it is up already, in {self.folder}; `down` stops it")
+            raise UserError(f"Slurm is up already, in {self.folder}; `down` stops it")
         for name in ("state", "log", "pid", "run"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
@@ -215,14 +215,14 @@ class LocalSlurm:
         except UserError as error:
             self.down()
             logs = "".join(file.read_text(errors="replace")[-1500:] for file in (self.folder / "log").iterdir())
-            raise UserError(f"Slurm's daemons did not come up ({error}). Their logs:\n{logs}") from None
+            raise UserError(f"Slurm's daemons did not start ({error}). Their logs:\n{logs}") from None
 
     @staticmethod
     def _await(condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise UserError(f"not within {seconds:.0f} seconds")
+                raise UserError(f"not ready within {seconds:.0f} seconds")
             time.sleep(0.1)
 
 
@@ -240,10 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m slurm.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_t2i" / "slurm"
-    parser.add_argument("--folder", type=Path, default=default, help="folder of the cluster (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=4, help="virtual nodes that `up` starts (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=default, help="folder of the cluster (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=4, help="virtual nodes that `up` starts (default: %(default)s)")
     parser.add_argument("action", choices=("up", "run", "down"))
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command of `run`")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command that `run` starts")
     options = parser.parse_args(arguments)
     if options.action != "run" and options.command:  # options after the action: `up --nodes 2`
         options = parser.parse_args([*options.command, options.action], namespace=options)
@@ -266,9 +266,9 @@ def _act(options: argparse.Namespace, cluster: LocalSlurm) -> int:
         print("Slurm is down" if was else f"Slurm was not up in {cluster.folder}")
         return 0
     if not options.command:
-        raise UserError("run what? Such as: python -m slurm.local run squeue")
+        raise UserError("`run` needs a command, for example: python -m slurm.local run squeue")
     if not cluster.running():
-        raise UserError("Slurm is not up: python -m slurm.local up")
+        raise UserError("Slurm is not up; start it: python -m slurm.local up")
     if (program := shutil.which(options.command[0], path=_search_path())) is None:
         raise UserError(f"there is no program {options.command[0]} to run")
     os.execve(program, options.command, cluster.environment)

@@ -49,7 +49,7 @@ class Profile:
     """Nodes that the job must not use."""
     exclusive: bool = False
     signal_seconds: int = 120
-    """Seconds between the signal to save and the time limit; a step, a checkpoint and half a minute must fit in."""
+    """Seconds from the signal to save to the time limit: at least a step, the time to save, and half a minute."""
     modules: tuple[str, ...] = ()
     """Arguments of `module load`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -59,8 +59,8 @@ class Profile:
     scratch: str = ""
     """Folder on each node's local disk, for the shard cache."""
     python: str = ""
-    """Python on the nodes; empty: the Python that submits the job. With a container, this Python runs only after.py,
-    outside of the image. It must be 3.7 or newer; empty: `python3`.
+    """Python on the nodes; empty: the Python that submits the job. With a container, this Python (3.7 or newer; empty:
+    `python3`) runs only after.py, outside of the image.
     """
     container: Container = field(default_factory=Container)
     sbatch: dict[str, str] = field(default_factory=dict)
@@ -105,10 +105,10 @@ def check(profile: Profile, origin: str = "the profile") -> Profile:
     except ConfigError as error:
         problems.append(f"time: {error}")
     if profile.signal_seconds < 10:
-        problems.append(f"signal_seconds: at least 10, is {profile.signal_seconds}: saving takes a while")
+        problems.append(f"signal_seconds: must be at least 10, is {profile.signal_seconds}: a run needs time to save")
     for name in ("gpus_per_node", "tasks_per_node", "cpus_per_task", "memory_gb"):
         if getattr(profile, name) < 0:
-            problems.append(f"{name}: at least 0, is {getattr(profile, name)}")
+            problems.append(f"{name}: must be at least 0, is {getattr(profile, name)}")
     for name in profile.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             problems.append(f"environment.{name}: not the name of an environment variable")

@@ -1,7 +1,7 @@
 """Starts one rank of a job through submitit, with this copy of the code first on the module search path.
 
-`python -m submitit...` would instead import the code from the folder in which the job was submitted, where it may have
-changed since.
+`python -m submitit...` would instead import the code from the folder in which the job was submitted. The code there may
+have changed since.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A copy of the code in the run folder, so that a job that starts again next week runs the code that was submitted.
+"""A copy of the code in the run folder, so that every attempt of a job runs the code that was submitted.
 
 RUN/code/            the project's files: those that git tracks or would add, with their uncommitted changes
 RUN/code.json        git revision, whether files differed from it, and when the copy was made
@@ -44,7 +44,7 @@ def take(run: Path) -> Path:
 
 
 def keep(run: Path) -> bool:
-    """Whether `run` has an earlier copy. A run of an array of seeds first gets the array's copy. Raises OSError."""
+    """Whether `run` has an earlier copy. A run in an array of seeds first gets the array's copy. Raises OSError."""
     copy, of_array = run / CODE, run.parent / CODE
     if not _is_copy(copy) and run.name.startswith("seed-") and _is_copy(of_array):
         shutil.copytree(of_array, copy, dirs_exist_ok=True)

@@ -33,7 +33,7 @@ class State:
     run: Path
     job: str
     queue: str = ""
-    """Slurm's word for the job's state; "" when Slurm does not know the job (any more)."""
+    """Slurm's word for the job's state; "" when Slurm does not know the job, or has forgotten it."""
     where: str = ""
     """The nodes of the job, or the reason why it waits."""
     progress: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class State:
 
     @property
     def why(self) -> str:
-        """Why the run failed; "" when it did not."""
+        """Why the run failed; "" when it did not fail."""
         if self.word != "failed":
             return ""
         last = (self.ends or [{}])[-1]
@@ -96,7 +96,7 @@ class State:
             return str(last.get("reason", ""))
         if self.queue == "TIMEOUT":
             return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"
-        return f"Slurm ended it: {self.queue}"
+        return f"Slurm ended the job: {self.queue}"
 
 
 def submitted(run: Path) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def submitted(run: Path) -> dict[str, Any]:
 
 
 def runs_under(folder: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The submitted runs in a folder: itself, or the seeds of an array. UserError without runs, unless `missing_ok`."""
+    """The submitted runs in a folder: itself, or an array's seeds. Raises UserError without runs, unless
+    `missing_ok`."""
     try:
         runs = [folder] if (folder / FOLDER / JOB).exists() else _seeds(folder)
     except OSError as error:
@@ -145,7 +146,7 @@ def look(run: Path) -> State:
 
 
 def ask_slurm(job: str) -> tuple[str, str]:
-    """A job's state, and its nodes or why it waits; empty for an unknown job. Raises _Silent without an answer."""
+    """A job's state, and its nodes or why it waits; "" for an unknown job. Raises _Silent without an answer."""
     if queue := _output("squeue", "-h", "-j", job, "-o", "%T|%R"):
         state, _, where = queue.splitlines()[0].partition("|")
         return state, where.strip("()")
@@ -175,14 +176,14 @@ def describe(state: State) -> str:
         head += f" ({state.where or state.queue})"
     lines = [head + (f" because {state.why}" if state.why else "")]
     if state.silent:
-        lines.append("  Slurm does not answer: this is the state in the run folder, and the job may be in any state")
+        lines.append("  Slurm does not answer: the run folder gives this state, and the job may be in any state")
     if progress := state.progress:
         images, total = progress.get("images", 0), progress.get("total_images", 0)
         rate = progress.get("images_per_second") or 0.0
         text = f"  {images:,} of {total:,} images" + (f" ({100 * images / total:.1f}%)" if total else "")
         if state.word == "running" and rate:
             text += f", {rate:,.3g} images/s, eta {duration((total - images) / rate)}"
-        lines.append(f"{text}; as of {duration(max(0.0, time.time() - progress.get('updated', 0)))} ago")
+        lines.append(f"{text}; updated {duration(max(0.0, time.time() - progress.get('updated', 0)))} ago")
     checkpoint = f"{state.checkpoint:,} images" if state.checkpoint >= 0 else "none yet"
     lines.append(f"  last committed checkpoint: {checkpoint}")
     counts = zip(("preempted or stopped", "failed"), state.interruptions, strict=True)

@@ -48,7 +48,7 @@ class SubmitError(UserError):
 
 @dataclass
 class Submission:
-    """A run to submit, in an absolute folder. `seeds` above 0 submits an array of this many runs, each in RUN/seed-N."""
+    """A run to submit, in an absolute folder. `seeds` above 0 submits an array of that many runs, in RUN/seed-N."""
 
     run: Path
     config: Config
@@ -70,7 +70,7 @@ class Submission:
         from dist_t2i.data.open_data import open_data  # imported here, so that `status` starts faster
 
         if self.nodes < 1:
-            raise UserError(f"--nodes {self.nodes}: a job needs at least one")
+            raise UserError(f"--nodes {self.nodes}: a job needs at least one node")
         if self.seeds < 0:
             raise UserError(f"--array-seeds {self.seeds}: give a number of runs, or 0 for one run without an array")
         check_world(self.config, self.ranks)
@@ -103,7 +103,7 @@ class Submission:
             if "\n" in str(value):
                 raise SubmitError(f"{name}: {value!r} has a line break, which no option of sbatch may have")
         if set(run := str(self.run)) & set("\n%\\"):
-            raise SubmitError(f"run folder {run!r}: Slurm's logs cannot lie there; choose one without % and backslash")
+            raise SubmitError(f"run folder {run!r}: Slurm cannot write logs there; choose one without % and backslash")
         executor.update_parameters(
             **{name: value for name, value in options.items() if value},
             wckey=None,
@@ -145,7 +145,7 @@ class Submission:
     def _srun(self) -> list[str]:
         profile, words = self.profile, ["--kill-on-bad-exit=1", "--open-mode=append"]
         if profile.cpus_per_task:
-            words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun does not inherit it from sbatch
+            words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun does not inherit this option from sbatch
         if profile.container.image and profile.container.runtime == "pyxis":
             image, mounts = profile.container.image, ",".join(self._mounts())
             words += [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={self.run}"]
@@ -171,7 +171,7 @@ class Submission:
             file.flush()
             done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
         if done.returncode != 0:
-            raise SubmitError(f"Slurm does not take this job: {_reason(done.stderr)}")
+            raise SubmitError(f"Slurm does not accept this job: {_reason(done.stderr)}")
         return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
     def prepare(self, *, keep_code: bool = False) -> None:
@@ -187,7 +187,7 @@ class Submission:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
     def submit(self, *, keep_code: bool = False) -> list[str]:
-        """Calls `prepare` and queues the job; returns one job id per run. A UserError restores the old config.yaml."""
+        """Calls `prepare` and queues the job; returns one job id per run. A refusal restores the old config.yaml."""
         need_slurm()
         files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
         before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
@@ -199,7 +199,7 @@ class Submission:
         except submitit.core.utils.FailedJobError as error:
             for file, text in before.items():
                 write_atomic(file, text)
-            raise SubmitError(f"Slurm did not take the job: {_reason(str(error))}") from error
+            raise SubmitError(f"Slurm did not accept the job: {_reason(str(error))}") from error
         about = {
             "logs": str(self.folder),
             "name": self.name,

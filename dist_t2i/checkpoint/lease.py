@@ -108,7 +108,7 @@ class Lease:
         return self.broken()
 
     def broken(self) -> bool:
-        """Whether the lease is lost; unlike `lost`, this looks at the folder at every call."""
+        """Whether the lease is lost. Unlike `lost`, every call looks at the folder."""
         try:
             os.stat(self.folder)
         except OSError as error:
@@ -119,7 +119,7 @@ class Lease:
         """The exception to raise once the lease is lost."""
         owners = [str(owner) for _, owner in _leases(self.root)]
         by = f"by {owners[0]}" if owners else f"(or {self.root} was deleted)"
-        return Superseded(f"this run was taken over {by}: this process, {Owner.this()}, leaves it unchanged and ends")
+        return Superseded(f"this run was taken over {by}: this process, {Owner.this()}, ends and changes nothing")
 
     def staging(self) -> Path:
         """A new folder for a checkpoint.
@@ -157,7 +157,7 @@ def acquire(root: Path, *, say: Callable[[str], None] = lambda message: None) ->
     for folder, holder in _leases(root):
         if holder.is_newer(owner):
             lease.release()
-            raise Superseded(f"{holder} is a later attempt of this job: this attempt, {owner}, ends")
+            raise Superseded(f"{holder} is a later attempt of this job, so this attempt, {owner}, ends")
         if folder != lease.folder:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, folder.with_name(folder.name.replace(_PREFIX, ".fenced-")))
@@ -172,10 +172,10 @@ def _await_end(root: Path, owner: Owner, say: Callable[[str], None]) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"the run in {root.parent} is being trained by {alive[0]}.\n"
-                f"Stop that process first (kill -USR2 {alive[0].pid} saves and stops it), or choose another run.folder=..."
+                f"Stop that process first (`kill -USR2 {alive[0].pid}` lets it save), or choose another run.folder=..."
             )
         if not announced:
-            say(f"waiting for {alive[0]} to end: it holds this run's lease")
+            say(f"waiting for {alive[0]}, which holds this run's lease, to end")
         announced = True
         time.sleep(0.2)
 

@@ -33,9 +33,9 @@ from dist_t2i.utils.files import write_atomic
 from dist_t2i.utils.processes import signals_blocked
 
 FINISH_SECONDS = 600.0
-"""Seconds that a finished run waits at most for its last upload."""
+"""A finished run waits at most this many seconds for its last upload."""
 STOP_SECONDS = 5.0
-"""Seconds that a stopped run waits at most for its last upload; the next start uploads what is then missing."""
+"""A stopped run waits at most this many seconds for its last upload; the next start uploads what is missing."""
 _GLANCE_SECONDS = 15.0
 """If the run folder has checkpoints, the start waits at most this many seconds for a mirror that does not answer."""
 
@@ -91,11 +91,12 @@ class Mirror:
         if mismatches:
             if not self.allow_changes:
                 raise CheckpointError(mirror_store.another_run(self.url, mismatches))
-            _warn(f"continuing although the mirror {self.url} is another run's: " + "; ".join(mismatches))
+            _warn(f"continuing although the mirror {self.url} belongs to another run: " + "; ".join(mismatches))
         self._images = answer["images"]
 
     def restore(self, lease: Lease | None) -> None:
-        """Fetch the mirror's newest intact checkpoint if it is newer than the run folder's; commits it under `lease`.
+        """Fetch the mirror's newest intact checkpoint and commit it under `lease`, unless the run folder has a newer
+        one.
 
         Skips damaged checkpoints. Raises CheckpointError when the mirror has checkpoints, but neither the mirror nor
         the run folder has an intact one.
@@ -106,19 +107,19 @@ class Mirror:
         for images in self._images:
             if own >= images:
                 return
-            have = f"has only older checkpoints (to {own:,} images)" if own >= 0 else "has no intact checkpoint"
+            have = f"has only older checkpoints (up to {own:,} images)" if own >= 0 else "has no intact checkpoint"
             self._say(f"{self.run} {have}: fetching the one at {images:,} images from {self.url}")
             try:
                 store.adopt(lease, images, partial(self._fetch, images))
                 return
             except Damaged as error:
                 self._damaged.append(images)
-                self._warn(f"mirrored checkpoint passed over: {error}")
+                self._warn(f"skipped a mirrored checkpoint: {error}")
             except Unreachable as error:
                 return self._unreachable(error, own >= 0, self._warn)
         if own < 0:
             raise CheckpointError(
-                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and {self.run} has none.\n"
+                f"none of the {len(self._images)} newest checkpoints in {self.url} is intact, and none in {self.run}.\n"
                 "To start from the beginning, name another mirror (checkpoint.mirror=...)."
             )
 
@@ -132,7 +133,7 @@ class Mirror:
         self._ask("fetch", images=images, folder=str(staging), patience=self.retry_seconds, check=False)
         try:
             if store.open_checkpoint(staging).images != images:
-                raise CheckpointError(f"{staging / store.STATE}: damaged, it is not of {images:,} images.")
+                raise CheckpointError(f"{staging / store.STATE}: damaged: it is not of {images:,} images.")
         except CheckpointError as error:
             mirrored = f"{self.url}/checkpoints/{store.folder_name(images)}"
             raise Damaged(str(error).replace(str(staging), mirrored)) from error
@@ -147,8 +148,8 @@ class Mirror:
         if has_own:
             return warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
         raise CheckpointError(
-            f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume from "
-            f"is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
+            f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume "
+            f"from is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
         ) from error
 
     def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class Mirror:
         try:
             answer = json.loads(output)
         except ValueError:
-            raise Unreachable(f"its process ended with status {process.returncode}") from None
+            raise Unreachable(f"the mirror's process ended with status {process.returncode}") from None
         for kind, error in (("unreachable", Unreachable), ("damaged", Damaged)):
             if kind in answer:
                 raise error(answer[kind])
@@ -167,7 +168,7 @@ class Mirror:
         return answer
 
     def offer(self, images: int | None) -> None:
-        """Upload the checkpoint at `images` in the background; None only takes ownership of the mirror."""
+        """Upload the checkpoint at `images` in the background; None only takes over the mirror."""
         self._offered = images
         self.poll()  # notices an uploader that has ended
         if not self.url or self._refused:
@@ -198,12 +199,12 @@ class Mirror:
                 self._refused = True
                 self._warn(f"{problem}\nTraining continues without a mirror.")
             elif kind == "skipped":
-                self._warn(f"not mirrored: {problem}")
+                self._warn(f"a checkpoint was not mirrored: {problem}")
             if kind in ("uploaded", "skipped"):
                 self._uploaded = event["images"]
         if self._uploader.ended:
             if not self._refused:
-                self._warn("the mirror's process has ended; the next checkpoint starts another")
+                self._warn("the mirror's process has ended; the next checkpoint starts a new process")
             self.close()
 
     @property
@@ -214,7 +215,7 @@ class Mirror:
     def finish(self, *, finished: bool, stopping: Callable[[], bool]) -> None:
         """Wait for the last upload.
 
-        A finished run waits up to FINISH_SECONDS, or until `stopping()` is true; a stopped run, up to STOP_SECONDS.
+        A finished run waits up to FINISH_SECONDS or until `stopping()` is true, a stopped run up to STOP_SECONDS.
         """
         limit = FINISH_SECONDS if finished else STOP_SECONDS
         deadline = time.monotonic() + limit
@@ -227,7 +228,7 @@ class Mirror:
         while self.waiting and self._uploader and time.monotonic() < deadline and not (finished and stopping()):
             self.poll(0.25)
         if self.waiting:
-            self._warn(f"{self.url} lacks the checkpoint at {self._offered:,} images: the same command uploads it")
+            self._warn(f"{self.url} lacks the checkpoint at {self._offered:,} images: repeat the command to upload it")
         self.close()
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ T = TypeVar("T")
 RECORDS = "run/"
 """The subfolder of a mirrored checkpoint for the run's records, which a run folder keeps outside of checkpoints."""
 RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE)
-"""The names of the records. Others may have written a mirror, so a restore replaces no other file of the run folder."""
+"""The names of the records. A restore replaces no other files, because somebody else may have written the mirror."""
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
 """Files that identify the run, in the order in which they are written: a mirror with the last file has all of them."""
 _OWNER = "owner.json"
@@ -93,7 +93,7 @@ class Identity:
 
 
 class MirrorStore:
-    """The mirror at a URL or folder. Methods raise Unreachable if it does not answer for `patience` seconds."""
+    """The mirror at a URL or folder. Methods raise Unreachable if the mirror does not answer for `patience` seconds."""
 
     def __init__(self, url: str, patience: float = 0.0, request_seconds: float = _REQUEST_SECONDS) -> None:
         self._top = open_folder(url, seconds=request_seconds)
@@ -119,7 +119,7 @@ class MirrorStore:
 
     def unidentified(self) -> list[str]:
         """The reasons why a mirror without config.yaml cannot be used; empty when it has no checkpoints."""
-        return ["it has checkpoints, but no config.yaml that says whose they are"] if self.newest() else []
+        return ["it has checkpoints, but no config.yaml that identifies their run"] if self.newest() else []
 
     def _folders(self) -> list[int]:
         try:
@@ -175,7 +175,7 @@ class MirrorStore:
         attempts = itertools.count(1)
 
         def again(error: OSError, _: float) -> bool:
-            # If only this file cannot be read, while the mirror answers other requests, it is tried three times.
+            # If the mirror answers other requests, a file that cannot be read is tried three times.
             missing = isinstance(error, FileNotFoundError)
             return not missing and (next(attempts) < 3 or self._state(images) is None)
 
@@ -206,8 +206,8 @@ class MirrorStore:
     def push(self, run: Path, images: int, keep: Retention) -> None:
         """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` does not retain.
 
-        Raises Refused when another process has taken over the mirror, FileNotFoundError when the run folder no longer has
-        the checkpoint, and Damaged when the checkpoint's files differ from what was saved.
+        Raises Refused when another process has taken over the mirror, FileNotFoundError when the run folder no longer
+        has the checkpoint, and Damaged when the checkpoint's files differ from what was saved.
         """
         self._check_owner()
         keep = keep.with_best(_saved(store.folder_of(run) / folder_name(images)))
@@ -224,7 +224,7 @@ class MirrorStore:
             state = self._state(checkpoint.images) if checkpoint.images in self._complete else None
             if without_records(state or b"") == checkpoint.state:
                 return
-        self._remove(checkpoint.images)  # the old copy is damaged, or the run resumed before it and now differs
+        self._remove(checkpoint.images)  # the old copy is damaged, or the run went back to an older checkpoint
         folder = f"checkpoints/{folder_name(checkpoint.images)}"
         for name, file in checkpoint.files():
             self._put(f"{folder}/{name}", file)
@@ -246,7 +246,7 @@ class MirrorStore:
             if owner["token"] == self._token:
                 return
             who = f"process {owner['pid']} on {owner['host']}"
-        raise Refused(f"{self._top.url} was taken over by {who}: this run uploads no more")
+        raise Refused(f"{self._top.url} was taken over by {who}: this run stops its uploads")
 
     def _write(self, name: str, data: bytes) -> None:
         if self._read(name) != data:
@@ -315,13 +315,13 @@ def another_run(url: str, mismatches: list[str]) -> str:
     listed = "".join(f"\n  {line}" for line in mismatches)
     return (
         f"checkpoint.mirror: {url} is the mirror of another run:{listed}\n"
-        "Choose another location (checkpoint.mirror=...), restore the old values, or continue with --allow-changes, which "
-        "makes it this run's mirror."
+        "Choose another location (checkpoint.mirror=...), restore the old values, or continue with --allow-changes, "
+        "which makes this mirror the run's own."
     )
 
 
 def _safe(name: str) -> str:
-    """`name` if it is a plain file name, else raises ValueError: it must not lead out of the folder."""
+    """Returns `name` if it is a plain file name. Raises ValueError for others, which may lead out of the folder."""
     plain = name.removeprefix(RECORDS)
     if not plain or plain != os.path.basename(plain) or plain in (".", "..", STATE):
         raise ValueError(f"{name!r} is not the name of a file in a checkpoint")

@@ -32,8 +32,8 @@ def prepare(folder: Path, config: str, data: ShardSet, *, allow_changes: bool, w
 
     `config` is the text for config.yaml. Raises ConfigError when the run began with a configuration that gives another
     result, and CheckpointError when it began with another data set; with `allow_changes` both are warnings. Raises
-    UserError when the folder cannot be written, or when another process on this machine trains the run; nothing in the
-    run changes then.
+    UserError when the folder cannot be written, or when another process on this machine trains the run. A UserError
+    leaves the run unchanged.
     """
     try:
         if (folder / "config.yaml").exists():
@@ -47,7 +47,7 @@ def prepare(folder: Path, config: str, data: ShardSet, *, allow_changes: bool, w
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be written: {error.strerror or error}.\n"
-            "Choose another with run.folder=..., or correct its permissions or free space."
+            "Choose another folder with run.folder=..., correct the permissions, or free some space."
         ) from error
 
 
@@ -69,7 +69,7 @@ def _check_same_run(
 
 
 def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of the set that a run began with; None if every attempt was killed before recording one."""
+    """The fingerprint of the set that a run began with; None if no attempt has recorded it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
     return None

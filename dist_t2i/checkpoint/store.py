@@ -60,7 +60,7 @@ class Checkpoint:
         return int(self.state["images"])
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors (fp32, CPU) of `STEM.safetensors`. Raises CheckpointError when the file is missing or unreadable."""
+        """The tensors (fp32, CPU) of `STEM.safetensors`. Raises CheckpointError when the file cannot be read."""
         from safetensors.torch import load_file
 
         path = self.folder / f"{stem}.safetensors"
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 def folder_name(images: int) -> str:
-    """The name of the checkpoint at `images` seen, such as `images-000001280`; files about it use this stem."""
+    """The name of the checkpoint at `images` seen, such as `images-000001280`, also the stem of files about it."""
     return f"images-{images:09d}"
 
 
@@ -163,13 +163,13 @@ class Retention:
         ordered = sorted(images)
         kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
-            milestones = {count // self.every_images: count for count in reversed(ordered)}  # keeps the first of each
+            milestones = {count // self.every_images: count for count in reversed(ordered)}  # the first at each
             kept.update(count for milestone, count in milestones.items() if milestone > 0)
         return [count for count in ordered if count not in kept]
 
 
 def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The checkpoint named by `latest` if it is intact, else the newest intact one; None when the run has no checkpoint.
+    """The checkpoint named by `latest` if it is intact, else the newest intact one; None if the run has no checkpoint.
 
     Skips a damaged checkpoint with a warning that names the file. Raises CheckpointError when all are damaged.
     """
@@ -182,17 +182,17 @@ def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None
         try:
             return open_checkpoint(folder)
         except CheckpointError as error:
-            warn(f"checkpoint passed over: {error}")
+            warn(f"skipped a damaged checkpoint: {error}")
     if folders:
         raise CheckpointError(
             f"none of the {len(folders)} checkpoints under {root} is intact.\n"
-            "Restore one from a copy, or start again in another folder."
+            "Restore a checkpoint from a copy, or start a new run in another folder."
         )
     return None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and compare all sizes and SHA-256. Raises CheckpointError naming a file that differs."""
+    """Read a checkpoint and compare all sizes and SHA-256. Raises CheckpointError for a file that differs."""
     try:
         data = (folder / STATE).read_bytes()
         if (version := json.loads(data)["format"]) != FORMAT:
@@ -203,7 +203,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
     if images_in(folder.name) not in (images, None):
-        raise CheckpointError(f"{folder / STATE}: damaged, it is of {images:,} images.")
+        raise CheckpointError(f"{folder / STATE}: damaged: it is of {images:,} images.")
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():

@@ -125,7 +125,7 @@ class _Reading:
         self.where[key] = where
 
     def override(self, text: str) -> None:
-        """Reads one `section.key=value`; the value is YAML, or taken literally where a text is expected."""
+        """Reads one `section.key=value`. The value is read as YAML, or literally if the key expects a text."""
         key, equals, value = text.partition("=")
         where = self.overriding = f"override {text!r}"
         if not equals:
@@ -302,7 +302,7 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
         try:
             return convert(value, type_)
         except ValueError as error:
-            quotes = "; put it in quotes (YAML takes 12:00:00 for a number, too)" if type_ is str else ""
+            quotes = "; put it in quotes (otherwise YAML reads 12:00:00 as a number)" if type_ is str else ""
             problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
             return None
     inner = typing.cast(type, typing.get_args(type_)[1])

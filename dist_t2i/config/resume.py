@@ -13,12 +13,12 @@ from dist_t2i.utils.settings import Resume
 def is_free(key: str, config: Config) -> bool:
     """Whether a change of `key` on resume leaves the result the same."""
     if key == "train.total_images":
-        return config.optimizer.decay == "constant"  # otherwise the learning rates depend on it
+        return config.optimizer.decay == "constant"  # otherwise the learning rates depend on this key
     return keys()[key].resume is Resume.FREE
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) for each changed key that alters the result; with `free`, for each one that does not."""
+    """Dotted key -> (old, new) for each changed key that alters the result. With `free`: for all other changed keys."""
     before, after = flatten(old), flatten(new)
     changed = [key for key in before if before[key] != after[key] and is_free(key, new) == free]
     return {key: (before[key], after[key]) for key in changed}
@@ -27,8 +27,8 @@ def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tu
 def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:
     """A line for each changed key that alters the result. Raises `ConfigError` with these lines unless `allow`.
 
-    A change of networks or of the optimizer is refused even with `allow`, because the checkpoint has no weights for
-    them. `flag` is the command-line option that sets `allow`.
+    A change of networks or of the optimizer is refused even with `allow`, because the checkpoint lacks the tensors of
+    the new ones. `flag` is the command-line option that sets `allow`.
     """
     changes = {key: f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()}
     lines = list(changes.values())
@@ -40,6 +40,6 @@ def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str =
     if lines and not allow:
         count = "1 key" if len(lines) == 1 else f"{len(lines)} keys"
         head = f"this run was started with another configuration; {count} would change its result:"
-        tail = f"Put the old values back, start another run (run.folder=...), or continue regardless with {flag}."
+        tail = f"Put the old values back, start another run (run.folder=...), or continue anyway with {flag}."
         raise ConfigError("\n  ".join([head, *lines]) + f"\n{tail}", lines)
     return lines

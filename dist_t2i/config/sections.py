@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, filled by defaults <- YAML <- `section.key=value` overrides.
 
-The string beneath a field documents its key (`--help-config` prints it); its `setting` gives the range, and whether the
-key may change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise.
+The string beneath a field documents its key (`--help-config` prints it); its `setting` states the range, and whether
+the key may change on resume. Sizes are in pixels and durations in images seen unless a key says otherwise.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class DataConfig:
     shuffle_shards: int = setting(16, at_least(1))
     """Number of shards from which a shuffle window takes its samples."""
     flip: bool = True
-    """Mirrors a picture left to right on every other visit, depending only on the seed and the images seen."""
+    """Mirrors the picture on a random half of its visits, as a function of the seed and the images seen."""
     crop: float = setting(1.0, Bounds(0, 1, above=True))
-    """Smallest share of the short side that a random crop keeps; 1 takes the central square."""
+    """Smallest share of the short side that a random crop keeps; 1 always keeps the central square."""
     max_tokens: int = setting(32, Bounds(2, 4096), Resume.FIXED)
     """Captions are truncated to this many tokens."""
     on_bad: Literal["budget", "strict"] = setting("budget", resume=Resume.FREE)
@@ -48,7 +48,7 @@ class DataConfig:
     retry_seconds: float = setting(300.0, resume=Resume.FREE)
     """Seconds for which a failing remote read is retried before its sample counts as bad."""
     stall_seconds: float = setting(10.0, POSITIVE, Resume.FREE)
-    """Seconds without data after which a remote read fails; a complete read may take six times as long."""
+    """A remote read fails after this many seconds without data; a complete read may take six times this long."""
     cache: str = setting("auto", resume=Resume.FREE)
     """Folder on the local disk that caches parts of remote shards for all processes of this machine; `auto`: inside the
     temporary folder of the job or the system; `none`: no cache, one request per sample."""
@@ -96,8 +96,8 @@ class LossConfig:
     temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on whole pictures and sentences."""
     region_negatives: int = 0
-    """Number of other positions that each position of a fake's region map is contrasted with, besides the same position
-    of other pictures. They provide a gradient where all pictures look alike, such as a plain background."""
+    """Number of other positions that are negatives for each position of a fake's region map, besides the same position
+    of other pictures. They provide a gradient where all pictures look alike, such as on a plain background."""
     region_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on regions."""
     d_alignment_words: float = 1.0
@@ -111,22 +111,22 @@ class LossConfig:
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0
-    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. Use it for sets
-    whose captions determine most of the picture, such as drawings. For other sets leave it 0, since this loss blurs
-    what a caption does not determine."""
+    """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. Use this loss
+    for sets whose captions determine most of the picture, such as drawings. It blurs everything that a caption does not
+    determine."""
     reconstruction: float = 10.0
     """Weight of G's mean absolute error (pixels in [-1, 1]) on edits of a picture into itself (`edit.own`)."""
     edit_target: float = 0.0
     """Weight of the squared distance between G's picture and the target, divided by the squared distance between source
-    and target (`losses.way_left`). It applies to samples whose source is another sample's picture. Use it for sets in
-    which pictures with near captions agree pixel by pixel except where the captions differ, such as drawings. For other
-    sets leave it 0."""
+    and target (`losses.way_left`). This loss applies to samples whose source is another sample's picture. Use it only
+    for sets such as drawings, in which pictures with near captions agree pixel by pixel except where the captions
+    differ."""
     kl: float = 0.02
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
     """D's gradient penalty. `ma_gp`: DF-GAN's, matching-aware; `fd_r1`: R1 by finite differences, at any ZeRO stage."""
     penalty_weight: float = 0.05
-    """Weight of the penalty. For R1 it multiplies the squared gradient norm, without a factor of 1/2."""
+    """Weight of the penalty. For R1, the weight multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
     """The penalty is computed every n-th step, with n times its weight (StyleGAN2, sec. 3.1: lazy regularization)."""
     penalty_sigma: float = setting(0.01, POSITIVE)
@@ -142,7 +142,7 @@ class OptimizerConfig:
     discriminator_lr: float = setting(8e-4, POSITIVE)
     """Peak learning rate of the discriminator."""
     text_lr_scale: float = 1.0
-    """Learning rate of the text encoders, as a factor on the learning rate of their engine."""
+    """Learning rate of each text encoder, relative to the learning rate of its engine."""
     beta1: float = setting(0.0, Bounds(0, 1, below=True))
     """Adam's first-moment decay."""
     beta2: float = setting(0.99, Bounds(0, 1, below=True))
@@ -162,7 +162,7 @@ class OptimizerConfig:
     final_lr_scale: float = setting(0.0, SHARE)
     """Learning rates at the end, relative to their peak."""
     gradient_clipping: float = 0.0
-    """Largest global gradient norm; 0 turns clipping off. DeepSpeed always gets this value, as its default is 1.0."""
+    """Largest global gradient norm; 0 turns clipping off. This value also replaces DeepSpeed's default of 1.0."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class TrainConfig:
     seed: int = 0
     """Random seed. Weights, sample order, captions, noise and augmentation depend only on it and the images seen."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
-    """A step that takes longer counts as hung: the run names the rank and exits with status 77. 0 waits forever."""
+    """A longer step counts as hung: the run names the rank that hangs and exits with status 77. 0 waits forever."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class CheckpointConfig:
     keep_last: int = setting(2, at_least(1))
     """Number of newest checkpoints to keep; at least 1."""
     keep_every_images: int = 0
-    """Keeps, in addition, one checkpoint each time this many images have passed; 0 keeps only the newest."""
+    """Images between further checkpoints that are kept; 0 keeps only the newest checkpoints."""
     mirror: str = ""
     """Folder or URL (`s3://bucket/runs/mine`) to which a process started by rank 0 copies checkpoints, and from which a
     run can be restored; empty: no mirror. Each run needs its own mirror. Credentials come from the environment."""
@@ -231,7 +231,7 @@ class EvalConfig:
     """Scores during training (see docs/evaluation.md)."""
 
     every_images: int = 0
-    """Images between two evaluations of the moving average by rank 0; the last is at the end. 0: no evaluation."""
+    """Images between two evaluations of the moving average by rank 0; the run ends with one. 0: no evaluation."""
     protocol: str = "quick"
     """Name of a protocol, or a .yaml file. Choose a small protocol, because training waits for the evaluation."""
     data: str = ""

@@ -40,16 +40,16 @@ def _combinations(config: Config) -> Iterator[Problem]:
         yield from rules(config)
     edit, data, batch = config.edit, config.data, config.train.global_batch
     if edit.init and not edit.width:
-        yield ("edit.init", "edit.width"), "is only read where pictures are edited: also set edit.width, such as 48"
+        yield ("edit.init", "edit.width"), "is only read if pictures are edited: also set edit.width, for example to 48"
     if edit.own + edit.none > 1:
-        yield ("edit.own", "edit.none"), f"is {edit.own:g}, more than edit.none={edit.none:g} leaves of 1"
+        yield ("edit.own", "edit.none"), f"is {edit.own:g}, but its sum with edit.none={edit.none:g} must not exceed 1"
     if batch % 2:
-        why = "each row's wrong caption is its neighbor's, so rows come in pairs"
+        why = "each row uses its neighbor's caption as the wrong caption, so rows come in pairs"
         yield ("train.global_batch",), f"must be even ({why}), is {batch}"
     entries = [data.train] if isinstance(data.train, str) else data.train
     if data.weights and len(data.weights) != len(entries):
         counts = f"{len(data.weights)} numbers for {len(entries)} entries"
-        yield ("data.weights", "data.train"), f"has {counts} of data.train: give one each, or none"
+        yield ("data.weights", "data.train"), f"has {counts} of data.train: give one for each entry, or none"
 
 
 def _text(config: Config) -> Iterator[Problem]:
@@ -61,7 +61,7 @@ def _text(config: Config) -> Iterator[Problem]:
         remedy = "set the mode or leave this empty"
         yield ("text.frozen", "text.mode"), f"is only read with text.mode=frozen, but the mode is {text.mode}: {remedy}"
     if text.encoder == "lstm" and text.embedding % 2:
-        why = "half of it from each direction of the LSTM"
+        why = "each direction of the LSTM computes one half"
         yield ("text.embedding", "text.encoder"), f"must be even ({why}), is {text.embedding}"
     if text.encoder == "transformer" and text.embedding % text.heads:
         yield ("text.embedding", "text.heads"), f"must be a multiple of text.heads={text.heads}, is {text.embedding}"
@@ -80,7 +80,7 @@ def _sizes(config: Config) -> Iterator[Problem]:
             yield (key,), "needs at least one number: the channels at 4 pixels"
         elif (count := len(channels)) > scales:
             reach = f"{count} scales reach {4 * 2 ** (count - 1)} pixels, beyond data.image_size={size}"
-            yield (key, "data.image_size"), f"{reach}: at most {scales} numbers"
+            yield (key, "data.image_size"), f"{reach}: give at most {scales} numbers"
 
 
 def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
@@ -120,9 +120,9 @@ def _mirror(config: Config) -> Iterator[Problem]:
     elif scheme in ("http", "https"):
         yield key, f"a web server can only be read, so {url} cannot be written to: use object storage or a folder"
     elif scheme and scheme not in (*OBJECT_STORES, "file") and scheme not in _file_systems():
-        yield key, f"no library knows {scheme}://: use a folder, s3://, gs://, az://, or another scheme of fsspec's"
+        yield key, f"no library knows {scheme}://: use a folder, s3://, gs://, az://, or a scheme that fsspec knows"
     elif scheme in OBJECT_STORES and not parts.netloc:
-        yield key, f"names no bucket, is {url}: expected {scheme}://bucket/folder"
+        yield key, f"names no bucket ({url}): expected {scheme}://bucket/folder"
 
 
 def _file_systems() -> set[str]:
@@ -133,7 +133,7 @@ def _file_systems() -> set[str]:
 
 def check_world(config: Config, world_size: int) -> int:
     """Rows of one micro-batch on one rank. Raises `ConfigError` unless the global batch divides into `world_size *
-    engine.accumulation` micro-batches of equal and even size (a row's wrong caption is its neighbor's)."""
+    engine.accumulation` micro-batches of equal and even size (a neighboring row gives each wrong caption)."""
     batch, accumulation = config.train.global_batch, config.engine.accumulation
     parts = world_size * accumulation
     if batch % (2 * parts) == 0:
@@ -141,6 +141,6 @@ def check_world(config: Config, world_size: int) -> int:
     below, above = batch // (2 * parts) * 2 * parts, -(-batch // (2 * parts)) * 2 * parts
     choices = " or ".join(str(size) for size in (below, above) if size > 0)
     given = f"{batch} images over {world_size} rank{'s' * (world_size > 1)} x engine.accumulation={accumulation}"
-    problem = f"{given} leave {batch / parts:g} a micro-batch, which must be a whole even number"
+    problem = f"{given} give {batch / parts:g} images per micro-batch, which must be a whole even number"
     line = f"train.global_batch: {problem}: use {choices}, another accumulation, or another number of ranks"
     raise ConfigError(line, [line])

@@ -1,1 +1,1 @@
-"""A set of captioned pictures as a stream of batches: shards, their indexes, the order, remote reads and decoding."""
+"""Turns sets of captioned pictures into batches: shards, their indexes, the order, remote reads and decoding."""

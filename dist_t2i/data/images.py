@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
 """Images with more pixels are refused before they are decoded. 67 million pixels take 200 MB when decoded."""
 MIN_SIDE = 8
-"""Images with a side of fewer pixels are refused: they show nothing to learn from."""
+"""Images with a side of fewer pixels are refused, because nothing can be learned from them."""
 _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
 _BEFORE_EXIF = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
@@ -55,7 +55,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The first frame of an image in RGB and upright. Transparent parts become white, and 16-bit values are cut to 8
+    """The first frame of an image, in RGB and upright. Transparent parts become white, and 16-bit values are cut to 8
     bits. Raises PictureError if the image does not decode or has an unusable size."""
     try:
         with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """Indexes existing WebDataset tars in place: writes indexes and a manifest, and neither copies nor changes the tars.
 
-HOME/manifest.json, tokenizer.json      have the formats of a set that tools/shard.py wrote; name the tars by their URLs
+HOME/manifest.json, tokenizer.json      the same formats as in a set of tools/shard.py; the manifest lists URLs of tars
     /index/00000000.index               the index of the first tar of the list
     /index/00000000.json                the facts about this tar that the manifest states; a repeated run reuses them
 """
@@ -35,7 +35,7 @@ from dist_t2i.utils.progress import Progress
 
 VOCABULARY = 4096
 _CAPTIONS = 2_000_000
-"""The number of captions that are kept for the tokenizer and the statistics, equally many from each tar."""
+"""The number of captions that are kept for the tokenizer and the statistics, with equal shares of all tars."""
 _MAX_PROBLEMS = 1_000
 
 
@@ -69,7 +69,7 @@ def indexed_set(
         with open(home / "lock", "a+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another process is indexing: wait for it, and then find the tars indexed
+            except OSError:  # another process is indexing: wait, and use its indexes
                 print(f"waiting for another process that indexes into {home}", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [number for number, url in enumerate(urls) if not _is_indexed(home, number, url)]
@@ -123,7 +123,7 @@ def _start_process() -> None:
 
 
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, limit: int) -> None:
-    """Indexes one tar and keeps about `limit` of its captions at most. Raises DataError if the tar is unreadable or
+    """Indexes one tar and keeps at most about `limit` of its captions. Raises DataError if the tar is unreadable or
     unsafe, OSError if the index cannot be written."""
     index_file, result_file = _files(home, number)
     state = _state_of(url)
@@ -152,8 +152,8 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
 
 
 def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
-    """Removes samples without an image or a caption. Returns the captions of about `limit` evenly spaced other
-    samples."""
+    """Removes samples without an image or a caption. Returns the captions of about `limit` of the other samples, evenly
+    spaced."""
     kept, captions = [], []
     for sample in contents.samples:
         try:

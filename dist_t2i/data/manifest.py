@@ -16,7 +16,7 @@ VERSION = 1
 
 
 def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
-    """Parses `data`, the bytes of the manifest `file`. Raises DataError if they are not a manifest of this version."""
+    """Parses `data`, the bytes of the manifest `file`. Raises DataError if `data` is not a manifest of this version."""
     try:
         manifest = json.loads(data.decode("utf-8"))
     except ValueError as error:

@@ -41,7 +41,7 @@ def key_and_extension(path: str) -> tuple[str, str] | None:
 
 
 class Keys(Sequence[str]):
-    """The keys of a shard in one block of memory. The block is a fifth as large as a list of strings."""
+    """The keys of a shard in one block of memory. The block takes a fifth of the memory of a list of strings."""
 
     def __init__(self, packed: bytes) -> None:
         self.packed = packed
@@ -88,7 +88,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Parses an index file. Raises DataError if it is not an index, or lists members that could run code."""
+        """Parses an index file. Raises DataError if the file is not an index, or lists members that could run code."""
         index = cls.__new__(cls)
         try:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -98,7 +98,7 @@ class ShardIndex:
         except Exception as error:  # a broken file can raise zip, key and value errors
             raise DataError(f"{name}: not an index of a shard ({error}); write the set again") from error
         if len(index._arrays["first"]) != len(index.keys) + 1:
-            raise DataError(f"{name}: not an index of a shard (its arrays do not fit); write the set again")
+            raise DataError(f"{name}: not an index of a shard (its arrays have different lengths); write the set again")
         refuse_unsafe(index.extensions, name)
         return index
 

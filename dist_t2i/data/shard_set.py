@@ -105,7 +105,7 @@ class Shards:
         about = self._shards[shard]
         index = ShardIndex.from_bytes(read_file(about.index_url, self.options), about.index_url)
         if len(index) != about.samples:
-            raise DataError(f"{about.url}: its index has {len(index)} samples, the manifest says {about.samples}")
+            raise DataError(f"{about.url}: its index has {len(index)} samples, but the manifest lists {about.samples}")
         return open_shard(about.url, self.options, about.identity), index
 
     def read(self, shard: int, row: int, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """An open set. `folder` is its path or URL, `manifest` the parsed manifest.json."""
+    """An open set. `folder` is the path or URL of the set, and `manifest` is the parsed manifest.json."""
 
     folder: str
     manifest: dict[str, Any]
@@ -231,7 +231,7 @@ class ShardSet:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the set. Raises DataError if it cannot be read."""
+        """The tokenizer of the set. Raises DataError if the tokenizer cannot be read."""
         return Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
 
     def shards(self, split: str) -> Shards:

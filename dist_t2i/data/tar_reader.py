@@ -92,7 +92,7 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
 
 
 def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of the tar. A gap that contains more than zeros, or a missing end, becomes a problem."""
+    """Yields the members of the tar. Adds a problem for a gap that contains more than zeros, and for a missing end."""
     start = 0
     while True:
         reader.seek(start)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""Texts are cut to this many characters before they are encoded, far more than `max_tokens` can represent."""
+"""Texts are cut to this many characters before they are encoded. `max_tokens` tokens represent far fewer characters."""
 _CACHED_TEXTS = 200_000
 
 
@@ -53,7 +53,7 @@ class Tokenizer:
     files are equal."""
 
     text: str
-    """The content of a tokenizer.json. Raises DataError if it is anything else."""
+    """The content of a tokenizer.json. Any other text raises DataError."""
 
     def __post_init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,7 +66,7 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise DataError(str(error)) from error
         if tuple(self._library.id_to_token(i) for i in range(len(SPECIAL))) != SPECIAL:
-            raise DataError(f"not one of our tokenizers: its first tokens should be {' '.join(SPECIAL)}")
+            raise DataError(f"not a tokenizer of this project: its first tokens must be {' '.join(SPECIAL)}")
         self._cached: dict[str, tuple[int, ...]] = {}
 
     @classmethod
@@ -119,8 +119,8 @@ class Tokenizer:
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
-    The same counts always give the same file. Tokens do not mark the beginning of a word, because the library would number such
-    tokens at random."""
+    The same counts always give the same file. Tokens do not mark the beginning of a word, because the library would
+    number such tokens at random."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 

@@ -1,1 +1,1 @@
-"""Processes of a run: launching, ZeRO engines, collectives, stopping, hangs."""
+"""The processes of a run: launchers, ZeRO engines, collectives, stop signals, hangs."""

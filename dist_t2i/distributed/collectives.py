@@ -39,10 +39,10 @@ def max_over_ranks(number: int) -> int:
 
 
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
-    """`function()` on rank 0; returns its result on every rank. Collective.
+    """Calls `function()` on rank 0 and returns the result on every rank. Collective.
 
-    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that it is printed once.
-    `slow` runs `function` in a thread, for functions that may take longer than a collective's timeout (10 minutes).
+    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that only rank 0 prints
+    it. `slow` runs `function` in a thread, for functions that may take longer than a collective's timeout (10 minutes).
     """
     if slow:
         function = _run_in_thread(function)
@@ -63,7 +63,7 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
 
 def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
     """Run `function` in a thread of rank 0. Meanwhile all ranks join in a short collective every half second, so that
-    none times out. Returns a function that returns the result, or raises the error, of `function`."""
+    no rank times out. Returns a function that returns the result, or raises the error, of `function`."""
     future: Future[T] = Future()
 
     def run() -> None:

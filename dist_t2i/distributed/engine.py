@@ -1,4 +1,4 @@
-"""One network under DeepSpeed ZeRO. Only this module knows DeepSpeed.
+"""One network under DeepSpeed ZeRO. Only this module uses DeepSpeed's API.
 
 A GAN needs two engines in one process. Mistakes with them often give wrong gradients instead of an error. The rules:
 
@@ -7,8 +7,8 @@ A GAN needs two engines in one process. Mistakes with them often give wrong grad
   announcement, the gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
 * While a network only takes part in the other network's loss, it is frozen. Otherwise its ZeRO hooks would collect the
   gradient of that loss.
-* There is one `backward` per micro-batch, so losses are summed first. A second one would silently be wrong at stages 1
-  to 3.
+* There is one `backward` per micro-batch, so losses are summed first. At stages 1 to 3, a second call would silently
+  give wrong gradients.
 
 State is saved and restored as full fp32 tensors by parameter name, so runs resume at any world size, stage or
 precision.
@@ -73,9 +73,9 @@ def init_distributed(device: torch.device) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise LaunchError(
-            f"port {os.environ['MASTER_PORT']} of this machine, {os.uname().nodename}, at which rank 0 waits for the other "
-            "ranks, is used by another program (another training?): set MASTER_PORT to a free one (deepspeed --master_port, "
-            "torchrun --master-port); a Slurm job takes another port at its next attempt"
+            f"another program (another training?) uses port {os.environ['MASTER_PORT']} of {os.uname().nodename}, at "
+            "which rank 0 waits for the other ranks: set MASTER_PORT to a free port (deepspeed --master_port, torchrun "
+            "--master-port). A Slurm job uses another port at its next attempt."
         ) from None
 
 
@@ -121,7 +121,7 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "reduce_scatter": False,  # one all-reduce; DeepSpeed's "scatter" is an all-reduce as well, with two more copies
-        "contiguous_gradients": spec.stage >= 2 and gpu,  # a copy, only to avoid fragmentation of a GPU's memory
+        "contiguous_gradients": spec.stage >= 2 and gpu,  # copies gradients, which avoids fragmented GPU memory
         "overlap_comm": False,
     }
     if spec.stage == 3:
@@ -143,7 +143,7 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
 
 
 def effective_stage(stage: int, precision: str) -> int:
-    """In half precision, stage 1 replaces stage 0, where DeepSpeed has no loss scaling for its fp32 masters."""
+    """In half precision, stage 1 replaces stage 0, because DeepSpeed cannot scale losses at stage 0."""
     return 1 if stage == 0 and precision != "fp32" else stage
 
 
@@ -162,7 +162,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 class NetworkEngine:
-    """A network, its optimizer (AdamW, and Muon if `optimizer` says so) and its ZeRO engine."""
+    """A network, its optimizer (AdamW, and Muon if `optimizer` requests it) and its ZeRO engine."""
 
     def __init__(self, module: nn.Module, spec: EngineSpec, optimizer: OptimizerConfig, device: torch.device) -> None:
         import deepspeed
@@ -187,7 +187,7 @@ class NetworkEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The network, to be called."""
+        """The network. Call this module, not the engine."""
         return self._engine.module
 
     @property
@@ -197,7 +197,7 @@ class NetworkEngine:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within this context no parameter gets a gradient, while the other network's loss uses this network."""
+        """A context for the other network's loss, in which the parameters of this network get no gradient."""
         self.module.requires_grad_(False)
         try:
             yield
@@ -211,10 +211,10 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call after each micro-batch's `backward`; a step's last call updates weights, at peak rate * `rate_scale`."""
+        """Call this after each `backward`. The last call of a step updates the weights, at peak rate * `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
-        # Compute the norm of the global gradient, which DeepSpeed's stage 0 does not compute unless it clips.
+        # Compute the norm of the global gradient, which DeepSpeed's stage 0 computes only if it clips.
         if self._engine.is_gradient_accumulation_boundary() and self.stage == 0:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -304,7 +304,7 @@ class NetworkEngine:
 
     @torch.no_grad()
     def _set_full(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set what `_full` returns, and the parameter in its training dtype."""
+        """Set the tensor that `_full` returns, and the parameter in its training dtype."""
         from deepspeed import utils as ds
 
         value = value.to(self.device, torch.float32)
@@ -367,9 +367,9 @@ class NetworkEngine:
                 actual = tuple(tensors[key].shape) if key in tensors else "not in the checkpoint"
                 if actual != shape:
                     raise CheckpointError(
-                        f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is {actual}, "
-                        f"where it has to be {shape}.\nA run keeps the networks and optimizers that it began with: restore the "
-                        "old values of model.*, text.*, edit.* and optimizer.generator_matrices, or start another run "
+                        f"the checkpoint does not fit the configuration: {key} of the {self.name}'s engine is {actual}"
+                        f", but must be {shape}.\nA run keeps its networks and optimizers: restore the old values "
+                        "of model.*, text.*, edit.* and optimizer.generator_matrices, or start another run "
                         "(run.folder=...)."
                     )
 

@@ -51,8 +51,8 @@ def prepare(environment: MutableMapping[str, str] | None = None) -> Rank:
     elif present:
         missing = ", ".join(name for name in _NEEDED if name not in present)
         raise LaunchError(
-            f"{', '.join(present)} set, but not {missing}: unset them all for a single process, "
-            "or start with deepspeed, torchrun or srun, which set them all"
+            f"{', '.join(present)} set, but not {missing}: unset all of them for a single process, "
+            "or start with deepspeed, torchrun or srun, which set all of them"
         )
     elif env.get("SLURM_PROCID") and env.get("SLURM_STEP_ID", "").isdigit():
         rank = _from_slurm(env)
@@ -87,7 +87,7 @@ def _from_slurm(env: MutableMapping[str, str]) -> Rank:
 
 
 def slurm_master(env: Mapping[str, str]) -> str:
-    """Address of the first node of the job step: its name if that resolves, else its NodeAddr from Slurm."""
+    """Address of the first node of the job step: its name if the name resolves, else its NodeAddr from Slurm."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     name = _scontrol("show", "hostnames", nodes).partition("\n")[0] if re.search(r"[\[,]", nodes) else nodes
     if not name:
@@ -97,7 +97,7 @@ def slurm_master(env: Mapping[str, str]) -> str:
         return name
     if address := re.search(r"NodeAddr=(\S+)", _scontrol("-o", "show", "node", name)):
         return address[1]
-    raise LaunchError(f"the first node, {name}, has no address that resolves: set MASTER_ADDR to one")
+    raise LaunchError(f"the first node, {name}, has no address that resolves: set MASTER_ADDR to its address")
 
 
 def _scontrol(*arguments: str) -> str:
@@ -115,7 +115,7 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
         # 0: the system picks a free port, which no other process needs to know.
         env["MASTER_PORT"] = env.get("MASTER_PORT") or "0"
     elif not env.get("MASTER_ADDR"):
-        raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: the address of rank 0's machine")
+        raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: set it to the address of rank 0")
     elif not env.get("MASTER_PORT"):
         env["MASTER_PORT"] = str(job_port(env))
 
@@ -159,10 +159,10 @@ def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
     if not has_gpu(env):
         env.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it finds no accelerator
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo would resolve this machine's name, which often fails or gives 127.0.1.1, which other machines cannot
-        # reach
+        # gloo would resolve this machine's name. This often fails, or gives 127.0.1.1, an address that other machines
+        # cannot reach.
         env["GLOO_SOCKET_IFNAME"] = interface
-    binaries = str(Path(sys.executable).parent)  # symlinks kept: a venv's python is a link to another folder
+    binaries = str(Path(sys.executable).parent)  # links are not resolved: a venv's python is a link to another folder
     if binaries not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # DeepSpeed's offload needs ninja
 

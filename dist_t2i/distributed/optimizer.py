@@ -1,11 +1,11 @@
 """AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by
-the nearest matrix whose singular values are all equal. Rare directions of the gradient then count as much as frequent
-directions. A convolution's kernel counts as a matrix, of its outputs by all its other dimensions. The step is scaled to
-the root mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that it can
-use AdamW's learning rate. Only a full matrix has these singular values, but under ZeRO a rank holds pieces of matrices
-(`Layout`). Each step is therefore computed from all ranks' pieces.
+the nearest matrix whose singular values are all equal. Rare and frequent directions of the gradient then have the same
+weight. A convolution's kernel is treated as a matrix [outputs, all other dimensions]. The step is scaled to the root
+mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that it can use AdamW's
+learning rate. Only a full matrix has these singular values, but under ZeRO a rank holds pieces of matrices (`Layout`).
+Each step is therefore computed from all ranks' pieces.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _polynomial(gram: Tensor) -> Tensor:
 
 
 class AdamWAndMuon(torch.optim.AdamW):
-    """AdamW, but Muon updates groups with `muon` true, with the group's `lr` and `weight_decay` and momentum
+    """AdamW, except that Muon updates the groups with `muon` true. It uses their `lr` and `weight_decay`, and
     `momentum`.
 
     The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` gives that

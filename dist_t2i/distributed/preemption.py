@@ -8,7 +8,7 @@ What launchers do with signals (DeepSpeed 0.19.8, torch 2.13; `tests/distributed
   while the ranks still save. DeepSpeed's launcher then sends the ranks SIGTERM, which counts as part of the same stop,
   and SIGKILL 30 seconds later.
 * `kill -TERM` of the launcher (`deepspeed.launcher.launch`) makes it send SIGTERM to one rank, and SIGKILL after 30
-  seconds. The rank informs the others at the step boundary. The launcher's status is 1 whatever the ranks return.
+  seconds. The rank informs the others at the step boundary. The launcher exits with 1, whatever the ranks return.
 * `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks. They stop because
   `StopFlag` notices that the launcher is gone. After a `kill -9` of the launcher, `deepspeed` exits with 0 in any case;
   only RUN/progress.json says how the run ended.
@@ -47,7 +47,7 @@ class StopReason(IntEnum):
     SIGUSR2 = 4
     SIGTERM = 5
     LAUNCHER_GONE = 6
-    TAKEN_OVER = 7  # another process has taken the run over: nothing may be saved, so this reason wins over all others
+    TAKEN_OVER = 7  # another process has taken over the run: nothing may be saved, so this reason wins over all others
 
     @property
     def text(self) -> str:
@@ -58,9 +58,9 @@ class StopReason(IntEnum):
 class StopFlag:
     """Whether this run was asked to stop. Install it once, in the main thread, on every rank.
 
-    With `announce` (rank 0), a message on stderr says what a signal leads to. `install()` lasts until the process ends,
-    so that a launcher's late SIGTERM cannot change the exit status; as a context manager it restores the previous
-    handlers.
+    With `announce` (rank 0), a message on stderr says what the run does after a signal. `install()` lasts until the
+    process ends, so that a launcher's late SIGTERM cannot change the exit status; as a context manager it restores the
+    previous handlers.
     """
 
     def __init__(self, *, announce: bool = False) -> None:
@@ -73,7 +73,7 @@ class StopFlag:
         return self.install()
 
     def install(self) -> StopFlag:
-        """From now on the stop signals set the flag."""
+        """Makes the stop signals set the flag from now on."""
         self._watch_second_interrupt()
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
@@ -104,7 +104,7 @@ class StopFlag:
         return reason
 
     def supersede(self) -> None:
-        """Stop all ranks because another process has taken the run over."""
+        """Stop all ranks because another process has taken over the run."""
         self._reason = StopReason.TAKEN_OVER
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -117,7 +117,7 @@ class StopFlag:
         self._reason = self._reason or StopReason[name]
 
     def _watch_second_interrupt(self) -> None:
-        """A thread sees SIGINT even while the main thread is stuck in a collective, where handlers do not run."""
+        """Starts a thread that sees SIGINT even while the main thread is in a collective, where handlers do not run."""
         reading, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)

@@ -1,4 +1,4 @@
-"""Starts a training run as a child process under the `deepspeed` launcher, watches it, and stops it so that it saves.
+"""Starts a training run as a child process of the `deepspeed` launcher, watches it, and lets it save before it stops.
 
 The run's output passes through to the terminal. The run has its own session, so that Ctrl-C does not end the launcher
 before the ranks have saved. This process gets the Ctrl-C and signals rank 0, whose pid is in RUN/progress.json.
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.25
 
 
 class Interrupted(UserError):
-    """Ctrl-C or SIGTERM has stopped the run, which has saved if it had begun to train."""
+    """Ctrl-C or SIGTERM has stopped the run. If training had begun, the run has saved a checkpoint."""
 
     status = ExitStatus.INTERRUPTED
 
@@ -47,10 +47,9 @@ def train(
     """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()`.
 
     The output goes to the terminal, or to the file `log`; if the training fails, the end of `log` is printed.
-    `launcher` holds further options of `deepspeed`. `entry` is the training script (default: the
-    train.py of the running package). Ctrl-C and
-    SIGTERM stop the run so that it saves, then raise Interrupted; a second Ctrl-C raises KeyboardInterrupt at once.
-    Raises TrainingError when the training fails, after it has printed why. Main thread only.
+    `launcher` holds further options of `deepspeed`. `entry` is the training script (default: the train.py of the
+    running package). On Ctrl-C or SIGTERM, the run saves and stops, and Interrupted is raised. A second Ctrl-C raises
+    KeyboardInterrupt at once. When the training fails, prints the reason and raises TrainingError. Main thread only.
     """
     child = _Child([*launcher, str(entry), "--config", str(config), f"run.folder={run}", *overrides], run, log)
     with child.signals():

@@ -68,7 +68,7 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """Say that the run begins `what`, at `images` seen, which may take `extra` seconds longer than a step.
+        """Say that the run begins `what` at `images` seen. The activity may take `extra` seconds longer than a step.
 
         A silent rank gets no extra seconds.
         """
@@ -131,7 +131,7 @@ class Watchdog:
             return
         verdict = diagnose(before, self._read(), self.world_size)
         if verdict["silent"] and any(report["rank"] == self.rank for report in verdict["guilty"]):
-            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive: so no rank can write files
+            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive, so no rank can write files
         if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
             return  # a long activity, and every rank is alive
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
@@ -144,8 +144,8 @@ class Watchdog:
 
 
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
-    """Find the ranks that hang, from their files (rank -> file) at two moments; between these each rank should have
-    written.
+    """Find the ranks that hang, from their files (rank -> file) at two moments. In between, each rank should have
+    written its file.
 
     Returns the `guilty` ranks' files with `how` they hang, whether they are `silent`, and who is `waiting` for them.
     """
@@ -153,7 +153,7 @@ def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -
     silent = [rank for rank in range(world_size) if rank not in alive]
     waiting = [rank for rank in alive if in_collective(after[rank]["stacks"])]
     guilty = silent or [rank for rank in alive if rank not in waiting]
-    how = "gives no sign of life" if silent else "is not in a collective, in which the others wait"
+    how = "gives no sign of life" if silent else "is not in the collective in which the others wait"
     reports = [{"rank": rank, **after.get(rank, {}), "how": how} for rank in guilty]
     return {"guilty": reports, "silent": bool(silent), "waiting": waiting}
 
@@ -173,6 +173,6 @@ def describe(verdict: dict[str, Any]) -> str:
         lines.append(f"rank {report['rank']}{process} {report['how']}{doing}")
         lines += [f"    {frame}" for frame in report.get("stacks", {}).get("MainThread", [])]
     if not verdict["guilty"]:
-        lines.append(f"every rank waits for the others or for the device; their stacks: RUN/{FOLDER}/rank-*.json")
+        lines.append(f"every rank waits for the others or for the device; the stacks are in RUN/{FOLDER}/rank-*.json")
     lines.append("the watchdog ends the run; it can resume from its last checkpoint")
     return "\n".join(lines)

@@ -14,9 +14,9 @@ from torch import Tensor
 def hinge_d(real: Tensor, fake: Tensor, mismatched: Tensor | None = None, mismatched_weight: float = 0.5) -> Tensor:
     """The discriminator's hinge loss (Lim & Ye 2017; Miyato et al. 2018) on logits [B] (or any shape).
 
-    Real pictures with their caption should score above 1; fakes, and real pictures with a wrong caption, below -1. The
-    two kinds of negatives have weights that sum to 1: `mismatched_weight` for wrong captions (a half in DF-GAN, Eq. 1),
-    the rest for fakes.
+    Real pictures with their caption should score above 1. Fakes, and real pictures with a wrong caption, should score
+    below -1. The two kinds of negatives have weights that sum to 1: `mismatched_weight` for wrong captions (a half in
+    DF-GAN, Eq. 1), the rest for fakes.
     """
     loss, fakes = F.relu(1 - real.float()).mean(), F.relu(1 + fake.float()).mean()
     if mismatched is None or mismatched_weight == 0:
@@ -33,7 +33,7 @@ def hinge_g(fake: Tensor) -> Tensor:
 def _contrast(logits: Tensor, same: Tensor | None, further: Tensor | None = None) -> Tensor:
     """Mean cross entropy of the diagonal in both directions; logits [..., B, B].
 
-    further: [..., B, K], logits of more negatives, which enter the cross entropy over rows, not over columns.
+    further: [..., B, K], logits of more negatives, which enter only the cross entropy over rows.
     """
     # Remove `same` pairs from the denominator, except each row's pair with itself.
     rows = logits.shape[-1]
@@ -86,8 +86,8 @@ def word_info_nce(
     """`info_nce` of pictures and captions, scored word by word (DAMSM: AttnGAN, sec. 3.2).
 
     regions: unit vectors [B, P, E] of pictures; words: unit vectors [B, T, E] of captions; mask bool [B, T], True at a
-    caption's words (at least one). As in XMC-GAN (Zhang et al. 2021, sec. 3.3), and unlike AttnGAN's Eq. 8, words do
-    not compete for a region first. Memory: a few times B * P * N floats, for N words in all B captions.
+    caption's words (at least one). As in XMC-GAN (Zhang et al. 2021, sec. 3.3), similarities are not normalized over
+    words first, unlike in AttnGAN's Eq. 8. Memory: a few times B * P * N floats, for N words in all B captions.
     """
     # Similarities of all regions with the N words of all captions, concatenated (Eq. 7): [B, P, N].
     regions, own = regions.float(), words.float()[mask]
@@ -125,17 +125,17 @@ def pixel_error(images: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 LEAST_WAY = 0.02
 """Lower bound of `way_left`'s denominator; with a smaller denominator, the ratio would be noise. The value is about the
-mean squared difference, of pixels in [-1, 1], between two similar skin tones of a drawing."""
+mean squared difference between drawings in two similar skin tones (pixels in [-1, 1])."""
 
 
 def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     """Squared distance of pictures [B, 3, H, W] to their targets, divided by the squared distance of their sources to
     the targets: 1 for a copy of the source, 0 at the target. The mean is over all B rows; rows that are False in
-    `rows`, bool [B], contribute 0. Our own.
+    `rows`, bool [B], contribute 0. Our idea.
 
-    Because of the ratio, a picture in which little must change weighs as much as one in which everything must change.
-    The distance is squared. With the absolute error, copying the source would remain the best answer for long, because
-    most pixels of source and target agree.
+    Because of the ratio, small and large changes of a picture have the same weight. The distance is squared. With the
+    absolute error, a copy of the source would remain the best answer for a long time, because most pixels of source and
+    target agree.
     """
     distance = (images.float() - target.float()).square().mean(dim=(1, 2, 3))
     start = (source.float() - target.float()).square().mean(dim=(1, 2, 3))

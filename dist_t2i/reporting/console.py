@@ -13,7 +13,7 @@ from dist_t2i.utils.progress import duration
 
 
 def format_line(images: int, total: int, values: Mapping[str, float], width: int | None = None) -> str:
-    """The progress line in ASCII. If it exceeds `width`, it is abbreviated; then its last parts are dropped."""
+    """The progress line in ASCII. To fit into `width`, the line is abbreviated, and then its last parts are dropped."""
     line = "  ".join(_parts(images, total, values, tight=False))
     if width is None or len(line) <= width:
         return line
@@ -52,7 +52,7 @@ def line_interval(elapsed: float) -> float:
 
 
 class Console:
-    """Prints messages and progress: on a terminal as a live line below the messages, else in new lines."""
+    """Prints messages and progress. On a terminal, progress is a live line below the messages, else new lines."""
 
     REFRESH = 0.2
     """Seconds between two rewrites of the live line."""

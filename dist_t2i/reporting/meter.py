@@ -54,8 +54,8 @@ class Meter:
         """The averages since the last call; then averaging starts anew. Collective if `all_reduce_mean` is collective.
 
         `all_reduce_mean` averages a float64 CPU vector over the ranks, so that all ranks get the same numbers. Adds
-        `images_per_second`, `seconds_per_step`, and `data_wait` (a share of the time, 0 to 1). Returns {} without any
-        `add`.
+        `images_per_second`, `seconds_per_step`, and `data_wait` (a share of the time, 0 to 1). Returns {} if no step
+        was added.
         """
         import torch
 

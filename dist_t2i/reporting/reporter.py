@@ -1,8 +1,8 @@
 """A run's reports: progress line, log.txt, metrics.jsonl, progress.json, sample grids, curves and W&B.
 
     RUN/log.txt         messages with their times
-    RUN/metrics.jsonl   one object per report: images, step, time, losses, logits, gradient norms, rates, memory; and one
-                        object per evaluation: images, step, time, eval/SPLIT/SCORE
+    RUN/metrics.jsonl   one object per report: images, step, time, losses, logits, gradient norms, rates, memory;
+                        and one object per evaluation: images, step, time, eval/SPLIT/SCORE
     RUN/progress.json   the run's current position, for other programs
     RUN/samples/images-000123456.png
     RUN/curves.png
@@ -74,7 +74,7 @@ class Reporter:
             self.folder.mkdir(parents=True, exist_ok=True)
             dropped = metrics_log.cut(self.folder / "metrics.jsonl", images)
         if dropped:
-            self.say(f"metrics.jsonl: {dropped} reports beyond the checkpoint dropped; training reports them again")
+            self.say(f"metrics.jsonl: dropped {dropped} reports after the checkpoint; training reports them again")
         if self.report.wandb != "disabled":
             from dist_t2i.reporting.wandb_logger import WandbLogger
 

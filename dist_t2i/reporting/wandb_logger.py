@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "silent": True,
     "disable_git": True,
 }
-"""Fields of wandb.Settings. Versions of wandb may drop them, so a test checks the installed version."""
+"""Fields of wandb.Settings. Another version of wandb may lack a field, so a test checks the installed version."""
 
 
 class WandbLogger:
@@ -60,7 +60,7 @@ class WandbLogger:
             reason = "no API key: run `wandb login` or set WANDB_API_KEY"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        self._warn(f"W&B is out of reach ({reason}). Logging into the run folder; `wandb sync` uploads it later.")
+        self._warn(f"W&B cannot be used ({reason}). Logging into the run folder; `wandb sync` uploads the log later.")
         return False
 
     def log(self, images: int, values: Mapping[str, Any]) -> None:

@@ -274,7 +274,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(small, server, damage):
     other = small("other").begin()
     assert other.checkpoints() == [100]
     assert (
-        other.count_of("mirrored checkpoint passed over")
+        other.count_of("skipped a mirrored checkpoint")
         == other.count_of("images-000000200")
         == (damage != "no marker")
     )
@@ -302,14 +302,14 @@ def test_the_newer_of_run_folder_and_mirror_is_gone_on_from(small, tmp_path):
     run.upload(200)
     run.mirror.close()
     backup = small("backup").begin()
-    assert backup.checkpoints() == [100, 200] and backup.count_of("has only older checkpoints (to 100 images)")
+    assert backup.checkpoints() == [100, 200] and backup.count_of("has only older checkpoints (up to 100 images)")
     ahead = small("ahead")
     ahead.save(300)
     assert ahead.begin().checkpoints() == [100, 300] and not ahead.said
     file = backup.folder / "checkpoints" / "images-000000200" / "ema.safetensors"
     good = file.read_bytes()
     file.write_bytes(flip(good))
-    assert small("backup").begin().count_of("has only older checkpoints (to 100 images): fetching the one at 200")
+    assert small("backup").begin().count_of("has only older checkpoints (up to 100 images): fetching the one at 200")
     assert file.read_bytes() == good
 
 
@@ -327,7 +327,7 @@ def test_anothers_mirror_is_refused_and_untouched(small, server, capsys):
     server.put("runs/mine/config.yaml", before["runs/mine/config.yaml"])
     assert {key: server.get(key) for key in keys(server)} == before
     allowed = small("allowed", allow_changes=True, loss__kl=0.5).begin()
-    assert "is another run's: loss.kl" in capsys.readouterr().out and allowed.checkpoints() == [100]
+    assert "belongs to another run: loss.kl" in capsys.readouterr().out and allowed.checkpoints() == [100]
     allowed.upload(200)
     assert small("again", loss__kl=0.5).begin().checkpoints() == [200]
 

@@ -152,5 +152,5 @@ def misfits() -> list[str]:
 @pytest.mark.slow
 def test_the_state_of_other_networks_is_refused_by_name():
     for shape, missing in run_ranks(2, misfits):
-        assert "text_d.embedding.weight of the discriminator's engine is (3, 2), where it has to be (40, 16)" in shape
+        assert "text_d.embedding.weight of the discriminator's engine is (3, 2), but must be (40, 16)" in shape
         assert "text_d.embedding.weight.exp_avg_sq" in missing and "not in the checkpoint" in missing

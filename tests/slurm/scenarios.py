@@ -218,7 +218,7 @@ def the_readmes_four_lines(slurm, folder, data, projects, slow) -> str:
     try:
         begun = run(up)
         assert begun.returncode == 0 and "export SLURM_CONF=" in begun.stdout, begun.stderr
-        assert "it is up already" in run(up).stderr
+        assert "Slurm is up already" in run(up).stderr
         queued = run(submit)
         assert queued.returncode == 0 and "queued as job 1" not in queued.stderr, queued.stderr
         until(lambda: " images/s" in run(look).stdout)

@@ -31,8 +31,8 @@ def home(tmp_path) -> dict[str, str]:
 def test_what_is_wrong_is_said(cluster, home):
     words = [sys.executable, "-m", "slurm.local"]
     for more, said in (
-        (["run", "squeue"], "Slurm is not up: python -m slurm.local up"),
-        (["run"], "run what?"),
+        (["run", "squeue"], "Slurm is not up; start it: python -m slurm.local up"),
+        (["run"], "`run` needs a command"),
         (["up", "--nodes", "0"], "at least one"),
         (["up", "--folder", "/proc/nowhere"], "/proc/nowhere"),
     ):

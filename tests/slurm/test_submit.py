@@ -295,7 +295,7 @@ def test_a_job_that_slurm_does_not_queue_again(cluster, tmp_path):
     )
     first, last = (json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines())
     assert first["verdict"] == "requeued" and last["verdict"] == "given up" and last["job"] == said.strip()
-    assert last["reason"].startswith("Slurm did not queue it again") and "checkpoint saved" in last["reason"]
+    assert last["reason"].startswith("Slurm did not queue the job again") and "checkpoint saved" in last["reason"]
 
 
 @pytest.mark.slurm
@@ -331,7 +331,7 @@ def refused_resume(cluster: LocalSlurm, folder: Path, run: Path) -> None:
     environment = {**cluster.environment, "PATH": f"{folder / 'bin'}:{cluster.environment['PATH']}"}
     before = {file: file.read_bytes() for file in (run / "slurm").glob("*") if file.suffix in (".yaml", ".json")}
     done = submit("resume", str(run), "train.total_images=64", env=environment)
-    assert done.returncode == 2 and "Slurm did not take the job: Unable to contact" in done.stderr, done.stderr
+    assert done.returncode == 2 and "Slurm did not accept the job: Unable to contact" in done.stderr, done.stderr
     assert len(before) == 2 and all(file.read_bytes() == content for file, content in before.items())
 
 

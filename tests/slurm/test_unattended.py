@@ -55,7 +55,7 @@ def test_a_port_that_is_taken(taken_port, whole2):
     run = taken_port
     first, last = run.attempts("end")
     assert first["verdict"] == "requeued" and first["reason"].startswith("rank 0: LaunchError: port "), first
-    assert "is used by another program" in first["reason"] and "Traceback" not in run.log(0), run.log(0)
+    assert "another program (another training?) uses" in first["reason"] and "Traceback" not in run.log(0), run.log(0)
     assert last["verdict"] == "finished"
     run.assert_losses(whole2)
 

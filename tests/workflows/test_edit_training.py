@@ -90,8 +90,8 @@ def test_two_ranks_are_one(whole, data, base, tmp_path):
     [
         (("text.embedding=8",), "text.embedding: 8 here, 16 in the model"),
         (("edit.init=nowhere",), "edit.init: nowhere is not there"),
-        (("edit.width=0",), "only read where pictures are edited"),
-        (("edit.own=0.95",), "more than edit.none=0.1 leaves of 1"),
+        (("edit.width=0",), "only read if pictures are edited"),
+        (("edit.own=0.95",), "its sum with edit.none=0.1 must not exceed 1"),
         ((), "another tokenizer"),
     ],
 )

@@ -37,7 +37,7 @@ class Batch:
     captions: list[str]
     keys: list[str]
     sources: torch.Tensor | None = None
-    """uint8 [m, 3, H, W], the images that `images` are edits of; None unless `edit` is configured."""
+    """uint8 [m, 3, H, W], the source of each image for editing; None unless `edit` is configured."""
     source_ids: torch.Tensor | None = None
     """int64 [m], index of the source image in its split; -1 without a source (the row of `sources` is then black)."""
 
@@ -54,7 +54,7 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """How a worker sends a batch. Tensors in a shared buffer are sent as references. Small tensors are sent as
-        bytes through the pipe, which is faster than shared memory; others as torch does."""
+        bytes through the pipe, which is faster than shared memory. torch's own method sends all other tensors."""
         tensors = self._tensors()
         small = {name: t.numpy() for name, t in tensors.items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         refs = {name: ref for name, t in tensors.items() if name not in small and (ref := buffer_ref(t))}

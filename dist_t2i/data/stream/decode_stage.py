@@ -27,13 +27,13 @@ class Decode:
     """Stage: adds the randomly cropped `image` (uint8 [3, S, S]) and `captions`; replaces samples that do not decode.
 
     `image` is a row of `images` (uint8 [m, 3, S, S]), the memory of the micro-batch. `images` is complete once the last
-    sample of the micro-batch is decoded. If the reader selects sources, the stage also adds `source_id`, `source` and
-    `sources`, with the shapes of `image` and `images`."""
+    sample of the micro-batch is decoded. If the reader selects sources, the stage also adds `source_id`, `source` (like
+    `image`) and `sources` (like `images`)."""
 
     def __init__(
         self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None
     ) -> None:
-        """`before`: the stages between the reader and this stage. A replacement must pass them as well."""
+        """`before`: the stages between the reader and this stage. A replacement also passes through them."""
         self._reader, self._before = reader, before
         self._size, self._crop, self._seed = data.image_size, data.crop, seed
         self._least = self._size if self._crop >= 1 else int(self._size / self._crop) + 1
@@ -80,7 +80,7 @@ class Decode:
         return {"source": image, "sources": memory.images, "source_id": number}
 
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
-        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if that fails."""
+        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if decoding fails."""
         row = sample["__row__"]
         if row in self._remembered:
             image.copy_(self._remembered[row])
@@ -103,7 +103,7 @@ class Decode:
 
 class BatchMemory:
     """The memory of one micro-batch after another, channels last, as the networks need it. Each image is decoded into
-    its own row. In a loader worker, this memory is shared with the parent process: a free buffer if there is one, else new
+    its own row. In a loader worker, the parent process shares this memory: a free buffer if possible, otherwise new
     shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:

@@ -4,8 +4,7 @@ Two captions are near if they differ in a single run of at most `longest` words,
 "woman pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot".
 Samples form a *group* if their captions become equal once such a run is removed from each. A small group is more
 specific than a large group: the words left in "pilot dark skin tone" say more than those left in "woman dark skin
-tone". So a sample uses only its groups of at most `LARGEST` samples; a sample that has none uses its smallest group.
-This method is our own.
+tone". So a sample uses its groups of at most `LARGEST` samples, or else its smallest group. This method is our own.
 
 All captions of a split are compared, so the set must be on a disk of this machine. Reading 100,000 captions takes
 seconds, and their groups take tens of bytes of memory per word.
@@ -33,7 +32,7 @@ NONE = -1
 
 
 class Neighbors:
-    """The groups of samples with near captions; `captions[i]` are those of sample i."""
+    """The groups of samples with near captions; `captions[i]` are the captions of sample i."""
 
     def __init__(self, captions: Sequence[Sequence[str]], longest: int) -> None:
         keys: list[int] = []
@@ -43,7 +42,7 @@ class Neighbors:
             keys.extend(own)
             counts.append(len(own))
         _, group, sizes = numpy.unique(numpy.array(keys, dtype=numpy.uint64), return_inverse=True, return_counts=True)
-        # _group lists the groups of sample 0, then of sample 1, ...; _members those of group 0, of group 1, ...
+        # _group lists the groups of sample 0, of sample 1, ...; _members lists the samples of group 0, of group 1, ...
         self._group, self._sizes = group.reshape(-1), sizes
         self._starts = numpy.cumsum([0, *counts])
         owners = numpy.repeat(numpy.arange(len(counts)), counts)
@@ -60,7 +59,8 @@ class Neighbors:
         return [self._members[self._ends[g] - self._sizes[g] : self._ends[g]] for g in small]
 
     def pick(self, number: int, random: int) -> int:
-        """A neighbor of sample `number`, or `number` if it has none. 64 random bits select a group, then a sample."""
+        """A neighbor of sample `number`, or `number` if it has none. The 64 random bits select a group, then a
+        sample."""
         if not (groups := self.groups(number)):
             return number
         random, which = divmod(random, len(groups))
@@ -86,13 +86,13 @@ class SourceChoice:
 
 
 def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:
-    """Reads all captions of a split for the choice. Raises DataError if the split is remote or too large."""
+    """Builds the choice from all captions of a split. Raises DataError if the split is remote or too large."""
     samples = sum(shards.sizes)
     if shards.remote or samples > MOST_SAMPLES:
         problem = "is remote" if shards.remote else f"has {samples:,} samples"
         raise DataError(
-            f"the training split {problem}, but training for edits (edit.width) compares all captions of a set, which must "
-            f"be on this machine's disk and have at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
+            f"the training split {problem}. Training for edits (edit.width) compares all captions, so the split must "
+            f"be on this machine's disk, with at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
         )
     return SourceChoice(Neighbors(read_captions(shards), edit.words), edit, seed)
 

@@ -63,7 +63,7 @@ class Mixture:
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
         """Endlessly yields (position, runs) like `Order.windows`: first the window of each part that contains
-        `position`, then each later window of any part, in the order in which they begin."""
+        `position`, then the later windows of all parts, ordered by their positions."""
         return heapq.merge(*(self._windows(number, position) for number in range(len(self.parts))), key=lambda w: w[0])
 
     def _windows(self, number: int, position: int) -> Iterator[tuple[int, list[Run]]]:

@@ -96,7 +96,7 @@ class Order:
         self.samples = int(self.sizes.sum())
         self.seed, self.window = seed, max(1, window)
         if self.samples <= 0:
-            raise ValueError("an order over no samples")
+            raise ValueError("an order needs at least one sample")
         count = len(self.sizes)
         groups = max(1, round(count / max(1, spread)))
         # Group g consists of the shards bounds[g] to bounds[g + 1] - 1 of the permuted list.

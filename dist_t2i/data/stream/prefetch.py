@@ -35,7 +35,7 @@ class Prefetcher:
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
         if cache is not None and cache.works:
-            # An order caches the layout of one epoch. The reader's thread is often in another epoch than this one.
+            # A copy, because an order caches the layout of one epoch, and the reader is often in another epoch.
             self._order = copy.deepcopy(order)
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
             threading.Thread(target=self._run, args=(cache,), name="prefetch", daemon=True).start()

@@ -37,7 +37,7 @@ class SampleReader:
 
     A sample is a dict with `__key__`, `__url__`, the bytes of each file under its extension, `__position__` in the
     stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the raw
-    sample of its source, or None. If a sample replaces an unusable one, `__bad__` is the error of the unusable one.
+    sample of its source, or None. If a sample replaces an unusable sample, `__bad__` is the error of that sample.
 
     Threads read remote samples ahead of time, but samples are yielded in the order of the plan.
     """
@@ -69,7 +69,7 @@ class SampleReader:
                     yield sample
 
     def _locations(self) -> Iterator[Location]:
-        """The location of each sample of the plan, endlessly."""
+        """Endlessly yields the location of each sample of the plan."""
         # One call computes the locations of several micro-batches: the order is vectorized, so large calls are faster.
         span = max(1, _LOOK_AHEAD // self.plan.rows) * self.step
         start = int(self.plan.positions(self.first)[0])
@@ -107,7 +107,7 @@ class SampleReader:
         number = choice(sample["__id__"], sample["__position__"])
         if number == NONE:
             return None
-        with contextlib.suppress(BadSample):  # not reported here: the stream counts the bad sample when it visits it
+        with contextlib.suppress(BadSample):  # not reported here: the stream counts the bad sample on its own visit
             if number != sample["__id__"]:
                 return self._located(sample["__position__"], *self.shards.locate(number))
         return sample

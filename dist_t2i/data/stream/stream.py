@@ -66,8 +66,8 @@ def collate(
     for sample, position in zip(samples, expected, strict=False):
         if sample["__position__"] != position:
             raise DataError(
-                f"a stage of the data pipeline dropped or moved position {position}: stages must yield one sample for "
-                "each they get, in order"
+                f"a stage of the data pipeline dropped or moved position {position}: a stage must yield one sample for "
+                "each sample that it receives, in the same order"
             )
         collected.append(sample)
         if len(collected) == reader.plan.rows:
@@ -164,8 +164,8 @@ class Stream(Iterator[Batch]):
         self.bad_counts: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError for a bad sample if `data.on_bad` is strict, otherwise if too many samples
-        were bad."""
+        """The next batch. Raises DataError if a sample is bad and `data.on_bad` is strict, or if too many samples were
+        bad."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -187,7 +187,7 @@ class Stream(Iterator[Batch]):
             raise DataError(
                 f"{count} of the {self._seen} samples seen could not be used, more than data.max_bad_fraction "
                 f"({self._limit:g}) allows; the last one: {last['key']} of {last['shard']}: {last['reason']}. "
-                f"Mend or rewrite the set{f' (all are listed in {self._bad_file})' if self._bad_file else ''}"
+                f"Repair or rewrite the set{f' ({self._bad_file} lists all bad samples)' if self._bad_file else ''}"
             )
 
 
@@ -217,7 +217,7 @@ def open_stream(
         one sample for each sample that it receives.
         data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError if the set cannot be read or `global_batch` cannot be divided evenly. While reading, see
+    Raises: DataError if the set cannot be read or `global_batch` cannot be divided evenly. For later errors, see
     `Stream.__next__`.
     """
     data_set = data_set or open_data(data)
@@ -228,8 +228,8 @@ def open_stream(
     parts = world_size * accumulation
     if global_batch % (2 * parts):
         raise DataError(
-            f"train.global_batch {global_batch} must be an even number for each of the {world_size} ranks x "
-            f"{accumulation} micro-batches: a multiple of {2 * parts}"
+            f"train.global_batch must be a multiple of {2 * parts}, is {global_batch}: each of {world_size} ranks x "
+            f"{accumulation} micro-batches needs an even number of samples"
         )
     plan = Plan(rank, world_size, global_batch, accumulation, start_images)
     choice = source_choice(shards, edit, seed) if edit and edit.width else None

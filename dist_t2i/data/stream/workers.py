@@ -1,9 +1,9 @@
 """DataLoader workers that ignore signals and end with the training process.
 
 Slurm, launchers and Ctrl-C in a terminal send signals to the whole process group. Workers ignore these signals: the
-training process saves first, then ends its workers itself. If it dies before that, the kernel kills them.
+training process saves first, then ends its workers. If the training process dies earlier, the kernel kills them.
 
-Workers are forked: two forked workers deliver their first batch within a second, the time that spawned workers spend on
+Workers are forked: two forked workers deliver their first batch within a second, and spawned workers need a second for
 imports alone. The fork is safe because a worker does not use its parent's GPU, process group or threads, and opens its
 files anew. Outside Linux, workers are spawned. This module uses private parts of the DataLoader, which are listed in
 tests/data/test_library_internals.py.
@@ -78,7 +78,7 @@ class Lanes(Iterator[Any]):
         return next(next(self._turns))
 
     def end(self) -> None:
-        """Ends the workers as the DataLoader does, then kills the rest: they ignore SIGTERM and hold no state."""
+        """Ends the workers as the DataLoader does. Then kills the rest, which ignore SIGTERM and hold no state."""
         workers = self.workers
         for iterator in self._iterators:
             iterator._shutdown_workers()
@@ -105,7 +105,7 @@ class WorkerPool:
                 item = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
                 # If a worker dies while it sends a batch, its pipe breaks. If it dies at another time, the DataLoader
-                # notices. In both cases `next` raises one of these errors, but they can have other causes.
+                # notices. In both cases `next` raises one of these errors, but the errors can have other causes.
                 if not _worker_died(iterator):
                     raise
                 self._restart(error)
