@@ -67,8 +67,7 @@ def main() -> int:
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, a failure's kind ("":
-    none)."""
+    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, the failure's kind or ""."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt owns the run", ""  # another attempt or process took over the run

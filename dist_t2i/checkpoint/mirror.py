@@ -95,8 +95,8 @@ class Mirror:
         self._images = answer["images"]
 
     def restore(self, lease: Lease | None) -> None:
-        """Fetch the mirror's newest intact checkpoint and commit it under `lease`, unless the run folder has a newer
-        one.
+        """Fetch the mirror's newest intact checkpoint if the run folder has only older ones, and commit it under
+        `lease`.
 
         Skips damaged checkpoints. Raises CheckpointError when the mirror has checkpoints, but neither the mirror nor
         the run folder has an intact one.

@@ -135,7 +135,7 @@ def test_a_running_training_is_not_taken_over_by_accident(tmp_path, monkeypatch)
             acquire(tmp_path / "checkpoints", say=said.append)
         assert not isinstance(caught.value, Superseded) and f"kill -USR2 {process.pid}" in str(caught.value)
         assert said == [
-            f"waiting for {Owner.of(next((tmp_path / 'checkpoints').glob('.claim-*')))} to end: it holds this run's lease"
+            f"waiting for {Owner.of(next((tmp_path / 'checkpoints').glob('.claim-*')))}, which holds this run's lease, to end"
         ]
     finally:
         process.send_signal(signal.SIGKILL)

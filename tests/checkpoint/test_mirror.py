@@ -274,9 +274,7 @@ def test_a_damaged_one_is_passed_over_with_a_word(small, server, damage):
     other = small("other").begin()
     assert other.checkpoints() == [100]
     assert (
-        other.count_of("skipped a mirrored checkpoint")
-        == other.count_of("images-000000200")
-        == (damage != "no marker")
+        other.count_of("skipped a mirrored checkpoint") == other.count_of("images-000000200") == (damage != "no marker")
     )
     assert [json.loads(line)["images"] for line in (other.folder / "metrics.jsonl").open()] == [100]
     other.save(200)
@@ -322,7 +320,7 @@ def test_anothers_mirror_is_refused_and_untouched(small, server, capsys):
     with pytest.raises(CheckpointError, match="the data set is another one"):
         moved.mirror.look("4567")
     server.delete("runs/mine/config.yaml")
-    with pytest.raises(CheckpointError, match=r"no config\.yaml that says whose"):
+    with pytest.raises(CheckpointError, match=r"no config\.yaml that identifies their run"):
         small("other").begin()
     server.put("runs/mine/config.yaml", before["runs/mine/config.yaml"])
     assert {key: server.get(key) for key in keys(server)} == before
@@ -418,7 +416,7 @@ def test_by_hand(small, tmp_path):
     assert ask("fetch", URL, "100", str(tmp_path / "new" / "somewhere")) == {}
     assert store.open_checkpoint(tmp_path / "new" / "somewhere").images == 100
     assert "missing or unreadable" in ask("fetch", URL, "300", str(tmp_path))["damaged"]
-    assert "not chained" in ask("look", "zip://a::s3://b/c")["mistake"]
+    assert "cannot be chained" in ask("look", "zip://a::s3://b/c")["mistake"]
 
 
 @pytest.mark.parametrize("url", ["folder", "memory://places/a", "s3://data/places/a"])
@@ -445,7 +443,7 @@ def test_places_take_open_files_and_drop_folders(proxy, tmp_path, url):
         ("s3://", "names no bucket"),
         ("s3n3://bucket/a", "no library knows s3n3://"),
         ("sftp://me:secret@host/a", "must not hold a password"),
-        ("zip://a::s3://bucket/b", "not chained"),
+        ("zip://a::s3://bucket/b", "cannot be chained"),
     ],
 )
 def test_urls_that_cannot_be_a_mirror(url, message):

@@ -307,7 +307,9 @@ def test_the_reference_needs_no_torch():
 def test_the_global_batch_is_cut_into_even_micro_batches():
     config = loads("train: {global_batch: 64}\nengine: {accumulation: 2}")
     assert [check_world(config, world) for world in (1, 2, 4, 8, 16)] == [32, 16, 8, 4, 2]
-    with pytest.raises(ConfigError, match=r"64 images over 32 ranks x engine.accumulation=2 leave 1 a micro-batch"):
+    with pytest.raises(
+        ConfigError, match=r"64 images over 32 ranks x engine.accumulation=2 give 1 images per micro-batch"
+    ):
         check_world(config, 32)
     with pytest.raises(ConfigError, match="use 60 or 72, another accumulation, or another number of ranks"):
         check_world(config, 3)

@@ -40,7 +40,7 @@ def test_a_rank_that_never_wrote_is_silent():
 def test_who_is_not_in_the_collective_is_guilty():
     verdict = diagnose({0: said(1), 1: said(1)}, {0: said(2), 1: said(2, ELSEWHERE)}, 2)
     assert [one["rank"] for one in verdict["guilty"]] == [1] and verdict["waiting"] == [0]
-    assert "is not in a collective" in describe(verdict | {"seconds": 1.0, "images": 0})
+    assert "is not in the collective" in describe(verdict | {"seconds": 1.0, "images": 0})
 
 
 def test_where_all_wait_nobody_is_named():

@@ -114,7 +114,7 @@ def test_memory_and_the_manifest_comes_last(tmp_path):
 @pytest.mark.parametrize("url", ["pipe:touch ran", "|touch ran", "simplecache::s3://bucket/set"])
 def test_no_command_is_run_and_no_system_chained(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"not run|not chained"):
+    with pytest.raises(DataError, match=r"not run|cannot be chained"):
         open_folder(url)
     assert not list(tmp_path.iterdir())
 

@@ -47,7 +47,7 @@ def test_a_rank_that_never_comes_to_the_collective(stuck, whole2):
     (guilty,) = verdict["guilty"]
     assert guilty["rank"] == 1 and verdict["waiting"] == [0]
     assert any("trainer.py" in frame and frame.endswith(" _step") for frame in guilty["stacks"]["MainThread"])
-    assert "is not in a collective" in run.log(0) + run.log(1)
+    assert "is not in the collective" in run.log(0) + run.log(1)
 
 
 def test_a_port_that_is_taken(taken_port, whole2):

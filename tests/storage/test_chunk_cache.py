@@ -142,4 +142,4 @@ def test_a_read_only_folder_is_told_once(tmp_path, capfd):
     cache = ChunkCache(str(tmp_path / "file"), 10 * SIZE)
     assert not cache.prepare() and not cache.works
     assert cache.fill("ab", 0, SIZE, fails("nothing is kept")) is False
-    assert capfd.readouterr().err.count("nothing new is kept") == 1
+    assert capfd.readouterr().err.count("no more chunks are stored") == 1

@@ -31,7 +31,7 @@ def test_globs_of_local_files(tmp_path):
         expand(f"{tmp_path}/z-*.tar")
     with pytest.raises(DataError, match="is named twice"):
         expand([f"{tmp_path}/b-*.tar", f"{tmp_path}/b-0.tar"])
-    with pytest.raises(DataError, match="globs match local files only; write the numbers as braces"):
+    with pytest.raises(DataError, match="globs match only local files; write numbers in braces"):
         expand("s3://bucket/a-*.tar")
 
 

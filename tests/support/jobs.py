@@ -188,7 +188,7 @@ class Job(Run):
 
     def steps_lost(self) -> int:
         """The number of reports (one per step) that were repeated after a resume."""
-        return sum(int(count) for count in re.findall(r"metrics.jsonl: (\d+) reports beyond", self.log()))
+        return sum(int(count) for count in re.findall(r"metrics.jsonl: dropped (\d+) reports", self.log()))
 
     # ---- comparison with the undisturbed run -------------------------------------------------------------------------
 

@@ -359,7 +359,7 @@ def test_a_full_disk_means_no_cache(mended: Store, tmp_path: Path):
         reported, err = mended.read(tmp_path, data__cache=str(disk))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert "No space left on device" in err and "nothing new is kept" in err
+    assert "No space left on device" in err and "no more chunks are stored" in err
     assert mended.account("the cache's disk is full", reported, tmp_path) == 0
 
 
@@ -367,7 +367,7 @@ def test_a_full_disk_means_no_cache(mended: Store, tmp_path: Path):
 def test_a_cache_that_cannot_be_written(mended: Store, tmp_path: Path):
     (tmp_path / "file").write_text("")
     reported, err = mended.read(tmp_path, data__cache=str(tmp_path / "file" / "cache"))
-    assert "nothing new is kept" in err
+    assert "no more chunks are stored" in err
     assert mended.account("a cache that cannot be written", reported, tmp_path) == 0
 
 

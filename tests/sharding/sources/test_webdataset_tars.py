@@ -104,7 +104,7 @@ def test_odd_members_are_listed_and_nothing_is_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "says"),
-    [("none.tar", "there is no such tar"), ("pipe:touch ran", "commands are not run"), ("s3::x://a", "not chained")],
+    [("none.tar", "there is no such tar"), ("pipe:touch ran", "commands are not run"), ("s3::x://a", "be chained")],
 )
 def test_mistakes_are_reported(tmp_path, argument, says):
     done = shard("webdataset", argument, "--out", tmp_path / "set", check=False, cwd=tmp_path)
