@@ -499,7 +499,7 @@ def uploaders(pid: int) -> list[psutil.Process]:
     """The uploading descendants of this process. Ended processes are left out."""
     found = []
     for child in psutil.Process(pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
+        with contextlib.suppress(psutil.NoSuchProcess):  # includes ZombieProcess
             if "dist_t2i.checkpoint.mirror_worker" in child.cmdline():
                 found.append(child)
     return found

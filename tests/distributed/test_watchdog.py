@@ -108,7 +108,7 @@ def test_zero_seconds_watch_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_run_and_the_same_command_goes_on(tmp_path):
-    """Two ranks without any launcher; `kill -STOP` of one."""
+    """Two ranks without a launcher; one rank gets SIGSTOP."""
     run = Run(tmp_path / "run", make_set(tmp_path), "train.total_images=240", "train.hang_seconds=5")
     processes = run.start("checkpoint.every_images=32", ranks=2)
     try:

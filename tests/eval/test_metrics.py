@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand or by brute force."""
+"""Metrics compared with values computed by hand or by brute force."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""Losses against values worked out by hand, or by autograd in float64."""
+"""Losses compared with values computed by hand, or by autograd in float64."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_other_places_are_further_negatives():
 
 
 def test_other_places_pull_where_all_pictures_are_alike():
-    """A white ground: without them the gradient is nothing, with them it points to the ground."""
+    """White background: the gradient is zero without other places, and points to the background with them."""
     ground, figure = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
     real = torch.stack([ground, figure]).expand(4, 2, 3)
     fake = torch.nn.functional.normalize(torch.tensor([1.0, 0.0, 0.5]), dim=0).expand(4, 2, 3).clone()
@@ -228,6 +228,6 @@ def test_pixel_error_and_way_left():
     assert losses.pixel_error(images, wanted, rows) == pytest.approx(0.4 / 3)
     assert losses.way_left(images, source, wanted, rows) == pytest.approx(0.25 / 3)
     assert losses.way_left(source, source, wanted, rows) == pytest.approx(2 / 3), "copies have it all before them"
-    near = source + 0.8 - 0.01  # hardly a change: it counts as one of LEAST_WAY
+    near = source + 0.8 - 0.01  # a tiny change counts as LEAST_WAY
     expected = 0.4**2 / losses.LEAST_WAY / 3
     assert losses.way_left(images[:1].expand(3, -1, -1, -1), near, wanted, rows[[0, 2, 2]]) == pytest.approx(expected)

@@ -23,7 +23,7 @@ def inputs(image_size: int = 32, rows: int = 4) -> tuple[torch.Tensor, torch.Ten
 
 
 def text(sentence: torch.Tensor) -> TextEmbedding:
-    """Captions of one word each."""
+    """Captions with one word each."""
     return TextEmbedding(sentence, sentence[:, None], torch.ones(len(sentence), 1, dtype=torch.bool))
 
 

@@ -105,7 +105,7 @@ class Terminal:
         try:
             while part := os.read(self._master, 4096):
                 self._parts.append(part)
-        except OSError:  # how a closed terminal says so
+        except OSError:  # the error of a closed terminal
             pass
 
     def text(self) -> str:

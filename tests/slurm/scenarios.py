@@ -133,7 +133,7 @@ def stuck(slurm, folder, data, projects, slow) -> Job:
 
 
 def taken_port(slurm, folder, data, projects, slow) -> Job:
-    """Another program holds the port at which the ranks of the first attempt meet."""
+    """Another program uses the port at which the ranks of the first attempt meet."""
     number = int(re.search(r"NEXT_JOB_ID\s*= (\d+)", slurm.command("scontrol", "show", "config"))[1])
     number += 1  # submit.py first runs `sbatch --test-only`, which takes one job number
     with socket.create_server(("0.0.0.0", job_port({"SLURM_JOB_ID": str(number)}))):

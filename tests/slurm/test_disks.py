@@ -1,4 +1,4 @@
-"""A checkpoint folder that is full, and one that is read-only for a while: real file systems under a real job."""
+"""A real job whose checkpoint folder is full or read-only for a while, on real file systems."""
 
 from __future__ import annotations
 

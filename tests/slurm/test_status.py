@@ -118,7 +118,7 @@ def test_a_reader_that_has_seen_enough(tmp_path):
 
 @pytest.mark.slurm
 def test_a_controller_that_is_away(cluster, tmp_path):
-    """No command says that the job is missing, because no one can know."""
+    """No command reports that the job is missing, because this cannot be known."""
     one = LocalSlurm(tmp_path / "one", nodes=1, settings={"MessageTimeout": "2"})
     one.up()
     try:

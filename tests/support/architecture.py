@@ -80,7 +80,7 @@ def place_of(module: str) -> str:
 
 
 def imports(root: Path = ROOT) -> list[Import]:
-    """Every import of the project's own modules, and of every library, wherever in a file it stands."""
+    """Every import of the project's own modules and of libraries, anywhere in a file."""
     known = modules(root)
     return [found for name, path in known.items() for found in _imports(name, path, root, known)]
 
@@ -121,7 +121,7 @@ def own(found: list[Import]) -> list[Import]:
 
 
 def violations(found: list[Import]) -> list[str]:
-    """What breaks the ladder, one line each: imports that do not point down, and imports that only some places may have."""
+    """Violations of the rules, one line each: imports that do not point down, and imports that are not allowed here."""
     lines = []
     for one in own(found):
         importer, imported = place_of(one.importer), place_of(one.imported)
@@ -189,7 +189,7 @@ def picture(pairs: Counter[tuple[str, str]]) -> str:
     """The ladder as a matrix in SVG: a dot in row A and column B says that A imports B; no dot lies above the diagonal."""
     cell, left, top = 22, 110, 110
     size = cell * len(PLACES)
-    rows = PLACES[::-1]  # tools at the top, errors at the bottom, as the ladder stands
+    rows = PLACES[::-1]  # tools at the top, errors at the bottom, like the ladder
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + size + 10} {top + size + 10}" '
         'font-family="sans-serif" font-size="12">',

@@ -50,7 +50,7 @@ class Rule:
     hits: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
-        """Whether the fault applies to this request, which then counts."""
+        """Whether the fault applies to this request; counts the request if so."""
         if self.until is not None and time.monotonic() > self.until:
             return False
         if not (fnmatchcase(path, self.path) and fnmatchcase(method, self.method)):
@@ -145,7 +145,7 @@ class FaultProxy:
         seconds: float | None = None,
         skip: int = 0,
     ) -> Rule:
-        """Applies a fault to requests from now on. Of several matching rules the one added first applies.
+        """Applies a fault to requests from now on. If several rules match, the first added rule applies.
 
         Args:
             path: a glob over "/bucket/key"; its `*` also matches slashes.

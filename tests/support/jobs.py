@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> None:
 
 
 class Job(Run):
-    """A run of `nodes` ranks, one on each node. `project`: from which copy of the code it is submitted."""
+    """A run of `nodes` ranks, one on each node. It is submitted from the copy `project` of the code."""
 
     def __init__(self, cluster: LocalSlurm, folder: Path, data: Path, *overrides: str, nodes: int = 4, project=ROOT):
         super().__init__(folder, data, *STAGES, *overrides)
@@ -82,7 +82,8 @@ class Job(Run):
     # ---- commands ----------------------------------------------------------------------------------------------------
 
     def tool(self, *words: str, status: int | None = 0) -> str:
-        """`python tools/submit.py ...`; what it prints. Its exit status must be `status`, unless `status` is None."""
+        """Runs `python tools/submit.py ...`; returns its output. Its exit status must be `status`, unless `status` is
+        None."""
         command = [sys.executable, str(self.project / "tools" / "submit.py"), *words]
         done = subprocess.run(
             command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=300
@@ -151,7 +152,7 @@ class Job(Run):
         self.wait_for(lambda: self.slurm_state() not in live, "the end", seconds)
         assert self.slurm_state() == state, self.story()
 
-    # ---- what there is to see ----------------------------------------------------------------------------------------
+    # ---- state of the job --------------------------------------------------------------------------------------------
 
     def attempts(self, event: str) -> list[dict]:
         return [entry for entry in whole_lines(self.folder / "attempts.jsonl") if entry["event"] == event]

@@ -48,8 +48,8 @@ def config(*overrides: str) -> Config:
 def write_run(
     run: Path, *overrides: str, images: int = 64, seed: int = 0, words: Tokenizer | None = None, stir: str = ""
 ) -> Path:
-    """A run folder with one committed checkpoint, as the trainer leaves it. What begins at zero among the parameters
-    whose names begin with `stir` is random, where one is given."""
+    """A run folder with one committed checkpoint, as the trainer leaves it. With `stir`, parameters that start at zero
+    and whose names begin with `stir` get random values."""
     from dist_t2i.inference.model_files import read_frozen
 
     cfg, words = config(*overrides), words or tokenizer()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Program:
-    """A Python program, and the modules that are imported for it; none of them may start threads."""
+    """A Python program, and the modules that the server imports for it. These modules must not start threads."""
 
     def __init__(self, path: Path, *modules: str) -> None:
         self._command = [sys.executable, "-W", "ignore", __file__, str(path), *modules]
@@ -103,7 +103,7 @@ class Started:
         return status
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """Its output and its errors, once it has ended. Raises TimeoutError."""
+        """Waits for the end; returns the program's stdout and stderr. Raises TimeoutError."""
         self.wait(timeout)
         return _text(self._out), _text(self._err)
 

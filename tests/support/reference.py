@@ -20,8 +20,8 @@ from models_on_disk import networks_of
 
 
 class Seen(NamedTuple):
-    """What both steps see: a batch, the images seen before it (the clock), its random numbers; `real` float [B, 3, H, W]
-    augmented; `same` bool [B, B], which pairs are no negatives."""
+    """The inputs of both steps: a batch, the images seen before it, and its random numbers. `real`: augmented, float
+    [B, 3, H, W]. `same`: bool [B, B], true for pairs that are not negatives."""
 
     batch: Batch
     images: int
@@ -31,8 +31,8 @@ class Seen(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Captions (their sentence of S_D, its embedding) and real pictures (their embedding, that of their regions, if any)
-    as D's step saw them, detached; the captions' words with what is no padding, if they are aligned."""
+    """Values of D's step, detached: sentences and embeddings of the captions, embeddings of the real pictures and their
+    regions, and, if words are aligned, the words of the captions with their mask."""
 
     sentence: torch.Tensor
     text: torch.Tensor
@@ -66,7 +66,7 @@ class WithMuon:
 
 
 class Reference:
-    """Single-process training with `torch.optim.AdamW` (and Muon where it is asked for), one optimizer for each engine of the real thing."""
+    """Single-process training with `torch.optim.AdamW` (and Muon if configured), with one optimizer per engine."""
 
     def __init__(self, config, vocab_size, frozen=None):
         torch.manual_seed(config.train.seed)
@@ -154,7 +154,7 @@ class Reference:
         return total, embedded, {"loss/d_adversarial": d_loss.item(), "loss/d_alignment": d_alignment.item()}
 
     def _hinge(self, fx, ff, sent_d, same):
-        """On real pictures, fakes, and real pictures with the caption of their neighbour."""
+        """On real pictures, fakes, and real pictures with the caption of their neighbor."""
         mismatched, adversarial = self.config.loss.mismatched, self.nets.discriminator.discriminator.adversarial
         partner = torch.arange(len(same)) ^ 1
         wrong = adversarial(fx, sent_d[partner])

@@ -27,7 +27,7 @@ _TRAINING = Program(
 BATCH = 8
 
 # A wide epsilon keeps AdamW from turning round-off in tiny gradients into whole steps, so that runs of another world size
-# can be compared closely; runs of the same one are compared to the bit.
+# can be compared closely. Runs of the same world size are compared to the bit.
 CONFIG = """
 data: {image_size: 32, workers: 1, max_tokens: 8}
 text: {embedding: 16}

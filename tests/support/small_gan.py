@@ -45,7 +45,7 @@ def tiny_config(**overrides):
         "train.total_images": 1000,
         "engine.precision": "fp32",
         # AdamW divides by the gradient's size: with a tiny epsilon, round-off in a gradient that should be zero becomes
-        # a whole step. What is tested here are the gradients, so the division is kept well-conditioned.
+        # a whole step. These tests compare gradients, so epsilon is large.
         "optimizer.epsilon": 1e-3,
         **{key.replace("__", "."): value for key, value in overrides.items()},
     }

@@ -1,6 +1,7 @@
-"""The table of gradient flows (dist_t2i/training/gan.py), parameter by parameter, in every text mode, without and with words.
+"""The table of gradient flows (dist_t2i/training/gan.py), parameter by parameter, in every text mode, without and with
+words.
 
-With words: the generator attends to S_G's, and D's alignment branch aligns S_D's.
+With words: the generator attends to the words of S_G, and D's alignment branch aligns the words of S_D.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def expected_table(words: str) -> dict[str, set[str]]:
 
 
 def flows_of_cases() -> dict:
-    """`flows` of every case, in one process: starting one takes longer than a case."""
+    """`flows` of every case, all in one process, because starting a process takes longer than a case."""
     return {case: flows(*case) for case in CASES}
 
 
@@ -154,7 +155,7 @@ def test_losses_of_one_side_never_reach_the_networks_of_the_other(found, mode, w
 
 
 def shared_gradients() -> dict:
-    """The shared encoder's change in one step when the gradient of one side, or of none, is withheld."""
+    """The shared encoder's change in one step, with both gradients, or without the gradient of one side."""
 
     from dist_t2i.training import text_modes
     from small_gan import build_gan, micro_batches, tiny_config

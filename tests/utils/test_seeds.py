@@ -1,4 +1,5 @@
-"""Seeds are part of what a run computes: neither `mix` nor the purposes may change (tests/data/stream/test_order.py pins `random_bits`)."""
+"""Seeds affect the results of runs, so neither `mix` nor the purposes may change (tests/data/stream/test_order.py pins
+`random_bits`)."""
 
 from dist_t2i.utils.seeds import Purpose, StreamPurpose, mix
 

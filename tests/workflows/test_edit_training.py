@@ -17,8 +17,8 @@ from models_on_disk import tokenizer, write_run
 from runs import CONFIG, Run, assert_same_state, make_set
 
 pytestmark = pytest.mark.slow
-# Low rates, as in the jobs that change their number of nodes: where round-off takes an activation across the kink of a
-# leaky ReLU, which depends on the processor, a gradient jumps, and larger steps carry the jump into the weights.
+# Low learning rates: on some processors, round-off moves an activation across the kink of a leaky ReLU, and a gradient
+# jumps. Larger steps would carry this jump into the weights.
 RATES = ("optimizer.generator_lr=1e-4", "optimizer.discriminator_lr=1e-4")
 EDIT = ("edit.width=8", "edit.words=1", "loss.edit_target=5", "report.sample_every_images=40", *RATES)
 

@@ -1,6 +1,6 @@
 """Two ZeRO engines on two ranks train like plain PyTorch on one process, to 1e-6 of the losses and the weights.
 
-Every stage pair, accumulation, text mode and penalty, with contrastive negatives from the other rank.
+The cases cover every stage pair, accumulation, text mode and penalty, with contrastive negatives from the other rank.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def train_reference(overrides: dict, steps: int = STEPS):
 
 
 def train_many(cases: dict[str, dict]) -> dict:
-    """`train_engines` of every case in one process group; a case that fails gives its traceback."""
+    """`train_engines` of every case in one process group; a failed case returns its traceback."""
     import traceback
 
     results = {}
@@ -141,7 +141,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def trained():
-    """Every case trained by two ranks, all in one process group (starting one takes longer than a case)."""
+    """Trains every case on two ranks, all in one process group, because starting a group takes longer than a case."""
     return run_ranks(2, train_many, CASES, timeout=900)
 
 

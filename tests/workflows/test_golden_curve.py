@@ -1,10 +1,10 @@
-"""Golden curves: what tiny runs report today, committed as `tests/golden/curve_VARIANT.json`.
+"""Golden curves: the metrics of tiny runs, committed as `tests/golden/curve_VARIANT.json`.
 
 Each variant trains for 40 steps on one CPU process in fp32, as a user starts a run. The reported losses and
 logits of the first ten steps equal the committed numbers within 1e-4. A change of any loss weight by 2% exceeds this
 tolerance. After an intended change of the numbers, a person writes and commits new numbers; no test writes them:
 
-    python tests/workflows/test_golden_curve.py --write
+python tests/workflows/test_golden_curve.py --write
 
 Other processors and thread counts compute sums in another order. Round-off alone changes the numbers by about 1e-6. But
 sometimes round-off moves an activation across the kink of a leaky ReLU, and a gradient jumps. Therefore the learning

@@ -156,7 +156,7 @@ def restart(run: Run) -> None:
 
 
 def assert_intact(run: Run) -> None:
-    """Every checkpoint in the folder is whole, and `latest` names one of them."""
+    """Every checkpoint in the folder is complete, and `latest` names one of them."""
     from dist_t2i.checkpoint import store
 
     for folder in store.committed(run.folder):

@@ -32,7 +32,7 @@ def opened(data, workers, **changes):
 
 @pytest.fixture(scope="module")
 def expected(data):
-    """The first batches, made without workers: each has its own memory."""
+    """The first batches, from a stream without workers; each has its own memory."""
     return list(itertools.islice(opened(data, 0), 40))
 
 

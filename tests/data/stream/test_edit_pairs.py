@@ -63,7 +63,7 @@ def test_every_neighbour_is_chosen_and_the_choice_is_a_function_of_its_number():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 plain pictures in two shards, "thing 7 red" next to "thing 7 blue"; one of them is no picture."""
+    """24 plain pictures in two shards, "thing 7 red" next to "thing 7 blue"; one file does not decode."""
     folder = tmp_path_factory.mktemp("set")
     lines = []
     for number in range(24):

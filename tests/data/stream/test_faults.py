@@ -51,7 +51,7 @@ def _told(record_property: Callable[[str, object], None]) -> Iterator[None]:
 
 @dataclass
 class Store:
-    """The set on disk, the server, the proxy, and what a stream without faults yields."""
+    """The set on disk, the server, the proxy, and the samples of a stream without faults."""
 
     folder: Path
     server: S3Server

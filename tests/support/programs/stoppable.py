@@ -1,4 +1,4 @@
-"""A training run reduced to its stopping: steps, a loader worker, an agreed stop, a save.
+"""A minimal training run for tests of stopping: steps, a loader worker, an agreed stop, a save.
 
 usage: stoppable.py FOLDER SAVE_SECONDS [hang]. Every rank writes FOLDER/pid-RANK once it runs, and FOLDER/saved-RANK when
 it saves (why, how its worker is, and who it is). With `hang` the main thread then blocks in C, where no Python handler runs.
