@@ -70,7 +70,7 @@ def moments_before_a_step(stage: int) -> list[bool]:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_moments_are_known_before_the_first_step(stage):
     """_lazy_init_hp_params_optimizer_state."""
-    assert run_ranks(2, moments_before_a_step, stage) == [[True] * 3] * 2  # one moment of Muon's matrix, two of the bias
+    assert run_ranks(2, moments_before_a_step, stage) == [[True] * 3] * 2  # Muon: one moment; the bias: two
 
 
 def flags_and_counters() -> list[str]:

@@ -112,8 +112,7 @@ def end(launchers: list[subprocess.Popen]) -> None:
 
 
 def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_path):
-    """A run that is stopped under one launcher and resumed under the other equals two ranks on one machine, to the bit.
-    """
+    """A run that is stopped under one launcher and resumed under the other equals two ranks on one machine."""
     run = Run(tmp_path / "run", data)
     launchers = machines.start("torchrun", run)
     try:
