@@ -52,14 +52,14 @@ _REQUIRED = (CONFIG, TOKENIZER, GENERATOR, DISCRIMINATOR)
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A frozen text encoder as data, which an export stores and from which `build` makes a module."""
+    """A frozen text encoder as data. An export stores this data, and `build` makes a module from it."""
 
     about: dict[str, Any]
     """JSON value: `{"kind": "table"}`, or `{"kind": "encoder", "text": {...}, "vocab_size": n, "max_tokens": n}`."""
     tensors: dict[str, Tensor]
     """A table's `vectors`, `tokens` and `lengths`, or an encoder's parameters."""
     file: Path
-    """The file that the tensors were read from, for error messages."""
+    """The file from which the tensors were read, for error messages."""
 
     def build(self) -> nn.Module:
         """A module with `.width` and forward(tokens, lengths) -> `TextEmbedding`, on the CPU. Raises UserError."""
@@ -106,21 +106,21 @@ class ModelFiles:
 def read_model(path: str | Path, *, ema: bool = True) -> ModelFiles:
     """Reads a run folder (its newest intact checkpoint), one checkpoint (RUN/checkpoints/images-...), or an export.
 
-    With `ema=False`, the generator has its current weights instead of their moving average. Raises UserError.
+    With `ema=False`, the generator has the last weights instead of their moving average. Raises UserError.
     """
     folder = Path(path)
     if not folder.is_dir():
-        problem = "a file" if folder.exists() else "not there"
-        raise UserError(f"{folder} is {problem}; give a run folder or an exported model (a folder with {ABOUT})")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {problem}; give a run folder or an exported model (a folder with {ABOUT})")
     if (folder / ABOUT).is_file():
         if not ema:
-            raise UserError(f"{folder}: an exported model holds the averaged weights only; give the run's folder")
+            raise UserError(f"{folder}: an exported model contains only the averaged weights; give the run's folder")
         return read_export(folder)
     if (folder / CONFIG).is_file():
         return read_run(folder, ema=ema)
     if (folder / store.STATE).is_file() and (folder.parents[1] / CONFIG).is_file():
         return read_run(folder.parents[1], ema=ema, checkpoint=folder)
-    raise UserError(f"{folder} holds neither a run ({CONFIG}, checkpoints) nor an exported model ({ABOUT})")
+    raise UserError(f"{folder} contains neither a run ({CONFIG}, checkpoints) nor an exported model ({ABOUT})")
 
 
 def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> ModelFiles:
@@ -131,7 +131,7 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
     else:
         saved = store.open_checkpoint(checkpoint)
     if saved is None:
-        raise UserError(f"{run}: no checkpoint yet; let the run save one (a stopped run does), then try again")
+        raise UserError(f"{run} has no checkpoint yet. A run saves one when it is stopped; then try again")
     tokenizer = Tokenizer.load(run / TOKENIZER)
     text = saved.tensors("text") if config.text.mode == "shared" else {}
     generator = saved.tensors("ema") if ema else saved.tensors("generator") | text
@@ -141,7 +141,7 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
 
 
 def read_export(folder: Path) -> ModelFiles:
-    """Reads an exported model and checks every file against model.json. Raises UserError that names the wrong file."""
+    """Reads an exported model and compares every file with model.json. Raises a UserError that names the wrong file."""
     about = _read_about(folder)
     for name, listed in about["files"].items():
         _check_file(folder, name, listed)
@@ -169,13 +169,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"{path}: format {version}, but this version reads {FORMAT}; update dist_t2i or export again")
     if not valid:
-        raise UserError(f"{path}: damaged or not an exported model; export again with tools/export.py")
+        raise UserError(f"{path} is damaged, or is not from an export; export again with tools/export.py")
     return about
 
 
 def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
     if name not in (*_REQUIRED, FROZEN):
-        raise UserError(f"{folder / ABOUT}: lists {name!r}, which is no file of a model; export again")
+        raise UserError(f"{folder / ABOUT} lists {name!r}, but a model has no such file; export again")
     path, remedy = folder / name, "copy the folder again, or export again with tools/export.py"
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy}")
@@ -187,13 +187,13 @@ def _check_file(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
 
 
 def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """Reads what `text.frozen` names, for captions of up to `max_tokens` tokens of `tokenizer`. Raises UserError."""
+    """Reads the encoder that `text.frozen` names, for captions of up to `max_tokens` tokens. Raises UserError."""
     path = Path(text.frozen)
     if path.is_dir():
         return _encoder_of_export(path, tokenizer, max_tokens)
     if path.suffix == ".safetensors":
         return _read_table(path, tokenizer, max_tokens)
-    raise UserError(f"text.frozen={path}: neither an export (tools/export.py makes one) nor a .safetensors table")
+    raise UserError(f"text.frozen={path} is neither an export (see tools/export.py) nor a .safetensors table")
 
 
 def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
@@ -202,11 +202,11 @@ def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> F
     if model.tokenizer != tokenizer:
         remedy = "both models must be trained on sets that share one tokenizer.json"
         raise UserError(
-            f"text.frozen={folder}: its encoder was trained with another tokenizer than this set's;\n{remedy}"
+            f"text.frozen={folder}: the tokenizer of this encoder differs from the tokenizer of the set;\n{remedy}"
         )
     text, limit = model.config.text, model.config.data.max_tokens
     if text.encoder == "transformer" and limit < max_tokens:
-        raise UserError(f"text.frozen={folder}: its transformer reads {limit} tokens: set data.max_tokens to that")
+        raise UserError(f"text.frozen={folder}: this transformer reads {limit} tokens: set data.max_tokens={limit}")
     if model.frozen is not None:
         return model.frozen
     prefix = "text_d." if text.mode == "dual" else "text."
@@ -224,7 +224,7 @@ def _read_table(path: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEnco
         captions = None
     vectors = tensors.get("vectors")
     if vectors is None or vectors.ndim != 2 or not isinstance(captions, list) or len(captions) != len(vectors):
-        parts = "a tensor `vectors` [N, E] and, in the file's metadata, `captions`: a JSON list of N texts"
-        raise UserError(f"text.frozen={path}: a table needs {parts}")
+        parts = "a tensor `vectors` [N, E], and its metadata needs `captions`, a JSON list of N texts"
+        raise UserError(f"text.frozen={path}: the file of a table needs {parts}")
     tokens, lengths = tokenizer.encode([str(caption) for caption in captions], max_tokens)
     return FrozenEncoder({"kind": "table"}, {"vectors": vectors, "tokens": tokens, "lengths": lengths}, path)

@@ -2,8 +2,8 @@
 
 Guarantee: every bit of an image depends only on (weights, prompt, seed, index), not on the rest of the call. Therefore
 each image has its own noise generator, seeded by (seed, index), and each text is encoded separately. The networks
-always compute the same number of rows: one on a CPU, where more are no faster, and `CHUNK` on a GPU, where the last
-chunk is padded.
+always compute the same number of rows: one on a CPU, where larger batches save no time, and `CHUNK` on a GPU, where the
+last chunk is padded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dist_t2i.models.source_encoder import SourceEncoder
 
 CHUNK = 16
-"""Number of rows that a GPU computes at a time."""
+"""Number of rows in a batch on a GPU."""
 
 
 class PromptError(UserError, ValueError):
@@ -51,8 +51,8 @@ class UnknownWordsWarning(PromptWarning):
 class ModelParts(NamedTuple):
     """The networks of a trained model, in evaluation mode on one device.
 
-    The generator reads sentence embeddings of `text_g` (S_G), and images are compared with those of `text_d` (S_D).
-    `source` encodes source images; only models that were trained to edit have it.
+    The generator reads the sentence embeddings of `text_g` (S_G). Images are compared with the sentence embeddings of
+    `text_d` (S_D). `source` encodes source images; it is None unless the model was trained to edit.
     """
 
     generator: Generator
@@ -78,7 +78,7 @@ class TextToImage:
         self.files, self.config, self.tokenizer = files, files.config, files.tokenizer
         self.images_seen = files.images
         self._parts = build_parts(files, self.device)
-        self.image_encoder = ImageEncoder(self._parts.discriminator)  # the network behind `embed_image`
+        self.image_encoder = ImageEncoder(self._parts.discriminator)  # used by `embed_image`
         self._chunk = 1 if self.device.type == "cpu" else CHUNK
 
     @property
@@ -96,9 +96,9 @@ class TextToImage:
         """Generates RGB images for a list of texts: all images of the first prompt, then all of the second, and so on.
 
         Image i of a prompt depends only on (prompt, seed, i), and its noise is the same for every prompt. `truncation`
-        scales the noise: below 1, images are more typical and less varied; at 0, every seed gives the same image; None
-        uses the configured value. Warns with UnknownWordsWarning about words that were in no training caption and with
-        PromptWarning about empty and overlong prompts. Raises PromptError for arguments of the wrong kind.
+        scales the noise. Below 1, images are more typical and less varied; at 0, every seed gives the same image; None
+        means the configured value. Warns about words that were in no training caption (UnknownWordsWarning), and about
+        empty and overlong prompts (PromptWarning). Raises PromptError for arguments of the wrong kind.
         """
         prompts = check_texts(prompts, "prompts")
         count, seed = _integer(images_per_prompt, "images_per_prompt", least=1), _integer(seed, "seed")
@@ -113,7 +113,7 @@ class TextToImage:
         PromptError."""
         prompts = check_texts(prompts, "prompts")
         if len(prompts) != len(noise_seeds):
-            raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one for each")
+            raise PromptError(f"{len(prompts)} prompts, but {len(noise_seeds)} noise seeds: give one seed per prompt")
         noise, widths = self._noise(noise_seeds, truncation)
         empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
@@ -131,13 +131,13 @@ class TextToImage:
         seed: int = 0,
         truncation: float | None = None,
     ) -> Image.Image:
-        """Changes an image to match a text and leaves the rest as it was: an RGB image of the model's size.
+        """Changes an image to match a text, but nothing else in it. Returns an RGB image of the model's size.
 
         `image` is a PIL image, or a file in a format that training reads. Transparent pixels become white, and the
         central square is resized. `text` describes the full edited image, not only the change. `strength` 0 returns
-        exactly the source, and 1 the full edit; values between them interpolate each pixel linearly (our reading of the
-        paper). `seed`, `truncation` and the warnings are as in `generate`. Raises UserError when the model was not
-        trained to edit, and PromptError for unusable arguments.
+        exactly the source, and 1 returns the full edit; values between 0 and 1 interpolate each pixel linearly (our
+        reading of the paper). `seed`, `truncation` and the warnings are as in `generate`. Raises UserError when the
+        model was not trained to edit, and PromptError for unusable arguments.
         """
         source = self._pixels(image, "image")
         self._warn(check_texts([text], "text"))
@@ -157,13 +157,13 @@ class TextToImage:
         encoder, generator = self._parts.source, self._parts.generator
         if encoder is None:
             raise UserError(
-                f"{self.files.folder}: this model was trained to generate, not to edit (its edit.width is 0); train one "
-                "that edits from it: configs/edit-openmoji.yaml shows how"
+                f"{self.files.folder}: this model cannot edit, because it was trained with edit.width=0. Train an "
+                "editing model that starts from this one: configs/edit-openmoji.yaml shows how"
             )
         texts, strength = check_texts(texts, "texts"), _number(strength, "strength", "a number from 0 to 1", most=1.0)
         counts = len(sources), len(texts), len(noise_seeds)
         if len(set(counts)) > 1:
-            raise PromptError("{} sources, {} texts, {} noise seeds: give as many of each".format(*counts))
+            raise PromptError("{} sources, {} texts, {} noise seeds: give equal numbers".format(*counts))
         noise, widths = self._noise(noise_seeds, truncation)
 
         def images(noise: Tensor, source: Tensor, sentence: Tensor, words: Tensor, mask: Tensor) -> Tensor:
@@ -178,11 +178,12 @@ class TextToImage:
     def embed_text(self, texts: Sequence[str], which: str = "g") -> Tensor:
         """Sentence embeddings of a list of texts, float32 [N, E] on the CPU: S_G (`which="g"`) or S_D (`"d"`).
 
-        With text.mode=frozen, both are the frozen encoder; with text.mode=shared, "g" is the moving average of the
-        shared encoder, which the generator uses, and "d" its current weights. Raises PromptError.
+        With text.mode=frozen, both are the frozen encoder. With text.mode=shared, "g" is the moving average of the
+        shared encoder, which the generator uses, and "d" is the shared encoder with its last weights. Raises
+        PromptError.
         """
         if which not in ("g", "d"):
-            raise PromptError(f'which must be "g" (what the generator reads) or "d" (the discriminator), got {which!r}')
+            raise PromptError(f'which must be "g" (S_G of the generator) or "d" (S_D of the discriminator), got {which!r}')
         texts = check_texts(texts, "texts")
         return self._encode(self._parts.text_g if which == "g" else self._parts.text_d, texts).sentence
 
@@ -203,15 +204,14 @@ class TextToImage:
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         """Cosines (-1 to 1) of each image and each text in the alignment space, float32 [images, texts].
 
-        The model (its D and S_D) scores its own images here, so this is not an independent evaluation. Raises
-        PromptError.
+        The cosines come from the model's own D and S_D, so they are not an independent evaluation. Raises PromptError.
         """
         return self.embed_image(images) @ self.embed_aligned(texts).T
 
     def _noise(self, seeds: Sequence[int], truncation: float | None) -> tuple[Tensor, tuple[int, int]]:
-        """One row of noise per seed, always from the CPU's generator, and the widths of its two parts."""
+        """One row of noise per seed, always from the CPU's random generator, and the widths of a row's two parts."""
         truncation = self.config.model.generator.truncation if truncation is None else truncation
-        truncation = _number(truncation, "truncation", "a number from 0 up (1: all of the noise)")
+        truncation = _number(truncation, "truncation", "a number that is at least 0 (1: unchanged noise)")
         widths = (self._parts.generator.noise_width, self._parts.generator.condition_width)
         rows = [torch.randn(sum(widths), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows) * truncation if rows else torch.empty(0, sum(widths)), widths
@@ -219,7 +219,7 @@ class TextToImage:
     @torch.no_grad()
     def _encode(self, encoder: nn.Module, texts: Sequence[str]) -> TextEmbedding:
         embeddings = {}
-        for text in dict.fromkeys(texts or [""]):  # without texts, encodes "" for the right shapes
+        for text in dict.fromkeys(texts or [""]):  # without texts, "" is encoded to get the right shapes
             tokens, lengths = self.tokenizer.encode([text], self.config.data.max_tokens)
             embeddings[text] = [part.cpu() for part in encoder(tokens.to(self.device), lengths.to(self.device))]
         rows = [embeddings[text] for text in texts or [""]]
@@ -260,11 +260,11 @@ class TextToImage:
             quoted = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
             if unknown := self.tokenizer.unknown_words(prompt):
                 listed = ", ".join(repr(word) for word in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
-                text = f"no training caption had {listed} (in {quoted}); the image follows the other words, or chance"
+                text = f"no training caption contains {listed} (in {quoted}), so the image depends on the other words"
                 warnings.warn(text, UnknownWordsWarning, stacklevel=3)
             limit = self.config.data.max_tokens
             if not prompt.strip():
-                warnings.warn("an empty prompt: the image follows chance", PromptWarning, stacklevel=3)
+                warnings.warn("a prompt is empty: its image is random", PromptWarning, stacklevel=3)
             elif len(self.tokenizer.ids(prompt)) > limit:
                 warnings.warn(f"{quoted} was cut after {limit} tokens", PromptWarning, stacklevel=3)
 
@@ -294,11 +294,11 @@ def build_parts(files: ModelFiles, device: torch.device) -> ModelParts:
     frozen = files.frozen.build() if files.frozen is not None else None
     sizes = {"image_size": config.data.image_size, "max_tokens": limit, "vocab_size": vocabulary}
     try:
-        with torch.device("meta"):  # allocates nothing until the shapes are known to agree
+        with torch.device("meta"):  # allocates no memory; `fill` then checks the shapes
             networks = build_networks(config.model, text, **sizes, edit_width=config.edit.width, frozen=frozen)
             encoders = [build_text_encoder(text, vocabulary, limit) for _ in range(2)]
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: its configuration describes no network that can be built: {error}") from None
+        raise UserError(f"{folder}: the networks in its configuration cannot be built: {error}") from None
     generator = fill(networks.generator.generator, files.generator, "generator.", folder)
     discriminator = fill(networks.discriminator.discriminator, files.discriminator, "discriminator.", folder)
     if frozen is not None:
@@ -317,7 +317,7 @@ def build_parts(files: ModelFiles, device: torch.device) -> ModelParts:
 
 
 def check_texts(texts: Sequence[str], name: str) -> list[str]:
-    """The texts as a list, with characters that no encoding can hold (lone surrogates) replaced. Raises PromptError."""
+    """The texts as a list. Lone surrogates, which UTF-8 cannot encode, are replaced. Raises PromptError."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         hint = f": write [{texts!r}]" if isinstance(texts, str) and len(texts) < 80 else ""
         raise PromptError(f"{name} must be a list of texts, got {_kind(texts)}{hint}")
@@ -329,7 +329,7 @@ def check_texts(texts: Sequence[str], name: str) -> list[str]:
 
 def _integer(value: int, name: str, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)) or (least is not None and value < least):
-        raise PromptError(f"{name} must be an integer{'' if least is None else f' from {least} up'}, got {value!r}")
+        raise PromptError(f"{name} must be an integer{'' if least is None else f' >= {least}'}, got {value!r}")
     return int(value)
 
 

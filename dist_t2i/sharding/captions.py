@@ -1,4 +1,4 @@
-"""Reads and cleans captions in JSONL, CSV, TSV and text files, and says why some of them cannot be used."""
+"""Reads and cleans captions in JSONL, CSV, TSV and text files, and gives a reason for each unusable caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from dist_t2i.errors import DataError
 
 MAX_CHARACTERS = 1_000
-"""A longer caption is cut after the last word that fits, and is listed as a problem."""
+"""A longer caption is truncated after the last word that fits, and is listed as a problem."""
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
 CAPTION_COLUMNS = ("captions", "caption", "text", "description")
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
@@ -25,7 +25,7 @@ _FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a caption file: a picture and its captions, or the `problem` that makes the line unusable."""
+    """One line of a caption file: either a picture and its captions, or the `problem` that makes the line unusable."""
 
     where: str
     image: str = ""
@@ -34,7 +34,7 @@ class Row:
 
 
 def make_row(where: str, image: Any, captions: Any, no_image: str) -> Row:
-    """The row of a line whose fields may have any type; its problem is `no_image` if `image` is not a string."""
+    """The row of a line whose fields may have any type. The row's problem is `no_image` if `image` is not a string."""
     if not isinstance(image, str):
         return Row(where, problem=no_image)
     texts = text_list([""] if captions is None else captions)
@@ -49,12 +49,11 @@ def text_list(captions: Any) -> list[str] | None:
 
 
 def clean(caption: str) -> tuple[str, str]:
-    """The caption in NFC, on one line, without control characters, and cut to `MAX_CHARACTERS`. The second result says
-    what was wrong with the caption; it is "" if nothing was.
+    """Returns the cleaned caption, or "" if it cannot be used, and its problem, or "" if it has none.
 
-    The caption is "" if it cannot be used.
+    A cleaned caption is NFC, one line without control characters, and at most `MAX_CHARACTERS` long.
     """
-    if not (caption.isascii() and caption.isprintable()):  # most captions are, and skipping this is twenty times faster
+    if not (caption.isascii() and caption.isprintable()):  # for other captions, skipping this is twenty times faster
         if any("\ud800" <= char <= "\udfff" for char in caption):
             return "", "caption is not UTF-8"
         visible = (char if unicodedata.category(char)[0] != "C" or char == "\u200d" else " " for char in caption)
@@ -95,7 +94,7 @@ def rows_of(data: bytes, form: str, name: str, columns: Columns = (IMAGE_COLUMNS
 
 
 def read_text_file(path: Path) -> tuple[str, ...]:
-    """The captions in a text file, which has one caption per line. Raises OSError if it cannot be read."""
+    """The captions in a text file that has one caption per line. Raises OSError if the file cannot be read."""
     return tuple(line for line in decode_text(path.read_bytes()).splitlines() if line.strip())
 
 

@@ -27,7 +27,7 @@ def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
     try:
         return folder, parse_manifest(folder.read("manifest.json"), folder.file_url("manifest.json"))
     except FileNotFoundError as error:
-        raise DataError(f"{url}: there is no set (no manifest.json); write one with tools/shard.py") from error
+        raise DataError(f"{url} has no manifest.json, so it is not a set; tools/shard.py writes sets") from error
     except OSError as error:
         raise DataError(f"cannot read the manifest of {url}: {error}") from error
 
@@ -43,7 +43,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def describe(url: str, sheet: Path | None, split: str = "train") -> str:
-    """Describes a set in words and numbers; writes a contact sheet of `split` to the file `sheet`. Raises DataError."""
+    """Returns a description of a set; writes a contact sheet of `split` to `sheet` if given. Raises DataError."""
     folder, manifest = read_set(url)
     if split not in manifest["splits"]:
         raise DataError(f"{url} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -90,8 +90,7 @@ Difference = tuple[str, str, str, str]
 
 
 def verify(url: str, processes: int) -> tuple[int, list[Difference]]:
-    """The number of shards, and everything in the set that differs from its manifest or indexes. Reads each byte
-    once."""
+    """The number of shards, and all differences between the set and its manifest or indexes. Reads each byte once."""
     folder, manifest = read_set(url)
     differences: list[Difference] = []
     tokenizer = manifest["tokenizer"]
@@ -143,7 +142,7 @@ def _verify_shard(folder: Folder, shard: dict[str, Any]) -> list[Difference]:
 
 
 def _read_through(folder: Folder, name: str, index: ShardIndex) -> tuple[int, str, list[tuple[str, int, int]]]:
-    """Reads a tar once: its size, its SHA-256, and (member, expected CRC-32, actual CRC-32) for each wrong member."""
+    """Reads a tar once. Returns size, SHA-256, and (member, expected CRC-32, actual CRC-32) of damaged members."""
     spans = sorted(
         (member.offset, member.size, member.crc32, f"{key}.{member.extension}")
         for row, key in enumerate(index.keys)

@@ -1,4 +1,4 @@
-"""The captioned pictures that are to be written to a set, and the reasons why other pictures are left out."""
+"""The captioned pictures that a set will contain, and the reasons why other pictures are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_HOLDOUT_PICTURES = 50
 
 @dataclass(slots=True)
 class Item:
-    """A picture that is to be written. `attributes` are written to its json file together with the captions."""
+    """A picture to write. `attributes` are written to the json file of the picture together with the captions."""
 
     key: str
     picture: Picture
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of bad_samples.jsonl: the file or line, the picture, and a reason that other pictures can share."""
+    """A line of bad_samples.jsonl: the file or line, the picture, and the reason. Pictures are counted by reason."""
 
     where: str
     picture: str
@@ -37,11 +37,11 @@ class Problem:
 
 
 Gathered = tuple[list[Item], list[Problem], dict[str, Any]]
-"""The usable items, the problems of others, and the manifest's entries about the set (name, licence, credit)."""
+"""The usable items, the problems of other pictures, and the manifest's entries on the set (name, licence, credit)."""
 
 
 def hold_out(items: Iterable[Item], share: float) -> None:
-    """Moves a share of the items, selected by a hash of their keys, to the split `test`, but never all items."""
+    """Moves a share of the items to the split `test`. A hash of the keys selects them; at least one item remains."""
     ranked = sorted(((unit_hash(f"holdout {item.key}"), item) for item in items), key=lambda pair: pair[0])
     count = sum(number < share for number, _ in ranked) or int(share > 0 and len(ranked) >= MIN_HOLDOUT_PICTURES)
     for _, item in ranked[: min(count, len(ranked) - 1)]:

@@ -1,4 +1,4 @@
-"""The inputs from which the bytes of a picture can be read: a file, an SVG, a URL, or a member of a tar."""
+"""The inputs from which a picture can be read: a file, an SVG, a URL, or a member of a tar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_t2i.storage.retries import pauses, retry
 from dist_t2i.storage.urls import scheme_of
 
 MAX_DOWNLOAD = 2**28
-"""A download of more than this many bytes is abandoned."""
+"""A download of more than this many bytes fails."""
 TIMEOUT, RETRIES = 30.0, 2
 """A download fails after `TIMEOUT` seconds without a byte, and is repeated up to `RETRIES` times if that may help."""
 _FIRST_READ = 2**18
@@ -25,11 +25,11 @@ _OPEN_FILES, _OPEN_FOLDERS = 64, 16
 
 
 class Picture(ABC):
-    """A picture that is not read yet. All methods raise OSError if the picture cannot be read."""
+    """A picture that has not been read yet. All methods raise OSError if the picture cannot be read."""
 
     __slots__ = ()
     remote = False
-    """Whether each read takes a round trip over a network. Such reads should run in parallel."""
+    """Whether each read needs a round trip over a network. Such reads should run in parallel."""
 
     @abstractmethod
     def stat(self) -> tuple[int, str]:
@@ -54,7 +54,7 @@ class PictureFile(Picture):
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             data = os.read(descriptor, _FIRST_READ)
-            if len(data) < _FIRST_READ:  # the usual case, which is faster without a Python file object
+            if len(data) < _FIRST_READ:  # true for most pictures; a Python file object would be slower
                 return data
             with open(descriptor, "rb", buffering=0, closefd=False) as rest:
                 return data + rest.read()

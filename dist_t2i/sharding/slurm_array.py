@@ -1,10 +1,10 @@
-"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part of the shards, and this
-process waits for all tasks.
+"""Writes shards in the tasks of a Slurm array, submitted with submitit. Each task writes a part of the shards, and the
+submitting process waits for all tasks.
 
-This process makes the plan and sends it to the tasks, so the content of a shard does not depend on the task that writes
-it. Each task writes the result of a shard to a file in OUT, and this process reads these files. It does not rely on the
-states of the jobs, because clusters without accounting do not report them. All machines must see the pictures, OUT and
-the log folder.
+The submitting process makes the plan and sends it to the tasks, so the content of a shard does not depend on the task
+that writes it. Each task writes the result of a shard to a file in OUT, and the submitting process reads these files.
+It cannot use the states of the jobs, because clusters without accounting do not report them. All machines must see the
+pictures, OUT and the log folder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dist_t2i.utils.progress import Progress
 
 _POLL = 1.0
 _LINGER = 20.0
-"""The seconds that the result files of a job may take to appear on a shared disk after the job has ended."""
+"""After a job has ended, its result files may take this many seconds to appear on a shared disk."""
 
 
 @dataclass(frozen=True)
 class SlurmArray:
-    """How to submit: the options `--slurm-...` with these names, which --help explains; `folder` is for submitit's
+    """How to submit: the values of the options `--slurm-...`, which --help explains. `folder` receives submitit's
     logs."""
 
     cluster: str
@@ -65,7 +65,7 @@ class SlurmArray:
         import submitit
 
         if self.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise DataError("--slurm: there is no sbatch on this machine; submit from a login node of the cluster")
+            raise DataError("--slurm: this machine has no sbatch; submit from a login node of the cluster")
         try:
             executor = submitit.AutoExecutor(folder=str(self.folder), cluster=self.cluster)
         except RuntimeError as error:
@@ -117,5 +117,5 @@ class SlurmArray:
                     reasons.append(f"\n  {job.job_id}: {last_line or type(error).__name__}")
         return (
             f"{len(missing)} shards were not written ({', '.join(missing[:5])}); logs: {self.folder}"
-            f"{''.join(reasons[:5])}\nrun the same command again to resume"
+            f"{''.join(reasons[:5])}\nRun the same command again to resume"
         )

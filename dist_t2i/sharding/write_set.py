@@ -39,9 +39,9 @@ def write_set(
 ) -> dict[str, Any]:
     """Writes a set to a folder or URL and returns its manifest. A repeated run with the same input keeps intact shards.
 
-    `problems` are the problems of pictures that are not in `items`; they are added to the report. `write_shards` is by
-    default `write_here`. Raises DataError if no training picture is left, or the folder has other contents or cannot be
-    written.
+    `problems` are the problems of pictures that are not in `items`; the report lists them. The default of
+    `write_shards` is `write_here`. Raises DataError if no training picture is left, if the folder contains anything
+    else, or if it cannot be written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
@@ -87,10 +87,10 @@ def _write_missing(
         folder.remove("manifest.json")
         restore_names(folder, intact)
     if results:
-        print(f"{len(results)} of {len(plans)} shards are there already", file=sys.stderr)
+        print(f"{len(results)} of {len(plans)} shards exist already", file=sys.stderr)
     if failed and not options.retry_failed:
         unread = sum(results[name]["unread"] for name in failed)
-        print(f"{unread:,} pictures could not be read before; --retry-failed tries them again", file=sys.stderr)
+        print(f"an earlier run could not read {unread:,} pictures; --retry-failed tries again", file=sys.stderr)
     if missing:
         progress = Progress(sum(len(plan.items) for plan in missing))
         results.update(write_shards(folder, missing, options, progress))
@@ -104,7 +104,7 @@ def write_here(
     """Writes shards with `options.processes` processes on this machine, and returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
     enabled = gc.isenabled()
-    gc.disable()  # the collector would spend 10% of the time on scanning the items, which contain no cycles
+    gc.disable()  # scanning the items for cycles would take 10% of the time, and they contain no cycles
     try:
         results = in_processes(write_shard, calls, options.processes, progress)
     finally:

@@ -192,7 +192,7 @@ def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
         raise ConfigError(f"edit.init: {error}", [str(error)]) from None
     same = (*_SAME, "edit.width") if files.config.edit.width else _SAME
     changes = differences(files.config, config).items()
-    lines = [f"{key}: {new!r} here, {old!r} in the model" for key, (old, new) in changes if key.startswith(same)]
+    lines = [f"{key}: {here!r} here, {there!r} in the model" for key, (there, here) in changes if key.startswith(same)]
     folder = files.folder
     if lines:
         head = f"edit.init: the networks of {folder} differ from those of this run:"

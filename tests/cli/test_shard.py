@@ -208,7 +208,7 @@ def test_a_quotation_mark_that_is_never_closed_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
-        (lambda t: ["--images", t / "none", "--out", t / "set"], "there is no such folder"),
+        (lambda t: ["--images", t / "none", "--out", t / "set"], "this folder does not exist"),
         (
             lambda t: ["--images", t / "pictures", "--captions", t / "no.csv", "--out", t / "set"],
             "cannot read the captions",
@@ -222,7 +222,7 @@ def test_a_quotation_mark_that_is_never_closed_is_reported(tmp_path):
             lambda t: ["--images", t / "pictures", "--captions", t / "void.csv", "--out", t / "set"],
             "is left to train on",
         ),
-        (lambda t: ["--images", t / "pictures", "--out", t / "set"], "picture has no .txt beside it"),
+        (lambda t: ["--images", t / "pictures", "--out", t / "set"], "picture has no .txt of the same name"),
         (lambda t: ["--images", t / "empty", "--out", t / "set"], "none was found"),
         (lambda t: ["--images", t / "bad", "--out", t / "set"], "picture does not decode"),
         (lambda t: ["--images", t / "good", "--out", t / "a.doc" / "set"], "cannot write to --out"),
@@ -337,11 +337,11 @@ def test_a_rerun_keeps_whole_shards_and_mends_the_rest(tmp_path):
     (tmp_path / "set" / "train-00002.index").unlink()
     (tmp_path / "set" / "manifest.json").unlink()
     done = shard(*base)
-    assert contents(tmp_path / "set") == before and "3 of 5 shards are there already" in done.stderr
+    assert contents(tmp_path / "set") == before and "3 of 5 shards exist already" in done.stderr
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.tar")}
     assert {name for name in now if now[name] != times[name]} == {"train-00001.tar", "train-00002.tar"}
     other = shard(*base, "--size", 20, check=False)
-    assert other.returncode == 2 and "holds a set of other pictures" in other.stderr
+    assert other.returncode == 2 and "contains a set from other pictures" in other.stderr
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])

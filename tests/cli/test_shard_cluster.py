@@ -43,4 +43,4 @@ def test_without_slurm_it_says_so(tmp_path):
         check=False,
         PATH="/nowhere",
     )
-    assert done.returncode == 2 and "there is no sbatch on this machine" in done.stderr
+    assert done.returncode == 2 and "this machine has no sbatch" in done.stderr

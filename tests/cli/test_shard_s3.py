@@ -30,7 +30,7 @@ def test_from_a_folder_to_s3_and_back(tmp_path, server):
     server.put("some/set/train-00002.tar", b"hurt")
     done = shard("verify", url, check=False, **known)
     assert done.returncode == 1 and "train-00002.tar" in done.stdout and "train-00001.tar" not in done.stdout
-    assert "3 of 4 shards are there already" in shard(*base, "--out", url, **known).stderr
+    assert "3 of 4 shards exist already" in shard(*base, "--out", url, **known).stderr
     assert "all 4 shards" in shard("verify", url, **known).stdout
 
     shard("webdataset", url + "/train-{00000..00003}.tar", "--out", tmp_path / "again", "--shard-samples", 8, **known)

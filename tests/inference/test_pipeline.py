@@ -212,7 +212,7 @@ def test_nothing_to_load(tmp_path, run):
     with pytest.raises(UserError, match="neither a run"):
         dist_t2i.load(tmp_path)
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
-    with pytest.raises(UserError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         dist_t2i.load(tmp_path)
 
 

@@ -173,5 +173,5 @@ def test_extra_files_in_the_list_are_refused(exported):
     about = json.loads((exported / "model.json").read_text())
     about["files"]["../run/config.yaml"] = {"bytes": 1, "sha256": ""}
     (exported / "model.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="no file of a model"):
+    with pytest.raises(UserError, match="a model has no such file"):
         dist_t2i.load(exported)

@@ -87,7 +87,7 @@ def test_a_set_written_through_fsspec_is_the_one_on_a_disk(tmp_path):
     (tmp_path / "far" / "away" / "manifest.json").unlink()
     done = shard(*base, "--out", url)
     total = len(list((tmp_path / "disk").glob("*.tar")))
-    assert f"{total - 1} of {total} shards are there already" in done.stderr
+    assert f"{total - 1} of {total} shards exist already" in done.stderr
     assert contents(tmp_path / "far" / "away") == contents(tmp_path / "disk")
     assert f"all {total} shards" in shard("verify", url).stdout
     assert "30" in shard("inspect", url, "--sheet", tmp_path / "s.png").stdout
@@ -130,7 +130,7 @@ def test_gaps_are_closed_and_a_rerun_keeps_all_that_is_whole(tmp_path):
     shard(*base, "--out", tmp_path / "set")
     assert len(open_set(tmp_path / "set").samples("train")) == 9
     before = contents(tmp_path / "set")
-    assert "4 of 4 shards are there already" in shard(*base, "--out", tmp_path / "set").stderr
+    assert "4 of 4 shards exist already" in shard(*base, "--out", tmp_path / "set").stderr
     (tmp_path / "set" / "train-00001.tar").unlink()
-    assert "3 of 4 shards are there already" in shard(*base, "--out", tmp_path / "set").stderr
+    assert "3 of 4 shards exist already" in shard(*base, "--out", tmp_path / "set").stderr
     assert contents(tmp_path / "set") == before

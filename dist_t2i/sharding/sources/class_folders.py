@@ -20,11 +20,11 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """The first folder in `names` that exists in `root`. Raises DataError that shows `layout` if none exists."""
+    """The first folder in `names` that exists in `root`. If none exists, raises a DataError that shows `layout`."""
     for name in names:
         if (root / name).is_dir():
             return root / name
-    problem = f" has no folder {' or '.join(names)}" if root.is_dir() else ": there is no such folder"
+    problem = f" has no folder {' or '.join(names)}" if root.is_dir() else ": this folder does not exist"
     raise DataError(f"{root}{problem}. Expected files:\n{layout}")
 
 
@@ -39,11 +39,11 @@ def class_split(
     """Maps each class to its split, `train` or `test`. The second result names the files or the rule that determined
     the split.
 
-    `train` and `test` are files that list the classes of the splits. If neither is given, uses the lists of the text
-    release if one of `folders` has them: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` the
-    training classes. If the latter is missing, `trainclasses.txt` and `valclasses.txt` together list the training
+    `train` and `test` are files that list the classes of the splits. If neither is given, the lists of the text release
+    are used, if one of `folders` has them: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` lists
+    the training classes. If `trainvalclasses.txt` is missing, `trainclasses.txt` and `valclasses.txt` list the training
     classes. If no list exists, the classes whose number is a multiple of `hold_out_every` are the test classes. Raises
-    DataError if a list cannot be read or names an unknown class, or if a class is in both lists or in none.
+    DataError if a list cannot be read or names an unknown class, or if a class is in both lists or in neither.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)
@@ -79,7 +79,7 @@ def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     if unknown := next((name for name in names if name not in known), None):
         near = nearest(unknown, classes)
         hint = f"; did you mean {near}?" if near else ""
-        raise DataError(f"{path} names the class {unknown[:100]!r}, of which there are no pictures{hint}")
+        raise DataError(f"{path} names the class {unknown[:100]!r}, but this class has no pictures{hint}")
     return names
 
 
@@ -90,27 +90,27 @@ class ClassSet:
     about: dict[str, Any]
     """Entries of the manifest: name, licence, credit."""
     layout: str
-    """The files that the data set is expected to have, as text for `--help` and error messages."""
+    """The expected files of the data set, as text for `--help` and error messages."""
     images: tuple[str, ...]
     texts: tuple[str, ...]
-    """Possible folders of the pictures (`images`) and of the captions (`texts`). The first existing one of each is
-    used."""
+    """Possible folders of the pictures (`images`) and of the captions (`texts`). In each list, the first folder that
+    exists is used."""
     hold_out_every: int
-    """If there are no lists of classes, the classes whose number is a multiple of this number are the split `test`."""
+    """Without lists of classes, the classes whose number is a multiple of this number are the split `test`."""
     nested: bool
     """Whether each class has its own folder of pictures; otherwise all pictures are in one folder."""
 
     def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
         """The pictures with their captions, sorted by key. Prints the rule that determined the split.
 
-        `texts` is the folder of the captions; None means one of the usual folders in `root`. `train` and `test` are
-        files that list classes (see `class_split`). Raises DataError if the files do not have the expected layout or
-        the lists do not match the classes.
+        `texts` is the folder of the captions; if it is None, the usual folders in `root` are tried. `train` and `test`
+        are files that list classes (see `class_split`). Raises DataError if the files do not have the expected layout
+        or the lists do not match the classes.
         """
         images = first_folder(root, self.images, self.layout)
         texts = texts or first_folder(root, self.texts, self.layout)
         if not texts.is_dir():
-            raise DataError(f"--texts {texts}: there is no such folder. Expected files:\n{self.layout}")
+            raise DataError(f"--texts {texts}: this folder does not exist. Expected files:\n{self.layout}")
         parent, prefix = (images, "") if self.nested else (texts, "class_")
         classes = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name.startswith(prefix))
         if not classes:
@@ -160,9 +160,9 @@ CUB = ClassSet(
     layout="""  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
       text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
       trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
-(CUB_200_2011.tgz, and the text release of Reed et al., cvpr2016_cub, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class is held out (004, 008
-... 200): 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
+(From CUB_200_2011.tgz and the text release of Reed et al., the folder cvpr2016_cub, which may also be inside DIR. If
+only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class (004, 008 ... 200)
+is held out: 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,
@@ -178,10 +178,10 @@ FLOWERS = ClassSet(
     layout="""  DIR/jpg/image_00001.jpg ... image_08189.jpg
       text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
       trainvalclasses.txt, testclasses.txt       one class a line: class_00001 ...    (optional)
-(102flowers.tgz, and the text release of Reed et al., cvpr2016_flowers, whose folder may also lie inside DIR. If only
-trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth class is held out
-(class_00005 ... class_00100): 82 training and 20 test classes. Published results use another
-split. imagelabels.mat is not needed.)""",
+(The files come from 102flowers.tgz and from the text release of Reed et al., the folder cvpr2016_flowers, which may
+also be inside DIR. If only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth
+class (class_00005 ... class_00100) is held out: 82 training and 20 test classes. Published results use another split.
+imagelabels.mat is not needed.)""",
     images=("jpg", "102flowers/jpg"),
     texts=("text_c10", "cvpr2016_flowers/text_c10"),
     hold_out_every=5,

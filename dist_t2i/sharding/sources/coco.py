@@ -1,7 +1,6 @@
-"""Reads MS-COCO 2014 or 2017 in the layout in which it is distributed (Lin et al. 2014, "Microsoft COCO: Common Objects
-in Context"; Chen et al. 2015, "Microsoft COCO Captions"). If the file of Karpathy's split is named, uses that split
-(Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments"). Pictures of its part `restval` are used for training, as
-is common."""
+"""Reads MS-COCO 2014 or 2017 in its published layout (Lin et al. 2014, "Microsoft COCO: Common Objects in Context";
+Chen et al. 2015, "Microsoft COCO Captions"). Uses Karpathy's split if its file is given (Karpathy & Fei-Fei 2015, "Deep
+Visual-Semantic Alignments"). The pictures in the part `restval` of this split are used for training, as is common."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ LAYOUT = """  DIR/train2014/COCO_train2014_000000000009.jpg ...      (2017: DIR/
       val2014/COCO_val2014_000000000042.jpg ...                  DIR/val2017/000000000139.jpg ...
       annotations/captions_train2014.json                        DIR/annotations/captions_train2017.json
                   captions_val2014.json                                          captions_val2017.json
-(train2014.zip, val2014.zip and annotations_trainval2014.zip, unpacked in one folder; likewise for 2017)"""
+(Unpack train2014.zip, val2014.zip and annotations_trainval2014.zip in one folder; likewise for 2017.)"""
 CREDIT = (
     "MS-COCO (Lin et al. 2014, https://cocodataset.org). Captions: CC BY 4.0. Pictures: from Flickr, each under the "
     "licence that its owner chose."
@@ -59,7 +58,7 @@ _Entry = tuple[str, str, Any, list[str], str, str]
 
 def _year_of(root: Path) -> int:
     if (root / "train2014").is_dir() and (root / "train2017").is_dir():
-        raise DataError(f"{root} holds COCO 2014 and 2017: say which with --year")
+        raise DataError(f"{root} contains COCO 2014 and 2017: select one with --year")
     return int(first_folder(root, ("train2014", "train2017"), LAYOUT).name.removeprefix("train"))
 
 
@@ -91,7 +90,7 @@ def _entries(root: Path, year: int, problems: list[Problem]) -> Iterator[_Entry]
                 captions.setdefault(entry["image_id"], []).append(str(entry.get("caption", "")))
             else:
                 where, image = f"{path.name}: {entry.get('id')}", str(entry.get("image_id"))
-                problems.append(Problem(where, image, "caption is of no known picture"))
+                problems.append(Problem(where, image, "caption of an unknown picture"))
         for number, name in names.items():
             yield part, name, number, captions.get(number, []), split, f"{path.name}: {number}"
         for name in sorted(files - set(names.values())):

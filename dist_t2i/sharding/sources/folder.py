@@ -24,11 +24,11 @@ def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[lis
     DataError if the folder or the captions cannot be read.
 
     `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` or to the folder of that file. If it is
-    None, each line of `a.txt` is a caption of `a.png`. `holdout` is the share of the pictures that goes to the split
-    `test`; a hash of the keys selects them.
+    None, each line of `a.txt` is a caption of `a.png`. A hash of the keys selects the share `holdout` of the pictures
+    for the split `test`.
     """
     if not images.is_dir():
-        raise DataError(f"--images {images}: there is no such folder")
+        raise DataError(f"--images {images}: this folder does not exist")
     problems: list[Problem] = []
     rows = _from_caption_file(images, captions, problems) if captions else _from_text_files(images, problems)
     captions_of: dict[Path, list[str]] = {}
@@ -77,7 +77,7 @@ def _from_text_files(images: Path, problems: list[Problem]) -> _Rows:
         try:
             yield path, _relative(text, images), read_text_file(text) or ("",)
         except FileNotFoundError:
-            problems.append(Problem("", _relative(path, images), "picture has no .txt beside it"))
+            problems.append(Problem("", _relative(path, images), "picture has no .txt of the same name"))
         except OSError as error:
             problems.append(Problem(_relative(text, images), _relative(path, images), f"{error.strerror}"))
 
@@ -97,7 +97,7 @@ def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
         relative = PurePosixPath(_relative(path, images))
         parts = [part for part in relative.with_suffix("").parts if part not in ("..", "/")]
         key = "/".join(parts).replace(".", "_")
-        if key in items:  # for example the key of a.png, if there is also an a.jpg
+        if key in items:  # for example, a.jpg and a.png have the same key
             key = f"{key}_{relative.suffix[1:]}"
         while key in items:
             key += f"_{hashlib.sha256(str(relative).encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Reads tables of pictures (paths or URLs) and captions, as for img2dataset: JSONL, CSV, TSV or Parquet."""
+"""Reads tables of pictures (paths or URLs) and captions, such as img2dataset reads: JSONL, CSV, TSV or Parquet."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
         names = [next((name for name in known if name in existing), "") for known in columns]
         if not all(names):
             option = "--caption-column" if names[0] else "--image-column"
-            raise DataError(f"{table}: name the right column with {option}; it has {', '.join(existing)}")
+            raise DataError(f"{table}: select a column with {option}; the table has {', '.join(existing)}")
         numbers = itertools.count()
         for batch in file.iter_batches(_BATCH, columns=names):
             for image, captions in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
@@ -99,12 +99,12 @@ def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture |
             return _picture(url.removeprefix("file://"), "", missing)
         if scheme_of(unchained(url)) in _SCHEMES:
             return PictureUrl(url), ""
-    return None, "URLs of this kind are not read"
+    return None, "URLs of this kind are not supported"
 
 
 def _key(image: str, existing: dict[str, Item]) -> str:
-    """A unique key, made from the path of the picture, or from the last two parts of the path in its URL. If that key
-    exists already, a hash of the whole path or URL is appended."""
+    """A unique key, made from the path of the picture or from the last two parts of its URL. If this key exists
+    already, a hash of the whole path or URL is appended."""
     path = PurePosixPath(urlsplit(image).path if "://" in image else image)
     parts = [part for part in path.with_suffix("").parts if part not in ("..", "/", ".")] if path.name else []
     key = re.sub(r"[^\w/ -]", "_", "/".join(parts[-2:] if "://" in image else parts))[-150:].strip("/ ")

@@ -1,8 +1,8 @@
 """Reads existing WebDataset tars, local or at URLs, that webdataset, img2dataset or this tool wrote.
 
-A first pass locates the pictures and reads the captions. It seeks from member to member in a local tar, and streams a
-remote tar from end to end. The pictures are read later, when their new shard is written. Nothing in a tar is executed:
-members whose usual decoders run code are skipped and listed as problems.
+A first pass locates the pictures and reads the captions. This pass seeks from member to member in a local tar, and
+reads a remote tar from start to end. The pictures are read later, when their new shard is written. Nothing in a tar is
+executed: members whose usual decoders run code are skipped and listed as problems.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def tar_urls(patterns: Sequence[str]) -> list[str]:
             continue
         tars = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar"))) if os.path.isdir(name) else [name]
         if not tars or not os.path.exists(name):
-            raise DataError(f"{name}: there is no such tar, and no folder with tars")
+            raise DataError(f"{name}: neither a tar nor a folder with tars has this name")
         urls += tars
     return list(dict.fromkeys(urls))
 
@@ -72,7 +72,7 @@ def scan(url: str) -> TarContents:
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 _scan_members(tar, contents, url, "", None)
     except tarfile.TarError as error:
-        contents.problems.append(Problem(name, "", f"tar ends in the middle or is damaged: {error}"))
+        contents.problems.append(Problem(name, "", f"tar is truncated or damaged: {error}"))
     except OSError as error:
         raise DataError(f"cannot read {url}: {error.strerror or error}") from error
     return contents
@@ -106,7 +106,7 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: st
             file = tar.extractfile(info)
             into.texts.setdefault(key, {})[extension] = file.read() if file else b""
     if unsafe:
-        into.problems.append(Problem(into.name, "", f"{unsafe} members are pickles, which can run code: not read"))
+        into.problems.append(Problem(into.name, "", f"{unsafe} pickles were not read, because they can run code"))
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
@@ -114,7 +114,7 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
     is "".
 
     The pictures of a tar with a name such as `test-00000.tar` or `val-00000.tar` keep their split. All other pictures
-    get the split `train`. If no tar has another split, a share `holdout` of the pictures moves to `test`.
+    get the split `train`. If all pictures have the split `train`, the share `holdout` of them moves to `test`.
     """
     urls = tar_urls(patterns)
     items: dict[str, Item] = {}
@@ -141,7 +141,7 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
 
 
 def _captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, Any], str]:
-    """The captions of a sample, its other attributes, and the reason why it has no captions ("" if it has captions)."""
+    """The captions of a sample, its other attributes, and the reason if the sample has no captions, else ""."""
     attributes: dict[str, Any] = {}
     value: Any = None
     if "json" in members:
@@ -150,7 +150,7 @@ def _captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, Any], str
         except (ValueError, RecursionError):
             return [], {}, "json cannot be read"
         if not isinstance(attributes, dict):
-            return [], {}, "json holds no captions"
+            return [], {}, "json contains no captions"
         single = attributes.pop("caption", None)
         value = attributes.pop("captions", None) or single
     if not value:

@@ -6,12 +6,12 @@ processes.
 **perceptual**: duplicates have nearly the same pixels. Each picture is decoded and shrunk to 9 x 8 pixels. The signs of
 the 64 differences between horizontal neighbors are the hash of the picture (dHash: N. Krawetz, "Kind of like that",
 2013). Two pictures are duplicates if at most `MAX_BITS` signs differ, and the mean color of each quarter differs by at
-most `MAX_COLOR` levels. The colors distinguish plain pictures, whose hashes are alike. Re-encoded, shrunk and slightly
-retouched pictures are found as duplicates; cropped, mirrored and rotated pictures are not.
+most `MAX_COLOR` levels. Without the colors, all plain pictures would be duplicates, because they have similar hashes.
+Re-encoded, shrunk and slightly retouched pictures are found; cropped, mirrored and rotated pictures are not.
 
-One picture of each group of duplicates is kept, and the others are listed as problems. A picture of a held-out split is
-preferred, then the picture with the first key, so that no held-out picture is trained on. If exact duplicates are in
-the same split, the picture that is kept also gets the captions of the others.
+One picture of each group of duplicates is kept, and the others are listed as problems. If the group has pictures of a
+held-out split, one of these is kept, so that no held-out picture is trained on. Among equals, the first key decides. If
+exact duplicates are in the same split, the picture that is kept also gets the captions of the others.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dist_t2i.utils.progress import Progress
 
 MAX_BITS, MAX_COLOR = 3, 10
 _BAND = 16
-"""The number of bits in each of the four bands of a hash. If two hashes differ in at most three bits, at least one band
-is equal in both, so it suffices to compare pictures with a common band."""
+"""The number of bits in each of the four bands of a hash. If two hashes differ in at most three bits, at least one of
+their bands is equal. So only pictures with an equal band need to be compared."""
 _PART = 64
 
 
@@ -43,7 +43,7 @@ def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem]
         problems.append(Problem(f"repeats {original.key}", item.key, "picture repeats another"))
         if kind == "exact" and item.split == original.split:
             original.captions.extend(text for text in item.captions if text not in original.captions)
-    print(f"{len(pairs):,} repeat another", file=sys.stderr)
+    print(f"{len(pairs):,} pictures repeat another picture", file=sys.stderr)
     dropped = {item.key for item, _ in pairs}
     return [item for item in items if item.key not in dropped]
 
@@ -88,8 +88,7 @@ def _near(a: tuple[int, bytes], b: tuple[int, bytes]) -> bool:
 
 
 def _of_all(items: Sequence[Item], work: Callable[[bytes], Any], processes: int) -> dict[str, Any]:
-    """The results of `work` on the bytes of each picture, by key. Unreadable pictures and results of None are left
-    out."""
+    """Key -> the result of `work` on the bytes of the picture. Leaves out unreadable pictures and results of None."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
     calls = [([item.picture for item in part], work) for part in parts]
     results = in_processes(_of_part, calls, processes, Progress(len(items)))

@@ -24,8 +24,8 @@ def finish(
     problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
-    """Numbers the shards without gaps and writes all other files, the manifest last. Returns the manifest. Raises
-    OSError."""
+    """Numbers the shards without gaps and writes all other files; the manifest is the last. Returns the manifest.
+    Raises OSError."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):
@@ -80,8 +80,8 @@ def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def restore_names(folder: Folder, results: dict[str, dict[str, Any]]) -> None:
-    """Undoes the renaming that `finish` did, so that a shard that is written again cannot overwrite another shard.
-    Raises OSError if a file cannot be renamed."""
+    """Reverses the renaming by `finish`, so that a shard that is written again cannot overwrite another shard. Raises
+    OSError if a file cannot be renamed."""
     for result in reversed(results.values()):
         if result["file"]:
             _rename(folder, result, result["name"])

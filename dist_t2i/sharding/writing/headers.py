@@ -1,7 +1,7 @@
 """Reads the width and height of a picture from its header and checks its last bytes, without decoding any pixel.
 
-This is fast and strict: only an ordinary, complete JPEG, PNG or WebP is measured, and the caller must decode any other
-picture. The check detects truncated files, but not a changed byte in the middle of a file.
+The check is fast and strict: only an ordinary, complete JPEG, PNG or WebP is measured, and the caller must decode any
+other picture. The check detects truncated files, but not a changed byte in the middle of a file.
 
 Sources: ITU-T T.81 annex B (JPEG), the PNG specification sections 5 and 11, RFC 9649 (WebP).
 """
@@ -19,7 +19,7 @@ _BEFORE_FRAME = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
 
 
 def kind_of(data: bytes) -> str:
-    """The format that the first bytes show: `jpg`, `png` or `webp`; "" for any other data."""
+    """The format according to the first bytes: `jpg`, `png` or `webp`, or "" for any other data."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == _PNG:
@@ -28,7 +28,7 @@ def kind_of(data: bytes) -> str:
 
 
 def measure(data: bytes) -> tuple[int, int] | None:
-    """The stored (width, height) of a picture that looks complete; None if it must be decoded to be measured."""
+    """The stored (width, height) of a picture whose file looks complete; None if the caller must decode the picture."""
     measure_kind = {"jpg": _jpeg, "png": _png, "webp": _webp}.get(kind_of(data))
     return measure_kind(data) if measure_kind else None
 

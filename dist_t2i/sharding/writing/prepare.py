@@ -19,18 +19,18 @@ class Options:
     """How a set is written."""
 
     size: int = 0
-    """Pictures with a longer short side are shrunk to a short side of this many pixels; 0 shrinks no picture."""
+    """If the short side of a picture is longer, it is shrunk to this many pixels; 0 shrinks no picture."""
     format: str = ""
-    """The format in which every picture is encoded: `jpg`, `webp` or `png`. "" encodes only pictures that are shrunk or
-    have another format."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. If "", only pictures that are shrunk or
+    have a format other than these three are encoded."""
     quality: int = 95
     """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
     """How a picture is checked: `header` reads its header and its last bytes, `decode` decodes every pixel."""
     min_side: int = 0
-    """Pictures with a side of fewer pixels are left out."""
+    """Pictures whose short side has fewer pixels are left out."""
     max_aspect: float = 0.0
-    """Pictures whose long side is more than this many times their short side are left out; 0 keeps all pictures."""
+    """Pictures whose ratio of long to short side is larger are left out; 0 keeps all pictures."""
     shard_samples: int = 10_000
     shard_mb: float = 512.0
     vocabulary: int = 4096
@@ -38,17 +38,17 @@ class Options:
     threads: int = 16
     """The number of parallel downloads in each process."""
     retry_failed: bool = False
-    """Whether shards in which a picture could not be read are written again."""
+    """Whether to write a shard again if one of its pictures could not be read."""
     about: dict[str, Any] = field(default_factory=dict)
-    """The manifest's entries about the set: name, licence, credit."""
+    """The manifest's entries on the set: name, licence, credit."""
 
 
 def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]:
     """The extension, the bytes and the stored (width, height) of a picture as it is written to a shard. Raises
-    PictureError if the picture cannot be used or is left out by a filter.
+    PictureError if the picture cannot be used or a filter leaves it out.
 
-    An intact JPEG, PNG or WebP that is not shrunk and keeps its format also keeps its bytes. Any other picture is
-    encoded in `options.format`. If that is "", a JPEG remains a JPEG, and other formats become PNG.
+    An intact JPEG, PNG or WebP keeps its bytes if it is not shrunk and keeps its format. Any other picture is encoded
+    in `options.format`. If `options.format` is "", a JPEG remains a JPEG, and other formats become PNG.
     """
     kind = kind_of(data)
     shape = measure(data) if options.check == "header" else None
@@ -67,11 +67,11 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
 
 
 def _decoded(data: bytes, kind: str, options: Options) -> tuple[tuple[int, int], Image | None]:
-    """The (width, height) of a picture that is decoded as a check, and the decoded picture if it has the full size."""
+    """Decodes a picture as a check. Returns its (width, height), and the decoded picture if that has the full size."""
     if kind == "jpg" and not options.size and options.format in ("", "jpg"):
         import simplejpeg
 
-        height, width = decode(data, at_least=64).shape[:2]  # reads every byte, but produces few pixels, which is fast
+        height, width = decode(data, at_least=64).shape[:2]  # fast: reads every byte, but produces few pixels
         with contextlib.suppress(ValueError):  # raised for a JPEG that only Pillow decodes
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return (width, height), None

@@ -34,8 +34,8 @@ def in_processes(
         numbers = itertools.count(1)
         _advance = lambda: show(next(numbers))  # noqa: E731
         return [work(*call) for call in arguments]
-    # Clients of object stores have threads, and a process that is forked from a process with threads can hang (for the
-    # reason, see storage/reader_process.py). So processes are spawned if a client may exist.
+    # Clients of object stores start threads, and a fork of a process with threads can hang (storage/reader_process.py
+    # explains why). So processes are spawned if a client may exist.
     forks = sys.platform == "linux" and not {"obstore", "fsspec"} & sys.modules.keys()
     context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     counter = context.Value("q", 0)
@@ -49,9 +49,9 @@ def in_processes(
                 results[waiting.pop(future)] = future.result()
             show(counter.value)
     except concurrent.futures.process.BrokenProcessPool as error:
-        remedy = "out of memory? Try a smaller --processes"
+        remedy = "perhaps memory ran out: try a smaller --processes"
         raise DataError(f"a process was killed ({remedy}); run the same command again to resume") from error
-    finally:  # after success, wait: a process that is still starting needs the counter
+    finally:  # after a success, wait for the processes: one that is still starting needs the counter
         pool.shutdown(wait=not waiting, cancel_futures=True)
     return results
 
@@ -63,5 +63,5 @@ def _start_process(counter: Any) -> None:
 
     global _advance
     _advance = add
-    gc.disable()  # for the reason, see `write_here`; a spawned process does not inherit the setting
+    gc.disable()  # `write_here` explains why; a spawned process does not inherit the setting
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -60,7 +60,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
     for number, sample in enumerate(samples):
         with contextlib.suppress(
             ValueError
-        ):  # despite an intact header, a picture may not decode; its tile stays white
+        ):  # a picture with an intact header may still fail to decode; its tile stays white
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
             sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()
@@ -69,7 +69,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -> str:
-    """An HTML table of the first rows, and a line with the number of others; `rest` says where the others are."""
+    """An HTML table of the first rows, and a line with the number of other rows; `rest` says where they are."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"

@@ -1,7 +1,7 @@
 """Plans shards and writes each shard: a tar, its index and a file with the result.
 
 The plan assigns each item to a shard before the first picture is read. So several processes or machines can write
-shards at the same time, the content of a shard does not depend on the process that writes it, and a rerun keeps intact
+shards at the same time, and the content of a shard does not depend on the process that writes it. A rerun keeps intact
 shards.
 
     OUT/.shard/plan.json        a hash of the options, the captions, and the sizes and dates of the pictures
@@ -31,15 +31,15 @@ from dist_t2i.sharding.writing.tar_writer import TarWriter
 from dist_t2i.storage.folders import WORK, Folder
 
 _OVERHEAD = 3 * 1024
-"""The approximate number of bytes that a sample takes in a tar in addition to its picture."""
+"""The approximate size in bytes of a sample in a tar without its picture."""
 Results = dict[str, dict[str, Any]]
-"""The results that `write_shard` returns for shards, by the name of the shard's plan."""
+"""Name of a shard's plan -> the result that `write_shard` returned for it."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
 
 
 @dataclass
 class ShardPlan:
-    """A shard that is to be written: its name without extension, and its items."""
+    """A shard to write: its name without extension, and its items."""
 
     name: str
     split: str
@@ -51,10 +51,10 @@ class ShardPlan:
 
 
 def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
-    """Assigns the items of each split to shards, in the order of a hash of their keys: neighbors are unrelated.
+    """Assigns the items of each split to shards, in the order of a hash of their keys, so neighbors are unrelated.
 
-    The limit in megabytes applies to the sizes that pictures have before they are prepared. Pictures that are shrunk,
-    change their format or come from URLs count as 0 MB, so only the number of samples limits their shards.
+    The limit in megabytes applies to the sizes of pictures before they are prepared. Pictures from URLs, and pictures
+    that are shrunk or converted, count as 0 MB. Only the number of samples limits a shard of such pictures.
     """
     plans: list[ShardPlan] = []
     splits: dict[str, list[Item]] = {"train": []}
@@ -66,7 +66,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
         for item in sorted(splits[split], key=lambda item: hashlib.sha256(item.key.encode()).digest()):
             try:
                 size, stamp = item.picture.stat()
-            except OSError:  # not reported here: the picture is listed as a problem when the shard is written
+            except OSError:  # `write_shard` will list the picture as a problem
                 size, stamp = 0, ""
             megabytes = 0.0 if options.size or options.format else size / 1e6
             full = plan and (len(plan.items) >= options.shard_samples or plan.megabytes + megabytes > options.shard_mb)
@@ -80,7 +80,7 @@ def plan_shards(items: Sequence[Item], options: Options) -> list[ShardPlan]:
 
 
 def _plan_hash(plans: Sequence[ShardPlan], options: Options) -> str:
-    """A hash of the input and of the options that affect the output. The number of processes does not affect it."""
+    """A hash of the input and of all options that change the output; the number of processes does not."""
     pictures = [options.size, options.format, options.quality, options.check, options.min_side, options.max_aspect]
     digest = hashlib.sha256(json.dumps([VERSION, pictures, options.vocabulary, options.about]).encode())
     for plan in plans:
@@ -137,8 +137,8 @@ def write_shard(folder: Folder, plan: ShardPlan, options: Options) -> dict[str, 
 
 
 def _json(item: Item) -> bytes:
-    """The captions and attributes of an item as `json.dumps` writes them. For the usual item, which has no attributes,
-    the text is built here, which is five times faster."""
+    """The captions and attributes of an item as `json.dumps` writes them. If the item has no attributes, which is
+    usual, the text is built without `json.dumps`: this is five times faster."""
     if item.attributes:
         text = json.dumps({"captions": item.captions, **item.attributes}, ensure_ascii=False)
     else:
@@ -151,7 +151,7 @@ def _reason(error: Exception) -> str:
         return f"picture cannot be downloaded: {error}"
     if isinstance(error, OSError):
         missing = isinstance(error, FileNotFoundError) and error.strerror is None
-        return f"picture is unreadable: {'it is not there' if missing else error.strerror or error}"
+        return f"picture is unreadable: {'it does not exist' if missing else error.strerror or error}"
     return f"picture {error}"
 
 
@@ -192,15 +192,15 @@ def finished_result(folder: Folder, plan: ShardPlan) -> dict[str, Any] | None:
 
 
 def reserve(folder: Folder, plans: Sequence[ShardPlan], options: Options) -> None:
-    """Creates the folder for these plans, or accepts an existing folder that was created for the same plans. Raises
-    DataError if the folder has other contents or cannot be written."""
+    """Creates the folder for these plans, or accepts a folder that was created for the same plans. Raises DataError if
+    the folder contains anything else or cannot be written."""
     file, plan = f"{WORK}/plan.json", _plan_hash(plans, options)
     try:
         with contextlib.suppress(FileNotFoundError):
             if json.loads(folder.read(file)).get("plan") == plan:
                 return
-            others = "a set of other pictures, captions or options"
-            raise DataError(f"--out {folder} holds {others}: delete it or name another folder")
+            others = "a set from other pictures, captions or options"
+            raise DataError(f"--out {folder} contains {others}: delete the folder or name another folder")
         if folder.names():
             raise DataError(f"--out {folder} is not empty: name a new folder, or delete its contents")
         if folder.path is not None:

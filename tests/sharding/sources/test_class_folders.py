@@ -89,7 +89,7 @@ def test_what_is_wrong_in_coco_is_listed(tmp_path):
     jpeg(tmp_path / "coco" / "train2014" / "COCO_train2014_000000000777.jpg", 1)
     shard("coco", tmp_path / "coco", "--out", tmp_path / "set")
     assert problems(tmp_path / "set") == {
-        ("captions_train2014.json: 99", "5", "caption is of no known picture"),
+        ("captions_train2014.json: 99", "5", "caption of an unknown picture"),
         ("captions_train2014.json: 9", "COCO_train2014_000000000009", "picture is left without a caption"),
         ("captions_train2014.json: 16", "train2014/COCO_train2014_000000000016.jpg", "picture is missing"),
         ("", "train2014/COCO_train2014_000000000777.jpg", "picture is not in captions_train2014.json"),
@@ -102,7 +102,7 @@ def test_a_coco_that_is_laid_out_otherwise_is_reported(tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr
         return done.stderr
 
-    assert "there is no such folder" in error() and "annotations/captions_train2014.json" in error()
+    assert "this folder does not exist" in error() and "annotations/captions_train2014.json" in error()
     (tmp_path / "coco").mkdir()
     assert "has no folder train2014 or train2017" in error()
     coco_tree(tmp_path / "coco")
@@ -115,7 +115,7 @@ def test_a_coco_that_is_laid_out_otherwise_is_reported(tmp_path):
     path.unlink()
     assert "captions_val2014.json is missing" in error()
     coco_tree(tmp_path / "coco", 2017)
-    assert "say which with --year" in error()
+    assert "select one with --year" in error()
     assert "cannot read" in error("--karpathy", tmp_path) or "is missing" in error("--karpathy", tmp_path)
 
 

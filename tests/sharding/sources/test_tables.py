@@ -98,9 +98,9 @@ def test_what_cannot_be_downloaded_is_tried_again_or_listed(tmp_path, server):
         ("cut", "picture cannot be downloaded: the server stopped before the end"),
         ("none", "picture cannot be downloaded: HTTP 404"),
         ("x", "picture cannot be downloaded: Connection refused"),
-        ("pipe:touch ran", "URLs of this kind are not read"),
-        ("ftp://h/x.png", "URLs of this kind are not read"),
-        ("python::https://h/x.png", "URLs of this kind are not read"),
+        ("pipe:touch ran", "URLs of this kind are not supported"),
+        ("ftp://h/x.png", "URLs of this kind are not supported"),
+        ("python::https://h/x.png", "URLs of this kind are not supported"),
         ("nowhere.png", "picture is missing"),
     }
     assert server.asked.count("/dead.png") == 3 and server.asked.count("/none.png") == 1
@@ -115,10 +115,10 @@ def test_what_could_not_be_downloaded_is_asked_for_again(tmp_path, server):
     shard(*words, "--out", tmp_path / "set")
     assert len(captions_by_key(tmp_path / "set")) == 7 and not (tmp_path / "set" / "train-00005.tar").exists()
     said, asked = shard(*words, "--out", tmp_path / "set").stderr, len(server.asked)
-    assert "5 pictures could not be read before; --retry-failed tries them again" in said
+    assert "an earlier run could not read 5 pictures; --retry-failed tries again" in said
     server.mended = True
     said = shard(*words, "--out", tmp_path / "set", "--retry-failed").stderr
-    assert "shards are there already" in said and 5 <= len(server.asked) - asked < 12
+    assert "shards exist already" in said and 5 <= len(server.asked) - asked < 12
     shard(*words, "--out", tmp_path / "whole")
     assert contents(tmp_path / "set") == contents(tmp_path / "whole") and reasons(tmp_path / "set") == set()
 

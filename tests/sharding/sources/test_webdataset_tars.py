@@ -92,7 +92,7 @@ def test_odd_members_are_listed_and_nothing_is_run(tmp_path):
     shard("webdataset", tmp_path / "odd.tar", "--out", tmp_path / "set")
     assert captions_by_key(tmp_path / "set") == {"a": ("one", "two")} and not ran.exists()
     assert reasons(tmp_path / "set") == {
-        ("odd.tar", "1 members are pickles, which can run code: not read"),
+        ("odd.tar", "1 pickles were not read, because they can run code"),
         ("b", "no caption"),
         ("c", "captions without a picture"),
         ("d", "json cannot be read"),
@@ -104,7 +104,7 @@ def test_odd_members_are_listed_and_nothing_is_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "says"),
-    [("none.tar", "there is no such tar"), ("pipe:touch ran", "commands are not run"), ("s3::x://a", "be chained")],
+    [("none.tar", "neither a tar nor a"), ("pipe:touch ran", "commands are not run"), ("s3::x://a", "be chained")],
 )
 def test_mistakes_are_reported(tmp_path, argument, says):
     done = shard("webdataset", argument, "--out", tmp_path / "set", check=False, cwd=tmp_path)

@@ -34,7 +34,7 @@ def test_exact(tmp_path):
     arguments = ["folder", "--images", images, "--captions", captions, "--deduplicate", "exact", "--shard-samples", 6]
     done = shard(*arguments, "--holdout", 0, "--out", tmp_path / "one", "--processes", 1)
     shard(*arguments, "--holdout", 0, "--out", tmp_path / "two", "--processes", 2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") and "7 repeat another" in done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and "7 pictures repeat another" in done.stderr
     found = captions_by_key(tmp_path / "one")
     assert set(found) == {f"a{number:02d}" for number in range(20)} | {"c00"}
     assert found["a03"] == ("this is a03.jpg", "this is b03.jpg"), "a picture keeps the captions of its copies"
