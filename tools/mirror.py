@@ -1,4 +1,4 @@
-"""Read a mirror of checkpoints by hand: dist_t2i/cli/mirror.py as a program."""
+"""Read a mirror of checkpoints: dist_t2i/cli/mirror.py as a program."""
 
 import sys
 from pathlib import Path

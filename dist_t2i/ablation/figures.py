@@ -43,7 +43,7 @@ def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> P
 
 
 def plot_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
-    """One panel per metric: a dot for each run, a bar for mean and interval. Raises ImportError without matplotlib."""
+    """Plots one panel per metric: a dot for each run, a bar for mean and interval. ImportError without matplotlib."""
     figure = new_figure(3.1 * len(measures), 0.5 * len(plan.arms) + 1.6)
     for number, (axes, measure) in enumerate(
         zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)

@@ -28,9 +28,9 @@ class Arm:
     sentences: bool = False
     """Whether `text.frozen` is set to a table of sentence vectors of this set's captions (see sentence_encoder.py)."""
     claim: str = ""
-    """Hypothesis about this arm, in words. It is tested by whether the reference scores better than this arm."""
+    """Hypothesis in words. The scores support it if the reference scores better than this arm."""
     note: str = ""
-    """Remark about this comparison for the readers of the report."""
+    """Remark on this comparison, for readers of the report."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Plan:
     data: str = ""
     """Sharded set; empty: data.train of the base configuration."""
     source: str = ""
-    """`openmoji`: if the set does not exist, `tools/shard.py openmoji` writes it."""
+    """If `openmoji` and the set does not exist, `tools/shard.py openmoji` writes it."""
     images: int = 0
     """Images that each run sees; 0: train.total_images of the base configuration."""
     seeds: int = 3
-    """Runs of each arm: seeds train.seed, train.seed + 1, ..."""
+    """Number of runs of each arm, with the seeds train.seed, train.seed + 1, ..."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, applied to every arm."""
     reference: str = ""
-    """Arm that the others are compared with; empty: the first arm."""
+    """Arm with which the other arms are compared; empty: the first arm."""
     decides: tuple[str, ...] = ("kid", "recall_at_1")
-    """Metrics that decide the verdict, on the first split; all other metrics are only reported."""
+    """Metrics that decide the verdict, on the first split. All other metrics are only reported."""
     prompts: int = 10
     """Rows of the sample grid."""
     protocol: str = "held-out"
@@ -82,7 +82,7 @@ class Plan:
     def configs(self, out: Path) -> dict[tuple[str, int], Config]:
         """(arm, seed) -> configuration of every run. Raises ConfigError with every problem of every arm.
 
-        Runs are ordered by seed, so that an ablation that stops early has runs of all arms.
+        Runs are ordered by seed. If an ablation stops early, it therefore has runs of all arms.
         """
         problems: list[str] = []
         configs: dict[tuple[str, int], Config] = {}
@@ -106,7 +106,7 @@ class Plan:
         config = config_files.load(self.base, [*common, *self.overrides, *self.arms[arm].overrides, *table])
         if any("checkpoint.every_images" in text for text in self.overrides):
             return config
-        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. Samples are made at the end.
+        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. One sample grid is enough.
         total = config.train.total_images
         checkpoint = dataclasses.replace(config.checkpoint, every_images=-(-total // 5), keep_last=1)
         return dataclasses.replace(
@@ -125,7 +125,7 @@ def table_of(out: Path) -> Path:
 
 
 def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> Plan:
-    """The validated plan of a file; `seeds` and `images` override its values.
+    """The validated plan of a file; `seeds` and `images` override the values in the file.
 
     Raises ConfigError with all problems at once, including those of the arms' configurations.
     """
@@ -133,7 +133,7 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
         content = config_files.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(str(near) for near in path.parent.glob("ablation*.yaml"))) or "none"
-        raise ConfigError(f"{path} does not exist; ablations in that folder: {known}") from None
+        raise ConfigError(f"{path} does not exist; ablations in this folder: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the ablation {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -163,20 +163,20 @@ def _contradictions(plan: Plan) -> list[str]:
 
     problems = []
     if not plan.base:
-        problems.append("base: missing: the configuration file that the arms share, such as configs/openmoji32.yaml")
+        problems.append("base: missing: name the configuration that all arms share, such as configs/openmoji32.yaml")
     elif not Path(plan.base).is_file():
         problems.append(f"base: {plan.base} does not exist (working directory: {Path.cwd()})")
     if len(plan.arms) < 2:
-        problems.append(f"arms: a comparison needs at least two, this file has {len(plan.arms)}")
+        problems.append(f"arms: a comparison needs at least two arms, but this file has {len(plan.arms)}")
     for name in plan.arms:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            problems.append(f"arms.{name}: is also the name of a folder: use letters, digits, - and _")
+            problems.append(f"arms.{name}: the name is also a folder name: use letters, digits, - and _")
         elif name in ("features", "report"):
-            problems.append(f"arms.{name}: is reserved for a folder of the ablation: choose another name")
+            problems.append(f"arms.{name}: the ablation has a folder of this name: choose another name")
     if plan.arms and plan.reference not in plan.arms:
-        problems.append(f"reference: {plan.reference} is not among the arms {', '.join(plan.arms)}")
+        problems.append(f"reference: {plan.reference} is not one of the arms {', '.join(plan.arms)}")
     if plan.seeds < 1:
-        problems.append(f"seeds: must be at least 1 (at least 3 for a useful interval), is {plan.seeds}")
+        problems.append(f"seeds: must be at least 1 (for a useful interval: at least 3), is {plan.seeds}")
     if plan.images < 0:
         problems.append(f"images: must be at least 1, is {plan.images}")
     if plan.source not in SOURCES:
@@ -185,7 +185,7 @@ def _contradictions(plan: Plan) -> list[str]:
 
 
 def _without_repeats(problems: list[str], arms: int) -> list[str]:
-    """A problem that every arm has is listed only once, because it comes from the base configuration."""
+    """Lists a problem that every arm has only once, because it comes from the base configuration."""
     texts = [line.split(": ", 1)[1] for line in problems]
     shared = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
     return shared + [line for line, text in zip(problems, texts, strict=True) if text not in shared]

@@ -37,20 +37,20 @@ METHOD = (
     "differences show for these metrics (better, worse, or neither), and whether this also holds after a Bonferroni "
     "correction for all deciding comparisons.",
 )
-"""How arms are compared: Markdown, one paragraph per string. This project chose the method; it is not from a paper."""
+"""How arms are compared: Markdown, one paragraph per string. The method is this project's own, not from a paper."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
 """(arm, seed) -> result of `RunScorer.scores`."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of an ablation: `scores` holds at least one run of every arm."""
+    """The results of an ablation. `scores` contains at least one run of every arm."""
 
     plan: Plan
     configs: Mapping[tuple[str, int], Config]
     scores: Scores
     missing: Sequence[str]
-    """Runs without scores, and why."""
+    """Runs without scores, each with the reason."""
     facts: Mapping[str, str]
     """How the results were made: command, hardware, hours, revision, ..."""
 
@@ -101,7 +101,7 @@ class Findings:
         return next(scores["parameters"] for (name, _), scores in self.scores.items() if name == arm)
 
     def decides(self, item: Difference) -> bool:
-        """Whether the verdict on an arm rests on this comparison."""
+        """Whether the verdict on an arm is based on this comparison."""
         return item.measure.split == self.splits[0] and item.measure.key in self.plan.decides
 
     def verdicts(self) -> list[str]:
@@ -148,7 +148,7 @@ class Findings:
 
 
 def _finite(value: Any) -> Any:
-    """A copy of `value` with None in place of infinity and NaN, which JSON lacks."""
+    """A copy of `value` with None instead of infinity and NaN, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

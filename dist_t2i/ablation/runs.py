@@ -1,8 +1,8 @@
-"""Finds the finished runs of an ablation and trains the others, one or several at a time.
+"""Finds the finished runs of an ablation and trains the other runs, one at a time or in parallel.
 
 OUT/ARM/seed-N/            run folder
 OUT/ARM/seed-N.yaml        configuration of the run
-OUT/ARM/seed-N.log         output of the run, if several train at a time
+OUT/ARM/seed-N.log         output of the run, if several runs train in parallel
 OUT/sentences.safetensors  caption vectors, if an arm needs them
 """
 
@@ -53,7 +53,7 @@ def seconds_trained(run: Path) -> float:
 
 
 def check_kept(configs: Configs, data: ShardSet) -> None:
-    """Raises CheckpointError that lists all existing runs whose configuration or data differs from the plan."""
+    """Raises a CheckpointError that lists all existing runs whose configuration or data differs from the plan."""
     problems = []
     for config in configs.values():
         run = Path(config.run.folder)
@@ -61,23 +61,23 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
             continue
         try:
             saved = config_files.load(run / "config.yaml")
-            if config.engine.precision == "auto":  # a run saves the precision that `auto` chose: no change
+            if config.engine.precision == "auto":  # a run saves the precision that `auto` selected
                 config = replace(config, engine=replace(config.engine, precision=saved.engine.precision))
             refuse_changes(saved, config)
         except ConfigError as error:
             problems += [f"{run}: {line}" for line in error.problems or [str(error)]]
         known = fingerprint_of(run)
         if known is not None and known != data.fingerprint:
-            problems.append(f"{run}: was trained on another set than {data.folder} (its fingerprint differs)")
+            problems.append(f"{run}: the fingerprint of its training set differs from that of {data.folder}")
     if problems:
         listed = "".join(f"\n  {line}" for line in problems)
         raise CheckpointError(
-            f"the folder has runs of another ablation:{listed}\nChoose another folder with --out, or remove these runs."
+            f"the folder has runs of another ablation:{listed}\nName another folder with --out, or remove these runs."
         )
 
 
 def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
-    """Writes the table of caption vectors if an arm needs it and it does not exist for this set. Raises UserError."""
+    """Writes the table of caption vectors if an arm needs it, unless it exists for this set. Raises UserError."""
     path = table_of(out)
     stamp = path.with_suffix(".set")
     if not any(arm.sentences for arm in plan.arms.values()):
@@ -87,13 +87,13 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
     from dist_t2i.ablation.sentence_encoder import NAME, write_table
 
     captions = all_captions(data)
-    say(f"{NAME}: vectors of {len(captions):,} captions into {path}")
+    say(f"{NAME}: writing vectors of {len(captions):,} captions to {path}")
     write_table(path, captions)
     stamp.write_text(data.fingerprint)
 
 
 def all_captions(data: ShardSet) -> list[str]:
-    """Every caption of all splits, and its variants in light and dark skin tone, which the evaluation scores."""
+    """Every caption of all splits, and its variants in light and dark skin tone, which the evaluation needs."""
     from dist_t2i.eval.skin_tones import tone_pair
 
     captions: dict[str, None] = {}
@@ -112,7 +112,7 @@ def all_captions(data: ShardSet) -> list[str]:
 def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
     """Trains the unfinished runs, `jobs` at a time; returns (arm, seed) -> error of the runs that failed.
 
-    Raises Interrupted after a stop signal, once the runs have saved checkpoints.
+    After a stop signal, waits until the runs have saved checkpoints and raises Interrupted.
     """
     unfinished = {key: config for key, config in configs.items() if not is_finished(config)}
     if len(unfinished) < len(configs):
@@ -125,7 +125,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
 
 
 def config_file(config: Config) -> Path:
-    """File from which a run reads its configuration when it begins (the run folder keeps a copy)."""
+    """File from which a run reads its configuration when it starts. The run folder has a copy of this file."""
     return Path(config.run.folder + ".yaml")
 
 
@@ -155,7 +155,7 @@ def _name(key: tuple[str, int]) -> str:
 
 
 def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains each run in a separate process, which executes this module; stop signals are passed on to all of them."""
+    """Trains each run in a separate process, which executes this module. All processes receive stop signals."""
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     root = str(Path(__file__).resolve().parents[2])
@@ -166,7 +166,7 @@ def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int],
         while live or (waiting and not asked):
             while waiting and len(live) < jobs and not asked:
                 key, config = waiting.pop(0)
-                say(f"{_describe(key, config)}; {len(waiting)} wait; log: {config.run.folder}.log")
+                say(f"{_describe(key, config)}; {len(waiting)} runs wait; log: {config.run.folder}.log")
                 command = [sys.executable, "-m", __name__, str(config_file(config)), config.run.folder]
                 live[key] = (subprocess.Popen(command, env=environment, start_new_session=True), time.monotonic())
             for key, (process, started) in list(live.items()):
@@ -185,7 +185,7 @@ def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int],
 
 @contextlib.contextmanager
 def _stopping(live: Mapping) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP ask the live runs to stop; yields the list of the signals received."""
+    """Within the context, Ctrl-C, SIGTERM and SIGHUP stop the live runs. Yields the list of received signals."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:

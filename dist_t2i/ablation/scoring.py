@@ -1,7 +1,7 @@
 """Scores the runs of an ablation by an independent feature network and by the models themselves; caches the scores.
 
 OUT/features/HASH.safetensors      features of pictures, by the hash of their pixels
-OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything they depend on
+OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything on which they depend
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OWN = "_own"
 
 @dataclass(frozen=True)
 class CachedFeatures(FeatureNetwork):
-    """A feature network that caches features in a folder, by the hash of the pixels."""
+    """A feature network that caches features in a folder. The hash of the pixels is the key."""
 
     folder: Path = Path()
 
@@ -65,12 +65,12 @@ def problems_of(protocol: str, decides: Sequence[str]) -> list[str]:
         known = keys_of(load_protocol(protocol))
     except UserError as error:
         return [f"protocol: {error}"]
-    problems = [] if decides else ["decides: is empty: a verdict needs at least one metric, such as recall_at_1"]
+    problems = [] if decides else ["decides: must not be empty: name at least one metric, such as recall_at_1"]
     for key in decides:
         if key not in known:
             problems.append(f"decides: unknown metric {key!r}; {protocol} has {', '.join(known)}")
         elif key.endswith(OWN):
-            problems.append(f"decides: {key} is scored by each arm's own networks, so it cannot decide between arms")
+            problems.append(f"decides: {key} comes from the networks of each arm, so it cannot decide between arms")
     return problems
 
 

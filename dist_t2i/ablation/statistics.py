@@ -1,4 +1,4 @@
-"""Means, intervals over seeds, paired differences, and the verdicts that they support: pure functions of numbers."""
+"""Means, intervals over seeds, paired differences, and verdicts: pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its t interval; the interval is infinite for a single seed."""
+    """A mean over seeds with its t interval, which is infinite for a single seed."""
 
     mean: float
     low: float
@@ -42,18 +42,18 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the reference is than an arm, paired by seed; positive: the reference is better."""
+    """How much better the reference is than an arm, paired by seed. A positive gain favors the reference."""
 
     measure: Measure
     arm: str
     reference: str
     gain: Estimate
     counted: Estimate
-    """`gain` with a wider interval: Bonferroni-corrected for the number of comparisons on which the verdicts rest."""
+    """`gain` with a wider interval: Bonferroni-corrected for the number of comparisons that decide the verdicts."""
 
     @property
     def says(self) -> str:
-        """The reference is `better` or `worse` by the interval of `gain`, or `nothing` if this interval contains 0."""
+        """What the interval of `gain` shows: the reference is `better` or `worse`, or `nothing` if it contains 0."""
         if self.gain.n < 2:
             return "nothing"
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "nothing"
@@ -65,7 +65,7 @@ class Difference:
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean and two-sided t interval of at least one independent value."""
+    """Mean and two-sided t interval of one or more independent values."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -85,7 +85,7 @@ def difference(measure: Measure, arm: str, reference: str, comparisons: int = 1)
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t for a probability from 0.5 to 1 and integer degrees of freedom from 1 up."""
+    """Quantile of Student's t for a probability in [0.5, 1) and at least one degree of freedom. Raises ValueError."""
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"no quantile of {probability} with {freedom} degrees of freedom")
     low, high = 0.0, 1.0
@@ -112,9 +112,9 @@ def _within(t: float, freedom: int) -> float:
 
 
 def seeds_needed(gain: Estimate, most: int = 1000) -> int | None:
-    """Smallest number of seeds at which the interval of a gain of this size and spread would exclude 0.
+    """The smallest number of seeds for which the interval of a gain with this mean and deviation would exclude 0.
 
-    None when this number exceeds `most` or the spread is unknown.
+    None when this number exceeds `most` or the deviation is unknown.
     """
     if gain.n < 2 or gain.mean == 0:
         return None
@@ -132,10 +132,10 @@ def _half_width(sd: float, n: int, level: float = LEVEL) -> float:
 
 
 def verdict(hypothesis: str, differences: Sequence[Difference]) -> str:
-    """What the differences of one arm, on the deciding metrics, show about a hypothesis; in Markdown."""
+    """What the differences of one arm in the deciding metrics show about a hypothesis, in Markdown."""
     says = {item.says for item in differences}
     if any(item.gain.n < 2 for item in differences):
-        head = "no conclusion: an interval over seeds needs at least two"
+        head = "no conclusion: an interval over seeds needs at least two seeds"
     elif {"better", "worse"} <= says:
         head = "the metrics disagree"
     elif says <= {"nothing"}:
@@ -170,7 +170,7 @@ def _sentence(item: Difference) -> str:
 def weakness(seeds: int) -> str:
     """The limits of an interval over this many seeds, in words."""
     if seeds < 2:
-        return "One seed has no interval: any difference between two runs may be chance alone."
+        return "One seed has no interval: any difference between two runs may be due to chance."
     known = 1.96 / math.sqrt(seeds)
     return (
         f"With {seeds} seeds, each interval is the mean ±{_half_width(1, seeds):.2f} standard deviations (±{known:.2f} if the "

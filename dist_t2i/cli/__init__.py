@@ -1,4 +1,4 @@
-"""The commands, each a module with a `main()`; tools/*.py run them from a checkout."""
+"""The commands. Each command is a module with a function `main()`; tools/*.py run the commands from a checkout."""
 
 import importlib
 import sys

@@ -3,8 +3,8 @@
 python tools/ablate.py --config configs/ablation-openmoji.yaml [--seeds N] [--budget IMAGES] [--jobs 2]
 python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; rerun when they end)
 
-The same command resumes an interrupted ablation: finished runs are kept, an interrupted run continues from its
-checkpoint, and scores are not computed again. The results are OUT/table.md, table.json, index.html and pictures;
+Run the same command again to resume an interrupted ablation: finished runs are kept, an interrupted run continues from
+its checkpoint, and scores are not computed again. The results are OUT/table.md, table.json, index.html and pictures;
 --write-doc also writes the table to docs/. The report describes the method.
 """
 
@@ -35,13 +35,13 @@ STARTED = time.monotonic()
 def main() -> int:
     parser = new_parser("ablate.py", __doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="see configs/ablation-openmoji.yaml")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (default: the file's)")
-    parser.add_argument("--budget", type=int, metavar="IMAGES", help="images each run sees (default: the file's)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/ablation-NAME)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of runs of each arm (default: see FILE)")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="images that each run sees (default: see FILE)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/ablation-NAME)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs that train in parallel on this machine")
-    parser.add_argument("--slurm-profile", type=Path, metavar="FILE", help="train as Slurm arrays, see slurm/profiles")
+    parser.add_argument("--slurm-profile", type=Path, metavar="FILE", help="train as Slurm arrays: see slurm/profiles")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of each Slurm job (default: 1)")
-    parser.add_argument("--report-only", action="store_true", help="train nothing; report the finished runs")
+    parser.add_argument("--report-only", action="store_true", help="do not train; report the finished runs")
     doc = Path("docs/ablation.md")
     help_text = f"also write the report to this file (default: {doc})"
     parser.add_argument("--write-doc", type=Path, nargs="?", const=doc, metavar="FILE", help=help_text)
@@ -54,7 +54,7 @@ def main() -> int:
     with writing(out, "name another folder with --out"):
         out.mkdir(parents=True, exist_ok=True)
     if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least 1")
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
     try:
         return ablate(plan, out, args)
     except Interrupted as stop:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
-    """Does everything that earlier calls have not finished. Returns the exit status."""
+    """Runs all steps that earlier calls have not finished. Returns the exit status."""
     from dist_t2i.ablation import runs
     from dist_t2i.data.open_data import open_data
 
@@ -112,7 +112,7 @@ def finished_on_slurm(plan: Plan, configs: Configs, out: Path, args: argparse.Na
         job.test()
         say(f"{arm}: {plan.seeds} seeds queued as {', '.join(job.submit())}")
     if left:
-        say("the same command prints their state, and writes the report once all runs are finished")
+        say("run the same command again to see their state, and to write the report after all runs have finished")
     return not left
 
 
@@ -133,7 +133,7 @@ def report(
     done = {key: config for key, config in configs.items() if is_finished(config)}
     empty = [arm for arm in plan.arms if not any(name == arm for name, _ in done)]
     if empty:
-        raise UserError(f"no report yet: no finished run of {', '.join(empty)} in {out}")
+        raise UserError(f"the report needs a finished run of each arm, but {out} has none of {', '.join(empty)}")
     scores = {key: scorer.scores(Path(config.run.folder)) for key, config in done.items()}
     missing = [
         f"{arm}/seed-{seed} {failed.get((arm, seed), 'is not finished')}"
@@ -169,7 +169,7 @@ def write_pictures(results: Findings, data: ShardSet, protocol: Protocol, out: P
         heading = "Every run (dots), means and 95% intervals (bars)"
         pictures[heading] = figures.plot_seeds(plan, measures, out / "seeds.png")
     except ImportError as error:
-        say(f"no seeds.png: {error} (`pip install matplotlib` installs it)")
+        say(f"seeds.png was not written: {error} (run `pip install matplotlib`)")
     rows = figures.side_by_side(plan, seed, data, split, protocol, out)
     title = f"{split}: seed {seed} of each arm, same prompts and noise, not cherry-picked"
     pictures["The arms side by side"] = figures.write_grid(plan, rows, out / "grid.png", title)
@@ -179,7 +179,7 @@ def write_pictures(results: Findings, data: ShardSet, protocol: Protocol, out: P
 def facts_of(
     done: Configs, scores: Mapping[tuple[str, int], Mapping[str, Any]], data: ShardSet, out: Path
 ) -> dict[str, str]:
-    """How the results were made: command, hardware, hours, revision, data."""
+    """Facts about how the results were computed: command, hardware, hours, revision, data."""
     from dist_t2i.ablation.runs import seconds_trained
     from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.utils import environment
@@ -228,7 +228,7 @@ def _revision(code: Mapping[str, Any]) -> str:
 
 
 def append_call(out: Path, jobs: int) -> None:
-    """Appends this call to OUT/calls.jsonl, from which `facts_of` adds up the time."""
+    """Appends this call to OUT/calls.jsonl. `facts_of` sums the time of all calls."""
     line = {
         "command": shlex.join(sys.argv),
         "seconds": round(time.monotonic() - STARTED, 1),

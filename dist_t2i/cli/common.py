@@ -1,4 +1,4 @@
-"""What several commands share: options, sets, warnings and error messages. It is fast to import."""
+"""Parts that several commands use: options, sets, warnings and error messages. This module is fast to import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for `command` whose --help prints the description as written."""
+    """A parser for `command`. Its --help keeps the line breaks of the description."""
     form = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=command, description=description, formatter_class=form)
 
@@ -49,7 +49,7 @@ def open_held_out(run: Path, config: DataConfig, name: str | None) -> ShardSet:
     from dist_t2i.data.open_data import open_data
 
     if not (name or config.train):
-        raise UserError(f"{run} does not name the set that it was trained on; name a set with --data")
+        raise UserError(f"{run} does not name its training set; name a set with --data")
     return open_data(replace(config, train=name or config.train))
 
 
@@ -58,7 +58,7 @@ def write_openmoji(folder: Path, size: int) -> None:
     command = [sys.executable, str(ROOT / "tools" / "shard.py"), "openmoji", "--size", str(size), "--out", str(folder)]
     status = subprocess.run(command, check=False).returncode
     if status:
-        raise UserError(f"tools/shard.py failed (exit status {status}); its error is printed above")
+        raise UserError(f"tools/shard.py failed (exit status {status}); see the error above")
 
 
 @contextlib.contextmanager

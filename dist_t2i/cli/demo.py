@@ -2,8 +2,8 @@
 
 python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; the budget is the time to train: 90s, 3m, 1h)
 
-The same command resumes an interrupted demo; after a finished demo, it only writes the page again. Ctrl-C saves a
-checkpoint and stops.
+Ctrl-C saves a checkpoint and stops the demo. Run the same command again to resume. After a finished demo, the command
+only writes the page again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_t2i.cli.common import ROOT, new_parser, say, write_openmoji
 from dist_t2i.errors import TrainingError
 
 RESERVE = 0.03
-"""Share of the budget that sample grids and checkpoints take."""
+"""Share of the budget for sample grids and checkpoints."""
 GRIDS, CHECKPOINTS = 8, 4
 
 
@@ -30,11 +30,11 @@ def main() -> int:
     parser = new_parser("demo.py", __doc__)
     budget = "time to train: 90s, 3m, 1h (default: %(default)s)"
     parser.add_argument("--budget", type=seconds, default="10m", help=budget)
-    parser.add_argument("--config", type=Path, help="(default: openmoji64 with a GPU, openmoji32 without)")
+    parser.add_argument("--config", type=Path, help="(default: openmoji64.yaml with a GPU, else openmoji32.yaml)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/demo-BUDGET)")
-    data = "the set (default: data/openmoji at the picture size of the configuration)"
+    data = "folder of the set (default: data/openmojiSIZE, with the picture size of the configuration)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the configuration")
     args = parser.parse_args()
     from dist_t2i.distributed.supervisor import Interrupted
     from dist_t2i.utils.progress import duration
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def seconds(text: str) -> int:
-    """Converts 90s, 3m or 1h (or a bare number of seconds) to seconds."""
+    """Converts 90s, 3m, 1h, or a number without a unit, to seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     value = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
     if value < 1:
@@ -81,7 +81,7 @@ def demo(args: argparse.Namespace) -> None:
     data = args.data or Path("data") / f"openmoji{size}"
     heading(1, f"Pictures: OpenMoji at {size}x{size} pixels, in {data}")
     if (data / "manifest.json").is_file():
-        print("written earlier")
+        print("the set exists already")
     else:
         write_openmoji(data, size)
     overrides = [f"data.train={data}", *args.overrides]
@@ -91,10 +91,10 @@ def demo(args: argparse.Namespace) -> None:
         heading(3, f"Training for {budget}, in {run} (Ctrl-C saves and stops)")
         train(config_path, overrides, run)
     elif (left := config_files.load(run / "config.yaml").train.total_images - newest_images(run)) > 0:
-        heading(3, f"Training resumes in {run}: {left:,} images to go (Ctrl-C saves and stops)")
+        heading(3, f"Training resumes in {run}: {left:,} images remain (Ctrl-C saves and stops)")
         train(run / "config.yaml", overrides, run)
     else:
-        heading(3, f"Training: finished earlier, in {run}")
+        heading(3, f"Training in {run} has finished already")
     report(run, data, budget)
 
 
@@ -105,7 +105,7 @@ def heading(step: int, text: str) -> None:
 def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) -> list[str]:
     """Measures the speed in a short trial run; returns the overrides of a run of about `budget` seconds.
 
-    The number of images goes into the run's configuration, so that the run itself does not depend on a clock.
+    The run's configuration contains the number of images, so that the run itself does not depend on the clock.
     """
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.supervisor import train
@@ -122,7 +122,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     started, live = time.monotonic(), sys.stdout.isatty()
 
     def reports() -> list[dict[str, Any]]:
-        """All reports except the first, which includes warming up: compilers, caches, the first read of the set."""
+        """All reports except the first, which includes the warm-up: compilers, caches, the first read of the set."""
         return metrics_log.read(trial / "metrics.jsonl")[1:]
 
     def enough() -> bool:
@@ -157,7 +157,7 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
 
 
 def report(run: Path, data: Path, budget: str) -> None:
-    """Scores the model, unless scores.json is of these weights, and writes the page; prints where the results are."""
+    """Scores the model unless scores.json has scores of its weights. Writes the page; prints where the results are."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import known_scores, table

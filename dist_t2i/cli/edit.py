@@ -1,10 +1,10 @@
-"""Edit a picture to match a text, with a model that was trained for it (configs/edit-openmoji.yaml).
+"""Edit a picture to match a text, with a model that was trained to edit (configs/edit-openmoji.yaml).
 
 python tools/edit.py --run RUN --image picture.png "woman pilot dark skin tone" [--strength 0.7] [--out edit.png]
 python tools/edit.py evaluate --run RUN [--data SET] [--base RUN]     (see docs/manipulation.md)
 
-The text describes the whole edited picture, as a caption does. Pictures may have any size and any format that training
-reads; transparent pixels become white, and the central square is scaled to the model's size.
+The text describes the full edited picture, like a caption. Pictures may have any size and any format that training
+reads. Transparent pixels become white, and the central square is scaled to the model's size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def edit(arguments: list[str]) -> int:
     strength = "0: the original picture, 1: the full edit (default: %(default)s)"
     parser.add_argument("--strength", type=float, default=1.0, help=strength)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
-    parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: the configuration's)")
+    parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: see the configuration)")
     args = parser.parse_args(arguments)
     from dist_t2i.inference.pipeline import load
     from dist_t2i.reporting.image_grid import save_grid
@@ -52,11 +52,11 @@ def edit(arguments: list[str]) -> int:
 def evaluate(arguments: list[str]) -> int:
     parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
     add_model(parser)
-    parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
-    base_help = "model that generates from the text only (default: the model that the run started from)"
+    parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the training set)")
+    base_help = "text-to-image model to compare with (default: the model from which the run started)"
     parser.add_argument("--base", metavar="DIR", help=base_help)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the scores (default: DIR/edit-scores.json)")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="the pictures (default: DIR/edits.png)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the scores (default: DIR/edit-scores.json)")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="file for the pictures (default: DIR/edits.png)")
     args = parser.parse_args(arguments)
     from dist_t2i.eval.scores import table
     from dist_t2i.eval.studies.edits import evaluate_edits, verdict
@@ -67,7 +67,7 @@ def evaluate(arguments: list[str]) -> int:
     name = args.base or model.config.edit.init
     if not name:
         raise UserError(
-            f"{args.run} does not name the model that it started from; name a text-to-image model with --base"
+            f"{args.run} does not name the model from which it started; name a text-to-image model with --base"
         )
     base = load(name, args.device)
     data = open_held_out(args.run, model.config.data, args.data)
@@ -87,5 +87,5 @@ def render_examples(examples: list[tuple[str, list[numpy.ndarray]]]) -> Image:
     """A grid of the edits that `evaluate_edits` returns."""
     from dist_t2i.reporting.image_grid import GridRow, render_grid
 
-    title = "source, edit, true target, generated from scratch; captions: the target's, with the source's in brackets"
+    title = "source, edit, true target, generated from scratch; caption of the target (caption of the source)"
     return render_grid([GridRow(*example) for example in examples], title=title, tile=64, columns=2)

@@ -14,8 +14,8 @@ from dist_t2i.errors import UserError
 def main() -> int:
     parser = new_parser("embeddings.py", __doc__)
     add_model(parser, device=False)
-    parser.add_argument("--data", metavar="SET", help="set of the captions (default: the one trained on)")
-    parser.add_argument("--words", nargs="*", default=[], metavar="WORD", help="words whose neighbors are listed")
+    parser.add_argument("--data", metavar="SET", help="set of the captions (default: the training set)")
+    parser.add_argument("--words", nargs="*", default=[], metavar="WORD", help="words whose nearest words are listed")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the page (default: RUN/embeddings)")
     args = parser.parse_args()
     from dist_t2i.eval.studies.embeddings import study
@@ -37,6 +37,6 @@ def main() -> int:
         for name, *cells in rows:
             print(f"{name}:", *(f"  {head:<32} {cell}" for head, cell in zip(heads[1:], cells, strict=True)), sep="\n")
     else:
-        print("no probe applies: skin tones, genders and frequent objects are too rare in the captions")
+        print("no probes: skin tones, genders and frequent objects are too rare in the captions")
     print(f"page: {page}")
     return 0

@@ -1,6 +1,6 @@
-"""Score a trained model by a frozen protocol, each score with interval, floor and ceiling; or compare two score files.
+"""Score a trained model by a frozen protocol (each score with interval, floor and ceiling), or compare two score files.
 
-python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    (RUN: a run, a checkpoint or an exported folder)
+python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    RUN: a run, a checkpoint or an exported model
 torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       on four processes; the scores are the same
 python tools/evaluate.py compare A.json B.json                       the scores of both, or why they are not comparable
 python tools/evaluate.py captions --data SET --protocol NAME         the captions that a protocol selects from a set
@@ -44,11 +44,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME-captions.txt)")
     else:
         add_model(parser)
-        parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the one trained on)")
+        parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the training set)")
         names = "openmoji, openmoji-ablation, held-out, quick, coco30k, cub, flowers"
         protocol = f"{names}, or a .yaml file (default: openmoji for the demo's set, otherwise held-out)"
         parser.add_argument("--protocol", metavar="NAME", help=protocol)
-        weights = "path or URL of the weights of inception or clip (default: downloaded)"
+        weights = "path or URL of the weights of inception or clip (default: download them)"
         parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help=weights)
         without = f"leave out the metrics of a network: {', '.join(_NETWORKS)}"
         parser.add_argument("--without", action="append", default=[], metavar="NETWORK", help=without)
@@ -75,7 +75,7 @@ def main() -> int:
     ranks = Ranks.join(rank.rank, rank.world_size)
     try:
         evaluation(args, ranks, rank.local_rank)
-    except UserError:  # raised by all ranks together, so that no rank is left waiting
+    except UserError:  # all ranks raise it together, so no rank waits for another
         ranks.leave()
         raise
     ranks.leave()
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
-    """Writes the scores to a file and prints them. All ranks must call it, and a UserError is raised on all ranks."""
+    """Writes the scores to a file and prints them. Collective; a UserError is raised on all ranks."""
     from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
     from dist_t2i.eval.scores import table
 
@@ -96,7 +96,7 @@ def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     def load() -> None:
         networks.update(load_networks(protocol, model.device, weights, args.without))
 
-    ranks.from_main(load)  # rank 0 may have to download; the others then load from the disk
+    ranks.from_main(load)  # rank 0 first, because it may have to download; the other ranks then load from the disk
     ranks.all(lambda: None if ranks.main else load())
     scores = evaluate(model, data, protocol, say=log, networks=networks, ranks=ranks, selections=rows)
     name = "scores.json" if args.run.samefile(run) else f"scores-{args.run.resolve().name}.json"
@@ -132,7 +132,7 @@ def _inputs(
 
 
 def _device(requested: str | None, local_rank: int, world: int) -> str | None:
-    """The device for this rank; None: the model's default. Raises UserError when the requested device does not work."""
+    """The device for this rank, or None for the model's default. Raises UserError when `requested` cannot be used."""
     import torch
 
     if requested:
@@ -153,11 +153,11 @@ def _weights(options: list[str], without: list[str]) -> dict[str, str]:
     for text in options:
         network, equals, path = text.partition("=")
         if network not in ("inception", "clip") or not (equals and path):
-            raise UserError(f"--weights {text}: expected inception=FILE or clip=FOLDER (or URLs of these)")
+            raise UserError(f"--weights {text}: expected inception=FILE or clip=FOLDER, or a URL instead of the path")
         weights[network] = path
     for network in without:
         if network not in _NETWORKS:
-            raise UserError(f"--without {network}: there are {', '.join(_NETWORKS)}")
+            raise UserError(f"--without {network}: expected one of {', '.join(_NETWORKS)}")
     return weights
 
 
@@ -168,8 +168,8 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
     digest = captions_hash(rows)
     if protocol.captions_sha256 not in ("", digest):
         raise UserError(
-            f"the captions that protocol {protocol.name} version {protocol.version} selects from this set are not "
-            f"those that it was frozen with (their hash is {digest[:12]}…, not {protocol.captions_sha256[:12]}…)"
+            f"the captions that protocol {protocol.name} version {protocol.version} selects from this set differ from "
+            f"the frozen captions (hash {digest[:12]}…, expected {protocol.captions_sha256[:12]}…)"
         )
     return digest
 
@@ -177,8 +177,8 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
 def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
     """Writes the selected captions to the run's folder, unless the protocol contains their hash.
 
-    Raises UserError when an earlier evaluation by this protocol had other captions, or when their hash is not the
-    protocol's.
+    Raises UserError when an earlier evaluation by this protocol had other captions, or when the hash of the captions
+    differs from the protocol's.
     """
     from dist_t2i.eval.protocol import captions_text
 
@@ -192,11 +192,11 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) 
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{path}: this run was evaluated with other captions than protocol {protocol.name} selects from this "
-                "set. Name the set that was used (--data), or delete the file to start anew"
+                f"{path}: these captions of an earlier evaluation differ from those that protocol {protocol.name} "
+                "selects from this set. Name the earlier set with --data, or delete this file"
             )
     except OSError as error:
-        log(f"warning: {path}: {error.strerror}; the captions are not kept")
+        log(f"warning: {path}: {error.strerror}; the captions were not saved")
 
 
 def captions(args: argparse.Namespace) -> int:
@@ -218,7 +218,7 @@ def captions(args: argparse.Namespace) -> int:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Prints both scores side by side; returns 1 when they are not comparable."""
+    """Prints the scores of both files side by side; returns 1 when they are not comparable."""
     from dist_t2i.eval.compare import differences, table
     from dist_t2i.eval.scores import read_scores
 

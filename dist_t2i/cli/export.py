@@ -12,7 +12,7 @@ from dist_t2i.cli.common import new_parser
 
 def main() -> int:
     parser = new_parser("export.py", __doc__)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder (or an export, to copy it)")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder, or exported model to copy")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at --out")
     args = parser.parse_args()

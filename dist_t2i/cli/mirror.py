@@ -1,6 +1,6 @@
-"""Read a mirror of checkpoints by hand.
+"""Read a mirror of checkpoints.
 
-python tools/mirror.py look URL                    prints which run the mirror belongs to and its checkpoints
+python tools/mirror.py look URL                    prints the run to which the mirror belongs, and its checkpoints
 python tools/mirror.py fetch URL IMAGES FOLDER     copies the checkpoint after IMAGES images and verifies its checksums
 
 The answer is one line of JSON, which docs/checkpoints.md describes.
@@ -16,12 +16,12 @@ from dist_t2i.checkpoint import mirror_worker
 
 
 def main() -> int:
-    """Returns the exit status, which is 0 even if the mirror fails: the answer then contains the reason."""
+    """Returns the exit status. It is 0 even if the mirror fails: the answer then contains the reason."""
     parser = argparse.ArgumentParser(
         prog="mirror.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("look", help="which run the mirror belongs to, and its checkpoints")
+    look = commands.add_parser("look", help="print the run to which the mirror belongs, and its checkpoints")
     fetch = commands.add_parser("fetch", help="copy one checkpoint")
     for command in (look, fetch):
         command.add_argument("url", metavar="URL")

@@ -12,12 +12,12 @@ from dist_t2i.cli.common import add_model, new_parser, prompt_warnings, writing
 
 def main() -> int:
     parser = new_parser("sample.py", __doc__)
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what the pictures show")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text that describes a picture")
     add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default: %(default)s)")
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="N", help="(default: %(default)s)")
-    truncation = "below 1: more typical, less varied (default: the configuration's)"
+    truncation = "factor of the noise; below 1: more typical, less varied pictures (default: see the configuration)"
     parser.add_argument("--truncation", type=float, help=truncation)
     args = parser.parse_args()
     from dist_t2i.inference.pipeline import load

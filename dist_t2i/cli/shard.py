@@ -1,4 +1,4 @@
-"""Write captioned pictures as WebDataset shards that dist_t2i trains on; inspect such a set; verify it.
+"""Write captioned pictures as WebDataset shards for training; inspect or verify such a set.
 
 python tools/shard.py openmoji --size 64 --out DIR
 python tools/shard.py scenes --count 20000 --size 32 --out DIR
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 RENDERED = ("openmoji", "scenes")
 """The commands whose pictures are rendered at `--size`, and which have their own rule for the held-out splits."""
 _RESUME = """Unusable pictures and captions are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
-After an interruption, run the same command again: it keeps every shard whose checksums match. With --retry-failed, it
-also retries pictures that could not be downloaded or read."""
+After an interruption, run the same command again: every shard whose checksums match is kept. With --retry-failed, the
+command also retries pictures that could not be downloaded or read."""
 _FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
 or a .csv or .tsv file with the columns image and caption; paths are relative to --images or to the caption file's folder.
-Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png. Captions longer than
-1,000 characters are cut."""
-_TABLE = """A row holds a picture and a caption (in JSONL and Parquet: or a list of captions). A picture is a path,
-relative to --images or to the table's folder, or a URL: http(s)://, s3://, gs://, az://. A download that may still
-succeed is tried three times; failures are listed, and --retry-failed retries them. Columns: url, image, file_name,
-path ... and captions, caption, text, description, or those that you name."""
+Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png. Captions are truncated
+after 1,000 characters."""
+_TABLE = """A row contains a picture and a caption (in JSONL and Parquet, the caption may be a list). A picture is a URL
+(http(s)://, s3://, gs://, az://), or a path relative to --images or to the folder of the table. After a temporary
+error, a download is tried again, at most twice. Failures are listed, and --retry-failed retries them. The columns are
+url, image, file_name, path ... and captions, caption, text, description, or those that you name."""
 _TARS = """Input: tars written by webdataset, img2dataset or this tool, as local paths, folders, globs or URLs; braces
-expand: train-{00000..00591}.tar. Each sample holds a picture (jpg, jpeg, png, webp) and captions in json ("captions" or
-"caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if there is no
-such tar. Pickled members are skipped, because unpickling runs code. A truncated tar yields the samples before the cut.
-A tar behind a URL is read once to locate the pictures; each picture is read again when its shard is written."""
-_INDEX = """Reads WebDataset tars once and writes an index of each, a manifest and a tokenizer; the tars are neither
-copied nor changed. Training on the same list (data.train=URL...) then starts at once; otherwise the first training run
-builds the same index. A rerun reads only tars that are new or changed. URLs as in data.train:
+expand: train-{00000..00591}.tar. A sample contains a picture (jpg, jpeg, png, webp) and captions in json ("captions" or
+"caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if no tar has
+such a name. Pickled members are skipped, because unpickling can run code. The samples before the cut of a truncated tar
+are used. A tar at a URL is read once to locate the pictures. Each picture is read again when its shard is written."""
+_INDEX = """Reads WebDataset tars once and writes an index of each tar, a manifest and a tokenizer. The tars are not
+copied or changed. Training on the same list (data.train=URL...) then starts at once; without this command, the first
+training run builds the same index. A rerun reads only new and changed tars. URLs have the form of data.train:
 s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
 
 
@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     def command(name: str, short: str, text: str = "") -> ArgumentParser:
         return commands.add_parser(name, help=short, description=text or short, formatter_class=form)
 
-    command("openmoji", "3,953 emoji with names (CC BY-SA 4.0), from installed packages")
+    command("openmoji", "3,953 emojis with names (CC BY-SA 4.0), from installed packages")
 
     add = command("scenes", "one or two shapes in known colors and positions, rendered by the project").add_argument
     add("--count", type=positive, default=20_000, help="number of pictures (default: %(default)s)")
@@ -76,24 +76,24 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
     add = command("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{_RESUME}").add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched recursively")
-    add("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv (default: a.txt for a.png)")
+    add("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv file (default: a.txt for a.png)")
 
     coco_help = f"Expected files:\n{COCO_LAYOUT}\n\n{_RESUME}"
     add = command("coco", "MS-COCO 2014 or 2017", coco_help).add_argument
     add("root", type=Path, metavar="DIR", help="the folder shown above")
-    add("--year", type=int, choices=(2014, 2017), help="needed only if DIR holds both")
+    add("--year", type=int, choices=(2014, 2017), help="needed only if DIR contains both years")
     karpathy_help = "dataset_coco.json: splits train (with restval), val and test (default: train, and val as `test`)"
     add("--karpathy", type=Path, metavar="FILE", help=karpathy_help)
 
     for name, short, layout in (
-        ("cub", "CUB-200-2011 with ten captions a bird", CUB.layout),
+        ("cub", "CUB-200-2011 with ten captions per picture", CUB.layout),
         ("flowers", "Oxford-102 flowers", FLOWERS.layout),
     ):
         add = command(name, short, f"Expected files:\n{layout}\n\n{_RESUME}").add_argument
         add("root", type=Path, metavar="DIR", help="the folder shown above")
         add("--texts", type=Path, metavar="DIR", help="folder of the captions, if it is not inside DIR")
-        add("--train-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
-        add("--test-classes", type=Path, metavar="FILE", help="one class a line (default: see above)")
+        add("--train-classes", type=Path, metavar="FILE", help="list with one class per line (default: see above)")
+        add("--test-classes", type=Path, metavar="FILE", help="list with one class per line (default: see above)")
 
     for name in ("jsonl", "csv", "tsv", "parquet"):
         add = command(name, f"{name} tables of paths or URLs", f"{_TABLE}\n\n{_RESUME}").add_argument
@@ -104,15 +104,15 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
     add = command("webdataset", "existing tars: re-shard, filter, shrink", f"{_TARS}\n\n{_RESUME}").add_argument
     add("tars", nargs="+", metavar="URL", help="tars or folders of tars")
-    add("--name", default="", help="name of the set in its manifest (default: the first tar's)")
+    add("--name", default="", help="name of the set in its manifest (default: name of the first tar)")
 
-    for name, added in commands.choices.items():  # all commands added so far write a set
+    for name, added in commands.choices.items():  # all commands up to here write a set
         _add_writing_options(added, name)
 
-    add = command("index", "index existing tars in place; they are neither copied nor changed", _INDEX).add_argument
+    add = command("index", "index existing tars without copying or changing them", _INDEX).add_argument
     add("urls", nargs="+", metavar="URL", help="tars: paths, globs, URLs with braces")
-    add("--out", type=Path, metavar="DIR", help="for data.train=DIR (default: the user's cache, where training looks)")
-    add("--quick", action="store_true", help="skip the pictures' bytes: faster, but without checksums")
+    add("--out", type=Path, metavar="DIR", help="folder for data.train=DIR (default: the cache that training searches)")
+    add("--quick", action="store_true", help="do not read the pictures: faster, but without checksums")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
@@ -128,12 +128,12 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 def _add_writing_options(parser: ArgumentParser, name: str) -> None:
-    """Adds the options that all commands for writing a set have."""
+    """Adds the options of all commands that write a set."""
     if name in ("jsonl", "csv", "tsv", "parquet", "webdataset"):
         text = "parallel reads of URLs in each process (default: %(default)s)"
         parser.add_argument("--threads", type=positive, default=16, help=text)
     if name not in (*RENDERED, "coco", "cub", "flowers"):
-        text = "share of the pictures that are held out of training, as the split `test` (default: %(default)s)"
+        text = "share of the pictures to hold out of training, as the split `test` (default: %(default)s)"
         holdout = 0.0 if name == "webdataset" else 0.02
         parser.add_argument("--holdout", type=share, default=holdout, metavar="SHARE", help=text)
 
@@ -141,46 +141,46 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     if name in RENDERED:
         add("--size", type=positive, default=64, help="side in pixels (default: %(default)s)")
     else:
-        add("--size", type=positive, default=0, help="shrink to this short side, in pixels (default: keep bytes)")
-    add("--format", choices=("jpg", "webp", "png"), default="", help="encode all pictures as (default: keep bytes)")
-    add("--quality", type=percent, default=95, help="of encoded JPEGs and WebPs, 1 to 100 (default: %(default)s)")
-    text = "how a picture is checked: its header and end, or every pixel (default: %(default)s)"
+        add("--size", type=positive, default=0, help="shrink the short side to this many pixels (default: keep bytes)")
+    add("--format", choices=("jpg", "webp", "png"), default="", help="format of all pictures (default: keep bytes)")
+    add("--quality", type=percent, default=95, help="quality of encoded JPEGs and WebPs (default: %(default)s)")
+    text = "how to check a picture: by its header and end, or by decoding it (default: %(default)s)"
     add("--check", choices=("header", "decode"), default="header", help=text)
-    add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out smaller pictures")
-    add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out longer pictures")
+    add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out pictures with a shorter side")
+    add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out pictures with a larger aspect ratio")
     add("--caption-matches", default="", metavar="REGEX", help="keep only captions that match")
     add("--caption-excludes", default="", metavar="REGEX", help="drop captions that match")
-    text = "drop pictures that repeat another: same bytes, or same look (a 64-bit difference hash)"
+    text = "leave out repeated pictures: same bytes, or same appearance (by a 64-bit difference hash)"
     add("--deduplicate", choices=("exact", "perceptual"), default="", help=text)
 
     add = parser.add_argument_group("output").add_argument
-    text = "new folder for the set: a path, s3://, gs://, az://, any fsspec URL"
+    text = "new folder for the set: a path, an s3://, gs:// or az:// URL, or any other fsspec URL"
     add("--out", required=True, metavar="URL", help=text)
-    text = "rewrite shards of an earlier run in which a picture could not be downloaded or read"
+    text = "write a shard again if an earlier run could not download or read one of its pictures"
     add("--retry-failed", action="store_true", help=text)
     samples = 1_000 if name in RENDERED else 10_000
-    add("--shard-samples", type=positive, default=samples, help="maximum per shard (default: %(default)s)")
+    add("--shard-samples", type=positive, default=samples, help="maximum samples per shard (default: %(default)s)")
     add("--shard-mb", type=float, default=512.0, help="maximum MB per shard (default: %(default)s)")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
-    text = "on a cluster: a Slurm array writes the shards; its tasks must see all paths"
+    text = "on a cluster: a Slurm array writes the shards; all paths must exist on its nodes"
     add = parser.add_argument_group(text).add_argument
     add("--slurm", action="store_true", help="submit (with submitit), wait, and finish the set here")
     add("--slurm-cluster", default="slurm", help="`local` runs the tasks on this machine")
     add("--slurm-tasks", type=positive, default=16, help="tasks in the array (default: %(default)s)")
     add("--slurm-partition", default="", metavar="NAME")
     add("--slurm-account", default="", metavar="NAME")
-    add("--slurm-minutes", type=positive, default=1440, help="time limit (default: %(default)s)")
-    add("--slurm-memory", type=positive, default=8, metavar="GB", help="per task (default: %(default)s)")
-    add("--slurm-parallel", type=positive, default=256, help="maximum of running tasks (default: %(default)s)")
+    add("--slurm-minutes", type=positive, default=1440, help="time limit of a task (default: %(default)s)")
+    add("--slurm-memory", type=positive, default=8, metavar="GB", help="memory of a task (default: %(default)s)")
+    add("--slurm-parallel", type=positive, default=256, help="maximum number of running tasks (default: %(default)s)")
     add("--slurm-folder", type=Path, default=Path("slurm-logs"), metavar="DIR", help="(default: %(default)s)")
-    text = "further parameter of sbatch: qos=long"
+    text = "another parameter of sbatch, such as qos=long"
     add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=text)
 
 
 def number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:
-    """An argument type for the numbers for which `accepts` is true; for others, the error is "... is not NEEDS"."""
+    """An argument type that accepts the numbers for which `accepts` is true. The error is "... is not NEEDS"."""
 
     def parse_number(text: str) -> Any:
         value = kind(text)
@@ -198,7 +198,7 @@ share = number(float, lambda value: 0 <= value < 1, "from 0 to 1")
 
 
 def pair(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE`; digits become an int, the type that submitit expects for numeric sbatch parameters."""
+    """Parses `NAME=VALUE`. Digits become an int, because submitit expects an int for numeric parameters of sbatch."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
@@ -236,7 +236,7 @@ def _gather(args: Namespace) -> Gathered:
 
 
 def _write(args: Namespace) -> int:
-    """Write a set of gathered pictures and print its counts."""
+    """Write the pictures of the input as a set and print its counts."""
     from dist_t2i.sharding.items import filter_captions
     from dist_t2i.sharding.slurm_array import SlurmArray
     from dist_t2i.sharding.write_set import write_set
@@ -288,9 +288,9 @@ def _verify(args: Namespace) -> int:
     shards, differences = verify(args.url, args.processes)
     if differences:
         print(table(("file", "what", "expected", "actual"), differences))
-        print(f"{args.url}: {len(differences)} differences in {shards} shards; to repair it, rerun the writing command")
+        print(f"{args.url}: {len(differences)} differences in {shards} shards; to repair the set, write it again")
         return 1
-    print(f"{args.url}: all {shards} shards, their indexes and every member are as the manifest says")
+    print(f"{args.url}: all {shards} shards, their indexes and their members match the manifest")
     return 0
 
 

@@ -6,7 +6,7 @@ python tools/submit.py logs RUN [--rank R] [-f]
 python tools/submit.py cancel RUN
 python tools/submit.py resume RUN [--nodes 2]
 
-Configuration, data and profile are checked before anything is queued. After a time limit, a preemption or a failure the
+Configuration, data and profile are checked before a job is queued. After a time limit, a preemption or a failure, the
 job is queued again and resumes from its last checkpoint (see docs/preemption.md). Every command has its own --help.
 """
 
@@ -41,7 +41,7 @@ _DESCRIPTIONS = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line; if it does not begin with the name of a command, the command is `submit`."""
+    """Parses the command line. If it does not begin with a command, the command is `submit`."""
     command, words = "submit", arguments
     if arguments and arguments[0] in _DESCRIPTIONS.keys() - {"submit"}:
         command, *words = arguments
@@ -53,9 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.set_defaults(command=command)
     if command == "submit":
         parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-        parser.add_argument("--name", help="of job and run (default: the config file's name)")
+        parser.add_argument("--name", help="name of job and run (default: name of the configuration file)")
         parser.add_argument("--array-seeds", type=int, default=0, metavar="N", help="submit N runs that differ in seed")
-        parser.add_argument("--local", action="store_true", help="train here and now, without Slurm")
+        parser.add_argument("--local", action="store_true", help="train on this machine now, without Slurm")
     else:
         parser.add_argument("run", type=Path, help="the run folder")
     if command == "status":
@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument("--rank", type=int, default=0)
         parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the job has ended")
     elif command == "resume":
-        parser.add_argument("--update-code", action="store_true", help="run today's code, not the run's copy")
+        parser.add_argument("--update-code", action="store_true", help="use the current code, not the run's copy")
     if command in ("submit", "resume"):
         _add_job_options(parser)
     return parser.parse_intermixed_args(words)
@@ -76,7 +76,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--profile", type=Path, help="YAML file of the cluster, see slurm/profiles")
     parser.add_argument("--gpus-per-node", type=int)
-    parser.add_argument("--time", help="limit of one attempt, such as 24h; the next attempt resumes the run")
+    parser.add_argument("--time", help="time limit of one attempt, such as 24h; the next attempt resumes the run")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
@@ -92,7 +92,7 @@ def main() -> int:
     try:
         result = command(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has ended, as in `logs RUN | head`
+    except BrokenPipeError:  # the program that reads the output has ended, as in `logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result
@@ -116,10 +116,10 @@ def submit(options: argparse.Namespace) -> int:
         allow_changes=options.allow_changes,
     )
     if options.follow and options.array_seeds:
-        raise UserError("--follow shows one run, and --array-seeds starts several: follow one with logs RUN/seed-N -f")
+        raise UserError("--follow prints one log, but --array-seeds starts several runs: use logs RUN/seed-N -f later")
     if options.local:
         if options.dry_run:
-            raise UserError("--dry-run prints a batch script, and --local has none")
+            raise UserError("--dry-run prints a batch script, but --local has no batch script: leave out one of them")
         return _train_here(submission)
     return _queue(submission, options)
 
@@ -160,7 +160,7 @@ def _queue(submission: Submission, options: argparse.Namespace, *, keep_code: bo
     print(f"run folder: {run}")
     print(f"queued as job {', '.join(jobs)}: {submission.nodes} nodes, {submission.ranks} ranks")
     tool = f"python {shlex.quote(sys.argv[0])}"
-    print(f"follow it:  {tool} logs {run} -f\nsee it:     {tool} status {run}\nend it:     {tool} cancel {run}")
+    print(f"log:     {tool} logs {run} -f\nstatus:  {tool} status {run}\ncancel:  {tool} cancel {run}")
     return _follow(submission.run, 0) if options.follow else 0
 
 
@@ -168,11 +168,11 @@ def _refuse_if_live(folder: Path, look: Callable[[Path], status.State]) -> None:
     for run in status.runs_under(folder, missing_ok=True):
         state = look(run)
         if state.live:
-            raise SubmitError(f"{run} is {state.word} as job {state.job}: cancel that first, or choose another --name")
+            raise SubmitError(f"{run} is {state.word} as job {state.job}: cancel it first, or choose another --name")
 
 
 def _ask(run: Path) -> status.State:
-    """The state of a run as Slurm knows it. Raises SubmitError when Slurm does not answer."""
+    """The state of a run according to Slurm. Raises SubmitError when Slurm does not answer."""
     state = status.look(run)
     if state.silent:
         raise SubmitError(f"Slurm does not answer: job {state.job} of {run} may or may not be in the queue")
@@ -225,12 +225,12 @@ def cancel(options: argparse.Namespace) -> int:
         if not state.live:
             print(f"{run}: job {state.job} is not in the queue ({state.word})")
             continue
-        attempts.note(run, event="cancel", job=state.job)  # first, or after.py may requeue a job that is just ending
+        attempts.note(run, event="cancel", job=state.job)  # before scancel: else after.py may requeue an ending job
         done = subprocess.run(["scancel", state.job], capture_output=True, text=True)
         if done.returncode:
             attempts.note(run, event="cancel failed", job=state.job)
             raise SubmitError(f"scancel {state.job}: {done.stderr.strip()}")
-        print(f"{run}: job {state.job} cancelled; a running one saves a checkpoint as it ends")
+        print(f"{run}: job {state.job} cancelled; a running job saves a checkpoint before it ends")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Compares two files of scores. If they are not comparable, lists the keys in which their manifests differ."""
+"""Compares two files of scores. If the scores are not comparable, lists the keys in which the manifests differ."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ScoresJson = Mapping[str, Any]
-"""The content of a scores.json, or one score in it, as `scores.read_scores` returns it."""
+"""The content of a scores.json as `scores.read_scores` returns it, or one score in this content."""
 _REQUIRED = {
     "protocol_sha256": "the rules",
     "captions_sha256": "the captions",
     "reference_sha256": "the real pictures",
     "image_size": "the size of the pictures",
 }
-"""Keys of a manifest that must agree for any two scores to be compared."""
+"""Scores can be compared only if these keys of their manifests are equal."""
 _NOTED = {
     "truncation": "the models' truncation",
     "color_sharpness": "the sharpness of the models' palettes",
     "data_fingerprint": "the sets (their pictures here are the same)",
     "device": "the device",
 }
-"""Keys whose difference is printed as a note, but does not prevent a comparison. The weights and the
-number of images seen may differ, because the purpose is to compare different models."""
+"""Keys whose difference is printed as a note, but does not prevent a comparison. The weights and the number of images
+seen may differ, because the purpose is to compare different models."""
 
 
 def differences(a: ScoresJson, b: ScoresJson) -> list[str]:
@@ -71,7 +71,7 @@ def _objection(a: ScoresJson, b: ScoresJson, first: ScoresJson | None, second: S
         return f"only {'the second' if first is None else 'the first'} has it"
     network = first.get("network", "")
     if not network or network == "own":
-        return ""  # each model's own network always has other weights; the score's name warns of this
+        return ""  # two models never have the same own network; the name of the score warns of this
     hashes = [s["manifest"]["judges"].get(network, {}).get("weights_sha256") for s in (a, b)]
     differ = f"the feature networks' weights_sha256 differ: {_short(hashes[0])} and {_short(hashes[1])}"
     return differ if hashes[0] != hashes[1] else ""

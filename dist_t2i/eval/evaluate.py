@@ -51,8 +51,8 @@ def evaluate(
     `networks` and `selections` default to the results of `load_networks` and `select_all`. Metrics whose network is not
     in `networks` are left out and listed in the manifest. `cache` maps each split to a dictionary, empty at first,
     which keeps the features of the real pictures for the next call. Raises UserError when the set lacks splits,
-    pictures, or captions that the protocol needs. An evaluation takes about 0.1 s per picture and seed on one core at
-    32 px, nearly all of it in the feature network.
+    pictures, or captions that the protocol needs. On one core at 32 px, an evaluation takes about 0.1 s per picture and
+    seed; the feature network takes nearly all of this time.
     """
     selections = selections or select_all(data, protocol, ranks)
     networks = dict(networks if networks is not None else load_networks(protocol, model.device))
@@ -65,7 +65,7 @@ def evaluate(
         if ranks.main:
             count = len(rows) * len(rows.captions[0]) * len(protocol.seeds)
             names = ", ".join(network.name for network in used.values())
-            say(f"{split}: {len(rows)} real pictures, {count:,} to generate (captions x seeds); features: {names}")
+            say(f"{split}: {len(rows)} real pictures; generating {count:,} (captions x seeds); features: {names}")
         if (part := measure(model, rows, protocol, used, ranks, cache[split] if cache else None)) is not None:
             parts[split] = part
 
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def select_all(data: ShardSet, protocol: Protocol, ranks: Ranks = ALONE) -> dict[str, Selection]:
-    """Selects the pictures and captions of each split. Collective: all ranks must call it. Raises UserError."""
+    """Selects the pictures and captions of each split. Collective. Raises UserError."""
     splits = ranks.all(lambda: splits_of(data, protocol))
     return {split: select(data, split, protocol, ranks) for split in splits}
 
@@ -99,8 +99,8 @@ def load_networks(
 ) -> dict[str, FeatureNetwork]:
     """Loads the feature networks that a protocol names, except the model's own. Raises UserError.
 
-    `weights` gives paths or URLs of networks' weights, and `without` names networks to leave out. Both name a network
-    by the first word of its key, such as `inception` or `clip`.
+    `weights` maps a network to the path or URL of its weights, and `without` lists networks to leave out. Both name a
+    network by the first word of its key, such as `inception` or `clip`.
     """
     keys = {key: key.partition("-")[0] for _, key in protocol.wanted if key not in ("", "own")}
     weights = weights or {}
@@ -115,7 +115,7 @@ def captions_hash(selections: Mapping[str, Selection]) -> str:
 def manifest(
     model: TextToImage, data: ShardSet, protocol: Any, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Any]:
-    """Hashes and versions that scores depend on; `compare.py` compares them. `protocol` is any dataclass of rules."""
+    """The hashes and versions on which scores depend; `compare.py` reads them. `protocol` is any dataclass of rules."""
     about, attributes = environment.describe(), ("name", "weights_sha256", "side")
     code = [(name, path.read_bytes()) for name, path in code_files().items()]
     pieces = (piece for name, content in code for piece in (f"{name} {len(content)}\n".encode(), content))

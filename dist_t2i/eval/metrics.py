@@ -1,8 +1,8 @@
 """Metrics as pure functions of features and pixels: no networks, no files, no randomness except from a given seed.
 
 `FeatureNetwork.called` names the scores: a metric gets its published name only with the network that defines it.
-Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R of them. `interval`
-and `around` turn the values of resamples into a confidence interval.
+Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R resamples. `interval`
+and `around` compute a confidence interval from the values of resamples.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dist_t2i.utils.seeds import Purpose, mix
 def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     """Unbiased squared MMD of features a [N, D] and b [M, D] under the kernel (cosine + 1)^3; N, M >= 2.
 
-    The estimator and the cubic kernel (x.y / D + 1)^3 are KID's (Binkowski et al. 2018, eq. 4), over all pairs rather
-    than subsets. Features are scaled to length sqrt(D) unless `scaled` is False. Inception features have about this
-    length anyway. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling the same degradation
-    would give a ninth of the value. The value may be negative for similar sets. It is even lower if both sets contain
-    the same pictures, because each of these is then compared with its copy.
+    The estimator and the cubic kernel (x.y / D + 1)^3 are those of KID (Binkowski et al. 2018, eq. 4), computed over
+    all pairs, not over subsets. Features are scaled to length sqrt(D) unless `scaled` is False. Inception features have
+    about this length. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling the same
+    degradation would give a ninth of the value. The value may be negative for similar sets. The value falls further if
+    the sets share pictures, because such a picture is compared with its copy.
     """
     a, b = _kernel_rows(a, b, scaled)
     within = sum(off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b))
@@ -37,7 +37,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 def kid_resamples(a: Tensor, b: Tensor, weights: Tensor, *, scaled: bool = True) -> Tensor:
     """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows a[i], b[i] share a caption.
 
-    A row that occurs twice in a resample is not compared with itself, so these estimates are as unbiased as `kid`.
+    A row that occurs twice in a resample is not compared with itself, so these estimates are unbiased, like `kid`.
     """
     a, b = _kernel_rows(a, b, scaled)
     same = weights @ cubic(a[:, None], b[:, None]).flatten() / weights.sum(1)
@@ -74,10 +74,10 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    torch-fidelity computes the reported values. This function also takes weights [N] and [M]. It is faster if there are
-    fewer rows than columns, because the trace of the root of a product of covariances A'A B'B is the sum of the
-    singular values of AB'. The distance grows as the number of pictures falls, so it is comparable only between equal
-    numbers of pictures.
+    torch-fidelity computes the reported values. This function also accepts weights [N] and [M], and is faster if a set
+    has fewer rows than columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular
+    values of AB'. Fewer pictures give a larger distance, so only distances for the same number of pictures are
+    comparable.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -110,10 +110,10 @@ def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
 
 
 def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
-    """1 if a query [N, D] is at least as near to some row [M, D] as that row's k-th nearest other row: float64 [N].
+    """1 if the distance of a query [N, D] to some row [M, D] is within the row's radius, else 0: float64 [N].
 
-    Kynkaanniemi et al. 2019, sec. 3: precision is the mean over generated pictures as queries and real pictures as
-    rows; for recall, the roles are exchanged. The result equals torch-fidelity's.
+    The radius is the distance to the row's k-th nearest other row (Kynkaanniemi et al. 2019, sec. 3). For precision,
+    the queries are generated and the rows are real; for recall, the opposite. torch-fidelity gives the same result.
     """
     queries, rows = queries.float(), rows.float()
     neighbours = min(neighbours, len(rows) - 1)
@@ -125,11 +125,11 @@ def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
 
 
 def retrieval_ranks(queries: Tensor, pictures: Tensor) -> Tensor:
-    """Number of other pictures [M, D] at least as near (by cosine) to query i [N, D] as its picture i % M: int64 [N].
+    """The rank of picture i % M [M, D] for query i [N, D] by cosine, 0 for the nearest picture: int64 [N].
 
     Ties count against the query, so a network that gives all pictures the same features gets the worst rank. If each
-    picture has several queries, these are stacked: the first query of every picture, then the second query of every
-    picture.
+    picture has several queries, the queries are stacked: the first query of every picture, then the second query of
+    every picture.
     """
     nearness = unit(queries) @ unit(pictures).T
     true = nearness.gather(1, (torch.arange(len(queries)) % len(pictures))[:, None])
@@ -137,7 +137,7 @@ def retrieval_ranks(queries: Tensor, pictures: Tensor) -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows [N, D] at length one, in float64; a row of zeros stays zero."""
+    """Rows [N, D] scaled to length one, in float64; a row of zeros remains zero."""
     rows = rows.double()
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
@@ -145,9 +145,9 @@ def unit(rows: Tensor) -> Tensor:
 def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tensor:
     """Per query, the probability that its picture is among the first `k` of a random gallery: float64 [N].
 
-    A gallery consists of the true picture and `gallery` - 1 of the `pictures` - 1 others (or all others, if these are
-    fewer). The true picture is among the first k if the gallery contains fewer than k of the `rank` pictures that are
-    nearer to the query. Over all galleries, the probability of this is hypergeometric.
+    A gallery consists of the true picture and `gallery` - 1 of the `pictures` - 1 other pictures (or all other pictures
+    if they are too few). The true picture is among the first k if the gallery contains fewer than k of the `rank`
+    pictures that are nearer to the query. Over all galleries, this probability is hypergeometric.
     """
     others, sampled = pictures - 1, min(gallery, pictures) - 1
     total = math.comb(others, sampled)
@@ -159,10 +159,10 @@ def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tenso
 
 
 def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
-    """For each caption, the rows of `count` other captions, or of all others if these are fewer: int64 [N, count].
+    """For each caption, the rows of `count` other captions, or of all others if they are fewer: int64 [N, count].
 
     The rule is fixed, so that scores stay comparable: torch's random permutation of the rows, seeded by the hash of the
-    caption. Rows are skipped if their caption equals this caption or the caption of an earlier row, up to case and
+    caption. A row is skipped if its caption equals this caption or the caption of an earlier row, apart from case and
     spacing.
     """
     ids = [caption_id(caption) for caption in captions]
@@ -181,7 +181,7 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
 
 
 def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
-    """1 where text i is nearer to picture i than all texts[others[i]] (Xu et al. 2018, sec. 4, R = 1): float64 [N]."""
+    """1 if text i is nearer to picture i than all texts[others[i]] (Xu et al. 2018, sec. 4, R = 1), else 0: float64."""
     if not others.shape[1]:
         return torch.ones(len(pictures), dtype=torch.double)
     pictures, texts = unit(pictures), unit(texts)
@@ -191,16 +191,16 @@ def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
 
 
 def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
-    """CLIPScore (Hessel et al. 2021, eq. 1) with factor 100, not 2.5: max(100 x cosine of rows i, 0), float64 [N]."""
+    """CLIPScore (Hessel et al. 2021, eq. 1) with w = 100, not 2.5: max(100 x cosine of rows i, 0), float64 [N]."""
     return 100 * (unit(pictures) * unit(texts)).sum(1).clamp_min(0)
 
 
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:
-    """1 where picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
+    """1 if picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
 
-    The captions of a pair differ only in skin tone. The mean luma of the full picture gives the right order for all 331
-    real OpenMoji pairs at 32 px (for 99.7% under strong noise). Selecting skin pixels by color fails for 3 pairs (for
-    30% under strong noise).
+    The captions of a pair differ only in skin tone. At 32 px, the mean luma of the full picture gives the right order
+    for all 331 real OpenMoji pairs (with strong noise: for 99.7%). The mean luma of the pixels with skin colors gives
+    the wrong order for 3 pairs (with strong noise: for 30%).
     """
     return (brightness(light) > brightness(dark)).double()
 
@@ -215,7 +215,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: int = 0) -> Tensor:
-    """How often each row occurs in each resample: float64 [resamples, N]. Rows of a group are resampled together."""
+    """How many times each row occurs in each resample: float64 [resamples, N]. A group is resampled as a whole."""
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randint(len(index), (resamples, len(index)), generator=generator)
@@ -227,7 +227,7 @@ def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: i
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of each resample: float64 [R].
 
-    `values` [N] are of N captions for weights [R, N], or of M captions for each of N/M seeds for weights [R, M].
+    For weights [R, M], `values` [M] are one per caption, or `values` [S * M] are one per caption for each of S seeds.
     """
     per_caption = values.double().reshape(-1, weights.shape[1]).mean(0)
     return weights.double() @ per_caption / weights.double().sum(1)
@@ -236,7 +236,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Normal interval around `value` with the spread of the resampled values [R].
 
-    For metrics that depend on how many pictures differ: a resample repeats pictures, so its values are biased.
+    For metrics that depend on the number of distinct pictures: a resample has fewer of them, so its value is biased.
     """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach

@@ -1,12 +1,12 @@
 """Protocols as files: all rules of an evaluation, frozen under a name and a version.
 
     dist_t2i/eval/protocols/
-      openmoji.yaml       one protocol; the file gives every key, because no key has a default
+      openmoji.yaml       one protocol; the file sets every key, because no key has a default
       openmoji.txt        the captions of a protocol that lists them: `split <tab> key <tab> caption` per line
       frozen.json         "NAME VERSION" -> SHA-256 of the rules, including the hash of the list of captions
 
 Changed rules need a new version: a protocol is refused if the hash of its rules differs from the hash that frozen.json
-has for its name and version. Users may write their own protocols as files; scores record the hash of their rules too.
+has for its name and version. Users may write their own protocols as files; scores record the hash of these rules, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ONLY = {
     "r-precision": ("clip", "own"),
     "tone-order": ("",),
 }
-"""Metric -> the only networks that it works with: networks with classes, networks that embed texts, or no network."""
+"""Metric -> the only networks that the metric can use: networks with classes, networks that embed texts, or none."""
 _LEAST = dict.fromkeys(
     ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"), 1
 ) | dict.fromkeys(("min_pictures", "gallery", "kid_subset_size", "costly_resamples"), 2)
@@ -48,15 +48,15 @@ class Protocol:
     name: str = ""
     version: int = 1
     splits: tuple[str, ...] = ()
-    """Splits with the reference pictures and their captions; empty: every split whose name begins with `test`."""
+    """Splits that contain the real pictures and their captions; empty: every split whose name begins with `test`."""
     captions: Literal["first", "hash", "listed"] = "first"
     """`first`: the first `max_pictures` pictures in the set's order, each with its first captions. `hash`: the pictures
     with the smallest hash of (protocol, key), each with one caption that a hash selects. `listed`: the pictures and
     captions that NAME.txt lists."""
     captions_per_picture: int = 1
-    """Number of captions of each real picture from which pictures are generated; captions repeat if there are fewer."""
+    """Number of captions per real picture from which pictures are generated; a picture with fewer repeats them."""
     captions_sha256: str = ""
-    """Hash of the list of captions. Empty if the list depends on the set; it is then saved with the run's scores."""
+    """Hash of the list of captions. Empty if the list depends on the set; an evaluation then saves the list."""
     min_pictures: int = 4
     """A split with fewer pictures is refused."""
     max_pictures: int = 2_000
@@ -82,11 +82,11 @@ class Protocol:
     kid_subset_size: int = 1_000
     """Maximum number of pictures in each of these random subsets."""
     inception_splits: int = 10
-    """Number of parts over which the Inception Score is averaged (Salimans et al. 2016)."""
+    """Number of parts of the pictures over which the Inception Score is averaged (Salimans et al. 2016)."""
     resamples: int = 1_000
     """Number of bootstrap resamples for the intervals."""
     costly_resamples: int = 20
-    """Number of bootstrap resamples for metrics that take seconds per resample, such as the Frechet distance."""
+    """Number of bootstrap resamples if one resample takes seconds, as for the Frechet distance."""
 
     @property
     def sha256(self) -> str:
@@ -95,11 +95,11 @@ class Protocol:
 
     @property
     def wanted(self) -> tuple[tuple[str, str], ...]:
-        """(metric, network) in order; the network is "" for tone-order, which needs none."""
+        """(metric, network) in order. The network of tone-order is "", because this metric needs no network."""
         return tuple((metric, network) for metric, _, network in (entry.partition("/") for entry in self.metrics))
 
     def listed(self) -> dict[str, list[tuple[str, str]]]:
-        """Split -> list of (key, caption) in NAME.txt. Raises UserError when its hash is not `captions_sha256`."""
+        """Split -> list of (key, caption) in NAME.txt. Raises UserError when their hash is not `captions_sha256`."""
         path = FOLDER / f"{self.name}.txt"
         try:
             text = path.read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ class Protocol:
             split, key, caption = line.split("\t")
             captions.setdefault(split, []).append((key, caption))
         if captions_sha256(captions) != self.captions_sha256:
-            problem = f"these are not the captions of {self.name} version {self.version} (their hash differs)"
+            problem = f"the hash shows that these are not the captions of {self.name} version {self.version}"
             raise UserError(f"{path}: {problem}; restore the file, or give the protocol a new version")
         return captions
 
@@ -143,12 +143,12 @@ def load_protocol(name: str | Path) -> Protocol:
     if packaged:
         path = FOLDER / f"{name}.yaml"
         if str(name) not in known:
-            raise UserError(f"no protocol {str(name)!r}; there are {', '.join(known)}, or name your own .yaml file")
+            raise UserError(f"no protocol {str(name)!r}; name one of {', '.join(known)}, or your own .yaml file")
     protocol = _read(path)
     frozen = json.loads(FROZEN.read_text(encoding="utf-8")).get(f"{protocol.name} {protocol.version}")
     if frozen != protocol.sha256 and (frozen or packaged):
-        problem = "is not the one that was frozen: its rules were changed" if frozen else "was never frozen"
-        remedy = f"restore the rules, or give them a new version (hash of these rules: {protocol.sha256})"
+        problem = "differs from the frozen protocol: its rules were changed" if frozen else "was never frozen"
+        remedy = f"restore the rules, or freeze them under a new version in frozen.json (hash: {protocol.sha256})"
         about = f"{path}: protocol {protocol.name} version {protocol.version}"
         raise UserError(f"{about} {problem}. Scores of one version must stay comparable: {remedy}")
     return protocol
@@ -165,7 +165,7 @@ def _read(path: Path) -> Protocol:
     protocol: Protocol = read_section(content, Protocol, "", problems, "a protocol")
     if isinstance(content, dict):
         given = {key for key, value in content.items() if value is not None or key == "truncation"}
-        problems += [f"{key}: missing (a protocol gives every key)" for key in field_types(Protocol).keys() - given]
+        problems += [f"{key}: missing (a protocol sets every key)" for key in field_types(Protocol).keys() - given]
     if problems := problems or list(_problems(protocol)):
         raise UserError(f"{path}: not a protocol: {'; '.join(sorted(problems))}")
     return protocol
@@ -174,9 +174,9 @@ def _read(path: Path) -> Protocol:
 def _problems(protocol: Protocol) -> Iterator[str]:
     for entry, (metric, network) in zip(protocol.metrics, protocol.wanted, strict=True):
         if metric not in METRICS:
-            yield f"metrics: no metric {metric!r} (in {entry!r}); there are {', '.join(METRICS)}"
+            yield f"metrics: unknown metric {metric!r} (in {entry!r}); known: {', '.join(METRICS)}"
         elif network not in _ONLY.get(metric, NETWORKS):
-            yield f"metrics: {entry!r}: {metric} goes with {' or '.join(_ONLY.get(metric, NETWORKS)) or 'no network'}"
+            yield f"metrics: {entry!r}: {metric} needs {' or '.join(_ONLY.get(metric, NETWORKS)) or 'no network'}"
     for key in ("metrics", "seeds"):
         if not getattr(protocol, key):
             yield f"{key}: empty; name at least one"

@@ -1,8 +1,8 @@
 """Evaluation on several processes, with the same result for any number of them.
 
-Rows are divided into chunks of a fixed size, and the ranks share the chunks. A feature network therefore sees the same
-batches on any number of ranks: features are bitwise equal on one rank and on four (with the same number of threads).
-All ranks must call the functions that are marked "Collective".
+Rows are divided into chunks of a fixed size, and each rank computes some of the chunks. A feature network therefore
+gets the same batches on any number of ranks: features are bitwise equal on one rank and on four (with the same number
+of threads). All ranks must call the functions that are marked "Collective".
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ T = TypeVar("T")
 CHUNK = 32
 """Number of rows in a chunk."""
 _TIMEOUT = datetime.timedelta(hours=12)
-"""How long a rank waits for a slower rank, or for rank 0 while it computes the metrics."""
+"""How long a rank waits for a slower rank, or for the metrics, which rank 0 computes."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process among the `world` processes that evaluate together; by default, one process alone."""
+    """The rank of this process among the `world` processes of an evaluation; by default, the only process."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def join(cls, rank: int, world: int) -> Ranks:
-        """Joins the other ranks through gloo, because features are on the CPU; addresses come from the environment."""
+        """Joins the other ranks. Uses gloo, because features are on the CPU; the environment gives the addresses."""
         if world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=_TIMEOUT)
         return cls(rank, world)
@@ -52,13 +52,13 @@ class Ranks:
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
         """On rank 0, concatenates the tensors that `compute` returns for all chunks (rows first); {} on other ranks.
 
-        Collective: all ranks must call it. A UserError on any rank is raised on all ranks, and rank 0 prints it.
+        Collective. A UserError on any rank is raised on all ranks, and rank 0 prints the message.
         """
         parts = self.map(rows, compute, to_all=False)
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def map(self, rows: int, compute: Callable[[range], T], *, to_all: bool = True) -> list[T]:
-        """`compute(chunk)` for all chunks in order, on all ranks or only on rank 0. Collective; errors as in
+        """`compute(chunk)` for all chunks in order, on all ranks or only on rank 0. Collective, with the errors of
         `collect`."""
         starts = range(self.rank * CHUNK, rows, self.world * CHUNK)
         own = self.all(lambda: {start: compute(range(start, min(start + CHUNK, rows))) for start in starts})
@@ -73,14 +73,14 @@ class Ranks:
         return [results[start] for start in sorted(results)]
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Runs `function` on rank 0 and returns its result on all ranks. Collective; errors as in `collect`."""
+        """Runs `function` on rank 0 and returns its result on all ranks. Collective, with the errors of `collect`."""
         result = [self.all(lambda: function() if self.main else None)]
         if self.world > 1:
             torch.distributed.broadcast_object_list(result, src=0)
         return cast(T, result[0])
 
     def all(self, function: Callable[[], T]) -> T:
-        """Runs `function` on every rank; each rank gets its own result. Collective; errors as in `collect`."""
+        """Runs `function` on every rank; each rank gets its own result. Collective, with the errors of `collect`."""
         result: T | None = None
         problem: UserError | None = None
         try:

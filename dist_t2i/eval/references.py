@@ -1,8 +1,8 @@
 """Degraded copies of real pictures, which give the floor and the ceiling of each score.
 
-Each function takes and returns uint8 [N, 3, H, W]. Blur is relative to the side of a picture (1/32 of the side is one
-pixel at 32 px), so that it is comparable across resolutions. Noise is seeded by the index of the picture, so that a
-picture always gets the same noise.
+Each function takes and returns uint8 [N, 3, H, W]. The blur is proportional to the side of a picture (one pixel at
+32 px), so that its effect is comparable at all sizes. Noise is seeded by the index of the picture, so that a picture
+always gets the same noise.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dist_t2i.utils.seeds import Purpose, mix
 
 
 def mirrored(images: Tensor) -> Tensor:
-    """Left and right exchanged. The content is the same, so scores are close to the best that a generator can reach."""
+    """Left and right exchanged. The content is the same, so a generator can hardly reach better scores."""
     return images.flip(-1)
 
 
 def shrunk(images: Tensor, side: int = 8) -> Tensor:
-    """Averaged down to `side` pixels and interpolated back, which keeps only the colors and rough shapes."""
+    """Averaged down to `side` pixels and interpolated back: only the colors and rough shapes remain."""
     small = F.interpolate(images.float(), size=(side, side), mode="area")
     return _rounded(F.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=False))
 

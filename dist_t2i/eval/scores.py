@@ -1,4 +1,4 @@
-"""Scores as data: each value with its interval, floor and ceiling, and a manifest that shows what is comparable."""
+"""Scores as data: each value with interval, floor and ceiling, and a manifest that shows which are comparable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Score:
-    """One number about one split."""
+    """One score of a model on one split."""
 
     key: str
     """Machine name, such as `kid` or `recall_at_1`."""
@@ -26,14 +26,14 @@ class Score:
     low: float
     """Lower end of the 95% bootstrap interval over captions; groups of related captions are resampled together."""
     high: float
-    """Upper end of the interval, which is for this model and this noise: other training seeds may differ by more."""
+    """Upper end of the interval, which is for this model and this noise. Other training seeds may differ more."""
     better: str
     """`higher` or `lower`."""
     floor: Mapping[str, float] = field(default_factory=dict)
     """Reference values at the low end of the scale (for a distance, the good end): description -> value."""
     ceiling: Mapping[str, float] = field(default_factory=dict)
     network: str = ""
-    """The feature network, by its key in the manifest's `judges`; "" for a metric that needs none."""
+    """Key of the feature network in the manifest's `judges`; "" for a metric without a feature network."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """The result of an evaluation; `manifest` has hashes and versions of everything that the scores depend on."""
+    """The result of an evaluation. `manifest` has hashes and versions of everything on which the scores depend."""
 
     protocol: Mapping[str, Any]
     manifest: Mapping[str, Any]
@@ -65,14 +65,14 @@ class Scores:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Reads a file that `Scores.save` wrote. Raises UserError when it is unreadable or of another format."""
+    """Reads a file that `Scores.save` wrote. Raises UserError when the file is unreadable or has another format."""
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         version = scores["format"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); tools/evaluate.py writes such files") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not scores that tools/evaluate.py wrote") from None
+        raise UserError(f"{path} does not contain scores that tools/evaluate.py wrote") from None
     if version != FORMAT:
         raise UserError(f"{path}: scores of format {version}, but this version reads format {FORMAT}; evaluate again")
     manifest = scores.get("manifest", {})
@@ -82,7 +82,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def known_scores(folder: Path, weights: str) -> dict[str, Any] | None:
-    """The content of a folder's scores.json if it has scores of the weights with this SHA-256, else None."""
+    """The content of a folder's scores.json if the scores are for the weights with this SHA-256, else None."""
     try:
         scores = read_scores(folder / "scores.json")
     except UserError:
@@ -106,7 +106,7 @@ def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """A scores.json as text for a terminal: each score, with its floor and ceiling below it."""
+    """A scores.json as text for a terminal: each score, and below it the score's floor and ceiling."""
     lines: list[str] = []
     for split, pictures, cells in rows(scores):
         lines.append(f"{split}: {pictures:,} held-out pictures" + ("" if lines else ", 95% intervals in brackets"))

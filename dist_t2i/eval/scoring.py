@@ -1,4 +1,4 @@
-"""From features to scores: each metric's value, its interval, and the floor and ceiling of its scale."""
+"""Computes scores from features: each metric's value, its interval, and the floor and ceiling of its scale."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Case:
     def costly(
         self, metric: str, value: float, resample: Callable[[Tensor, Tensor], float], floor: Ends, ceiling: Ends
     ) -> Score:
-        """A score with few bootstrap resamples, because each takes seconds.
+        """A score with few bootstrap resamples, because one resample takes seconds.
 
         `resample` computes the value from the weights of the generated and of the real pictures.
         """
@@ -94,13 +94,13 @@ def better_of(key: str) -> str:
 
 
 def key_of(metric: str, network: str) -> str:
-    """The machine name of a score; it contains the network, unless this is the default network."""
+    """The machine name of a score. It contains the name of the network unless this is the default network."""
     plain = metric.replace("-", "_")
     return plain if network == "efficientnet-lite0" else f"{plain}_{network.replace('-', '_')}"
 
 
 def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, FeatureNetwork]) -> tuple[Score, ...]:
-    """The scores in the protocol's order, without those whose network is not in `networks`."""
+    """The scores in the protocol's order. Leaves out scores whose network is not in `networks`."""
     groups = [group_of(row[0]) for row in measured.captions]
     weights = metrics.bootstrap_weights(groups, max(protocol.resamples, protocol.costly_resamples))
     scores: list[Score] = []
@@ -150,7 +150,7 @@ def subset_kid(a: Tensor, b: Tensor, protocol: Protocol) -> float:
 
 
 def fid_scores(case: Case) -> list[Score]:
-    """The Frechet distance of all generated pictures from the real ones."""
+    """The Frechet distance between all generated pictures and the real pictures."""
     fake, real = case.features.fake.flatten(0, 1), case.real
     floor = {_HALVES: metrics.frechet(*random_halves(real))}
     floor |= case.ends(lambda copy: metrics.frechet(copy, real), "mirrored")
@@ -186,7 +186,7 @@ def inception_scores(case: Case) -> list[Score]:
 
 
 def precision_recall_scores(case: Case) -> list[Score]:
-    """Precision and recall, averaged over seeds; each seed has as many generated as real pictures."""
+    """Precision and recall, averaged over seeds. Each seed has equal numbers of generated and real pictures."""
     k, real, random = case.protocol.neighbours, case.real, case.features.real["random"]
     precise = torch.stack([metrics.in_manifold(fake, real, k) for fake in case.features.fake])
     recalled = torch.stack([metrics.in_manifold(real, fake, k) for fake in case.features.fake])
@@ -197,7 +197,7 @@ def precision_recall_scores(case: Case) -> list[Score]:
 
 
 def retrieval_scores(case: Case) -> list[Score]:
-    """How often a caption's real picture is among the k real pictures nearest to the generated one, for k = 1 and 5."""
+    """How often the k real pictures nearest to a generated picture include that of its caption, for k = 1 and 5."""
     real, size, gallery = case.real, len(case.real), case.protocol.gallery
     among = min(gallery, size)
     ranks = metrics.retrieval_ranks(case.features.fake.flatten(0, 1), real)
@@ -244,7 +244,7 @@ def r_precision_scores(case: Case) -> list[Score]:
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
-    """How often light skin tone gives a brighter picture than dark from the same noise: see `metrics.tone_order`."""
+    """How often, for the same noise, light skin tone gives a brighter picture than dark: see `metrics.tone_order`."""
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
     if len(pairs) < 2:
         return []

@@ -14,7 +14,7 @@ from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
 
-_REMEDY = "make the set with the packages that constraints.txt pins, or evaluate with --protocol held-out"
+_REMEDY = "write the set again with the packages that constraints.txt pins, or evaluate with --protocol held-out"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Selection:
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
     pictures: Tensor | None = None
-    """uint8 [N, 3, size, size] in what `loaded` returns, else None."""
+    """uint8 [N, 3, size, size] after `loaded`, else None."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -44,8 +44,8 @@ class Selection:
             return self.pictures[row]
         try:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
-        except PictureError as error:  # skipping the picture would change what is scored
-            raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; make the set again") from None
+        except PictureError as error:  # an error, because a skipped picture would change the scores
+            raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; write the set again") from None
 
     def loaded(self, size: int) -> Selection:
         """The same selection with all pictures in memory."""
@@ -53,8 +53,7 @@ class Selection:
 
 
 def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
-    """The splits that a protocol evaluates. Raises UserError if the set lacks one of them, or has
-    no held-out split."""
+    """The splits that a protocol evaluates. Raises UserError if the set has no held-out split or lacks a split."""
     splits = protocol.splits or tuple(name for name in data.splits if name.startswith("test"))
     missing = [name for name in splits if name not in data.splits]
     if missing or not splits:
@@ -64,7 +63,7 @@ def splits_of(data: ShardSet, protocol: Protocol) -> tuple[str, ...]:
 
 
 def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE) -> Selection:
-    """Selects the pictures and captions of a split. Collective: all ranks must call it. Raises UserError."""
+    """Selects the pictures and captions of a split. Collective. Raises UserError."""
     samples, numbers, listed = ranks.all(lambda: _pictures(data, split, protocol))
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
@@ -87,14 +86,14 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
         ordered = sorted((_hash(protocol, key), key, number) for number, key in enumerate(_keys(samples)))
         numbers = [number for _, _, number in ordered[: protocol.max_pictures]]
     if (count := len(numbers)) < protocol.min_pictures:
-        wanted = f"protocol {protocol.name}, which needs {protocol.min_pictures:,}"
-        remedy = "hold out more, or take another protocol"
-        raise UserError(f"{data.folder}: {split} has {count:,} pictures, too few for {wanted}; {remedy}")
+        wanted = f"protocol {protocol.name} needs at least {protocol.min_pictures:,}"
+        remedy = "hold out more pictures, or use another protocol"
+        raise UserError(f"{data.folder}: {split} has {count:,} pictures, but {wanted}; {remedy}")
     return samples, numbers, listed
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:
-    """Whether a set has all pictures that a protocol lists, judged by their keys."""
+    """Whether a set has the keys of all pictures that a protocol lists."""
     if not set(protocol.splits) <= set(data.splits):
         return False
     listed = protocol.listed()
@@ -124,7 +123,7 @@ def _captions(sample: Sample, split: str, protocol: Protocol, listed: str | None
         for caption in captions:
             if " ".join(caption.split()) == listed:
                 return (caption,)
-        given = f"{split}: {sample.key} is captioned {captions[0]!r}"
+        given = f"{split}: {sample.key} has the caption {captions[0]!r}"
         raise UserError(f"{given}, but protocol {protocol.name} lists {listed!r}: {_REMEDY}")
     if protocol.captions == "hash":
         return (captions[_hash(protocol, f"{sample.key} caption") % len(captions)],)
@@ -140,4 +139,4 @@ def _read(samples: Samples, split: str, number: int) -> Sample:
     try:
         return samples[number]
     except (BadSample, DataError) as error:
-        raise UserError(f"{split}: a sample of the protocol cannot be used: {error}; make the set again") from None
+        raise UserError(f"{split}: a sample of the protocol cannot be used: {error}; write the set again") from None

@@ -1,7 +1,7 @@
 """Skin tones in captions, by Unicode's names: "man vampire medium-dark skin tone".
 
-The module that prepares OpenMoji has its own pattern, which also matches names with two tones; neither module imports
-the other.
+The module that prepares OpenMoji has its own pattern, which also matches names with two tones. The two modules do not
+import each other.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ def tone_pair(caption: str) -> tuple[str, str] | None:
 
 
 def group_of(caption: str) -> str:
-    """A name shared by captions that differ only in skin tone, which get the same noise and are resampled together."""
+    """A name that is equal for captions that differ only in skin tone. They get the same noise and one resample."""
     pair = tone_pair(caption)
     return pair[0] if pair else caption

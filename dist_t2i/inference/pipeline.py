@@ -183,7 +183,7 @@ class TextToImage:
         PromptError.
         """
         if which not in ("g", "d"):
-            raise PromptError(f'which must be "g" (S_G of the generator) or "d" (S_D of the discriminator), got {which!r}')
+            raise PromptError(f'which must be "g" (generator, S_G) or "d" (discriminator, S_D), got {which!r}')
         texts = check_texts(texts, "texts")
         return self._encode(self._parts.text_g if which == "g" else self._parts.text_d, texts).sentence
 

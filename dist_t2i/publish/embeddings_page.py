@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_t2i.eval.studies.embeddings import Probe, Study
 
 _COLORS = dict(zip(TONES, ("#f2c9a1", "#d9a066", "#a86b3c", "#70421f", "#3b2110"), strict=True))
-"""Colors of the five skin tones; classes of other properties get matplotlib's default colors."""
+"""Colors of the five skin tones; the classes of other properties have matplotlib's default colors."""
 _THUMBNAILS = 150
 
 
@@ -29,14 +29,14 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
     body = [f"<h1>{escape(title)}</h1>"]
     if study.alike is not None:
         body.append(
-            f"<p>The similarity of S_G (read by the generator) and S_D (read by the discriminator) on the same captions is "
-            f"{study.alike:.2f} (linear CKA; 1: equal up to rotation and scale, 0: nothing in common).</p>"
+            "<p>On the same captions, the similarity of S_G (the generator's embedding) and S_D (the discriminator's) "
+            f"is {study.alike:.2f} (linear CKA; 1: equal up to rotation and scale, 0: nothing in common).</p>"
         )
     if study.probes:
         plot_probes(study.probes, out / "probes.png")
         heads, rows = probe_rows(study)
         body += [
-            "<h2>What can be read from them</h2>" + web_page.file(out / "probes.png", "accuracy of linear probes"),
+            "<h2>What the embeddings contain</h2>" + web_page.file(out / "probes.png", "accuracy of linear probes"),
             web_page.table(heads, rows, _PROBE_CAPTION),
             f"<p class=note>{escape(_PROBE_NOTE.format(split=study.captions.split))}</p>",
         ]
@@ -51,17 +51,17 @@ def write(study: Study, out: Path, title: str, credit: str) -> Path:
 
 
 _MAP_NOTE = (
-    "The first two principal components of the held-out captions, separately for each embedding, with their shares of the "
-    "variance in brackets. Captions that are apart here are apart in the embedding; captions that are together here may "
-    "differ in the other components."
+    "The map shows the first two principal components of the held-out captions for each embedding; their shares of "
+    "the variance are in brackets. Captions that are far apart on the map are far apart in the embedding. Captions "
+    "that are close on the map may differ in the other components."
 )
 _PROBE_CAPTION = "Held-out accuracy of linear probes (95% interval), and the share of variance between the classes"
 _PROBE_NOTE = (
-    "Multinomial logistic regression on sentence vectors, trained on training captions, scored on {split}; 95% bootstrap "
-    "intervals over held-out captions (captions that differ only in skin tone are resampled together). Chance: always the "
-    "most frequent class. The captions contain the words, so compare with the bag of words (all of the information) and "
-    "with an untrained encoder of the same kind (what its architecture passes on). The share of variance says how much of "
-    "the embedding depends on the property (omega squared: about 0 for no dependence)."
+    "A probe is a logistic regression on sentence vectors, trained on training captions and scored on {split}. The 95% "
+    "bootstrap intervals are over held-out captions; captions that differ only in skin tone are resampled together. "
+    "Chance is the score of always answering the most frequent class. The captions name the property, so compare each "
+    "score with the bag of words (all information) and with an untrained encoder (what the architecture keeps). The "
+    "share of variance shows how strongly the embedding depends on the property (omega squared; 0: not at all)."
 )
 
 

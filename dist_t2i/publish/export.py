@@ -1,6 +1,6 @@
 """Exports a run as a folder that others can use: weights, configuration, tokenizer, samples, model card.
 
-inference/model_files.py lists the files. The folder appears only when it is complete, and contains no paths of this
+inference/model_files.py lists the files. The folder appears only when it is complete. It contains no paths of this
 machine.
 """
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
     """Export the newest checkpoint of a run, or another export, to the new folder `out`; returns its path.
 
-    `replace` permits replacing an earlier export at `out`. Raises UserError when `out` contains anything else, when
-    `run` contains no model, or when the disk is full; in these cases, no files are left behind.
+    With `replace`, an earlier export at `out` is replaced. Raises UserError when `out` contains anything else, when
+    `run` contains no model, or when the disk is full; it then leaves no new files.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / model_files.ABOUT).is_file():
-            raise UserError(f"{out} exists and is not an exported model; choose a new folder")
+            raise UserError(f"{out} exists, but is not an exported model; choose a new folder")
         if not replace:
-            raise UserError(f"{out} holds an exported model already; choose a new folder, or replace it with --force")
+            raise UserError(f"{out} already has an exported model; choose a new folder, or replace it with --force")
     files = read_model(run)
-    model = TextToImage(files, "cpu")  # raises for a model that cannot be used, before anything is written
+    model = TextToImage(files, "cpu")  # raises an error for an unusable model before any file is written
     about_set = SetAbout.of(files)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
 
 
 def published(config: Config) -> Config:
-    """The configuration without paths and the run's name, which concern only the machine or person that trained."""
+    """The configuration without the paths and the name of the run, which matter only where it was trained."""
     run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
     return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from dist_t2i.inference.model_files import ModelFiles
 
 _TEXT = {
-    "dual": "Two text encoders were trained from scratch with the networks that read them: S_G for the generator,\n"
-    "S_D for the discriminator",
-    "shared": "One text encoder was trained from scratch by the generator's and the discriminator's losses together",
-    "frozen": "The text embedding is a fixed one that was not trained with the model",
+    "dual": "Two text encoders were trained from scratch together with the networks: S_G with the generator,\n"
+    "S_D with the discriminator",
+    "shared": "One text encoder was trained from scratch with the losses of both the generator and the discriminator",
+    "frozen": "The text encoder was given and was not trained with the model",
 }
-_NOT_EVALUATED = "Not evaluated with these weights (`python tools/evaluate.py --run DIR`)."
+_NOT_EVALUATED = "These weights were not evaluated (`python tools/evaluate.py --run DIR` evaluates them)."
 
 
 @dataclass(frozen=True)
 class SetAbout:
-    """Facts about the training set for the model card; empty where unknown."""
+    """Facts about the training set for the model card. Unknown facts are empty."""
 
     name: str = ""
     licence: str = ""
@@ -33,11 +33,11 @@ class SetAbout:
     """Number of pictures in the training split."""
     fingerprint: str = ""
     examples: tuple[str, ...] = ()
-    """A few captions, from a test split where the set has one."""
+    """A few captions, from a test split if the set has one."""
 
     @classmethod
     def of(cls, files: ModelFiles) -> SetAbout:
-        """Reads the facts from an export's model.json, or from the manifest of a run's set if it still opens."""
+        """Reads the facts from an export's model.json, or from the manifest of a run's set if that can be opened."""
         if files.about.get("set"):
             known = {field.name for field in fields(cls)}
             entries = {name: value for name, value in files.about["set"].items() if name in known}
@@ -57,10 +57,10 @@ class SetAbout:
 
 
 def model_card(files: ModelFiles, about: SetAbout, scores: Mapping[str, Any] | None) -> str:
-    """The model card in Markdown; its YAML header gives model hubs the library and the licence."""
+    """The model card in Markdown. Its YAML header names the library and the licence for model hubs."""
     size, example = files.config.data.image_size, json.dumps((about.examples or ("a caption",))[0], ensure_ascii=False)
     edit = f'    model.edit("your/picture.png", {example}).save("edit.png")\n' if files.config.edit.width else ""
-    licence = about.licence.lower().replace(" ", "-") or "other"  # in the spelling of model hubs: cc-by-sa-4.0
+    licence = about.licence.lower().replace(" ", "-") or "other"  # as model hubs spell it: cc-by-sa-4.0
     return f"""---
 library_name: dist_t2i
 pipeline_tag: text-to-image
@@ -75,9 +75,9 @@ license: {licence}
     pictures = model.generate([{example}], seed=0)
     pictures[0].save("picture.png")
 {edit}
-`model.embed_text(texts, which="g" or "d")`, `model.embed_image(pictures)` and `model.score(pictures, texts)` give the
-embeddings and the agreement of pictures and texts by the model's own discriminator, which is not an independent metric.
-Loading runs no code from this folder (safetensors, JSON, YAML) and needs no DeepSpeed.
+`model.embed_text(texts, which="g" or "d")` and `model.embed_image(pictures)` return embeddings.
+`model.score(pictures, texts)` returns how well pictures and texts agree. This score comes from the model's own
+discriminator, so it is not an independent metric. Loading runs no code from this folder and needs no DeepSpeed.
 
 ## What it is
 A single-stage GAN: one forward pass generates a picture. {_TEXT[files.config.text.mode]}
@@ -92,14 +92,14 @@ SHA-256 of the weights: {files.sha256()}
 {markdown(scores) if scores else _NOT_EVALUATED}
 
 ## Limits
-It generates what its training captions describe, at {size} pixels. It warns about words that it never saw, and ignores
-or misreads them. It was not filtered or tested for use in products.
+The model generates what its training captions describe, at {size} pixels. It warns about words that are in no training
+caption, and ignores or misreads these words. It was not filtered or tested for use in products.
 """
 
 
 def _data(about: SetAbout) -> str:
     if not (about.pictures or about.credit or about.licence):
-        return "Not recorded: the set could not be opened when the model was exported. Describe it here before you publish."
+        return "The set could not be opened when the model was exported. Describe it here before you publish the model."
     size = f"{about.name or 'A captioned set'}: {about.pictures:,} pictures in the training split."
     licence = f"Licence of the pictures: {about.licence}." if about.licence else ""
     fingerprint = f"Fingerprint of the set: {about.fingerprint}." if about.fingerprint else ""

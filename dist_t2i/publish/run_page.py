@@ -1,6 +1,6 @@
 """A run as one self-contained web page, RUN/report/index.html.
 
-It shows held-out prompts with their real pictures, sample grids, curves, scores, and how to reproduce the run.
+The page shows held-out prompts with their real pictures, sample grids, curves, scores, and how to reproduce the run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from dist_t2i.data.shard_set import ShardSet
     from dist_t2i.inference.pipeline import TextToImage
 
-_GRIDS = 12  # at most this many sample grids are shown, evenly spread over the training
+_GRIDS = 12  # maximum number of sample grids on the page, evenly spaced over the training
 
 
 def write_page(
     run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
 ) -> Path:
-    """Write RUN/report/index.html; returns its path. `scores` is a read scores.json; `command` reproduces the run."""
+    """Write RUN/report/index.html; returns its path. `scores` is from scores.json; `command` reproduces the run."""
     facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     about = SetAbout.of(model.files)
@@ -58,12 +58,12 @@ python tools/evaluate.py --run {run}"""
 _NOTES = {
     "test-combinations": (
         "Prompts that the model never saw",
-        "Training saw every word, but never this combination of words. Framed: the real picture, which training never "
-        "saw either. The other pictures are generated. The prompts are the first of the split, not a selection.",
+        "Training saw every word, but never this combination of words. The framed picture is the real one, which "
+        "training did not see. The other pictures are generated. The prompts are the first of the split, not selected.",
     ),
     "test-nouns": (
         "Words that the model never saw",
-        "These nouns are in no training caption, so the model can only use the other words.",
+        "These nouns are in no training caption, so the model can use only the other words of a prompt.",
     ),
 }
 
@@ -74,9 +74,9 @@ def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
     samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
     captions = [sample.captions[0] for sample in samples]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some splits are made of words that the model never saw
+        warnings.simplefilter("ignore")  # the prompts of some splits contain words that the model never saw
         pictures = model.generate(captions, seed=0, images_per_prompt=4)
-    heading, note = _NOTES.get(split, (f"Held-out prompts ({split})", "Framed: the real picture. Not a selection."))
+    heading, note = _NOTES.get(split, (f"Held-out prompts ({split})", "The framed picture is the real one."))
     cards = []
     for row in grid_rows(captions, pictures, [sample.image for sample in samples]):
         generated = "".join(img(picture, "generated picture") for picture in row.generated)
@@ -99,7 +99,7 @@ def _history(run: Path) -> str:
     )
     last = len(grids) - 1
     slider = f'<input id=when type=range min=0 max={last} value={last} aria-label="when in training">'
-    return f"<h2>How it learned</h2><p>Drag to see earlier states.</p>{slider}{''.join(steps)}{_SLIDER}"
+    return f"<h2>Samples during training</h2><p>Drag to see earlier states.</p>{slider}{''.join(steps)}{_SLIDER}"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
@@ -119,8 +119,8 @@ def _scores(scores: Mapping[str, Any]) -> str:
     note = (
         f"Protocol {protocol['name']} version {protocol['version']}: {len(protocol['seeds'])} generated pictures per "
         f"caption; R@k: is the real picture among the k nearest of {protocol['gallery']}? Feature networks: {networks}. "
-        "EfficientNet-Lite0 is an ImageNet classifier without part in training: its KID is not comparable with KID or FID "
-        "by Inception features."
+        "EfficientNet-Lite0 is an ImageNet classifier that was not used in training. Its KID is not comparable with "
+        "KID or FID from Inception features."
     )
     return "".join(parts) + f"<p class=note>{escape(note)}</p>"
 

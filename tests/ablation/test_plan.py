@@ -71,11 +71,11 @@ arms:
         "10 problems",
         "bas: unknown key; did you mean base?",
         "seeds: expected a whole number",
-        "arms.sha/red: is also the name of a folder",
+        "arms.sha/red: the name is also a folder name",
         "arms.sha/red.lable: unknown key; did you mean arms.sha/red.label?",
-        "reference: twin is not among the arms",
+        "reference: twin is not one of the arms",
         "decides: unknown metric 'fid'",
-        "decides: r_precision_own is scored by each arm's own networks",
+        "decides: r_precision_own comes from the networks of each arm",
         "arms.dual: override 'text.mode=dul'",
         "arms.sha/red: override 'data.sizes=2': data.sizes: unknown key",
     ):
@@ -86,7 +86,7 @@ arms:
     ("text", "message"),
     [
         ("", "base: missing"),
-        ("base: base.yaml", "at least two"),
+        ("base: base.yaml", "at least two arms"),
         ("base: nowhere.yaml\narms: {a: , b: }", "nowhere.yaml does not exist"),
         ("base: base.yaml\narms: {a: , b: {overrides: [text.mode=frozen]}}", "frozen needs text.frozen"),
         ("base: base.yaml\noverrides: [train.global_batch=3]\narms: {a: , b: }", "1 problem"),

@@ -94,7 +94,7 @@ def test_one_seed_says_nothing():
     result = difference(measure(dual=[0.9], other=[0.1]), "other", "dual")
     assert result.says == "nothing" and not result.sure
     assert "no conclusion" in verdict("two beat one", [result])
-    assert "chance alone" in weakness(1) and "±2.48" in weakness(3)
+    assert "due to chance" in weakness(1) and "±2.48" in weakness(3)
 
 
 def test_equal_arms_say_nothing():

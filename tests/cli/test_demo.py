@@ -88,14 +88,14 @@ def test_interrupted_resumed_finished_and_shown_again(tmp_path):
     assert "Training resumes in" in output and "KID (EfficientNet-Lite0)" in output and "floor" in output
     assert progress(run)["state"] == "finished" and progress(run)["images"] == total
     page = (run / "report" / "index.html").read_text()
-    for part in ("role number", "How it learned", "Curves", "KID (EfficientNet-Lite0)", "make demo"):
+    for part in ("role number", "Samples during training", "Curves", "KID (EfficientNet-Lite0)", "make demo"):
         assert part in page
     assert 'src="http' not in page and str(Path.home()) not in page
 
     scores, written = (run / "scores.json").read_bytes(), (run / "report" / "index.html").stat().st_mtime_ns
     third = start()
     output, _ = third.communicate(timeout=300)
-    assert third.returncode == 0 and "finished earlier" in output, output
+    assert third.returncode == 0 and "has finished already" in output, output
     assert (run / "scores.json").read_bytes() == scores
     assert (run / "report" / "index.html").stat().st_mtime_ns > written
 

@@ -71,7 +71,7 @@ def test_mistakes_are_reported_in_a_line(run, tmp_path, monkeypatch, capsys):
         (("evaluate.py", "--run", run, "--protocol", "coco"), "held-out"),
         (("evaluate.py", "--run", run, "--data", tmp_path), "tools/shard.py"),
         (("evaluate.py", "--run", run, "--weights", "inception"), "expected inception=FILE"),
-        (("evaluate.py", "--run", run, "--without", "vgg"), "there are efficientnet, inception, clip"),
+        (("evaluate.py", "--run", run, "--without", "vgg"), "expected one of efficientnet, inception, clip"),
         (("evaluate.py", "compare", tmp_path / "a.json", tmp_path / "b.json"), "cannot be read"),
         (("evaluate.py", "captions", "--data", tmp_path, "--protocol", "quick"), "tools/shard.py"),
     ):
@@ -159,4 +159,4 @@ def test_four_ranks_write_the_scores_of_one_and_other_captions_are_refused(tmp_p
     other = write_tone_set(tmp_path / "other", roles=30)
     assert inside("evaluate.py", *options, four, "--data", other, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert "captions-own-1.txt: this run was evaluated with other captions" in error and "Traceback" not in error
+    assert "captions-own-1.txt: these captions of an earlier evaluation differ" in error and "Traceback" not in error

@@ -249,8 +249,8 @@ def test_several_captions_a_picture(model, data):
 def test_sets_that_cannot_be_used(model, data):
     with pytest.raises(UserError, match="no split test-combinations, test-nouns"):
         scored(model, data, load_protocol("openmoji"))
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="needs at least"):
         scored(model, data, Protocol("test", max_pictures=3))
-    with pytest.raises(UserError, match=r"28 pictures, too few .* 30,000"):
+    with pytest.raises(UserError, match=r"28 pictures, but .* 30,000"):
         scored(model, data, load_protocol("coco30k"))
     assert protocol_for(data).name == "held-out"

@@ -113,7 +113,7 @@ def test_what_cannot_be_edited_is_said_in_one_line(model, tmp_path):
 
 def test_a_model_that_only_draws_says_so(tmp_path):
     drawing = dist_t2i.load(write_run(tmp_path / "run"), "cpu")
-    with pytest.raises(UserError, match="trained with edit.width=0"):
+    with pytest.raises(UserError, match=r"trained with edit\.width=0"):
         drawing.edit(noise(), TEXT)
 
 

@@ -194,10 +194,10 @@ def test_private_names_of_submitit(name):
         (["--time", "soon"], "is not a time"),
         (["--gpus-per-node", "-2"], "gpus_per_node: at least 0"),
         (["--array-seeds", "-1"], "--array-seeds -1"),
-        (["--array-seeds", "2", "--follow"], "--follow shows one run"),
+        (["--array-seeds", "2", "--follow"], "--follow prints one log"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
         (["--local", "--nodes", "2"], "--local runs one node"),
-        (["--local", "--dry-run"], "--local has none"),
+        (["--local", "--dry-run"], "--local has no batch script"),
     ],
 )
 @pytest.mark.slurm
@@ -240,9 +240,9 @@ def test_an_array_of_seeds_that_are_followed_and_looked_at(cluster, data, tmp_pa
     (queued,) = (run.folder / "slurm").glob("*_submission.sh")
     assert "\n#SBATCH --array=0-1%2\n" in shown and queued.read_text() in shown, "what is shown is what is queued"
     again = run.tool(*words, "--array-seeds", "2", "train.seed=5", *run.overrides, status=2)
-    assert "cancel that first" in again
+    assert "cancel it first" in again
     here = run.tool("--local", "--config", str(run.config), *run.overrides, status=2)
-    assert "cancel that first" in here, "it would replace the code that the job starts again from"
+    assert "cancel it first" in here, "it would replace the code that the job starts again from"
     cluster.command("scancel", first)
     folders = [run.folder / "seed-5", run.folder / "seed-6"]
     run.wait_for(lambda: all(state(run, folder) == "finished" for folder in folders), "both seeds")

@@ -80,4 +80,4 @@ def test_the_step_under_deepspeed_and_a_published_peers_step(tmp_path):
     peer = table["peer"]
     assert (round(peer["generator"], -5), round(peer["discriminator"], -5)) == (4_900_000, 3_400_000)
     assert all(abs(table[name] - peer[name]) < 1e5 for name in ("generator", "discriminator"))
-    assert f"plain above makes {peer['ratio']:.2f} times that" in ran.stdout
+    assert f"plain (see above) is {peer['ratio']:.2f} times as fast" in ran.stdout

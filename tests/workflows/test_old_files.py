@@ -118,7 +118,7 @@ def test_a_set_streams_in_the_same_order(old):
 
 
 def test_a_set_is_what_its_manifest_says(old, tmp_path):
-    assert "indexes and every member are as the manifest says" in shard("verify", old / "set").stdout
+    assert "indexes and their members match the manifest" in shard("verify", old / "set").stdout
     said = shard("inspect", old / "set", "--sheet", tmp_path / "sheet.png").stdout
     assert "train" in said and "test" in said and (tmp_path / "sheet.png").exists()
 

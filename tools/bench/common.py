@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a monotonic clock, once the device has finished its work."""
+    """Waits until the device has finished its work; returns the seconds of a monotonic clock."""
     if device.type == "cuda":
         import torch
 

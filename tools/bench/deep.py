@@ -1,4 +1,4 @@
-"""Measures the cost of resuming deep in an epoch (`--resume`) and of very large sets (`--scale`).
+"""Measures the cost of resuming late in an epoch (`--resume`) and of very large sets (`--scale`).
 
 The sets consist of hard links to one shard of 10,000 samples: 100 links for `--resume`, and 40,000 links (400 million
 samples) for `--scale`.
@@ -25,7 +25,7 @@ WORKERS = 2
 
 
 def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]:
-    """Print the requested tables; returns their numbers."""
+    """Print the requested tables; returns the numbers in them."""
     shard = one_shard(data)
     numbers: dict[str, Any] = {}
     if resume:
@@ -47,12 +47,12 @@ def run(data: Path, rounds: int, *, resume: bool, scale: bool) -> dict[str, Any]
         ]
         heads = ["samples", "open s", "first batch s", "order s", "ms/1,000 positions", "MB/worker (USS)", "MB parent"]
         caption = f"Sets by size: links to one shard of {SAMPLES:,} samples, {WORKERS} workers"
-        print_table(f"{caption}, started 90% into the epoch", heads, rows)
+        print_table(f"{caption}, started at 90% of the epoch", heads, rows)
     return numbers
 
 
 def one_shard(data: Path) -> Path:
-    """A set of SAMPLES small pictures in one shard; kept for the next run."""
+    """A set of SAMPLES small pictures in one shard. The set is kept for the next run."""
     from dist_t2i.sharding.items import Item
     from dist_t2i.sharding.pictures import PictureFile
     from dist_t2i.sharding.write_set import write_set
@@ -83,7 +83,7 @@ def small_picture(number: int) -> bytes:
 
 
 def many_shards(one: Path, count: int) -> Path:
-    """A set with `count` links to the shard of the set `one`; kept for the next run."""
+    """A set with `count` links to the shard of the set `one`. The set is kept for the next run."""
     folder = one.parent / f"set-{count}"
     if (folder / "manifest.json").exists():
         return folder
@@ -105,7 +105,7 @@ def many_shards(one: Path, count: int) -> Path:
 
 
 def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Share of the epoch that is skipped -> seconds to the first batch, per round. Each round rotates the order."""
+    """Skipped share of the epoch -> seconds to the first batch in each round. The order rotates with every round."""
     seconds: dict[str, list[float]] = {"0%": [], "10%": [], "90%": []}
     for number in range(rounds):
         for share in list(seconds)[number % 3 :] + list(seconds)[: number % 3]:
@@ -115,7 +115,7 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def measure_scale(folders: list[Path], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Number of samples in a set -> measurements of each round, started 90% into the epoch."""
+    """Number of samples in a set -> measurements of each round. The stream starts at 90% of the epoch."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for folder, shards in zip(folders, (RESUME_SHARDS, SCALE_SHARDS), strict=True):

@@ -1,11 +1,11 @@
-"""The training step of a published peer, for comparison: DF-GAN, written from the paper (Tao et al. 2022, "DF-GAN: A
-Simple and Effective Baseline for Text-to-Image Synthesis", CVPR).
+"""The training step of DF-GAN, for comparison, written from the paper (Tao et al. 2022, "DF-GAN: A Simple and Effective
+Baseline for Text-to-Image Synthesis", CVPR).
 
-At 64 px and a width of 32, generator and discriminator have 4.87M and 3.44M parameters. The text encoder is pretrained
-and frozen, so a constant vector replaces the sentence embedding. Steps use fp32 and Adam. A step first updates the
-discriminator by the hinge loss on real pictures, real pictures with wrong captions, and fakes, plus the matching-aware
-penalty (eq. 2), which every step computes on the real pictures. It then updates the generator, with another pass
-through the discriminator.
+At 64 px and a width of 32, the generator has 4.87M parameters and the discriminator has 3.44M. The text encoder is
+pretrained and frozen, so a constant vector replaces the sentence embedding. Steps use fp32 and Adam. A step first
+updates the discriminator. The loss is the hinge loss on real pictures, real pictures with wrong captions, and fakes,
+plus the matching-aware penalty (eq. 2) on the real pictures in every step. The step then updates the generator, with
+another pass through the discriminator.
 
 Shapes: B batch, C channels, H W pixels.
 """

@@ -1,8 +1,8 @@
-"""The loaders that the stream benchmark compares: each function starts one and returns an iterator of its batches.
+"""The loaders that the stream benchmark compares. Each function starts a loader and returns an iterator of its batches.
 
 A batch is (images [64, 3, 256, 256] as uint8 or float, a list of captions). Every loader shuffles, decodes in `workers`
-processes, and is set up as its documentation shows. If `decode` is None, pictures are also decoded as in that
-documentation.
+processes, and is configured as its documentation shows. If `decode` is None, the loader also decodes as its
+documentation shows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Batches = Iterator[Any]
 
 @dataclass
 class Location:
-    """The data of a loader: in `folder` (see sets.py), or, if `remote` is set, below `remote` under the same names."""
+    """The location of a loader's data: `folder` (see sets.py), or `remote`, which has the same names, if it is set."""
 
     folder: str
     workers: int
     remote: str = ""
-    """s3://bucket/prefix; empty: the disk."""
+    """s3://bucket/prefix; empty: the data is on the disk."""
     cache: str = ""
-    """An empty folder for files that a loader keeps."""
+    """An empty folder for the files that a loader caches."""
 
     def url(self, name: str) -> str:
         return f"{self.remote or self.folder}/{name}"
@@ -74,7 +74,7 @@ def collate(samples: list[Any]) -> tuple[Tensor, list[str]]:
 
 
 def dist_t2i(location: Location, decode: Decode) -> Batches:
-    """The stream of this project, which also tokenizes; it has one decoder, `fast`."""
+    """The stream of this project. It also tokenizes, and its only decoder is `fast`."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.data.stream.stream import open_stream
@@ -87,7 +87,7 @@ def dist_t2i(location: Location, decode: Decode) -> Batches:
 
 
 def webdataset(location: Location, decode: Decode) -> Batches:
-    """Reads S3 through signed URLs and curl, so that the AWS command line is not needed."""
+    """Reads S3 through signed URLs and curl, so it does not need the AWS command line."""
     import webdataset as wds
 
     urls = sorted(str(path) for path in Path(location.folder, "set").glob("train-*.tar"))
@@ -150,8 +150,8 @@ def mds(location: Location, decode: Decode) -> Batches:
 
 
 def replace_torchvision() -> None:
-    """If torchvision does not load (its wheel needs a CUDA build of torch), replaces it with placeholders for the names
-    that mosaicml-streaming imports from it but never calls."""
+    """If torchvision cannot be imported (its wheel needs a CUDA build of torch), replaces it with placeholders.
+    mosaicml-streaming imports the names in them, but never calls them."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
@@ -186,7 +186,7 @@ def energon(location: Location, decode: Decode) -> Batches:
         decoder = None if decode else nv.SampleDecoder(image_decode="pil")
 
         @nv.stateless
-        def encode_sample(self, sample: Any) -> Any:  # runs after the shuffle buffer, which therefore holds bytes
+        def encode_sample(self, sample: Any) -> Any:  # runs after the shuffle buffer, so the buffer contains bytes
             sample.image = decode(sample.image) if decode else from_pillow(sample.image)
             return sample
 
@@ -221,7 +221,7 @@ def write_msc_config(path: Path, remote: str) -> None:
 class Loader(NamedTuple):
     batches: Callable[[Location, Decode], Batches]
     modules: tuple[str, ...]
-    """Modules to import before the measurement; otherwise the first batch would import them."""
+    """Modules that are imported before the measurement, so that the first batch does not import them."""
     package: str = ""
     """Name on PyPI; empty for this project."""
 

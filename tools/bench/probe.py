@@ -1,4 +1,4 @@
-"""Measures one loader in a separate process: `python -m tools.bench.probe`, which reads a JSON order from stdin."""
+"""Measures one loader in a separate process, `python -m tools.bench.probe`, which reads a JSON order from stdin."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _RESULT = "RESULT "
 
 
 class ProbeError(RuntimeError):
-    """A loader failed; the message ends with its output."""
+    """A loader failed. The message ends with the output of the loader."""
 
 
 def run(order: dict[str, Any], environment: Mapping[str, str], memory: bool = False) -> dict[str, float]:
     """Start a probe and return its measurements; with `memory`, also the peak memory of its process tree in bytes.
 
-    Memory is the sum of PSS, which counts each shared page once. It is sampled 20 times a second, which slows the
+    Memory is the sum of PSS, which counts each shared page once, sampled 20 times per second. Sampling slows the
     loader, so runs that measure memory are separate from runs that measure time. Raises ProbeError.
     """
     process = subprocess.Popen(
@@ -51,7 +51,7 @@ def run(order: dict[str, Any], environment: Mapping[str, str], memory: bool = Fa
             output, errors = process.communicate(text, 0.05 if memory else LIMIT_SECONDS)
             break
         except subprocess.TimeoutExpired:
-            text = None  # the first call has sent it
+            text = None  # the first call of `communicate` has sent the order
             peak = max(peak, proportional_bytes(process.pid))
             if time.monotonic() - started > LIMIT_SECONDS:
                 kill(process_tree(process.pid))
@@ -109,14 +109,14 @@ def measure_loader(order: dict[str, Any]) -> dict[str, float]:
     decode = peers.fast if order["fast"] else None
     peers.preload(order["loader"])
     if decode:
-        decode(picture(0))  # imports the decoder, so that it does not count as part of the first batch
+        decode(picture(0))  # imports the decoder, so that the first batch does not include this import
     started = time.perf_counter()
     batches = peers.LOADERS[order["loader"]].batches(peers.Location(**order["location"]), decode)
     images, captions = next(batches)
     first = time.perf_counter()
     shape = (peers.BATCH, 3, peers.SIZE, peers.SIZE)
     if tuple(images.shape) != shape or len(captions) != peers.BATCH or not isinstance(captions[0], str):
-        raise ProbeError(f"{order['loader']} gave a batch of {tuple(images.shape)} with {len(captions)} captions")
+        raise ProbeError(f"{order['loader']} returned a batch of {tuple(images.shape)} with {len(captions)} captions")
     used, count = cpu_seconds(), 0
     for _ in range(order["batches"]):
         images, captions = next(batches)
@@ -126,7 +126,7 @@ def measure_loader(order: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_decoder(order: dict[str, Any]) -> dict[str, float]:
-    """Images/s and CPU seconds per 1,000 images of `workers` processes that only decode pictures from memory."""
+    """Images/s and CPU seconds per 1,000 images, for `workers` processes that only decode pictures from memory."""
     import torch
 
     torch.set_num_threads(1)

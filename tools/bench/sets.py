@@ -1,4 +1,4 @@
-"""The data of the stream benchmark: COCO-like JPEGs with captions, in the format of every loader."""
+"""The data of the stream benchmark: JPEGs similar to COCO's with captions, in the format of each loader."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SIZE = (640, 480)
 QUALITY = 90
 TARS = 16
 _NOISE = ((5, 60.0), (10, 45.0), (20, 32.0), (40, 22.0), (80, 15.0), (160, 10.0), (320, 6.0))
-"""(width of a grid of random numbers, amplitude): together they give similar power at every scale, as in photos."""
+"""(width of a grid of random numbers, amplitude). The sum of all grids has similar power at each scale, like photos."""
 _WORDS = """a the two man woman dog cat child bird horse street kitchen table beach field train bus bicycle plate pizza
 standing sitting riding holding eating next to on in front of with under red blue white small large old young""".split()
 
 
 def picture(number: int) -> bytes:
-    """A JPEG of SIZE that depends only on `number`: noise at all scales, and shapes. 115 KB on average, as in COCO."""
+    """A JPEG of SIZE with noise at all scales and shapes, by `number` alone. It has 115 KB on average, as in COCO."""
     random = numpy.random.default_rng(number)
     pixels = numpy.full((SIZE[1], SIZE[0], 3), 128.0, dtype=numpy.float32)
     for width, strength in _NOISE:
@@ -81,7 +81,7 @@ class Sets:
                 self._once(name, make)
 
     def _once(self, name: str, make: Callable[[Path], None]) -> None:
-        """Run `make(temporary folder)` and rename the result, unless the folder exists."""
+        """Run `make(temporary folder)` and rename the folder, unless the result exists already."""
         folder, temporary = self.folder / name, self.folder / f".{name}"
         if folder.exists():
             return
@@ -126,7 +126,7 @@ class Sets:
         (folder / ".nv-meta" / "dataset.yaml").write_text(yaml)
 
     def _litdata(self, folder: Path) -> None:
-        # In a separate process, because litdata starts workers that import the main program again.
+        # A separate process is needed, because litdata starts workers that import the main program again.
         program = "from tools.bench.sets import write_litdata; import sys; write_litdata(*sys.argv[1:])"
         command = [sys.executable, "-W", "ignore", "-c", program, str(self.folder / "pictures"), str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -149,7 +149,7 @@ def _litdata_sample(sample: tuple[str, str]) -> dict[str, Any]:
 
 
 def write_litdata(pictures: str, out: str) -> None:
-    """Write the pictures in litdata's format, in chunks of its default size, 64 MB."""
+    """Write the pictures in litdata's format, in chunks of 64 MB, litdata's default."""
     import litdata
 
     inputs = [(str(path), json.dumps(texts)) for path, texts in samples(Path(pictures))]

@@ -1,12 +1,12 @@
-"""Measures how fast pictures become shards if their bytes are copied unchanged, compared with `tar` on the same files.
+"""Measures how fast pictures are written as shards if their bytes are unchanged, compared with `tar` on the same files.
 
 python tools/bench/shard.py                     4,000 JPEGs of about 115 KB, written to a temporary folder
 python tools/bench/shard.py --pictures DIR      your own JPEGs
 
-Each row is the median of several runs, taken in turns, with one process each and the files in the page cache. "per
-core" compares CPU seconds (user and system, with child processes), which other programs disturb least; "clock" compares
-elapsed seconds. `shards` is the time from planning to the last shard, with crc32 and sha256 of everything. `whole set`
-is the full command: it starts Python, reads the captions, and writes the shards, tokenizer, report and manifest.
+The rows are measured in turn, several times. Each run uses one process, and its files are in the page cache. The table
+shows medians. "per core" compares CPU seconds (user and system, with child processes), which other programs disturb
+least. "clock" compares elapsed seconds. `shards` is the time from the plan to the last shard, with all CRC-32 and
+SHA-256. `whole set` is the full command, which also starts Python, reads captions and writes all other files.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from shutil import rmtree
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 BAR = 0.7
-"""Lowest accepted speed of `shards` per core, relative to tar; if the speed is lower, the exit status is 1."""
+"""Lowest accepted speed of `shards` per core, relative to tar. If the speed is lower, the exit status is 1."""
 DISTINCT = 32
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="a flat folder of .jpg files")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder of .jpg files, without sub-folders")
     parser.add_argument("--count", type=int, default=4000, help="pictures to write (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each row (default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="parent of the temporary folder")
@@ -104,12 +104,12 @@ def compare(pictures: Path, work: Path, runs: int) -> int:
         ],
     )
     ratio = tar_cpu / medians["shards"][0]
-    print(f"shards at {ratio:.2f} times the speed of tar per core; the bar is {BAR}")
+    print(f"shards are written at {ratio:.2f} times the speed of tar per core; at least {BAR} is required")
     return 0 if ratio >= BAR else 1
 
 
 def measure(work: Callable[[], None]) -> tuple[float, float]:
-    """(CPU, clock) seconds of `work`, with its child processes."""
+    """(CPU, clock) seconds of `work` and its child processes."""
     from tools.bench.probe import cpu_seconds
 
     cpu, clock = cpu_seconds(), time.perf_counter()

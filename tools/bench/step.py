@@ -1,12 +1,12 @@
-"""What a training step costs under plain PyTorch and under DeepSpeed, measured in one run.
+"""Compares the time of a training step in plain PyTorch and in DeepSpeed, in one run.
 
     python tools/bench/step.py --config configs/bench-peer64.yaml [--ranks 1 2] [--stages 0 1 2] [--peer] [a.b=c ...]
 
-For every number of ranks, the same step (dist_t2i/training/gan.py) runs on the same synthetic batches, in turn, under
-plain PyTorch (DistributedDataParallel on several ranks) and under ZeRO at each stage. The columns are images/s (median
-over the rounds), the cost relative to plain PyTorch (median of the ratios within a round), the share of a measured
-matmul peak that convolutions and matrix products reach, and milliseconds per phase. With --peer and one rank, the step
-of DF-GAN (dfgan.py) is measured in turn with the others, at the same picture size and batch.
+For every number of ranks, the same step (dist_t2i/training/gan.py) runs on the same synthetic batches in plain PyTorch
+(with DistributedDataParallel on several ranks) and in ZeRO at each stage, in turn. The columns are images/s (median
+over the rounds), the cost relative to plain PyTorch (median of the ratios within a round), the FLOP/s of convolutions
+and matrix products as a share of a measured matmul peak, and milliseconds per phase. With --peer and one rank, the
+step of DF-GAN (dfgan.py) is also measured, at the same picture size and batch.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main() -> int:
     """Start the ranks for each table, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes, which share the cores")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes; they share the cores")
     parser.add_argument(
-        "--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages, of both networks"
+        "--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages of both networks"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each row, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each row")
     parser.add_argument("--steps", type=int, default=8, help="steps per measurement; a multiple of loss.penalty_every")
-    parser.add_argument("--peer", action="store_true", help="also measure DF-GAN's step, where there is one rank")
+    parser.add_argument("--peer", action="store_true", help="with one rank, also measure the step of DF-GAN")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def run_ranks(ranks: int) -> dict[str, Any]:
-    """Run this command again on each of `ranks` processes; returns the table of rank 0."""
+    """Run this command again in `ranks` processes; returns the table of rank 0."""
     from dist_t2i.distributed.launch import free_ports
 
     port = str(free_ports(1)[0])
@@ -68,7 +68,7 @@ def run_ranks(ranks: int) -> dict[str, Any]:
     ]
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        sys.exit(f"one of {ranks} ranks failed; its error is above")
+        sys.exit(f"one of {ranks} ranks failed; see the error above")
     return json.loads(outputs[0].splitlines()[-1])
 
 
@@ -94,7 +94,7 @@ def print_costs(table: dict[str, Any]) -> None:
     if peer := table["peer"]:
         print(
             f"DF-GAN (generator {peer['generator'] / 1e6:.2f}M, discriminator {peer['discriminator'] / 1e6:.2f}M "
-            f"parameters, fp32): {peer['rate']:.1f} images/s; plain above makes {peer['ratio']:.2f} times that",
+            f"parameters, fp32): {peer['rate']:.1f} images/s; plain (see above) is {peer['ratio']:.2f} times as fast",
             flush=True,
         )
 

@@ -1,23 +1,23 @@
-"""How fast the training stream is, compared with webdataset, litdata, mosaicml-streaming and energon in one run.
+"""Compares the speed of the training stream with webdataset, litdata, mosaicml-streaming and energon in one run.
 
     python -m venv bench-venv && bench-venv/bin/pip install torch==2.13.0
     bench-venv/bin/pip install -c tools/bench/constraints.txt -e ".[bench]"
-    bench-venv/bin/pip uninstall -y torchvision      unless torch is a CUDA build: torchvision would not load
+    bench-venv/bin/pip uninstall -y torchvision      only for torch's CPU build, with which torchvision does not load
     bench-venv/bin/python tools/bench/stream.py [--data FOLDER] [--images 4000] [--rounds 5] [--loaders NAME ...]
     bench-venv/bin/python tools/bench/stream.py --resume     first batch after 0, 10% and 90% of 1,000,000 samples
     bench-venv/bin/python tools/bench/stream.py --scale      400 million samples in 40,000 shards
 
 Every loader runs in a separate process and reads the same 640x480 JPEGs, shuffled, in batches of 64 at 256 px. The
-loaders take turns within each round, so that other programs disturb all of them alike. In table 1, all loaders use the
-same fast decoder. In table 2, each peer decodes as its documentation shows, but with Pillow, as on machines where
-torchvision does not load. In this table, energon decodes before its shuffle buffer, as it does by default. This
-project's stream has only one decoder, and it also tokenizes.
+loaders take turns within each round, so that other programs disturb all loaders equally. In table 1, all loaders use
+the same fast decoder. In table 2, each peer decodes as its documentation shows, but with Pillow instead of torchvision,
+which does not load everywhere. In table 2, energon decodes before its shuffle buffer, which is its default. This
+project's stream has only one decoder, and also tokenizes.
 
-The columns are medians over the rounds: images/s after the first batch; this speed relative to the fastest peer and to
-the bare decoder on as many processes (medians of the ratios within a round); seconds to the first batch, with imports
-done and nothing cached by the loader; CPU seconds of the process tree per 1,000 images, without the S3 server. Peak
-memory is the sum of PSS over the process tree, from one more run. S3 is a SeaweedFS server on the same cores, started
-for this run. Files come from the page cache.
+The columns are medians over the rounds. They show images/s after the first batch; this speed relative to the fastest
+peer and to the decoder alone on the same number of processes (medians of the ratios within a round); seconds to the
+first batch, without imports and with an empty cache; and CPU seconds of the process tree per 1,000 images, without the
+S3 server. Peak memory is the sum of PSS over the process tree, from a separate run. S3 is a SeaweedFS server that runs
+on the same cores. Files come from the page cache.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ Rows = dict[str, list[dict[str, float]]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="keeps the pictures for the next run")
-    parser.add_argument("--images", type=int, default=4000, help="pictures, at least 256 (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each loader (default: %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder that keeps the pictures for the next run")
+    parser.add_argument("--images", type=int, default=4000, help="number of pictures, >= 256 (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of runs of each loader (default: %(default)s)")
     names = list(peers.LOADERS)
     parser.add_argument("--loaders", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    places = f"disk or s3, and worker processes (default: {' '.join(PLACES)})"
+    places = f"disk or s3, and the number of worker processes (default: {' '.join(PLACES)})"
     parser.add_argument("--places", nargs="+", default=list(PLACES), metavar="disk:1", help=places)
     parser.add_argument("--tables", nargs="+", type=int, default=[1, 2], choices=[1, 2])
-    parser.add_argument("--resume", action="store_true", help="only: time to the first batch, deep in an epoch")
-    parser.add_argument("--scale", action="store_true", help="only: a set of 400 million samples")
+    parser.add_argument("--resume", action="store_true", help="only measure the time to the first batch in an epoch")
+    parser.add_argument("--scale", action="store_true", help="only measure a set of 400 million samples")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     if options.images < 256:
-        parser.error("--images must be at least 256: two workers need two batches each")
+        parser.error("--images must be at least 256: each of two workers needs two batches")
     missing = [name for name in options.loaders if version(name) is None]
     if missing and not (options.resume or options.scale):
-        print(f"error: not installed: {', '.join(missing)}; see --help, or select with --loaders", file=sys.stderr)
+        print(f"error: not installed: {', '.join(missing)}; see --help, or select others: --loaders", file=sys.stderr)
         return 2
     from object_store import StorageError
 
@@ -96,7 +96,7 @@ def version(name: str) -> str | None:
 
 
 def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
-    """Print all tables; returns their numbers."""
+    """Print all tables; returns the numbers in them."""
     from tools.bench.sets import Sets
 
     sets = Sets(data, options.images)
@@ -115,7 +115,7 @@ def compare(options: argparse.Namespace, data: Path, stack: contextlib.ExitStack
 
 @contextlib.contextmanager
 def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
-    """Runs an S3 server with the sets; the server keeps its files in `data/N/s3`."""
+    """Runs an S3 server with the sets. The server stores its files in `data/N/s3`."""
     from object_store import S3Server
 
     with S3Server(sets.folder / "s3") as server:
@@ -131,12 +131,12 @@ def uploaded(sets: Sets, loaders: list[str]) -> Iterator[Any]:
 def measure(
     options: argparse.Namespace, sets: Sets, server: Any, fast: bool, place: str
 ) -> tuple[Rows, dict[str, str]]:
-    """Loader -> measurements of each round and of a last run that measures memory; and peer -> why it failed."""
+    """Loader -> measurements of each round and of a last run that measures memory; peer -> reason of its failure."""
     kind, _, workers = place.partition(":")
     location = {"folder": str(sets.folder), "workers": int(workers)}
     if kind == "s3":
         location["remote"] = f"s3://{server.bucket}/bench"
-    batches = max(1, int(sets.images * 0.9) // peers.BATCH - 1)  # within one epoch, before the first worker is done
+    batches = max(1, int(sets.images * 0.9) // peers.BATCH - 1)  # in one epoch, before the first worker has finished
     rows: Rows = {name: [] for name in [*options.loaders, DECODER]}
     failures: dict[str, str] = {}
     for number in range(options.rounds + 1):
@@ -162,9 +162,9 @@ def measure(
 
 
 def print_rates(table: dict[str, Any], options: argparse.Namespace) -> None:
-    """A table of medians over the rounds; ratios are computed within each round."""
+    """Print a table of medians over the rounds. Ratios are computed within each round."""
     kind, _, workers = table["place"].partition(":")
-    decoding = "all with the fast decoder" if table["table"] == 1 else "each peer with its own documentation's decoding"
+    decoding = "all with the fast decoder" if table["table"] == 1 else "each peer decodes as in its documentation"
     caption = (
         f"Table {table['table']}: {decoding}; {'from S3' if kind == 's3' else 'from disk'}, {workers} worker(s), "
         f"{options.images} pictures, median of {options.rounds} rounds"

@@ -1,4 +1,4 @@
-"""The ranks of the step benchmark: the training step under plain PyTorch and under DeepSpeed, on synthetic batches."""
+"""The ranks of the step benchmark: the training step in plain PyTorch and in DeepSpeed, on synthetic batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tools.bench.dfgan import Peer
 
 VOCABULARY = 2000
 PEER, PEER_STEPS = "DF-GAN", 3
-"""DF-GAN takes fewer steps in a measurement, because one of its steps takes as long as several of this project's."""
+"""A measurement of DF-GAN has fewer steps, because its step takes the time of several steps of this project."""
 METHODS = {"prepare": "_prepare", "discriminator": "_discriminator_step", "generator": "_generator_step"}
 """Phase -> method of Gan. A further phase, `average`, is the update of the moving average."""
 
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class PlainEngine:
-    """The baseline: `NetworkEngine`'s interface without DeepSpeed, with DistributedDataParallel on several ranks."""
+    """The baseline: `NetworkEngine`'s interface in plain PyTorch, with DistributedDataParallel on several ranks."""
 
     loss_scale = 1.0
     gradient_norm = 0.0
@@ -127,7 +127,7 @@ class PlainEngine:
 
 
 class Subject:
-    """A training step with its own weights, under plain PyTorch (`stage` None) or ZeRO. All steps use the same
+    """A training step with its own weights, in plain PyTorch (`stage` is None) or in ZeRO. All steps use the same
     batch."""
 
     def __init__(self, config: Config, stage: Literal[0, 1, 2, 3] | None, device: torch.device):
@@ -145,7 +145,7 @@ class Subject:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Number of weights in `generator`, `discriminator` and `text` (all text encoders). Requires plain PyTorch."""
+        """Number of weights in `generator`, `discriminator` and `text` (all text encoders). Only for plain PyTorch."""
         counts: dict[str, int] = {"text": 0}
         for engine in self.gan.engines:
             with engine.gathered() as weights:
@@ -198,7 +198,7 @@ def synthetic_batch(config: Config) -> Batch:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the best of 12 measurements, summed over the ranks."""
+    """FLOP/s of a large square matrix product: the best of 12 measurements on each rank, summed over the ranks."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -214,7 +214,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def count_flops(subject: Subject) -> float:
-    """FLOPs of convolutions and matrix products in one step of this rank, forward and backward, without the penalty."""
+    """FLOPs of convolutions and matrix products of this rank in one step, forward and backward, without penalty."""
     with FlopCounterMode(display=False) as counter:
         subject.gan.step([subject.batch], subject.images, 1.0)
     return float(counter.get_total_flops())

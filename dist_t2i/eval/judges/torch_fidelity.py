@@ -21,7 +21,7 @@ def torch_fidelity(module: str) -> Any:
             with _torchvision():
                 importlib.import_module("torch_fidelity")
         except ImportError as problem:
-            ways = "run: pip install --no-deps torch-fidelity==0.4.0, or do without with --without inception"
+            ways = "run: pip install --no-deps torch-fidelity==0.4.0, or skip these metrics with --without inception"
             raise UserError(f"torch-fidelity cannot be imported ({problem}); {ways}") from None
     return importlib.import_module(f"torch_fidelity.{module}")
 
@@ -34,7 +34,7 @@ def _torchvision() -> Iterator[None]:
         placeholders: dict[str, types.ModuleType] = {}
     except (ImportError, RuntimeError, OSError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # left by an import that failed halfway
+            del sys.modules[name]  # an import that failed halfway has left this module
         placeholders = {f"torchvision{name}": _Placeholder(f"torchvision{name}") for name in _NAMES}
     for name, module in list(placeholders.items())[1:]:
         parent, _, leaf = name.rpartition(".")
@@ -48,7 +48,7 @@ def _torchvision() -> Iterator[None]:
 
 
 class _Placeholder(types.ModuleType):
-    """A module in which every name is an empty class, so that torch-fidelity's classes can derive from these names."""
+    """A module in which every name is an empty class, from which torch-fidelity's classes can derive."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

@@ -19,7 +19,7 @@ _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 def remedy(network: str, what: str = "FILE") -> str:
     """The part of an error message that says how to supply the weights of `inception` or `clip`."""
     ways = f"--weights {network}={what} or DIST_T2I_{network.upper()}_WEIGHTS={what}"
-    return f"name them with {ways}, or do without with --without {network}"
+    return f"name them with {ways}, or skip these metrics with --without {network}"
 
 
 def location_of(network: str, given: str | None) -> str | None:
@@ -43,6 +43,6 @@ def weights_file(network: str, given: str | None, url: str) -> Path:
             write_atomic(cached, content)
         except (OSError, DataError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else error
-            problem = f"the weights of {network} cannot be had from {location} ({reason})"
-            raise UserError(f"{problem}; fetch the file elsewhere and {remedy(network)}") from None
+            problem = f"the weights of {network} cannot be downloaded from {location} ({reason})"
+            raise UserError(f"{problem}; download the file on another machine and {remedy(network)}") from None
     return cached

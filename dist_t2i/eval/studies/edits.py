@@ -1,9 +1,9 @@
 """Scores edits of held-out pictures: does the edit match its text, and does the rest stay the same?
 
-In a set of drawings with systematic names, many edits have a true target, such as the same role in another skin tone.
+In a set of pictures with systematic names, many edits have a true target, such as the same role in another skin tone.
 Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers are
-compared in the same way: the source *copied*, and a picture generated from *scratch* by the text-to-image model from
-which training for edits started. Targets are held out, and so are the sources of tone changes. The sources of gender
+compared in the same way: a *copy* of the source, and a picture that the text-to-image model from which training for
+edits started generates from *scratch*. Targets and the sources of tone changes are held out. The sources of gender
 changes may be training pictures.
 """
 
@@ -36,19 +36,19 @@ TONES, GENDERS, OWN = "tone changes", "gender changes", "nothing to change"
 TRIVIAL = {"copy": "the source copied", "scratch": "generated from scratch"}
 """Trivial answer -> its description."""
 ALIKE = 8
-"""Pixels count as equal if their colors differ by at most this many levels (of 255)."""
+"""Pixels are equal if their colors differ by at most this many levels (of 255)."""
 SKIN = 24
-"""Pixels count as skin if a role's real pictures in different tones differ there by more than this many levels."""
+"""Pixels are skin if the real pictures of a role in different tones differ there by more than this many levels."""
 
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """The rules. Fields that are also in `protocol.Protocol` have the same meaning as there."""
+    """The rules. Fields that `protocol.Protocol` also has have the same meaning in both classes."""
 
     name: str = "edits"
     version: int = 1
     splits: tuple[str, ...] = ()
-    """Splits with the targets; empty: `test-combinations` if the set has it, else all whose names begin with `test`."""
+    """Splits with the targets. Empty: `test-combinations` if the set has it, else all splits named `test...`."""
     features: str = "efficientnet-lite0"
     seed: int = 0
     """Seed of the noise; each case has one edit and one picture from scratch."""
@@ -58,7 +58,7 @@ class EditProtocol:
 
 
 class Case(NamedTuple):
-    """One edit: the captions of its source and of its true target; cases of one group are resampled together."""
+    """One edit: the captions of its source and of its true target (`text`). A group is resampled as a whole."""
 
     source: str
     text: str
@@ -77,7 +77,7 @@ class Answers:
     protocol: EditProtocol
 
     def each(self, function: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Name of an answer -> what `function` returns for this name."""
+        """Name of an answer -> the result of `function` for this name."""
         return {name: function(name) for name in ("edit", *TRIVIAL)}
 
     def pixel_distance(self, name: str) -> Tensor:
@@ -118,19 +118,19 @@ def evaluate_edits(
 
     `base` generates the pictures from scratch. An example is the captions of target and source, and four pictures uint8
     [H, W, 3]: the source, the edit, the target, and the picture from scratch. Raises UserError when the set has too few
-    true targets, or when the two models have different image sizes. An evaluation takes about 0.2 s per edit on one
-    core at 32 px, nearly all of it in the feature network.
+    true targets, or when the two models have different image sizes. On one core at 32 px, an evaluation takes about
+    0.2 s per edit; the feature network takes nearly all of this time.
     """
     sizes = base.image_size, model.image_size
     if sizes[0] != sizes[1]:
-        raise UserError(f"{base.files.folder} has pictures of {sizes[0]} px, but the edits {sizes[1]} px")
+        raise UserError(f"{base.files.folder} generates pictures of {sizes[0]} px, but the edits have {sizes[1]} px")
     library = Library(data, protocol, model.image_size)
     network = network or load_features(protocol.features, model.device)
     features, parts, examples = cached(network), {}, []
     for kind, find, score in KINDS:
         cases = find(library)
         if kind == TONES and len(cases) < 2:
-            raise UserError(f"{data.folder}: no two held-out pictures whose names differ in skin tone only")
+            raise UserError(f"{data.folder} has no two held-out pictures whose names differ only in skin tone")
         if len(cases) < 2:
             continue
         say(f"{kind}: {len(cases)} edits")
@@ -147,7 +147,7 @@ def evaluate_edits(
 
 
 def cached(network: FeatureNetwork) -> Callable[[Tensor], Tensor]:
-    """Wraps a feature network to compute each picture once, because most pictures are both a source and a target."""
+    """Wraps a feature network: it computes each picture only once, because most pictures are source and target."""
     known: dict[bytes, Tensor] = {}
 
     def features(pictures: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ _SWAPPED = {"man": "woman", "woman": "man", "men": "women", "women": "men", "boy
 
 
 def gender_cases(library: Library) -> list[Case]:
-    """Edits to held-out pictures with exactly one gendered word in the caption; the source has the opposite word."""
+    """Edits to held-out pictures whose captions have exactly one gendered word; the source has the opposite word."""
     cases = []
     for text in library.held_out:
         words = text.split()
@@ -228,7 +228,7 @@ def own_cases(library: Library) -> list[Case]:
 
 
 def target_scores(answers: Answers, library: Library) -> list[Score]:
-    """Distance of the edits from their true targets, and how much nearer they are than the trivial answers."""
+    """Distance of the edits from their true targets, and how much nearer the edits are than the trivial answers."""
     scores = []
     for key, distance, unit in (
         ("pixels", answers.pixel_distance, "levels of 255"),
@@ -246,7 +246,7 @@ def target_scores(answers: Answers, library: Library) -> list[Score]:
 
 
 def _outside(answers: Answers) -> Score:
-    """How much the edits change pixels that should stay, which are those where source and target agree."""
+    """How much the edits change pixels that should not change: those that are equal in source and target."""
     target = answers.pictures["target"]
     same = ((answers.pictures["copy"].int() - target.int()).abs().amax(1) <= ALIKE).double()
 
@@ -259,7 +259,7 @@ def _outside(answers: Answers) -> Score:
 
 
 def tone_scores(answers: Answers, library: Library) -> list[Score]:
-    """How often the skin tone is right, judged by the role's real pictures in all its tones; then `target_scores`."""
+    """How often the skin tone is right, compared with the role's real pictures in all tones; then `target_scores`."""
     right = answers.each(lambda name: right_tone(answers.pictures[name], answers.cases, library))
     row = {case.text: i for i, case in enumerate(answers.cases)}
     pairs = [skin_tones.tone_pair(case.text) for case in answers.cases]
@@ -274,9 +274,9 @@ def tone_scores(answers: Answers, library: Library) -> list[Score]:
 
 
 def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Tensor:
-    """1 where, among the real pictures of case i's role, the nearest to picture i has the requested tone: float64 [N].
+    """1 if the real picture of case i's role that is nearest to picture i has the requested tone, else 0: float64 [N].
 
-    Distances use only the pixels that show skin. The difference of two squared distances is linear in the picture, so
+    Distances use only the pixels that show skin. The difference of two squared distances is linear in the picture. So
     noise averages out, and the result depends on the mean shade of the skin.
     """
     right = []
@@ -294,7 +294,7 @@ def right_tone(pictures: Tensor, cases: Sequence[Case], library: Library) -> Ten
 
 
 def own_scores(answers: Answers, library: Library) -> list[Score]:
-    """How much a picture changes when it is edited with its own caption, which asks for no change."""
+    """How much an edit with the picture's own caption, which requests no change, changes the picture."""
     changes = {name: answers.pixel_distance(name) for name in ("edit", "scratch")}
     return [answers.score("pixels", "pixels: change (levels of 255)", changes, "lower")]
 
@@ -304,7 +304,7 @@ KINDS = ((TONES, tone_cases, tone_scores), (GENDERS, gender_cases, target_scores
 
 
 def verdict(scores: Scores) -> str:
-    """What the intervals show: how many tones are right, and which trivial answers the edits are better than."""
+    """What the intervals show: how many tones are right, and how the edits compare with the trivial answers."""
     right = scores[TONES, "right_tone"]
     lines = [f"tone changes: the right tone in {right.value:.1%} of {scores.splits[TONES].pictures}"]
     for kind in scores.splits:

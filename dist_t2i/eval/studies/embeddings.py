@@ -1,12 +1,12 @@
 """Studies a model's text embeddings: nearest words, linear probes with their baselines, and a map.
 
 Probes learn from captions of the training split and are scored on held-out captions. In sets without held-out
-splits, a fifth of the captions, selected by their hash, is held out. The probed properties depend on the set:
+splits, a hash selects a fifth of the captions to be held out. The probed properties depend on the set:
 
-* *skin tone*: of captions that name exactly one tone;
-* *gender*: of captions whose words for persons are all male, all female, or all without gender;
-* *object*: in sets with skin tones, the role without tone and gender ("pilot"). Held-out captions combine a role with a
-  tone that it never had in training. In other sets, the frequent word of captions that contain exactly one such word.
+* *skin tone*, for captions that name exactly one tone;
+* *gender*, for captions whose words for persons are all male, all female, or all without gender;
+* *object*: in sets with skin tones, the role without tone and gender ("pilot"). A held-out caption combines a role and
+  a tone that no training caption combines. In other sets, the only frequent word of a caption.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
 
 EMBEDDINGS = {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}
-"""text.mode -> name of an embedding of such a model -> the argument `which` that makes `embed_text` return it."""
+"""text.mode -> name of an embedding of the model -> the argument `which` with which `embed_text` returns it."""
 MOST = 4000
-"""Maximum number of training captions, and of held-out captions."""
+"""Maximum number of training captions, and maximum number of held-out captions."""
 LEARNED = 1000
-"""Maximum number of captions that a probe learns from, evenly spaced among the training captions."""
+"""Maximum number of captions from which a probe learns; they are evenly spaced among the training captions."""
 MANY = 20
 """If a property has more classes than this, only the classes that occur in held-out captions are probed."""
 GENDERS = {
@@ -54,7 +54,7 @@ _STOP_WORDS = frozenset("a an the of in on with and to is are at by for from thi
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions that probes learn from (`train`) and are scored on (`test`)."""
+    """The captions with which probes are trained (`train`) and scored (`test`)."""
 
     train: list[str]
     test: list[str]
@@ -65,18 +65,18 @@ class Captions:
 
 @dataclass(frozen=True)
 class Probe:
-    """How accurately one property is read from each embedding."""
+    """How accurately a linear probe reads one property from each embedding."""
 
     name: str
     classes: tuple[str, ...]
     train: int
     test: int
     chance: float
-    """Accuracy of always answering the most frequent class of the training captions."""
+    """Accuracy of the answer that is always the most frequent class of the training captions."""
     accuracy: Mapping[str, tuple[float, float, float]]
-    """Embedding or baseline -> value, and its 95% bootstrap interval over groups of held-out captions."""
+    """Embedding or baseline -> (value, low, high), with the 95% bootstrap interval over groups of held-out captions."""
     variance_share: Mapping[str, float | None]
-    """Embedding or baseline -> share of its variance over the held-out captions that the classes explain."""
+    """Embedding or baseline -> share of the variance over the held-out captions that the classes explain."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Study:
     neighbours: Mapping[str, Mapping[str, Sequence[str]]]
     """embedding -> word (or caption) -> the nearest other words (or captions)."""
     maps: Mapping[str, tuple[Tensor, tuple[float, float]]]
-    """embedding -> positions [N, 2] of the held-out captions, and the share of the variance along each axis."""
+    """embedding -> positions [N, 2] of the held-out captions, and the share of variance along each axis."""
     labels: Mapping[str, Sequence[str]]
-    """property -> class of each held-out caption, or "" if it has none."""
+    """property -> class of each held-out caption, or "" if the caption has no class."""
     alike: float | None
     """Linear CKA of S_G and S_D on the held-out captions."""
 
@@ -108,11 +108,11 @@ class Study:
 
 
 def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = ()) -> Study:
-    """Studies a model's embeddings of a set's captions, with the neighbours of `queries` (words). Raises UserError."""
+    """Studies a model's embeddings of a set's captions, and lists the neighbours of `queries`. Raises UserError."""
     captions = gather(data)
     sides = captions.train, captions.test
     if len(captions.train) < 20 or len(captions.test) < 8:
-        raise UserError(f"{data.folder}: too few captions to probe ({len(captions.train)} and {len(captions.test)})")
+        raise UserError(f"{data.folder}: too few captions ({len(captions.train)} train, {len(captions.test)} held out)")
     embeddings = EMBEDDINGS[model.config.text.mode]
     spaces = {name: tuple(model.embed_text(texts, which) for texts in sides) for name, which in embeddings.items()}
     tests = [test for _, test in spaces.values()]
@@ -155,7 +155,7 @@ def gather(data: ShardSet) -> Captions:
 
 
 def gender_of(caption: str) -> str:
-    """`male`, `female`, `neither` (a person without gender), or "" for captions with none or several."""
+    """`male`, `female` or `neither` (a person without gender); "" for captions with none or several of these."""
     in_caption = set(words(caption))
     genders = [name for name, group in GENDERS.items() if in_caption & group]
     return genders[0] if len(genders) == 1 else ""
@@ -186,9 +186,9 @@ def run_probe(
 ) -> Probe | None:
     """Probes one property; returns None if the property has fewer than two classes, or too few captions.
 
-    `train` and `test` are the classes of the training and of the held-out captions ("" leaves a caption out); `texts`
-    are the held-out captions. `spaces` maps each embedding and baseline to the vectors of the training and held-out
-    captions.
+    `train` and `test` are the classes of the training captions and of the held-out captions ("" leaves a caption out).
+    `texts` are the held-out captions. `spaces` maps each embedding and baseline to the vectors of the training captions
+    and of the held-out captions.
     """
     counts = Counter(label for label in train if label)
     classes = sorted(label for label, count in counts.items() if count >= 2)
@@ -221,7 +221,7 @@ def _untrained(model: TextToImage, texts: Sequence[str]) -> Tensor:
 
 
 def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequence[str]) -> dict[str, list[str]]:
-    """Query -> the nearest of the 600 most frequent words in training captions; each word is embedded separately."""
+    """Query -> the nearest of the 600 most frequent words of training captions. Each word is embedded separately."""
     frequency = Counter(word for text in captions.train for word in set(words(text)))
     texts = [word for word, count in frequency.most_common(600) if count >= 2 and len(word) > 1]
     if model.files.frozen is not None and model.files.frozen.about.get("kind") == "table":
@@ -235,6 +235,6 @@ def neighbours(model: TextToImage, which: str, captions: Captions, queries: Sequ
 
 
 def _spread(texts: list[str]) -> list[str]:
-    """The 7 most frequent texts, and 7 others, evenly spaced from there to rank 200."""
+    """The 7 most frequent texts, and 7 evenly spaced texts of the ranks 8 to 200."""
     rest = texts[7:200]
     return texts if len(texts) <= 14 else texts[:7] + [rest[i * len(rest) // 7] for i in range(7)]

@@ -1,9 +1,9 @@
 """Linear analysis of embeddings: pure functions of vectors and labels.
 
-If a linear probe (Alain & Bengio 2016) reads a property from an embedding, the next layer can use this property, but it
-need not. Captions contain the words for the property, so a probe is meaningful only compared with two baselines: a bag
-of words (everything that the caption says), and an untrained encoder of the same kind (what the architecture
-preserves).
+If a linear probe (Alain & Bengio 2016) reads a property from an embedding, the next layer can use this property, but
+may ignore it. Captions contain the words for the property, so a probe is meaningful only compared with two baselines: a
+bag of words (all information in the caption), and an untrained encoder of the same kind (the information that the
+architecture preserves).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from dist_t2i.data.tokenizer import words
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""Weight decays from which a probe selects one."""
+"""The weight decays among which a probe selects."""
 
 
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
     """Classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E] and labels int64 [N].
 
-    Features are standardized with the mean and deviation of the training rows. The weight decay is selected by the
-    accuracy on every fifth training row after a fit to the other rows; the final fit uses all training rows.
+    Features are standardized with the mean and standard deviation of the training rows. To select the weight decay, the
+    probe is fitted to four fifths of the training rows and scored on the others. The final fit uses all training rows.
     """
     mean, std = train.double().mean(0), train.double().std(0)
     varying = std > 1e-6  # constant features carry no information
@@ -69,13 +69,13 @@ def bag_of_words(train: Sequence[str], test: Sequence[str]) -> tuple[Tensor, Ten
 
 def nearest(vectors: Tensor, count: int) -> Tensor:
     """Row numbers int64 [N, count] of the nearest other rows of vectors [N, E] by cosine, nearest first."""
-    # The mean is removed, because what all texts share would dominate the cosine.
+    # The mean is removed, because it is common to all texts and would dominate the cosine.
     centered = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
     return (centered @ centered.T).fill_diagonal_(-2.0).topk(min(count, len(vectors) - 1), dim=1).indices
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """The two principal components [N, 2] of vectors [N, E] (largest loading positive), and their variance shares."""
+    """The two principal components [N, 2] of vectors [N, E], with the largest loading positive, and variance shares."""
     centered = vectors.double() - vectors.double().mean(0)
     _, singular, directions = torch.linalg.svd(centered, full_matrices=False)
     axes = directions[:2]
@@ -87,8 +87,8 @@ def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
 def explained(vectors: Tensor, labels: Tensor) -> float:
     """The share of the variance of vectors [N, E] that classes int64 [N] explain: omega squared, summed over E.
 
-    Unlike the plain ratio of variances, omega squared is about 0 for any number of uninformative classes. NaN if every
-    class has only one member.
+    For uninformative classes, omega squared is about 0, whereas the ratio of variances grows with the number of
+    classes. NaN if every class has only one member.
     """
     vectors = vectors.double() - vectors.double().mean(0)
     classes, index = labels.unique(return_inverse=True)

@@ -161,8 +161,8 @@ CUB = ClassSet(
       text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
       trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
 (From CUB_200_2011.tgz and the text release of Reed et al., the folder cvpr2016_cub, which may also be inside DIR. If
-only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class (004, 008 ... 200)
-is held out: 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
+only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class (004 ... 200) is
+held out: 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,

@@ -72,7 +72,7 @@ def test_mistakes_say_what_to_do(tmp_path, folder, monkeypatch):
         (str(tmp_path / "none"), "no such folder"),
         (str(tmp_path / "empty"), "no model.safetensors or pytorch_model.bin"),
         (str(broken), "not a CLIP model"),
-        ("nobody/nothing-at-all", "cannot be had from the Hugging Face hub"),
+        ("nobody/nothing-at-all", "cannot be downloaded from the Hugging Face hub"),
     ):
         with pytest.raises(UserError) as raised:
             features.load_features("clip", "cpu", source)

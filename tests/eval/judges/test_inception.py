@@ -164,7 +164,7 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for given, said in (
         (str(tmp_path / "none.pth"), "no such file"),
-        ("http://127.0.0.1:9/w.pth", "cannot be had from"),
+        ("http://127.0.0.1:9/w.pth", "cannot be downloaded from"),
     ):
         with pytest.raises(UserError, match=f"{said}.*--weights inception=FILE or DIST_T2I_INCEPTION_WEIGHTS=FILE"):
             weights_file("inception", given, inception.URL)
