@@ -43,7 +43,7 @@ class Plan:
     data: str = ""
     """Sharded set; empty: data.train of the base configuration."""
     source: str = ""
-    """If `openmoji` and the set does not exist, `tools/shard.py openmoji` writes it."""
+    """`openmoji`: `tools/shard.py openmoji` writes the set if it does not exist. Empty: the set must exist."""
     images: int = 0
     """Images that each run sees; 0: train.total_images of the base configuration."""
     seeds: int = 3

@@ -49,7 +49,7 @@ class Features:
     """One network's features of N pictures: float32, D numbers per picture."""
 
     fake: Tensor
-    """[S, N, D], S = number of seeds x J, with J captions per picture. Row s * J + j: from caption j with seed s"""
+    """[S, N, D] with S = number of seeds x J captions per picture. Row s * J + j has caption j and seed s."""
     real: Mapping[str, Tensor]
     """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None

@@ -197,7 +197,7 @@ def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> Froz
 
 
 def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """The encoder S_D of an exported model, or the frozen encoder that the exported model was trained with."""
+    """The encoder S_D of an exported model, or its frozen encoder if it was trained with text.mode=frozen."""
     model = read_export(folder)
     if model.tokenizer != tokenizer:
         remedy = "both models must be trained on sets that share one tokenizer.json"

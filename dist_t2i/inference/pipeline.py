@@ -131,7 +131,7 @@ class TextToImage:
         seed: int = 0,
         truncation: float | None = None,
     ) -> Image.Image:
-        """Changes an image to match a text, but nothing else in it. Returns an RGB image of the model's size.
+        """Changes an image to match a text, and keeps the rest unchanged. Returns an RGB image of the model's size.
 
         `image` is a PIL image, or a file in a format that training reads. Transparent pixels become white, and the
         central square is resized. `text` describes the full edited image, not only the change. `strength` 0 returns

@@ -28,7 +28,7 @@ standing sitting riding holding eating next to on in front of with under red blu
 
 
 def picture(number: int) -> bytes:
-    """A JPEG of SIZE with noise at all scales and shapes, by `number` alone. It has 115 KB on average, as in COCO."""
+    """A JPEG of SIZE that depends only on `number`. It shows noise and shapes. 115 KB on average, as in COCO."""
     random = numpy.random.default_rng(number)
     pixels = numpy.full((SIZE[1], SIZE[0], 3), 128.0, dtype=numpy.float32)
     for width, strength in _NOISE:

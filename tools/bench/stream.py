@@ -59,7 +59,7 @@ def main() -> int:
     places = f"disk or s3, and the number of worker processes (default: {' '.join(PLACES)})"
     parser.add_argument("--places", nargs="+", default=list(PLACES), metavar="disk:1", help=places)
     parser.add_argument("--tables", nargs="+", type=int, default=[1, 2], choices=[1, 2])
-    parser.add_argument("--resume", action="store_true", help="only measure the time to the first batch in an epoch")
+    parser.add_argument("--resume", action="store_true", help="only measure how long it takes to resume in an epoch")
     parser.add_argument("--scale", action="store_true", help="only measure a set of 400 million samples")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()

@@ -2,9 +2,9 @@
 
 In a set of pictures with systematic names, many edits have a true target, such as the same role in another skin tone.
 Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers are
-compared in the same way: a *copy* of the source, and a picture that the text-to-image model from which training for
-edits started generates from *scratch*. Targets and the sources of tone changes are held out. The sources of gender
-changes may be training pictures.
+compared in the same way: a *copy* of the source, and a picture generated from *scratch*. The text-to-image model from
+which training for edits started generates this picture. Targets and the sources of tone changes are held out. The
+sources of gender changes may be training pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SKIN = 24
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """The rules. Fields that `protocol.Protocol` also has have the same meaning in both classes."""
+    """The rules. Fields with the same name in `protocol.Protocol` have the same meaning."""
 
     name: str = "edits"
     version: int = 1
@@ -259,7 +259,7 @@ def _outside(answers: Answers) -> Score:
 
 
 def tone_scores(answers: Answers, library: Library) -> list[Score]:
-    """How often the skin tone is right, compared with the role's real pictures in all tones; then `target_scores`."""
+    """How often the tone is right: the nearest of the role's real pictures has this tone. Then `target_scores`."""
     right = answers.each(lambda name: right_tone(answers.pictures[name], answers.cases, library))
     row = {case.text: i for i, case in enumerate(answers.cases)}
     pairs = [skin_tones.tone_pair(case.text) for case in answers.cases]

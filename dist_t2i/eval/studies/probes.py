@@ -21,7 +21,7 @@ STRENGTHS = (1e-3, 1e-2, 1e-1)
 
 
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-    """Classes int64 [M] of test [M, E] by multinomial logistic regression on train [N, E] and labels int64 [N].
+    """Predicts classes int64 [M] of test [M, E], by multinomial logistic regression on train [N, E] and labels [N].
 
     Features are standardized with the mean and standard deviation of the training rows. To select the weight decay, the
     probe is fitted to four fifths of the training rows and scored on the others. The final fit uses all training rows.
