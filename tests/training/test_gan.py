@@ -29,7 +29,7 @@ TABLE = {
 }
 """Which modules a loss changes (text.mode=dual); it must change every one of them, and nothing else."""
 
-# An uneven share of wrong captions: with a half, the gradient of the last bias can cancel to zero.
+# The share of wrong captions is uneven: if half were wrong, the gradient of the last bias could cancel to zero.
 OVERRIDES = {
     "loss__penalty_every": 1,
     "model__discriminator__patches": 8,

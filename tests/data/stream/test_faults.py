@@ -322,7 +322,7 @@ def test_foreign_tars_with_damage(mended: Store, tmp_path: Path):
         mended, "train-00001.tar"
     )
     assert {line["where"] for line in listed} == {"train-00001.tar", "train-00005.tar"}
-    TABLE.append(("garbage header, cut tar: indexed", COUNT, samples, COUNT - samples, 0))
+    TABLE.append(("damaged tars, indexed on first use", COUNT, samples, COUNT - samples, 0))
 
 
 @pytest.mark.slow
