@@ -29,7 +29,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
     the sets share pictures, because such a picture is compared with its copy.
     """
     a, b = _kernel_rows(a, b, scaled)
-    within = sum(off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b))
+    within = torch.cat([off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b)]).sum()
     between = sum(cubic(a[rows], b).sum() for rows in _blocks(len(a))) / (len(a) * len(b))
     return (within - 2 * between).item()
 

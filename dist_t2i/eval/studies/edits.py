@@ -94,15 +94,13 @@ class Answers:
         ranks = metrics.retrieval_ranks(self.features(self.pictures[name]), self.features(self.pictures["target"]))
         return metrics.recall_at(1, ranks, len(self.cases), self.protocol.gallery)
 
-    def score(
-        self, key: str, name: str, values: Mapping[str, Tensor], better: str, **ends: Mapping[str, float]
-    ) -> Score:
-        """The mean of the edits' values [N] with its interval; the trivial answers are the default floor."""
+    def score(self, key: str, name: str, values: Mapping[str, Tensor], better: str) -> Score:
+        """The mean of the edits' values [N] with its interval; the trivial answers among `values` are the floor."""
         weights = metrics.bootstrap_weights([case.group for case in self.cases], self.protocol.resamples)
         low, high = metrics.interval(metrics.weighted_mean(values["edit"], weights))
         means = {name: value.double().mean().item() for name, value in values.items()}
         floor = {text: means[name] for name, text in TRIVIAL.items() if name in means}
-        return Score(key, name, means["edit"], low, high, better, **{"floor": floor, **ends})
+        return Score(key, name, means["edit"], low, high, better, floor)
 
 
 def evaluate_edits(
@@ -200,7 +198,7 @@ class Library:
 def tone_cases(library: Library) -> list[Case]:
     """Edits from light to dark and from dark to light skin tone, between held-out pictures."""
     held_out = set(library.held_out)
-    pairs = [(text, skin_tones.tone_pair(text) or ()) for text in library.held_out]
+    pairs = [(text, pair) for text in library.held_out if (pair := skin_tones.tone_pair(text))]
     return [
         Case(pair[0] if text == pair[1] else pair[1], text, pair[0])
         for text, pair in pairs
@@ -239,7 +237,8 @@ def target_scores(answers: Answers, library: Library) -> list[Score]:
         for name, text in TRIVIAL.items():
             gain = {"edit": distances[name] - distances["edit"]}
             label = f"{key}: nearer than {text} by"
-            scores.append(answers.score(f"{key}_gain_{name}", label, gain, "higher", floor={"no gain": 0.0}))
+            score = answers.score(f"{key}_gain_{name}", label, gain, "higher")
+            scores.append(dataclasses.replace(score, floor={"no gain": 0.0}))
     label = f"R@1 of {min(answers.protocol.gallery, len(answers.cases))} ({answers.network})"
     recall = answers.score("recall_at_1", label, answers.each(answers.target_first), "higher")
     return [*scores, _outside(answers), recall]
@@ -267,7 +266,7 @@ def tone_scores(answers: Answers, library: Library) -> list[Score]:
     order = answers.each(lambda name: metrics.tone_order(answers.pictures[name][light], answers.pictures[name][dark]))
     label = f"right tone ({int(right['edit'].sum())} of {len(answers.cases)}), nearest of the real tones"
     return [
-        answers.score("right_tone", label, right, "higher", ceiling={"the true target": 1.0}),
+        dataclasses.replace(answers.score("right_tone", label, right, "higher"), ceiling={"the true target": 1.0}),
         answers.score("tone_order", "to light brighter than to dark", order, "higher"),
         *target_scores(answers, library),
     ]

@@ -122,7 +122,7 @@ def study(model: TextToImage, data: ShardSet, *, queries: Sequence[str] = ()) ->
     objects = _objects if has_tones else _frequent(captions.train)
     properties = {"skin tone": tone_of, "gender": gender_of, "object": objects}
     labels = {name: [[label(text) for text in texts] for texts in sides] for name, label in properties.items()}
-    results = [run_probe(name, *labels[name], captions.test, {**spaces, **baselines}) for name in labels]
+    results = [run_probe(name, a, b, captions.test, spaces | baselines) for name, (a, b) in labels.items()]
     return Study(
         names=tuple(embeddings),
         captions=captions,
@@ -208,7 +208,7 @@ def run_probe(
         accuracy[space] = (right.mean().item(), low, high)
         share = probes.explained(held_out[ask], truth)
         shares[space] = None if math.isnan(share) else share
-    chance = (truth == index[max(classes, key=counts.get)]).double().mean().item()
+    chance = truth.eq(index[max(classes, key=counts.__getitem__)]).double().mean().item()
     return Probe(name, tuple(classes), len(learn), len(ask), chance, accuracy, shares)
 
 
