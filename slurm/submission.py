@@ -5,8 +5,8 @@
     RUN/slurm/JOB_submission.sh      the batch script
     RUN/slurm/JOB_RANK_log.out       the log of a rank, over all attempts of the job
 
-The configuration, the world size, the data, the profile and (with `sbatch --test-only`) the batch script are checked
-before anything is queued.
+The configuration, the world size, the profile and (with `sbatch --test-only`) the batch script are checked before
+anything is queued; tools/submit.py also checks the data.
 """
 
 from __future__ import annotations
@@ -65,19 +65,13 @@ class Submission:
         self.ranks = self.nodes * self.ranks_per_node
         self.folder, self.code = self.run / FOLDER, self.run / snapshot.CODE
 
-    def check(self) -> str:
-        """Checks the world size and the data; returns a line that describes the data. Raises UserError."""
-        from dist_t2i.data.open_data import open_data  # imported here, so that `status` starts faster
-
+    def check(self) -> None:
+        """Checks the numbers of nodes, runs and ranks. Raises UserError."""
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes}: a job needs at least one node")
         if self.seeds < 0:
             raise UserError(f"--array-seeds {self.seeds}: give a number of runs, or 0 for one run without an array")
         check_world(self.config, self.ranks)
-        data = open_data(self.config.data)
-        train = data.manifest["splits"]["train"]
-        captions = train.get("captions", {}).get("count", 0)
-        return f"{train['samples']:,} pictures, {captions:,} captions, {len(train['shards']):,} shards in {data.folder}"
 
     def script(self) -> str:
         """The batch script; the script of an array if `seeds` is above 1."""

@@ -13,7 +13,6 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import Lease, acquire
@@ -23,25 +22,25 @@ from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.utils import environment
 from dist_t2i.utils.files import write_atomic
 
-if TYPE_CHECKING:
-    from dist_t2i.data.shard_set import ShardSet
 
-
-def prepare(folder: Path, config: str, data: ShardSet, *, allow_changes: bool, warn: Callable[[str], None]) -> Lease:
+def prepare(
+    folder: Path, config: str, tokenizer: str, data: dict[str, str], *, allow_changes: bool, warn: Callable[[str], None]
+) -> Lease:
     """Create the run folder, or check that it belongs to the same run; acquire its lease. Rank 0 only.
 
-    `config` is the text for config.yaml. Raises ConfigError when the run began with a configuration that gives another
-    result, and CheckpointError when it began with another data set; with `allow_changes` both are warnings. Raises
-    UserError when the folder cannot be written, or when another process on this machine trains the run. A UserError
-    leaves the run unchanged.
+    `config` and `tokenizer` are the texts for config.yaml and tokenizer.json; `data` has the set's `path` and
+    `fingerprint`. Raises ConfigError when the run began with a configuration that gives another result, and
+    CheckpointError when it began with another data set; with `allow_changes` both are warnings. Raises UserError when
+    the folder cannot be written, or when another process on this machine trains the run. A UserError leaves the run
+    unchanged.
     """
     try:
         if (folder / "config.yaml").exists():
             _check_same_run(folder, config, data, allow_changes, warn)
         lease = acquire(store.folder_of(folder), say=warn)
-        described = environment.describe() | {"data": {"path": str(data.folder), "fingerprint": data.fingerprint}}
+        described = environment.describe() | {"data": data}
         write_atomic(folder / "environment.json", json.dumps(described, indent=1) + "\n")
-        write_atomic(folder / "tokenizer.json", data.tokenizer.text)
+        write_atomic(folder / "tokenizer.json", tokenizer)
         write_atomic(folder / "config.yaml", config)
         return lease
     except OSError as error:
@@ -52,14 +51,14 @@ def prepare(folder: Path, config: str, data: ShardSet, *, allow_changes: bool, w
 
 
 def _check_same_run(
-    folder: Path, config: str, data: ShardSet, allow_changes: bool, warn: Callable[[str], None]
+    folder: Path, config: str, data: dict[str, str], allow_changes: bool, warn: Callable[[str], None]
 ) -> None:
     before = config_files.load(folder / "config.yaml", [])
     for line in refuse_changes(before, config_files.loads(config), allow=allow_changes):
         warn(f"continuing with another configuration: {line}")
     known = fingerprint_of(folder)
-    if known is not None and known != data.fingerprint:
-        message = f"{data.folder} is not the set that the run {folder} began with (its fingerprint differs)"
+    if known is not None and known != data["fingerprint"]:
+        message = f"{data['path']} is not the set that the run {folder} began with (its fingerprint differs)"
         if not allow_changes:
             raise CheckpointError(
                 f"{message}.\nUse the old set (data.train=...), start another run (run.folder=...), or continue with "

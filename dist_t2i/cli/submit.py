@@ -152,7 +152,7 @@ def _queue(submission: Submission, options: argparse.Namespace, *, keep_code: bo
         return 0
     need_slurm()
     _refuse_if_live(submission.run, _ask)
-    print(f"data: {submission.check()}")
+    _check(submission)
     print(f"Slurm: {submission.test()}")
     jobs = submission.submit(keep_code=keep_code)
     relative = os.path.relpath(submission.run)
@@ -162,6 +162,16 @@ def _queue(submission: Submission, options: argparse.Namespace, *, keep_code: bo
     tool = f"python {shlex.quote(sys.argv[0])}"
     print(f"log:     {tool} logs {run} -f\nstatus:  {tool} status {run}\ncancel:  {tool} cancel {run}")
     return _follow(submission.run, 0) if options.follow else 0
+
+
+def _check(submission: Submission) -> None:
+    from dist_t2i.data.open_data import open_data  # imported here, so that `status` starts faster
+
+    submission.check()
+    data = open_data(submission.config.data)
+    train = data.manifest["splits"]["train"]
+    counts = f"{train['samples']:,} pictures, {train.get('captions', {}).get('count', 0):,} captions"
+    print(f"data: {counts}, {len(train['shards']):,} shards in {data.folder}")
 
 
 def _refuse_if_live(folder: Path, look: Callable[[Path], status.State]) -> None:
@@ -183,7 +193,7 @@ def _train_here(submission: Submission) -> int:
     if submission.nodes != 1 or submission.seeds:
         raise UserError("--local runs one node on this machine: leave out --nodes and --array-seeds")
     _refuse_if_live(submission.run, status.look)  # `status.look` works without Slurm
-    print(f"data: {submission.check()}")
+    _check(submission)
     submission.prepare()
     supervisor.train(
         submission.run / FOLDER / "config.yaml",

@@ -8,13 +8,16 @@ that D's step computed for the captions and the real pictures. A term's weight i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dist_t2i.config.sections import LossConfig
 from dist_t2i.losses import functional as losses
-from dist_t2i.models.discriminator import Embeddings
+
+Embeddings = Mapping[str, Tensor]
+"""Tensors with one row per picture or caption, by name."""
 
 
 class Negatives(NamedTuple):

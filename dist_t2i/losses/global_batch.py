@@ -8,14 +8,13 @@ of summing, so the loss is multiplied by `share`. No gradient crosses ranks, as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_t2i.losses.functional import same_pairs
-from dist_t2i.models.discriminator import Embeddings
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -42,20 +41,20 @@ class GlobalRows:
 
     def __init__(self, micro_batches: int):
         self.micro_batches, self.share = micro_batches, micro_batches * dist.get_world_size()
-        self._parts: list[Embeddings] = [{} for _ in range(micro_batches)]
+        self._parts: list[dict[str, Tensor]] = [{} for _ in range(micro_batches)]
 
-    def put(self, index: int, own: Embeddings) -> None:
+    def put(self, index: int, own: Mapping[str, Tensor]) -> None:
         """Gathers all ranks' rows of micro-batch `index`, as constants. Collective."""
         self._parts[index] = {name: gather_rows(value) for name, value in own.items()}
 
     @property
-    def constants(self) -> Embeddings:
+    def constants(self) -> dict[str, Tensor]:
         """[B, ...] by name, without a graph. Every micro-batch must have been `put`."""
         if len(self._parts) == 1:
             return self._parts[0]
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
-    def with_own(self, index: int, own: Embeddings) -> Embeddings:
+    def with_own(self, index: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The constants, with this rank's rows of micro-batch `index` replaced by `own` and its graph."""
         return {name: self._replace(value, index, own[name]) for name, value in self.constants.items()}
 

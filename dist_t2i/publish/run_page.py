@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.checkpoint.store import images_in
 from dist_t2i.eval.scores import rows as score_rows
 from dist_t2i.publish.model_card import SetAbout
 from dist_t2i.reporting.image_grid import grid_rows
@@ -87,8 +86,8 @@ def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
 
 def _history(run: Path) -> str:
     """The run's sample grids with a slider; without JavaScript, all grids appear one below the other."""
-    found = ((images_in(path.stem), path) for path in (run / "samples").glob("*.png"))
-    grids = sorted((images, path) for images, path in found if images is not None)
+    found = ((re.fullmatch(r"images-(\d+)", path.stem), path) for path in (run / "samples").glob("*.png"))
+    grids = sorted((int(match[1]), path) for match, path in found if match)
     if len(grids) > _GRIDS:
         grids = [grids[round(i * (len(grids) - 1) / (_GRIDS - 1))] for i in range(_GRIDS)]
     if not grids:

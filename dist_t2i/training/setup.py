@@ -84,7 +84,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
     leases: list[Lease] = []
     warn = partial(print, "warning:", flush=True)  # a process that does not hold the lease must not write into the log
-    on_main(lambda: leases.append(run_folder.prepare(folder, text, data, allow_changes=allow_changes, warn=warn)))
+    contents = text, data.tokenizer.text, {"path": str(data.folder), "fingerprint": data.fingerprint}
+    on_main(lambda: leases.append(run_folder.prepare(folder, *contents, allow_changes=allow_changes, warn=warn)))
     lease = leases[0] if main else None
     on_main(lambda: mirror.restore(lease), slow=True)
 
