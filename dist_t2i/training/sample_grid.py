@@ -32,7 +32,7 @@ class _Sample(NamedTuple):
     picture: np.ndarray  # uint8 [S, S, 3] at the training size
 
 
-class SampleSheet:
+class SampleGrid:
     """Renders rows of generated pictures, one row for each caption.
 
     The captions are `texts`. If `texts` is empty, the captions come from the set, from a held-out split if possible,

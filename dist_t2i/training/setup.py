@@ -34,7 +34,7 @@ from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
-from dist_t2i.training.sample_grid import SampleSheet
+from dist_t2i.training.sample_grid import SampleGrid
 from dist_t2i.training.trainer import Trainer
 from dist_t2i.training.validation import Validation, read_protocol
 from dist_t2i.utils.tensors import fill
@@ -108,10 +108,10 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     parts = gan.engines, average, validation, reporter, mirror, watchdog
     checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, *parts)
     images = checkpointer.restore()
-    sample_sheet = None
+    sample_grid = None
     if main:
         prompts = config.report.sample_prompts
-        sample_sheet = SampleSheet(prompts, data, config.data, config.model, config.edit, train.seed)
+        sample_grid = SampleGrid(prompts, data, config.data, config.model, config.edit, train.seed)
 
     # The stream starts at the restored position. Records of bad samples beyond this position are deleted first, because
     # the stream will write them again.
@@ -132,7 +132,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     )
     loop = config.data, train, config.optimizer, config.engine, config.report
     return Trainer(
-        folder, images, *loop, stream, checkpointer, gan, average, validation, sample_sheet, reporter, mirror, watchdog
+        folder, images, *loop, stream, checkpointer, gan, average, validation, sample_grid, reporter, mirror, watchdog
     )
 
 

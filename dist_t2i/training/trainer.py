@@ -25,7 +25,7 @@ from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
 from dist_t2i.training.health import Health, check_finite
-from dist_t2i.training.sample_grid import SampleSheet
+from dist_t2i.training.sample_grid import SampleGrid
 from dist_t2i.training.schedule import learning_rate_scale, passes
 from dist_t2i.training.validation import Validation
 
@@ -49,7 +49,7 @@ class Trainer:
     gan: Gan
     average: Average
     validation: Validation | None  # None if `eval.every_images` is 0
-    sample_sheet: SampleSheet | None  # only on rank 0
+    sample_grid: SampleGrid | None  # only on rank 0
     reporter: Reporter
     mirror: Mirror
     watchdog: Watchdog
@@ -140,8 +140,8 @@ class Trainer:
     def _sample(self) -> None:
         self.watchdog.doing("sample grid", self.images, extra=_SAMPLE_SECONDS)
         with self.meter.paused():
-            if self.sample_sheet is not None:
-                rows = self.sample_sheet.rows(self.average)
+            if self.sample_grid is not None:
+                rows = self.sample_grid.rows(self.average)
                 self.reporter.samples(self.images, rows, name=folder_name(self.images))
 
     def _begin(self) -> None:

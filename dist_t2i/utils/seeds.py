@@ -15,7 +15,8 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Some values have several uses; separate values would change what existing runs compute."""
+    """Purposes of `mix`. Some values have several uses; separate values would change what existing runs compute. For the
+    same reason the sources in a sample grid (training/sample_grid.py) use `mix(seed, number)`, without a purpose."""
 
     TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
     FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1
