@@ -20,7 +20,7 @@ from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
 from dist_t2i.errors import CheckpointError, UserError
 from dist_t2i.utils import environment
-from dist_t2i.utils.files import write_atomic
+from dist_t2i.utils.files import remove_abandoned, write_atomic
 
 
 def prepare(
@@ -38,6 +38,7 @@ def prepare(
         if (folder / "config.yaml").exists():
             _check_same_run(folder, config, data, allow_changes, warn)
         lease = acquire(store.folder_of(folder), say=warn)
+        remove_abandoned(folder)
         described = environment.describe() | {"data": data}
         write_atomic(folder / "environment.json", json.dumps(described, indent=1) + "\n")
         write_atomic(folder / "tokenizer.json", tokenizer)

@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from dist_t2i.utils.processes import is_alive
 
 
 @contextlib.contextmanager
@@ -29,6 +32,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file (text as UTF-8). Readers see either the old or the complete new content. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes the temporary files that killed processes left in a folder and its subfolders. Files younger than a minute
+    are kept: a process of another machine may be writing them."""
+    for part in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        pid = part.name.split(".")[-2]
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and time.time() - part.stat().st_mtime > 60 and not is_alive(int(pid)):
+                part.unlink()
 
 
 def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
