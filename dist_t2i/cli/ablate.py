@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.cli.common import new_parser, say, write_openmoji, writing
 from dist_t2i.errors import UserError
+from dist_t2i.utils.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from dist_t2i.ablation.plan import Plan
@@ -143,9 +144,9 @@ def report(
     facts = facts_of(done, scores, data, out)
     results = reports.Findings(plan, configs, scores, missing, facts)
     pictures = write_pictures(results, data, protocol, out, min(seed for _, seed in done))
-    (out / "table.json").write_text(json.dumps(results.as_json(), indent=1) + "\n", encoding="utf-8")
+    write_atomic(out / "table.json", json.dumps(results.as_json(), indent=1) + "\n")
     names = {heading: path.name for heading, path in pictures.items()}
-    (out / "table.md").write_text(reports.markdown(results, names), encoding="utf-8")
+    write_atomic(out / "table.md", reports.markdown(results, names))
     page = reports.write_page(results, out / "index.html", pictures, data.manifest.get("credit", ""))
     print("", *(f"* {verdict}" for verdict in results.verdicts()), "", sep="\n")
     print(f"Report: {page} and {out / 'table.md'}")
@@ -153,8 +154,8 @@ def report(
         doc.parent.mkdir(parents=True, exist_ok=True)
         names = {heading: f"{doc.stem}-{path.name}" for heading, path in pictures.items()}
         for heading, path in pictures.items():
-            doc.with_name(names[heading]).write_bytes(path.read_bytes())
-        doc.write_text(reports.markdown(results, names), encoding="utf-8")
+            write_atomic(doc.with_name(names[heading]), path.read_bytes())
+        write_atomic(doc, reports.markdown(results, names))
         say(f"written to {doc}")
 
 
@@ -183,7 +184,6 @@ def facts_of(
     from dist_t2i.ablation.runs import seconds_trained
     from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.utils import environment
-    from dist_t2i.utils.files import read_json
 
     about, folders = environment.describe(), [Path(config.run.folder) for config in done.values()]
     machines = [read_json(folder / "environment.json") for folder in folders]

@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]:
     """Endlessly yields the pauses between attempts, in seconds. The pauses grow from `first` to `longest`. Each is
-    multiplied by a random number from 0.5 to 1, so that processes that failed together do not retry together."""
+    multiplied by a random number from 0.5 to 1 (Brooker's "equal jitter"), so that processes that failed together do
+    not retry together, and no pause exceeds `longest`."""
     pause = first
     while True:
         yield pause * random.uniform(0.5, 1.0)
