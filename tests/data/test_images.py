@@ -32,8 +32,8 @@ def quarters(size=(48, 32)):
     """Four colors, one in each corner, which show how a picture was rotated."""
     image = Image.new("RGB", size)
     half = size[0] // 2, size[1] // 2
-    for place, colour in enumerate([RED, (10, 240, 10), (20, 20, 230), (240, 240, 10)]):
-        image.paste(colour, (place % 2 * half[0], place // 2 * half[1], size[0], size[1]))
+    for place, color in enumerate([RED, (10, 240, 10), (20, 20, 230), (240, 240, 10)]):
+        image.paste(color, (place % 2 * half[0], place // 2 * half[1], size[0], size[1]))
     return image
 
 

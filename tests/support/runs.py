@@ -47,16 +47,16 @@ def make_set(folder: Path, pictures: int = 48) -> Path:
     """A set of colored shapes with matching captions, written by `tools/shard.py folder`; returns the set's path."""
     images, out = folder / "pictures", folder / "set"
     images.mkdir(parents=True)
-    colours, shapes = ["red", "green", "blue", "orange"], ["square", "circle", "bar"]
+    colors, shapes = ["red", "green", "blue", "orange"], ["square", "circle", "bar"]
     lines = []
     for i in range(pictures):
-        colour, shape = colours[i % 4], shapes[i % 3]
+        color, shape = colors[i % 4], shapes[i % 3]
         picture = Image.new("RGB", (32, 32), "white")
         draw, x = ImageDraw.Draw(picture), 2 + i % 9
         box = (x, 8, x + 16, 24 if shape != "bar" else 14)
-        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=color)
         picture.save(images / f"{i:03d}.png")
-        lines.append(json.dumps({"image": f"{i:03d}.png", "captions": [f"a {colour} {shape}", f"{shape}, {colour}"]}))
+        lines.append(json.dumps({"image": f"{i:03d}.png", "captions": [f"a {color} {shape}", f"{shape}, {color}"]}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
     command = [sys.executable, str(ROOT / "tools" / "shard.py"), "folder", "--images", str(images)]
     command += ["--captions", str(folder / "captions.jsonl"), "--out", str(out), "--shard-samples", "20"]

@@ -49,9 +49,9 @@ def place(tmp_path_factory) -> Path:
     pictures.mkdir(parents=True)
     lines = []
     for i in range(600):  # 2% of them are held out, and scores compare these
-        colour, shape = ("red", "blue")[i % 2], ("square", "circle")[i // 2 % 2]
-        Image.new("RGB", (80, 64 + i % 64), colour).save(pictures / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "captions": [f"a {colour} {shape}"]}))
+        color, shape = ("red", "blue")[i % 2], ("square", "circle")[i // 2 % 2]
+        Image.new("RGB", (80, 64 + i % 64), color).save(pictures / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "captions": [f"a {color} {shape}"]}))
     (folder / "my" / "captions.jsonl").write_text("\n".join(lines))
     return folder
 

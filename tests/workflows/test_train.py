@@ -142,8 +142,8 @@ def test_text_modes(tmp_path, data, mode):
         import torch
         from safetensors.torch import save_file
 
-        colours, shapes = ("red", "green", "blue", "orange"), ("square", "circle", "bar")
-        captions = [f"a {c} {s}" for c in colours for s in shapes] + [f"{s}, {c}" for c in colours for s in shapes]
+        colors, shapes = ("red", "green", "blue", "orange"), ("square", "circle", "bar")
+        captions = [f"a {c} {s}" for c in colors for s in shapes] + [f"{s}, {c}" for c in colors for s in shapes]
         table = tmp_path / "table.safetensors"
         torch.manual_seed(0)
         save_file({"vectors": torch.randn(len(captions), 12)}, table, metadata={"captions": json.dumps(captions)})

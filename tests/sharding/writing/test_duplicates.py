@@ -66,8 +66,8 @@ def test_perceptual(tmp_path):
         (images / f"a{number:02d}.png").write_bytes(encoded(picture))
         (images / f"b{number:02d}.jpg").write_bytes(encoded(picture, "JPEG", quality=70))
         (images / f"c{number:02d}.jpg").write_bytes(encoded(picture.resize((80, 60)), "JPEG", quality=85))
-    for name, colour in (("plain1", "red"), ("plain2", "blue"), ("plain3", "blue")):
-        (images / f"{name}.png").write_bytes(encoded(Image.new("RGB", (64, 64), colour)))
+    for name, color in (("plain1", "red"), ("plain2", "blue"), ("plain3", "blue")):
+        (images / f"{name}.png").write_bytes(encoded(Image.new("RGB", (64, 64), color)))
     (images / "broken.png").write_bytes(b"no picture")
     captions = said(tmp_path, sorted(path.name for path in images.iterdir()))
     arguments = ["folder", "--images", images, "--captions", captions, "--deduplicate", "perceptual", "--holdout", 0]
@@ -86,14 +86,14 @@ def test_perceptual(tmp_path):
 def test_the_hash_bears_what_it_should(tmp_path):
     def differ(a, b):
         first, second = look_of(a), look_of(b)
-        colours = max(abs(x - y) for x, y in zip(first[1], second[1], strict=True))
-        return (first[0] ^ second[0]).bit_count(), colours
+        colors = max(abs(x - y) for x, y in zip(first[1], second[1], strict=True))
+        return (first[0] ^ second[0]).bit_count(), colors
 
     for number in range(20):
         picture = scene(number, (640, 480))
         whole = encoded(picture, compress_level=1)
         small = encoded(picture.resize((320, 240), Image.Resampling.LANCZOS), "WEBP", quality=60)
-        bits, colours = differ(whole, small)
-        assert bits <= MAX_BITS and colours <= MAX_COLOR
+        bits, colors = differ(whole, small)
+        assert bits <= MAX_BITS and colors <= MAX_COLOR
         assert differ(whole, encoded(scene(number + 100)))[0] > 10
     assert look_of(b"nothing") is None
