@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_t2i.models.config import AugmentConfig, ModelConfig, TextConfig
-from dist_t2i.utils.settings import POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
+from dist_t2i.utils.settings import NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Resume, at_least, section, setting
 
 RENAMED = {
     "model.generator.colours": "model.generator.colors",
@@ -108,6 +108,9 @@ class LossConfig:
     """Temperature of the InfoNCE losses on words."""
     word_sharpness: float = setting(5.0, POSITIVE)
     """Inverse temperature of a word's attention to regions and of pooling over words (AttnGAN: gamma 1 and 2)."""
+    g_mode_seeking: float = setting(0.0, NOT_NEGATIVE)
+    """Weight of G's mode seeking (`losses.mode_seeking`): two pictures of one caption must differ in D's features. It
+    keeps G from ignoring the noise. 0: no mode seeking."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with a wrong caption among the negatives of D's hinge loss (0 to 1)."""
     pixels: float = 0.0

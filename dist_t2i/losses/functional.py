@@ -106,6 +106,33 @@ def word_info_nce(
     return _contrast(by_caption.logsumexp(dim=2) / (sharpness * temperature), same)
 
 
+LEAST_DISTANCE = 1e-3
+"""Lower bound of a cosine distance in `mode_seeking`, which bounds the loss and its gradient for equal pictures."""
+
+
+def mode_seeking(first: Tensor, second: Tensor) -> Tensor:
+    """Minus the mean logarithm of the cosine distance between D's features of two pictures per caption. Our own form of
+    mode seeking (MSGAN, Mao et al. 2019, sec. 3.2).
+
+    first, second: features [R, A], before any caption enters them, of two fakes of the same caption from independent
+    noise. MSGAN maximizes a ratio of distances in pixels and in noise. Here the logarithm makes the gradient strong
+    while two pictures are alike, and weak once they differ. D's features ignore differences that nobody sees.
+    """
+    return -_cosine_distance(first, second).clamp_min(LEAST_DISTANCE).log().mean()
+
+
+def relative_diversity(first: Tensor, second: Tensor) -> Tensor:
+    """Mean cosine distance between two fakes of the same caption, divided by that between fakes of different captions:
+    0 if the generator ignores the noise. Features [R, A] as in `mode_seeking`."""
+    across = _cosine_distance(first, second.roll(1, dims=0)).mean()
+    return _cosine_distance(first, second).mean() / across.clamp_min(LEAST_DISTANCE)
+
+
+def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cosine of each pair of rows: [R, A], [R, A] -> [R]."""
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=1)
+
+
 def same_pairs(image_ids: Tensor, caption_ids: Tensor) -> Tensor:
     """int64 [B] each -> bool [B, B]: True where two rows share the picture or the caption."""
     return (image_ids[:, None] == image_ids) | (caption_ids[:, None] == caption_ids)

@@ -42,9 +42,16 @@ class GeneratorSide(nn.Module):
         text: TextEmbedding | None,
         pictures: Tensor | None = None,
         given: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Generated:
-        """Pictures for B captions. `text`: S_G if shared or frozen. For `pictures` and `given` see `SourceEncoder`."""
+        """Pictures for B captions. `text`: S_G if shared or frozen. For `pictures` and `given` see `SourceEncoder`.
+
+        rows: int64 [R], the caption of each row of noise; by default the B rows of noise have one caption each.
+        """
         text = text if self.text_g is None else self.text_g(tokens, lengths)
+        if rows is not None:
+            text = TextEmbedding(*(x[rows] for x in text))
+            pictures, given = (None if x is None else x[rows] for x in (pictures, given))
         guide = None if pictures is None else self.source(pictures, text, given)
         return self.generator(noise, text.sentence, text.words, text.mask, condition_noise, guide)
 

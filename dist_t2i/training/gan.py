@@ -6,6 +6,7 @@
     D penalty: R1, MA-GP or finite-difference R1              D(x, S_D as a constant)          D
     G adversarial                                             D(G(z, S_G), S_D as a constant)  G, S_G
     G alignment: InfoNCE of fakes with S_D, and with reals    align(G(z, S_G))                 G, S_G
+    G mode seeking: two fakes of a caption (our own)          D's trunk of G(z, S_G)           G, S_G
     conditioning augmentation KL                              S_G                              G, S_G
     G pixels, if loss.pixels is set (not in the paper)        G(z, S_G)                        G, S_G
     G pixels, if source pictures are edited                   G(z, S_G, source)                G, S_G
@@ -44,7 +45,7 @@ from dist_t2i.models.config import AugmentConfig, ModelConfig
 from dist_t2i.models.discriminator import Discriminator, Embeddings, Features
 from dist_t2i.models.generator import Generated
 from dist_t2i.models.networks import DiscriminatorSide
-from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise
+from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise, second_noise
 from dist_t2i.training.schedule import penalty_scale
 from dist_t2i.training.text_modes import FrozenText, PerNetworkText, SharedText
 
@@ -67,6 +68,7 @@ class MicroBatch:
     source: Source | None  # None unless pictures are edited
     text_g: PerNetworkText = field(init=False)  # S_G, from which the fakes were generated
     fake: Generated = field(init=False)
+    second: Tensor | None = field(init=False, default=None)  # [m / 2, 3, H, W], second fakes of every other row
     sentence: Tensor = field(init=False)  # S_D [m, E] as computed in D's step, detached from the graph
 
 
@@ -150,7 +152,7 @@ class Gan:
     ) -> DiscriminatorOutput:
         """Everything that D's losses need from one micro-batch, computed in one pass through D's trunk."""
         d, real = side.discriminator, micro.real
-        fake = self._augment(micro.fake.images.detach(), micro)
+        fake = self._augment(micro.fake.images.detach(), micro.noise.augmentation)
         encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
         sentence = encoded.sentence
 
@@ -229,30 +231,41 @@ class Gan:
                 # Generate the fakes of D's step again, now with a graph. G has not changed, so they are the same.
                 if not single:
                     self._generate(micro)
-                logits, embeddings = self._discriminate_fakes(micro)
+                logits, embeddings, pooled = self._discriminate_fakes(micro)
                 if single:
                     fakes.put(0, embeddings)
 
                 # Gradients of G and S_G, through D with its updated weights.
-                self.generator.backward(self._generator_loss(micro, logits, embeddings, fakes, real))
+                self.generator.backward(self._generator_loss(micro, logits, embeddings, pooled, fakes, real))
                 micro.text_g.propagate(self.generator, rate_scale)
                 self.generator.step(rate_scale)
-                del micro.fake
+                del micro.fake, micro.second
 
-    def _discriminate_fakes(self, micro: MicroBatch) -> tuple[Tensor, Embeddings]:
-        """D's logits, [m] or [m, L], and embeddings of a micro-batch's fakes. The fakes are not detached."""
-        fake = self._augment(micro.fake.images, micro)
+    def _discriminate_fakes(self, micro: MicroBatch) -> tuple[Tensor, Embeddings, Tensor]:
+        """D's logits, [m] or [m, L], embeddings, and pooled features [m + m / 2, A] of a micro-batch's fakes and second
+        fakes. The fakes keep their graph, if any."""
+        fake, rows = self._augment(micro.fake.images, micro.noise.augmentation), len(micro.fake.images)
+        if micro.second is not None:
+            # The same augmentation as of the first fakes, so that the two differ only because of the noise.
+            fake = torch.cat([fake, self._augment(micro.second, micro.noise.augmentation[::2])])
 
-        def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings]:
-            features = (d := side.discriminator).features(fake)
-            return d.adversarial(features, micro.sentence), d.embed_pictures(features)
+        def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings, Tensor]:
+            every = (d := side.discriminator).features(fake)
+            features = every.rows(0, rows)
+            return d.adversarial(features, micro.sentence), d.embed_pictures(features), every.pooled
 
         return self.discriminator.module(discriminate)
 
     def _generator_loss(
-        self, micro: MicroBatch, logits: Tensor, embeddings: Embeddings, fakes: GlobalRows, real: GlobalRows
+        self,
+        micro: MicroBatch,
+        logits: Tensor,
+        embeddings: Embeddings,
+        pooled: Tensor,
+        fakes: GlobalRows,
+        real: GlobalRows,
     ) -> Tensor:
-        weights = self.loss
+        weights, rows = self.loss, len(logits)
 
         # Over this rank's m rows: hinge, KL of the conditioning (StackGAN, eq. 2), and pixel errors if configured.
         adversarial = losses.hinge_g(logits)
@@ -266,6 +279,12 @@ class Gan:
 
         std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
         terms = {"loss/g_adversarial": adversarial, **named, "loss/kl": kl, "fake/std": std}
+        if micro.second is not None:
+            # Over every other row: two fakes of one caption, compared in D's features (our own form of mode seeking).
+            pairs = pooled[:rows:2], pooled[rows:]
+            terms["loss/g_mode_seeking"] = losses.mode_seeking(*pairs)
+            terms["fake/diversity"] = losses.relative_diversity(*pairs)
+            over_rows = over_rows + weights.g_mode_seeking * terms["loss/g_mode_seeking"]
         for name, weight, error in self._pixel_errors(micro):
             terms[name] = error
             over_rows = over_rows + weight * error
@@ -306,9 +325,9 @@ class Gan:
         same = global_same_pairs([(b.image_ids.to(device), b.caption_ids.to(device)) for b in batches])
         return Negatives(same, None if positions is None else positions.to(device))
 
-    def _augment(self, images: Tensor, micro: MicroBatch) -> Tensor:
+    def _augment(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """The fakes as D sees them: augmented with the same random numbers as the real pictures of their captions."""
-        return augment(images.to(self.discriminator.dtype), micro.noise.augmentation, self.augmentation)
+        return augment(images.to(self.discriminator.dtype), uniforms, self.augmentation)
 
     def _text(self, micro: MicroBatch, engine: NetworkEngine) -> PerNetworkText:
         tokens, lengths = micro.batch.tokens, micro.batch.lengths
@@ -321,8 +340,20 @@ class Gan:
         dtype, batch = self.generator.dtype, micro.batch
         noise, condition_noise = micro.noise.noise.to(dtype), micro.noise.condition_noise.to(dtype)
         text = (batch.tokens, batch.lengths, micro.text_g.embedding)
-        source = () if micro.source is None else (micro.source.images, micro.source.ids >= 0)
-        micro.fake = self.generator.module(noise, condition_noise, *text, *source)
+        source = (None, None) if micro.source is None else (micro.source.images, micro.source.ids >= 0)
+        rows, count = None, len(noise)
+        if self.loss.g_mode_seeking and torch.is_grad_enabled():
+            # A second fake of every other row, from independent noise, in the same call of the engine.
+            pairs = second_noise(self.train.seed, batch.positions[::2].cpu(), self.model.generator)
+            noise, condition_noise = (
+                torch.cat([first, second.to(first)])
+                for first, second in zip((noise, condition_noise), pairs, strict=True)
+            )
+            rows = torch.arange(count, device=noise.device)
+            rows = torch.cat([rows, rows[::2]])
+        generated = self.generator.module(noise, condition_noise, *text, *source, rows)
+        micro.fake = Generated(*(x[:count] for x in generated))
+        micro.second = None if rows is None else generated.images[count:]
 
     @torch.no_grad()
     def _embed_real(self, micro: MicroBatch) -> Embeddings:

@@ -36,6 +36,15 @@ def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise
     return RowNoise(noise.contiguous(), condition_noise.contiguous(), uniform)
 
 
+def second_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> tuple[Tensor, Tensor]:
+    """Noise [B, Z] and conditioning noise [B, C] of a second fake of the rows at stream `positions` (int64 [B])."""
+    normal = torch.empty(len(positions), widths.noise + widths.condition)
+    for row, generator in enumerate(_generators(seed, positions, Purpose.MODE_SEEKING_NOISE)):
+        normal[row].normal_(generator=generator)
+    noise, condition_noise = normal.split((widths.noise, widths.condition), dim=1)
+    return noise.contiguous(), condition_noise.contiguous()
+
+
 def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -> Tensor | None:
     """int64 [K, P]: for each of the P positions of all region maps, K = `count` other positions of the same map.
 

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     R_PRECISION_CANDIDATES = 5
     REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
     SCENES = 0x5343454E  # everything about one scene that the project renders itself
+    MODE_SEEKING_NOISE = 7  # noise and conditioning noise of the second fake of one row of a training batch
 
 
 class StreamPurpose(IntEnum):
