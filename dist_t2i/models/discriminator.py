@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.models.config import DiscriminatorConfig, scales
-from dist_t2i.models.layers import FIRST_SIZE, Convolution, Downsample, ResidualBlock, activate, linear, patch_size
+from dist_t2i.models.layers import (
+    FIRST_SIZE,
+    Convolution,
+    Downsample,
+    ResidualBlock,
+    activate,
+    linear,
+    patch_size,
+    residual_gain,
+)
 from dist_t2i.models.text_encoder import TextEmbedding
 
 Embeddings = dict[str, Tensor]
@@ -72,13 +81,13 @@ class Discriminator(nn.Module):
         self.unshuffle = nn.PixelUnshuffle(patch)
         self.stem = Convolution(3 * patch**2, channels[0], gain=1.0)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in pairwise(channels))
-        repeats = range(config.blocks)
-        self.scales = nn.ModuleList(nn.ModuleList(ResidualBlock(c) for _ in repeats) for c in channels)
+        repeats, gain = range(config.blocks), residual_gain(config.blocks * len(channels))
+        self.scales = nn.ModuleList(nn.ModuleList(ResidualBlock(c, gain) for _ in repeats) for c in channels)
         self.pool = linear(channels[-1] * FIRST_SIZE**2, width, gain=2**0.5)
         self.joint = config.condition == "joint"
         self.condition = linear(text_width, width)
         self.hidden = linear(2 * width, width, gain=2**0.5) if self.joint else None
-        self.realism = linear(width, 1)
+        self.realism = linear(width, 1, gain=gain)  # small in deep networks, as fresh logits should be
         self.image_projection = linear(width, width)
         self.text_projection = linear(text_width, width)
         channels_of = dict(zip(scales(channels)[::-1], channels, strict=True))

@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_t2i.models.config import GeneratorConfig
-from dist_t2i.models.layers import FIRST_SIZE, Convolution, Modulation, activate, linear, patch_size, repeat_in_patches
+from dist_t2i.models.layers import (
+    FIRST_SIZE,
+    Convolution,
+    Modulation,
+    activate,
+    linear,
+    patch_size,
+    repeat_in_patches,
+    residual_gain,
+)
 from dist_t2i.models.source_encoder import SourceGuide
 
 
@@ -51,12 +60,12 @@ class ConditionAugmentation(nn.Module):
 class GeneratorBlock(nn.Module):
     """A residual block of two 3x3 convolutions, each after a text-conditioned modulation."""
 
-    def __init__(self, channels: int, condition: int):
+    def __init__(self, channels: int, condition: int, gain: float = 0.5):
         super().__init__()
         self.modulation1 = Modulation(channels, condition)
         self.conv1 = Convolution(channels, channels)
         self.modulation2 = Modulation(channels, condition)
-        self.conv2 = Convolution(channels, channels, gain=0.5)
+        self.conv2 = Convolution(channels, channels, gain=gain)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, C, H, W], condition [B, N] -> [B, C, H, W]."""
@@ -142,7 +151,8 @@ class Generator(nn.Module):
         self.augmentation = ConditionAugmentation(text_width, config.condition)
         self.first = linear(width, channels[0] * FIRST_SIZE**2)
         self.upsamples = nn.ModuleList(Upsample(a, b) for a, b in pairwise(channels))
-        self.scales = nn.ModuleList(nn.ModuleList(GeneratorBlock(c, width) for _ in blocks) for c in channels)
+        gain = 0.5 * residual_gain(len(blocks) * len(channels))
+        self.scales = nn.ModuleList(nn.ModuleList(GeneratorBlock(c, width, gain) for _ in blocks) for c in channels)
         self.layouts = nn.ModuleDict()
         for size, c in self.channels_of.items():
             if int(size) > FIRST_SIZE and config.layout >= 4 * int(size) ** 2:

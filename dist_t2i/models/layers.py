@@ -122,13 +122,22 @@ class WordAttention(nn.Module):
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class ResidualBlock(nn.Module):
-    """A residual block of two 3x3 convolutions."""
+def residual_gain(blocks: int) -> float:
+    """Factor on the initial gain of each residual branch in a network of `blocks` blocks in total.
 
-    def __init__(self, channels: int):
+    Each branch adds to the variance of the map. From four blocks on, the sum of all branches stays constant, so that
+    fresh maps and logits do not grow with depth (R3GAN, Huang et al. 2024, sec. 3.2, scales by depth similarly).
+    """
+    return min(1.0, 2.0 / blocks**0.5)
+
+
+class ResidualBlock(nn.Module):
+    """A residual block of two 3x3 convolutions. `gain` is that of its second convolution."""
+
+    def __init__(self, channels: int, gain: float = 1.0):
         super().__init__()
         self.conv1 = Convolution(channels, channels)
-        self.conv2 = Convolution(channels, channels, gain=1.0)
+        self.conv2 = Convolution(channels, channels, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
