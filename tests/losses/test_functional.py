@@ -231,3 +231,27 @@ def test_pixel_error_and_way_left():
     near = source + 0.8 - 0.01  # a tiny change counts as LEAST_WAY
     expected = 0.4**2 / losses.LEAST_WAY / 3
     assert losses.way_left(images[:1].expand(3, -1, -1, -1), near, wanted, rows[[0, 2, 2]]) == pytest.approx(expected)
+
+
+# Mode seeking
+
+
+def test_mode_seeking_by_hand():
+    first, second = vector(1.0, 0.0).repeat(2, 1), torch.tensor([[0.0, 3.0], [-2.0, 0.0]])  # distances 1 and 2
+    assert losses.mode_seeking(first, second).item() == pytest.approx(-0.5 * math.log(2))
+    assert losses.mode_seeking(first, first).item() == pytest.approx(-math.log(losses.LEAST_DISTANCE))
+
+
+def test_mode_seeking_pulls_harder_the_more_alike_two_pictures_are():
+    pulls = []
+    for angle in (0.1, 0.5, 1.5):
+        second = vector(math.cos(angle), math.sin(angle))[None].requires_grad_(True)
+        losses.mode_seeking(vector(1.0, 0.0)[None], second).backward()
+        pulls.append(second.grad.norm().item())
+    assert pulls[0] > 2 * pulls[1] > 4 * pulls[2]
+
+
+def test_relative_diversity_is_0_where_noise_is_ignored_and_1_where_captions_are():
+    captions, pictures = units(64, 16), units(64, 16, seed=1)
+    assert losses.relative_diversity(captions, captions).item() == pytest.approx(0.0, abs=1e-6)
+    assert losses.relative_diversity(captions, pictures).item() == pytest.approx(1.0, abs=0.1)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.losses import functional as losses
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.text_encoder import TextEmbedding
-from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise
+from dist_t2i.training.noise import RowNoise, perturbation, region_negatives, row_noise, second_noise
 from models_on_disk import networks_of
 
 
@@ -196,6 +197,8 @@ class Reference:
             )
         if w.pixels:
             total = total + w.pixels * (out.images - self._pixels(seen.batch.images)).abs().mean()
+        if w.g_mode_seeking:
+            total = total + w.g_mode_seeking * self._mode_seeking(seen, ff.pooled)
         if self.config.edit.width:
             total = total + self._pixel_errors(seen, out)
         if real.words is not None:
@@ -207,14 +210,21 @@ class Reference:
             "loss/kl": kl.item(),
         }
 
+    def _mode_seeking(self, seen, pooled):
+        """Of every other row of each rank's micro-batch: all rows with another noise, of which every other is used."""
+        noise = second_noise(self.config.train.seed, seen.batch.positions, self.config.model.generator)
+        other = self.nets.discriminator.discriminator.features(self._fake(seen, noise)[0]).pooled
+        cosine = (F.normalize(pooled, dim=1) * F.normalize(other, dim=1)).sum(1)
+        return -(1 - cosine).clamp_min(losses.LEAST_DISTANCE).log()[::2].mean()
+
     def _words(self, regions, words, mask, seen):
         w = self.config.loss
         return losses.word_info_nce(regions, words, mask, w.word_temperature, seen.same, w.word_sharpness)
 
-    def _fake(self, seen):
+    def _fake(self, seen, other_noise=None):
         """The augmented fakes, and all outputs of G."""
         text = self._encode(self.nets.generator.text_g, seen.batch)
-        noise, condition_noise = seen.noise.noise, seen.noise.condition_noise
+        noise, condition_noise = other_noise or (seen.noise.noise, seen.noise.condition_noise)
         guide = []
         if self.config.edit.width:
             sources, given = self._pixels(seen.batch.sources), seen.batch.source_ids >= 0

@@ -25,6 +25,7 @@ TABLE = {
     "loss/g_alignment_regions": G_SIDE,
     "loss/g_alignment_words": G_SIDE,
     "loss/g_pixels": G_SIDE,
+    "loss/g_mode_seeking": G_SIDE,
     "loss/kl": G_SIDE,
 }
 """Which modules a loss changes (text.mode=dual); it must change every one of them, and nothing else."""
@@ -35,6 +36,7 @@ OVERRIDES = {
     "model__discriminator__patches": 8,
     "loss__mismatched": 0.37,
     "loss__pixels": 2.0,
+    "loss__g_mode_seeking": 0.3,
 }
 WORDS = {"model__generator__kind": "attn", "model__discriminator__words": 8}
 CASES = [(mode, words) for mode in ("dual", "shared", "frozen") for words in ("", "words")]

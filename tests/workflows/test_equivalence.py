@@ -109,6 +109,10 @@ CASES = {
         engine__accumulation=2,
     ),
     "pixels, two micro-batches": _stages(2, 1, loss__pixels=3.0, augment__translation=0.2, engine__accumulation=2),
+    "mode seeking": _stages(2, 1, loss__g_mode_seeking=0.3, augment__translation=0.2),
+    "mode seeking, sharded, two micro-batches, shared text": _stages(
+        3, 2, loss__g_mode_seeking=0.3, text__mode="shared", engine__accumulation=2
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
     "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),

@@ -88,6 +88,7 @@ VARIANTS = {
         "loss.penalty_weight=1",
         "loss.penalty_sigma=0.5",
     ),
+    "varied": ("loss.g_mode_seeking=1",),
     "edit": (
         "edit.width=8",
         "edit.words=1",
@@ -107,6 +108,7 @@ SEEN_IN = {
     "loss.g_alignment_text": "shared",
     "loss.g_alignment_image": "shared",
     "loss.temperature": "shared",
+    "loss.g_mode_seeking": "varied",
     "loss.d_alignment_words": "attn",
     "loss.g_alignment_words": "attn",
     "loss.word_temperature": "attn",
