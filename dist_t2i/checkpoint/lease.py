@@ -15,8 +15,8 @@ checkpoint, or it fails because its staging folder no longer exists under the ol
 "How to do distributed locking"); the rename is the fence.
 
 An earlier attempt of a Slurm job cannot take the lease from a later attempt; Slurm's restart count orders the attempts.
-In all other cases the process that started last gets the lease, with one exception: if the earlier process is alive on
-the same machine, it is a running training, and the new process raises UserError.
+In all other cases the process that started last gets the lease. The only exception: if the earlier process is alive on
+the same machine, that process is training, and the new process raises UserError.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
         if reading.wrong.isdisjoint(involved):
             where = next((reading.where[key] for key in involved if key in reading.where), "default")
             reading.refuse(where, involved[0], problem)
-    if reading.problems:  # the file's problems by line, then the overrides' in their order
+    if reading.problems:  # the problems of the file by line, then those of the overrides in order
         problems = [text for _, text in sorted(reading.problems, key=itemgetter(0))]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)

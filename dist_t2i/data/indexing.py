@@ -152,8 +152,8 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
 
 
 def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
-    """Removes samples without an image or a caption. Returns the captions of about `limit` of the other samples, evenly
-    spaced."""
+    """Removes samples without an image or a caption. Of the other samples, selects about `limit` at equal distances and
+    returns their captions."""
     kept, captions = [], []
     for sample in contents.samples:
         try:

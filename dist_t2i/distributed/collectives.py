@@ -63,7 +63,7 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
 
 def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
     """Run `function` in a thread of rank 0. Meanwhile all ranks join in a short collective every half second, so that
-    no rank times out. Returns a function that returns the result, or raises the error, of `function`."""
+    no rank times out. Returns a function that has the result of `function`, or raises its error."""
     future: Future[T] = Future()
 
     def run() -> None:

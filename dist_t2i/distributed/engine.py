@@ -113,8 +113,8 @@ class EngineSpec:
 
 def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int, parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one engine; every value that changes results is written out."""
-    # DeepSpeed allocates the reduce bucket at its full size (2 GB by default), so it is made as small as the network
-    # allows: the number of parameters, rounded up to a multiple of the alignment.
+    # DeepSpeed allocates the reduce bucket at its full size (2 GB by default). The bucket need not exceed the number of
+    # parameters, rounded up to a multiple of the alignment.
     bucket, gpu = min(-(-parameters // 4096) * 4096, 500_039_680), torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": spec.stage,

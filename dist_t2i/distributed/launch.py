@@ -97,7 +97,7 @@ def slurm_master(env: Mapping[str, str]) -> str:
         return name
     if address := re.search(r"NodeAddr=(\S+)", _scontrol("-o", "show", "node", name)):
         return address[1]
-    raise LaunchError(f"the first node, {name}, has no address that resolves: set MASTER_ADDR to its address")
+    raise LaunchError(f"no address of the first node, {name}, is known: set MASTER_ADDR to its address")
 
 
 def _scontrol(*arguments: str) -> str:

@@ -26,7 +26,7 @@ GONE_SECONDS = 3.0
 """The seconds for which a missing or forbidden object is retried. A store that lags behind may still list the object,
 and renewed credentials may still grant access."""
 SLOWEST = 2**14
-"""A rate in bytes per second. A read whose average rate, pauses included, stays lower than this fails in the end."""
+"""A rate in bytes per second. A read that stays slower, pauses included, fails in the end."""
 _WARN_AFTER = 5.0
 """A read that is still being retried after this many seconds prints a warning."""
 

@@ -64,7 +64,7 @@ class Decode:
         return decoded if self._source_memory is None else decoded | self._source(decoded, self._source_memory)
 
     def _source(self, sample: dict[str, Any], memory: BatchMemory) -> dict[str, Any]:
-        """The source, cropped like the sample; the sample's own image if the source does not decode."""
+        """The source, cropped like the sample. The sample's own image replaces a source that does not decode."""
         source, image, own = sample["__source__"], memory.row(), sample["__id__"]
         number = NONE if source is None else source["__id__"]
         if number == NONE:

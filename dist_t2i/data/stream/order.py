@@ -7,7 +7,7 @@ these rows are shuffled. This order has four properties. Every sample occurs onc
 Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can
 start at any position without reading the earlier ones.
 
-A reader needs the data of one window at a time. If it prefetches, it also needs the data of the next window.
+A reader needs the data of one window at a time. A reader that prefetches also needs the data of the next window.
 
 The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002). They need no
 memory, and the order stays the same when a library is updated.
