@@ -119,8 +119,8 @@ class Mirror:
                 return self._unreachable(error, own >= 0, self._warn)
         if own < 0:
             raise CheckpointError(
-                f"none of the {len(self._images)} newest checkpoints in {self.url} is intact, and none in {self.run}.\n"
-                "To start from the beginning, name another mirror (checkpoint.mirror=...)."
+                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and none in "
+                f"{self.run}.\nTo start from the beginning, name another mirror (checkpoint.mirror=...)."
             )
 
     def _newest_intact(self) -> int:
