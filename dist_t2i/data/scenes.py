@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dist_t2i.utils.seeds import Purpose, mix, unit_hash
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same seed and index give another scene or other pixels."""
 COLORS = {
     "red": (0.86, 0.10, 0.12),
@@ -335,7 +335,7 @@ def _regular(corners: int, inner: float = 1.0) -> _Shape:
 def _heart(x: _Floats, y: _Floats) -> _Floats:
     """A square on its corner, and half discs on its upper sides."""
     half = 0.79  # of the square's diagonal, so that the heart fits into the unit circle
-    y = y - 0.207
+    y = y + 0.207
     square = (abs(x) + abs(y) - half) / math.sqrt(2)
     disc = _length(abs(x) - half / 2, y - half / 2) - half / math.sqrt(2)
     return numpy.minimum(square, disc)
