@@ -13,6 +13,8 @@ from dist_t2i.errors import DataError
 
 FORMAT = "dist_t2i set"
 VERSION = 1
+SIDES = frozenset("left right leftmost rightmost leftward rightward leftwards rightwards lefthand righthand".split())
+"""Words that are wrong for a picture after it is mirrored."""
 
 
 def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
@@ -50,19 +52,29 @@ def tokenizer_entry(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest's statistics of the captions of one split; `captions[i]` are the captions of image i."""
-    texts = [text for own in captions for text in own]
-    tokens = sorted(len(tokenizer.ids(text)) for text in texts) or [0]
-    frequencies = Counter(word for text in texts for word in words(text))
-    lengths = [len(words(text)) for text in texts]
+    """The manifest's statistics of the captions of one split; `captions[i]` are the captions of image i.
+
+    `left_or_right` counts the captions that contain a word of `SIDES`.
+    """
+    texts = Counter(text for own in captions for text in own)
+    frequencies, tokens, lengths = Counter[str](), list[int](), list[int]()
+    left_or_right = 0
+    for text, times in texts.items():  # each distinct text is split only once
+        found = words(text)
+        for word in found:
+            frequencies[word] += times
+        tokens += [len(tokenizer.ids(text))] * times
+        lengths += [len(found)] * times
+        left_or_right += times * (not SIDES.isdisjoint(found))
+    count, tokens = len(lengths), sorted(tokens) or [0]
     return {
-        "count": len(texts),
-        "distinct": len(set(texts)),
+        "count": count,
+        "distinct": len(texts),
         "per_picture": {
-            "mean": round(len(texts) / max(1, len(captions)), 3),
+            "mean": round(count / max(1, len(captions)), 3),
             "max": max(map(len, captions), default=0),
         },
-        "words": {"mean": round(sum(lengths) / max(1, len(texts)), 2), "max": max(lengths, default=0)},
+        "words": {"mean": round(sum(lengths) / max(1, count), 2), "max": max(lengths, default=0)},
         "tokens": {
             "mean": round(sum(tokens) / len(tokens), 2),
             "p99": tokens[int(len(tokens) * 0.99)],
@@ -70,5 +82,6 @@ def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) 
         },
         "distinct_words": len(frequencies),
         "words_not_in_train": sum(word not in tokenizer.known_words for word in frequencies),
+        "left_or_right": left_or_right,
         "frequent_words": [word for word, _ in sorted(frequencies.items(), key=lambda pair: (-pair[1], pair[0]))[:20]],
     }

@@ -64,15 +64,18 @@ def is_list(entry: str) -> bool:
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
-    """One set with the splits of all `sets` and the tokenizer of the first set. Raises DataError if `sets` is empty."""
+    """One set with the splits of all `sets` and the tokenizer of the first set. Of the statistics of captions, it has
+    the two counts `count` and `left_or_right`. Raises DataError if `sets` is empty."""
     if not sets:
         raise DataError("data.train is an empty list")
     splits: dict[str, Any] = {}
     for part, data in enumerate(sets):
         for name, split in data.manifest["splits"].items():
-            total = splits.setdefault(name, {**split, "samples": 0, "bytes": 0, "shards": []})
+            total = splits.setdefault(name, {**split, "samples": 0, "bytes": 0, "shards": [], "captions": {}})
             total["samples"] += split["samples"]
             total["bytes"] += split["bytes"]
+            for key in ("count", "left_or_right"):
+                total["captions"][key] = total["captions"].get(key, 0) + split.get("captions", {}).get(key, 0)
             for shard in split["shards"]:
                 url, index = map(absolute, data.urls(shard))
                 total["shards"].append({**shard, "name": url, "index": index, "part": part})

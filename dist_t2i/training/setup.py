@@ -20,6 +20,7 @@ from dist_t2i.config.resume import differences
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
+from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.data.stream.stream import open_stream
 from dist_t2i.data.tokenizer import Tokenizer
 from dist_t2i.distributed.collectives import on_main
@@ -87,6 +88,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     contents = text, data.tokenizer.text, {"path": str(data.folder), "fingerprint": data.fingerprint}
     on_main(lambda: leases.append(run_folder.prepare(folder, *contents, allow_changes=allow_changes, warn=warn)))
     lease = leases[0] if main else None
+    if main and config.data.flip and (problem := mirrored_captions(data)):
+        reporter.warn(problem)
     on_main(lambda: mirror.restore(lease), slow=True)
 
     # Build the networks and their engines. A resumed run loads its own weights, so it does not read `edit.init` again.
@@ -134,6 +137,17 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     return Trainer(
         folder, images, *loop, stream, checkpointer, gan, average, validation, sample_grid, reporter, mirror, watchdog
     )
+
+
+def mirrored_captions(data: ShardSet) -> str:
+    """A warning for data.flip=true if training captions say left or right, and "" otherwise. Sets of earlier versions
+    do not have the count, and get no warning."""
+    captions = data.manifest["splits"].get("train", {}).get("captions", {})
+    number, count = captions.get("left_or_right", 0), captions.get("count", 0)
+    if not number:
+        return ""
+    share = f"{number:,} of {count:,} captions ({100 * number / count:.2g}%)"
+    return f"{share} contain 'left' or 'right', and data.flip mirrors pictures: set data.flip=false"
 
 
 def assemble(
