@@ -68,7 +68,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     def command(name: str, short: str, text: str = "") -> ArgumentParser:
         return commands.add_parser(name, help=short, description=text or short, formatter_class=form)
 
-    command("openmoji", "3,953 emojis with names (CC BY-SA 4.0), from installed packages")
+    add = command("openmoji", "3,953 emojis with names (CC BY-SA 4.0), from installed packages").add_argument
+    text = "render every picture in each of these styles: color, black (its lines only) (default: color)"
+    add("--styles", nargs="+", choices=("color", "black"), default=["color"], metavar="STYLE", help=text)
 
     add = command("scenes", "one or two shapes in known colors and positions, rendered by the project").add_argument
     add("--count", type=positive, default=20_000, help="number of pictures (default: %(default)s)")
@@ -210,7 +212,7 @@ def _gather(args: Namespace) -> Gathered:
     if args.command == "openmoji":
         from dist_t2i.sharding.sources.openmoji import ABOUT, openmoji_items
 
-        return openmoji_items(args.size), [], ABOUT
+        return openmoji_items(args.size, args.styles), [], ABOUT
     if args.command == "scenes":
         from dist_t2i.sharding.sources import scenes
 

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
+from xml.etree import ElementTree
 
 from dist_t2i.storage.folders import Folder, open_folder
 from dist_t2i.storage.retries import pauses, retry
@@ -64,16 +65,17 @@ class PictureFile(Picture):
 
 @dataclass(frozen=True, slots=True)
 class SvgPicture(Picture):
-    """An SVG file, rendered at `size` x `size` pixels."""
+    """An SVG file, rendered at `size` x `size` pixels without the groups in `hidden` (see `render`)."""
 
     path: str
     size: int
+    hidden: frozenset[str] = frozenset()
 
     def stat(self) -> tuple[int, str]:
         return 0, PictureFile(self.path).stat()[1]
 
     def read(self) -> bytes:
-        return render(Path(self.path), self.size)
+        return render(Path(self.path), self.size, self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +172,21 @@ def _open_file(process: int, path: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
-def render(svg: Path, size: int) -> bytes:
-    """Renders an SVG on white to an RGB PNG of `size` x `size` pixels. Takes about 2 ms at 64 pixels."""
+def render(svg: Path, size: int, hidden: frozenset[str] = frozenset()) -> bytes:
+    """Renders an SVG on white to an RGB PNG of `size` x `size` pixels. Takes about 2 ms at 64 pixels.
+
+    Leaves out the top-level elements whose id is in `hidden`.
+    """
     import resvg_py
     from PIL import Image
 
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
+    image: dict[str, str] = {"svg_path": str(svg)}
+    if hidden:
+        root = ElementTree.parse(svg).getroot()
+        for element in [element for element in root if element.get("id") in hidden]:
+            root.remove(element)
+        image = {"svg_string": ElementTree.tostring(root, encoding="unicode")}
+    png = resvg_py.svg_to_bytes(**image, width=size, height=size, background="white", skip_system_fonts=True)
     out = io.BytesIO()
     Image.open(io.BytesIO(bytes(png))).convert("RGB").save(out, "PNG")
     return out.getvalue()

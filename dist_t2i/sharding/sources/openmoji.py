@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,8 @@ ABOUT = {
     "Licence: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Rasterised on white; names and aliases "
     "from the Python package `emoji`.",
 }
+HIDDEN = {"color": frozenset(), "black": frozenset("color color-foreground skin skin-shadow hair".split())}
+"""The styles, and the groups of an SVG that each leaves out. What remains in `black` is black lines."""
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
 _TONE = re.compile(r" ?(?<![a-z-])(medium-light|medium-dark|light|medium|dark) skin tone")
@@ -181,9 +184,18 @@ def openmoji_entries() -> list[Entry]:
     return entries
 
 
-def openmoji_items(size: int) -> list[Item]:
-    """All pictures, rendered at `size` x `size` pixels, with the attributes role and tone."""
-    return [
-        Item(e.key, SvgPicture(str(e.svg), size), list(e.captions), e.split, {"role": e.role, "tone": e.tone})
-        for e in openmoji_entries()
-    ]
+def openmoji_items(size: int, styles: Sequence[str] = ("color",)) -> list[Item]:
+    """All pictures in each of the `styles` (keys of `HIDDEN`), rendered at `size` x `size` pixels.
+
+    Their attributes are role and tone, and also the style unless the set has colored pictures only. The styles of a
+    picture have the same captions and the same split. The keys of black pictures end in "_black".
+    """
+    items = []
+    for e in openmoji_entries():
+        for style in dict.fromkeys(styles):
+            attributes = {"role": e.role, "tone": e.tone}
+            if tuple(styles) != ("color",):
+                attributes["style"] = style
+            key = e.key if style == "color" else f"{e.key}_{style}"
+            items.append(Item(key, SvgPicture(str(e.svg), size, HIDDEN[style]), list(e.captions), e.split, attributes))
+    return items
