@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from dist_t2i.data.scenes import attributes, render, sample_scene
 from dist_t2i.data.shard_set import open_set
 from pictures import color, config_for, encoded, make_folder, picture, stream_of
 from shard_tool import ROOT, TOOL, captions_by_key, contents, reasons, shard
@@ -37,6 +38,24 @@ def test_openmoji(tmp_path):
         assert "CC BY-SA 4.0" in (tmp_path / "set" / name).read_text()
     assert data_set.manifest["splits"]["test-combinations"]["captions"]["words_not_in_train"] == 0
     assert data_set.manifest["splits"]["test-nouns"]["captions"]["words_not_in_train"] > 50
+
+
+def test_scenes(tmp_path):
+    arguments = ["scenes", "--count", 60, "--size", 32, "--shard-samples", 25]
+    for name, more in (("one", ["--processes", 1]), ("two", ["--processes", 2]), ("other", ["--seed", 1])):
+        shard(*arguments, *more, "--out", tmp_path / name)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one")["train-00000.tar"] != contents(tmp_path / "other")["train-00000.tar"]
+    data_set = open_set(tmp_path / "one")
+    assert data_set.manifest["name"] == "scenes" and data_set.splits == ("train", "test-combinations")
+    assert sum(len(data_set.samples(split)) for split in data_set.splits) == 60
+    for sample in data_set.samples("train"):
+        scene = sample_scene(0, int(sample.key))
+        assert (numpy.asarray(sample.image) == render(scene, 32)).all()
+        assert {name: sample.attributes[name] for name in attributes(scene)} == json.loads(
+            json.dumps(attributes(scene))
+        )
+        assert len(sample.captions) >= 4
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "tsv", "txt"])

@@ -3,12 +3,15 @@
 import hashlib
 import io
 from collections import Counter, defaultdict
+from dataclasses import replace
 
+import numpy
 import pytest
+from PIL import Image
 
 from dist_t2i.data.tokenizer import words
 from dist_t2i.sharding.pictures import render
-from dist_t2i.sharding.sources.openmoji import NOT_NOUNS, TWINS, openmoji_entries
+from dist_t2i.sharding.sources.openmoji import NOT_NOUNS, TWINS, openmoji_entries, openmoji_items
 
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
@@ -72,8 +75,6 @@ def test_captions_are_plain():
 
 
 def test_render():
-    from PIL import Image
-
     entry = next(entry for entry in openmoji_entries() if entry.captions[0] == "red heart")
     image = Image.open(io.BytesIO(render(entry.svg, 48)))
     assert image.size == (48, 48) and image.mode == "RGB"
@@ -81,6 +82,20 @@ def test_render():
     red, green, blue = image.getpixel((24, 24))
     assert red > 200 and green < 120 and blue < 120
     assert render(entry.svg, 48) == render(entry.svg, 48)
+
+
+def test_two_styles_of_a_picture_share_captions_and_split():
+    plain, both = openmoji_items(32), openmoji_items(32, ("color", "black"))
+    color, black = both[::2], both[1::2]
+    assert [replace(item, attributes={**item.attributes, "style": "color"}) for item in plain] == color
+    assert len({item.key for item in both}) == 2 * 3953
+    for one, two in zip(color, black, strict=True):
+        assert two.key == f"{one.key}_black" and (two.captions, two.split) == (one.captions, one.split)
+        assert two.attributes == {**one.attributes, "style": "black"}
+    heart = next(item for item in black if item.captions[0] == "red heart")
+    pixels = numpy.asarray(Image.open(io.BytesIO(heart.picture.read()))).astype(int)
+    assert (pixels.max(axis=-1) == pixels.min(axis=-1)).all() and pixels.min() < 50
+    assert (pixels[16, 16] == 255).all(), "only the outline is black"
 
 
 @pytest.mark.slow
