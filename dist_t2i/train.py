@@ -1,5 +1,6 @@
 """Train a text-to-image GAN: the entry point, under any launcher.
 
+    deepspeed dist_t2i/train.py                         (trains on scenes, which are rendered on first use)
     deepspeed dist_t2i/train.py --config configs/openmoji64.yaml [section.key=value ...]
     torchrun --nproc-per-node 2 dist_t2i/train.py --config ...
     srun python dist_t2i/train.py --config ...
@@ -53,16 +54,19 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
     from dist_t2i.config import files as config_files
     from dist_t2i.config.validation import check_world
     from dist_t2i.distributed import launch
+    from dist_t2i.sharding import built_in
 
     rank = launch.prepare()
     try:
-        if options.config is None:
-            raise UserError("--config FILE is missing; for example: --config configs/openmoji64.yaml")
-        config = config_files.load(options.config, options.overrides)
+        path = options.config or built_in.default_config(launch.has_gpu())
+        config = config_files.load(path, options.overrides)
+        if options.config is None and rank.rank == 0:
+            print(built_in.choice(path, config.data.train), flush=True)
         if not config.run.folder:
-            folder = str(Path("runs") / options.config.stem)
+            folder = str(Path("runs") / path.stem)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=folder))
         check_world(config, rank.world_size)
+        built_in.write_missing(config.data.train, config.data.image_size)
         from dist_t2i.training.setup import train
 
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)

@@ -52,7 +52,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.set_defaults(command=command)
     if command == "submit":
-        parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+        config = "YAML file of the run (default: configs/scenes32.yaml, or scenes64.yaml on GPUs)"
+        parser.add_argument("--config", type=Path, help=config)
         parser.add_argument("--name", help="name of job and run (default: name of the configuration file)")
         parser.add_argument("--array-seeds", type=int, default=0, metavar="N", help="submit N runs that differ in seed")
         parser.add_argument("--local", action="store_true", help="train on this machine now, without Slurm")
@@ -102,13 +103,21 @@ def main() -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    config = config_files.load(options.config, options.overrides)
-    folder = config.run.folder or str(Path("runs") / (options.name or options.config.stem))
+    from dist_t2i.sharding import built_in  # takes long to import
+
+    profile = _profile(options, profiles.Profile())
+    path = options.config or built_in.default_config(gpu=profile.gpus_per_node > 0)
+    config = config_files.load(path, options.overrides)
+    if options.config is None:
+        print(built_in.choice(path, config.data.train), flush=True)
+    if not options.dry_run:
+        built_in.write_missing(config.data.train, config.data.image_size)
+    folder = config.run.folder or str(Path("runs") / (options.name or path.stem))
     run = Path(folder).expanduser().absolute()
     submission = Submission(
         run,
         config,
-        _profile(options, profiles.Profile()),
+        profile,
         nodes=1 if options.nodes is None else options.nodes,
         name=options.name or config.run.name or run.name,
         dependency=options.dependency,
