@@ -91,7 +91,7 @@ def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Te
 
 
 def _centered(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weighted mean [D], and the rows centered and scaled to X, so that X'X is their covariance."""
+    """The weighted mean [D], and the centered rows X, scaled so that X'X is their covariance."""
     weights = torch.ones(len(rows), dtype=torch.double) if weights is None else weights.double()
     mean = weights @ rows / weights.sum()
     return mean, (rows - mean) * (weights / (weights.sum() - 1)).sqrt()[:, None]

@@ -1,4 +1,4 @@
-"""The training loop. What is due (a report, a save, ...) depends only on the images seen, the loop's only state."""
+"""The training loop. Its only state is the number of images seen, which determines when reports, saves, ... are due."""
 
 from __future__ import annotations
 
