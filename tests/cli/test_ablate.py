@@ -149,7 +149,7 @@ def check_pages(out, doc):
     text = doc.read_text()
     for part in (
         "two beat a frozen encoder",
-        "With 2 seeds, the interval is",
+        "With 2 seeds, each interval is",
         "tools/ablate.py --config",
         "hours",
         "two things at once",

@@ -63,7 +63,7 @@ def test_mistakes_are_reported_in_a_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, message in (
-        (("sample.py", "--run", tmp_path / "nowhere", "apple"), "not there"),
+        (("sample.py", "--run", tmp_path / "nowhere", "apple"), "does not exist"),
         (("sample.py", "--run", run, "apple", "--out", tmp_path / "full" / "file" / "a.png"), "--out"),
         (("sample.py", "--run", run, "apple", "--images-per-prompt", 0), "images_per_prompt"),
         (("export.py", "--run", run, "--out", tmp_path / "full"), "choose a new folder"),

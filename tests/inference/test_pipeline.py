@@ -207,7 +207,7 @@ def test_images_that_cannot_be_used(model):
 
 
 def test_nothing_to_load(tmp_path, run):
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         dist_t2i.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="neither a run"):
         dist_t2i.load(tmp_path)

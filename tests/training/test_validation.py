@@ -151,7 +151,7 @@ def test_other_mistakes_are_told_in_a_line(data, protocol, tmp_path):
     rules = yaml.safe_load(protocol.read_text())
     (tmp_path / "raw.yaml").write_text(yaml.safe_dump({**rules, "ema": False}))
     for override, said in (
-        ("eval.protocol=slow", "no protocol 'slow'; there are"),
+        ("eval.protocol=slow", "no protocol 'slow'; name one of"),
         ("eval.protocol=openmoji", "no split test-combinations"),
         ("eval.data=nowhere", "there is no set"),
         (f"eval.protocol={tmp_path / 'raw.yaml'}", "training scores the moving average"),

@@ -69,7 +69,7 @@ def test_mistakes_say_what_to_do(tmp_path, folder, monkeypatch):
     (broken / "config.json").write_text(json.dumps({"model_type": "clip"}))
     (tmp_path / "empty").mkdir()
     for source, said in (
-        (str(tmp_path / "none"), "no such folder"),
+        (str(tmp_path / "none"), "is neither a folder"),
         (str(tmp_path / "empty"), "no model.safetensors or pytorch_model.bin"),
         (str(broken), "not a CLIP model"),
         ("nobody/nothing-at-all", "cannot be downloaded from the Hugging Face hub"),

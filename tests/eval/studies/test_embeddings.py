@@ -131,7 +131,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run")
     few = make_set(tmp_path / "few", 4)
     for words, said in (
-        (("--run", tmp_path / "nowhere"), "not there"),
+        (("--run", tmp_path / "nowhere"), "does not exist"),
         (("--run", run), "--data"),
         (("--run", run, "--data", few.folder), "too few captions"),
     ):

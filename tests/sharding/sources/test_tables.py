@@ -163,7 +163,7 @@ def test_mistakes_with_tables_are_reported(tmp_path):
 
     assert "cannot read the table" in error("csv", tmp_path / "none.csv")
     table = write_table(tmp_path / "t.parquet", "parquet", [("a.png", "x")], ("link", "words"))
-    assert "with --image-column; it has link, words" in error("parquet", table)
+    assert "with --image-column; the table has link, words" in error("parquet", table)
     assert "with --caption-column" in error("parquet", table, "--image-column", "link", "--caption-column", "said")
     table = write_table(tmp_path / "t.csv", "csv", [("a.png", "x")])
     assert "`picture` and `caption`" in error("csv", table, "--image-column", "picture")
