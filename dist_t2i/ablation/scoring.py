@@ -96,7 +96,7 @@ class RunScorer:
             return cached["scores"]
         self.say(f"scores of {run}")
         if not self.networks:
-            loaded = load_networks(self.protocol, model.device)
+            loaded = load_networks(self.protocol, model.device, size=model.image_size)
             self.networks = {
                 name: CachedFeatures.of(network, self.out / "features") for name, network in loaded.items()
             }

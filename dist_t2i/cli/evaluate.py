@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dist_t2i.eval.selection import Selection
     from dist_t2i.inference.pipeline import TextToImage
 
-_NETWORKS = ("efficientnet", "inception", "clip")
+_NETWORKS = ("efficientnet", "inception", "clip", "scenes")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     else:
         add_model(parser)
         parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the training set)")
-        names = "openmoji, openmoji-ablation, held-out, quick, coco30k, cub, flowers"
-        protocol = f"{names}, or a .yaml file (default: openmoji for the demo's set, otherwise held-out)"
+        names = "scenes, openmoji, openmoji-ablation, held-out, quick, coco30k, cub, flowers"
+        protocol = f"{names}, or a .yaml file (default: scenes or openmoji for such sets, otherwise held-out)"
         parser.add_argument("--protocol", metavar="NAME", help=protocol)
         weights = "path or URL of the weights of inception or clip (default: download them)"
         parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help=weights)
@@ -94,7 +94,7 @@ def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     networks: dict[str, FeatureNetwork] = {}
 
     def load() -> None:
-        networks.update(load_networks(protocol, model.device, weights, args.without))
+        networks.update(load_networks(protocol, model.device, weights, args.without, model.image_size))
 
     ranks.from_main(load)  # rank 0 first, because it may have to download; the other ranks then load from the disk
     ranks.all(lambda: None if ranks.main else load())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ _MARGIN, _GAP = 0.02, 0.03
 _SATURATION = 0.35
 
 _Floats = NDArray[numpy.float64]
+_Uniform = Callable[[float, float], float]
+_Integer = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,22 @@ class Scene:
 
 def sample_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the sequence `seed`."""
+    uniform, integer = _samplers(seed, index)
+    pairs = [(color, shape) for color in COLORS for shape in SYMMETRY]
+    chosen = [pairs.pop(integer(len(pairs))) for _ in range(1 + integer(2))]
+    relation = tuple(OPPOSITE)[integer(len(OPPOSITE))] if len(chosen) == 2 else ""
+    return _scene_of(chosen, relation, uniform, integer)
+
+
+def same_caption(about: Mapping[str, Any], seed: int, index: int) -> Scene:
+    """A scene with the captions of a scene whose `attributes` are given. Everything that captions leave open is sampled
+    anew, as in `sample_scene`."""
+    pairs = [(item["color"], item["shape"]) for item in about["objects"]]
+    return _scene_of(pairs, about["relation"], *_samplers(seed, index))
+
+
+def _samplers(seed: int, index: int) -> tuple[_Uniform, _Integer]:
+    """Functions that return the next random number of a scene: one in a range, rounded, and an integer below a bound."""
     numbers = (mix(seed, index, Purpose.SCENES, count) / 2**63 for count in itertools.count())
 
     def uniform(low: float, high: float) -> float:
@@ -138,15 +156,16 @@ def sample_scene(seed: int, index: int) -> Scene:
     def integer(below: int) -> int:
         return min(int(next(numbers) * below), below - 1)
 
-    pairs = [(color, shape) for color in COLORS for shape in SYMMETRY]
-    number = 1 + integer(2)
-    chosen = [pairs.pop(integer(len(pairs))) for _ in range(number)]
-    relation = tuple(OPPOSITE)[integer(len(OPPOSITE))] if number == 2 else ""
-    radii = [uniform(0.13, 0.30 if number == 1 else 0.20) for _ in chosen]
-    centers = _two_centers(radii, relation, uniform) if number == 2 else [_center(radii[0], uniform)]
+    return uniform, integer
+
+
+def _scene_of(pairs: list[tuple[str, str]], relation: str, uniform: _Uniform, integer: _Integer) -> Scene:
+    """A scene of one or two objects with these colors and shapes."""
+    radii = [uniform(0.13, 0.30 if len(pairs) == 1 else 0.20) for _ in pairs]
+    centers = _two_centers(radii, relation, uniform) if len(pairs) == 2 else [_center(radii[0], uniform)]
     objects = tuple(
         SceneObject(color, shape, *center, radius, uniform(0.0, SYMMETRY[shape]), uniform(-1.0, 1.0))
-        for (color, shape), center, radius in zip(chosen, centers, radii, strict=True)
+        for (color, shape), center, radius in zip(pairs, centers, radii, strict=True)
     )
     kind = BACKGROUNDS[integer(len(BACKGROUNDS))]
     lightness = uniform(0.16, 0.28) if integer(2) else uniform(0.72, 0.86)
@@ -154,9 +173,6 @@ def sample_scene(seed: int, index: int) -> Scene:
         kind, uniform(0.0, 1.0), lightness, uniform(0.0, 360.0), uniform(0.22, 0.36), uniform(0.0, 1.0)
     )
     return Scene(objects, relation, background, Light(uniform(0.0, 360.0), uniform(0.5, 1.0)))
-
-
-_Uniform = Callable[[float, float], float]
 
 
 def _center(radius: float, uniform: _Uniform) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def evaluate(
     seed; the feature network takes nearly all of this time.
     """
     selections = selections or select_all(data, protocol, ranks)
-    networks = dict(networks if networks is not None else load_networks(protocol, model.device))
+    networks = dict(networks if networks is not None else load_networks(protocol, model.device, size=model.image_size))
     wanted = {key for _, key in protocol.wanted}
     if "own" in wanted:
         networks.setdefault("own", own_network(model))
@@ -96,15 +96,18 @@ def load_networks(
     device: torch.device | str | None = None,
     weights: Mapping[str, str] | None = None,
     without: Collection[str] = (),
+    size: int = 32,
 ) -> dict[str, FeatureNetwork]:
     """Loads the feature networks that a protocol names, except the model's own. Raises UserError.
 
     `weights` maps a network to the path or URL of its weights, and `without` lists networks to leave out. Both name a
-    network by the first word of its key, such as `inception` or `clip`.
+    network by the first word of its key, such as `inception` or `clip`. `size` is the side of the model's pictures in
+    pixels, for networks that are trained on pictures of this size.
     """
     keys = {key: key.partition("-")[0] for _, key in protocol.wanted if key not in ("", "own")}
     weights = weights or {}
-    return {key: load_features(key, device, weights.get(word)) for key, word in keys.items() if word not in without}
+    wanted = {key: word for key, word in keys.items() if word not in without}
+    return {key: load_features(key, device, weights.get(word), size) for key, word in wanted.items()}
 
 
 def captions_hash(selections: Mapping[str, Selection]) -> str:

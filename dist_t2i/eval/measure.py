@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,12 @@ _NEEDED = {
     "precision-recall": ("real", "mirrored", "random"),
     "clip-score": ("real", "random", "texts"),
     "r-precision": ("real", "random", "texts"),
+    "diversity": ("real", "noisy", "again"),
+    "attributes": ("real", "again"),
+    "open-attributes": ("real", "again"),
 }
-"""Metric -> the copies that its floor and ceiling need, and `texts` if the metric needs embeddings of the captions."""
+"""Metric -> the copies that its floor and ceiling need, `texts` if the metric needs embeddings of the captions, and
+`again` if it needs further real pictures of the same captions."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Features:
     """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None
     """[J, N, D] if the network embeds texts and a metric needs embeddings of texts, else None"""
+    again: Tensor | None = None
+    """[N, K, D] of K further real pictures of each caption, if the project can render them and a metric needs them"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Measured:
     """The inputs of the metrics of one split, on rank 0: captions [N][J], features per network, brightness."""
 
     captions: tuple[tuple[str, ...], ...]
+    attributes: tuple[Mapping[str, Any], ...]
+    """What the set says about each of the N pictures"""
     features: Mapping[str, Features]
     luma: Tensor
     """[seeds, M] mean luma of the pictures generated for `prompts`"""
@@ -116,11 +124,13 @@ def measure(
     luma = fake["luma"][:, :: len(selection.captions[0])]  # keep the first caption of each picture
     return Measured(
         captions=selection.captions,
+        attributes=selection.attributes,
         features={
             key: Features(
                 fake=fake[f"{key} fake"].transpose(0, 1),
                 real={copy: real[f"{key} {copy}"] for copy in _COPIES if f"{key} {copy}" in real},
                 texts=real[f"{key} texts"].transpose(0, 1) if f"{key} texts" in real else None,
+                again=real.get(f"{key} again"),
             )
             for key in networks
         },
@@ -145,6 +155,9 @@ def _real_chunk(
             changed = change(pictures, rows.start)
             result |= {f"{key} {copy}": networks[key](changed) for key in keys}
     for key, network in networks.items():
+        if (key, "again") in needs and selection.rendered:
+            again = torch.cat([selection.same_caption(row, model.image_size) for row in rows])
+            result[f"{key} again"] = network(again).unflatten(0, (len(rows), -1))
         if (key, "texts") in needs:
             assert network.embed_texts is not None, f"{key} embeds no texts"
             captions = [caption for row in rows for caption in selection.captions[row]]

@@ -121,6 +121,40 @@ def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
     return torch.cat([(torch.cdist(queries[p], rows) <= radii).any(1) for p in _blocks(len(queries))]).double()
 
 
+def random_halves(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Splits rows into two random halves."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
+
+
+def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
+    """Largest difference of the distribution functions of samples [N] and [M], 0 to 1; 1 if a sample is empty."""
+    if not (len(a) and len(b)):
+        return 1.0
+    points = torch.cat([a, b]).sort().values
+    shares = [torch.searchsorted(x.sort().values, points, right=True).double() / len(x) for x in (a, b)]
+    return (shares[0] - shares[1]).abs().max().item()
+
+
+# ---- diversity -------------------------------------------------------------------------------------------------------
+
+
+def spread(groups: Tensor) -> Tensor:
+    """Mean distance of two of the K rows of each group [N, K, D], K >= 2, after scaling to length one: float64 [N]."""
+    others = ~torch.eye(groups.shape[1], dtype=torch.bool)
+    return torch.stack([mean_distance(rows, rows, others).mean() for rows in groups])
+
+
+def mean_distance(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
+    """Mean distance of each row of a [N, D] from those rows of b [M, D] that `pairs` (bool [N, M]) says: float64 [N].
+
+    Rows are scaled to length one, as for KID. The distance is Euclidean. The result is 0 for a row without pairs.
+    """
+    a, b, pairs = unit(a), unit(b), pairs.double()
+    sums = [((2 - 2 * a[rows] @ b.T).clamp_min(0).sqrt() * pairs[rows]).sum(1) for rows in _blocks(len(a))]
+    return torch.cat(sums) / pairs.sum(1).clamp_min(1)
+
+
 # ---- agreement of pictures and captions ------------------------------------------------------------------------------
 
 

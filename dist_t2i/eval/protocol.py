@@ -27,15 +27,22 @@ from dist_t2i.errors import UserError
 
 FOLDER = Path(__file__).with_name("protocols")
 FROZEN = FOLDER / "frozen.json"
-METRICS = tuple("kid retrieval tone-order fid inception-score precision-recall clip-score r-precision".split())
-NETWORKS = ("efficientnet-lite0", "inception-clean", "inception-legacy", "clip", "own")
+METRICS = tuple(
+    "kid retrieval tone-order fid inception-score precision-recall clip-score r-precision diversity".split()
+    + "attributes open-attributes".split()
+)
+FEATURES = ("efficientnet-lite0", "inception-clean", "inception-legacy", "clip", "own")
+NETWORKS = (*FEATURES, "scenes")
 _ONLY = {
     "inception-score": ("inception-clean", "inception-legacy"),
     "clip-score": ("clip", "own"),
     "r-precision": ("clip", "own"),
     "tone-order": ("",),
+    "attributes": ("scenes",),
+    "open-attributes": ("scenes",),
 }
-"""Metric -> the only networks that the metric can use: networks with classes, networks that embed texts, or none."""
+"""Metric -> the only networks that the metric can use: networks with classes, networks that embed texts,
+networks that find attributes, or none. The other metrics can use all of `FEATURES`."""
 _LEAST = dict.fromkeys(
     ("captions_per_picture", "max_pictures", "resamples", "kid_subsets", "inception_splits", "neighbours"), 1
 ) | dict.fromkeys(("min_pictures", "gallery", "kid_subset_size", "costly_resamples"), 2)
@@ -49,10 +56,11 @@ class Protocol:
     version: int = 1
     splits: tuple[str, ...] = ()
     """Splits that contain the real pictures and their captions; empty: every split whose name begins with `test`."""
-    captions: Literal["first", "hash", "listed"] = "first"
+    captions: Literal["first", "hash", "listed", "distinct"] = "first"
     """`first`: the first `max_pictures` pictures in the set's order, each with its first captions. `hash`: the pictures
     with the smallest hash of (protocol, key), each with one caption that a hash selects. `listed`: the pictures and
-    captions that NAME.txt lists."""
+    captions that NAME.txt lists. `distinct`: the first pictures in the set's order, each with one caption, which a hash
+    selects from those of its captions that no earlier picture has."""
     captions_per_picture: int = 1
     """Number of captions per real picture from which pictures are generated; a picture with fewer repeats them."""
     captions_sha256: str = ""
@@ -175,8 +183,10 @@ def _problems(protocol: Protocol) -> Iterator[str]:
     for entry, (metric, network) in zip(protocol.metrics, protocol.wanted, strict=True):
         if metric not in METRICS:
             yield f"metrics: unknown metric {metric!r} (in {entry!r}); known: {', '.join(METRICS)}"
-        elif network not in _ONLY.get(metric, NETWORKS):
-            yield f"metrics: {entry!r}: {metric} needs {' or '.join(_ONLY.get(metric, NETWORKS)) or 'no network'}"
+        elif network not in _ONLY.get(metric, FEATURES):
+            yield f"metrics: {entry!r}: {metric} needs {' or '.join(_ONLY.get(metric, FEATURES)) or 'no network'}"
+    if len(protocol.seeds) < 2 and "diversity" in (metric for metric, _ in protocol.wanted):
+        yield "seeds: diversity compares pictures of one caption, so it needs at least two seeds"
     for key in ("metrics", "seeds"):
         if not getattr(protocol, key):
             yield f"{key}: empty; name at least one"

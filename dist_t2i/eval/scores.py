@@ -34,6 +34,8 @@ class Score:
     ceiling: Mapping[str, float] = field(default_factory=dict)
     network: str = ""
     """Key of the feature network in the manifest's `judges`; "" for a metric without a feature network."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Values that make up or explain this one: description -> value."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, int, list[list[str]]]
         for score in part["scores"]:
             value = f"{number(score['value'])} ({number(score['low'])} to {number(score['high'])})"
             ends = ["; ".join(f"{number(v)} {what}" for what, v in score[end].items()) for end in ("floor", "ceiling")]
-            cells.append([score["name"], value, score["better"], *ends])
+            parts = "; ".join(f"{number(v)} {what}" for what, v in score.get("parts", {}).items())
+            cells.append([f"{score['name']} ({parts})" if parts else score["name"], value, score["better"], *ends])
         yield split, part["pictures"], cells
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.eval import metrics
+from dist_t2i.eval.contents.scenes import NAMED, OPEN, named_scores, open_scores
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 from dist_t2i.eval.measure import Features, Measured
@@ -26,7 +29,12 @@ _NAMES = {
     "random": "random pixels",
 }
 _HALVES = "one half of the real pictures against the other"
-_PARTS = {"retrieval": ("recall-at-1", "recall-at-5"), "precision-recall": ("precision", "recall")}
+_PARTS = {
+    "retrieval": ("recall-at-1", "recall-at-5"),
+    "precision-recall": ("precision", "recall"),
+    "attributes": NAMED,
+    "open-attributes": OPEN,
+}
 """Metric -> its scores, for metrics that give several scores."""
 Ends = dict[str, float]
 """One end of a scale: description -> value."""
@@ -42,6 +50,8 @@ class Case:
     captions: tuple[tuple[str, ...], ...]
     protocol: Protocol
     weights: Tensor
+    attributes: tuple[Mapping[str, Any], ...] = ()
+    """What the set says about each picture in addition to its captions."""
 
     @property
     def real(self) -> Tensor:
@@ -51,6 +61,11 @@ class Case:
     def texts(self) -> Tensor:
         assert self.features.texts is not None, f"{self.key} embedded no captions"
         return self.features.texts
+
+    @property
+    def again(self) -> Tensor:
+        assert self.features.again is not None, f"{self.key}: no further real pictures of the captions were rendered"
+        return self.features.again
 
     def ends(self, distance: Callable[[Tensor], float], *copies: str) -> Ends:
         """Applies `distance` to the features of the named copies of the real pictures: description -> value."""
@@ -90,13 +105,13 @@ def keys_of(protocol: Protocol) -> list[str]:
 
 def better_of(key: str) -> str:
     """`lower` for distances, `higher` for everything else."""
-    return "lower" if key.startswith(("kid", "fid")) else "higher"
+    return "lower" if key.startswith(("kid", "fid")) or key.endswith("_distance") else "higher"
 
 
 def key_of(metric: str, network: str) -> str:
-    """The machine name of a score. It contains the name of the network unless this is the default network."""
+    """The machine name of a score. It contains the network unless this is the default network, or the metric's only one."""
     plain = metric.replace("-", "_")
-    return plain if network == "efficientnet-lite0" else f"{plain}_{network.replace('-', '_')}"
+    return plain if network in ("efficientnet-lite0", "scenes") else f"{plain}_{network.replace('-', '_')}"
 
 
 def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, FeatureNetwork]) -> tuple[Score, ...]:
@@ -108,15 +123,10 @@ def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, Featur
         if metric == "tone-order":
             scores += tone_scores(measured, protocol)
         elif key in networks:
-            case = Case(key, networks[key], measured.features[key], measured.captions, protocol, weights)
+            features = measured.features[key]
+            case = Case(key, networks[key], features, measured.captions, protocol, weights, measured.attributes)
             scores += _METRICS[metric](case)
     return tuple(scores)
-
-
-def random_halves(rows: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Splits rows into two random halves."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 def kid_scores(case: Case) -> list[Score]:
@@ -134,7 +144,7 @@ def kid_scores(case: Case) -> list[Score]:
     resamples = [metrics.kid_resamples(fake, real, case.weights, scaled=scaled) for fake in fakes]
     resampled = torch.stack(resamples).mean(0)
     interval = metrics.interval(resampled) if scaled else metrics.around(value, resampled)
-    halvings = [random_halves(real, seed) for seed in range(20 if scaled else 1)]  # KID over subsets is slow
+    halvings = [metrics.random_halves(real, seed) for seed in range(20 if scaled else 1)]  # KID over subsets is slow
     floor = {_HALVES: sum(distance(*halves) for halves in halvings) / len(halvings)}
     floor |= case.ends(lambda copy: distance(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: distance(copy, real), "noisy", "blurred", "shrunk", "random")
@@ -152,7 +162,7 @@ def subset_kid(a: Tensor, b: Tensor, protocol: Protocol) -> float:
 def fid_scores(case: Case) -> list[Score]:
     """The Frechet distance between all generated pictures and the real pictures."""
     fake, real = case.features.fake.flatten(0, 1), case.real
-    floor = {_HALVES: metrics.frechet(*random_halves(real))}
+    floor = {_HALVES: metrics.frechet(*metrics.random_halves(real))}
     floor |= case.ends(lambda copy: metrics.frechet(copy, real), "mirrored")
     ceiling = case.ends(lambda copy: metrics.frechet(copy, real), "noisy", "random")
     resample = functools.partial(metrics.frechet, fake, real)
@@ -190,7 +200,7 @@ def precision_recall_scores(case: Case) -> list[Score]:
     k, real, random = case.protocol.neighbours, case.real, case.features.real["random"]
     precise = torch.stack([metrics.in_manifold(fake, real, k) for fake in case.features.fake])
     recalled = torch.stack([metrics.in_manifold(real, fake, k) for fake in case.features.fake])
-    ceiling = {_HALVES: metrics.in_manifold(*random_halves(real), k).mean().item()}
+    ceiling = {_HALVES: metrics.in_manifold(*metrics.random_halves(real), k).mean().item()}
     chance = (metrics.in_manifold(random, real, k), metrics.in_manifold(real, random, k))
     floors = [{_NAMES["random"]: hits.mean().item()} for hits in chance]
     return [case.mean("precision", precise, floors[0], ceiling), case.mean("recall", recalled, floors[1], ceiling)]
@@ -243,6 +253,55 @@ def r_precision_scores(case: Case) -> list[Score]:
     return [case.mean("r-precision", own, floor, ceiling, name)]
 
 
+def diversity_scores(case: Case) -> list[Score]:
+    """How different pictures of one caption are: their mean distance, relative to that of real pictures of one caption.
+
+    The distance is that of `metrics.spread`. The idea is Per-Prompt Diversity (Kobayashi et al. 2025) and the conditional
+    Vendi score (Jalali et al. 2024), which also separate differences within a prompt from those between prompts. The ratio
+    to real pictures is ours: it makes 1 the goal, because more variety than that of real pictures is not better.
+
+    The real pictures of a caption are rendered, or are those of the set, if at least half of its pictures share their
+    caption with another. Otherwise the ratio is that to real pictures of different captions. Its name then says so, because
+    no value of it is known to be right: a caption may decide much of a picture.
+    """
+    real, ids = case.real, torch.tensor([caption_id(row[0]) for row in case.captions])
+    fake = case.features.fake.unflatten(0, (len(case.protocol.seeds), -1)).permute(2, 1, 0, 3)  # [N, J, seeds, D]
+    spread = metrics.spread(fake.flatten(0, 1)).unflatten(0, fake.shape[:2]).mean(1)
+    metric, counts = "diversity", torch.ones(len(real), dtype=torch.double)
+    if case.features.again is not None:
+        reference = metrics.spread(case.features.again)
+    else:
+        same = ids[:, None] == ids
+        alike = same.fill_diagonal_(False).any(1)
+        if alike.double().mean() >= 0.5:
+            counts, reference = alike.double(), metrics.mean_distance(real, real, same)
+        else:
+            metric, reference = "diversity-other-captions", metrics.mean_distance(real, real, ids[:, None] != ids)
+
+    def ratio(weights: Tensor) -> Tensor:
+        return (weights @ (counts * spread)) / (weights @ (counts * reference))
+
+    whole = (counts @ reference).item()
+    noisy = metrics.spread(torch.stack([real, case.features.real["noisy"]], 1))
+    floor = {"one picture per caption": 0.0, "a real picture and its copy with noise": (counts @ noisy).item() / whole}
+    halves = [metrics.random_halves(reference[counts > 0], seed) for seed in range(20)]
+    ceiling = {_HALVES: sum((a.mean() / b.mean()).item() for a, b in halves) / len(halves)}
+    value = ratio(torch.ones(1, len(real), dtype=torch.double)).item()
+    return [case.score(metric, value, metrics.interval(ratio(case.weights)), floor, ceiling)]
+
+
+def attribute_scores(case: Case) -> list[Score]:
+    """Whether pictures show what captions name: see `contents.scenes.named_scores`."""
+    real = torch.cat([case.real[None], case.again.transpose(0, 1)])
+    return named_scores(case.features.fake, real, case.attributes, case.weights, case.key)
+
+
+def open_attribute_scores(case: Case) -> list[Score]:
+    """The distributions of what captions leave open: see `contents.scenes.open_scores`."""
+    again = case.again.transpose(0, 1)
+    return open_scores(case.features.fake, case.real, again, case.weights, case.protocol.costly_resamples, case.key)
+
+
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
     """How often, for the same noise, light skin tone gives a brighter picture than dark: see `metrics.tone_order`."""
     pairs, row = measured.pairs, {caption: i for i, caption in reversed(list(enumerate(measured.prompts)))}
@@ -267,4 +326,7 @@ _METRICS: dict[str, Callable[[Case], list[Score]]] = {
     "precision-recall": precision_recall_scores,
     "clip-score": clip_scores,
     "r-precision": r_precision_scores,
+    "diversity": diversity_scores,
+    "attributes": attribute_scores,
+    "open-attributes": open_attribute_scores,
 }

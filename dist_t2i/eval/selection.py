@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_t2i.data import scenes
 from dist_t2i.data.images import PictureError, decode, square
 from dist_t2i.data.shard_set import BadSample, Sample, Samples, ShardSet
 from dist_t2i.errors import DataError, UserError
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.ranks import ALONE, Ranks
+from dist_t2i.utils.seeds import Purpose, mix
 
 _REMEDY = "write the set again with the packages that constraints.txt pins, or evaluate with --protocol held-out"
+
+
+SAME_CAPTION = 4
+"""The number of further real pictures of each caption, where the project can render them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Selection:
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     """[N][J]"""
+    attributes: tuple[Mapping[str, Any], ...]
+    """What the set says about each picture in addition to its captions."""
     pictures: Tensor | None = None
     """uint8 [N, 3, size, size] after `loaded`, else None."""
 
@@ -46,6 +56,17 @@ class Selection:
             return square(decode(_read(self.samples, self.split, self.numbers[row]).image_bytes, at_least=size), size)
         except PictureError as error:  # an error, because a skipped picture would change the scores
             raise UserError(f"{self.split}: the picture {self.keys[row]} {error}; write the set again") from None
+
+    @property
+    def rendered(self) -> bool:
+        """Whether all pictures are scenes, so that further real pictures of a caption can be rendered."""
+        return all(is_scene(about) for about in self.attributes)
+
+    def same_caption(self, row: int, size: int) -> Tensor:
+        """`SAME_CAPTION` further real pictures of a caption, rendered anew: uint8 [SAME_CAPTION, 3, size, size]."""
+        seed, numbers = mix(row, Purpose.SAME_CAPTION), range(SAME_CAPTION)
+        found = [scenes.render(scenes.same_caption(self.attributes[row], seed, i), size) for i in numbers]
+        return torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in found])
 
     def loaded(self, size: int) -> Selection:
         """The same selection with all pictures in memory."""
@@ -68,10 +89,28 @@ def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
 
     def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
         found = [(number, _read(samples, split, number)) for number in numbers[chunk.start : chunk.stop]]
-        return [(s.key, _captions(s, split, protocol, listed.get(number))) for number, s in found]
+        for _, sample in found:
+            check_attributes(sample, split, data, protocol)
+        return [(s.key, _captions(s, split, protocol, listed.get(number)), s.attributes) for number, s in found]
 
-    keys, captions = zip(*(row for part in ranks.map(len(numbers), read) for row in part), strict=True)
-    return Selection(split, samples, tuple(numbers), keys, captions)
+    keys, captions, attributes = zip(*(row for part in ranks.map(len(numbers), read) for row in part), strict=True)
+    return Selection(split, samples, tuple(numbers), keys, captions, attributes)
+
+
+def is_scene(about: Mapping[str, Any]) -> bool:
+    """Whether attributes are those of a rendered scene."""
+    return "objects" in about and "relation" in about
+
+
+def check_attributes(sample: Sample, split: str, data: ShardSet, protocol: Protocol) -> None:
+    """Raises UserError if a metric of the protocol needs attributes that the sample lacks."""
+    needing = [metric for metric, network in protocol.wanted if network == "scenes"]
+    if needing and not is_scene(sample.attributes):
+        raise UserError(
+            f"{data.folder}: protocol {protocol.name} measures {' and '.join(needing)}, but the set does not say which "
+            f"objects its pictures show (no `objects` and `relation` in the json of {split}: {sample.key}). Use a set "
+            "that tools/shard.py scenes wrote, or another protocol, such as held-out"
+        )
 
 
 def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:
@@ -82,6 +121,8 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
         numbers = list(listed := _listed(data, samples, split, protocol))
     elif protocol.captions == "first":
         numbers = list(range(min(len(samples), protocol.max_pictures)))
+    elif protocol.captions == "distinct":
+        numbers = list(listed := _distinct(samples, split, protocol))
     else:
         ordered = sorted((_hash(protocol, key), key, number) for number, key in enumerate(_keys(samples)))
         numbers = [number for _, _, number in ordered[: protocol.max_pictures]]
@@ -90,6 +131,20 @@ def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, 
         remedy = "hold out more pictures, or use another protocol"
         raise UserError(f"{data.folder}: {split} has {count:,} pictures, but {wanted}; {remedy}")
     return samples, numbers, listed
+
+
+def _distinct(samples: Samples, split: str, protocol: Protocol) -> dict[int, str]:
+    """Number of a picture -> the caption that it is selected with."""
+    selected: dict[int, str] = {}
+    used: set[str] = set()
+    for number in range(len(samples)):
+        if len(selected) == protocol.max_pictures:
+            break
+        sample = _read(samples, split, number)
+        if fresh := [caption for caption in sample.captions if caption not in used]:
+            selected[number] = " ".join(fresh[_hash(protocol, f"{sample.key} caption") % len(fresh)].split())
+            used.add(selected[number])
+    return selected
 
 
 def has_listed(data: ShardSet, protocol: Protocol) -> bool:

@@ -78,7 +78,7 @@ class Validation:
             self.data = open_entry(self.config.data, storage_options(data))
         selections = select_all(self.data, self.protocol)
         self._selections = {split: rows.loaded(data.image_size) for split, rows in selections.items()}
-        self._networks = load_networks(self.protocol, self.device)
+        self._networks = load_networks(self.protocol, self.device, size=data.image_size)
         self._features: dict[str, dict[str, Tensor]] = {split: {} for split in self._selections}
 
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:

@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     EVALUATION_NOISE = 4  # noise of one picture generated or edited in an evaluation
     R_PRECISION_CANDIDATES = 5
     REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
+    SCENE_CLASSIFIER = 7  # the scenes that train the detector of attributes, and its first weights
+    SAME_CAPTION = 8  # further real pictures of a caption that the project renders
     SCENES = 0x5343454E  # everything about one scene that the project renders itself
     MODE_SEEKING_NOISE = 7  # noise and conditioning noise of the second fake of one row of a training batch
 

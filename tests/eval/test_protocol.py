@@ -38,7 +38,7 @@ def change(path, **values):
 
 def test_every_protocol_of_the_package_is_frozen():
     names = rules.known_protocols()
-    assert names == ["coco30k", "cub", "flowers", "held-out", "openmoji", "openmoji-ablation", "quick"]
+    assert names == ["coco30k", "cub", "flowers", "held-out", "openmoji", "openmoji-ablation", "quick", "scenes"]
     frozen = json.loads(rules.FROZEN.read_text())
     for name in names:
         protocol = load_protocol(name)

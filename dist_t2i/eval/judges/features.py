@@ -4,6 +4,7 @@ efficientnet-lite0                   ImageNet, 224 px, 1280-d; a PyPI package ha
                                      Its distance is called "KID (EfficientNet-Lite0)", never only KID or FID
 inception-clean, inception-legacy    see inception.py
 clip                                 see clip.py
+scenes                               see attributes.py: finds the attributes of rendered scenes
 own                                  the model's own discriminator and S_D: not independent of the model
 """
 
@@ -34,6 +35,8 @@ _UNPUBLISHED = {
     "recall": "recall",
     "clip-score": "picture-caption cosine x 100",
     "r-precision": "R-precision",
+    "diversity": "diversity relative to real pictures of the same caption",
+    "diversity-other-captions": "diversity relative to different captions, no goal by itself",
 }
 """Metric -> its name if the network does not define the published metric."""
 
@@ -92,23 +95,29 @@ _LOADERS = {
     "inception-clean": ("inception", "inception", "clean"),
     "inception-legacy": ("inception", "inception", "legacy"),
     "clip": ("clip", "clip"),
+    "scenes": ("attributes", "scene_attributes"),
 }
 """Key -> (module, function, further arguments). Modules are imported on demand: they need optional packages."""
 
 
 def load_features(
-    key: str = "efficientnet-lite0", device: torch.device | str | None = None, weights: str | None = None
+    key: str = "efficientnet-lite0",
+    device: torch.device | str | None = None,
+    weights: str | None = None,
+    size: int = 32,
 ) -> FeatureNetwork:
     """Loads a feature network in evaluation mode on `device` (default: a GPU if available); keeps torch's random state.
 
-    `weights` is a path or URL for networks whose weights are not in a package. Raises UserError.
+    `weights` is a path or URL for networks whose weights are not in a package. `size` is the side of the model's
+    pictures in pixels, for networks that are trained on pictures of this size. Raises UserError.
     """
     if key not in _LOADERS:
         raise UserError(f"unknown feature network {key!r}; known: {', '.join(sorted(_LOADERS))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module, function, *arguments = _LOADERS[key]
+    given = (size,) if key == "scenes" else (weights, *arguments)
     with torch.random.fork_rng(devices=[]):  # constructors sample initial weights
-        return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, weights, *arguments)
+        return getattr(importlib.import_module(f"dist_t2i.eval.judges.{module}"), function)(device, *given)
 
 
 def own_network(model: TextToImage) -> FeatureNetwork:
