@@ -94,6 +94,11 @@ class Mirror:
             _warn(f"continuing although the mirror {self.url} belongs to another run: " + "; ".join(mismatches))
         self._images = answer["images"]
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether `look` found checkpoints."""
+        return bool(self._images)
+
     def restore(self, lease: Lease | None) -> None:
         """Fetch the mirror's newest intact checkpoint if the run folder has only older ones, and commit it under
         `lease`.

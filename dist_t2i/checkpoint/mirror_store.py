@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 RECORDS = "run/"
 """The subfolder of a mirrored checkpoint for the run's records, which a run folder keeps outside of checkpoints."""
-RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE)
+RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE, "tokenizer.json")
 """The names of the records. A restore replaces no other files, because somebody else may have written the mirror."""
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
 """Files that identify the run, in the order in which they are written: a mirror with the last file has all of them."""
@@ -295,8 +295,9 @@ def records(run: Path, images: int) -> dict[str, str]:
     texts = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics if entry["images"] <= images)}
     if (run / "bad_samples.jsonl").exists():
         texts["bad_samples.jsonl"] = run_folder.bad_samples_before(run / "bad_samples.jsonl", images)
-    if (run / ID_FILE).exists():
-        texts[ID_FILE] = (run / ID_FILE).read_text(encoding="utf-8")
+    for name in (ID_FILE, "tokenizer.json"):
+        if (run / name).exists():
+            texts[name] = (run / name).read_text(encoding="utf-8")
     return texts
 
 

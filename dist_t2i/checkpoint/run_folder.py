@@ -2,7 +2,8 @@
 
     RUN/config.yaml         the resolved configuration
     RUN/environment.json    versions, git revision, hardware, and the data set's fingerprint
-    RUN/tokenizer.json      a copy of the data set's tokenizer, so that the run can be used without its data
+    RUN/tokenizer.json      the run's tokenizer, so that the run can be used without its data: the data set's, or that
+                            of the model that the run started from with the tokens of the data set added
 
 reporting/reporter.py and checkpoint/store.py list the files that training adds.
 """
@@ -24,15 +25,14 @@ from dist_t2i.utils.files import remove_abandoned, write_atomic
 
 
 def prepare(
-    folder: Path, config: str, tokenizer: str, data: dict[str, str], *, allow_changes: bool, warn: Callable[[str], None]
+    folder: Path, config: str, data: dict[str, str], *, allow_changes: bool, warn: Callable[[str], None]
 ) -> Lease:
     """Create the run folder, or check that it belongs to the same run; acquire its lease. Rank 0 only.
 
-    `config` and `tokenizer` are the texts for config.yaml and tokenizer.json; `data` has the set's `path` and
-    `fingerprint`. Raises ConfigError when the run began with a configuration that gives another result, and
-    CheckpointError when it began with another data set; with `allow_changes` both are warnings. Raises UserError when
-    the folder cannot be written, or when another process on this machine trains the run. A UserError leaves the run
-    unchanged.
+    `config` is the text for config.yaml; `data` has the set's `path` and `fingerprint`. Raises ConfigError when the run
+    began with a configuration that gives another result, and CheckpointError when it began with another data set; with
+    `allow_changes` both are warnings. Raises UserError when the folder cannot be written, or when another process on
+    this machine trains the run. A UserError leaves the run unchanged.
     """
     try:
         if (folder / "config.yaml").exists():
@@ -41,7 +41,6 @@ def prepare(
         remove_abandoned(folder)
         described = environment.describe() | {"data": data}
         write_atomic(folder / "environment.json", json.dumps(described, indent=1) + "\n")
-        write_atomic(folder / "tokenizer.json", tokenizer)
         write_atomic(folder / "config.yaml", config)
         return lease
     except OSError as error:
@@ -49,6 +48,15 @@ def prepare(
             f"the run folder {folder} cannot be written: {error.strerror or error}.\n"
             "Choose another folder with run.folder=..., correct the permissions, or free some space."
         ) from error
+
+
+def record(folder: Path, config: str, tokenizer: str) -> None:
+    """Write the texts of config.yaml and tokenizer.json; rank 0 only. Raises UserError when they cannot be written."""
+    try:
+        write_atomic(folder / "tokenizer.json", tokenizer)
+        write_atomic(folder / "config.yaml", config)
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
 
 
 def _check_same_run(

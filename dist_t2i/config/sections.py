@@ -198,6 +198,9 @@ class TrainConfig:
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
     """Random seed. Weights, sample order, captions, noise and augmentation depend only on it and the images seen."""
+    init: str = setting("", resume=Resume.FREE)  # read once, when the run starts
+    """Run folder or exported model from which the run starts, on any set: the weights are the model's, its tokens keep
+    their embeddings, and the tokens that only the new set has are added. Empty: random weights. Read at the start only."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
     """A longer step counts as hung: the run names the rank that hangs and exits with status 77. 0 waits forever."""
 

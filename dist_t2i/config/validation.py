@@ -41,6 +41,8 @@ def _combinations(config: Config) -> Iterator[Problem]:
     edit, data, batch = config.edit, config.data, config.train.global_batch
     if edit.init and not edit.width:
         yield ("edit.init", "edit.width"), "is only read if pictures are edited: also set edit.width, for example to 48"
+    if edit.init and config.train.init:
+        yield ("train.init", "edit.init"), "a run starts from one model: set train.init or edit.init, not both"
     if edit.own + edit.none > 1:
         yield ("edit.own", "edit.none"), f"is {edit.own:g}, but its sum with edit.none={edit.none:g} must not exceed 1"
     if batch % 2:

@@ -218,6 +218,8 @@ class ShardSet:
     folder: str
     manifest: dict[str, Any]
     options: StorageOptions
+    run_tokenizer: Tokenizer | None = None
+    """The tokenizer of a run on this set, if it may differ from the set's own."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -231,8 +233,8 @@ class ShardSet:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the set. Raises DataError if the tokenizer cannot be read."""
-        return Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
+        """The run's tokenizer if given, else the set's. Raises DataError if the tokenizer cannot be read."""
+        return self.run_tokenizer or Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
 
     def shards(self, split: str) -> Shards:
         """The shards of a split. Raises DataError if the set has no such split."""

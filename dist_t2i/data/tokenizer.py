@@ -17,6 +17,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +88,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._library.get_vocab_size()
 
+    @cached_property
+    def parts(self) -> dict[int, tuple[int, int]]:
+        """Token -> the two tokens that its first merge joins. Characters and special tokens have no parts."""
+        model = json.loads(self.text)["tokenizers"]["model"]
+        number, parts = model["vocab"], {}
+        for left, right in model["merges"]:
+            parts.setdefault(number[left + right], (number[left], number[right]))
+        return parts
+
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.text,)
 
@@ -146,3 +157,37 @@ def _alphabet(counts: Counter[str], limit: int) -> list[str]:
         for char in "".join(unicodedata.normalize("NFC", text).lower().split()):
             frequencies[char] += count
     return sorted(sorted(frequencies), key=lambda char: -frequencies[char])[:limit]
+
+
+def grown(old: Tokenizer, new: Tokenizer) -> Tokenizer:
+    """`old` with the tokens, merges and known words that it lacks and `new` has.
+
+    The tokens of `old` keep their ids; the added tokens follow in the order of `new`. The text of every token of `new`
+    is one token of the result. If the earlier merges divide this text in another way than `new` does, the merges that
+    are added join the resulting parts from left to right, and each joined part becomes a token, too.
+    """
+    content, other = json.loads(old.text), json.loads(new.text)
+    model, added = content["tokenizers"]["model"], other["tokenizers"]["model"]["vocab"]
+    vocabulary, merges = model["vocab"], model["merges"]
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+    for token in sorted(set(added) - set(SPECIAL), key=added.__getitem__):
+        pieces = _pieces(token, ranks)
+        if len(pieces) == 1:
+            vocabulary.setdefault(token, len(vocabulary))
+        while len(pieces) > 1:
+            left, right = pieces[:2]
+            ranks[left, right] = len(ranks)
+            merges.append([left, right])
+            vocabulary.setdefault(left + right, len(vocabulary))
+            pieces = _pieces(token, ranks)
+    content["known_words"] = sorted(old.known_words | new.known_words)
+    return Tokenizer(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _pieces(text: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Divides a text as the library does: the leftmost pair with the lowest rank is joined until no pair has a rank."""
+    pieces = list(text)
+    while known := [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]:
+        _, at = min(known)
+        pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+    return pieces

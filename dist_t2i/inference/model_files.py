@@ -91,6 +91,8 @@ class ModelFiles:
     frozen: FrozenEncoder | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     """The contents of an export's model.json."""
+    init: Mapping[str, Any] | None = None
+    """The model that the training started from (see warm_start.py); None if it started from random weights."""
 
     def sha256(self) -> str:
         """Hash of the tokenizer and of all weights: names, shapes and values, in sorted order."""
@@ -137,7 +139,8 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
     generator = saved.tensors("ema") if ema else saved.tensors("generator") | text
     discriminator = saved.tensors("discriminator") | text
     frozen = read_frozen(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
-    return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen)
+    init = saved.state.get("init")
+    return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen, init=init)
 
 
 def read_export(folder: Path) -> ModelFiles:
@@ -154,7 +157,8 @@ def read_export(folder: Path) -> ModelFiles:
     if config.text.mode == "frozen":
         frozen = FrozenEncoder(about.get("frozen") or {}, read_tensors(path), path)
     generator, discriminator = (read_tensors(folder / name) for name in (GENERATOR, DISCRIMINATOR))
-    return ModelFiles(folder, config, tokenizer, generator, discriminator, about["images"], frozen, about)
+    images, init = about["images"], about.get("init")
+    return ModelFiles(folder, config, tokenizer, generator, discriminator, images, frozen, about, init)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from dist_t2i.eval.scores import known_scores
 from dist_t2i.inference import model_files
 from dist_t2i.inference.model_files import ModelFiles, read_model
 from dist_t2i.inference.pipeline import TextToImage
+from dist_t2i.inference.warm_start import started_from
 from dist_t2i.publish.model_card import SetAbout, model_card
 from dist_t2i.reporting.image_grid import grid_rows, render_grid, save_grid
 from dist_t2i.utils.files import file_sha256
@@ -75,13 +76,15 @@ def _write(folder: Path, files: ModelFiles, model: TextToImage, about_set: SetAb
         weights[model_files.FROZEN] = files.frozen.tensors
     for name, tensors in weights.items():  # safetensors requires contiguous tensors that share no memory
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, folder / name)
-    (folder / model_files.CONFIG).write_text(config_files.dump(published(files.config)), encoding="utf-8")
+    heading = f"# {started_from(files.init)}\n" if files.init else ""
+    (folder / model_files.CONFIG).write_text(heading + config_files.dump(published(files.config)), encoding="utf-8")
     files.tokenizer.save(folder / model_files.TOKENIZER)
     paths = [folder / name for name in (model_files.CONFIG, model_files.TOKENIZER, *weights)]
     about: dict[str, Any] = {
         "format": model_files.FORMAT,
         "library": "dist_t2i",
         "images": files.images,
+        "init": dict(files.init) if files.init else None,
         "weights_sha256": files.sha256(),
         "set": dataclasses.asdict(about_set),
         "frozen": files.frozen.about if files.frozen else None,
@@ -102,4 +105,5 @@ def published(config: Config) -> Config:
     """The configuration without the paths and the name of the run, which matter only where it was trained."""
     run, data = dataclasses.replace(config.run, folder="", name=""), dataclasses.replace(config.data, train="")
     text = dataclasses.replace(config.text, frozen=model_files.FROZEN if config.text.mode == "frozen" else "")
-    return dataclasses.replace(config, run=run, data=data, text=text, edit=dataclasses.replace(config.edit, init=""))
+    edit, train = dataclasses.replace(config.edit, init=""), dataclasses.replace(config.train, init="")
+    return dataclasses.replace(config, run=run, data=data, text=text, edit=edit, train=train)

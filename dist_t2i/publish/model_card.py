@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_t2i.errors import UserError
 from dist_t2i.eval.scores import markdown
+from dist_t2i.inference.warm_start import started_from
 
 if TYPE_CHECKING:
     from dist_t2i.inference.model_files import ModelFiles
@@ -60,6 +61,7 @@ def model_card(files: ModelFiles, about: SetAbout, scores: Mapping[str, Any] | N
     """The model card in Markdown. Its YAML header names the library and the licence for model hubs."""
     size, example = files.config.data.image_size, json.dumps((about.examples or ("a caption",))[0], ensure_ascii=False)
     edit = f'    model.edit("your/picture.png", {example}).save("edit.png")\n' if files.config.edit.width else ""
+    start = f"{started_from(files.init)}.\n" if files.init else ""
     licence = about.licence.lower().replace(" ", "-") or "other"  # as model hubs spell it: cc-by-sa-4.0
     return f"""---
 library_name: dist_t2i
@@ -82,7 +84,7 @@ discriminator, so it is not an independent metric. Loading runs no code from thi
 ## What it is
 A single-stage GAN: one forward pass generates a picture. {_TEXT[files.config.text.mode]}
 (after Ahmed & Mittal, "End-to-end Training for Text-to-Image Synthesis using Dual-Text Embeddings").
-Training saw {files.images:,} images; the generator's weights are a moving average. `config.yaml` has every setting.
+{start}Training saw {files.images:,} images; the generator's weights are a moving average. `config.yaml` has every setting.
 SHA-256 of the weights: {files.sha256()}
 
 ## What it was trained on

@@ -43,6 +43,7 @@ class Checkpointer:
     report: ReportConfig
     lease: Lease | None  # None except on rank 0, the only rank that writes files
     latest: Checkpoint | None  # the newest intact checkpoint; None for a new run
+    init: dict[str, Any] | None  # the model that the run started from, see inference/warm_start.py
     engines: Sequence[NetworkEngine]
     average: Average
     validation: Validation | None
@@ -90,6 +91,8 @@ class Checkpointer:
         state = {"counters": counters, "seed": self.train.seed, "world_size": dist.get_world_size()}
         if self.validation is not None:
             self._scores = self.validation.state()
+        if self.init:
+            state["init"] = self.init
         if self._scores:
             state["evaluation"] = self._scores
 

@@ -14,6 +14,7 @@ from torch import nn
 from dist_t2i.checkpoint import run_folder, store
 from dist_t2i.checkpoint.lease import Lease
 from dist_t2i.checkpoint.mirror import Mirror
+from dist_t2i.checkpoint.store import Checkpoint
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import flatten
 from dist_t2i.config.resume import differences
@@ -22,14 +23,15 @@ from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.data.stream.stream import open_stream
-from dist_t2i.data.tokenizer import Tokenizer
+from dist_t2i.data.tokenizer import Tokenizer, grown
 from dist_t2i.distributed.collectives import on_main
 from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, init_distributed, resolve_precision
 from dist_t2i.distributed.launch import Rank, has_gpu
 from dist_t2i.distributed.preemption import StopFlag
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import ConfigError, ExitStatus, UserError
-from dist_t2i.inference.model_files import ModelFiles, read_frozen, read_model
+from dist_t2i.inference.model_files import TOKENIZER, ModelFiles, read_frozen, read_model
+from dist_t2i.inference.warm_start import about, started_from, with_tokens
 from dist_t2i.models.networks import Networks, build_networks
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
@@ -83,33 +85,40 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     flags = {"main": main, "allow_changes": allow_changes}
     mirror = Mirror(config.checkpoint, folder, text, reporter, retry_seconds=retry, **flags)
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
+    new = on_main(lambda: not (store.committed(folder) or mirror.has_checkpoints))
+    initial = read_initial(config, data.tokenizer) if new else None  # before the folder is prepared: it may not fit
     leases: list[Lease] = []
     warn = partial(print, "warning:", flush=True)  # a process that does not hold the lease must not write into the log
-    contents = text, data.tokenizer.text, {"path": str(data.folder), "fingerprint": data.fingerprint}
+    contents = text, {"path": str(data.folder), "fingerprint": data.fingerprint}
     on_main(lambda: leases.append(run_folder.prepare(folder, *contents, allow_changes=allow_changes, warn=warn)))
     lease = leases[0] if main else None
     if main and config.data.flip and (problem := mirrored_captions(data)):
         reporter.warn(problem)
     on_main(lambda: mirror.restore(lease), slow=True)
 
-    # Build the networks and their engines. A resumed run loads its own weights, so it does not read `edit.init` again.
-    texts, limit = config.text, config.data.max_tokens
-    frozen = read_frozen(texts, data.tokenizer, limit) if texts.mode == "frozen" else None
+    # Build the networks and their engines. A resumed run loads its own weights and its own tokenizer, so it does not
+    # read `train.init` or `edit.init` again.
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
-    initial = None if latest else read_initial(config, data.tokenizer)
+    init = latest.state.get("init") if latest else initial and about(initial)
+    tokenizer = run_tokenizer(config, data, latest, initial)
+    data = replace(data, run_tokenizer=tokenizer)
+    initial = with_tokens(initial, tokenizer, train.seed) if initial and not latest else None
+    on_main(lambda: run_folder.record(folder, f"# {started_from(init)}\n{text}" if init else text, tokenizer.text))
+    texts, limit = config.text, config.data.max_tokens
+    frozen = read_frozen(texts, tokenizer, limit) if texts.mode == "frozen" else None
     encoder = frozen.build() if frozen is not None else None
-    gan, average = assemble(config, data.tokenizer.vocab_size, device, encoder, initial)
+    gan, average = assemble(config, tokenizer.vocab_size, device, encoder, initial)
 
     # Validation: rank 0 reads the protocol first, so that an error is printed only once.
     validation = None
     if config.eval.every_images:
         protocol = on_main(lambda: read_protocol(config.eval))
         validation = Validation(folder, config.eval, protocol, train, data, device, reporter.warn)
-        model = partial(ModelFiles, folder, config, data.tokenizer, frozen=frozen)
+        model = partial(ModelFiles, folder, config, tokenizer, frozen=frozen)
         on_main(partial(validation.prepare, config.data, model), slow=True)
 
     parts = gan.engines, average, validation, reporter, mirror, watchdog
-    checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, *parts)
+    checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, init, *parts)
     images = checkpointer.restore()
     sample_grid = None
     if main:
@@ -122,7 +131,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
     stream = open_stream(
         config.data,
-        data.tokenizer,
+        tokenizer,
         seed=train.seed,
         global_batch=train.global_batch,
         accumulation=config.engine.accumulation,
@@ -189,32 +198,48 @@ def assemble(
     return Gan(generator, discriminator, text, frozen, *sections), average
 
 
+def run_tokenizer(config: Config, data: ShardSet, latest: Checkpoint | None, initial: ModelFiles | None) -> Tokenizer:
+    """The tokenizer of a resumed run; of a new run, the set's, with the tokens of the `initial` model if there is one.
+
+    In text.mode=frozen the tokenizer is always the set's: the networks read sentence vectors, and the model's tokens
+    mean nothing to the given encoder. Raises DataError when the run's tokenizer cannot be read.
+    """
+    path = Path(config.run.folder) / TOKENIZER
+    if latest and (path.exists() or latest.state.get("init")):  # without `init`, the set's tokenizer is the run's
+        return Tokenizer.load(path)
+    return grown(initial.tokenizer, data.tokenizer) if initial and config.text.mode != "frozen" else data.tokenizer
+
+
 _SAME = ("model.", "text.mode", "text.encoder", "text.embedding", "text.layers", "text.heads", "data.image_size")
 """Prefixes of the configuration keys that must have the same values in a run and in the model that initializes it."""
 
 
 def read_initial(config: Config, tokenizer: Tokenizer) -> ModelFiles | None:
-    """The model that `edit.init` names, or None if `edit.init` is empty.
+    """The model that `train.init` or `edit.init` names, or None if both are empty.
 
-    Raises ConfigError when the model cannot be read, when its networks differ from those of `config`, or when its
-    tokenizer differs from that of the training set.
+    Raises ConfigError when the model cannot be read, when its networks differ from those of `config`, or, with
+    `edit.init`, when its tokenizer differs from that of the training set.
     """
-    if not config.edit.init:
+    path = config.train.init or config.edit.init
+    if not path:
         return None
+    name = "train.init" if config.train.init else "edit.init"
     try:
-        files = read_model(config.edit.init)
+        files = read_model(path)
     except UserError as error:
-        raise ConfigError(f"edit.init: {error}", [str(error)]) from None
-    same = (*_SAME, "edit.width") if files.config.edit.width else _SAME
+        raise ConfigError(f"{name}: {error}", [str(error)]) from None
+    same = (*_SAME, "edit.width") if files.config.edit.width and config.edit.width else _SAME
+    if config.text.encoder == "transformer" and config.text.mode != "frozen":
+        same = (*same, "data.max_tokens")  # the number of learned positions
     changes = differences(files.config, config).items()
     lines = [f"{key}: {here!r} here, {there!r} in the model" for key, (there, here) in changes if key.startswith(same)]
     folder = files.folder
     if lines:
-        head = f"edit.init: the networks of {folder} differ from those of this run:"
+        head = f"{name}: the networks of {folder} differ from those of this run:"
         raise ConfigError("\n  ".join([head, *lines]) + "\nSet these keys to the values of the model.", lines)
-    if files.tokenizer != tokenizer:
+    if config.edit.init and files.tokenizer != tokenizer:
         trained = f"edit.init: the tokenizer of {folder} differs from that of data.train"
-        line = f"{trained}: train on a set that has the tokenizer of the model"
+        line = f"{trained}: train on a set that has the tokenizer of the model, or set train.init instead"
         raise ConfigError(line, [line])
     return files
 

@@ -24,8 +24,11 @@ from dist_t2i.data.open_data import open_entry, storage_options
 from dist_t2i.data.shard_set import ShardSet
 from dist_t2i.errors import UserError
 from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
+from dist_t2i.eval.judges.features import own_network
+from dist_t2i.eval.measure import Measured
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
+from dist_t2i.eval.studies.near_copies import ALARM, RARE, NearCopies
 from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.training.schedule import passes
@@ -74,6 +77,8 @@ class Validation:
         `model_files(generator, discriminator, images)` returns the model with these weights of both networks.
         """
         self._model_files = model_files
+        copies = NearCopies(self.data, data.image_size, mirrored=data.flip)
+        self._copies = copies if copies.small else None
         if self.config.data:
             self.data = open_entry(self.config.data, storage_options(data))
         selections = select_all(self.data, self.protocol)
@@ -84,9 +89,11 @@ class Validation:
     def scores(self, generator: Weights, discriminator: Weights, images: int) -> dict[str, float]:
         """`eval/SPLIT/SCORE` -> value, for weights in fp32 with the names that checkpoints use. Also writes a file."""
         given: dict[str, Any] = {"networks": self._networks, "selections": self._selections, "cache": self._features}
+        measured: dict[str, Measured] = {}
         with torch.random.fork_rng(devices=[]):
             model = TextToImage(self._model_files(generator, discriminator, images), self.device)
-            scores = evaluate(model, self.data, self.protocol, say=lambda line: None, **given)
+            scores = evaluate(model, self.data, self.protocol, say=lambda line: None, measured=measured, **given)
+            copies = self._near_copies(model, measured)
         folder = self.folder / FOLDER
         try:
             folder.mkdir(exist_ok=True)
@@ -94,7 +101,26 @@ class Validation:
         except OSError as error:  # a full disk
             self.warn(f"{folder}: {error.strerror}; the scores are only in metrics.jsonl")
         parts = scores.splits.items()
-        return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores}
+        return {f"eval/{split}/{score.key}": score.value for split, part in parts for score in part.scores} | copies
+
+    def _near_copies(self, model: TextToImage, measured: Mapping[str, Measured]) -> dict[str, float]:
+        """`eval/SPLIT/near_copies` -> share of the generated pictures that are near-copies of training pictures; {} for
+        a large training set. The network is EfficientNet-Lite0, or else the protocol's first network."""
+        shares = {}
+        for split, part in measured.items():
+            if self._copies is None or not part.features:
+                continue
+            key = "efficientnet-lite0" if "efficientnet-lite0" in part.features else next(iter(part.features))
+            network = self._networks.get(key) or own_network(model)
+            shares[f"eval/{split}/near_copies"] = self._copies.share(part.features[key], network)
+        worst = max(shares.values(), default=0.0)
+        if worst > ALARM:
+            self.warn(
+                f"at {model.images_seen:,} images {worst:.0%} of the generated pictures are near-copies of training "
+                f"pictures (of real pictures, about {RARE:.0%} are): the generator memorizes the training set. Add "
+                "pictures, raise augment.*, use an earlier checkpoint, or start from a trained model (train.init)"
+            )
+        return shares
 
     def due(self, images: int) -> bool:
         """Whether an evaluation is due at `images` seen. A run that resumes at an evaluation does not repeat it."""

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
     SCENE_CLASSIFIER = 7  # the scenes that train the detector of attributes, and its first weights
     SAME_CAPTION = 8  # further real pictures of a caption that the project renders
+    NEW_TOKENS = 0x544F4B454E  # embeddings of the characters that a trained model lacks
     SCENES = 0x5343454E  # everything about one scene that the project renders itself
     MODE_SEEKING_NOISE = 7  # noise and conditioning noise of the second fake of one row of a training batch
 

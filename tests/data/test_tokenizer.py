@@ -1,5 +1,6 @@
 """Text to ids: no text crashes it, two trainings give the same tokenizer, and unknown words are reported."""
 
+import json
 import pickle
 from collections import Counter
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_t2i.data.tokenizer import END, UNKNOWN, Tokenizer, train_tokenizer, words
+from dist_t2i.data.tokenizer import END, UNKNOWN, Tokenizer, grown, train_tokenizer, words
 from dist_t2i.errors import DataError
 
 CAPTIONS = Counter(
@@ -78,3 +79,30 @@ def test_not_a_tokenizer(tmp_path, text):
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match="cannot read the tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_grown_tokenizer_keeps_the_ids_and_knows_the_new_words():
+    new = train_tokenizer(
+        Counter({"a crimson zebra": 3, "the zebra's crimson stripes, très rouge": 2, "a red bird": 1})
+    )
+    both = grown(TOKENIZER, new)
+    old_ids, ids = (json.loads(t.text)["tokenizers"]["model"]["vocab"] for t in (TOKENIZER, both))
+    assert {token: ids[token] for token in old_ids} == old_ids
+    assert sorted(ids.values()) == list(range(both.vocab_size)) and both.vocab_size > TOKENIZER.vocab_size
+    assert both.known_words == TOKENIZER.known_words | new.known_words
+    assert UNKNOWN in TOKENIZER.ids("zebra") and both.ids("zebra") == (ids["zebra"], END)
+    assert both.ids("the bird's wing") == TOKENIZER.ids("the bird's wing")
+    text_of = {number: token for token, number in ids.items()}
+    assert "".join(text_of[part] for part in both.parts[ids["zebra"]]) == "zebra"
+    assert ids["z"] not in both.parts and grown(TOKENIZER, TOKENIZER).text == TOKENIZER.text
+
+
+@given(st.lists(st.text("abc é", min_size=1, max_size=12), min_size=1, max_size=8), st.integers(1, 3))
+def test_every_token_of_the_new_set_is_one_token(texts, repeats):
+    """Also where the old merges divide the text of a token in another way."""
+    first = train_tokenizer(Counter({"abcabc bcab caab é": 3}), 40)
+    new = train_tokenizer(Counter(dict.fromkeys(texts, repeats)), 60)
+    both = grown(first, new)
+    for token in json.loads(new.text)["tokenizers"]["model"]["vocab"]:
+        if not token.startswith("["):
+            assert len(both.ids(token)) == 2, token

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,27 @@ report: {every_steps: 1, sample_every_images: 1000}
 checkpoint: {every_images: 32, keep_last: 20}
 """
 
+# Low learning rates: on some processors, round-off moves an activation across the kink of a leaky ReLU, and a gradient
+# jumps. Larger steps would carry this jump into the weights.
+RATES = ("optimizer.generator_lr=1e-4", "optimizer.discriminator_lr=1e-4")
 
-def make_set(folder: Path, pictures: int = 48) -> Path:
+
+def flat(settings: dict, prefix: str = "") -> list[str]:
+    """`section.key=value` for every value of a nested mapping."""
+    found = []
+    for key, value in settings.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
+    return found
+
+
+def make_set(folder: Path, pictures: int = 48, colors: Sequence[str] = ("red", "green", "blue", "orange")) -> Path:
     """A set of colored shapes with matching captions, written by `tools/shard.py folder`; returns the set's path."""
     images, out = folder / "pictures", folder / "set"
     images.mkdir(parents=True)
-    colors, shapes = ["red", "green", "blue", "orange"], ["square", "circle", "bar"]
+    shapes = ["square", "circle", "bar"]
     lines = []
     for i in range(pictures):
-        color, shape = colors[i % 4], shapes[i % 3]
+        color, shape = colors[i % len(colors)], shapes[i % 3]
         picture = Image.new("RGB", (32, 32), "white")
         draw, x = ImageDraw.Draw(picture), 2 + i % 9
         box = (x, 8, x + 16, 24 if shape != "bar" else 14)

@@ -14,21 +14,10 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import ConfigError
 from dist_t2i.training.setup import read_initial
 from models_on_disk import tokenizer, write_run
-from runs import CONFIG, Run, assert_same_state, make_set
+from runs import CONFIG, RATES, Run, assert_same_state, flat, make_set
 
 pytestmark = pytest.mark.slow
-# Low learning rates: on some processors, round-off moves an activation across the kink of a leaky ReLU, and a gradient
-# jumps. Larger steps would carry this jump into the weights.
-RATES = ("optimizer.generator_lr=1e-4", "optimizer.discriminator_lr=1e-4")
 EDIT = ("edit.width=8", "edit.words=1", "loss.edit_target=5", "report.sample_every_images=40", *RATES)
-
-
-def flat(settings: dict, prefix: str = "") -> list[str]:
-    """`section.key=value` for every value of a nested mapping."""
-    found = []
-    for key, value in settings.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
-    return found
 
 
 @pytest.fixture(scope="module")
