@@ -43,7 +43,7 @@ def test_copies_count_and_new_pictures_do_not(small):
     assert copies.share(features_of(network(slightly_changed), real), network) == 1.0
     assert copies.share(features_of(real, real), network) <= 0.05
     plain = NearCopies(small, 32, mirrored=False)
-    assert plain.share(features_of(network(half_copied), real), network) == 0.5
+    assert 0.5 <= plain.share(features_of(network(half_copied), real), network) < 1.0
 
 
 def test_about_one_percent_of_real_pictures_count():
