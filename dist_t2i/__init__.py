@@ -4,7 +4,8 @@
     model = dist_t2i.load("runs/demo")          # a run folder, or an exported model
     pictures = model.generate(["woman pilot dark skin tone"], seed=0)
 
-Names are imported when first used, so that `dist_t2i.config.sections` and the commands' `--help` do not import torch.
+The package imports these names when they are first used, so that `dist_t2i.config.sections` and the commands' `--help`
+do not import torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Ablations: the same training with one thing changed at a time, over several seeds, and what the scores show.
+"""Ablations: train with one change at a time, over several seeds, and compare the scores.
 
-tools/ablate.py is the command. `plan` reads the file, `runs` trains, `scoring` scores each run, `statistics` compares
-the scores (intervals over seeds, differences, verdicts), `figures` and `report` write the results. `report.METHOD`
-describes the method.
+The command is tools/ablate.py. `plan` reads the plan's file, `runs` trains, `scoring` scores each run, `statistics`
+compares the scores (intervals over seeds, differences, verdicts), `figures` and `report` write the results.
+`report.METHOD` describes the method.
 """

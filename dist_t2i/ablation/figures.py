@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def side_by_side(plan: Plan, seed: int, data: ShardSet, split: str, protocol: Protocol, out: Path) -> list[GridRow]:
-    """One row per held-out caption, evenly spaced in the split: the real picture, then one sample of each arm."""
+    """One row for each of some evenly spaced held-out captions: the real picture, then one sample of each arm."""
     from dist_t2i.eval.measure import generate
     from dist_t2i.inference.pipeline import load
 
@@ -43,7 +43,7 @@ def write_grid(plan: Plan, rows: Sequence[GridRow], path: Path, title: str) -> P
 
 
 def plot_seeds(plan: Plan, measures: Sequence[Measure], path: Path) -> Path:
-    """Plots one panel per metric: a dot for each run, a bar for mean and interval. ImportError without matplotlib."""
+    """Plots one panel per metric: a dot for each run, a bar for each mean and interval. Needs matplotlib."""
     figure = new_figure(3.1 * len(measures), 0.5 * len(plan.arms) + 1.6)
     for number, (axes, measure) in enumerate(
         zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)

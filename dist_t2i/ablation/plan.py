@@ -19,18 +19,18 @@ SOURCES = ("", "openmoji")
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the configurations that an ablation compares."""
+    """One configuration of the several that an ablation compares."""
 
     label: str = ""
-    """Name in tables; empty: the arm's key."""
+    """Name in tables (default: the arm's key)."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value`, applied after the plan's overrides."""
+    """Overrides `section.key=value` of this arm, applied after the plan's overrides."""
     sentences: bool = False
-    """Whether `text.frozen` is set to a table of sentence vectors of this set's captions (see sentence_encoder.py)."""
+    """Whether the arm sets `text.frozen` to a table of its captions' sentence vectors (see sentence_encoder.py)."""
     claim: str = ""
-    """Hypothesis in words. The scores support it if the reference scores better than this arm."""
+    """Hypothesis in words, which the scores support if the reference scores better than this arm."""
     note: str = ""
-    """Remark on this comparison, for readers of the report."""
+    """Remark on the comparison of this arm with the reference, for readers of the report."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Plan:
     base: str = ""
     """Configuration file that all arms share, relative to the working directory."""
     data: str = ""
-    """Sharded set; empty: data.train of the base configuration."""
+    """Sharded set (default: data.train of the base configuration)."""
     source: str = ""
-    """`openmoji`: `tools/shard.py openmoji` writes the set if it does not exist. Empty: the set must exist."""
+    """With `openmoji`, `tools/shard.py openmoji` writes a set that does not exist. By default, the set must exist."""
     images: int = 0
-    """Images that each run sees; 0: train.total_images of the base configuration."""
+    """Images that each run sees (0: train.total_images of the base configuration)."""
     seeds: int = 3
     """Number of runs of each arm, with the seeds train.seed, train.seed + 1, ..."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value`, applied to every arm."""
+    """Overrides `section.key=value` that apply to every arm."""
     reference: str = ""
-    """Arm with which the other arms are compared; empty: the first arm."""
+    """Arm with which the other arms are compared (default: the first arm)."""
     decides: tuple[str, ...] = ("kid", "recall_at_1")
-    """Metrics that decide the verdict, on the first split. All other metrics are only reported."""
+    """Metrics that decide the verdict, on the first split. The report lists the other metrics without a verdict."""
     prompts: int = 10
     """Rows of the sample grid."""
     protocol: str = "held-out"
@@ -82,7 +82,7 @@ class Plan:
     def configs(self, out: Path) -> dict[tuple[str, int], Config]:
         """(arm, seed) -> configuration of every run. Raises ConfigError with every problem of every arm.
 
-        Runs are ordered by seed. If an ablation stops early, it therefore has runs of all arms.
+        Runs are ordered by seed, so that an ablation that stops early has runs of all arms.
         """
         problems: list[str] = []
         configs: dict[tuple[str, int], Config] = {}
@@ -106,7 +106,7 @@ class Plan:
         config = config_files.load(self.base, [*common, *self.overrides, *self.arms[arm].overrides, *table])
         if any("checkpoint.every_images" in text for text in self.overrides):
             return config
-        # Five checkpoints cost little, and an interruption loses at most a fifth of a run. One sample grid is enough.
+        # Five checkpoints per run cost little, and an interruption then loses at most a fifth of a run.
         total = config.train.total_images
         checkpoint = dataclasses.replace(config.checkpoint, every_images=-(-total // 5), keep_last=1)
         return dataclasses.replace(
@@ -159,33 +159,33 @@ def load(path: Path, *, seeds: int | None = None, images: int | None = None) -> 
 
 
 def _contradictions(plan: Plan) -> list[str]:
-    from dist_t2i.ablation import scoring  # imported here, because it imports torch
+    from dist_t2i.ablation import scoring  # imported here, because this module imports torch
 
     problems = []
     if not plan.base:
-        problems.append("base: missing: name the configuration that all arms share, such as configs/openmoji32.yaml")
+        problems.append("base: missing; name the configuration that all arms share, such as configs/openmoji32.yaml")
     elif not Path(plan.base).is_file():
         problems.append(f"base: {plan.base} does not exist (working directory: {Path.cwd()})")
     if len(plan.arms) < 2:
         problems.append(f"arms: a comparison needs at least two arms, but this file has {len(plan.arms)}")
     for name in plan.arms:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            problems.append(f"arms.{name}: the name is also a folder name: use letters, digits, - and _")
+            problems.append(f"arms.{name}: the name becomes a folder name, so use only letters, digits, - and _")
         elif name in ("features", "report"):
-            problems.append(f"arms.{name}: the ablation has a folder of this name: choose another name")
+            problems.append(f"arms.{name}: an ablation has another folder of this name; choose another name")
     if plan.arms and plan.reference not in plan.arms:
         problems.append(f"reference: {plan.reference} is not one of the arms {', '.join(plan.arms)}")
     if plan.seeds < 1:
-        problems.append(f"seeds: must be at least 1 (for a useful interval: at least 3), is {plan.seeds}")
+        problems.append(f"seeds: must be at least 1 (at least 3 for a useful interval), but is {plan.seeds}")
     if plan.images < 0:
-        problems.append(f"images: must be at least 1, is {plan.images}")
+        problems.append(f"images: must be at least 1, but is {plan.images}")
     if plan.source not in SOURCES:
-        problems.append(f"source: must be openmoji or empty, is {plan.source}")
+        problems.append(f"source: must be openmoji or empty, but is {plan.source}")
     return problems + scoring.problems_of(plan.protocol, plan.decides)
 
 
 def _without_repeats(problems: list[str], arms: int) -> list[str]:
-    """Lists a problem that every arm has only once, because it comes from the base configuration."""
+    """The problems, in which a problem of every arm (from the base configuration) appears only once."""
     texts = [line.split(": ", 1)[1] for line in problems]
     shared = [text for text in dict.fromkeys(texts) if texts.count(text) == arms]
     return shared + [line for line, text in zip(problems, texts, strict=True) if text not in shared]

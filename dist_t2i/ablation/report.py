@@ -21,25 +21,25 @@ from dist_t2i.reporting import web_page
 
 FORMAT = 1
 METHOD = (
-    "An *arm* is the base configuration with overrides. All arms have the same number of images, the same seeds and "
-    "the same networks, except for the parts of the networks that text.mode changes; the table lists the parameters. A "
-    "seed determines the initial weights, the order of the data and the noise. Differences are paired: each run of one "
-    "arm is compared with the run of another arm that has the same seed.",
+    "An *arm* is the base configuration with overrides. All arms have the same number of images and the same seeds. "
+    "The networks of two arms differ only in the parts that text.mode changes; the table of arms lists the numbers of "
+    "parameters. A seed determines the initial weights, the order of the data and the noise. Differences are paired: "
+    "each difference compares two runs of different arms with the same seed.",
     "Every run is scored on the same held-out captions with the same evaluation noise. The scores come from a feature "
-    "network that took no part in training. Scores by the model's own D and S_D are reported and labeled, but they "
-    "decide nothing, because each arm has a different D and S_D.",
-    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. An interval shows whether "
-    "other seeds would give the same result, which is the question about a method. A bootstrap over few seeds would be "
-    "too narrow: the resamples of 3 values never leave the range of these values, so that a nominal 95% interval "
-    "covers the mean only about three times in four. The t interval is valid if the scores of seeds are normally "
-    "distributed; few seeds cannot show this.",
-    "The plan names the deciding metrics in advance (`decides`). A verdict states what the intervals of the paired "
-    "differences show for these metrics (better, worse, or neither), and whether this also holds after a Bonferroni "
-    "correction for all deciding comparisons.",
+    "network that took no part in training. Scores by a model's own D and S_D are reported and labeled, but decide "
+    "nothing, because each arm has a different D and S_D.",
+    "Intervals are 95% t intervals over training seeds; the held-out captions are fixed. An interval over seeds shows "
+    "whether a method gives the same result with other seeds. A bootstrap interval over few seeds would be too "
+    "narrow, because resamples of 3 values never leave the range of these values. A nominal 95% interval then covers "
+    "the mean only about three times in four. A t interval is valid if the scores of the seeds are normally "
+    "distributed, which few seeds cannot show.",
+    "The plan names the deciding metrics in advance (`decides`). A verdict states for these metrics whether the "
+    "intervals of the paired differences show that the reference is better, worse, or neither. The verdict also "
+    "states whether each result holds after a Bonferroni correction for all deciding comparisons.",
 )
 """How arms are compared: Markdown, one paragraph per string. The method is this project's own, not from a paper."""
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]
-"""(arm, seed) -> result of `RunScorer.scores`."""
+"""Maps (arm, seed) to the result of `RunScorer.scores`."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Findings:
     configs: Mapping[tuple[str, int], Config]
     scores: Scores
     missing: Sequence[str]
-    """Runs without scores, each with the reason."""
+    """Runs without scores, with the reason for each run."""
     facts: Mapping[str, str]
-    """How the results were made: command, hardware, hours, revision, ..."""
+    """Facts about how the results were computed: command, hardware, hours, revision, ..."""
 
     @cached_property
     def measures(self) -> list[Measure]:
@@ -62,14 +62,14 @@ class Findings:
                 values: dict[str, dict[int, float]] = {arm: {} for arm in self.plan.arms}
                 for (arm, seed), run_scores in self.scores.items():
                     values[arm][seed] = run_scores["splits"][split]["scores"][number]["value"]
-                name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])  # this count differs between runs
+                name = re.sub(r" \(\d+ of \d+ pairs\)", "", score["name"])  # the count varies by run
                 ends = score["floor"], score["ceiling"]
                 measures.append(Measure(score["key"], name, split, score["better"], values, *ends))
         return measures
 
     @cached_property
     def comparisons(self) -> list[Difference]:
-        """The difference between the reference and every other arm, for every measure."""
+        """The difference between the reference and each other arm, for each measure."""
         plan = self.plan
         deciding = sum(key in plan.decides for key in {m.key for m in self.measures}) * len(plan.others)
         return [difference(m, arm, plan.reference, deciding) for m in self.measures for arm in plan.others]
@@ -80,7 +80,7 @@ class Findings:
 
     @property
     def seeds(self) -> int:
-        """The smallest number of seeds of any arm."""
+        """The number of seeds of the arm with the fewest seeds."""
         return min(len(values) for values in self.measures[0].values.values())
 
     @property
@@ -97,11 +97,11 @@ class Findings:
         ]
 
     def parameters(self, arm: str) -> Mapping[str, int]:
-        """Network -> number of weights."""
+        """Maps each network of the arm to its number of weights."""
         return next(scores["parameters"] for (name, _), scores in self.scores.items() if name == arm)
 
     def decides(self, item: Difference) -> bool:
-        """Whether the verdict on an arm is based on this comparison."""
+        """Whether `item` is a comparison on which the verdict on its arm is based."""
         return item.measure.split == self.splits[0] and item.measure.key in self.plan.decides
 
     def verdicts(self) -> list[str]:
@@ -148,7 +148,7 @@ class Findings:
 
 
 def _finite(value: Any) -> Any:
-    """A copy of `value` with None instead of infinity and NaN, which JSON does not have."""
+    """A copy of `value` in which None replaces infinity and NaN, because JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -231,13 +231,13 @@ def _ends(ends: Mapping[str, float]) -> str:
 
 
 def markdown(results: Findings, pictures: Mapping[str, str]) -> str:
-    """The report in Markdown. `pictures`: heading -> path of a PNG, relative to the report."""
+    """The report in Markdown. `pictures` maps headings to the paths of PNGs, relative to the report."""
     above, below = tables(results)
     missing = ["**Some runs are missing**: " + "; ".join(results.missing) + ".", ""] if results.missing else []
     lines = [
         f"# Ablation: {results.plan.name}",
         "",
-        "Generated by `tools/ablate.py` from its runs; do not edit.",
+        "`tools/ablate.py` generates this file from the runs of the ablation; do not edit it.",
         "",
         *("## Conclusions", "", *(f"* {text}" for text in results.verdicts()), ""),
         *(weakness(results.seeds), "", *missing),
@@ -276,7 +276,7 @@ def write_page(results: Findings, path: Path, pictures: Mapping[str, Path], cred
 
 
 def _list(paragraphs: Sequence[str]) -> str:
-    """Paragraphs with **bold** and *italic* as an HTML list."""
+    """An HTML list of the paragraphs, which may contain **bold** and *italic*."""
     items = (re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(paragraph)) for paragraph in paragraphs)
     items = (re.sub(r"\*(.+?)\*", r"<i>\1</i>", item) for item in items)
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

@@ -2,8 +2,8 @@
 
 OUT/ARM/seed-N/            run folder
 OUT/ARM/seed-N.yaml        configuration of the run
-OUT/ARM/seed-N.log         output of the run, if several runs train in parallel
-OUT/sentences.safetensors  caption vectors, if an arm needs them
+OUT/ARM/seed-N.log output of the run, if runs train in parallel OUT/sentences.safetensors caption vectors, if an arm
+needs them
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_finished(config: Config) -> bool:
 
 
 def seconds_trained(run: Path) -> float:
-    """Seconds of training according to metrics.jsonl, without start-up, sample grids and checkpoints."""
+    """Seconds of training by metrics.jsonl, without the seconds of start-up, sample grids and checkpoints."""
     seconds, before = 0.0, 0
     for entry in metrics_log.read(run / "metrics.jsonl"):
         rate = entry.get("images_per_second")
@@ -61,14 +61,14 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
             continue
         try:
             saved = config_files.load(run / "config.yaml")
-            if config.engine.precision == "auto":  # a run saves the precision that `auto` selected
+            if config.engine.precision == "auto":  # config.yaml of a run has the precision that `auto` selected
                 config = replace(config, engine=replace(config.engine, precision=saved.engine.precision))
             refuse_changes(saved, config)
         except ConfigError as error:
             problems += [f"{run}: {line}" for line in error.problems or [str(error)]]
         known = fingerprint_of(run)
         if known is not None and known != data.fingerprint:
-            problems.append(f"{run}: the fingerprint of its training set differs from that of {data.folder}")
+            problems.append(f"{run}: the run's training set has another fingerprint than {data.folder}")
     if problems:
         listed = "".join(f"\n  {line}" for line in problems)
         raise CheckpointError(
@@ -77,7 +77,7 @@ def check_kept(configs: Configs, data: ShardSet) -> None:
 
 
 def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
-    """Writes the table of caption vectors if an arm needs it, unless it exists for this set. Raises UserError."""
+    """Writes the table of caption vectors if an arm needs a table and this set has no table yet. Raises UserError."""
     path = table_of(out)
     stamp = path.with_suffix(".set")
     if not any(arm.sentences for arm in plan.arms.values()):
@@ -93,7 +93,7 @@ def write_sentences(plan: Plan, data: ShardSet, out: Path, say: Say) -> None:
 
 
 def all_captions(data: ShardSet) -> list[str]:
-    """Every caption of all splits, and its variants in light and dark skin tone, which the evaluation needs."""
+    """All captions of all splits, with their variants in light and dark skin tone, which the evaluation needs."""
     from dist_t2i.eval.skin_tones import tone_pair
 
     captions: dict[str, None] = {}
@@ -110,9 +110,9 @@ def all_captions(data: ShardSet) -> list[str]:
 
 
 def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains the unfinished runs, `jobs` at a time; returns (arm, seed) -> error of the runs that failed.
+    """Trains the unfinished runs, `jobs` at a time; returns the error of each failed run by (arm, seed).
 
-    After a stop signal, waits until the runs have saved checkpoints and raises Interrupted.
+    Raises Interrupted after a stop signal, once the runs have saved checkpoints.
     """
     unfinished = {key: config for key, config in configs.items() if not is_finished(config)}
     if len(unfinished) < len(configs):
@@ -125,7 +125,7 @@ def train_all(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], st
 
 
 def config_file(config: Config) -> Path:
-    """File from which a run reads its configuration when it starts. The run folder has a copy of this file."""
+    """The file from which a run reads its configuration at the start; the run folder has a copy of this file."""
     return Path(config.run.folder + ".yaml")
 
 
@@ -155,7 +155,7 @@ def _name(key: tuple[str, int]) -> str:
 
 
 def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int], str]:
-    """Trains each run in a separate process, which executes this module. All processes receive stop signals."""
+    """Trains each run in a separate process, which executes this module. `_stopping` passes stop signals on to them."""
     environment = {**os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     root = str(Path(__file__).resolve().parents[2])
@@ -166,7 +166,7 @@ def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int],
         while live or (waiting and not asked):
             while waiting and len(live) < jobs and not asked:
                 key, config = waiting.pop(0)
-                say(f"{_describe(key, config)}; {len(waiting)} runs wait; log: {config.run.folder}.log")
+                say(f"{_describe(key, config)}; {len(waiting)} more runs wait; log: {config.run.folder}.log")
                 command = [sys.executable, "-m", __name__, str(config_file(config)), config.run.folder]
                 live[key] = (subprocess.Popen(command, env=environment, start_new_session=True), time.monotonic())
             for key, (process, started) in list(live.items()):
@@ -179,18 +179,18 @@ def _in_parallel(configs: Configs, jobs: int, say: Say) -> dict[tuple[str, int],
                 say(f"{_name(key)}: {failed.get(key) or f'{time.monotonic() - started:,.0f} s'}")
             time.sleep(_LOOK)
     if asked:
-        raise Interrupted("stopped; the same command resumes the runs")
+        raise Interrupted("stopped; repeat the command to resume the runs")
     return failed
 
 
 @contextlib.contextmanager
 def _stopping(live: Mapping) -> Iterator[list[int]]:
-    """Within the context, Ctrl-C, SIGTERM and SIGHUP stop the live runs. Yields the list of received signals."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP stop the live runs; yields the list of received signals."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         if not asked:
-            print("\nstopping: the runs save checkpoints first", flush=True)
+            print("\nstopping after the runs have saved checkpoints", flush=True)
         asked.append(number)
         for process, _ in live.values():
             with contextlib.suppress(OSError):
@@ -206,7 +206,7 @@ def _stopping(live: Mapping) -> Iterator[list[int]]:
 
 
 def main() -> int:
-    """Trains one run for `_in_parallel`; arguments: CONFIG RUN."""
+    """Trains one run for `_in_parallel`. The arguments are CONFIG and RUN."""
     config, run = map(Path, sys.argv[1:])
     try:
         train(config, [], run, log=Path(f"{run}.log"))

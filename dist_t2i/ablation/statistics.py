@@ -24,7 +24,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric on one split: its value for every run."""
+    """The values of one metric on one split for all runs."""
 
     key: str
     name: str
@@ -32,7 +32,7 @@ class Measure:
     better: str
     """`higher` or `lower`."""
     values: Mapping[str, Mapping[int, float]]
-    """arm -> seed -> value"""
+    """Maps an arm to a mapping from each of its seeds to the value."""
     floor: Mapping[str, float]
     ceiling: Mapping[str, float]
 
@@ -42,30 +42,31 @@ class Measure:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the reference is than an arm, paired by seed. A positive gain favors the reference."""
+    """How much better the reference is than an arm, paired by seed; a positive `gain` favors the reference."""
 
     measure: Measure
     arm: str
     reference: str
     gain: Estimate
     counted: Estimate
-    """`gain` with a wider interval: Bonferroni-corrected for the number of comparisons that decide the verdicts."""
+    """`gain` with an interval that is Bonferroni-corrected for the number of deciding comparisons."""
 
     @property
     def says(self) -> str:
-        """What the interval of `gain` shows: the reference is `better` or `worse`, or `nothing` if it contains 0."""
+        """Whether the reference is `better` or `worse` by the interval of `gain`; `nothing` if the interval contains
+        0."""
         if self.gain.n < 2:
             return "nothing"
         return "better" if self.gain.low > 0 else "worse" if self.gain.high < 0 else "nothing"
 
     @property
     def sure(self) -> bool:
-        """Whether `says` holds even after the Bonferroni correction for all deciding comparisons."""
+        """Whether the result `says` holds even after the Bonferroni correction for all deciding comparisons."""
         return self.says != "nothing" and (self.counted.low > 0 or self.counted.high < 0)
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean and two-sided t interval of one or more independent values."""
+    """The mean of one or more independent values, with its two-sided t interval."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -112,9 +113,9 @@ def _within(t: float, freedom: int) -> float:
 
 
 def seeds_needed(gain: Estimate, most: int = 1000) -> int | None:
-    """The smallest number of seeds for which the interval of a gain with this mean and deviation would exclude 0.
+    """The smallest number of seeds for which a gain with this mean and standard deviation has no 0 in its interval.
 
-    None when this number exceeds `most` or the deviation is unknown.
+    None if more than `most` seeds are needed, or if the standard deviation is unknown.
     """
     if gain.n < 2 or gain.mean == 0:
         return None
@@ -132,21 +133,21 @@ def _half_width(sd: float, n: int, level: float = LEVEL) -> float:
 
 
 def verdict(hypothesis: str, differences: Sequence[Difference]) -> str:
-    """What the differences of one arm in the deciding metrics show about a hypothesis, in Markdown."""
+    """The conclusion about a hypothesis from the differences of one arm in the deciding metrics, in Markdown."""
     says = {item.says for item in differences}
     if any(item.gain.n < 2 for item in differences):
         head = "no conclusion: an interval over seeds needs at least two seeds"
     elif {"better", "worse"} <= says:
         head = "the metrics disagree"
     elif says <= {"nothing"}:
-        head = "neither supported nor contradicted: no interval excludes 0"
+        head = "neither supported nor contradicted: every interval contains 0"
     else:
         side, word = ("better", "supported") if "better" in says else ("worse", "contradicted")
         head = word
         if "nothing" in says:
             head += f" by {_names(differences, side)}; {_names(differences, 'nothing')} is inconclusive"
     details = " ".join(_sentence(item) for item in differences)
-    return f"“{hypothesis}”: **{head}** (at this budget, on this set). {details}"
+    return f"“{hypothesis}”: **{head}** (with this budget and this set). {details}"
 
 
 def _names(differences: Iterable[Difference], says: str) -> str:
@@ -164,18 +165,19 @@ def _sentence(item: Difference) -> str:
         remedy = f"{seeds} would show a difference of this size"
         return f"{subject} {_signed(gain.mean)} {span}, which is inconclusive; {remedy}."
     holds = "also holds" if item.sure else "does not hold"
-    return f"{subject} {_signed(gain.mean)} {span}; this {holds} after the Bonferroni correction."
+    return f"{subject} {_signed(gain.mean)} {span}; the difference {holds} after the Bonferroni correction."
 
 
 def weakness(seeds: int) -> str:
-    """The limits of an interval over this many seeds, in words."""
+    """A text about the limits of an interval over `seeds` seeds."""
     if seeds < 2:
-        return "One seed has no interval: any difference between two runs may be due to chance."
+        return "With one seed, an interval cannot be computed: any difference between two runs may be due to chance."
     known = 1.96 / math.sqrt(seeds)
     return (
-        f"With {seeds} seeds, each interval is the mean ±{_half_width(1, seeds):.2f} standard deviations (±{known:.2f} if the "
-        f"standard deviation were known). It is valid only if scores of seeds are normally distributed; {seeds} values cannot "
-        "show this. Smaller differences are not detected: “inconclusive” does not mean “no difference”."
+        f"With {seeds} seeds, each interval is the mean ±{_half_width(1, seeds):.2f} standard deviations (±{known:.2f} "
+        "if the standard deviation were known). Such an interval is valid only if the scores of seeds are normally "
+        f"distributed, which {seeds} values cannot show. The intervals do not detect smaller differences: "
+        "“inconclusive” does not mean “no difference”."
     )
 
 

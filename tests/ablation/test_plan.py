@@ -71,7 +71,7 @@ arms:
         "10 problems",
         "bas: unknown key; did you mean base?",
         "seeds: expected a whole number",
-        "arms.sha/red: the name is also a folder name",
+        "arms.sha/red: the name becomes a folder name",
         "arms.sha/red.lable: unknown key; did you mean arms.sha/red.label?",
         "reference: twin is not one of the arms",
         "decides: unknown metric 'fid'",
