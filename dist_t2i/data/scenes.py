@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dist_t2i.utils.seeds import Purpose, mix, unit_hash
 
-VERSION = 2
+VERSION = 3
 """Changes whenever the same seed and index give another scene or other pixels."""
 COLORS = {
     "red": (0.86, 0.10, 0.12),
@@ -245,7 +245,8 @@ def _with_article(name: str) -> str:
 
 def attributes(scene: Scene) -> dict[str, Any]:
     """Everything about a scene as JSON values: the number of objects, and the fields of the dataclasses."""
-    return {"number": len(scene.objects), **asdict(scene), "objects": [asdict(item) for item in scene.objects]}
+    fields = asdict(scene)
+    return {"number": len(scene.objects), **fields, "objects": list(fields["objects"])}
 
 
 def render(scene: Scene, size: int) -> NDArray[numpy.uint8]:
@@ -373,5 +374,5 @@ _SHAPES: dict[str, _Shape] = {
         *((y, -x) for x, y in _QUARTER),
     ),
     "heart": _heart,
-    "crescent": lambda x, y: numpy.maximum(_length(x, y) - 1, 0.8 - _length(x - 0.45, y)),
+    "crescent": lambda x, y: numpy.maximum(_length(x, y) - 1, 0.95 - _length(x - 0.7, y)),
 }
