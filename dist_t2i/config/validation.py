@@ -40,30 +40,30 @@ def _combinations(config: Config) -> Iterator[Problem]:
         yield from rules(config)
     edit, data, batch = config.edit, config.data, config.train.global_batch
     if edit.init and not edit.width:
-        yield ("edit.init", "edit.width"), "is only read if pictures are edited: also set edit.width, for example to 48"
+        yield ("edit.init", "edit.width"), "is only read if edit.width is not 0: set edit.width, for example to 48"
     if edit.init and config.train.init:
         yield ("train.init", "edit.init"), "a run starts from one model: set train.init or edit.init, not both"
     if edit.own + edit.none > 1:
         yield ("edit.own", "edit.none"), f"is {edit.own:g}, but its sum with edit.none={edit.none:g} must not exceed 1"
     if batch % 2:
-        why = "each row uses its neighbor's caption as the wrong caption, so rows come in pairs"
+        why = "each row takes its wrong caption from its neighbor, so rows form pairs"
         yield ("train.global_batch",), f"must be even ({why}), is {batch}"
     entries = [data.train] if isinstance(data.train, str) else data.train
     if data.weights and len(data.weights) != len(entries):
         counts = f"{len(data.weights)} numbers for {len(entries)} entries"
-        yield ("data.weights", "data.train"), f"has {counts} of data.train: give one for each entry, or none"
+        yield ("data.weights", "data.train"), f"has {counts} of data.train: give one per entry, or no weights"
 
 
 def _text(config: Config) -> Iterator[Problem]:
     text = config.text
     if text.mode == "frozen" and not text.frozen:
-        needed = "frozen needs text.frozen: an exported folder, or a .safetensors table of caption vectors"
+        needed = "frozen needs text.frozen: the path of an exported folder or .safetensors table of caption vectors"
         yield ("text.mode", "text.frozen"), needed
     if text.frozen and text.mode != "frozen":
-        remedy = "set the mode or leave this empty"
+        remedy = "set the mode, or leave text.frozen empty"
         yield ("text.frozen", "text.mode"), f"is only read with text.mode=frozen, but the mode is {text.mode}: {remedy}"
     if text.encoder == "lstm" and text.embedding % 2:
-        why = "each direction of the LSTM computes one half"
+        why = "each direction of the LSTM computes one half of the embedding"
         yield ("text.embedding", "text.encoder"), f"must be even ({why}), is {text.embedding}"
     if text.encoder == "transformer" and text.embedding % text.heads:
         yield ("text.embedding", "text.heads"), f"must be a multiple of text.heads={text.heads}, is {text.embedding}"
@@ -79,7 +79,7 @@ def _sizes(config: Config) -> Iterator[Problem]:
         key = f"model.{network}.channels"
         channels = value_of(config, key)
         if not channels:
-            yield (key,), "needs at least one number: the channels at 4 pixels"
+            yield (key,), "needs at least one number, which is the number of channels at 4 pixels"
         elif (count := len(channels)) > scales:
             reach = f"{count} scales reach {4 * 2 ** (count - 1)} pixels, beyond data.image_size={size}"
             yield (key, "data.image_size"), f"{reach}: give at most {scales} numbers"
@@ -97,13 +97,13 @@ def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
 def _engines(config: Config) -> Iterator[Problem]:
     engine, loss = config.engine, config.loss
     if engine.discriminator_stage == 3 and loss.penalty in ("r1", "ma_gp"):
-        reason = f"3 cannot compute the exact penalty {loss.penalty} (a gradient through the gradient)"
-        remedy = "use loss.penalty=fd_r1 or none, or a stage of at most 2"
+        reason = f"is 3, but stage 3 cannot compute {loss.penalty}, whose gradient passes through another gradient"
+        remedy = "use loss.penalty=fd_r1, loss.penalty=none, or a stage of at most 2"
         yield ("engine.discriminator_stage", "loss.penalty"), f"{reason}: {remedy}"
     for network in ("generator", "discriminator"):
         stage = f"engine.{network}_stage"
         if engine.offload != "none" and value_of(config, stage) == 0:
-            remedy = f"set {stage} to 1, 2 or 3, or engine.offload to none"
+            remedy = f"set {stage} to 1, 2 or 3, or set engine.offload to none"
             yield ("engine.offload", stage), f"{engine.offload} needs ZeRO: {remedy}"
 
 
@@ -118,9 +118,9 @@ def _mirror(config: Config) -> Iterator[Problem]:
         yield key, str(error)
         return
     if password:
-        yield key, "must not hold a password, since the configuration is kept in the run folder: use the environment"
+        yield key, "must not hold a password, because the run folder keeps the configuration: use the environment"
     elif scheme in ("http", "https"):
-        yield key, f"a web server can only be read, so {url} cannot be written to: use object storage or a folder"
+        yield key, f"is {url}, but a web server can only be read: use object storage or a folder"
     elif scheme and scheme not in (*OBJECT_STORES, "file") and scheme not in _file_systems():
         yield key, f"no library knows {scheme}://: use a folder, s3://, gs://, az://, or a scheme that fsspec knows"
     elif scheme in OBJECT_STORES and not parts.netloc:
@@ -143,6 +143,6 @@ def check_world(config: Config, world_size: int) -> int:
     below, above = batch // (2 * parts) * 2 * parts, -(-batch // (2 * parts)) * 2 * parts
     choices = " or ".join(str(size) for size in (below, above) if size > 0)
     given = f"{batch} images over {world_size} rank{'s' * (world_size > 1)} x engine.accumulation={accumulation}"
-    problem = f"{given} give {batch / parts:g} images per micro-batch, which must be a whole even number"
+    problem = f"{given} give {batch / parts:g} images per micro-batch, but this number must be whole and even"
     line = f"train.global_batch: {problem}: use {choices}, another accumulation, or another number of ranks"
     raise ConfigError(line, [line])

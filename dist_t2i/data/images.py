@@ -1,8 +1,8 @@
-"""Decodes images to uint8 RGB at the training size: upright, on a white background, square.
+"""Decodes images to square uint8 RGB pictures at the training size, upright and on a white background.
 
-libjpeg-turbo decodes JPEGs. While decoding, it also shrinks images that are at least twice as large as needed. Pillow
-decodes the other formats, but only those in the list `FORMATS`: some formats, such as EPS, would start other programs.
-The size of an image is read from its header and checked before decoding, because a small file can unpack to gigabytes.
+libjpeg-turbo decodes JPEGs and, in the same step, shrinks JPEGs that are at least twice as large as needed. Pillow
+decodes the other formats in `FORMATS`. This list excludes formats that start other programs, such as EPS. The size of
+an image is read from its header and checked before decoding, because a small file can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
-"""Images with more pixels are refused before they are decoded. 67 million pixels take 200 MB when decoded."""
+"""Images with more pixels than this are refused before decoding, because they would take more than 200 MB."""
 MIN_SIDE = 8
-"""Images with a side of fewer pixels are refused, because nothing can be learned from them."""
+"""Images with a side of fewer pixels than this are refused, because nothing can be learned from such images."""
 _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
 _BEFORE_EXIF = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
@@ -35,8 +35,8 @@ class PictureError(ValueError):
 
 
 def to_unit(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Maps uint8 images from [0, 255] to [-1, 1]. The result has `dtype` (default: float32) and the same memory
-    format."""
+    """Maps uint8 images from [0, 255] to [-1, 1]. The result has `dtype` (default: float32) and the memory format of
+    `images`."""
     images = images.float() if dtype is None else images.to(dtype)
     return images.div(127.5).sub(1.0)
 
@@ -81,7 +81,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """The image in mode RGB. Raises PictureError for floating-point pixels, whose range is unknown."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I"):  # 16-bit pixels, which Pillow gives the modes I;16 and I
+    if picture.mode.startswith("I"):  # Pillow opens 16-bit pixels in the modes I;16 and I
         pixels = numpy.asarray(picture).astype(numpy.int64)
         return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(numpy.uint8)).convert("RGB")
     if picture.mode == "F":
@@ -93,7 +93,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 to 8; 1 if the JPEG states none. Much faster than Pillow."""
+    """The EXIF orientation of a JPEG, 1 to 8; 1 for a JPEG without one. This parser is much faster than Pillow's."""
     start = _tiff_header(data)
     if not start:
         return 1
@@ -132,8 +132,8 @@ def apply_orientation(pixels: numpy.ndarray, orientation: int) -> numpy.ndarray:
 
 
 class Scratch:
-    """Reusable memory for one decoded image. Without it, the kernel would provide fresh pages for each image, which
-    takes a fifth of the time of decoding a JPEG."""
+    """Reusable memory for one decoded image. Without reuse, the kernel would provide fresh pages for each image, and
+    that takes a fifth of a JPEG's decoding time."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
@@ -148,9 +148,9 @@ class Scratch:
 
 
 def decode(data: bytes, at_least: int = 0, scratch: Scratch | None = None) -> numpy.ndarray:
-    """Decodes an image to uint8 [H, W, 3], C-contiguous. With `scratch`, the result is valid until the next call. A
-    JPEG may be shrunk while it is decoded, but no side becomes shorter than `at_least`; 0 keeps the full size. Raises
-    PictureError if the image does not decode or has an unusable size."""
+    """Decodes an image to uint8 [H, W, 3], C-contiguous. A result in `scratch` is valid until the next call. If
+    `at_least` is not 0, decoding may shrink a JPEG, but each side keeps at least `at_least` pixels. Raises PictureError
+    if the image does not decode or has an unusable size."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -172,9 +172,8 @@ def square(
     pixels: numpy.ndarray, size: int, crop: tuple[float, float, float] = (1.0, 0.5, 0.5), out: Tensor | None = None
 ) -> Tensor:
     """Cuts a square from the image and resizes it with antialiasing: uint8 [3, size, size]. `crop` has three numbers
-    from 0 to 1: the side of the square as a share of the short side of the image, its horizontal position (0 is the
-    left edge), and its vertical position (0 is the top edge). The result is written to `out` (channels last) if
-    given."""
+    from 0 to 1: the side of the square as a share of the image's short side, then the horizontal and vertical position
+    of the square (0 is the left or top edge). If given, `out` (channels last) receives the result."""
     import torch
 
     height, width = pixels.shape[:2]
@@ -185,7 +184,6 @@ def square(
     out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
     if side == size:
         return out.copy_(image)
-    # This is the operator behind torch.nn.functional.interpolate(mode="bilinear", antialias=True). It is called
-    # directly because `interpolate` has no argument `out`.
+    # torch.nn.functional.interpolate(mode="bilinear", antialias=True) calls this operator but has no argument `out`.
     torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size, size], False, None, None, out=out[None])
     return out

@@ -1,8 +1,8 @@
-"""Indexes existing WebDataset tars in place: writes indexes and a manifest, and neither copies nor changes the tars.
+"""Indexes existing WebDataset tars in place: writes indexes and a manifest without copying or changing the tars.
 
-HOME/manifest.json, tokenizer.json      the same formats as in a set of tools/shard.py; the manifest lists URLs of tars
+HOME/manifest.json, tokenizer.json      as in a set of tools/shard.py, except that the manifest lists URLs of tars
     /index/00000000.index               the index of the first tar of the list
-    /index/00000000.json                the facts about this tar that the manifest states; a repeated run reuses them
+    /index/00000000.json                the manifest's facts about this tar, which a repeated run reuses
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dist_t2i.utils.progress import Progress
 
 VOCABULARY = 4096
 _CAPTIONS = 2_000_000
-"""The number of captions that are kept for the tokenizer and the statistics, with equal shares of all tars."""
+"""The number of captions kept for the tokenizer and the statistics. Every tar contributes an equal share."""
 _MAX_PROBLEMS = 1_000
 
 
@@ -48,17 +48,17 @@ def indexed_set(
     checksums: bool = True,
     vocabulary: int = VOCABULARY,
 ) -> ShardSet:
-    """The set that consists of these tars, in this order. Reads tars that are not indexed yet from end to end and shows
-    progress.
+    """The set that consists of the tars `urls`, in this order. Tars without an index are read from end to end, with a
+    progress display.
 
     Args:
         home: the folder for the indexes and the manifest; by default a folder in the user's cache folder.
         processes: how many processes index tars; 0 for one process per usable core.
-        checksums: whether to read the images and record their checksums; otherwise the bytes of images are skipped.
+        checksums: whether to record the checksums of images, which requires reading all bytes of the tars.
         vocabulary: the maximal number of tokens of the tokenizer.
 
-    Raises: DataError if no tar has a usable sample, a tar is unreadable or has members that could run code, or `home`
-    cannot be written.
+    Raises: DataError if a tar is unreadable, a tar has members that could run code, no tar has a usable sample, or
+    `home` cannot be written.
     """
     urls = [absolute(url) for url in urls]
     if home is None:
@@ -69,7 +69,7 @@ def indexed_set(
         with open(home / "lock", "a+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another process is indexing: wait, and use its indexes
+            except OSError:  # another process is indexing: wait for this process and use its indexes
                 print(f"waiting for another process that indexes into {home}", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [number for number, url in enumerate(urls) if not _is_indexed(home, number, url)]
@@ -86,8 +86,8 @@ def _files(home: Path, number: int) -> tuple[Path, Path]:
 
 
 def _state_of(url: str) -> list[int]:
-    """The size and the time of modification of a local tar, which change when the tar is rewritten. [] for a remote
-    tar, whose changes are detected by its ETag."""
+    """The size and the time of modification of a local tar, which change when the tar is rewritten. Returns [] for a
+    remote tar, because its ETag reveals changes."""
     if not is_local(url) or not os.path.exists(url):
         return []
     about = os.stat(url)
@@ -124,7 +124,7 @@ def _start_process() -> None:
 
 def _index_one(home: Path, number: int, url: str, options: StorageOptions, checksums: bool, limit: int) -> None:
     """Indexes one tar and keeps at most about `limit` of its captions. Raises DataError if the tar is unreadable or
-    unsafe, OSError if the index cannot be written."""
+    unsafe, and OSError if the index cannot be written."""
     index_file, result_file = _files(home, number)
     state = _state_of(url)
     try:
@@ -152,8 +152,8 @@ def _index_one(home: Path, number: int, url: str, options: StorageOptions, check
 
 
 def _keep_usable(contents: TarContents, url: str, limit: int) -> list[tuple[str, ...]]:
-    """Removes samples without an image or a caption. Of the other samples, selects about `limit` at equal distances and
-    returns their captions."""
+    """Removes samples without an image or a caption. Returns the captions of about `limit` of the kept samples,
+    selected at equal distances."""
     kept, captions = [], []
     for sample in contents.samples:
         try:

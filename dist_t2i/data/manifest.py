@@ -1,4 +1,4 @@
-"""The manifest of a set and the other files in its folder. tools/shard.py and indexing.py write them."""
+"""The content of manifest.json and of other files of a set, which tools/shard.py and indexing.py write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_t2i.errors import DataError
 FORMAT = "dist_t2i set"
 VERSION = 1
 SIDES = frozenset("left right leftmost rightmost leftward rightward leftwards rightwards lefthand righthand".split())
-"""Words that are wrong for a picture after it is mirrored."""
+"""Words that can be wrong for a mirrored picture."""
 
 
 def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def caption_statistics(captions: Sequence[Sequence[str]], tokenizer: Tokenizer) 
     texts = Counter(text for own in captions for text in own)
     frequencies, tokens, lengths = Counter[str](), list[int](), list[int]()
     left_or_right = 0
-    for text, times in texts.items():  # each distinct text is split only once
+    for text, times in texts.items():  # splits each distinct text once
         found = words(text)
         for word in found:
             frequencies[word] += times

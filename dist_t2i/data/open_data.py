@@ -19,7 +19,7 @@ from dist_t2i.storage.urls import absolute, checked, expand, is_local, local_pat
 
 
 def storage_options(data: DataConfig) -> StorageOptions:
-    """The options for reading remote data that the keys of `data` request."""
+    """The options for reading remote data, as set by the keys of `data`."""
     shared = {name: getattr(data, name) for name in "endpoint region anonymous retry_seconds stall_seconds".split()}
     if data.cache == "auto":
         base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
@@ -41,13 +41,13 @@ def open_data(data: DataConfig) -> ShardSet:
 def index_tars(
     patterns: Sequence[str], home: Path | None, *, processes: int, checksums: bool, vocabulary: int
 ) -> ShardSet:
-    """Indexes tars in place, as a first start of training on them would. See `indexed_set` for the arguments."""
+    """Indexes tars in place, as the first training run on these tars would. See `indexed_set` for the arguments."""
     options = storage_options(DataConfig())
     return indexed_set(expand(patterns), options, home, processes=processes, checksums=checksums, vocabulary=vocabulary)
 
 
 def open_entry(entry: str, options: StorageOptions) -> ShardSet:
-    """Opens the set that one entry of `data.train` names. Raises DataError if it cannot be read or indexed."""
+    """Opens the set that one entry of `data.train` names. Raises DataError if the set cannot be read or indexed."""
     if is_list(entry):
         return indexed_set(expand(entry), options)
     if is_local(entry) and entry:
@@ -64,8 +64,8 @@ def is_list(entry: str) -> bool:
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
-    """One set with the splits of all `sets` and the tokenizer of the first set. Of the statistics of captions, it has
-    the two counts `count` and `left_or_right`. Raises DataError if `sets` is empty."""
+    """One set with the splits of all `sets` and the tokenizer of the first set. Of the caption statistics, the joined
+    set keeps only `count` and `left_or_right`. Raises DataError if `sets` is empty."""
     if not sets:
         raise DataError("data.train is an empty list")
     splits: dict[str, Any] = {}

@@ -1,9 +1,9 @@
 """The index of a shard: offset, size and checksum of each member of each sample in the tar.
 
-An index is a NumPy .npz file of plain arrays. `keys` holds the keys of all samples as UTF-8 bytes, joined by newlines,
-and `extensions` holds the distinct extensions in the same form. `first` (int64 [samples + 1]) maps sample i to the
-members first[i]:first[i + 1]. The other arrays have one element per member: `offset` and `size` (int64), `crc32`
-(int64, -1 if unknown), and `extension` (uint8, a line number in `extensions`).
+An index is a NumPy .npz file of plain arrays. `keys` holds the keys of all samples and `extensions` the distinct
+extensions, both as UTF-8 bytes joined by newlines. `first` (int64 [samples + 1]) maps sample i to the members
+first[i]:first[i + 1]. Four arrays have one element per member: `offset` and `size` (int64), `crc32` (int64, -1 if
+unknown), and `extension` (uint8, a line number in `extensions`).
 
 As in WebDataset, the members of a sample have the same name up to the first dot.
 """
@@ -88,7 +88,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> ShardIndex:
-        """Parses an index file. Raises DataError if the file is not an index, or lists members that could run code."""
+        """Parses an index file. Raises DataError if the file is not an index or lists members that could run code."""
         index = cls.__new__(cls)
         try:
             with numpy.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -104,9 +104,9 @@ class ShardIndex:
 
 
 def refuse_unsafe(extensions: Iterable[str], name: str) -> None:
-    """Raises DataError if decoding a member could run code: webdataset decodes pickles by default."""
+    """Raises DataError if decoding a member could run code, because webdataset decodes pickles by default."""
     if unsafe := sorted(extension for extension in extensions if extension.rpartition(".")[2].lower() in UNSAFE):
         raise DataError(
-            f"{name}: holds .{', .'.join(unsafe)} members: pickles can run code and are not read; write the set again "
+            f"{name}: .{', .'.join(unsafe)} members are not read, because pickles can run code; write the set again "
             "with pictures, text and json only"
         )

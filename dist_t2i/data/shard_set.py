@@ -61,7 +61,7 @@ class Shard(NamedTuple):
     index_url: str
     identity: Identity = UNKNOWN
     part: int = 0
-    """The entry of `data.train` that the shard belongs to."""
+    """The number of the entry of `data.train` that contains the shard."""
 
 
 class Shards:
@@ -71,7 +71,7 @@ class Shards:
         self._shards, self.options = list(shards), options
         self.sizes = [shard.samples for shard in shards]
         self.starts = numpy.cumsum([0, *self.sizes])
-        """The number of the first sample of each shard, followed by the total number of samples."""
+        """The index of the first sample of each shard in the split, followed by the total number of samples."""
         self._broken: dict[int, str] = {}
         self._opened = lru_cache(_OPEN_SHARDS)(self._open)
         self._locks = [threading.Lock() for _ in range(_OPEN_SHARDS)]
@@ -80,7 +80,7 @@ class Shards:
         return Shards, (self._shards, self.options)
 
     def parts(self) -> list[list[int]]:
-        """One list for each entry of `data.train`: the numbers of samples of its shards."""
+        """For each entry of `data.train`, the sample counts of its shards."""
         return [[shard.samples for shard in part] for _, part in groupby(self._shards, attrgetter("part"))]
 
     @cached_property
@@ -92,13 +92,13 @@ class Shards:
         return self._shards[shard].url
 
     def locate(self, number: int) -> tuple[int, int]:
-        """The shard and the row of the sample with this number in the split."""
+        """The shard and the row of sample `number` of the split."""
         shard = int(numpy.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - int(self.starts[shard])
 
     def open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
-        """The file and the index of a shard. Raises OSError, and DataError if the index does not match the manifest."""
-        with self._locks[shard % len(self._locks)]:  # if several threads want the same shard, only the first opens it
+        """The file and the index of a shard. Raises OSError if reading fails, DataError if index and manifest differ."""
+        with self._locks[shard % len(self._locks)]:  # of several threads, only the first opens the shard
             return self._opened(shard)
 
     def _open(self, shard: int) -> tuple[ShardFile, ShardIndex]:
@@ -112,7 +112,7 @@ class Shards:
         """A webdataset sample: `__key__`, `__url__`, and the bytes of each file by extension. `only` limits the
         extensions.
 
-        Raises BadSample if the sample cannot be read, DataError if the index of its shard is unusable."""
+        Raises BadSample if the sample cannot be read, and DataError if the index of its shard is unusable."""
         key, name = str(row), base_name(self.url(shard))
         if shard in self._broken:
             raise BadSample(name, key, self._broken[shard])
@@ -129,7 +129,7 @@ class Shards:
             except BadSample:
                 if not isinstance(file, CachedFile):
                     raise
-                file.forget(*_span(members))  # the cached copy may be wrong: remove it and read the original
+                file.forget(*_span(members))  # the cached copy may be wrong: remove the copy and read the original
                 contents = _contents(file.remote, members, name, key)
         except OSError as error:
             raise BadSample(name, key, f"unreadable: {reason_of(error)}") from error
@@ -143,8 +143,8 @@ def _span(members: Sequence[Member]) -> tuple[int, int]:
 
 
 def _contents(file: ShardFile, members: Sequence[Member], shard: str, key: str) -> dict[str, bytes]:
-    """The bytes of each member of a sample by extension, from one read. Raises OSError, and BadSample if bytes are
-    missing or fail their checksum."""
+    """The bytes of each member of a sample by extension, from one read. Raises OSError if reading fails, and BadSample
+    if bytes are missing or fail their checksum."""
     if not members:
         return {}
     first, size = _span(members)
@@ -170,7 +170,7 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image in full size: RGB, upright, on white. Raises PictureError if it does not decode."""
+        """The decoded image in full size: RGB, upright, on white. Raises PictureError if the image does not decode."""
         return open_picture(self.image_bytes)
 
 
@@ -183,8 +183,8 @@ def picture_of(raw: dict[str, Any]) -> tuple[str, bytes]:
 
 
 def captions_of(raw: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The captions of a raw sample, and the content of its `json`. Captions come from the `json`, or else from the
-    lines of the `txt`. Raises BadSample if the sample has no caption or its captions cannot be read."""
+    """The captions of a raw sample, and the content of its `json`. If the `json` has no captions, the lines of the
+    `txt` are the captions. Raises BadSample if the sample has no caption or its captions cannot be read."""
     try:
         attributes = json.loads(raw["json"]) if "json" in raw else {}
         attributes = {"captions": attributes} if isinstance(attributes, list) else attributes
@@ -233,7 +233,7 @@ class ShardSet:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer if given, else the set's. Raises DataError if the tokenizer cannot be read."""
+        """The tokenizer of the run if given, otherwise of the set. Raises DataError if the tokenizer cannot be read."""
         return self.run_tokenizer or Tokenizer.load(join(self.folder, "tokenizer.json"), self.options)
 
     def shards(self, split: str) -> Shards:
@@ -260,7 +260,7 @@ class ShardSet:
 
 
 def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> ShardSet:
-    """Opens a set by the path or URL of its folder or of its manifest.json. Raises DataError on failure."""
+    """Opens a set, given the path or URL of its folder or of its manifest.json. Raises DataError on failure."""
     if not str(path):
         raise DataError("no data set is named: set data.train to a folder that tools/shard.py wrote, or to shards")
     name = checked(str(path))
@@ -269,7 +269,7 @@ def open_set(path: str | Path, options: StorageOptions = FROM_ENVIRONMENT) -> Sh
         data = read_file(file, options)
     except (FileNotFoundError, NotADirectoryError, Gone) as error:
         reason = f" ({error.reason})" if isinstance(error, Gone) else ""
-        raise DataError(f"{path}: there is no set (no {file}{reason}); write one with tools/shard.py") from error
+        raise DataError(f"{path}: there is no set ({file} is missing{reason}); see tools/shard.py") from error
     except OSError as error:
         raise DataError(f"cannot read the manifest {file}: {reason_of(error)}") from error
     return ShardSet(parent(file), parse_manifest(data, file), options)

@@ -1,6 +1,6 @@
 """Reads a WebDataset tar of any origin from end to end, and returns the offsets of its members and its captions.
 
-If a part of the tar is broken, only that part is lost, and it is listed as a problem. After an unreadable header,
+A broken part of the tar is lost and listed as a problem, but the other parts are kept. After an unreadable header,
 reading continues at the next readable header. If the tar is truncated, the samples before the cut are kept.
 """
 
@@ -69,8 +69,8 @@ class TarContents:
 
 
 def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) -> TarContents:
-    """Reads the samples of a tar. Reads the bytes of images only with `checksums`, and keeps the bytes of captions only
-    with `texts`. Raises OSError if the file cannot be read, and ValueError if it is not a tar."""
+    """Reads the samples of a tar. `checksums` requests checksums, for which the bytes of images are read. `texts` keeps
+    the bytes of captions. Raises OSError if the file cannot be read, and ValueError if the file is not a tar."""
     contents = TarContents()
     reader = _Reader(file)
     try:
@@ -83,7 +83,7 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
             raise ValueError(f"not a tar: {error}") from error
         last = contents.samples[-1]
         contents.problems.append((last.key, f"shard is cut short: {error}"))
-        # Without checksums, the bytes of the last member were not read, so it may extend beyond the end of the tar.
+        # Without checksums, the last member may extend beyond the end of the tar, because its bytes were not read.
         if last.members and last.members[-1].offset + last.members[-1].size > contents.size:
             last.members.pop()
             if not last.members:
@@ -92,7 +92,7 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
 
 
 def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of the tar. Adds a problem for a gap that contains more than zeros, and for a missing end."""
+    """Yields the members of the tar. Adds a problem for each gap with bytes other than zero, and for a missing end."""
     start = 0
     while True:
         reader.seek(start)
@@ -121,7 +121,7 @@ def _headers(reader: Any, contents: TarContents) -> Iterator[tarfile.TarInfo]:
 
 
 def _add(info: tarfile.TarInfo, reader: _Reader, contents: TarContents, checksums: bool, texts: bool) -> None:
-    """Adds a member: its offset, with `checksums` its checksum, and with `texts` its bytes if it is a small text."""
+    """Adds a member with its offset. `checksums` adds the checksum, and `texts` adds the bytes of a small text."""
     named = key_and_extension(info.name)
     if not info.isreg() or named is None:
         return

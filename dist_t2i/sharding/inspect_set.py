@@ -27,7 +27,7 @@ def read_set(url: str) -> tuple[Folder, dict[str, Any]]:
     try:
         return folder, parse_manifest(folder.read("manifest.json"), folder.file_url("manifest.json"))
     except FileNotFoundError as error:
-        raise DataError(f"{url}: there is no set (no manifest.json); write one with tools/shard.py") from error
+        raise DataError(f"{url}: there is no set (manifest.json is missing); see tools/shard.py") from error
     except OSError as error:
         raise DataError(f"cannot read the manifest of {url}: {error}") from error
 

@@ -29,7 +29,7 @@ class Batch:
     lengths: torch.Tensor
     """int64 [m], tokens per caption, at least 1."""
     image_ids: torch.Tensor
-    """int64 [m], index of the image in its split: every visit of an image has the same index."""
+    """int64 [m], index of the image in its split, the same at every visit of the image."""
     caption_ids: torch.Tensor
     """int64 [m], the `caption_id` of each caption: equal captions have equal ids."""
     positions: torch.Tensor
@@ -39,7 +39,7 @@ class Batch:
     sources: torch.Tensor | None = None
     """uint8 [m, 3, H, W], the source of each image for editing; None unless `edit` is configured."""
     source_ids: torch.Tensor | None = None
-    """int64 [m], index of the source image in its split; -1 without a source (the row of `sources` is then black)."""
+    """int64 [m], index of the source image in its split; -1 for a row without a source, which is black in `sources`."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -54,7 +54,7 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """How a worker sends a batch. Tensors in a shared buffer are sent as references. Small tensors are sent as
-        bytes through the pipe, which is faster than shared memory. torch's own method sends all other tensors."""
+        bytes through the pipe, which is faster than shared memory. torch's method sends all other tensors."""
         tensors = self._tensors()
         small = {name: t.numpy() for name, t in tensors.items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         refs = {name: ref for name, t in tensors.items() if name not in small and (ref := buffer_ref(t))}

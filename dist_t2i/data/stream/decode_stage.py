@@ -20,7 +20,8 @@ from dist_t2i.data.stream.reader import SampleReader, Stage
 from dist_t2i.utils.seeds import StreamPurpose, random_bits
 
 REMEMBERED_BYTES = 128 * 2**20
-"""If all decoded images of a split fit in this many bytes, each worker decodes every image once and keeps it."""
+"""If all decoded images of a split fit in this many bytes, each worker decodes every image once and keeps the
+pixels."""
 
 
 class Decode:
@@ -33,7 +34,7 @@ class Decode:
     def __init__(
         self, reader: SampleReader, before: Sequence[Stage], data: DataConfig, seed: int, buffers: Buffers | None = None
     ) -> None:
-        """`before`: the stages between the reader and this stage. A replacement also passes through them."""
+        """`before`: the stages between the reader and this stage, which also process each replacement."""
         self._reader, self._before = reader, before
         self._size, self._crop, self._seed = data.image_size, data.crop, seed
         self._least = self._size if self._crop >= 1 else int(self._size / self._crop) + 1
@@ -80,7 +81,7 @@ class Decode:
         return {"source": image, "sources": memory.images, "source_id": number}
 
     def _decode_into(self, image: torch.Tensor, sample: dict[str, Any]) -> None:
-        """Decodes and crops an image, or copies the remembered pixels. Raises BadSample if decoding fails."""
+        """Decodes and crops an image, or copies its remembered pixels. Raises BadSample if decoding fails."""
         row = sample["__row__"]
         if row in self._remembered:
             image.copy_(self._remembered[row])
@@ -102,9 +103,8 @@ class Decode:
 
 
 class BatchMemory:
-    """The memory of one micro-batch after another, channels last, as the networks need it. Each image is decoded into
-    its own row. In a loader worker, the parent process shares this memory: a free buffer if possible, otherwise new
-    shared memory."""
+    """The memory of successive micro-batches, channels last, as the networks need it. Each image is decoded into its
+    own row. Loader workers use a free shared buffer if possible, otherwise new shared memory."""
 
     def __init__(self, rows: int, size: int, shared: bool = False, buffers: Buffers | None = None) -> None:
         self._shape, self._buffers, self._filled = (rows, size, size, 3), buffers, rows

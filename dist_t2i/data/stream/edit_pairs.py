@@ -1,13 +1,13 @@
 """Pairs of samples with near captions, which serve as training examples for editing.
 
-Two captions are near if they differ in a single run of at most `longest` words, which may be empty in one of them:
-"woman pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot".
-Samples form a *group* if their captions become equal once such a run is removed from each. A small group is more
-specific than a large group: the words left in "pilot dark skin tone" say more than those left in "woman dark skin
-tone". So a sample uses its groups of at most `LARGEST` samples, or else its smallest group. This method is our own.
+Two captions are near if replacing, adding or removing a single run of at most `longest` words makes them equal: "woman
+pilot dark skin tone" is near "woman pilot light skin tone", "man pilot dark skin tone" and "woman pilot". Samples form
+a *group* if removing at most one such run from a caption of each makes these captions equal. Small groups are more
+specific than large groups: the rest "pilot dark skin tone" says more than "woman dark skin tone". A sample therefore
+uses its groups of at most `LARGEST` samples, or only its smallest group if all its groups are larger.
 
 All captions of a split are compared, so the set must be on a disk of this machine. Reading 100,000 captions takes
-seconds, and their groups take tens of bytes of memory per word.
+seconds, and the groups of the captions take tens of bytes of memory per word.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dist_t2i.utils.seeds import StreamPurpose, random_bits
 LARGEST = 16
 """A group of at most this many samples is always used."""
 MOST_SAMPLES = 200_000
-"""A split with more samples than this is refused."""
+"""The largest number of samples that a split may have."""
 NONE = -1
 """Stands for "no source" in place of a sample's number."""
 
@@ -59,7 +59,7 @@ class Neighbors:
         return [self._members[self._ends[g] - self._sizes[g] : self._ends[g]] for g in small]
 
     def pick(self, number: int, random: int) -> int:
-        """A neighbor of sample `number`, or `number` if it has none. The 64 random bits select a group, then a
+        """A neighbor of sample `number`, or `number` itself without neighbors. 64 random bits select a group and its
         sample."""
         if not (groups := self.groups(number)):
             return number
@@ -69,7 +69,7 @@ class Neighbors:
 
 
 class SourceChoice:
-    """Selects the source for a visit of a sample (itself, a neighbor, or none), by a function of (seed, position)."""
+    """A function of (seed, position) that selects a sample's source: the sample itself, a neighbor, or nothing."""
 
     def __init__(self, neighbors: Neighbors, edit: EditConfig, seed: int) -> None:
         self._neighbors, self._seed = neighbors, seed
@@ -86,13 +86,13 @@ class SourceChoice:
 
 
 def source_choice(shards: Shards, edit: EditConfig, seed: int) -> SourceChoice:
-    """Builds the choice from all captions of a split. Raises DataError if the split is remote or too large."""
+    """The choice of sources, from all captions of a split. Raises DataError if the split is remote or too large."""
     samples = sum(shards.sizes)
     if shards.remote or samples > MOST_SAMPLES:
         problem = "is remote" if shards.remote else f"has {samples:,} samples"
         raise DataError(
             f"the training split {problem}. Training for edits (edit.width) compares all captions, so the split must "
-            f"be on this machine's disk, with at most {MOST_SAMPLES:,} samples: copy a part of it, or set edit.width=0"
+            f"be on this machine's disk with at most {MOST_SAMPLES:,} samples: copy a part there, or set edit.width=0"
         )
     return SourceChoice(Neighbors(read_captions(shards), edit.words), edit, seed)
 
@@ -104,13 +104,13 @@ def read_captions(shards: Shards) -> list[tuple[str, ...]]:
         for row in range(size):
             try:
                 captions.append(captions_of(shards.read(shard, row, only=("json", "txt")))[0])
-            except BadSample:  # not reported here: the stream counts the bad sample when it reads it
+            except BadSample:  # not reported here, because the stream counts bad samples
                 captions.append(())
     return captions
 
 
 def _remainders(tokens: Sequence[str], longest: int) -> Iterator[int]:
-    """64-bit keys of the words, and of the words without each run of up to `longest` words."""
+    """64-bit keys of the list of words, and of each list that remains without one run of up to `longest` words."""
     yield _key(tokens)
     for length in range(1, min(longest, len(tokens) - 1) + 1):
         for first in range(len(tokens) - length + 1):

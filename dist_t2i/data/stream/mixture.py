@@ -1,9 +1,9 @@
-"""A mixture of several lists of shards with fixed shares: one order that combines the orders of the lists.
+"""One order that combines the orders of several lists of shards in fixed shares.
 
 Positions are divided into cycles of `CYCLE` slots. Each list owns a fixed number of slots per cycle, and every cycle is
 shuffled anew. Over all cycles, the n-th slot of a list takes the n-th sample in that list's own order. So the shares
 are exact in every cycle, and each list has its own epochs without loss or repetition. Reading can start at any position
-without reading the earlier ones.
+without reading earlier samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CYCLE = 4096
 
 
 def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
-    """The number of slots of each list in a cycle: at least 1 each, `cycle` in all, in proportion to the weights. The
+    """The number of slots of each list in a cycle of `cycle` slots: at least 1, and in proportion to the weights. The
     numbers are rounded by the largest remainder method."""
     total = sum(weights)
     shares = [max(1.0, weight / total * cycle) for weight in weights]
@@ -34,8 +34,8 @@ def slots(weights: Sequence[float], cycle: int = CYCLE) -> list[int]:
 
 
 class Mixture:
-    """Combines the orders `parts` with relative `weights`. The shards of part 0 are numbered first, then those of part
-    1, and so on."""
+    """Combines the orders `parts` with relative `weights`. The numbering of shards begins with all shards of part 0 and
+    continues with all shards of part 1, and so on."""
 
     def __init__(self, parts: Sequence[Order], weights: Sequence[float], seed: int) -> None:
         self.parts, self.seed = list(parts), seed
@@ -62,8 +62,8 @@ class Mixture:
         return shards, rows
 
     def windows(self, position: int) -> Iterator[tuple[int, list[Run]]]:
-        """Endlessly yields (position, runs) like `Order.windows`: first the window of each part that contains
-        `position`, then the later windows of all parts, ordered by their positions."""
+        """Endlessly yields windows (position, runs) of all parts like `Order.windows`, ordered by position. Each part
+        begins with the window that contains `position`."""
         return heapq.merge(*(self._windows(number, position) for number in range(len(self.parts))), key=lambda w: w[0])
 
     def _windows(self, number: int, position: int) -> Iterator[tuple[int, list[Run]]]:

@@ -5,12 +5,12 @@ is `position // samples`. Each epoch permutes the shards and divides them into g
 is read in windows of about `window` samples: a window takes the next run of rows from every shard of the group, and
 these rows are shuffled. This order has four properties. Every sample occurs once per epoch for any number of ranks.
 Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can
-start at any position without reading the earlier ones.
+start at any position without reading earlier samples.
 
 A reader needs the data of one window at a time. A reader that prefetches also needs the data of the next window.
 
-The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002). They need no
-memory, and the order stays the same when a library is updated.
+The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002). Such permutations
+need no memory, and an update of a library cannot change the order.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def _mix(value: numpy.ndarray) -> numpy.ndarray:
 
 
 def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
-    """Applies the permutation of range(`size`) that a 64-bit `key` selects to each element of `index` (int64, 0 <=
-    index < size). Returns an int64 array with the shape of `index`."""
+    """Maps each element of `index` (int64, 0 <= index < size) by a permutation of range(`size`), which the 64-bit `key`
+    selects. Returns an int64 array with the shape of `index`."""
     # Cycle walking (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): the Feistel network E permutes the
     # larger range [0, 2^b), 2^b >= size. Map i to the first of E(i), E(E(i)), ... that is below `size`. The walk ends
     # at the latest when E's cycle returns to i itself. Distinct i have distinct results because E is invertible, so the
-    # map permutes [0, size). On average a walk takes less than 2 steps.
+    # map permutes [0, size). On average a walk takes fewer than 2 steps.
     bits = max(2, (size - 1).bit_length())
     result = _feistel(numpy.asarray(index, dtype=numpy.uint64), bits, key)
     while (outside := result >= size).any():
@@ -80,7 +80,7 @@ class _Group:
         self.shards = shards
         windows = max(1, round(int(sizes.sum()) / window))
         # cuts[j, k] = floor(sizes[k] * j / windows): the first row of shard k in window j, int64 [windows + 1, shards].
-        # The products are computed with Python's integers, which cannot overflow as int64 could.
+        # The products could overflow int64, so Python's integers compute them.
         cuts = [[size * j // windows for size in sizes.tolist()] for j in range(windows + 1)]
         self.cuts = numpy.array(cuts, dtype=numpy.int64)
         self.starts = self.cuts.sum(axis=1)
@@ -88,8 +88,8 @@ class _Group:
 
 
 class Order:
-    """The order over shards that have `sizes` samples. It holds only the sizes, one permutation of the shards, and the
-    windows of recently used groups, so its memory does not grow with the number of samples."""
+    """The order over shards that have `sizes` samples. An order holds only the sizes, one permutation of the shards,
+    and the windows of recently used groups. Memory therefore does not grow with the number of samples."""
 
     def __init__(self, sizes: Sequence[int], seed: int, window: int, spread: int = 16) -> None:
         self.sizes = numpy.asarray(sizes, dtype=numpy.int64)
@@ -139,7 +139,7 @@ class Order:
             position = begin + int(group.starts[window + 1] - group.starts[window])
 
     def _window_at(self, position: int) -> tuple[int, _Group, int]:
-        """The window that contains a position: the position of its first sample, its group, its number in the group."""
+        """For the window that contains `position`: its first position, its group, and its number in the group."""
         epoch, offset = divmod(position, self.samples)
         self._lay_out(epoch)
         number = int(numpy.searchsorted(self._ends, offset, side="right"))
@@ -167,7 +167,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Plan:
-    """The micro-batches of one rank. The first begins at position `start`, which must be the start of a training step.
+    """The micro-batches of one rank. Micro-batch 0 begins at position `start`, where a training step must begin.
 
     A step has the rows 0 to `global_batch` - 1. Micro-batch a of rank r takes the rows [(a*W + r)*m, (a*W + r + 1)*m),
     with the world size W and m = global_batch / (W * accumulation). So the rows of a step do not depend on W or

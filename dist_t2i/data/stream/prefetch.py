@@ -1,7 +1,7 @@
 """Prefetches the chunks of the current and the next window into the disk cache.
 
 All loader workers of a machine read the same windows, and each worker reads a part of the samples. The workers share
-the downloads: the first worker that wants a chunk fetches it, and all workers read it from the cache.
+the downloads: the first worker that needs a chunk fetches the chunk into the cache, from which all workers read.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from dist_t2i.storage.shard_file import CachedFile, cache_of
 
 _THREADS = 4
 _SHARE = 0.4
-"""The largest share of the cache that one window may fill, so that the next window does not evict it."""
+"""The largest share of the cache that one window may fill. Two windows must fit into the cache together."""
 
 
 class Prefetcher:
     """Prefetches in background threads; does nothing without a cache. The reader reports its progress to `advance`."""
 
     def __init__(self, shards: Shards, order: Order | Mixture, position: int, offset: float = 0.0) -> None:
-        """`offset` (0 to 1): where in a window's list of chunks this worker begins, so that workers fetch different
-        chunks."""
+        """`offset` (0 to 1): this worker's starting point in a window's list of chunks. Different starts make workers
+        fetch different chunks."""
         self._shards, self._order, self._position, self._offset = shards, order, position, offset
         self._moved = threading.Condition()
         cache = cache_of(shards.options) if shards.remote and clients_allowed() else None
         if cache is not None and cache.works:
-            # A copy, because an order caches the layout of one epoch, and the reader is often in another epoch.
+            # Copy the order, because an order caches the layout of one epoch, and the reader may be in another epoch.
             self._order = copy.deepcopy(order)
             self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "fetch")
             threading.Thread(target=self._run, args=(cache,), name="prefetch", daemon=True).start()
 
     def advance(self, position: int) -> None:
-        """The reader has reached `position`."""
+        """Reports that the reader has reached `position`."""
         with self._moved:
             self._position = position
             self._moved.notify()
@@ -50,7 +50,7 @@ class Prefetcher:
         previous = -1
         with contextlib.suppress(RuntimeError):  # when the process ends, the thread pool refuses more work
             for begin, runs in self._order.windows(self._position):
-                # Step 1: wait until the reader has entered the window before this one.
+                # Step 1: wait until the reader has entered the preceding window.
                 with self._moved:
                     while self._position < previous:
                         self._moved.wait()
@@ -66,7 +66,7 @@ class Prefetcher:
                 previous = begin
 
     def _chunks(self, run: Run) -> list[tuple[CachedFile, int]]:
-        with contextlib.suppress(OSError, DataError):  # the sample reader will hit the same error and report it
+        with contextlib.suppress(OSError, DataError):  # the sample reader will report the same error
             file, index = self._shards.open(run.shard)
             if isinstance(file, CachedFile):
                 first, last = index.members(run.start), index.members(run.stop - 1)

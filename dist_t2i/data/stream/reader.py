@@ -33,11 +33,11 @@ _MAX_TRIES = 1_000
 
 @dataclass(frozen=True, eq=False)
 class SampleReader:
-    """The first stage: the raw samples of every `step`-th micro-batch of a plan, beginning with number `first`.
+    """The first stage: the raw samples of every `step`-th micro-batch of a plan, beginning with micro-batch `first`.
 
     A sample is a dict with `__key__`, `__url__`, the bytes of each file under its extension, `__position__` in the
-    stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the raw
-    sample of its source, or None. If a sample replaces an unusable sample, `__bad__` is the error of that sample.
+    stream, `__row__` (shard, row) and `__id__` (its number in the split). With a `choice`, `__source__` is the source
+    as a raw sample, or None. In a replacement, `__bad__` is the error of the unusable sample.
 
     Threads read remote samples ahead of time, but samples are yielded in the order of the plan.
     """
@@ -80,8 +80,8 @@ class SampleReader:
             yield from zip(*(numbers.tolist() for numbers in (positions, *self.order.at(positions))), strict=True)
 
     def replacement(self, bad: dict[str, Any], error: BadSample) -> dict[str, Any]:
-        """The next readable sample after `bad` in the same shard, or else in the following shards. Its `__bad__` is the
-        error of the first sample that was replaced. Raises DataError if `strict` is set, or after too many tries."""
+        """The next readable sample after `bad`, in the same or a following shard. The replacement's `__bad__` is the
+        error of the first unusable sample. Raises DataError if `strict` is set, or after too many tries."""
         if self.strict:
             raise DataError(f"sample {error.key} of {error.shard}: {error.reason} (data.on_bad is strict)")
         shard, row = bad["__row__"]
@@ -103,11 +103,11 @@ class SampleReader:
         return self.shards.read(shard, row) | places
 
     def _source(self, sample: dict[str, Any], choice: SourceChoice) -> dict[str, Any] | None:
-        """The source of a sample: another sample, the sample itself (also if the other is unreadable), or None."""
+        """The source of a sample, or None. The sample itself replaces an unreadable source."""
         number = choice(sample["__id__"], sample["__position__"])
         if number == NONE:
             return None
-        with contextlib.suppress(BadSample):  # not reported here: the stream counts the bad sample on its own visit
+        with contextlib.suppress(BadSample):  # not reported here, because the stream counts bad samples
             if number != sample["__id__"]:
                 return self._located(sample["__position__"], *self.shards.locate(number))
         return sample

@@ -1,4 +1,4 @@
-"""The training stream: a webdataset pipeline that runs in DataLoader workers and reads samples in our own order.
+"""The training stream: a webdataset pipeline that runs in DataLoader workers and reads in the order of order.py.
 
     read (order, shards) -> your stages -> decode -> choose a caption -> batch
 
@@ -6,7 +6,7 @@ The reader yields webdataset samples. `__position__` is the position of the samp
 configured, a sample also has a source image (edit_pairs.py), which your stages do not process. All randomness is a
 function of (seed, position), so the n-th batch of a run does not depend on the number of ranks, workers or restarts. To
 stop, close the stream; to resume, open a new stream at the position reached. A sample that cannot be read or decoded is
-replaced by the next good sample of its shard, or else of the following shards. The replacement is recorded and counted
+replaced by the next good sample, in its shard or in the following shards. Every replacement is recorded and counted
 (`data.on_bad`, `data.max_bad_fraction`).
 """
 
@@ -99,7 +99,7 @@ def _batch(samples: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int)
 
 
 def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
-    """The order of the samples of these shards that the configuration requests."""
+    """The order of the samples of `shards` that the options in `data` define."""
     if not data.weights:
         return Order(shards.sizes, seed, data.shuffle_window, data.shuffle_shards)
     parts = [Order(sizes, seed + i, data.shuffle_window, data.shuffle_shards) for i, sizes in enumerate(shards.parts())]
@@ -109,8 +109,7 @@ def order_of(shards: Shards, data: DataConfig, seed: int) -> Order | Mixture:
 @dataclass(frozen=True, eq=False)
 class Pipeline(torch.utils.data.IterableDataset):
     """The stages of one worker, which computes every `step`-th micro-batch, beginning with micro-batch `first`.
-    Iterates over pairs of a Batch and the records of its replaced samples. If a DataError occurs, it becomes the last
-    item."""
+    Iterates over pairs of a Batch and the records of its replaced samples. A DataError becomes the last item."""
 
     shards: Shards
     plan: Plan
@@ -125,9 +124,9 @@ class Pipeline(torch.utils.data.IterableDataset):
     """Memory that the worker shares with its parent."""
 
     def of_worker(self, first: int, step: int, waiting: int = 0) -> Pipeline:
-        """The pipeline of one worker. Up to `waiting` finished batches may wait for the parent; 0 means no shared
-        buffers. The worker gets buffers for four more batches: one that is being filled, one that the parent is using,
-        and two that the parent may keep."""
+        """The pipeline of one worker. `waiting` is the number of finished batches that may wait for the parent; 0
+        disables shared buffers. The worker gets `waiting` + 4 buffers: one to fill, one for the parent to use, and two
+        that the parent may keep."""
         size = self.plan.rows * self.data.image_size**2 * 3
         pictures = 1 if self.choice is None else 2
         buffers = Buffers((waiting + 4) * pictures, size) if waiting and size > SMALL_BYTES else None
@@ -151,11 +150,12 @@ class Pipeline(torch.utils.data.IterableDataset):
                     webdataset.utils.enforce_security = before
                 yield item
         except DataError as error:
-            yield DataError(str(error))  # a new error, so that the traceback is not sent along
+            yield DataError(str(error))  # a new error, so that the traceback is not sent to the parent
 
 
 class Stream(Iterator[Batch]):
-    """An endless iterator over batches. `bad_counts` is the number of replaced samples by reason."""
+    """An endless iterator over batches. `bad_counts` maps each reason to the number of samples that were replaced for
+    this reason."""
 
     def __init__(self, pipeline: Pipeline, allowance: int, bad_file: str | None) -> None:
         self._pool = WorkerPool(pipeline.of_worker, pipeline.data.workers)
@@ -164,8 +164,7 @@ class Stream(Iterator[Batch]):
         self.bad_counts: Counter[str] = Counter()
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError if a sample is bad and `data.on_bad` is strict, or if too many samples were
-        bad."""
+        """The next batch. Raises DataError if `data.on_bad` or `data.max_bad_fraction` allows no further bad sample."""
         batch, bad = self._pool.next()
         self._seen += len(batch)
         if bad:
@@ -186,7 +185,7 @@ class Stream(Iterator[Batch]):
             last = bad[-1]
             raise DataError(
                 f"{count} of the {self._seen} samples seen could not be used, more than data.max_bad_fraction "
-                f"({self._limit:g}) allows; the last one: {last['key']} of {last['shard']}: {last['reason']}. "
+                f"({self._limit:g}) allows; the last bad sample is {last['key']} of {last['shard']}: {last['reason']}. "
                 f"Repair or rewrite the set{f' ({self._bad_file} lists all bad samples)' if self._bad_file else ''}"
             )
 
@@ -217,8 +216,8 @@ def open_stream(
         one sample for each sample that it receives.
         data_set: the set of `data.train`, if it is open already.
 
-    Raises: DataError if the set cannot be read or `global_batch` cannot be divided evenly. For later errors, see
-    `Stream.__next__`.
+    Raises: DataError if the set cannot be read, or if ranks and micro-batches cannot share `global_batch` evenly. For
+    later errors, see `Stream.__next__`.
     """
     data_set = data_set or open_data(data)
     shards = data_set.shards(split)

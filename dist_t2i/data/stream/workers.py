@@ -1,12 +1,12 @@
 """DataLoader workers that ignore signals and end with the training process.
 
-Slurm, launchers and Ctrl-C in a terminal send signals to the whole process group. Workers ignore these signals: the
-training process saves first, then ends its workers. If the training process dies earlier, the kernel kills them.
+Slurm, launchers and Ctrl-C in a terminal send signals to the whole process group. Workers ignore these signals, so that
+the training process can save before it ends its workers. The kernel kills the workers of a dead training process.
 
-Workers are forked: two forked workers deliver their first batch within a second, and spawned workers need a second for
-imports alone. The fork is safe because a worker does not use its parent's GPU, process group or threads, and opens its
-files anew. Outside Linux, workers are spawned. This module uses private parts of the DataLoader, which are listed in
-tests/data/test_library_internals.py.
+Workers are forked, because spawned workers need a second for imports alone, while two forked workers deliver their
+first batch within a second. The fork is safe because a worker does not use its parent's GPU, process group or threads,
+and opens its files anew. Outside Linux, workers are spawned. This module uses private parts of the DataLoader, which
+are listed in tests/data/test_library_internals.py.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PREFETCH = 4
 _FORKS = sys.platform == "linux"
 
 DatasetOfWorker = Callable[[int, int, int], torch.utils.data.IterableDataset]
-"""(first, step, waiting) -> an iterable dataset over every `step`-th item, beginning with item `first`. At most
-`waiting` finished items may wait for the parent."""
+"""(first, step, waiting) -> an iterable dataset over every `step`-th item, beginning with item `first`. `waiting` is
+the largest number of finished items that wait for the parent."""
 
 
 def _start_worker(parent: int, worker: int) -> None:
@@ -47,8 +47,8 @@ class Lanes(Iterator[Any]):
     """Iterates over the items of several workers in turn; each worker has its own pipe.
 
     Usually all workers of a DataLoader share one pipe. A worker that is killed while it writes leaves half a message in
-    the pipe, and the parent waits for the rest forever. Here only the worker holds the writing end of its pipe, so the
-    parent reads an end of file when the worker dies."""
+    the pipe, and the parent waits for the rest forever. In this class, only the worker holds the writing end of its
+    pipe, so the parent reads an end of file when the worker dies."""
 
     def __init__(self, dataset_of: DatasetOfWorker, first: int, workers: int) -> None:
         self._iterators: list[Any] = []
@@ -64,7 +64,7 @@ class Lanes(Iterator[Any]):
                 multiprocessing_context="fork" if _FORKS else "spawn",
             )
             iterator: Any = iter(loader)
-            iterator._worker_result_queue._writer.close()  # now: the next worker must not inherit the writing end
+            iterator._worker_result_queue._writer.close()  # the next worker must not inherit the writing end
             self._iterators.append(iterator)
             self._datasets.append(dataset)
         self._turns = itertools.cycle(self._iterators)
@@ -78,7 +78,7 @@ class Lanes(Iterator[Any]):
         return next(next(self._turns))
 
     def end(self) -> None:
-        """Ends the workers as the DataLoader does. Then kills the rest, which ignore SIGTERM and hold no state."""
+        """Ends the workers as the DataLoader does, then kills workers that still run; workers hold no state."""
         workers = self.workers
         for iterator in self._iterators:
             iterator._shutdown_workers()
@@ -98,14 +98,14 @@ class WorkerPool:
         self._finalizer: weakref.finalize | None = None
 
     def next(self) -> Any:
-        """The next item. If the item is a DataError, raises it. Also raises DataError if workers keep dying."""
+        """The next item. Raises DataError if the item is a DataError or workers keep dying."""
         while True:
             iterator = self._iterator or self._start()
             try:
                 item = next(iterator)
             except (RuntimeError, OSError, EOFError) as error:
-                # If a worker dies while it sends a batch, its pipe breaks. If it dies at another time, the DataLoader
-                # notices. In both cases `next` raises one of these errors, but the errors can have other causes.
+                # If a worker dies while sending a batch, its pipe breaks. The DataLoader notices a death at another
+                # time. In both cases, `next` raises one of these errors, but the errors can have other causes.
                 if not _worker_died(iterator):
                     raise
                 self._restart(error)
@@ -117,10 +117,10 @@ class WorkerPool:
             return item
 
     def close(self) -> None:
-        """Ends the workers. May be called twice; also called when the pool is garbage-collected, and at exit."""
+        """Ends the workers. May be called twice. Garbage collection and process exit also end them."""
         self._iterator = None
         if self._finalizer is not None:
-            self._finalizer()  # does nothing the second time
+            self._finalizer()  # a second call does nothing
 
     def _start(self) -> Iterator[Any]:
         if self._workers == 0:
@@ -129,8 +129,8 @@ class WorkerPool:
         before = signal.getsignal(signal.SIGCHLD)
         self._iterator = lanes = Lanes(self._dataset_of, self._taken, self._workers)
         if signal.getsignal(signal.SIGCHLD) is not before:
-            # Remove the signal handler that the DataLoader has installed: it would raise in the middle of any code of
-            # the main thread, for example while a checkpoint is saved. `next` still notices a dead worker soon.
+            # Remove the DataLoader's signal handler, because this handler could raise anywhere in the main thread, for
+            # example while a checkpoint is saved. `next` notices a dead worker without the handler.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         self._finalizer = weakref.finalize(self, lanes.end)
         return lanes
