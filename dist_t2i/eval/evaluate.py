@@ -17,7 +17,7 @@ from dist_t2i.eval.protocol import Protocol, captions_sha256, load_protocol, rul
 from dist_t2i.eval.ranks import ALONE, Ranks
 from dist_t2i.eval.scores import Scores, SplitScores
 from dist_t2i.eval.scoring import scores_of
-from dist_t2i.eval.selection import Selection, has_listed, select, splits_of
+from dist_t2i.eval.selection import Selection, has_listed, has_styles, select, splits_of
 from dist_t2i.utils import environment
 from dist_t2i.utils.files import sha256_of
 
@@ -30,9 +30,19 @@ if TYPE_CHECKING:
 
 
 def protocol_for(data: ShardSet) -> Protocol:
-    """The default protocol of a set: `openmoji` if the set has all pictures that `openmoji` lists, else `held-out`."""
-    listed = load_protocol("openmoji")
-    return listed if has_listed(data, listed) else load_protocol("held-out")
+    """The default protocol of a set.
+
+    `scenes` if the set is named scenes and has enough held-out pictures. `openmoji` if it has all pictures that
+    `openmoji` lists, or `openmoji-styles` if it has them in two styles. Otherwise `held-out`.
+    """
+    scenes, listed = load_protocol("scenes"), load_protocol("openmoji")
+    split = scenes.splits[0]
+    if data.manifest.get("name") == "scenes" and split in data.splits:
+        if len(data.samples(split)) >= scenes.min_pictures:
+            return scenes
+    elif has_listed(data, listed):
+        return load_protocol("openmoji-styles") if has_styles(data.samples(listed.splits[0])[0].attributes) else listed
+    return load_protocol("held-out")
 
 
 def evaluate(

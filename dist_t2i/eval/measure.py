@@ -43,6 +43,7 @@ _NEEDED = {
     "diversity": ("real", "noisy", "again"),
     "attributes": ("real", "again"),
     "open-attributes": ("real", "again"),
+    "styles": ("real",),
 }
 """Metric -> the copies that its floor and ceiling need, `texts` if the metric needs embeddings of the captions, and
 `again` if it needs further real pictures of the same captions."""

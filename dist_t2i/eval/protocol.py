@@ -29,10 +29,10 @@ FOLDER = Path(__file__).with_name("protocols")
 FROZEN = FOLDER / "frozen.json"
 METRICS = tuple(
     "kid retrieval tone-order fid inception-score precision-recall clip-score r-precision diversity".split()
-    + "attributes open-attributes".split()
+    + "attributes open-attributes styles".split()
 )
 FEATURES = ("efficientnet-lite0", "inception-clean", "inception-legacy", "clip", "own")
-NETWORKS = (*FEATURES, "scenes")
+NETWORKS = (*FEATURES, "scenes", "styles")
 _ONLY = {
     "inception-score": ("inception-clean", "inception-legacy"),
     "clip-score": ("clip", "own"),
@@ -40,6 +40,7 @@ _ONLY = {
     "tone-order": ("",),
     "attributes": ("scenes",),
     "open-attributes": ("scenes",),
+    "styles": ("styles",),
 }
 """Metric -> the only networks that the metric can use: networks with classes, networks that embed texts,
 networks that find attributes, or none. The other metrics can use all of `FEATURES`."""

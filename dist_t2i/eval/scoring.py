@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dist_t2i.data.stream.batch import caption_id
 from dist_t2i.eval import metrics
-from dist_t2i.eval.contents.scenes import NAMED, OPEN, named_scores, open_scores
+from dist_t2i.eval.contents.scene_scores import NAMED, OPEN, named_scores, open_scores
+from dist_t2i.eval.contents.style_scores import STYLES, style_scores
 from dist_t2i.eval.judges.features import FeatureNetwork
 from dist_t2i.eval.judges.torch_fidelity import torch_fidelity
 from dist_t2i.eval.measure import Features, Measured
 from dist_t2i.eval.protocol import Protocol
 from dist_t2i.eval.scores import Score
+from dist_t2i.eval.selection import has_styles
 from dist_t2i.eval.skin_tones import group_of
 
 _NAMES = {
@@ -34,6 +36,7 @@ _PARTS = {
     "precision-recall": ("precision", "recall"),
     "attributes": NAMED,
     "open-attributes": OPEN,
+    "styles": STYLES,
 }
 """Metric -> its scores, for metrics that give several scores."""
 Ends = dict[str, float]
@@ -61,6 +64,11 @@ class Case:
     def texts(self) -> Tensor:
         assert self.features.texts is not None, f"{self.key} embedded no captions"
         return self.features.texts
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [N], equal for pictures with the same first caption."""
+        return torch.tensor([caption_id(row[0]) for row in self.captions])
 
     @property
     def again(self) -> Tensor:
@@ -111,7 +119,7 @@ def better_of(key: str) -> str:
 def key_of(metric: str, network: str) -> str:
     """The machine name of a score. It contains the network unless this is the default network, or the metric's only one."""
     plain = metric.replace("-", "_")
-    return plain if network in ("efficientnet-lite0", "scenes") else f"{plain}_{network.replace('-', '_')}"
+    return plain if network in ("efficientnet-lite0", "scenes", "styles") else f"{plain}_{network.replace('-', '_')}"
 
 
 def scores_of(measured: Measured, protocol: Protocol, networks: dict[str, FeatureNetwork]) -> tuple[Score, ...]:
@@ -261,10 +269,11 @@ def diversity_scores(case: Case) -> list[Score]:
     to real pictures is ours: it makes 1 the goal, because more variety than that of real pictures is not better.
 
     The real pictures of a caption are rendered, or are those of the set, if at least half of its pictures share their
-    caption with another. Otherwise the ratio is that to real pictures of different captions. Its name then says so, because
+    caption with another. In a set with styles, these are all pictures that there are of a caption, so that a picture is
+    also compared with itself: two pictures of one caption have the same style half of the time. Otherwise the ratio is that to real pictures of different captions. Its name then says so, because
     no value of it is known to be right: a caption may decide much of a picture.
     """
-    real, ids = case.real, torch.tensor([caption_id(row[0]) for row in case.captions])
+    real, ids = case.real, case.ids
     fake = case.features.fake.unflatten(0, (len(case.protocol.seeds), -1)).permute(2, 1, 0, 3)  # [N, J, seeds, D]
     spread = metrics.spread(fake.flatten(0, 1)).unflatten(0, fake.shape[:2]).mean(1)
     metric, counts = "diversity", torch.ones(len(real), dtype=torch.double)
@@ -272,7 +281,9 @@ def diversity_scores(case: Case) -> list[Score]:
         reference = metrics.spread(case.features.again)
     else:
         same = ids[:, None] == ids
-        alike = same.fill_diagonal_(False).any(1)
+        alike = same.sum(1) > 1
+        if not all(has_styles(about) for about in case.attributes):
+            same.fill_diagonal_(False)
         if alike.double().mean() >= 0.5:
             counts, reference = alike.double(), metrics.mean_distance(real, real, same)
         else:
@@ -291,15 +302,20 @@ def diversity_scores(case: Case) -> list[Score]:
 
 
 def attribute_scores(case: Case) -> list[Score]:
-    """Whether pictures show what captions name: see `contents.scenes.named_scores`."""
+    """Whether pictures show what captions name: see `contents.scene_scores.named_scores`."""
     real = torch.cat([case.real[None], case.again.transpose(0, 1)])
     return named_scores(case.features.fake, real, case.attributes, case.weights, case.key)
 
 
 def open_attribute_scores(case: Case) -> list[Score]:
-    """The distributions of what captions leave open: see `contents.scenes.open_scores`."""
+    """The distributions of what captions leave open: see `contents.scene_scores.open_scores`."""
     again = case.again.transpose(0, 1)
     return open_scores(case.features.fake, case.real, again, case.weights, case.protocol.costly_resamples, case.key)
+
+
+def picture_style_scores(case: Case) -> list[Score]:
+    """Which styles pictures have: see `contents.style_scores.style_scores`."""
+    return style_scores(case.features.fake, case.real, case.ids, case.attributes, case.weights, case.key)
 
 
 def tone_scores(measured: Measured, protocol: Protocol) -> list[Score]:
@@ -329,4 +345,5 @@ _METRICS: dict[str, Callable[[Case], list[Score]]] = {
     "diversity": diversity_scores,
     "attributes": attribute_scores,
     "open-attributes": open_attribute_scores,
+    "styles": picture_style_scores,
 }

@@ -102,15 +102,29 @@ def is_scene(about: Mapping[str, Any]) -> bool:
     return "objects" in about and "relation" in about
 
 
+def has_styles(about: Mapping[str, Any]) -> bool:
+    """Whether attributes are those of a picture in a set with several styles."""
+    return "style" in about
+
+
+_ATTRIBUTES = {
+    "scenes": (is_scene, "`objects` and `relation`", "scenes"),
+    "styles": (has_styles, "`style`", "openmoji --styles color black"),
+}
+"""Network -> whether a picture has the attributes that metrics with this network need, which these are, and the command
+of tools/shard.py that writes such sets."""
+
+
 def check_attributes(sample: Sample, split: str, data: ShardSet, protocol: Protocol) -> None:
     """Raises UserError if a metric of the protocol needs attributes that the sample lacks."""
-    needing = [metric for metric, network in protocol.wanted if network == "scenes"]
-    if needing and not is_scene(sample.attributes):
-        raise UserError(
-            f"{data.folder}: protocol {protocol.name} measures {' and '.join(needing)}, but the set does not say which "
-            f"objects its pictures show (no `objects` and `relation` in the json of {split}: {sample.key}). Use a set "
-            "that tools/shard.py scenes wrote, or another protocol, such as held-out"
-        )
+    for metric, network in protocol.wanted:
+        has, names, command = _ATTRIBUTES.get(network, (None, "", ""))
+        if has and not has(sample.attributes):
+            raise UserError(
+                f"{data.folder}: protocol {protocol.name} measures {metric}, which needs the attributes {names} of each "
+                f"picture, but the json of {sample.key} in {split} lacks them. Evaluate on a set that tools/shard.py "
+                f"{command} wrote, or with another protocol, such as --protocol held-out"
+            )
 
 
 def _pictures(data: ShardSet, split: str, protocol: Protocol) -> tuple[Samples, list[int], dict[int, str]]:

@@ -5,6 +5,7 @@ efficientnet-lite0                   ImageNet, 224 px, 1280-d; a PyPI package ha
 inception-clean, inception-legacy    see inception.py
 clip                                 see clip.py
 scenes                               see attributes.py: finds the attributes of rendered scenes
+styles                               see styles.py: the strength of color
 own                                  the model's own discriminator and S_D: not independent of the model
 """
 
@@ -96,6 +97,7 @@ _LOADERS = {
     "inception-legacy": ("inception", "inception", "legacy"),
     "clip": ("clip", "clip"),
     "scenes": ("attributes", "scene_attributes"),
+    "styles": ("styles", "styles"),
 }
 """Key -> (module, function, further arguments). Modules are imported on demand: they need optional packages."""
 
