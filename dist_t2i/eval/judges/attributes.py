@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_t2i.data import scenes
@@ -175,7 +177,7 @@ def train(images: Tensor, labels: Labels) -> Detector:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return detector.eval()
+    return detector.to(memory_format=torch.contiguous_format).eval()  # safetensors keeps contiguous tensors only
 
 
 def turned(images: Tensor, objects: Tensor, way: int) -> tuple[Tensor, Tensor]:
@@ -230,25 +232,41 @@ def _code(module: ModuleType) -> str:
 
 
 def scene_attributes(device: torch.device, size: int = SIDE) -> FeatureNetwork:
-    """The detector for pictures of models of a size, from the cache or newly trained."""
-    from safetensors.torch import load_file, save_file
-
+    """The detector for models with pictures of `size` pixels: from the cache, or newly trained. Sets torch's random
+    state."""
     key = digest(size)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = base / "dist_t2i" / f"scene-attributes-{key[:16]}.safetensors"
-    detector = Detector().eval()
-    if path.is_file():
+    detector = _cached(path)
+    if detector is None:
+        print(f"training the detector of scene attributes (once, about 4 minutes): {path}", file=sys.stderr, flush=True)
+        detector = train(*_shrunk(*rendered(SCENES, min(size, LARGEST))))
+        _keep(detector, path)
+    name = "detector of scene attributes"
+    module = detector.requires_grad_(False).to(device)
+    return FeatureNetwork(name, SIDE, WIDTH, key, module, mean=127.5, std=127.5)
+
+
+def _shrunk(images: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
+    """Pictures as the feature network resizes them."""
+    return torch.cat([rounded_bicubic(part.float(), SIDE).byte() for part in images.split(512)]), labels
+
+
+def _cached(path: Path) -> Detector | None:
+    """The detector in a file; None if the file is missing or damaged."""
+    detector = Detector()
+    try:
         detector.load_state_dict(load_file(path))
-    else:
-        print(
-            f"training the detector of scene attributes, once for this size (about 3 minutes); kept in {path}",
-            file=sys.stderr,
-        )
-        images, labels = rendered(SCENES, min(size, LARGEST))
-        detector = train(torch.cat([rounded_bicubic(part.float(), SIDE) for part in images.split(512)]).byte(), labels)
+    except (OSError, SafetensorError, RuntimeError):
+        return None
+    return detector.eval()
+
+
+def _keep(detector: Detector, path: Path) -> None:
+    """Writes the weights. A cache that cannot be written only costs the time of the next training."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             save_file(detector.state_dict(), part)
-    name = "detector of scene attributes"
-    detector.requires_grad_(False).to(device)
-    return FeatureNetwork(name, SIDE, WIDTH, key, detector, mean=127.5, std=127.5)
+    except (OSError, SafetensorError) as error:
+        print(f"warning: {path}: cannot be written ({error}); the next evaluation trains again", file=sys.stderr)

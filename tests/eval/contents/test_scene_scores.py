@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_t2i.data.scenes import attributes, sample_scene, same_caption
+from dist_t2i.data.scenes import attributes, same_caption, sample_scene
 from dist_t2i.eval import metrics
 from dist_t2i.eval.contents.scene_scores import NAMED, OPEN, Named, named_scores, open_scores, right
 from dist_t2i.eval.judges.attributes import COLORS, KINDS, OBJECTS, SHAPES, WIDTH, Shown
@@ -18,9 +18,10 @@ def features(about):
         [1.0, item["x"], item["y"], item["radius"], COLORS.index(item["color"]), SHAPES.index(item["shape"])]
         for item in about["objects"]
     ]
-    rows = [row for row in rows[::-1]] + [[0.0] * 6] * (OBJECTS - len(rows))
+    slots = torch.zeros(OBJECTS, 6)
+    slots[: len(rows)] = torch.tensor(rows[::-1])  # in any order
     background = about["background"]
-    return torch.tensor([*sum(rows, []), KINDS.index(background["kind"]), background["hue"]])
+    return torch.cat([slots.flatten(), torch.tensor([KINDS.index(background["kind"]), background["hue"]])])
 
 
 def pictures(seed, count):
