@@ -1,7 +1,7 @@
 """Errors that a user can correct, and the exit statuses of the commands.
 
-A command catches `UserError`, prints `error: <message>` to stderr and exits with its `status`, without a traceback. Any
-other exception is a defect of this project and keeps its traceback.
+A command catches `UserError`, prints `error: <message>` to stderr and exits with the error's `status`, without a
+traceback. Any other exception is a defect of this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration cannot be used. The message is a heading and all problems; `problems` is the list of problems."""
+    """A configuration cannot be used. The message is a heading and the list `problems`."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class CheckpointError(UserError):
 
 
 class LaunchError(UserError):
-    """The environment does not say which rank this process is, or which other ranks there are."""
+    """The environment does not define the rank of this process or the set of ranks."""
 
 
 class TrainingError(UserError):

@@ -41,8 +41,8 @@ def max_over_ranks(number: int) -> int:
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """Calls `function()` on rank 0 and returns the result on every rank. Collective.
 
-    A UserError of rank 0 is raised on all ranks, with `reported_by_main` set on the others, so that only rank 0 prints
-    it. `slow` runs `function` in a thread, for functions that may take longer than a collective's timeout (10 minutes).
+    All ranks raise a UserError of rank 0; `reported_by_main` is set on the other ranks, so that only rank 0 prints it.
+    `slow` runs `function` in a thread, because it may take longer than a collective's timeout (10 minutes).
     """
     if slow:
         function = _run_in_thread(function)
@@ -62,8 +62,8 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
 
 
 def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
-    """Run `function` in a thread of rank 0. Meanwhile all ranks join in a short collective every half second, so that
-    no rank times out. Returns a function that has the result of `function`, or raises its error."""
+    """Run `function` in a thread of rank 0. While it runs, all ranks join in a short collective every half second, so
+    that no rank times out. The returned function returns the result or raises the error of `function`."""
     future: Future[T] = Future()
 
     def run() -> None:

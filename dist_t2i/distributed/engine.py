@@ -1,14 +1,14 @@
 """One network under DeepSpeed ZeRO. Only this module uses DeepSpeed's API.
 
-A GAN needs two engines in one process. Mistakes with them often give wrong gradients instead of an error. The rules:
+A GAN needs two engines in one process. These rules prevent mistakes that give wrong gradients instead of an error:
 
 * The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages.
-  `engine(...)` would announce a new backward pass to ZeRO; `NetworkEngine.backward` does this instead. Without the
-  announcement, the gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
-* While a network only takes part in the other network's loss, it is frozen. Otherwise its ZeRO hooks would collect the
-  gradient of that loss.
-* There is one `backward` per micro-batch, so losses are summed first. At stages 1 to 3, a second call would silently
-  give wrong gradients.
+  `NetworkEngine.backward` announces a new backward pass to ZeRO, as `engine(...)` would. Without the announcement, the
+  gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
+* A network is frozen while it only takes part in the other network's loss, because otherwise its ZeRO hooks would
+  collect the gradient of that loss.
+* There is one `backward` per micro-batch, so losses are summed first. At stages 1 to 3, a second `backward` would
+  silently give wrong gradients.
 
 State is saved and restored as full fp32 tensors by parameter name, so runs resume at any world size, stage or
 precision.
@@ -62,8 +62,8 @@ def init_distributed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Switch off DeepSpeed's shared-memory collectives for CPU ranks. Compiling them at start-up needs a C++ compiler,
-    # ninja and 40 s, and gloo does the same work.
+    # Use gloo for CPU ranks, not DeepSpeed's shared-memory collectives: compiling these at start-up takes 40 s and
+    # needs a C++ compiler and ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
         keep_freed_memory()
@@ -80,8 +80,7 @@ def init_distributed(device: torch.device) -> None:
 
 
 def native_precision(device: torch.device) -> Precision:
-    """`bf16` if the device multiplies bf16 numbers in hardware, else `fp32` (emulated bf16 is about 20 times
-    slower)."""
+    """`bf16` on hardware with bf16 arithmetic, otherwise `fp32`: emulated bf16 is about 20 times slower than fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
@@ -93,7 +92,7 @@ def resolve_precision(precision: Literal["auto"] | Precision, device: torch.devi
         return native_precision(device)
     if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         problem = "engine.precision: this processor has no fp16 arithmetic (AVX512-FP16 or AMX-FP16)."
-        raise ConfigError(f"{problem}\nUse engine.precision=fp32, or bf16, or a GPU.")
+        raise ConfigError(f"{problem}\nUse engine.precision=fp32, engine.precision=bf16, or a GPU.")
     return precision
 
 
@@ -107,7 +106,7 @@ class EngineSpec:
     accumulation: int  # micro-batches per step
     precision: str
     learning_rate: float  # at its peak
-    scales: dict[str, float]  # direct child of the module -> factor on its learning rate; 1 for others
+    scales: dict[str, float]  # direct child of the module -> factor on the child's learning rate (default: 1)
     offload: bool = False  # whether optimizer states live on the CPU (stages 1 to 3)
 
 
@@ -120,7 +119,7 @@ def deepspeed_config(spec: EngineSpec, gradient_clipping: float, world_size: int
         "stage": spec.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "reduce_scatter": False,  # one all-reduce; DeepSpeed's "scatter" is an all-reduce as well, with two more copies
+        "reduce_scatter": False,  # one all-reduce, because DeepSpeed's "scatter" is an all-reduce plus two copies
         "contiguous_gradients": spec.stage >= 2 and gpu,  # copies gradients, which avoids fragmented GPU memory
         "overlap_comm": False,
     }
@@ -182,7 +181,7 @@ class NetworkEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=base, config=config, dist_init_required=False
             )
-        self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # DeepSpeed adds attributes to them
+        self._parameters: dict[str, Any] = dict(self.module.named_parameters())  # Any: DeepSpeed adds attributes
         self._create_optimizer_state()
 
     @property
@@ -207,14 +206,14 @@ class NetworkEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar `loss`, a mean over this rank's micro-batch. One call per micro-batch."""
         if self.stage > 0:
-            self._zero.clear_backward_seen_flag()  # in place of `engine(...)`; see the rules above
+            self._zero.clear_backward_seen_flag()  # announces a backward pass: see the rules above
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call this after each `backward`. The last call of a step updates the weights, at peak rate * `rate_scale`."""
+        """Call this after `backward`. The last call of a step updates the weights, at peak rate * `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
-        # Compute the norm of the global gradient, which DeepSpeed's stage 0 computes only if it clips.
+        # Compute the norm of the global gradient, because DeepSpeed computes this norm at stage 0 only for clipping.
         if self._engine.is_gradient_accumulation_boundary() and self.stage == 0:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -229,7 +228,7 @@ class NetworkEngine:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[Mapping[str, Tensor]]:
-        """The full parameters by name, on every rank, in the training dtype. Collective at stage 3; read only."""
+        """The full parameters by name, on every rank, in the training dtype. Collective at stage 3. Read only."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self._parameters.values()), enabled=self.stage == 3):
@@ -237,7 +236,7 @@ class NetworkEngine:
 
     @property
     def _zero(self) -> Any:
-        """ZeRO's optimizer, which wraps ours; at stage 0, our optimizer itself."""
+        """ZeRO's optimizer, which wraps `_base_optimizer`; at stage 0, `_base_optimizer` itself."""
         return self._engine.optimizer
 
     @property
@@ -245,20 +244,21 @@ class NetworkEngine:
         return self._zero if self.stage == 0 else self._zero.optimizer
 
     def _flat_masters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer updates: this rank's pieces of each group; at stage 0, the parameters."""
+        """The fp32 tensors that the optimizer updates: this rank's piece of each group, or at stage 0 the
+        parameters."""
         if self.stage == 0:
             return list(self._parameters.values())
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _create_optimizer_state(self) -> None:
-        """Create the moments, which the optimizer's first step would create, so that checkpoints can be loaded."""
+        """Create the moments before the optimizer's first step would, so that checkpoints can be loaded."""
         layouts: dict[Tensor, Layout] = {}
         for master, parameters in zip(self._flat_masters(), self._parameters_of_masters(), strict=True):
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = {key: torch.zeros_like(master) for key in self._moments[parameters[0]]}
             self._base_optimizer.state[master] = {"step": step, **moments}
-            # A flat master holds pieces of several parameters. Muon needs their layout to assemble full matrices.
+            # A flat master holds pieces of several parameters. Muon assembles full matrices from their layout.
             if self.stage > 0:
                 layouts[master] = Layout(tuple(map(self._piece, parameters)), self.world_size > 1, self.device)
                 self._base_optimizer.layout_of = layouts.__getitem__
@@ -266,7 +266,7 @@ class NetworkEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _parameters_of_masters(self) -> list[list[nn.Parameter]]:
-        """For each of `_flat_masters`, the parameters whose pieces it holds, in order."""
+        """For each tensor of `_flat_masters`, the parameters whose pieces the tensor holds, in order."""
         if self.stage == 0:
             return [[parameter] for parameter in self._parameters.values()]
         return list(self._zero.fp16_groups if self.stage == 3 else self._zero.bit16_groups)
@@ -304,7 +304,7 @@ class NetworkEngine:
 
     @torch.no_grad()
     def _set_full(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set the tensor that `_full` returns, and the parameter in its training dtype."""
+        """Set the tensor that `_full` returns, and its copy in the training dtype."""
         from deepspeed import utils as ds
 
         value = value.to(self.device, torch.float32)
@@ -374,6 +374,6 @@ class NetworkEngine:
                     )
 
     def non_finite_groups(self) -> list[str]:
-        """Names of the direct children of the module that hold a NaN or Inf. Collective."""
+        """Names of the module's direct children whose parameters contain a NaN or Inf. Collective."""
         finite = {name: bool(torch.isfinite(self._full(p, None)).all()) for name, p in self._parameters.items()}
         return list(dict.fromkeys(name.split(".", 1)[0] for name, is_finite in finite.items() if not is_finite))

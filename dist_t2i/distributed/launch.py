@@ -1,7 +1,7 @@
 """One process per rank under any launcher: `deepspeed`, `torchrun`, `srun`, or plain `python` (one rank).
 
 `prepare()` completes RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and the variables
-that libraries read on import. Call it before the first import of torch or DeepSpeed; this module imports neither.
+that libraries read on import. Call `prepare` before the first import of torch or DeepSpeed, which launch.py avoids.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Rank:
 
 
 def prepare(environment: MutableMapping[str, str] | None = None) -> Rank:
-    """Completes the environment (default: this process's) of one rank, and returns the rank.
+    """Completes `environment` (default: that of this process) for one rank, and returns the rank.
 
-    Raises LaunchError when the launcher set only some variables, or the first node of a Slurm job has no address.
+    Raises LaunchError if the launcher set only some variables, or if the first node of a Slurm job has no address.
     """
     env = os.environ if environment is None else environment
     present = [name for name in _NEEDED if env.get(name)]
@@ -76,7 +76,7 @@ def _from_variables(env: Mapping[str, str]) -> Rank:
 
 def _from_slurm(env: MutableMapping[str, str]) -> Rank:
     world, local = _integer(env, "SLURM_NTASKS"), _integer(env, "SLURM_LOCALID")
-    # Slurm's `2(x3),1`: two tasks on each of the first three nodes, one on the last.
+    # In Slurm's notation, `2(x3),1` means two tasks on each of the first three nodes and one task on the last node.
     pattern = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", pattern)
     counts = [int(count) for count, repeat in groups for _ in range(int(repeat or 1))]
@@ -87,7 +87,7 @@ def _from_slurm(env: MutableMapping[str, str]) -> Rank:
 
 
 def slurm_master(env: Mapping[str, str]) -> str:
-    """Address of the first node of the job step: its name if the name resolves, else its NodeAddr from Slurm."""
+    """Address of the first node of the job step: its name if the name resolves, otherwise Slurm's NodeAddr."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     name = _scontrol("show", "hostnames", nodes).partition("\n")[0] if re.search(r"[\[,]", nodes) else nodes
     if not name:
@@ -97,7 +97,7 @@ def slurm_master(env: Mapping[str, str]) -> str:
         return name
     if address := re.search(r"NodeAddr=(\S+)", _scontrol("-o", "show", "node", name)):
         return address[1]
-    raise LaunchError(f"no address of the first node, {name}, is known: set MASTER_ADDR to its address")
+    raise LaunchError(f"the address of the first node, {name}, is unknown: set MASTER_ADDR to this address")
 
 
 def _scontrol(*arguments: str) -> str:
@@ -112,7 +112,7 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(rank.local_rank), str(rank.local_world_size)
     if rank.world_size == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        # 0: the system picks a free port, which no other process needs to know.
+        # With port 0, the system picks a free port, which no other process needs to know.
         env["MASTER_PORT"] = env.get("MASTER_PORT") or "0"
     elif not env.get("MASTER_ADDR"):
         raise LaunchError(f"WORLD_SIZE={rank.world_size}, but MASTER_ADDR is not set: set it to the address of rank 0")
@@ -121,15 +121,15 @@ def _complete(env: MutableMapping[str, str], rank: Rank) -> None:
 
 
 def job_port(env: Mapping[str, str]) -> int:
-    """A port that each rank of a Slurm job computes for itself, with the same result. It changes when the job restarts,
-    because the old port may still be in use."""
+    """A port that every rank of a Slurm job computes identically. A restart of the job changes the port, because the
+    old port may still be in use."""
     job, restart = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_RESTART_COUNT", "0"))
     step = int(env.get("SLURM_STEP_ID", "0"))
     return 20_000 + (job * 37 + step * 11 + restart * 7) % 10_000  # below Linux's ephemeral ports (32768)
 
 
 def free_ports(count: int, apart: int = 0) -> list[int]:
-    """`count` free ports of this machine between 12000 and 21999; with `apart`, port + apart is free too.
+    """`count` free ports of this machine between 12000 and 21999; if `apart` is given, each port + apart is free, too.
 
     The choice is random, so that programs that search at the same time rarely choose the same port. All ports are below
     32768, where Linux's ports for outgoing connections begin.
@@ -150,31 +150,31 @@ def _is_free(port: int) -> bool:
 
 
 def _set_up_libraries(env: MutableMapping[str, str], rank: Rank) -> None:
-    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set it. This value is replaced by the rank's
-    # share of the cores.
+    # torchrun sets OMP_NUM_THREADS=1 for several ranks if the user has not set a value. The rank's share of the cores
+    # replaces torchrun's value.
     several = rank.local_world_size > 1
     default = several and bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("OMP_NUM_THREADS") == "1"
     if not env.get("OMP_NUM_THREADS") or default:
         env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // rank.local_world_size))
     if not has_gpu(env):
-        env.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it finds no accelerator
+        env.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns of a missing accelerator
     if not env.get("GLOO_SOCKET_IFNAME") and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo would resolve this machine's name. This often fails, or gives 127.0.1.1, an address that other machines
-        # cannot reach.
+        # By default gloo resolves this machine's name, which often fails or gives 127.0.1.1, an address that other
+        # machines cannot reach.
         env["GLOO_SOCKET_IFNAME"] = interface
-    binaries = str(Path(sys.executable).parent)  # links are not resolved: a venv's python is a link to another folder
+    binaries = str(Path(sys.executable).parent)  # not resolved, because a venv's python is a link to another folder
     if binaries not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])  # DeepSpeed's offload needs ninja
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface through which this machine reaches an address, which may be its own; None if unknown."""
+    """The network interface through which this machine reaches an address, even its own; None if unknown."""
     import psutil
 
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as unsent:
-            unsent.connect(target)  # sends nothing: the kernel picks the route
+            unsent.connect(target)  # sends nothing, but the kernel picks the route
             local = unsent.getsockname()[0]
         interfaces = psutil.net_if_addrs()
     except OSError:
@@ -184,7 +184,7 @@ def interface_towards(address: str) -> str | None:
 
 
 def has_gpu(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether a GPU is present and visible, and torch is built for it. Does not import torch."""
+    """Whether a GPU is present and visible and torch is built for GPUs. Does not import torch."""
     present = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
     if env.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not present:
         return False
@@ -202,10 +202,10 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 
 
 class LauncherWatch:
-    """Notices when the `deepspeed` or `torchrun` that started this rank has died without a signal to the rank.
+    """Notices that the `deepspeed` or `torchrun` process that started this rank died without a signal to the rank.
 
-    `kill` of the `deepspeed` command leaves its launcher and the ranks running. Other parents (a shell, srun) are not
-    watched, because they may end while the run goes on.
+    If `deepspeed` is killed, its launcher and the ranks continue to run. Other parents (a shell, srun) are not watched,
+    because they may end while the run goes on.
     """
 
     INTERVAL = 1.0
@@ -217,14 +217,14 @@ class LauncherWatch:
         self._parent, self._next = os.getppid(), 0.0
         self._watched: dict[int, float] = {}
         known = re.compile(r"deepspeed\.launcher|bin/(deepspeed|ds|torchrun)\b|torch\.distributed\.(run|launch)")
-        with contextlib.suppress(psutil.Error):  # the process has ended, or this user may not read it: nothing to watch
+        with contextlib.suppress(psutil.Error):  # a process that has ended or is not readable is not watched
             for process in psutil.Process().parents()[:2]:  # torchrun, or DeepSpeed's launcher and its runner
                 if not known.search(" ".join(process.cmdline()[:4])):
                     break
                 self._watched[process.pid] = process.create_time()
 
     def gone(self) -> bool:
-        """Whether the launcher has died. Checks at most every `INTERVAL` seconds, and returns False in between."""
+        """Whether the launcher has died. Checks at most every `INTERVAL` seconds, and returns False between checks."""
         if not self._watched or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self.INTERVAL

@@ -1,11 +1,11 @@
-"""AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of them.
+"""AdamW, and Muon for some groups of parameters, over full parameters or over ZeRO's pieces of parameters.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the step of a matrix by
-the nearest matrix whose singular values are all equal. Rare and frequent directions of the gradient then have the same
-weight. A convolution's kernel is treated as a matrix [outputs, all other dimensions]. The step is scaled to the root
-mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that it can use AdamW's
-learning rate. Only a full matrix has these singular values, but under ZeRO a rank holds pieces of matrices (`Layout`).
-Each step is therefore computed from all ranks' pieces.
+the nearest matrix whose singular values are all equal. Muon thus gives rare and frequent directions of the gradient the
+same weight. A convolution's kernel is treated as a matrix [outputs, all other dimensions]. The step is scaled to the
+root mean square of AdamW's step (Liu et al. 2025, "Muon is scalable for LLM training", sec. 2.2), so that Muon can use
+AdamW's learning rate. Singular values require the full matrix, but under ZeRO a rank holds only pieces of matrices
+(`Layout`). Each step therefore combines the pieces of all ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dist_t2i.config.sections import OptimizerConfig
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of x, x^3 and x^5 (Jordan et al. 2024). Iteration maps singular values in (0, 1] to about [0.7, 1.2]."""
 REPEATS = (3, 2)
-"""Newton-Schulz iterations of the first and of the second part. The second part computes X X' again, because its small
-values have lost digits in the first part."""
+"""The numbers of Newton-Schulz iterations in the first and in the second part. The second part recomputes X X', whose
+small values lose digits in the first part."""
 RMS = 0.2
 """Root mean square of a step at learning rate 1, close to AdamW's (Liu et al. 2025, eq. 4)."""
 
@@ -45,7 +45,7 @@ class Layout:
 
     pieces: tuple[Piece, ...]
     spread: bool  # whether other ranks hold the rest of the parameters
-    device: torch.device  # where ranks can exchange tensors, and where matrices are multiplied
+    device: torch.device  # on which ranks exchange tensors and multiply matrices
 
     def full(self, flat: Tensor) -> list[Tensor]:
         """The full parameters, flattened [numel], from the `flat` tensors [N] of all ranks. Collective if `spread`."""
@@ -67,9 +67,9 @@ def full_parameter(parameter: Tensor) -> Layout:
 def orthogonalised(matrix: Tensor) -> Tensor:
     """fp32 [M, N] -> [M, N] with the same singular vectors, and all singular values near 1; zeros stay zeros.
 
-    Its root mean square is near 1 / sqrt(max(M, N)). The Newton-Schulz iterations use only products of matrices.
+    The root mean square of the result is near 1 / sqrt(max(M, N)). Newton-Schulz iterations use only matrix products.
     """
-    # X [m, n] with m <= n, so that X X' is the smaller product. X is scaled so that all singular values are at most 1.
+    # X [m, n] has m <= n, so that X X' is smaller than X' X. X is scaled so that all singular values are at most 1.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / x.norm().clamp_min(1e-30)
@@ -96,11 +96,11 @@ def _polynomial(gram: Tensor) -> Tensor:
 
 
 class AdamWAndMuon(torch.optim.AdamW):
-    """AdamW, except that Muon updates the groups with `muon` true. It uses their `lr` and `weight_decay`, and
-    `momentum`.
+    """AdamW, except that Muon updates the groups with `muon` true. Muon uses `momentum`, and `lr` and `weight_decay` of
+    the group.
 
-    The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` gives that
-    layout; by default every tensor is a full parameter. If layouts are spread over ranks, a step is collective.
+    The state of a Muon group is `exp_avg`, its momentum, in the layout of the group's tensors. `layout_of` maps a
+    tensor to its layout, by default that of a full parameter. Spread layouts make a step collective.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, **adamw: Any):
@@ -147,8 +147,9 @@ def build_optimizer(
 ) -> AdamWAndMuon:
     """The optimizer of a network at peak learning rate `rate`, with one group for each direct child of `module`.
 
-    A group has the child's `name` and a `scale` of its learning rate from `scales` (1 by default). With
-    `options.generator_matrices` "muon", matrices and kernels of the child `generator` form a second group, for Muon.
+    A group has the child's `name` and, from `scales`, the `scale` of its learning rate (default: 1). If
+    `options.generator_matrices` is "muon", Muon updates a second group, the matrices and kernels of the child
+    `generator`.
     """
     groups = []
     for name, child in module.named_children():

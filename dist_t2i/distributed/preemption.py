@@ -1,19 +1,19 @@
 """Stopping: a signal only sets a flag, the ranks agree at a step boundary, and the training loop saves and exits.
 
-What launchers do with signals (DeepSpeed 0.19.8, torch 2.13; `tests/distributed/test_preemption.py` checks it):
+How launchers react to signals (DeepSpeed 0.19.8, torch 2.13; checked by `tests/distributed/test_preemption.py`):
 
-* After a signal to a rank (`kill -USR2 PID`, PID from RUN/progress.json), the save may take as long as it needs, and
-  `deepspeed` exits with the rank's status 75. Scripts should stop a run this way.
+* After a signal to a rank (`kill -USR2 PID`, PID from RUN/progress.json), the rank saves without a time limit, and
+  `deepspeed` exits with the rank's status 75. Scripts should use this signal to stop a run.
 * Ctrl-C under `deepspeed` reaches all processes. The `deepspeed` command dies at once, so the shell's prompt returns
   while the ranks still save. DeepSpeed's launcher then sends the ranks SIGTERM, which counts as part of the same stop,
   and SIGKILL 30 seconds later.
-* `kill -TERM` of the launcher (`deepspeed.launcher.launch`) makes it send SIGTERM to one rank, and SIGKILL after 30
-  seconds. The rank informs the others at the step boundary. The launcher exits with 1, whatever the ranks return.
-* `kill -TERM` of the `deepspeed` command, or `kill -9` of the launcher, does not reach the ranks. They stop because
-  `StopFlag` notices that the launcher is gone. After a `kill -9` of the launcher, `deepspeed` exits with 0 in any case;
-  only RUN/progress.json says how the run ended.
-* `torchrun` passes SIGTERM and SIGINT on, so a Ctrl-C reaches the ranks twice (hence `SAME_PRESS`). It sends SIGKILL
-  after 30 seconds and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send these two to ranks.
+* After SIGTERM, the launcher (`deepspeed.launcher.launch`) sends one rank SIGTERM, and SIGKILL after 30 seconds. This
+  rank informs the other ranks at the step boundary. The launcher exits with 1, whatever the ranks return.
+* SIGTERM to the `deepspeed` command and SIGKILL to the launcher do not reach the ranks. The ranks stop because
+  `StopFlag` notices that the launcher is gone. After SIGKILL to the launcher, `deepspeed` always exits with 0, so only
+  RUN/progress.json says how the run ended.
+* `torchrun` forwards SIGTERM and SIGINT, so a Ctrl-C reaches the ranks twice (hence `SAME_PRESS`). `torchrun` sends
+  SIGKILL after 30 seconds and exits with 1. SIGUSR1 and SIGUSR2 kill `torchrun`, so send these signals to ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAME_PRESS = 1.0
 
 
 class StopReason(IntEnum):
-    """Why a run stops. When ranks have different reasons, the largest wins."""
+    """Why a run stops. If ranks have different reasons, the largest number wins."""
 
     NONE = 0
     SIGHUP = 1
@@ -56,11 +56,11 @@ class StopReason(IntEnum):
 
 
 class StopFlag:
-    """Whether this run was asked to stop. Install it once, in the main thread, on every rank.
+    """A flag that is set when this run should stop. Call `install` once, in the main thread of every rank.
 
-    With `announce` (rank 0), a message on stderr says what the run does after a signal. `install()` lasts until the
-    process ends, so that a launcher's late SIGTERM cannot change the exit status; as a context manager it restores the
-    previous handlers.
+    With `announce` (rank 0), a message on stderr says what the run does after a signal. `install` lasts until the
+    process ends, so that a launcher's late SIGTERM cannot change the exit status. A `with` block restores the previous
+    handlers.
     """
 
     def __init__(self, *, announce: bool = False) -> None:
@@ -95,7 +95,7 @@ class StopFlag:
         return bool(self._reason)
 
     def agreed(self, all_reduce_max: Callable[[int], int] = int) -> StopReason:
-        """Why all ranks stop now, or NONE to continue. Call it on every rank at each step boundary.
+        """The reason why all ranks stop now, or NONE to continue. Call `agreed` on every rank at each step boundary.
 
         `all_reduce_max` returns the largest of the ranks' integers; the default suits a single process.
         """
@@ -112,12 +112,12 @@ class StopFlag:
             return  # a forked loader worker, which leaves the signal to its parent
         name = signal.Signals(number).name
         if not self._reason and self._announce:
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            again = "; a second Ctrl-C stops at once" if number == signal.SIGINT else ""
             _print_to_stderr(f"{name}: saving a checkpoint after this step, then stopping{again}")
         self._reason = self._reason or StopReason[name]
 
     def _watch_second_interrupt(self) -> None:
-        """Starts a thread that sees SIGINT even while the main thread is in a collective, where handlers do not run."""
+        """Starts a thread that sees SIGINT even while the main thread is in a collective, which delays handlers."""
         reading, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -140,7 +140,7 @@ class StopFlag:
 
 
 def _forget_wakeup() -> None:
-    """In a forked child: its signals must not reach the parent's thread."""
+    """Called in a forked child, whose signals must not reach the parent's thread."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
 

@@ -1,7 +1,7 @@
-"""Starts a training run as a child process of the `deepspeed` launcher, watches it, and lets it save before it stops.
+"""Starts a training run with the `deepspeed` launcher, watches the run, and lets it save before it stops.
 
 The run's output passes through to the terminal. The run has its own session, so that Ctrl-C does not end the launcher
-before the ranks have saved. This process gets the Ctrl-C and signals rank 0, whose pid is in RUN/progress.json.
+before the ranks have saved. The supervisor receives Ctrl-C and signals rank 0, whose pid is in RUN/progress.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dist_t2i.utils.processes import is_alive, send
 
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 SAVE_SECONDS = 60.0
-"""Seconds to wait for a run to save after it was asked to stop."""
+"""Seconds that a run has to save after a request to stop."""
 _POLL_SECONDS = 0.25
 
 
@@ -44,12 +44,12 @@ def train(
     entry: Path = ENTRY,
     launcher: Sequence[str] = (),
 ) -> None:
-    """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until it ends, or until `enough()`.
+    """Runs `deepspeed dist_t2i/train.py --config ... run.folder=RUN ...` until the run ends or `enough()` is true.
 
     The output goes to the terminal, or to the file `log`; if the training fails, the end of `log` is printed.
     `launcher` holds further options of `deepspeed`. `entry` is the training script (default: the train.py of the
-    running package). On Ctrl-C or SIGTERM, the run saves and stops, and Interrupted is raised. A second Ctrl-C raises
-    KeyboardInterrupt at once. When the training fails, prints the reason and raises TrainingError. Main thread only.
+    running package). After Ctrl-C or SIGTERM, lets the run save and raises Interrupted. A second Ctrl-C raises
+    KeyboardInterrupt at once. If the training fails, prints the reason and raises TrainingError. Main thread only.
     """
     child = _Child([*launcher, str(entry), "--config", str(config), f"run.folder={run}", *overrides], run, log)
     with child.signals():
@@ -70,7 +70,7 @@ def train(
 
 
 class _Child:
-    """The `deepspeed` process and its rank 0, which is known from RUN/progress.json."""
+    """The `deepspeed` process and its rank 0, whose pid is in RUN/progress.json."""
 
     def __init__(self, arguments: Sequence[str], run: Path, log: Path | None) -> None:
         self.run, self.started = run, time.time()
@@ -90,14 +90,14 @@ class _Child:
             raise UserError(f"cannot start {command[0]}: {error.strerror}; install DeepSpeed (make install)") from None
 
     def wait(self) -> int | None:
-        """The launcher's exit status, or None while it runs; returns after `_POLL_SECONDS`."""
+        """Waits at most `_POLL_SECONDS`. Returns the launcher's exit status, or None while the launcher runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=_POLL_SECONDS)
         return None
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and the end of the terminal stop the child; the previous handlers are restored at the end."""
+        """A context in which Ctrl-C, SIGTERM and the end of the terminal stop the child. Restores handlers."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -114,12 +114,12 @@ class _Child:
             raise KeyboardInterrupt
         if not self.interrupted:
             with contextlib.suppress(OSError):  # the terminal may be closed
-                print("\nstopping: the run saves a checkpoint first (Ctrl-C again stops at once)", flush=True)
+                print("\nstopping: the run saves a checkpoint first (a second Ctrl-C stops at once)", flush=True)
             self.interrupted = True
             self.stop()
 
     def stop(self) -> None:
-        """Asks rank 0 to save and stop. Before rank 0 trains there is nothing to save, and all processes are ended."""
+        """Asks rank 0 to save and stop. Before rank 0 trains, nothing can be saved, so all processes end."""
         self.stopping = True
         if (rank := self._rank()) is None:
             return send(self.members(), signal.SIGTERM)
@@ -137,7 +137,7 @@ class _Child:
         return members
 
     def _rank(self) -> int | None:
-        """The pid of this child's rank 0, or None if it does not run (progress.json may be from an earlier run)."""
+        """The pid of this child's rank 0, or None if rank 0 does not run; earlier runs do not count."""
         state = read_json(self.run / "progress.json")
         with contextlib.suppress(KeyError, TypeError, ValueError):
             current = state["host"] == socket.gethostname() and state["updated"] >= self.started

@@ -1,4 +1,4 @@
-"""Ends a run in which a rank hangs, and names the rank. This is needed because a launcher notices only ranks that end.
+"""Ends a run in which a rank hangs, and names this rank, because a launcher notices only ranks that end.
 
 Every rank has a thread that regularly writes the rank's state:
 
@@ -6,11 +6,11 @@ Every rank has a thread that regularly writes the rank's state:
                                  duration, the stacks of the threads
     RUN/ranks/hang.json          the verdict after a hang
 
-When one rank hangs, the others wait for it in a collective, where Python runs no signal handlers. The threads therefore
+When one rank hangs, the other ranks wait in a collective, where Python runs no signal handlers. The threads therefore
 compare the files of all ranks. A rank is silent if its file no longer changes, because the process is stopped or its
-machine is gone. Silent ranks are guilty. If no rank is silent, the guilty ranks are those that are not in a collective.
-With NCCL, ranks also wait for each other in any call that waits for the device. If all ranks wait in one way or the
-other, no rank is named, and the cause must be found from the stacks. A process that reaches a verdict exits with
+machine is gone. Silent ranks are guilty. If no rank is silent, all ranks outside a collective are guilty. With NCCL,
+ranks also wait for each other in any call that waits for the device. If every rank waits in a collective or for the
+device, no rank is named, and only the stacks show the cause. A process that reaches a verdict exits with
 `ExitStatus.HUNG`, so that the launcher ends the other ranks and the job can resume from the last checkpoint.
 """
 
@@ -34,12 +34,12 @@ from dist_t2i.utils.files import read_json, write_atomic
 
 FOLDER = "ranks"
 VERDICT = "hang.json"
-_FRAMES = 14  # number of innermost frames that are kept of a stack
+_FRAMES = 14  # number of innermost frames of a stack that are kept
 
 
 @dataclass
 class _State:
-    """Written by the main thread, read by the watching thread."""
+    """The state of the run, which the main thread writes and the watching thread reads."""
 
     doing: str = "starting"
     images: int = 0
@@ -48,10 +48,10 @@ class _State:
 
 
 class Watchdog:
-    """Watches the main thread of the process that creates it. `seconds`: time limit of a step; 0 disables the watchdog.
+    """Watches the main thread of its process. `seconds`: time limit of a step; 0 disables the watchdog.
 
-    Call `doing` whenever the run makes progress. Before the first call there is no time limit: the rendezvous of the
-    ranks has its own time limit. `run` is the run folder; `end` is called with the exit status.
+    Call `doing` whenever the run makes progress. No time limit applies before the first call of `doing`, because the
+    rendezvous of the ranks has its own time limit. `run` is the run folder; `end` is called with the exit status.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, seconds: float, end: Callable[[int], Any] = os._exit):
@@ -68,9 +68,9 @@ class Watchdog:
         return self
 
     def doing(self, what: str, images: int, extra: float = 0.0) -> None:
-        """Say that the run begins `what` at `images` seen. The activity may take `extra` seconds longer than a step.
+        """Say that the run begins the activity `what` at `images` images seen.
 
-        A silent rank gets no extra seconds.
+        The activity may take `extra` seconds longer than a step, except on a silent rank.
         """
         self._state = _State(what, images, allowed=self.seconds + extra)
 
@@ -99,7 +99,7 @@ class Watchdog:
             "time": time.time(),
             "stacks": self._stacks(),
         }
-        with contextlib.suppress(OSError):  # a full disk; `_diagnose` notices that no rank can write
+        with contextlib.suppress(OSError):  # for example a full disk, which `_diagnose` recognizes
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self._file(self.rank), json.dumps(report, indent=1) + "\n")
 
@@ -121,7 +121,8 @@ class Watchdog:
         return {rank: report for rank, report in reports.items() if report}
 
     def _diagnose(self, state: _State) -> None:
-        """Reads all ranks' files twice, with time for each rank to write, and ends the run unless it makes progress."""
+        """Reads all ranks' files twice, with time for each rank to write. Ends the run unless this rank makes
+        progress."""
         before = self._read()
         for _ in range(3):
             if self._stopped.wait(self.interval):
@@ -131,9 +132,9 @@ class Watchdog:
             return
         verdict = diagnose(before, self._read(), self.world_size)
         if verdict["silent"] and any(report["rank"] == self.rank for report in verdict["guilty"]):
-            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank is alive, so no rank can write files
+            verdict = {"guilty": [], "silent": False, "waiting": []}  # this rank lives, so no rank can write files
         if not verdict["silent"] and time.monotonic() - state.moved <= state.allowed:
-            return  # a long activity, and every rank is alive
+            return  # every rank is alive, and the activity may take longer
         verdict |= {"images": state.images, "seconds": round(time.monotonic() - state.moved, 1), "time": time.time()}
         with contextlib.suppress(OSError):
             # Report only if no other rank has reported this hang already.
@@ -144,22 +145,21 @@ class Watchdog:
 
 
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
-    """Find the ranks that hang, from their files (rank -> file) at two moments. In between, each rank should have
-    written its file.
+    """Find the ranks that hang, from the files of all ranks (rank -> file) at two moments. Live ranks write in between.
 
-    Returns the `guilty` ranks' files with `how` they hang, whether they are `silent`, and who is `waiting` for them.
+    Returns the files of the `guilty` ranks with `how` they hang, whether they are `silent`, and the `waiting` ranks.
     """
     alive = [rank for rank, report in after.items() if report["count"] != before.get(rank, {}).get("count")]
     silent = [rank for rank in range(world_size) if rank not in alive]
     waiting = [rank for rank in alive if in_collective(after[rank]["stacks"])]
     guilty = silent or [rank for rank in alive if rank not in waiting]
-    how = "gives no sign of life" if silent else "is not in the collective in which the others wait"
+    how = "gives no sign of life" if silent else "is not in the collective in which the other ranks wait"
     reports = [{"rank": rank, **after.get(rank, {}), "how": how} for rank in guilty]
     return {"guilty": reports, "silent": bool(silent), "waiting": waiting}
 
 
 def in_collective(stacks: dict[str, list[str]]) -> bool:
-    """Whether any thread waits for other ranks; backward hooks need not run in the main thread."""
+    """Whether any thread waits for other ranks, because backward hooks may run outside the main thread."""
     paths = ("torch/distributed/", "deepspeed/comm/")
     return any(path in frame for frames in stacks.values() for frame in frames[-6:] for path in paths)
 
@@ -173,6 +173,6 @@ def describe(verdict: dict[str, Any]) -> str:
         lines.append(f"rank {report['rank']}{process} {report['how']}{doing}")
         lines += [f"    {frame}" for frame in report.get("stacks", {}).get("MainThread", [])]
     if not verdict["guilty"]:
-        lines.append(f"every rank waits for the others or for the device; the stacks are in RUN/{FOLDER}/rank-*.json")
-    lines.append("the watchdog ends the run; it can resume from its last checkpoint")
+        lines.append(f"every rank waits for other ranks or for the device; the stacks are in RUN/{FOLDER}/rank-*.json")
+    lines.append("the watchdog ends the run, which can resume from its last checkpoint")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Compares two files of scores. If the scores are not comparable, lists the keys in which the manifests differ."""
+"""Compares two files of scores, or lists the keys of their manifests that make the scores incomparable."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ScoresJson = Mapping[str, Any]
-"""The content of a scores.json as `scores.read_scores` returns it, or one score in this content."""
+"""A scores.json as `scores.read_scores` returns it, or one score of a scores.json."""
 _REQUIRED = {
     "protocol_sha256": "the rules",
     "captions_sha256": "the captions",
     "reference_sha256": "the real pictures",
     "image_size": "the size of the pictures",
 }
-"""Scores can be compared only if these keys of their manifests are equal."""
+"""Two scores are comparable only if their manifests agree in these keys."""
 _NOTED = {
     "truncation": "the models' truncation",
     "color_sharpness": "the sharpness of the models' palettes",
     "data_fingerprint": "the sets (their pictures here are the same)",
     "device": "the device",
 }
-"""Keys whose difference is printed as a note, but does not prevent a comparison. The weights and the number of images
-seen may differ, because the purpose is to compare different models."""
+"""A difference in these keys is printed as a note but does not prevent a comparison. The weights and the number of
+images seen may differ, because the purpose is to compare different models."""
 
 
 def differences(a: ScoresJson, b: ScoresJson) -> list[str]:
-    """The reasons why the scores of `a` and `b` must not be compared, one line per key; empty if there is no reason."""
+    """The reasons why the scores of `a` and `b` must not be compared, one line per key; empty for comparable scores."""
     names = [f"{s['protocol']['name']} version {s['protocol']['version']}" for s in (a, b)]
     if names[0] != names[1]:
         return [f"protocol: {names[0]} and {names[1]}"]
@@ -55,13 +55,13 @@ def remarks(a: ScoresJson, b: ScoresJson) -> list[str]:
 
 
 def pairs(a: ScoresJson, b: ScoresJson) -> Iterator[tuple[str, str, ScoresJson | None, ScoresJson | None, str]]:
-    """Yields (split, name, score of a, score of b, why not comparable or "") for each score in either file."""
+    """Yields (split, name, score of a, score of b, reason against a comparison or "") for each score in either file."""
     for split in dict.fromkeys([*a["splits"], *b["splits"]]):
         by_key = [{score["key"]: score for score in s["splits"].get(split, {}).get("scores", [])} for s in (a, b)]
         for key in dict.fromkeys([*by_key[0], *by_key[1]]):
             first, second = (scores.get(key) for scores in by_key)
             name = (first or second or {})["name"]
-            if key == "tone_order":  # its name contains a count, which differs between models
+            if key == "tone_order":  # this score's name contains a count, which differs between models
                 name = name.partition(" (")[0]
             yield split, name, first, second, _objection(a, b, first, second)
 
@@ -71,14 +71,14 @@ def _objection(a: ScoresJson, b: ScoresJson, first: ScoresJson | None, second: S
         return f"only {'the second' if first is None else 'the first'} has it"
     network = first.get("network", "")
     if not network or network == "own":
-        return ""  # two models never have the same own network; the name of the score warns of this
+        return ""  # own networks always differ between models, and the name of the score says so
     hashes = [s["manifest"]["judges"].get(network, {}).get("weights_sha256") for s in (a, b)]
     differ = f"the feature networks' weights_sha256 differ: {_short(hashes[0])} and {_short(hashes[1])}"
     return differ if hashes[0] != hashes[1] else ""
 
 
 def table(a: ScoresJson, b: ScoresJson, names: tuple[str, str]) -> str:
-    """The comparison as text for a terminal: both values with their intervals, or why they must not be compared."""
+    """The comparison as text for a terminal: both values with their intervals, or the reasons against a comparison."""
     lines = [f"{name}: {s['manifest']['images_seen']:,} images seen" for name, s in zip(names, (a, b), strict=True)]
     if reasons := differences(a, b):
         return "\n".join([*lines, "not comparable:", *(f"  {reason}" for reason in reasons)])

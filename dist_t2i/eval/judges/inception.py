@@ -1,7 +1,7 @@
 """InceptionV3 with the weights that define FID, by torch-fidelity.
 
 The package torch-fidelity (Apache-2.0) contains the network (the TensorFlow graph of 2015 in PyTorch), TensorFlow's
-resizing, and the metrics on features. It imports torchvision only for data sets and transforms, which are not needed.
+resizing, and the metrics on features. Only data sets and transforms, which are not used here, import torchvision.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PUBLISHED = {
 class Trunk(torch.nn.Module):
     """Maps normalized pictures [B, 3, 299, 299] to pooled features [B, 2048].
 
-    Equals torch-fidelity's forward without its resizing, so that other resizing and fractional pixels are possible.
+    Equals torch-fidelity's forward without the resizing, so that other resizing and fractional pixels are possible.
     """
 
     def __init__(self, network: Any) -> None:
@@ -47,7 +47,7 @@ class Trunk(torch.nn.Module):
 
 
 def inception(device: torch.device, weights: str | None, resize: str) -> FeatureNetwork:
-    """InceptionV3 after clean-fid's resizing (`clean`, Parmar et al. 2022) or the TensorFlow graph's (`legacy`)."""
+    """InceptionV3 after clean-fid's resizing (`clean`, Parmar et al. 2022) or TensorFlow's (`legacy`)."""
     path = weights_file("inception", weights, URL)
     sha256 = file_sha256(path)
     network = load_network(path, sha256)
@@ -67,7 +67,7 @@ def load_network(path: Path, sha256: str = "") -> Any:
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        plain = io.BytesIO()  # torch-fidelity must not unpickle the original file: this can run code
+        plain = io.BytesIO()  # torch-fidelity must not unpickle the original file, because unpickling can run code
         torch.save(state, plain)
         plain.seek(0)
         module = torch_fidelity("feature_extractor_inceptionv3")

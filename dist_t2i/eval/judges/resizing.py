@@ -1,4 +1,4 @@
-"""Ways to resize pictures for a feature network. Scores depend on the resizing, so the network's name includes it.
+"""Ways to resize pictures for a feature network. A network's name includes the resizing, on which scores depend.
 
 Each function takes float32 [B, 3, H, W] with values from 0 to 255 and a side in pixels, and returns [B, 3, side, side].
 """
@@ -21,7 +21,7 @@ def rounded_bicubic(pixels: Tensor, side: int) -> Tensor:
 def clean(pixels: Tensor, side: int) -> Tensor:
     """clean-fid's resizing: Pillow's antialiased bicubic in floats, clamped, not rounded (Parmar et al. 2022, sec. 3).
 
-    torch has the same filter (a = -0.5 with antialiasing); its results differ from Pillow's by at most 1e-3 gray levels
+    torch has the same filter (a = -0.5 with antialiasing) and differs from Pillow by at most 1e-3 gray levels.
     """
     return _bicubic(pixels, side).clamp(0, 255)
 

@@ -15,7 +15,7 @@ _NAMES = ("", ".datasets", ".transforms", ".transforms.functional", ".models")
 
 
 def torch_fidelity(module: str) -> Any:
-    """Imports a module of torch-fidelity. Raises UserError when it is not installed."""
+    """Imports a module of torch-fidelity. Raises UserError if the package cannot be imported."""
     if "torch_fidelity" not in sys.modules:
         try:
             with _torchvision():

@@ -19,7 +19,7 @@ _DOWNLOAD = StorageOptions(retry_seconds=5.0, stall_seconds=20.0)
 def remedy(network: str, what: str = "FILE") -> str:
     """The part of an error message that says how to supply the weights of `inception` or `clip`."""
     ways = f"--weights {network}={what} or DIST_T2I_{network.upper()}_WEIGHTS={what}"
-    return f"name them with {ways}, or skip these metrics with --without {network}"
+    return f"supply weights with {ways}, or skip these metrics with --without {network}"
 
 
 def location_of(network: str, given: str | None) -> str | None:
@@ -28,7 +28,7 @@ def location_of(network: str, given: str | None) -> str | None:
 
 
 def weights_file(network: str, given: str | None, url: str) -> Path:
-    """The weights file that the user gave, else the download of `url` in torch.hub's cache. Raises UserError."""
+    """The weights file that the user gave, otherwise the download of `url` in torch.hub's cache. Raises UserError."""
     location = location_of(network, given) or url
     if is_local(location):
         path = local_path(location)
