@@ -2,8 +2,8 @@
 
 OUT/ARM/seed-N/            run folder
 OUT/ARM/seed-N.yaml        configuration of the run
-OUT/ARM/seed-N.log output of the run, if runs train in parallel OUT/sentences.safetensors caption vectors, if an arm
-needs them
+OUT/ARM/seed-N.log         output of the run, if runs train in parallel
+OUT/sentences.safetensors  caption vectors, if an arm needs them
 """
 
 from __future__ import annotations

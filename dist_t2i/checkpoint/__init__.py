@@ -1,1 +1,1 @@
-"""Checkpoints: written atomically under a lease, mirrored, resumed."""
+"""Checkpoints, which a run writes atomically under a lease, copies to a mirror, and resumes from."""

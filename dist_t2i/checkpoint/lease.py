@@ -1,22 +1,22 @@
 """The lease decides which process may commit to a run: the process that acquired the lease last.
 
-When Slurm requeues a job, a process of the job's earlier attempt may still be alive on a node that Slurm has given up.
-It is not enough to check the lease before each commit, because another process may acquire the lease between the check
-and the commit. Therefore a lease is a folder. A checkpoint is committed by a rename out of this folder, and deleted by
-a rename into it:
+When Slurm requeues a job, a process of the job's earlier attempt may still be alive on a node that Slurm no longer
+reaches. Checking the lease before each commit is not enough, because another process may acquire the lease between the
+check and the commit. Therefore a lease is a folder: a checkpoint is committed by a rename out of the lease's folder,
+and deleted by a rename into this folder:
 
     RUN/checkpoints/.claim-JOB.RESTART.PID.BEGUN.XXXX.HOST/    the lease of the process that may commit
-      staging-XXXX/                a checkpoint being written; committed by a rename out of the folder
-      removed-images-.../          a checkpoint being deleted; deletion begins with a rename into the folder
+      staging-XXXX/                a checkpoint being written; a rename out of the folder commits it
+      removed-images-.../          a checkpoint being deleted, after a rename into the folder
 
 A process that acquires the lease first renames the folders of all earlier leases and then looks for the newest
-checkpoint. A commit under an earlier lease either happens before this rename, so that the new process finds the
-checkpoint, or it fails because its staging folder no longer exists under the old path. This is fencing (Kleppmann 2016,
-"How to do distributed locking"); the rename is the fence.
+checkpoint. A commit under an earlier lease that happens before this rename is found by the new process. A later commit
+fails, because the staging folder no longer exists under the old path. The rename is therefore a fence in the sense of
+Kleppmann (2016, "How to do distributed locking").
 
 An earlier attempt of a Slurm job cannot take the lease from a later attempt; Slurm's restart count orders the attempts.
-In all other cases the process that started last gets the lease. The only exception: if the earlier process is alive on
-the same machine, that process is training, and the new process raises UserError.
+Otherwise the process that started last gets the lease, with one exception: if an earlier process is alive on the same
+machine, that process keeps the lease, and the new process raises UserError.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Superseded(UserError):
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that holds a lease, with its Slurm job and the attempt of this job (`job` is "" without Slurm)."""
+    """A process that holds a lease, with the Slurm job and attempt of the process (`job` is "" without Slurm)."""
 
     host: str
     pid: int
@@ -67,7 +67,7 @@ class Owner:
 
     @classmethod
     def of(cls, folder: Path) -> Owner | None:
-        """The owner that the name of a lease's folder encodes; None if the folder is not a lease."""
+        """The owner that the name of a lease's folder encodes, or None if the folder is not a lease."""
         fields = folder.name.removeprefix(_PREFIX).split(".", 5)
         with contextlib.suppress(ValueError):
             job, restart, pid, begun, _, host = fields
@@ -87,36 +87,36 @@ class Owner:
         return bool(self.job) and self.job == other.job and self.restart > other.restart
 
     def is_alive_here(self) -> bool:
-        """Whether this owner is another process that is alive on this machine; False if that cannot be determined."""
+        """Whether this owner is another process that is known to be alive on this machine."""
         other = self.host == socket.gethostname() and self.pid != os.getpid()
         return other and is_alive(self.pid, self.begun - 3, self.begun + 3)
 
 
 @dataclass
 class Lease:
-    """The right to commit under `root` (RUN/checkpoints). It is `lost` when another process acquires the lease."""
+    """The right to commit under `root` (RUN/checkpoints). The lease is `lost` when another process acquires it."""
 
     root: Path
     folder: Path
     _next_check: float = 0.0
 
     def lost(self) -> bool:
-        """Whether another process has acquired the lease, or the folder was deleted; checks at most once a second."""
+        """Whether another process has acquired the lease or deleted its folder; looks at most once a second."""
         if time.monotonic() < self._next_check:
             return False
         self._next_check = time.monotonic() + 1.0
         return self.broken()
 
     def broken(self) -> bool:
-        """Whether the lease is lost. Unlike `lost`, every call looks at the folder."""
+        """Like `lost`, but looks at the folder in every call."""
         try:
             os.stat(self.folder)
         except OSError as error:
-            return isinstance(error, FileNotFoundError)  # after other errors the lease may still be valid
+            return isinstance(error, FileNotFoundError)  # the lease may be valid despite another error
         return False
 
     def error(self) -> Superseded:
-        """The exception to raise once the lease is lost."""
+        """The exception that a process raises after the lease is lost."""
         owners = [str(owner) for _, owner in _leases(self.root)]
         by = f"by {owners[0]}" if owners else f"(or {self.root} was deleted)"
         return Superseded(f"this run was taken over {by}: this process, {Owner.this()}, ends and changes nothing")
@@ -124,14 +124,14 @@ class Lease:
     def staging(self) -> Path:
         """A new folder for a checkpoint.
 
-        Renaming it commits the checkpoint; the rename fails once the lease is lost. Raises OSError.
+        A rename of this folder commits the checkpoint, and fails if the lease is lost. Raises OSError.
         """
         folder = self.folder / f"staging-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o755)
         return folder
 
     def remove(self, folder: Path) -> None:
-        """Delete a checkpoint: a rename moves its folder out of `root`, then the files are deleted. Raises OSError."""
+        """Delete a checkpoint: a rename moves its folder out of `root` before the files are deleted. Raises OSError."""
         removed = self.folder / f"removed-{folder.name}"
         shutil.rmtree(removed, ignore_errors=True)
         os.rename(folder, removed)
@@ -143,11 +143,11 @@ class Lease:
 
 
 def acquire(root: Path, *, say: Callable[[str], None] = lambda message: None) -> Lease:
-    """Acquire the lease of the run that has its checkpoints in `root`; creates this folder if it is missing.
+    """Acquire the lease of the run that has its checkpoints in `root`, a folder that is created if it is missing.
 
-    If an earlier process of the run is alive on this machine, waits up to 30 seconds for it to end, and announces the
-    wait with `say`. Raises UserError if that process is still alive after the wait, Superseded if a later attempt of
-    the same Slurm job holds the lease, and OSError.
+    If an earlier process of the run is alive on this machine, waits up to 30 seconds for its end, and announces the
+    wait with `say`. Raises UserError if the earlier process is still alive after the wait, Superseded if a later
+    attempt of this Slurm job holds the lease, and OSError if the folder cannot be written.
     """
     owner = Owner.this()
     root.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def _await_end(root: Path, owner: Owner, say: Callable[[str], None]) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"the run in {root.parent} is being trained by {alive[0]}.\n"
-                f"Stop that process first (`kill -USR2 {alive[0].pid}` lets it save), or choose another run.folder=..."
+                f"Stop that process (`kill -USR2 {alive[0].pid}` saves a checkpoint), or choose another run.folder=..."
             )
         if not announced:
             say(f"waiting for {alive[0]}, which holds this run's lease, to end")

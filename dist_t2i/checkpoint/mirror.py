@@ -1,9 +1,9 @@
-"""How training uses its mirror: it restores a checkpoint from the mirror at the start, and uploads every new one.
+"""Training restores a checkpoint from its mirror at the start, and uploads every new checkpoint to the mirror.
 
-Only rank 0 uses the mirror. On other ranks, and with an empty `checkpoint.mirror`, the methods do nothing. Separate
-processes (mirror_worker.py) make all requests to the mirror, so that no step waits for them. These processes ignore
-stop signals and end with the training process. If the mirror fails during training, the run prints a warning and
-continues. At the start, a failure may be an error, because no training can be lost yet.
+Only rank 0 uses the mirror: on other ranks, and with an empty `checkpoint.mirror`, the methods do nothing. Separate
+processes (mirror_worker.py) make all requests to the mirror, so that no step waits for a request. These processes
+ignore stop signals and end with the training process. If the mirror fails during training, the run prints a warning and
+continues. A mirror that fails at the start may be an error, because no training can be lost yet.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FINISH_SECONDS = 600.0
 STOP_SECONDS = 5.0
 """A stopped run waits at most this many seconds for its last upload; the next start uploads what is missing."""
 _GLANCE_SECONDS = 15.0
-"""If the run folder has checkpoints, the start waits at most this many seconds for a mirror that does not answer."""
+"""A start from a run folder with checkpoints waits at most this many seconds for the mirror's answer."""
 
 
 @dataclass
 class Mirror:
     """Call `look` and `restore` first, `offer` after every commit, `poll` from time to time, and `finish` at the end.
 
-    `config` is the text of the run's config.yaml. The start waits up to `retry_seconds` for the mirror to answer.
+    `config` is the text of the run's config.yaml. `look` and `restore` wait up to `retry_seconds` for an answer.
     """
 
     checkpoint: CheckpointConfig
@@ -67,10 +67,10 @@ class Mirror:
         self._refused = False
 
     def look(self, fingerprint: str) -> None:
-        """Read which run the mirror belongs to and which checkpoints it has; writes nothing, not even to the log.
+        """Read the identity and the checkpoints of the mirror, without writing anything, even to the log.
 
-        Raises CheckpointError if the mirror lies in the run folder, belongs to another run, or cannot be read while the
-        run folder has no checkpoint.
+        Raises CheckpointError if the mirror lies in the run folder or belongs to another run. If the run folder has no
+        checkpoint, a mirror that cannot be read is also a CheckpointError.
         """
         if not self.url:
             return
@@ -100,11 +100,10 @@ class Mirror:
         return bool(self._images)
 
     def restore(self, lease: Lease | None) -> None:
-        """Fetch the mirror's newest intact checkpoint if the run folder has only older ones, and commit it under
-        `lease`.
+        """Fetch the newest intact checkpoint of the mirror and commit it under `lease`, unless the run folder has it.
 
-        Skips damaged checkpoints. Raises CheckpointError when the mirror has checkpoints, but neither the mirror nor
-        the run folder has an intact one.
+        Skips damaged checkpoints. Raises CheckpointError when no checkpoint of a mirror with checkpoints is intact, and
+        the run folder has no intact checkpoint.
         """
         if lease is None or not self._images:
             return
@@ -113,7 +112,7 @@ class Mirror:
             if own >= images:
                 return
             have = f"has only older checkpoints (up to {own:,} images)" if own >= 0 else "has no intact checkpoint"
-            self._say(f"{self.run} {have}: fetching the one at {images:,} images from {self.url}")
+            self._say(f"{self.run} {have}: fetching the checkpoint at {images:,} images from {self.url}")
             try:
                 store.adopt(lease, images, partial(self._fetch, images))
                 return
@@ -124,7 +123,7 @@ class Mirror:
                 return self._unreachable(error, own >= 0, self._warn)
         if own < 0:
             raise CheckpointError(
-                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and none in "
+                f"none of the {len(self._images)} checkpoints inspected in {self.url} is intact, and neither is any in "
                 f"{self.run}.\nTo start from the beginning, name another mirror (checkpoint.mirror=...)."
             )
 
@@ -138,7 +137,7 @@ class Mirror:
         self._ask("fetch", images=images, folder=str(staging), patience=self.retry_seconds, check=False)
         try:
             if store.open_checkpoint(staging).images != images:
-                raise CheckpointError(f"{staging / store.STATE}: damaged: it is not of {images:,} images.")
+                raise CheckpointError(f"{staging / store.STATE}: damaged: does not state {images:,} images.")
         except CheckpointError as error:
             mirrored = f"{self.url}/checkpoints/{store.folder_name(images)}"
             raise Damaged(str(error).replace(str(staging), mirrored)) from error
@@ -154,11 +153,11 @@ class Mirror:
             return warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
         raise CheckpointError(
             f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume "
-            f"from is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
+            f"from is unknown: {error}\nRepair the mirror, or start from the beginning without one (checkpoint.mirror=)."
         ) from error
 
     def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """A worker's answer. Raises Unreachable, Damaged, and CheckpointError when the mirror's URL cannot be used."""
+        """A worker's answer. Raises Unreachable, Damaged, or, for a URL that cannot be used, CheckpointError."""
         process = _start_worker(subprocess.DEVNULL, command=command, url=self.url, **arguments)
         output, _ = process.communicate()
         try:
@@ -173,9 +172,9 @@ class Mirror:
         return answer
 
     def offer(self, images: int | None) -> None:
-        """Upload the checkpoint at `images` in the background; None only takes over the mirror."""
+        """Upload the checkpoint at `images` in the background. With None, this run only takes over the mirror."""
         self._offered = images
-        self.poll()  # notices an uploader that has ended
+        self.poll()  # finds out whether the uploader has ended
         if not self.url or self._refused:
             return
         if self._uploader is None:
@@ -191,7 +190,7 @@ class Mirror:
             self._uploader.request(images)
 
     def poll(self, seconds: float = 0.0) -> None:
-        """Print the uploader's events since the last call; waits up to `seconds` for the first event."""
+        """Print the uploader's events since the last call, after a wait of up to `seconds` for the first event."""
         if self._uploader is None:
             return
         for event in self._uploader.events(seconds):
@@ -220,7 +219,7 @@ class Mirror:
     def finish(self, *, finished: bool, stopping: Callable[[], bool]) -> None:
         """Wait for the last upload.
 
-        A finished run waits up to FINISH_SECONDS or until `stopping()` is true, a stopped run up to STOP_SECONDS.
+        A finished run waits up to FINISH_SECONDS or until `stopping()`, and a stopped run up to STOP_SECONDS.
         """
         limit = FINISH_SECONDS if finished else STOP_SECONDS
         deadline = time.monotonic() + limit
@@ -244,7 +243,7 @@ class Mirror:
 
 
 class _Uploader:
-    """Runs `follow` of mirror_worker.py. Create it in the main thread: the process ends with its creating thread."""
+    """Runs `follow` of mirror_worker.py. Only the main thread may start this process, which ends with its thread."""
 
     def __init__(self, **arguments: Any) -> None:
         self._process = _start_worker(subprocess.PIPE, command="follow", **arguments)
@@ -254,11 +253,11 @@ class _Uploader:
         os.set_blocking(self._output.fileno(), False)
 
     def request(self, images: int) -> None:
-        with contextlib.suppress(OSError):  # the process has ended: `events` notices that
+        with contextlib.suppress(OSError):  # the process has ended, which `events` reports
             self._input.write(b"%d\n" % images)
 
     def events(self, seconds: float) -> list[dict[str, Any]]:
-        """New events; waits up to `seconds` for the first one. Sets `ended` when the process has ended."""
+        """New events, after a wait of up to `seconds` for the first event. Sets `ended` if the process has ended."""
         select.select([self._output], [], [], seconds)
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._output.fileno(), 2**16):
@@ -273,11 +272,11 @@ class _Uploader:
 
 
 def _start_worker(stdin: int, **request: Any) -> subprocess.Popen[bytes]:
-    """Start mirror_worker.py from this process's copy of the package, which comes first on the module search path."""
+    """Start mirror_worker.py from the copy of the package that this process uses."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "dist_t2i.checkpoint.mirror_worker", json.dumps({"parent": os.getpid(), **request})]
-    # PYTHONSAFEPATH: otherwise the working folder would come before PYTHONPATH.
+    # Without PYTHONSAFEPATH, the working folder would precede PYTHONPATH.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     with signals_blocked():
         return subprocess.Popen(words, stdin=stdin, stdout=subprocess.PIPE, env=environment, bufsize=0)

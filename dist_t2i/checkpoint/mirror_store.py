@@ -1,16 +1,16 @@
 """The files of a mirror of a run's checkpoints, and the order in which they are written and deleted.
 
-    MIRROR/                         has the layout of a run folder: a copy of the mirror is a run folder
-      config.yaml, environment.json, tokenizer.json      identify the run that the mirror belongs to
-      owner.json                    the process that uploads now; another process replaces this file to take over
+    MIRROR/                         has the layout of a run folder, so a copy of the mirror is a run folder
+      config.yaml, environment.json, tokenizer.json      identify the run to which the mirror belongs
+      owner.json                    the process that uploads; another process takes over by replacing this file
       checkpoints/images-000001280/
         *.safetensors               as in the run folder
         run/metrics.jsonl, ...      the run's records up to this checkpoint
         state.json                  as in the run folder, with the size and SHA-256 of the files under run/ added
 
 state.json is written last and deleted first, so a mirrored checkpoint with a state.json is complete. Only the processes
-of mirror_worker.py open a mirror: the training process must not have clients of object stores, because it forks later
-(storage/reader_process.py explains the danger).
+of mirror_worker.py open a mirror. The training process must not have clients of object stores, because this process
+forks later (storage/reader_process.py explains the danger).
 """
 
 from __future__ import annotations
@@ -45,50 +45,50 @@ from dist_t2i.utils.files import chunks, sha256_of, write_synced
 T = TypeVar("T")
 
 RECORDS = "run/"
-"""The subfolder of a mirrored checkpoint for the run's records, which a run folder keeps outside of checkpoints."""
+"""Prefix of the run's records in a mirrored checkpoint; a run folder keeps these files outside of its checkpoints."""
 RECORD_FILES = ("metrics.jsonl", "bad_samples.jsonl", ID_FILE, "tokenizer.json")
-"""The names of the records. A restore replaces no other files, because somebody else may have written the mirror."""
+"""The names of the records. A restore replaces only these files, because another person may have written a mirror."""
 _IDENTITY = ("environment.json", "tokenizer.json", "config.yaml")
-"""Files that identify the run, in the order in which they are written: a mirror with the last file has all of them."""
+"""Files that identify the run, in the order of writing, so that a mirror with the last file has all three."""
 _OWNER = "owner.json"
-_REQUEST_SECONDS = 120.0  # seconds that a request for a part of a file may take
+_REQUEST_SECONDS = 120.0  # time limit of a request for a part of a file
 LOOK_SECONDS = 20.0
-"""Seconds that a request for a few lines may take."""
+"""Time limit of a request for a few lines, in seconds."""
 PAUSES = 0.25, 60.0
-"""Seconds of the first and of the longest pause before a failed request is repeated."""
-_RANGE = 32 * 2**20  # bytes that one request fetches
-_INSPECTED = 20  # how many of the newest checkpoints are checked for completeness
+"""Shortest and longest pause before a failed request is repeated, in seconds."""
+_RANGE = 32 * 2**20  # bytes per request
+_INSPECTED = 20  # number of newest checkpoints that are checked for completeness
 
 
 class Unreachable(Exception):
-    """The mirror does not answer; the message holds the cause, such as the error of the last request."""
+    """The mirror does not answer. The message contains the cause, such as the error of the last request."""
 
 
 class Refused(Exception):
-    """The mirror belongs to another run, or another process uploads to it now."""
+    """The mirror belongs to another run, or another process has taken over the mirror."""
 
 
 class Damaged(Exception):
-    """A checkpoint differs from what was saved; other checkpoints may be usable."""
+    """A checkpoint of the mirror or of the run folder differs from the saved checkpoint."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What identifies a run: the text of config.yaml and the data set's fingerprint ("" if unreadable)."""
+    """The text of a run's config.yaml and the fingerprint of its data set ("" if unreadable) identify the run."""
 
     config: str
     fingerprint: str
 
     def mismatches(self, run: Identity) -> list[str]:
-        """The reasons why a mirror with this identity does not belong to `run`; empty when it does."""
+        """The reasons why a mirror with this identity does not belong to `run`, or an empty list."""
         try:
             mirrored = loads(self.config, origin="config.yaml")
         except ConfigError as error:
-            return [f"its config.yaml cannot be read ({'; '.join(error.problems) or error})"]
+            return [f"the mirror's config.yaml cannot be read ({'; '.join(error.problems) or error})"]
         changed = differences(mirrored, loads(run.config)).items()
-        lines = [f"{key}: there {there!r}, here {here!r}" for key, (there, here) in changed]
+        lines = [f"{key}: {there!r} in the mirror, {here!r} in this run" for key, (there, here) in changed]
         if self.fingerprint and self.fingerprint != run.fingerprint:
-            lines.append("the data set is another one (its fingerprint differs)")
+            lines.append("the data set differs (by its fingerprint)")
         return lines
 
 
@@ -104,7 +104,7 @@ class MirrorStore:
         self._removed: set[int] = set()
 
     def identity(self) -> Identity | None:
-        """The run that the mirror belongs to; None when it has no config.yaml yet."""
+        """The run to which the mirror belongs, or None while the mirror has no config.yaml."""
         if (config := self._read(_IDENTITY[-1])) is None:
             return None
         try:
@@ -114,17 +114,17 @@ class MirrorStore:
         return Identity(config.decode(errors="replace"), fingerprint)
 
     def newest(self) -> list[int]:
-        """The newest complete checkpoints, newest first; each is given by its number of images seen."""
+        """The images seen at each of the newest complete checkpoints, newest first."""
         return [images for images in self._folders()[:_INSPECTED] if self._state(images) is not None]
 
     def unidentified(self) -> list[str]:
-        """The reasons why a mirror without config.yaml cannot be used; empty when it has no checkpoints."""
-        return ["it has checkpoints, but no config.yaml that identifies their run"] if self.newest() else []
+        """The reasons why a mirror without config.yaml cannot be used; empty for a mirror without checkpoints."""
+        return ["the mirror has checkpoints, but no config.yaml that identifies their run"] if self.newest() else []
 
     def _folders(self) -> list[int]:
         try:
             names = self._patiently(self._root.names)
-        except FileNotFoundError as error:  # the bucket is missing: an empty prefix gives an empty list
+        except FileNotFoundError as error:  # the bucket is missing; an empty prefix gives no error
             raise Unreachable(str(error)) from error
         return sorted((images for name in names if (images := images_in(name)) is not None), reverse=True)
 
@@ -137,7 +137,7 @@ class MirrorStore:
         return None
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """The result of `action`, retried until the deadline. Raises Unreachable and FileNotFoundError."""
+        """The result of `action`, which is retried until the deadline. Raises Unreachable and FileNotFoundError."""
 
         def again(error: OSError, pause: float) -> bool:
             return not isinstance(error, FileNotFoundError) and time.monotonic() + pause <= self._deadline
@@ -150,7 +150,7 @@ class MirrorStore:
             raise Unreachable(str(error)) from error
 
     def fetch(self, images: int, folder: Path) -> None:
-        """Download a checkpoint into a folder, state.json last, and sync every file. Does not compare checksums.
+        """Download a checkpoint into a folder, state.json last, and sync every file, without comparing checksums.
 
         Raises CheckpointError when a file is missing or unreadable although the mirror answers.
         """
@@ -175,7 +175,7 @@ class MirrorStore:
         attempts = itertools.count(1)
 
         def again(error: OSError, _: float) -> bool:
-            # If the mirror answers other requests, a file that cannot be read is tried three times.
+            # A file that cannot be read is tried three times if the mirror answers another request.
             missing = isinstance(error, FileNotFoundError)
             return not missing and (next(attempts) < 3 or self._state(images) is None)
 
@@ -187,7 +187,7 @@ class MirrorStore:
             raise CheckpointError(f"{self._root}/{full_name}: cannot be read ({error})") from error
 
     def acquire(self, run: Path, *, damaged: Collection[int] = (), allow_changes: bool = False) -> None:
-        """Make this the mirror of `run`, with this process as its uploader. Raises Refused.
+        """Make this store the mirror of `run`, and this process its uploader. Raises Refused.
 
         Checkpoints in `damaged` count as incomplete: the next `push` deletes or replaces them.
         """
@@ -206,8 +206,8 @@ class MirrorStore:
     def push(self, run: Path, images: int, keep: Retention) -> None:
         """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` does not retain.
 
-        Raises Refused when another process has taken over the mirror, FileNotFoundError when the run folder no longer
-        has the checkpoint, and Damaged when the checkpoint's files differ from what was saved.
+        Raises Refused if another process has taken over the mirror, FileNotFoundError if the run folder no longer has
+        the checkpoint, and Damaged if the checkpoint's files differ from the saved files.
         """
         self._check_owner()
         keep = keep.with_best(_saved(store.folder_of(run) / folder_name(images)))
@@ -215,7 +215,7 @@ class MirrorStore:
             with ExitStack() as stack:
                 self._upload(_OpenCheckpoint(run, images, stack))
             self._complete.add(images)
-        incomplete = set(self._folders()) - self._complete - self._removed  # stores may still list deleted folders
+        incomplete = set(self._folders()) - self._complete - self._removed  # stores may list deleted folders
         for other in (*incomplete, *keep.expired(self._complete)):
             self._remove(other)
 
@@ -224,7 +224,7 @@ class MirrorStore:
             state = self._state(checkpoint.images) if checkpoint.images in self._complete else None
             if without_records(state or b"") == checkpoint.state:
                 return
-        self._remove(checkpoint.images)  # the old copy is damaged, or the run went back to an older checkpoint
+        self._remove(checkpoint.images)  # a damaged copy, or the run went back to an older checkpoint
         folder = f"checkpoints/{folder_name(checkpoint.images)}"
         for name, file in checkpoint.files():
             self._put(f"{folder}/{name}", file)
@@ -239,7 +239,7 @@ class MirrorStore:
         self._complete.discard(images)
 
     def _check_owner(self) -> None:
-        """Raises Refused if another process owns the mirror now: a process that lost the run must not upload."""
+        """Raises Refused if another process has taken over the mirror, because only one process may upload."""
         who = "another process"
         with contextlib.suppress(ValueError, KeyError, TypeError):
             owner = json.loads(self._read(_OWNER) or b"")
@@ -255,12 +255,12 @@ class MirrorStore:
     def _put(self, name: str, file: BinaryIO) -> None:
         try:
             self._top.put(file, name)
-        except OSError as error:  # also FileNotFoundError: the bucket is missing
+        except OSError as error:  # FileNotFoundError if the bucket is missing
             raise Unreachable(str(error)) from error
 
 
 class _OpenCheckpoint:
-    """A committed checkpoint with its files open, so that they remain readable when retention deletes them."""
+    """A committed checkpoint whose open files remain readable after retention deletes the checkpoint."""
 
     def __init__(self, run: Path, images: int, stack: ExitStack) -> None:
         self.images = images
@@ -272,10 +272,10 @@ class _OpenCheckpoint:
         self.state_json = store.seal({**self.state, "files": {**self.state["files"], **listed}})
 
     def files(self) -> Iterator[tuple[str, BinaryIO]]:
-        """Yields the name and content of each file except state.json, after comparing its checksum. Raises Damaged."""
+        """Yields name and content of each file except state.json. Raises Damaged if a checksum differs."""
         for name, file in self._opened.items():
             if sha256_of(chunks(file)) != self.state["files"][name]["sha256"]:
-                raise Damaged(f"{file.name}: does not have the checksum it was saved with")
+                raise Damaged(f"{file.name}: does not have its saved checksum")
             file.seek(0)
             yield name, file
         for name, data in self._records.items():
@@ -290,7 +290,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 
 def records(run: Path, images: int) -> dict[str, str]:
-    """The run's records up to `images` seen, by file name; a run that resumes at this position extends them."""
+    """The run's records up to `images` seen, by file name. A run that resumes at `images` extends these records."""
     metrics = metrics_log.read(run / "metrics.jsonl")
     texts = {"metrics.jsonl": "".join(json.dumps(entry) + "\n" for entry in metrics if entry["images"] <= images)}
     if (run / "bad_samples.jsonl").exists():
@@ -302,7 +302,7 @@ def records(run: Path, images: int) -> dict[str, str]:
 
 
 def without_records(state: bytes) -> dict[str, Any]:
-    """The content of a mirrored state.json without the records, as in the run folder's state.json.
+    """The content of a mirrored state.json without the records, which equals the run folder's state.json.
 
     Raises ValueError, KeyError, TypeError or AttributeError.
     """
@@ -322,8 +322,8 @@ def another_run(url: str, mismatches: list[str]) -> str:
 
 
 def _safe(name: str) -> str:
-    """Returns `name` if it is a plain file name. Raises ValueError for others, which may lead out of the folder."""
+    """Returns a plain file name unchanged. Raises ValueError for any other name, which may lead out of the folder."""
     plain = name.removeprefix(RECORDS)
     if not plain or plain != os.path.basename(plain) or plain in (".", "..", STATE):
-        raise ValueError(f"{name!r} is not the name of a file in a checkpoint")
+        raise ValueError(f"{name!r} is not a valid file name in a checkpoint")
     return name

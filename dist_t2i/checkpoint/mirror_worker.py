@@ -2,7 +2,7 @@
 
 REQUEST is a JSON object: `command` (look, fetch or follow), `parent` (the PID of the training process) and the
 arguments of the function with the command's name. The output is one JSON object per line. Clients of object stores run
-threads. The training process must not have such clients, because it forks loader workers later. tools/mirror.py calls
+threads, so the training process, which forks loader workers later, must not have such clients. tools/mirror.py calls
 `answer` directly.
 """
 
@@ -27,10 +27,10 @@ from dist_t2i.utils.processes import end_with, ignore_stop_signals
 
 
 def look(url: str, patience: float) -> dict[str, Any]:
-    """What the mirror contains, as a dictionary of `identity`, `strange` and `images`.
+    """The content of the mirror, as a dictionary with the keys `identity`, `strange` and `images`.
 
-    `identity` is None if the mirror has none; `strange` then lists reasons why the mirror cannot be used. `images`
-    lists the checkpoints, newest first.
+    If the mirror has no config.yaml, `identity` is None, and `strange` lists reasons why the mirror cannot be used.
+    `images` lists the checkpoints, newest first.
 
     Raises Unreachable after `patience` seconds without an answer, and UserError when the URL cannot be used.
     """
@@ -44,7 +44,7 @@ def look(url: str, patience: float) -> dict[str, Any]:
 
 
 def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: bool = True) -> dict[str, Any]:
-    """Download a checkpoint, and `check` it. Raises CheckpointError, OSError, Unreachable and UserError."""
+    """Download a checkpoint, and verify it if `check`. Raises CheckpointError, OSError, Unreachable and UserError."""
     MirrorStore(url, patience).fetch(images, Path(folder))
     if check:
         open_checkpoint(Path(folder))
@@ -52,7 +52,7 @@ def fetch(url: str, images: int, folder: str | Path, patience: float, *, check: 
 
 
 def answer(command: str, **arguments: Any) -> dict[str, Any]:
-    """The result of `look` or `fetch`; after a failure, the reason under `unreachable`, `damaged` or `mistake`."""
+    """The result of `look` or `fetch`, or the reason of a failure under `unreachable`, `damaged` or `mistake`."""
     try:
         return (look if command == "look" else fetch)(**arguments)
     except Unreachable as error:
@@ -66,9 +66,9 @@ def answer(command: str, **arguments: Any) -> dict[str, Any]:
 
 
 def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: list[int], allow_changes: bool) -> None:
-    """Upload the checkpoints that stdin requests (images seen, one per line) until stdin ends.
+    """Upload the checkpoints that stdin requests, one number of images seen per line, until stdin ends.
 
-    Of several waiting requests, only the newest checkpoint is uploaded. A failed upload is retried until it succeeds.
+    If several requests wait, only the newest checkpoint is uploaded. A failed upload is retried until it succeeds.
     Prints the events `uploaded`, `skipped`, `refused`, `failing` (at the first failure) and `works` (at the next
     success).
     """
@@ -84,7 +84,7 @@ def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: 
                 acquired = True
             while images is None or not requests.empty():
                 images = requests.get()
-            with contextlib.suppress(FileNotFoundError):  # retention deleted the checkpoint: a newer one will come
+            with contextlib.suppress(FileNotFoundError):  # retention deleted the checkpoint; a newer request follows
                 store.push(Path(run), images, keep)
             if failing:
                 _emit("works")
@@ -107,7 +107,7 @@ def follow(url: str, run: str, keep_last: int, keep_every_images: int, damaged: 
 def _read(requests: SimpleQueue[int]) -> None:
     for line in sys.stdin:
         requests.put(int(line))
-    os._exit(0)  # the end of the input: the parent has ended
+    os._exit(0)  # stdin ends when the parent ends
 
 
 def _emit(event: str, **more: Any) -> None:

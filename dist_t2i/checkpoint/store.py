@@ -1,23 +1,23 @@
-"""Checkpoints, written atomically.
+"""Reads checkpoints, and writes them atomically.
 
     RUN/checkpoints/
-      latest                        text: the name of the newest committed checkpoint; replaced by one rename
-      images-000001280/             committed: one rename made it visible
+      latest                        text: the name of the newest committed checkpoint, replaced by one rename
+      images-000001280/             a committed checkpoint, which one rename made visible
         generator.safetensors       complete fp32 weights by name: `generator.*`, `text_g.*`
         discriminator.safetensors   `discriminator.*`, `text_d.*`
         text.safetensors            `text.*` (text.mode=shared only)
         ema.safetensors             the moving average of the generator and of its text encoder
         optimizer-*.safetensors     the optimizers' moments, one file per network
         state.json                  images seen, counters, the size and SHA-256 of every other file, and its own SHA-256
-      .claim-*/                     the lease (lease.py): holds the checkpoints that its process is writing or deleting
+      .claim-*/                     the lease (lease.py), with the checkpoints that its process writes or deletes
 
-Tensors are gathered before they are written, so a run with another world size, ZeRO stage or precision can resume. All
+Tensors are gathered before they are written, so a run can resume with another world size, ZeRO stage or precision. All
 random numbers are functions of (seed, images seen), so no random state is stored. Nothing here uses pickle.
 
 `save` writes into a staging folder, syncs each file and the folder, renames the folder, syncs its parent, replaces
-`latest`, and deletes the expired checkpoints. A process that is killed between any two of these steps leaves the old
-state or the new one. A process that lost the lease can change nothing: each rename starts or ends in the lease's
-folder, which no longer exists.
+`latest`, and deletes the expired checkpoints. A process that is killed between any two of these steps leaves either the
+old or the new state. A process that lost the lease can change nothing, because each rename starts or ends in the
+lease's folder, which no longer exists.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NAME = re.compile(r"images-(\d{9,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint; `state` is what was passed to `save`."""
+    """A committed checkpoint; `state` is the content of its state.json."""
 
     folder: Path
     state: dict[str, Any]
@@ -66,20 +66,20 @@ class Checkpoint:
         path = self.folder / f"{stem}.safetensors"
         try:
             return load_file(path)
-        except Exception as error:  # safetensors raises undocumented types of its own
+        except Exception as error:  # safetensors raises undocumented exceptions
             raise CheckpointError(
                 f"{path}: cannot be read ({error}).\n"
-                f"Delete the folder {self.folder.name} to resume from the checkpoint before it."
+                f"Delete the folder {self.folder.name} to resume from the previous checkpoint."
             ) from error
 
 
 def folder_name(images: int) -> str:
-    """The name of the checkpoint at `images` seen, such as `images-000001280`, also the stem of files about it."""
+    """The name of the checkpoint at `images` seen, such as `images-000001280`, and the stem of files about it."""
     return f"images-{images:09d}"
 
 
 def images_in(name: str) -> int | None:
-    """The images seen that the name of a checkpoint states; None for any other name."""
+    """The images seen that the name of a checkpoint states, or None if `name` is not the name of a checkpoint."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -96,7 +96,7 @@ def committed(run: Path) -> list[Path]:
 
 
 def newest_images(run: Path) -> int:
-    """Images seen at the newest committed checkpoint, by its name; 0 without one."""
+    """Images seen at the newest committed checkpoint, as its name states; 0 without checkpoints."""
     return max(_committed(folder_of(run)), default=0)
 
 
@@ -110,10 +110,9 @@ def save(
 ) -> Path:
     """Commit a checkpoint under a run's lease and apply retention; returns the checkpoint's folder.
 
-    `files` maps a stem (`generator`) to fp32 CPU tensors by name. If an intact checkpoint of the same `images` exists,
-    it is kept instead, because its content is the same. Raises CheckpointError when the checkpoint cannot be written
-    (disk full, no permission) and Superseded when another process holds the lease; both leave earlier checkpoints
-    unchanged.
+    `files` maps a stem (`generator`) to fp32 CPU tensors by name. An intact checkpoint of the same `images` is kept,
+    because its content is the same. Raises CheckpointError if the checkpoint cannot be written (disk full, no
+    permission), and Superseded if another process holds the lease. Both errors leave earlier checkpoints unchanged.
     """
     target = lease.root / folder_name(images)
     about = {"format": FORMAT, "images": images, **state}
@@ -129,10 +128,10 @@ def save(
 
 
 def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
-    """Commit a checkpoint that `fill` writes, such as a download, and make it the newest; returns its folder.
+    """Commit a checkpoint that `fill` writes, such as a download, as the newest checkpoint; returns its folder.
 
-    `fill(folder)` writes the complete checkpoint into the folder and checks it; if `fill` raises, the run is unchanged.
-    Replaces a damaged checkpoint of the same `images`. Raises CheckpointError and Superseded as `save` does.
+    `fill(folder)` writes and checks the complete checkpoint in `folder`; an exception of `fill` leaves the run
+    unchanged. Replaces a damaged checkpoint of the same `images`. Raises CheckpointError and Superseded like `save`.
     """
     target = lease.root / folder_name(images)
     with _writing_errors(lease, images):
@@ -143,10 +142,10 @@ def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep.
+    """The rule by which a run keeps checkpoints.
 
-    These are the newest `last` checkpoints, the first one at or past each multiple of `every_images`, and the one at
-    `best` images seen (-1: unknown).
+    A run keeps the newest `last` checkpoints, the first checkpoint at or past each multiple of `every_images`, and the
+    checkpoint at `best` images seen (-1: unknown).
     """
 
     last: int = 2
@@ -154,12 +153,12 @@ class Retention:
     best: int = -1
 
     def with_best(self, state: Mapping[str, Any]) -> Retention:
-        """The same retention, with `best` from the `state` of a checkpoint; training/validation.py writes it there."""
+        """A copy with the `best` that training/validation.py wrote into the `state` of a checkpoint."""
         best = (state.get("evaluation") or {}).get("best")
         return replace(self, best=int(best["images"])) if best else self
 
     def expired(self, images: Iterable[int]) -> list[int]:
-        """The checkpoints to delete among those at `images`, ascending."""
+        """The numbers in `images` whose checkpoints are to be deleted, ascending."""
         ordered = sorted(images)
         kept = {*ordered[-max(1, self.last) :], self.best}
         if self.every_images > 0:
@@ -169,15 +168,15 @@ class Retention:
 
 
 def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The checkpoint named by `latest` if it is intact, else the newest intact one; None if the run has no checkpoint.
+    """The checkpoint that `latest` names if intact, otherwise the newest intact checkpoint; None without checkpoints.
 
-    Skips a damaged checkpoint with a warning that names the file. Raises CheckpointError when all are damaged.
+    Skips damaged checkpoints with warnings that name the files. Raises CheckpointError if all checkpoints are damaged.
     """
     root, latest = folder_of(run), ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         latest = (root / LATEST).read_text(encoding="utf-8").strip()
     folders = committed(run)[::-1]
-    folders.sort(key=lambda folder: folder.name != latest)  # stable: `latest` first, then the newest
+    folders.sort(key=lambda folder: folder.name != latest)  # stable: `latest`, then the newest checkpoints
     for folder in folders:
         try:
             return open_checkpoint(folder)
@@ -192,7 +191,7 @@ def load_latest(run: Path, *, warn: Callable[[str], None] = lambda message: None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and compare all sizes and SHA-256. Raises CheckpointError for a file that differs."""
+    """Read a checkpoint and verify its sizes and SHA-256. Raises CheckpointError if a file is missing or differs."""
     try:
         data = (folder / STATE).read_bytes()
         if (version := json.loads(data)["format"]) != FORMAT:
@@ -203,13 +202,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE}: missing or unreadable ({error}).") from error
     if images_in(folder.name) not in (images, None):
-        raise CheckpointError(f"{folder / STATE}: damaged: it is of {images:,} images.")
+        raise CheckpointError(f"{folder / STATE}: damaged: states {images:,} images, unlike the folder's name.")
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing.")
         if path.stat().st_size != size or file_sha256(path) != sha256:
-            raise CheckpointError(f"{path}: does not have the size and checksum it was saved with.")
+            raise CheckpointError(f"{path}: does not have its saved size and checksum.")
     return Checkpoint(folder, state)
 
 
@@ -219,10 +218,10 @@ def seal(state: Mapping[str, Any]) -> bytes:
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The `state` that `seal` was given. Raises ValueError when the checksum differs."""
+    """The inverse of `seal`: the argument `state`. Raises ValueError if the checksum differs."""
     state = json.loads(data)
     if not isinstance(state, dict) or state.pop(_SEAL, None) != _state_sha256(state):
-        raise ValueError("it does not have the checksum it was saved with")
+        raise ValueError("the content does not have its saved checksum")
     return state
 
 
@@ -244,7 +243,7 @@ def _writing_errors(lease: Lease, images: int) -> Iterator[None]:
 
 
 def _commit(lease: Lease, target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a staging folder, sync it and rename it to `target`; an exception leaves no staging folder."""
+    """Fill a staging folder, sync it and rename it to `target`. Deletes the staging folder after an exception."""
     staging = lease.staging()
     try:
         fill(staging)

@@ -169,7 +169,9 @@ def test_what_goes_up_is_what_comes_down(small, tmp_path, where):
     first.save(300)
     first.finish()
     second = small("second", url).begin()
-    assert second.checkpoints() == [200] and second.count_of("has no intact checkpoint: fetching the one at 200 images")
+    assert second.checkpoints() == [200] and second.count_of(
+        "has no intact checkpoint: fetching the checkpoint at 200 images"
+    )
     was, now = (contents(one.folder / "checkpoints" / "images-000000200") for one in (first, second))
     assert now == was
     assert [json.loads(line)["images"] for line in (second.folder / "metrics.jsonl").open()] == [100, 200]
@@ -307,17 +309,23 @@ def test_the_newer_of_run_folder_and_mirror_is_gone_on_from(small, tmp_path):
     file = backup.folder / "checkpoints" / "images-000000200" / "ema.safetensors"
     good = file.read_bytes()
     file.write_bytes(flip(good))
-    assert small("backup").begin().count_of("has only older checkpoints (up to 100 images): fetching the one at 200")
+    assert (
+        small("backup")
+        .begin()
+        .count_of("has only older checkpoints (up to 100 images): fetching the checkpoint at 200")
+    )
     assert file.read_bytes() == good
 
 
 def test_anothers_mirror_is_refused_and_untouched(small, server, capsys):
     small("run").begin().upload(100)
     before = {key: server.get(key) for key in keys(server)}
-    with pytest.raises(CheckpointError, match=r"another run:\n  loss.kl: there .*, here 0.5\nChoose another location"):
+    with pytest.raises(
+        CheckpointError, match=r"another run:\n  loss.kl: .* in the mirror, 0.5 in this run\nChoose another location"
+    ):
         small("other", loss__kl=0.5).begin()
     moved = small("other", report__every_steps=7)
-    with pytest.raises(CheckpointError, match="the data set is another one"):
+    with pytest.raises(CheckpointError, match="the data set differs"):
         moved.mirror.look("4567")
     server.delete("runs/mine/config.yaml")
     with pytest.raises(CheckpointError, match=r"no config\.yaml that identifies their run"):
@@ -470,9 +478,7 @@ def test_markers_lead_nowhere_else(small, server, tmp_path):
     server.put(key, json.dumps(marker).encode())
     server.put("runs/mine/evil", b"")
     other = small("other").begin()
-    assert (
-        other.checkpoints() == [100] and other.count_of("not the name of a file") and not list(tmp_path.rglob("evil"))
-    )
+    assert other.checkpoints() == [100] and other.count_of("not a valid file name") and not list(tmp_path.rglob("evil"))
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -521,7 +527,7 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
     proxy.add(Stall(60), path="*images-000000080/generator.safetensors", method="PUT")
     (process,) = run.start()
     wait_for_run(lambda: proxy.seen("*images-000000080/generator.safetensors", "PUT"), process, run)
-    assert f"fetching the one at {stopped} images" in run.output()
+    assert f"fetching the checkpoint at {stopped} images" in run.output()
     (uploader,) = uploaders(process.pid)
     process.kill()
     process.wait()
@@ -532,7 +538,7 @@ def test_a_run_whose_folder_is_lost_goes_on_at_the_very_step(whole, data, tmp_pa
 
     shutil.rmtree(run.folder)
     assert run.train() == 0, run.output()
-    assert f"fetching the one at {markers[-1]} images" in run.output()
+    assert f"fetching the checkpoint at {markers[-1]} images" in run.output()
     assert_same_state(run, whole)
     assert run.losses() == whole.losses(), "the curves go on as well"
     assert mirrored(server) == [markers[-1], 80]
@@ -562,7 +568,7 @@ def test_a_run_folder_put_there_by_hand_is_a_mirror(whole, data, tmp_path, proxy
     assert "mirror of another run:\n  loss.kl" in other.output() and "Traceback" not in other.output()
     run = mirroring(tmp_path / "run", data)
     assert run.train(ranks=2) == 0, run.output()
-    assert "images-000000080/generator.safetensors: does not have the size" in run.output()
-    assert "fetching the one at 64 images" in run.output() and "Traceback" not in run.output()
+    assert "images-000000080/generator.safetensors: does not have its saved size" in run.output()
+    assert "fetching the checkpoint at 64 images" in run.output() and "Traceback" not in run.output()
     assert_same_state(run, whole, tolerance=1e-5)
     assert mirrored(server) == [64, 80], "the damaged one was replaced, the oldest went"
