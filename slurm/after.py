@@ -36,7 +36,7 @@ SAME_FAILURES = 3
 FRUITLESS = 20
 """A job is not queued again after this many attempts of any kind in a row without a new checkpoint."""
 _BEFORE_HANDLERS = {128 + number for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
-"""Exit statuses after a stop signal that came before its handler was installed; nothing had to be saved."""
+"""Exit statuses of a rank that was stopped before it had installed its signal handlers, and so had nothing to save."""
 _SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 

@@ -26,7 +26,8 @@ class Score:
     low: float
     """Lower end of the 95% bootstrap interval over captions; groups of related captions are resampled together."""
     high: float
-    """Upper end of the interval, which is for this model and this noise. Other training seeds may differ more."""
+    """Upper end of the interval. The interval is for this model and this noise; models from other seeds may differ
+    more."""
     better: str
     """`higher` or `lower`."""
     floor: Mapping[str, float] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def known_scores(folder: Path, weights: str) -> dict[str, Any] | None:
-    """The content of a folder's scores.json if the scores are for the weights with this SHA-256, else None."""
+    """The content of a folder's scores.json; None if its scores are for weights with another SHA-256."""
     try:
         scores = read_scores(folder / "scores.json")
     except UserError:

@@ -133,7 +133,7 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
     else:
         saved = store.open_checkpoint(checkpoint)
     if saved is None:
-        raise UserError(f"{run} has no checkpoint yet. A run saves one when it is stopped; then try again")
+        raise UserError(f"{run} has no checkpoint yet. Stop the run, so that it saves a checkpoint, and try again")
     tokenizer = Tokenizer.load(run / TOKENIZER)
     text = saved.tensors("text") if config.text.mode == "shared" else {}
     generator = saved.tensors("ema") if ema else saved.tensors("generator") | text
@@ -201,7 +201,8 @@ def read_frozen(text: TextConfig, tokenizer: Tokenizer, max_tokens: int) -> Froz
 
 
 def _encoder_of_export(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> FrozenEncoder:
-    """The encoder S_D of an exported model, or its frozen encoder if it was trained with text.mode=frozen."""
+    """The encoder S_D of an exported model. A model that was trained with text.mode=frozen has its frozen encoder
+    instead."""
     model = read_export(folder)
     if model.tokenizer != tokenizer:
         remedy = "both models must be trained on sets that share one tokenizer.json"

@@ -71,7 +71,8 @@ def load(path: str | Path, device: torch.device | str | None = None) -> TextToIm
 
 
 class TextToImage:
-    """A trained model. `files` are the files that it was built from; `images_seen` counts its training images."""
+    """A trained model. The model was built from `files`; `images_seen` is the number of images that it was trained
+    on."""
 
     def __init__(self, files: ModelFiles, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

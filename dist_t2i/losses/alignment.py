@@ -2,8 +2,8 @@
 
 `Discriminator.embed_pictures` and `embed_captions` give the embeddings and their names; the rows are those of the
 global batch, in order. D's terms align real pictures with their captions; G's terms align fakes with the embeddings
-that D's step computed for the captions and the real pictures. A term's weight is the key of the same name in section
-`loss`.
+that D's step computed for the captions and the real pictures. The key of section `loss` that has the name of a term is
+its weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Embeddings = Mapping[str, Tensor]
 class Negatives(NamedTuple):
     """Which pairs of rows are not contrasted with each other, and which other positions are further negatives."""
 
-    same: Tensor  # bool [B, B]: pairs that share the picture or the caption, which are never each other's negatives
+    same: Tensor  # bool [B, B]: pairs that share the picture or the caption, and so are never negatives
     positions: Tensor | None = None  # int64 [K, P]: other positions of region maps that are negatives, too
 
 

@@ -67,8 +67,8 @@ def region_info_nce(
     position p of the others (PatchNCE of Park et al. 2020, with other pictures instead of other positions as
     negatives). With b [B, E], each position is compared with the captions (the word-region contrast of AttnGAN and
     XMC-GAN with the sentence as the word, our reading). elsewhere: int64 [K, P], for b [B, P, E]: the positions
-    elsewhere[:, p] of all pictures in b are also negatives of position p of `a`. Without them the gradient vanishes
-    where all pictures look alike, such as on a white background, because the positive and the negatives are equal
+    elsewhere[:, p] of all pictures in b are also negatives of position p of `a`. Without `elsewhere`, the gradient
+    vanishes where all pictures look alike, such as on a white background, because positive and negatives are equal
     there.
     """
     # Positions first and contiguous, because strided batches multiply slowly: a [P, B, E], b [P, E, B] or [E, B].
@@ -151,8 +151,8 @@ def pixel_error(images: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 
 LEAST_WAY = 0.02
-"""Lower bound of `way_left`'s denominator; with a smaller denominator, the ratio would be noise. The value is about the
-mean squared difference between drawings in two similar skin tones (pixels in [-1, 1])."""
+"""Lower bound of `way_left`'s denominator; with a smaller denominator, the ratio would be noise. For comparison:
+drawings in two similar skin tones have about this mean squared difference (pixels in [-1, 1])."""
 
 
 def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def way_left(images: Tensor, source: Tensor, target: Tensor, rows: Tensor) -> Te
     the targets: 1 for a copy of the source, 0 at the target. The mean is over all B rows; rows that are False in
     `rows`, bool [B], contribute 0. Our idea.
 
-    Because of the ratio, small and large changes of a picture have the same weight. The distance is squared. With the
+    The ratio gives small and large changes of a picture the same weight. The distance is squared. With the
     absolute error, a copy of the source would remain the best answer for a long time, because most pixels of source and
     target agree.
     """

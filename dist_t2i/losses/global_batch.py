@@ -1,8 +1,8 @@
 """The global batch for contrastive losses: the embeddings of all rows. Only a rank's own rows carry a graph.
 
 Each rank computes the same loss over all B rows; only the rows of its current micro-batch carry a graph. The sum of the
-gradients over ranks and micro-batches equals the gradient of the loss over the global batch. DeepSpeed averages instead
-of summing, so the loss is multiplied by `share`. No gradient crosses ranks, as with open_clip's
+gradients over ranks and micro-batches equals the gradient of the loss over the global batch. DeepSpeed averages
+gradients instead of summing them, so the loss is multiplied by `share`. No gradient crosses ranks, as with open_clip's
 `gather_with_grad=False, local_loss=False`.
 """
 

@@ -1,7 +1,7 @@
 """The sections of the configuration that belong to the networks, and the rules within each.
 
 To add a kind of generator, add its name to `GeneratorConfig.kind` and to `networks.GENERATORS`. If the kind has
-settings, also add a section with its name. Nothing here imports torch, so that `--help-config` answers at once.
+settings, also add a section with its name. This module does not import torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class GeneratorConfig:
     noise: int = setting(64, at_least(1))
     """Width of the noise vector z."""
     truncation: float = setting(1.0, NOT_NEGATIVE, Resume.FREE)
-    """Factor on all noise at inference; callers may set another. Below 1, pictures are more typical and less varied."""
+    """Factor on all noise at inference, unless the caller sets another factor. Below 1, pictures are more typical and
+    less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
     channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))

@@ -36,8 +36,8 @@ class Generated(NamedTuple):
 
 
 INITIAL_LOG_VARIANCE = -4.0
-"""Initial log variance of the condition. It is low (StackGAN's is near 0), so that the condition stays close to its
-mean and the text has an effect from the first step."""
+"""Initial log variance of the condition. The value is low (StackGAN's is near 0), so that the condition stays close to
+its mean and the text has an effect from the first step."""
 
 
 class ConditionAugmentation(nn.Module):

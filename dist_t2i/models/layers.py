@@ -75,7 +75,7 @@ class Modulation(nn.Module):
     """Normalizes each picture's features, then scales and shifts each channel depending on the condition, as in DF-GAN.
 
     The normalization is our own: all features of a row are divided by their root mean square (no mean, no batch
-    statistics). It is cheap, because the division is folded into the scale.
+    statistics). The normalization is cheap, because the division is folded into the scale.
     """
 
     def __init__(self, channels: int, condition: int):
@@ -125,8 +125,8 @@ class WordAttention(nn.Module):
 def residual_gain(blocks: int) -> float:
     """Factor on the initial gain of each residual branch in a network of `blocks` blocks in total.
 
-    Each branch adds to the variance of the map. From four blocks on, the sum of all branches stays constant, so that
-    fresh maps and logits do not grow with depth (R3GAN, Huang et al. 2024, sec. 3.2, scales by depth similarly).
+    Each branch adds to the variance of the map. From four blocks on, all branches together add a constant amount, so
+    that fresh maps and logits do not grow with depth. R3GAN (Huang et al. 2024, sec. 3.2) also scales by depth.
     """
     return min(1.0, 2.0 / blocks**0.5)
 

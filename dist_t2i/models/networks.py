@@ -64,8 +64,8 @@ class DiscriminatorSide(nn.Module):
         self.discriminator, self.text_d = discriminator, text_d
 
     def forward(self, function: Callable[[DiscriminatorSide], Any]) -> Any:
-        """Returns `function(self)`. One `function` contains everything that a loss computes with this side, because
-        ZeRO's hooks require a single forward call."""
+        """Returns `function(self)`. `function` contains everything that a loss computes with this side, because ZeRO's
+        hooks require a single forward call."""
         return function(self)
 
     def encode(self, tokens: Tensor, lengths: Tensor, text: TextEmbedding | None) -> TextEmbedding:
@@ -104,7 +104,8 @@ def build_networks(
     edit_width: int = 0,
     frozen: nn.Module | None = None,
 ) -> Networks:
-    """Networks for pictures of `image_size` pixels. Seed torch's global random generator first, which initializes them.
+    """Networks for pictures of `image_size` pixels. The initial weights come from torch's global random generator,
+    which the caller must seed first.
 
     `frozen` is the encoder of text.mode=frozen, with `.width` and forward(tokens, lengths) -> TextEmbedding.
     `edit_width` (channels) above 0 adds the encoder of source pictures. Raises ValueError for sizes that do not fit.

@@ -1,12 +1,12 @@
 """The encoder of source pictures for text-guided editing, and how a generator uses its output.
 
 Our reading of "the embeddings serve text-guided manipulation": the source is an additional input of the unchanged
-generator. Maps of the source are added to every scale through 1x1 convolutions initialized to zero (ControlNet: Zhang
-et al. 2023, sec. 3.1). The generator's last map gives the share of the source to keep, for each pixel and color channel
-(GANimation: Pumarola et al. 2018, sec. 3.1). The share is unbounded, so that a skin that turns darker or lighter keeps
-its shading and outlines. Before this mixing, the source is *repainted* (our own): a palette of paints is computed from
-the caption's words, and a mask per paint says which pixels get the paint. Without repainting, a skin tone would change
-only half way, because the generator normalizes features over the picture.
+generator. Maps of the source are added to every scale through 1x1 convolutions whose initial weights are zero
+(ControlNet: Zhang et al. 2023, sec. 3.1). The generator's last map gives the share of the source to keep, for each
+pixel and color channel (GANimation: Pumarola et al. 2018, sec. 3.1). The share is unbounded, so that a skin that turns
+darker or lighter keeps its shading and outlines. Before this mixing, the source is *repainted* (our own): a palette of
+paints is computed from the caption's words, and a mask per paint says which pixels get the paint. Without repainting, a
+skin tone would change only half way, because the generator normalizes features over the picture.
 
 Legend of shapes: B batch, C channels, E text width, T words, K paints, H W pixels.
 """
@@ -82,7 +82,7 @@ class Repaint(nn.Module):
 
     def forward(self, pictures: Tensor, x: Tensor, text: TextEmbedding) -> Tensor:
         """pictures [B, 3, patch * H, patch * W] in [-1, 1] and their map x [B, C, H, W] -> pictures."""
-        # A perceptron at each pixel. It reads the pixel, the surroundings (which have attended to the words), and the
+        # A perceptron at each pixel. The input: the pixel, its surroundings (which have attended to the words), and the
         # sentence (by modulation).
         around = self.shuffle(self.around(self.words(_pixel_norm(x), text.words, text.mask)))
         scale1, shift1, scale2, shift2 = self.affine(text.sentence)[:, :, None, None].chunk(4, dim=1)

@@ -29,7 +29,7 @@ def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Together(torch.autograd.Function):
-    """The identity. Its backward pass waits for all gradients, and then passes them on in a fixed order."""
+    """The identity. The backward pass waits for all gradients, and then returns the gradients in a fixed order."""
 
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
     """Export the newest checkpoint of a run, or another export, to the new folder `out`; returns its path.
 
-    With `replace`, an earlier export at `out` is replaced. Raises UserError when `out` contains anything else, when
-    `run` contains no model, or when the disk is full; it then leaves no new files.
+    With `replace`, an earlier export at `out` is replaced. Raises UserError, and leaves no new files, when `out`
+    contains something other than an export, when `run` contains no model, or when the disk is full.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -1,6 +1,7 @@
 """A run as one self-contained web page, RUN/report/index.html.
 
-The page shows held-out prompts with their real pictures, sample grids, curves, scores, and how to reproduce the run.
+The page shows held-out prompts with their real pictures, sample grids, curves, scores, and the command that reproduces
+the run.
 """
 
 from __future__ import annotations

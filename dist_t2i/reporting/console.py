@@ -52,7 +52,8 @@ def line_interval(elapsed: float) -> float:
 
 
 class Console:
-    """Prints messages and progress. On a terminal, progress is a live line below the messages, else new lines."""
+    """Prints messages and progress. On a terminal, progress is a live line below the messages; elsewhere, each update
+    is a new line."""
 
     REFRESH = 0.2
     """Seconds between two rewrites of the live line."""

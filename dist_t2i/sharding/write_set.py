@@ -40,8 +40,8 @@ def write_set(
     """Writes a set to a folder or URL and returns its manifest. A repeated run with the same input keeps intact shards.
 
     `problems` are the problems of pictures that are not in `items`; the report lists them. The default of
-    `write_shards` is `write_here`. Raises DataError if no training picture is left, if the folder contains anything
-    else, or if it cannot be written.
+    `write_shards` is `write_here`. Raises DataError if no training picture is left, if the folder contains files of
+    anything else, or if the set cannot be written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]

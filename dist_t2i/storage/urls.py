@@ -48,7 +48,7 @@ def unchained(url: str) -> str:
 
 
 def local_path(url: str) -> Path:
-    """The path that a plain path or a `file://` URL names. Raises DataError for other URLs."""
+    """The local path of `url`, which is a plain path or a `file://` URL. Raises DataError for other URLs."""
     scheme = scheme_of(checked(url))
     if scheme == "file":
         return Path(url[len("file://") :])

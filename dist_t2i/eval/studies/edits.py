@@ -3,8 +3,8 @@
 In a set of pictures with systematic names, many edits have a true target, such as the same role in another skin tone.
 Edits are compared with their targets in pixels and in the features of an independent network. Two trivial answers are
 compared in the same way: a *copy* of the source, and a picture generated from *scratch*. The text-to-image model from
-which training for edits started generates this picture. Targets and the sources of tone changes are held out. The
-sources of gender changes may be training pictures.
+which training for edits started generates this picture. Targets and the sources of tone changes are held out. Sources
+of gender changes may be training pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SKIN = 24
 
 @dataclass(frozen=True)
 class EditProtocol:
-    """The rules. Fields with the same name in `protocol.Protocol` have the same meaning."""
+    """The rules. A field that `protocol.Protocol` also has means the same there."""
 
     name: str = "edits"
     version: int = 1
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """The cases of one kind of edit, with the model's answers and the trivial answers."""
+    """The cases of one kind of edit, with the answers of the model and the trivial answers."""
 
     cases: Sequence[Case]
     pictures: Mapping[str, Tensor]
@@ -226,7 +226,8 @@ def own_cases(library: Library) -> list[Case]:
 
 
 def target_scores(answers: Answers, library: Library) -> list[Score]:
-    """Distance of the edits from their true targets, and how much nearer the edits are than the trivial answers."""
+    """Distance of the edits from their true targets, and how much nearer to the targets they are than the trivial
+    answers."""
     scores = []
     for key, distance, unit in (
         ("pixels", answers.pixel_distance, "levels of 255"),

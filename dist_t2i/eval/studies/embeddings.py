@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dist_t2i.inference.pipeline import TextToImage
 
 EMBEDDINGS = {"dual": {"S_G": "g", "S_D": "d"}, "shared": {"shared": "g"}, "frozen": {"given": "d"}}
-"""text.mode -> name of an embedding of the model -> the argument `which` with which `embed_text` returns it."""
+"""text.mode -> name of an embedding of the model -> the argument `which` that selects the embedding in `embed_text`."""
 MOST = 4000
 """Maximum number of training captions, and maximum number of held-out captions."""
 LEARNED = 1000
@@ -72,7 +72,7 @@ class Probe:
     train: int
     test: int
     chance: float
-    """Accuracy of the answer that is always the most frequent class of the training captions."""
+    """Accuracy of always answering the most frequent class of the training captions."""
     accuracy: Mapping[str, tuple[float, float, float]]
     """Embedding or baseline -> (value, low, high), with the 95% bootstrap interval over groups of held-out captions."""
     variance_share: Mapping[str, float | None]

@@ -1,8 +1,8 @@
 """Linear analysis of embeddings: pure functions of vectors and labels.
 
 If a linear probe (Alain & Bengio 2016) reads a property from an embedding, the next layer can use this property, but
-may ignore it. Captions contain the words for the property, so a probe is meaningful only compared with two baselines: a
-bag of words (all information in the caption), and an untrained encoder of the same kind (the information that the
+may ignore it. The words of a caption name the property, so a probe is meaningful only in comparison with two baselines:
+a bag of words (all information in the caption), and an untrained encoder of the same kind (the information that the
 architecture preserves).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_t2i.data.tokenizer import words
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-"""The weight decays among which a probe selects."""
+"""The weight decays that a probe tries."""
 
 
 def probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
@@ -88,7 +88,7 @@ def explained(vectors: Tensor, labels: Tensor) -> float:
     """The share of the variance of vectors [N, E] that classes int64 [N] explain: omega squared, summed over E.
 
     For uninformative classes, omega squared is about 0, whereas the ratio of variances grows with the number of
-    classes. NaN if every class has only one member.
+    classes. The result is NaN if every class has only one member.
     """
     vectors = vectors.double() - vectors.double().mean(0)
     classes, index = labels.unique(return_inverse=True)

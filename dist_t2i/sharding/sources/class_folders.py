@@ -40,10 +40,10 @@ def class_split(
     the split.
 
     `train` and `test` are files that list the classes of the splits. If neither is given, the lists of the text release
-    are used, if one of `folders` has them: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` lists
-    the training classes. If `trainvalclasses.txt` is missing, `trainclasses.txt` and `valclasses.txt` list the training
-    classes. If no list exists, the classes whose number is a multiple of `hold_out_every` are the test classes. Raises
-    DataError if a list cannot be read or names an unknown class, or if a class is in both lists or in neither.
+    in one of `folders` are used: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` lists the training
+    classes. If `trainvalclasses.txt` is missing, `trainclasses.txt` and `valclasses.txt` list the training classes. If
+    no list exists, the classes whose number is a multiple of `hold_out_every` are the test classes. Raises DataError if
+    a list cannot be read or names an unknown class, or if a class is in both lists or in neither.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)

@@ -21,8 +21,8 @@ class Options:
     size: int = 0
     """If the short side of a picture is longer, it is shrunk to this many pixels; 0 shrinks no picture."""
     format: str = ""
-    """The format in which every picture is encoded: `jpg`, `webp` or `png`. If "", only pictures that are shrunk or
-    have a format other than these three are encoded."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. If the format is "", a picture is encoded
+    only if it is shrunk, or if its format is none of these three."""
     quality: int = 95
     """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
