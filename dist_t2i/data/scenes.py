@@ -1,15 +1,14 @@
-"""Scenes that the project renders itself: one or two flat shapes on a background. Every fact about a picture is known.
+"""Scenes of one or two flat shapes on a background, which the project renders, so that all facts about them are known.
 
-A caption states the number of objects, their colors and shapes, and how the first lies relative to the second.
-Position, size, rotation, background and light are in no caption, so that pictures of one caption differ in them.
+A caption states the number of objects, their colors and shapes, and the position of the first object relative to the
+second. Position, size, rotation, background and light are in no caption, so that pictures of one caption vary.
 
-**Held-out combinations.** A hash selects one pair of a color and a shape ("red star") for each color and each shape,
-and some combinations of two pairs and a relation ("red star left of blue ring"). A scene that contains one of them belongs to the split
-`test-combinations`, any other scene to `train`. So training contains every color, shape and relation, but no held-out
-combination. The split depends on the scene only.
+**Held-out combinations.** A hash selects one pair of a color and a shape ("red star") for each color and shape, and
+some combinations of two pairs and a relation ("red star left of blue ring"). A scene with a selected pair or
+combination belongs to the split `test-combinations`, any other scene to `train`. So training contains every color,
+shape and relation, but no held-out combination. The split depends only on the scene.
 
-`sample_scene` uses integer arithmetic and Python's `math` only, and scenes hold rounded numbers, so the scenes are the
-same on every machine.
+Scenes are the same on every machine, because `sample_scene` uses only integers and Python's `math`, and rounds numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from dist_t2i.utils.seeds import Purpose, mix, unit_hash
 
 VERSION = 3
-"""Changes whenever the same seed and index give another scene or other pixels."""
+"""The version of the scenes. A change of the scene or pixels for any seed and index needs a new version."""
 COLORS = {
     "red": (0.86, 0.10, 0.12),
     "orange": (0.98, 0.52, 0.05),
@@ -38,7 +37,7 @@ COLORS = {
     "purple": (0.52, 0.16, 0.76),
     "pink": (0.98, 0.45, 0.74),
 }
-"""The RGB of each color, in [0, 1]. The lightness of an object varies around it."""
+"""The RGB of each color, in [0, 1]. The lightness of an object varies around its color."""
 SYMMETRY = {
     "disc": 0.0,
     "ring": 0.0,
@@ -49,14 +48,14 @@ SYMMETRY = {
     "heart": 360.0,
     "crescent": 360.0,
 }
-"""The shapes, and the angle in degrees after which a shape that rotates looks the same; angles are below this value."""
+"""Shape -> the smallest rotation in degrees that leaves the shape unchanged. Angles of objects are below this value."""
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-"""The relations, and the relation of the second object to the first."""
+"""Relation of the first object to the second -> relation of the second object to the first."""
 BACKGROUNDS = ("plain", "gradient", "stripes", "checks")
 
 
 def _held_out_pairs() -> frozenset[str]:
-    """For each color the shape with the smallest hash, of those that no earlier color has taken."""
+    """For each color, the shape with the smallest hash among the shapes that no earlier color has."""
     left = list(SYMMETRY)
     chosen = []
     for color in COLORS:
@@ -87,7 +86,7 @@ class SceneObject:
     x: float
     y: float
     radius: float
-    """Of the smallest circle around the center that contains the shape."""
+    """Radius of the smallest circle around the center that contains the shape."""
     angle: float
     """Rotation in degrees, counterclockwise, in [0, SYMMETRY[shape])."""
     shade: float
@@ -104,16 +103,16 @@ class Background:
     lightness: float
     """The mean lightness in [0, 1], as in HSL: dark or pastel."""
     angle: float
-    """The direction across the pattern in degrees."""
+    """The direction in degrees in which the pattern varies."""
     period: float
-    """Of stripes and checks, in units of the side."""
+    """The period of stripes and checks, in units of the side."""
     phase: float
-    """Shifts stripes and checks, in periods."""
+    """The shift of stripes and checks, in periods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Light:
-    """Shades the objects, and casts their shadows. `angle` is the direction that it comes from, in degrees
+    """The light that shades objects and casts shadows. `angle` is the direction of the lamp, in degrees
     counterclockwise from the right. `strength` is in [0, 1]."""
 
     angle: float
@@ -122,7 +121,7 @@ class Light:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One or two objects. `relation` is that of the first object to the second; it is "" for one object."""
+    """One or two objects. `relation` is that of the first object to the second object; "" for one object."""
 
     objects: tuple[SceneObject, ...]
     relation: str
@@ -147,7 +146,7 @@ def same_caption(about: Mapping[str, Any], seed: int, index: int) -> Scene:
 
 
 def _samplers(seed: int, index: int) -> tuple[_Uniform, _Integer]:
-    """Functions that return the next random number of a scene: one in a range, rounded, and an integer below a bound."""
+    """Functions that sample the next number of a scene: a rounded number in a range, or an integer below a bound."""
     numbers = (mix(seed, index, Purpose.SCENES, count) / 2**63 for count in itertools.count())
 
     def uniform(low: float, high: float) -> float:
@@ -181,10 +180,10 @@ def _center(radius: float, uniform: _Uniform) -> tuple[float, float]:
 
 
 def _two_centers(radii: list[float], relation: str, uniform: _Uniform) -> list[tuple[float, float]]:
-    """Centers of two objects, such that the distance in the direction of the relation is at least twice the distance
-    across it, and the circles around the objects do not touch."""
+    """Centers of two objects whose circles do not touch. The distance of the centers along the direction of the
+    relation is at least twice the distance across this direction."""
     first, second = (radius + _MARGIN for radius in radii)
-    if relation in ("right of", "below"):  # swapped here, and back at the end
+    if relation in ("right of", "below"):  # swapped here, and swapped back at the end
         first, second = second, first
     along = uniform(sum(radii) + _GAP, 1 - first - second)
     start = uniform(first, 1 - second - along)
@@ -197,8 +196,8 @@ def _two_centers(radii: list[float], relation: str, uniform: _Uniform) -> list[t
 
 
 def combination(scene: Scene) -> str:
-    """The canonical name of a scene's content: "red star", or "red star left of blue ring", where the relation is
-    always "left of" or "above"."""
+    """The canonical name of a scene's content, such as "red star" or "red star left of blue ring". The relation in a
+    name is always "left of" or "above"."""
     names = [f"{item.color} {item.shape}" for item in scene.objects]
     if scene.relation in ("right of", "below"):
         return f"{names[1]} {OPPOSITE[scene.relation]} {names[0]}"
@@ -214,7 +213,7 @@ def split_of(scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """All wordings of what is said about a scene. The first one is the plainest."""
+    """All captions of a scene, the plainest caption first."""
     first, *rest = (f"{item.color} {item.shape}" for item in scene.objects)
     if not rest:
         color, shape = first.split()
@@ -267,7 +266,7 @@ def render(scene: Scene, size: int) -> NDArray[numpy.uint8]:
         toward = ((x[window] - item.x) * light_x + (y[window] - item.y) * light_y) / item.radius
         tone = (1 + 0.08 * item.shade + 0.28 * strength * toward)[..., None]
         color = numpy.array(COLORS[item.color])
-        # Lighter than the color: mixed with white. Darker: mixed with black.
+        # A lighter tone mixes the color with white, and a darker tone mixes the color with black.
         shaded = numpy.where(tone > 1, color + (1 - color) * (tone - 1), color * tone)
         inside = numpy.clip(0.5 - _distance(item, x[window], y[window]) * size, 0, 1)[..., None]
         picture[window] += inside * (shaded - picture[window])
@@ -307,7 +306,7 @@ def _background(background: Background, x: _Floats, y: _Floats, size: int) -> _F
 
 
 def _distance(item: SceneObject, x: _Floats, y: _Floats) -> _Floats:
-    """The signed distance of points to the edge of an object, in units of the side; it is negative inside."""
+    """The signed distance, negative inside, of points to the edge of an object, in units of the side."""
     angle = math.radians(item.angle)
     right, up = (x - item.x) / item.radius, (item.y - y) / item.radius
     cos, sin = math.cos(angle), math.sin(angle)
@@ -332,7 +331,7 @@ def _polygon(*corners: tuple[float, float]) -> _Shape:
         to_x, to_y = x - starts[:, 0], y - starts[:, 1]
         share = numpy.clip((to_x * edges[:, 0] + to_y * edges[:, 1]) / squares, 0, 1)
         nearest = numpy.sqrt(((to_x - share * edges[:, 0]) ** 2 + (to_y - share * edges[:, 1]) ** 2).min(axis=0))
-        # The winding number: edges that cross the height of the point upward on its right, less those downward.
+        # The winding number of a point: upward edges on its right at its height, minus downward edges there.
         to_left = edges[:, 0] * to_y - edges[:, 1] * to_x > 0
         upward = (to_y >= 0) & (to_y < edges[:, 1]) & to_left
         downward = (to_y < 0) & (to_y >= edges[:, 1]) & ~to_left
@@ -343,7 +342,7 @@ def _polygon(*corners: tuple[float, float]) -> _Shape:
 
 
 def _regular(corners: int, inner: float = 1.0) -> _Shape:
-    """A regular polygon with a corner at the top. Corners with odd numbers have the distance `inner` to the center."""
+    """A regular polygon with a corner at the top. Every second corner has the distance `inner` to the center."""
     angles = [math.pi / 2 + 2 * math.pi * corner / corners for corner in range(corners)]
     radii = [inner if corner % 2 else 1.0 for corner in range(corners)]
     return _polygon(*((r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)))
@@ -351,7 +350,7 @@ def _regular(corners: int, inner: float = 1.0) -> _Shape:
 
 def _heart(x: _Floats, y: _Floats) -> _Floats:
     """A square on its corner, and half discs on its upper sides."""
-    half = 0.79  # of the square's diagonal, so that the heart fits into the unit circle
+    half = 0.79  # half of the square's diagonal, for a heart inside the unit circle
     y = y + 0.207
     square = (abs(x) + abs(y) - half) / math.sqrt(2)
     disc = _length(abs(x) - half / 2, y - half / 2) - half / math.sqrt(2)

@@ -1,9 +1,9 @@
 """Converts text to token ids by a byte-pair encoding that is learned from the training captions.
 
 A tokenizer is one file, `tokenizer.json`: `{"known_words": [...], "tokenizers": {...}}`. Every run folder and every
-exported model has a copy. `tokenizers` is the content of a file of the `tokenizers` library; this content is nested
-because the library accepts no further keys in its file. `known_words` lists the words of the training captions, so that
-the unknown words of a prompt can be reported.
+exported model has a copy of this file. The key `tokenizers` holds a file of the `tokenizers` library, which accepts no
+further keys at the top level. `known_words` lists the words of the training captions, so that the unknown words of a
+prompt can be reported.
 
 Text is NFC-normalized and lower-cased. A run of characters that occur in no training caption becomes one `unknown`
 token, so every text can be encoded. Every text ends with the `end` token; the empty text is only that token.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""Texts are cut to this many characters before they are encoded. `max_tokens` tokens represent far fewer characters."""
+"""Texts are cut to this many characters before encoding, many more than `max_tokens` tokens represent."""
 _CACHED_TEXTS = 200_000
 
 
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 @dataclass(unsafe_hash=True, repr=False)
 class Tokenizer:
-    """Converts texts to ids: 0 is padding, 1 unknown, 2 end, and the learned tokens follow. Two tokenizers with equal
+    """Converts texts to ids: 0 means padding, 1 unknown, 2 end, and larger ids learned tokens. Tokenizers with equal
     files are equal."""
 
     text: str
@@ -130,8 +130,8 @@ class Tokenizer:
 
 def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
     """Trains a tokenizer of at most `vocabulary` tokens. `counts` maps each caption to the number of its occurrences.
-    The same counts always give the same file. Tokens do not mark the beginning of a word, because the library would
-    number such tokens at random."""
+    Equal counts always give equal files. Tokens do not mark the beginning of a word, because the library would number
+    marked tokens at random."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -151,7 +151,7 @@ def train_tokenizer(counts: Counter[str], vocabulary: int = 4096) -> Tokenizer:
 
 
 def _alphabet(counts: Counter[str], limit: int) -> list[str]:
-    """The `limit` most frequent characters. Ties are broken by code point (the library breaks them at random)."""
+    """The `limit` most frequent characters. Code points break ties, which the library breaks at random."""
     frequencies: Counter[str] = Counter()
     for text, count in counts.items():
         for char in "".join(unicodedata.normalize("NFC", text).lower().split()):
@@ -160,11 +160,11 @@ def _alphabet(counts: Counter[str], limit: int) -> list[str]:
 
 
 def grown(old: Tokenizer, new: Tokenizer) -> Tokenizer:
-    """`old` with the tokens, merges and known words that it lacks and `new` has.
+    """`old`, extended by the tokens, merges and known words of `new`.
 
     The tokens of `old` keep their ids; the added tokens follow in the order of `new`. The text of every token of `new`
-    is one token of the result. If the earlier merges divide this text in another way than `new` does, the merges that
-    are added join the resulting parts from left to right, and each joined part becomes a token, too.
+    is one token of the result. If earlier merges divide this text in another way than `new` does, added merges join the
+    resulting parts from left to right, and each joined part becomes a token.
     """
     content, other = json.loads(old.text), json.loads(new.text)
     model, added = content["tokenizers"]["model"], other["tokenizers"]["model"]["vocab"]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def protocol_for(data: ShardSet) -> Protocol:
     """The default protocol of a set.
 
-    `scenes` if the set is named scenes and has enough held-out pictures. `openmoji` if it has all pictures that
-    `openmoji` lists, or `openmoji-styles` if it has them in two styles. Otherwise `held-out`.
+    A set named scenes with enough held-out pictures gets `scenes`. A set with all pictures that `openmoji` lists gets
+    `openmoji-styles` if these pictures have two styles, otherwise `openmoji`. Other sets get `held-out`.
     """
     scenes, listed = load_protocol("scenes"), load_protocol("openmoji")
     split = scenes.splits[0]
@@ -62,9 +62,8 @@ def evaluate(
     `networks` and `selections` default to the results of `load_networks` and `select_all`. Metrics whose network is not
     in `networks` are left out and listed in the manifest. `cache` maps each split to a dictionary, empty at first,
     which keeps the features of the real pictures for the next call. `measured` receives the features of each split on
-    rank 0. Raises UserError when the set lacks splits,
-    pictures, or captions that the protocol needs. On one core at 32 px, an evaluation takes about 0.1 s per picture and
-    seed; the feature network takes nearly all of this time.
+    rank 0. Raises UserError if the set lacks splits, pictures or captions that the protocol needs. On one core at 32
+    px, an evaluation takes about 0.1 s per picture and seed; the feature network takes nearly all of this time.
     """
     selections = selections or select_all(data, protocol, ranks)
     networks = dict(networks if networks is not None else load_networks(protocol, model.device, size=model.image_size))
@@ -114,9 +113,9 @@ def load_networks(
 ) -> dict[str, FeatureNetwork]:
     """Loads the feature networks that a protocol names, except the model's own. Raises UserError.
 
-    `weights` maps a network to the path or URL of its weights, and `without` lists networks to leave out. Both name a
-    network by the first word of its key, such as `inception` or `clip`. `size` is the side of the model's pictures in
-    pixels, for networks that are trained on pictures of this size.
+    `weights` maps a network to the path or URL of its weights, and `without` lists networks to leave out. A network's
+    name in `weights` and `without` is the first word of its key, such as `inception` or `clip`. `size` is the side of
+    the model's pictures in pixels, for networks that are trained on pictures of this size.
     """
     keys = {key: key.partition("-")[0] for _, key in protocol.wanted if key not in ("", "own")}
     weights = weights or {}
@@ -132,7 +131,7 @@ def captions_hash(selections: Mapping[str, Selection]) -> str:
 def manifest(
     model: TextToImage, data: ShardSet, protocol: Any, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Any]:
-    """The hashes and versions on which scores depend; `compare.py` reads them. `protocol` is any dataclass of rules."""
+    """The hashes and versions on which scores depend, for `compare.py`. `protocol` is any dataclass of rules."""
     about, attributes = environment.describe(), ("name", "weights_sha256", "side")
     code = [(name, path.read_bytes()) for name, path in code_files().items()]
     pieces = (piece for name, content in code for piece in (f"{name} {len(content)}\n".encode(), content))
@@ -144,7 +143,7 @@ def manifest(
         "protocol_sha256": rules_sha256(protocol),
         "judges": {key: {name: getattr(network, name) for name in attributes} for key, network in networks.items()},
         "packages": about["packages"],
-        "code": {**about["code"], "sha256": sha256_of(pieces)},  # for packages without a git revision
+        "code": {**about["code"], "sha256": sha256_of(pieces)},  # identifies code without a git revision
         "device": str(model.device),
     }
 

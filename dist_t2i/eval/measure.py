@@ -1,4 +1,4 @@
-"""Computes features of generated and real pictures. Each rank processes some chunks; only the features are kept."""
+"""Computes features of generated and real pictures. Each rank processes chunks of pictures and keeps only features."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _NEEDED = {
     "open-attributes": ("real", "again"),
     "styles": ("real",),
 }
-"""Metric -> the copies that its floor and ceiling need, `texts` if the metric needs embeddings of the captions, and
-`again` if it needs further real pictures of the same captions."""
+"""Metric -> the copies that the metric's floor and ceiling need. `texts` means embeddings of the captions, and `again`
+means further real pictures of the same captions."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Features:
     real: Mapping[str, Tensor]
     """Copy of the real pictures (a key of `_COPIES`) -> [N, D]"""
     texts: Tensor | None
-    """[J, N, D] if the network embeds texts and a metric needs embeddings of texts, else None"""
+    """[J, N, D] if the network embeds texts and a metric needs embeddings, otherwise None"""
     again: Tensor | None = None
-    """[N, K, D] of K further real pictures of each caption, if the project can render them and a metric needs them"""
+    """[N, K, D] of K further real pictures of each caption, if a metric needs them and the project renders them"""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def measure(
 def _real_chunk(
     model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Features of the captions and of all copies of the real pictures, for these rows; the rows are dimension 0."""
+    """Features of the captions and of all copies of the real pictures of `rows`; dimension 0 is the row."""
     pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
     digests = [list(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()) for picture in pictures]
     result = {"luma": metrics.brightness(pictures), "digest": torch.tensor(digests, dtype=torch.uint8)}

@@ -1,8 +1,8 @@
-"""Metrics as pure functions of features and pixels: no networks, no files, no randomness except from a given seed.
+"""Metrics as pure functions of features and pixels: no networks, no files, and random numbers only from given seeds.
 
-`FeatureNetwork.called` names the scores: a metric gets its published name only with the network that defines it.
-Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R resamples. `interval`
-and `around` compute a confidence interval from the values of resamples.
+`FeatureNetwork.called` names the scores: a metric gets its published name only with the network that defines the
+metric. Bootstrap weights say how often each row counts in a resample: [N] for one resample, [R, N] for R resamples.
+`interval` and `around` compute a confidence interval from the values of resamples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 
     The estimator and the cubic kernel (x.y / D + 1)^3 are those of KID (Binkowski et al. 2018, eq. 4), computed over
     all pairs, not over subsets. Features are scaled to length sqrt(D) unless `scaled` is False. Inception features have
-    about this length. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling the same
-    degradation would give a ninth of the value. The value may be negative for similar sets. The value falls further if
-    the sets share pictures, because such a picture is compared with its copy.
+    about this length. EfficientNet-Lite0's features have length 16 instead of 36, so without scaling, an equal
+    degradation would give a ninth of the value. The value may be negative for similar sets. Shared pictures lower the
+    value further, because they are compared with their copies.
     """
     a, b = _kernel_rows(a, b, scaled)
     within = torch.cat([off_diagonal_mean(x, x, torch.ones(1, len(x), dtype=torch.double)) for x in (a, b)]).sum()
@@ -37,7 +37,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 def kid_resamples(a: Tensor, b: Tensor, weights: Tensor, *, scaled: bool = True) -> Tensor:
     """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows a[i], b[i] share a caption.
 
-    A row that occurs twice in a resample is not compared with itself, so these estimates are unbiased, like `kid`.
+    A row that occurs twice in a resample is not compared with itself, so these estimates are as unbiased as `kid`.
     """
     a, b = _kernel_rows(a, b, scaled)
     same = weights @ cubic(a[:, None], b[:, None]).flatten() / weights.sum(1)
@@ -74,10 +74,9 @@ def _blocks(rows: int, size: int = 2048) -> list[slice]:
 def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
-    torch-fidelity computes the reported values. This function also accepts weights [N] and [M], and is faster if a set
-    has fewer rows than columns: the trace of the root of a product of covariances A'A B'B is the sum of the singular
-    values of AB'. Fewer pictures give a larger distance, so only distances for the same number of pictures are
-    comparable.
+    torch-fidelity computes the reported values. This function also accepts weights [N] and [M], and is faster for fewer
+    rows than columns: the trace of the root of A'A B'B, a product of covariances, is the sum of the singular values of
+    AB'. Fewer pictures give a larger distance, so only distances for equal numbers of pictures are comparable.
     """
     mean_a, a = _centered(a.double(), weights_a)
     mean_b, b = _centered(b.double(), weights_b)
@@ -98,7 +97,7 @@ def _centered(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
-    """exp of the mean KL divergence of p(class | picture) from p(class) over all logits [N, C] at once: at least 1.
+    """exp of the mean KL divergence of p(class | picture) from p(class) over all logits [N, C]; at least 1.
 
     Salimans et al. 2016, sec. 4. The published score is the mean over ten parts of the pictures; torch-fidelity
     computes it.
@@ -110,10 +109,10 @@ def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
 
 
 def in_manifold(queries: Tensor, rows: Tensor, neighbours: int = 3) -> Tensor:
-    """1 if the distance of a query [N, D] to some row [M, D] is within the row's radius, else 0: float64 [N].
+    """float64 [N]: 1 for a query [N, D] whose distance to some row [M, D] is at most the row's radius, otherwise 0.
 
-    The radius is the distance to the row's k-th nearest other row (Kynkaanniemi et al. 2019, sec. 3). For precision,
-    the queries are generated and the rows are real; for recall, the opposite. torch-fidelity gives the same result.
+    A row's radius is the distance to the row's k-th nearest neighbor (Kynkaanniemi et al. 2019, sec. 3). For precision,
+    the queries are generated and the rows are real; recall swaps these roles. torch-fidelity gives the same result.
     """
     queries, rows = queries.float(), rows.float()
     neighbours = min(neighbours, len(rows) - 1)
@@ -161,9 +160,8 @@ def mean_distance(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
 def retrieval_ranks(queries: Tensor, pictures: Tensor) -> Tensor:
     """The rank of picture i % M [M, D] for query i [N, D] by cosine, 0 for the nearest picture: int64 [N].
 
-    Ties count against the query, so a network that gives all pictures the same features gets the worst rank. If each
-    picture has several queries, the queries are stacked: the first query of every picture, then the second query of
-    every picture.
+    Ties count against the query, so a network that gives all pictures the same features gets the worst rank. If
+    pictures have several queries, `queries` holds the first query of every picture, then the second of every picture.
     """
     nearness = unit(queries) @ unit(pictures).T
     true = nearness.gather(1, (torch.arange(len(queries)) % len(pictures))[:, None])
@@ -181,7 +179,7 @@ def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tenso
 
     A gallery consists of the true picture and `gallery` - 1 of the `pictures` - 1 other pictures (or all other pictures
     if they are too few). The true picture is among the first k if the gallery contains fewer than k of the `rank`
-    pictures that are nearer to the query. Over all galleries, this probability is hypergeometric.
+    pictures that are nearer to the query. This probability is hypergeometric.
     """
     others, sampled = pictures - 1, min(gallery, pictures) - 1
     total = math.comb(others, sampled)
@@ -193,11 +191,10 @@ def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tenso
 
 
 def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
-    """For each caption, the rows of `count` other captions, or of all others if they are fewer: int64 [N, count].
+    """For each caption, the rows of `count` other captions, or of all others if there are fewer: int64 [N, count].
 
-    The rule is fixed, so that scores stay comparable: torch's random permutation of the rows, seeded by the hash of the
-    caption. A row is skipped if its caption equals this caption or the caption of an earlier row, apart from case and
-    spacing.
+    The rule is fixed, so that scores stay comparable: rows follow torch's random permutation, seeded by the hash of the
+    caption. Rows whose caption equals, up to case and spacing, the given caption or that of an earlier row are skipped.
     """
     ids = [caption_id(caption) for caption in captions]
     count = min(count, len(set(ids)) - 1)
@@ -215,7 +212,8 @@ def mismatched(captions: Sequence[str], count: int = 99) -> Tensor:
 
 
 def r_precision(pictures: Tensor, texts: Tensor, others: Tensor) -> Tensor:
-    """1 if text i is nearer to picture i than all texts[others[i]] (Xu et al. 2018, sec. 4, R = 1), else 0: float64."""
+    """float64: 1 if text i is nearer to picture i than texts[others[i]], otherwise 0 (Xu et al. 2018, sec. 4, R =
+    1)."""
     if not others.shape[1]:
         return torch.ones(len(pictures), dtype=torch.double)
     pictures, texts = unit(pictures), unit(texts)
@@ -230,7 +228,7 @@ def clip_score(pictures: Tensor, texts: Tensor) -> Tensor:
 
 
 def tone_order(light: Tensor, dark: Tensor) -> Tensor:
-    """1 if picture i of `light` [N, 3, H, W] uint8 is brighter than picture i of `dark`, else 0: float64 [N].
+    """float64 [N]: 1 if picture i of `light` (uint8 [N, 3, H, W]) is brighter than picture i of `dark`, otherwise 0.
 
     The captions of a pair differ only in skin tone. At 32 px, the mean luma of the full picture gives the right order
     for all 331 real OpenMoji pairs (with strong noise: for 99.7%). The mean luma of the pixels with skin colors gives
@@ -261,7 +259,7 @@ def bootstrap_weights(groups: Sequence[Hashable], resamples: int = 1000, seed: i
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of each resample: float64 [R].
 
-    For weights [R, M], `values` [M] are one per caption, or `values` [S * M] are one per caption for each of S seeds.
+    For weights [R, M], `values` [M] has one value per caption, or `values` [S * M] one per caption for each of S seeds.
     """
     per_caption = values.double().reshape(-1, weights.shape[1]).mean(0)
     return weights.double() @ per_caption / weights.double().sum(1)
@@ -270,7 +268,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def around(value: float, resampled: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Normal interval around `value` with the spread of the resampled values [R].
 
-    For metrics that depend on the number of distinct pictures: a resample has fewer of them, so its value is biased.
+    Used for metrics that the smaller number of distinct pictures in a resample would bias.
     """
     reach = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)).item() * resampled.std().item()
     return value - reach, value + reach
