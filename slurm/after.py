@@ -10,8 +10,8 @@
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
-again. This file may run under the system's Python. It therefore imports only the standard library of Python 3.7,
-dist_t2i.errors and attempts.py. After 20 attempts in a row without a new checkpoint, the job is not queued again.
+again. This file may run under the system's Python. This module therefore imports only the standard library of Python
+3.7, dist_t2i.errors and attempts.py. After 20 attempts in a row without a new checkpoint, the job is not queued again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SLURM_SECONDS = 300.0  # how long to wait for Slurm's controller
 
 
 def main() -> int:
-    """Returns the exit status of the batch script: 0 if it finished, is queued again, or was ended by Slurm."""
+    """Returns the exit status of the batch script: 0 if the job finished, is queued again, or was ended by Slurm."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `scontrol requeue` sends SIGTERM to this script
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, required=True)
@@ -60,7 +60,8 @@ def main() -> int:
         attempts.note(options.run, **entry, verdict=verdict, reason=reason)
         print(reason, flush=True)
     elif verdict == "requeued" and attempts.is_cancelled(options.run, name):
-        # The user cancelled the job between `decide` and the requeue, which has undone the cancellation: cancel again.
+        # The user cancelled the job between `decide` and the requeue. The requeue has undone the cancellation, so
+        # cancel again.
         attempts.note(options.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
         _ask("scancel", name)
     return options.status if verdict == "given up" else 0
@@ -115,8 +116,8 @@ def cause(run: Path, status: int, log: Path | None, job: str, restart: int) -> t
 def srun_error(log: Path | None) -> str:
     """srun's message about the first task that failed in this attempt, such as ` (n2: task 1: Killed)`, or "".
 
-    A killed task is preferred to tasks that exited: these lost their connection to the killed task, but srun may list
-    them first.
+    A killed task is preferred to tasks that exited. The latter lost their connection to the killed task, but srun may
+    list them first.
     """
     try:
         with open(log or "", "rb") as file:

@@ -24,8 +24,8 @@ from pathlib import Path
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures"
 AWAY = re.compile(r"contact|connect|timed out|communication|authentication|munge", re.IGNORECASE)
-"""Errors after which a Slurm command can be repeated, because the command had no effect: the controller does not
-answer, or refuses a late or repeated credential (on a busy machine).
+"""Errors after which a Slurm command can be repeated, because the command had no effect. The controller did not answer,
+or (on a busy machine) refused a late or repeated credential.
 """
 _CONSEQUENCE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out|TCPStore|DistBackendError", re.I
@@ -34,7 +34,7 @@ _CONSEQUENCE = re.compile(
 
 
 def note(run: Path, **entry: object) -> None:
-    """Append a line, with the time. Ignores errors of the file system, which must not end the run."""
+    """Append a line, with the time. Errors of the file system are ignored, because they must not end the run."""
     with contextlib.suppress(OSError), open(run / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({**entry, "time": round(time.time(), 3)}) + "\n")
 
@@ -50,7 +50,8 @@ def read(run: Path) -> list[dict]:
 
 
 def is_cancelled(run: Path, job: str) -> bool:
-    """Whether the user has cancelled the job; `job` is its name for Slurm's commands (see `slurm_name` in after.py)."""
+    """Whether the user has cancelled the job. Slurm's commands know the job by the name `job` (see `slurm_name` in
+    after.py)."""
     events = [entry["event"] for entry in read(run) if entry.get("job") == job]
     return [event for event in events if str(event).startswith("cancel")][-1:] == ["cancel"]
 

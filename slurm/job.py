@@ -1,8 +1,8 @@
 """The code on every rank of a job: runs `dist_t2i/train.py` and records a failure.
 
 submitit starts this code, one srun task per rank, from the copy in the run folder. submitit's own handling of signals
-is not used, because it saves only on rank 0 and counts every preemption of a short job as a time-out. Instead all ranks
-save together and end (dist_t2i/distributed/preemption.py); after.py then decides whether the job is queued again.
+is not used, because it saves only on rank 0 and counts every preemption of a short job as a time-out. Instead, all
+ranks save together and end (dist_t2i/distributed/preemption.py), and after.py decides whether the job is queued again.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ class TrainJob:
         except Exception as error:
             traceback.print_exc()
             attempts.note_failure(run, job, restart, rank, type(error).__name__, str(error))
-        ignore_stop_signals()  # srun signals the other ranks when one ends, which would change their status
+        ignore_stop_signals()  # srun signals the others when one rank ends, which would change their exit statuses
         sys.exit(status)  # not `return`: submitit would pickle the result

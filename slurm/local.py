@@ -83,9 +83,9 @@ class LocalSlurm:
             (self.folder / name).mkdir(parents=True)
         (self.folder / "cgroup.conf").write_text("")  # Slurm needs this file, even if it is empty
         self._ports = dict(zip(["slurmctld", *self.nodes], free_ports(len(self.nodes) + 1), strict=True))
-        # The first job number is random for two reasons. A run records its job's number, which must not name a job of
-        # the next cluster. And the ports of ranks derive from job numbers, and must differ between clusters that run at
-        # the same time.
+        # The first job number is random for two reasons. A run records the number of its job, and a job of the next
+        # cluster must not have the same number. Ports of ranks derive from job numbers, and must differ between
+        # clusters that run at the same time.
         self._first_job = 1000 + secrets.randbelow(60_000_000)
         self._keys = self._new_keys()
         self.conf.write_text(self.configuration())
@@ -124,7 +124,7 @@ class LocalSlurm:
         self._start(f"slurmd-{node}", "-D", "-N", node, "-f", str(self.conf), program="slurmd")
 
     def leftovers(self) -> list[int]:
-        """Pids of other processes that belong to a job of this cluster, by their environment variables."""
+        """Pids of other processes whose environment variables show that they belong to a job of this cluster."""
         import psutil
 
         found = {process.pid: process.info["environ"] or {} for process in psutil.process_iter(["environ"])}
@@ -151,7 +151,7 @@ class LocalSlurm:
             "SlurmUser": user,
             "SlurmdUser": user,
             "FirstJobId": str(self._first_job),
-            # A requeued job waits a little more than 2 * cred_expire, so 10 s instead of the default 121.
+            # A requeued job waits a little more than 2 * cred_expire: here 10 s, and 121 s by default.
             "AuthInfo": f"socket={self._keys}/socket,cred_expire=5",
             "StateSaveLocation": f'"{self.folder}/state"',
             "SlurmdSpoolDir": f"{self._keys}/spool/%n",
@@ -181,7 +181,8 @@ class LocalSlurm:
         (folder / "run" / name).write_text(str(daemon.pid))
 
     def _new_keys(self) -> Path:
-        """Makes a folder for sockets (which need a short path) and munged's secret; only this user can enter it."""
+        """Makes a folder that only this user can enter, for munged's secret and for sockets, which need a short
+        path."""
         folder, link = Path(tempfile.mkdtemp(prefix="slurm-")), self.folder / "keys"
         (folder / "spool").mkdir()
         (folder / "key").touch(mode=0o600)

@@ -49,7 +49,8 @@ class Profile:
     """Nodes that the job must not use."""
     exclusive: bool = False
     signal_seconds: int = 120
-    """Seconds from the signal to save to the time limit: at least a step, the time to save, and half a minute."""
+    """Seconds between the signal to save and the time limit. They must suffice for a step, for saving, and for half a
+    minute more."""
     modules: tuple[str, ...] = ()
     """Arguments of `module load`."""
     environment: dict[str, str] = field(default_factory=dict)

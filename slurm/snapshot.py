@@ -20,7 +20,7 @@ from dist_t2i.utils.environment import git_state
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "code"
 MARKS = ("slurm/rank.py", "slurm/after.py", "dist_t2i/train.py")
-"""The files that a job starts from its copy of the code: a folder without one of these files is not a copy."""
+"""The files of the copy that a job starts. A folder that lacks one of these files is not a copy."""
 _PARTS = ("dist_t2i", "slurm", "tools", "configs", "pyproject.toml")
 
 

@@ -33,9 +33,9 @@ class State:
     run: Path
     job: str
     queue: str = ""
-    """Slurm's word for the job's state; "" when Slurm does not know the job, or has forgotten it."""
+    """Slurm's name of the job's state; "" when Slurm does not know the job (any more)."""
     where: str = ""
-    """The nodes of the job, or the reason why it waits."""
+    """The nodes of the job, or the reason why the job waits."""
     progress: dict[str, Any] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: int = -1
@@ -60,7 +60,7 @@ class State:
 
     @property
     def interruptions(self) -> tuple[int, int]:
-        """How many of the past attempts were ended by a signal or by Slurm, and how many failed."""
+        """Number of past attempts that a signal or Slurm ended, and number of those that failed."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
         over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
         failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
@@ -72,7 +72,7 @@ class State:
         last = (self.ends or [{}])[-1]
         if self.live and self.queue not in ("RUNNING", "COMPLETING"):
             return "queued"
-        # A progress file that is older than the latest attempt comes from an earlier one.
+        # A progress file that is older than the latest attempt comes from an earlier attempt.
         newest = max([self.submitted, *(begin["time"] for begin in self.begins)])
         if self.progress.get("state") == "finished" and self.progress.get("updated", 0.0) >= newest:
             return "finished"
@@ -176,7 +176,7 @@ def describe(state: State) -> str:
         head += f" ({state.where or state.queue})"
     lines = [head + (f" because {state.why}" if state.why else "")]
     if state.silent:
-        lines.append("  Slurm does not answer: the run folder gives this state, and the job may be in any state")
+        lines.append("  Slurm does not answer; this state comes from the run folder and may be outdated")
     if progress := state.progress:
         images, total = progress.get("images", 0), progress.get("total_images", 0)
         rate = progress.get("images_per_second") or 0.0

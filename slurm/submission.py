@@ -181,7 +181,7 @@ class Submission:
             raise UserError(f"the run folder {self.run} cannot be written: {error.strerror or error}") from error
 
     def submit(self, *, keep_code: bool = False) -> list[str]:
-        """Calls `prepare` and queues the job; returns one job id per run. A refusal restores the old config.yaml."""
+        """Calls `prepare`, queues the job, and returns one job id per run. A refusal restores the old config.yaml."""
         need_slurm()
         files = [run / FOLDER / "config.yaml" for run, _ in self._runs()]
         before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}

@@ -74,7 +74,7 @@ def collate(samples: list[Any]) -> tuple[Tensor, list[str]]:
 
 
 def dist_t2i(location: Location, decode: Decode) -> Batches:
-    """The stream of this project. It also tokenizes, and its only decoder is `fast`."""
+    """The stream of this project. This loader also tokenizes, and its only decoder is `fast`."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.data.stream.stream import open_stream
@@ -150,8 +150,8 @@ def mds(location: Location, decode: Decode) -> Batches:
 
 
 def replace_torchvision() -> None:
-    """If torchvision cannot be imported (its wheel needs a CUDA build of torch), replaces it with placeholders.
-    mosaicml-streaming imports the names in them, but never calls them."""
+    """Replaces torchvision with placeholders if it cannot be imported (its wheel needs a CUDA build of torch).
+    Placeholders suffice, because mosaicml-streaming imports names from torchvision but never calls them."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):

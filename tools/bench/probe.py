@@ -51,7 +51,7 @@ def run(order: dict[str, Any], environment: Mapping[str, str], memory: bool = Fa
             output, errors = process.communicate(text, 0.05 if memory else LIMIT_SECONDS)
             break
         except subprocess.TimeoutExpired:
-            text = None  # the first call of `communicate` has sent the order
+            text = None  # the first call of `communicate` has already sent the order
             peak = max(peak, proportional_bytes(process.pid))
             if time.monotonic() - started > LIMIT_SECONDS:
                 kill(process_tree(process.pid))

@@ -28,7 +28,8 @@ standing sitting riding holding eating next to on in front of with under red blu
 
 
 def picture(number: int) -> bytes:
-    """A JPEG of SIZE that depends only on `number`. It shows noise and shapes. 115 KB on average, as in COCO."""
+    """A JPEG of SIZE that depends only on `number`. The picture shows noise and shapes, and has 115 KB on average, as
+    in COCO."""
     random = numpy.random.default_rng(number)
     pixels = numpy.full((SIZE[1], SIZE[0], 3), 128.0, dtype=numpy.float32)
     for width, strength in _NOISE:
@@ -126,7 +127,7 @@ class Sets:
         (folder / ".nv-meta" / "dataset.yaml").write_text(yaml)
 
     def _litdata(self, folder: Path) -> None:
-        # A separate process is needed, because litdata starts workers that import the main program again.
+        # Runs in a separate process, because litdata's workers import the main program again.
         program = "from tools.bench.sets import write_litdata; import sys; write_litdata(*sys.argv[1:])"
         command = [sys.executable, "-W", "ignore", "-c", program, str(self.folder / "pictures"), str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
