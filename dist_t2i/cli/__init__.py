@@ -8,7 +8,7 @@ from dist_t2i.errors import run_command
 
 
 def run(command: str) -> NoReturn:
-    """Run `main()` of dist_t2i.cli.COMMAND and exit with its status; Ctrl-C exits with 130."""
+    """Run `main()` of dist_t2i.cli.COMMAND and exit with the status of `main`, or with 130 after Ctrl-C."""
     try:
         sys.exit(run_command(importlib.import_module(f"dist_t2i.cli.{command}").main))
     except KeyboardInterrupt:

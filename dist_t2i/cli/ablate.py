@@ -1,11 +1,11 @@
-"""Run an ablation: the same training with one thing changed at a time, over several seeds, and a report of the results.
+"""Run an ablation: training with one change at a time over several seeds, and a report of the results.
 
 python tools/ablate.py --config configs/ablation-openmoji.yaml [--seeds N] [--budget IMAGES] [--jobs 2]
-python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; rerun when they end)
+python tools/ablate.py --config ... --slurm-profile slurm/profiles/plain.yaml     (Slurm arrays; repeat at their end)
 
-Run the same command again to resume an interrupted ablation: finished runs are kept, an interrupted run continues from
-its checkpoint, and scores are not computed again. The results are OUT/table.md, table.json, index.html and pictures;
---write-doc also writes the table to docs/. The report describes the method.
+To resume an interrupted ablation, repeat the command: finished runs and their scores are kept, and an interrupted run
+continues from its checkpoint. The results are OUT/table.md, table.json, index.html and pictures; --write-doc also
+writes the table to docs/. The report describes the method of comparison.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ STARTED = time.monotonic()
 def main() -> int:
     parser = new_parser("ablate.py", __doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="see configs/ablation-openmoji.yaml")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of runs of each arm (default: see FILE)")
-    parser.add_argument("--budget", type=int, metavar="IMAGES", help="images that each run sees (default: see FILE)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of runs of each arm (default: as in FILE)")
+    parser.add_argument("--budget", type=int, metavar="IMAGES", help="images that each run sees (default: as in FILE)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/ablation-NAME)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs that train in parallel on this machine")
-    parser.add_argument("--slurm-profile", type=Path, metavar="FILE", help="train as Slurm arrays: see slurm/profiles")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel runs on this machine")
+    parser.add_argument("--slurm-profile", type=Path, metavar="FILE", help="train as Slurm arrays (see slurm/profiles)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of each Slurm job (default: 1)")
-    parser.add_argument("--report-only", action="store_true", help="do not train; report the finished runs")
+    parser.add_argument("--report-only", action="store_true", help="report the finished runs without training")
     doc = Path("docs/ablation.md")
     help_text = f"also write the report to this file (default: {doc})"
     parser.add_argument("--write-doc", type=Path, nargs="?", const=doc, metavar="FILE", help=help_text)
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
-    """Runs all steps that earlier calls have not finished. Returns the exit status."""
+    """Runs all steps except those that earlier calls have finished. Returns the exit status."""
     from dist_t2i.ablation import runs
     from dist_t2i.data.open_data import open_data
 
@@ -91,7 +91,7 @@ def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
 
 
 def finished_on_slurm(plan: Plan, configs: Configs, out: Path, args: argparse.Namespace) -> bool:
-    """Whether every run is finished. Submits an array of seeds for each unfinished arm that is not in the queue."""
+    """Whether every run is finished. Queues an array of seeds for each unfinished arm that is not in the queue."""
     from dist_t2i.ablation.runs import is_finished
     from slurm import profile as profiles
     from slurm import status
@@ -113,7 +113,7 @@ def finished_on_slurm(plan: Plan, configs: Configs, out: Path, args: argparse.Na
         job.test()
         say(f"{arm}: {plan.seeds} seeds queued as {', '.join(job.submit())}")
     if left:
-        say("run the same command again to see their state, and to write the report after all runs have finished")
+        say("repeat the command to see the state of the runs, and to write the report after all runs have finished")
     return not left
 
 
@@ -123,7 +123,7 @@ def finished_on_slurm(plan: Plan, configs: Configs, out: Path, args: argparse.Na
 def report(
     plan: Plan, configs: Configs, data: ShardSet, out: Path, failed: Mapping[tuple[str, int], str], doc: Path | None
 ) -> None:
-    """Scores all finished runs and writes the report. Raises UserError when an arm has no finished run."""
+    """Scores all finished runs and writes the report. Raises UserError if an arm has no finished run."""
     from dist_t2i.ablation import report as reports
     from dist_t2i.ablation import scoring
     from dist_t2i.ablation.runs import is_finished
@@ -134,7 +134,7 @@ def report(
     done = {key: config for key, config in configs.items() if is_finished(config)}
     empty = [arm for arm in plan.arms if not any(name == arm for name, _ in done)]
     if empty:
-        raise UserError(f"the report needs a finished run of each arm, but {out} has none of {', '.join(empty)}")
+        raise UserError(f"the report needs a finished run of each arm; {out} lacks one of {', '.join(empty)}")
     scores = {key: scorer.scores(Path(config.run.folder)) for key, config in done.items()}
     missing = [
         f"{arm}/seed-{seed} {failed.get((arm, seed), 'is not finished')}"
@@ -160,7 +160,7 @@ def report(
 
 
 def write_pictures(results: Findings, data: ShardSet, protocol: Protocol, out: Path, seed: int) -> dict[str, Path]:
-    """Writes the figures; returns heading -> PNG file."""
+    """Writes the figures, and returns their PNG files by heading."""
     from dist_t2i.ablation import figures
 
     pictures = {}
@@ -172,7 +172,7 @@ def write_pictures(results: Findings, data: ShardSet, protocol: Protocol, out: P
     except ImportError as error:
         say(f"seeds.png was not written: {error} (run `pip install matplotlib`)")
     rows = figures.side_by_side(plan, seed, data, split, protocol, out)
-    title = f"{split}: seed {seed} of each arm, same prompts and noise, not cherry-picked"
+    title = f"{split}: seed {seed} of each arm, with equal prompts and noise, not cherry-picked"
     pictures["The arms side by side"] = figures.write_grid(plan, rows, out / "grid.png", title)
     return pictures
 
@@ -205,7 +205,7 @@ def facts_of(
         f"({trained / len(folders):,.0f} s per run of {max(map(newest_images, folders)):,} images), "
         f"scoring {scored / 3600:.2f} h",
         "revision": "; ".join(sorted({_revision(machine["code"]) for machine in machines}))
-        + f"; the table by {_revision(about['code'])}",
+        + f"; table written by {_revision(about['code'])}",
         "versions": ", ".join(f"{name} {version}" for name, version in about["packages"].items()),
         "data": f"{data.manifest.get('name', '')}, fingerprint `{data.fingerprint}`",
         "protocol": f"{rules['name']} version {rules['version']}, "
@@ -228,7 +228,7 @@ def _revision(code: Mapping[str, Any]) -> str:
 
 
 def append_call(out: Path, jobs: int) -> None:
-    """Appends this call to OUT/calls.jsonl. `facts_of` sums the time of all calls."""
+    """Appends this call to OUT/calls.jsonl, from which `facts_of` sums the time of all calls."""
     line = {
         "command": shlex.join(sys.argv),
         "seconds": round(time.monotonic() - STARTED, 1),

@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for `command`. Its --help keeps the line breaks of the description."""
+    """A parser for `command`, whose --help keeps the line breaks of `description`."""
     form = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=command, description=description, formatter_class=form)
 
 
 def add_model(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
-    """Adds the option --run and, if `device`, the option --device."""
+    """Adds the option --run, and with `device` the option --device."""
     parser.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="run folder, checkpoint or exported model"
     )
@@ -45,11 +45,11 @@ def log(line: str) -> None:
 
 
 def open_held_out(run: Path, config: DataConfig, name: str | None) -> ShardSet:
-    """The set `name`, or by default the set that the model in `run` was trained on. Raises UserError."""
+    """The set `name` (default: the training set of the model in `run`). Raises UserError."""
     from dist_t2i.data.open_data import open_data
 
     if not (name or config.train):
-        raise UserError(f"{run} does not name its training set; name a set with --data")
+        raise UserError(f"{run} does not name a training set; name a set with --data")
     return open_data(replace(config, train=name or config.train))
 
 
@@ -63,7 +63,7 @@ def write_openmoji(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, remedy: str = "name another file with --out") -> Iterator[None]:
-    """Replaces an OSError with a UserError that names the path and the remedy."""
+    """A context that replaces an OSError with a UserError, which names the path and the remedy."""
     try:
         yield
     except OSError as error:

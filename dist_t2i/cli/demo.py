@@ -1,9 +1,9 @@
 """Write OpenMoji as a set, train both networks on it under DeepSpeed, score the model, and write a page of the results.
 
-python tools/demo.py --budget 10m        (or: BUDGET=10m make demo; the budget is the time to train: 90s, 3m, 1h)
+python tools/demo.py --budget 10m        (or BUDGET=10m make demo; the budget is the training time: 90s, 3m, 1h)
 
-Ctrl-C saves a checkpoint and stops the demo. Run the same command again to resume. After a finished demo, the command
-only writes the page again.
+Ctrl-C saves a checkpoint and stops the demo. To resume the demo, repeat the command. After a finished demo, the command
+only rewrites the page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ GRIDS, CHECKPOINTS = 8, 4
 
 def main() -> int:
     parser = new_parser("demo.py", __doc__)
-    budget = "time to train: 90s, 3m, 1h (default: %(default)s)"
+    budget = "training time: 90s, 3m, 1h (default: %(default)s)"
     parser.add_argument("--budget", type=seconds, default="10m", help=budget)
-    parser.add_argument("--config", type=Path, help="(default: openmoji64.yaml with a GPU, else openmoji32.yaml)")
+    parser.add_argument("--config", type=Path, help="(default: openmoji64.yaml with a GPU, openmoji32.yaml without)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/demo-BUDGET)")
     data = "folder of the set (default: data/openmojiSIZE, with the picture size of the configuration)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def seconds(text: str) -> int:
-    """Converts 90s, 3m, 1h, or a number without a unit, to seconds."""
+    """Converts a duration (90s, 3m, 1h, or a number without a unit) to seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     value = float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]] if match else 0
     if value < 1:
@@ -68,7 +68,7 @@ def spelled(budget: int) -> str:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Runs all steps except those that an earlier call has finished."""
+    """Runs all steps of the demo that earlier calls have not finished."""
     from dist_t2i.checkpoint.store import newest_images
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.launch import has_gpu
@@ -86,7 +86,7 @@ def demo(args: argparse.Namespace) -> None:
         write_openmoji(data, size)
     overrides = [f"data.train={data}", *args.overrides]
     if not (run / "config.yaml").exists():
-        heading(2, "Speed: images per second in training on this machine")
+        heading(2, "Speed of training on this machine, in images per second")
         overrides += plan(config_path, overrides, run, args.budget)
         heading(3, f"Training for {budget}, in {run} (Ctrl-C saves and stops)")
         train(config_path, overrides, run)
@@ -103,9 +103,9 @@ def heading(step: int, text: str) -> None:
 
 
 def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) -> list[str]:
-    """Measures the speed in a short trial run; returns the overrides of a run of about `budget` seconds.
+    """Measures the training speed in a short trial run; returns overrides for a run of about `budget` seconds.
 
-    The run's configuration contains the number of images, so that the run itself does not depend on the clock.
+    These overrides contain the number of images, so that the run itself does not depend on the clock.
     """
     from dist_t2i.config import files as config_files
     from dist_t2i.distributed.supervisor import train
@@ -122,7 +122,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
     started, live = time.monotonic(), sys.stdout.isatty()
 
     def reports() -> list[dict[str, Any]]:
-        """All reports except the first, which includes the warm-up: compilers, caches, the first read of the set."""
+        """All reports except the first, which includes the warm-up of compilers, caches and the data set."""
         return metrics_log.read(trial / "metrics.jsonl")[1:]
 
     def enough() -> bool:
@@ -146,7 +146,7 @@ def plan(config_path: Path, overrides: Sequence[str], run: Path, budget: int) ->
 
 
 def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
-    """Settings of a run of `budget` seconds at `rate` images per second; all counts are multiples of the batch."""
+    """Overrides for a run of `budget` seconds at `rate` images per second; each count is a multiple of the batch."""
     total = max(GRIDS, int((1 - RESERVE) * rate * budget / batch)) * batch
     grids, saves = (total // (parts * batch) * batch for parts in (GRIDS, CHECKPOINTS))
     return [
@@ -157,7 +157,7 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
 
 
 def report(run: Path, data: Path, budget: str) -> None:
-    """Scores the model unless scores.json has scores of its weights. Writes the page; prints where the results are."""
+    """Writes the page and prints the paths of the results. Scores a model without up-to-date scores.json."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
     from dist_t2i.eval.scores import known_scores, table

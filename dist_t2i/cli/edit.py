@@ -3,8 +3,8 @@
 python tools/edit.py --run RUN --image picture.png "woman pilot dark skin tone" [--strength 0.7] [--out edit.png]
 python tools/edit.py evaluate --run RUN [--data SET] [--base RUN]     (see docs/manipulation.md)
 
-The text describes the full edited picture, like a caption. Pictures may have any size and any format that training
-reads. Transparent pixels become white, and the central square is scaled to the model's size.
+The text describes the full edited picture, like a caption. The picture may have any size and any format that training
+reads. Transparent pixels become white, and the picture's central square is scaled to the model's size.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def edit(arguments: list[str]) -> int:
     add_model(parser)
     parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to edit")
     parser.add_argument("--out", type=Path, default=Path("edit.png"), metavar="FILE", help="(default: %(default)s)")
-    strength = "0: the original picture, 1: the full edit (default: %(default)s)"
+    strength = "from 0 (original picture) to 1 (full edit) (default: %(default)s)"
     parser.add_argument("--strength", type=float, default=1.0, help=strength)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
-    parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: see the configuration)")
+    parser.add_argument("--truncation", type=float, help="as in tools/sample.py (default: from the configuration)")
     args = parser.parse_args(arguments)
     from dist_t2i.inference.pipeline import load
     from dist_t2i.reporting.image_grid import save_grid
@@ -50,10 +50,10 @@ def edit(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    parser = new_parser("edit.py evaluate", "Edit held-out pictures and compare the scores with trivial edits.")
+    parser = new_parser("edit.py evaluate", "Edit held-out pictures, and compare their scores with trivial edits.")
     add_model(parser)
     parser.add_argument("--data", metavar="SET", help="set with held-out splits (default: the training set)")
-    base_help = "text-to-image model to compare with (default: the model from which the run started)"
+    base_help = "text-to-image model to compare with (default: the run's initial model)"
     parser.add_argument("--base", metavar="DIR", help=base_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="file for the scores (default: DIR/edit-scores.json)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="file for the pictures (default: DIR/edits.png)")
@@ -66,9 +66,7 @@ def evaluate(arguments: list[str]) -> int:
     model = load(args.run, args.device)
     name = args.base or model.config.edit.init
     if not name:
-        raise UserError(
-            f"{args.run} does not name the model from which it started; name a text-to-image model with --base"
-        )
+        raise UserError(f"{args.run} does not name its initial model; name a text-to-image model with --base")
     base = load(name, args.device)
     data = open_held_out(args.run, model.config.data, args.data)
     scores, examples = evaluate_edits(model, base, data, say=log)
@@ -87,5 +85,5 @@ def render_examples(examples: list[tuple[str, list[numpy.ndarray]]]) -> Image:
     """A grid of the edits that `evaluate_edits` returns."""
     from dist_t2i.reporting.image_grid import GridRow, render_grid
 
-    title = "source, edit, true target, generated from scratch; caption of the target (caption of the source)"
+    title = "source, edit, true target, picture generated without source; caption of target (caption of source)"
     return render_grid([GridRow(*example) for example in examples], title=title, tile=64, columns=2)

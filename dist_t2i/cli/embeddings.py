@@ -1,4 +1,4 @@
-"""Study a model's two text embeddings: nearest words, a map of captions, linear probes with their baselines.
+"""Study a model's two text embeddings with nearest words, a map of captions, and linear probes with baselines.
 
 python tools/embeddings.py --run RUN [--data SET] [--out DIR]       (RUN may also be an exported folder)
 """

@@ -1,11 +1,11 @@
 """Score a trained model by a frozen protocol (each score with interval, floor and ceiling), or compare two score files.
 
 python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    RUN: a run, a checkpoint or an exported model
-torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       on four processes; the scores are the same
-python tools/evaluate.py compare A.json B.json                       the scores of both, or why they are not comparable
+torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       equal scores from four processes
+python tools/evaluate.py compare A.json B.json                       the scores of two files, or why these are not comparable
 python tools/evaluate.py captions --data SET --protocol NAME         the captions that a protocol selects from a set
 
-docs/evaluation.md describes the protocols, the metrics, and how to supply the weights of Inception and CLIP.
+docs/evaluation.md describes the protocols, the metrics, and the supply of weights for Inception and CLIP.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument("--protocol", metavar="NAME", help=protocol)
         weights = "path or URL of the weights of inception or clip (default: download them)"
         parser.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help=weights)
-        without = f"leave out the metrics of a network: {', '.join(_NETWORKS)}"
+        without = f"leave out the metrics of one of the networks {', '.join(_NETWORKS)}"
         parser.add_argument("--without", action="append", default=[], metavar="NETWORK", help=without)
         parser.add_argument("--out", type=Path, metavar="FILE", help="(default: scores.json in the run folder)")
     args = parser.parse_args(arguments[1:] if verb else arguments)
@@ -75,7 +75,7 @@ def main() -> int:
     ranks = Ranks.join(rank.rank, rank.world_size)
     try:
         evaluation(args, ranks, rank.local_rank)
-    except UserError:  # all ranks raise it together, so no rank waits for another
+    except UserError:  # all ranks raise this error, so no rank waits for another
         ranks.leave()
         raise
     ranks.leave()
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
-    """Writes the scores to a file and prints them. Collective; a UserError is raised on all ranks."""
+    """Collective: computes the scores, writes them to a file and prints them. A UserError is raised on all ranks."""
     from dist_t2i.eval.evaluate import evaluate, load_networks, select_all
     from dist_t2i.eval.scores import table
 
@@ -96,7 +96,7 @@ def evaluation(args: argparse.Namespace, ranks: Ranks, local_rank: int) -> None:
     def load() -> None:
         networks.update(load_networks(protocol, model.device, weights, args.without, model.image_size))
 
-    ranks.from_main(load)  # rank 0 first, because it may have to download; the other ranks then load from the disk
+    ranks.from_main(load)  # rank 0 may download files, which the other ranks then load from the disk
     ranks.all(lambda: None if ranks.main else load())
     scores = evaluate(model, data, protocol, say=log, networks=networks, ranks=ranks, selections=rows)
     name = "scores.json" if args.run.samefile(run) else f"scores-{args.run.resolve().name}.json"
@@ -132,7 +132,7 @@ def _inputs(
 
 
 def _device(requested: str | None, local_rank: int, world: int) -> str | None:
-    """The device for this rank, or None for the model's default. Raises UserError when `requested` cannot be used."""
+    """The device for this rank, or None for the model's default. Raises UserError if `requested` cannot be used."""
     import torch
 
     if requested:
@@ -148,7 +148,7 @@ def _device(requested: str | None, local_rank: int, world: int) -> str | None:
 
 
 def _weights(options: list[str], without: list[str]) -> dict[str, str]:
-    """Network -> path or URL, from the options NETWORK=FILE; checks `without`. Raises UserError."""
+    """Paths or URLs by network, from the options NETWORK=FILE. Raises UserError, also for the networks in `without`."""
     weights = {}
     for text in options:
         network, equals, path = text.partition("=")
@@ -162,7 +162,7 @@ def _weights(options: list[str], without: list[str]) -> dict[str, str]:
 
 
 def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
-    """Hash of the selected captions. Raises UserError when the protocol was frozen with another hash."""
+    """The hash of the selected captions. Raises UserError if the protocol has another hash."""
     from dist_t2i.eval.evaluate import captions_hash
 
     digest = captions_hash(rows)
@@ -177,8 +177,8 @@ def _checked_hash(protocol: Protocol, rows: Mapping[str, Selection]) -> str:
 def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) -> None:
     """Writes the selected captions to the run's folder, unless the protocol contains their hash.
 
-    Raises UserError when an earlier evaluation by this protocol had other captions, or when the hash of the captions
-    differs from the protocol's.
+    Raises UserError if an earlier evaluation by this protocol had other captions, or if the captions' hash differs from
+    the protocol's hash.
     """
     from dist_t2i.eval.protocol import captions_text
 
@@ -192,7 +192,7 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) 
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{path}: these captions of an earlier evaluation differ from those that protocol {protocol.name} "
+                f"{path}: these captions of an earlier evaluation differ from the captions that {protocol.name} "
                 "selects from this set. Name the earlier set with --data, or delete this file"
             )
     except OSError as error:
@@ -200,7 +200,7 @@ def keep_captions(run: Path, protocol: Protocol, rows: Mapping[str, Selection]) 
 
 
 def captions(args: argparse.Namespace) -> int:
-    """Writes the list of captions and prints its hash."""
+    """Writes the list of captions, and prints the hash of this list."""
     from dist_t2i.config.sections import DataConfig
     from dist_t2i.data.open_data import open_data
     from dist_t2i.eval.evaluate import select_all
@@ -218,7 +218,7 @@ def captions(args: argparse.Namespace) -> int:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Prints the scores of both files side by side; returns 1 when they are not comparable."""
+    """Prints the scores of two files next to each other; returns 1 if the scores are not comparable."""
     from dist_t2i.eval.compare import differences, table
     from dist_t2i.eval.scores import read_scores
 

@@ -1,4 +1,4 @@
-"""Export the newest checkpoint of a run as a folder for others: weights, configuration, tokenizer, model card.
+"""Export a run's newest checkpoint as a folder to share: weights, configuration, tokenizer, model card.
 
 python tools/export.py --run RUN --out DIR       then, anywhere: dist_t2i.load("DIR").generate(["..."])
 """

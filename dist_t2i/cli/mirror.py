@@ -16,7 +16,7 @@ from dist_t2i.checkpoint import mirror_worker
 
 
 def main() -> int:
-    """Returns the exit status. It is 0 even if the mirror fails: the answer then contains the reason."""
+    """Returns the exit status 0, even if the mirror fails, because the answer then contains the reason."""
     parser = argparse.ArgumentParser(
         prog="mirror.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

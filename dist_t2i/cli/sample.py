@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default: %(default)s)")
     parser.add_argument("--images-per-prompt", type=int, default=4, metavar="N", help="(default: %(default)s)")
-    truncation = "factor of the noise; below 1: more typical, less varied pictures (default: see the configuration)"
+    truncation = "factor of the noise; below 1, pictures are typical but less varied (default: from the run)"
     parser.add_argument("--truncation", type=float, help=truncation)
     args = parser.parse_args()
     from dist_t2i.inference.pipeline import load

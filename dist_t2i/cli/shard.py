@@ -1,4 +1,4 @@
-"""Write captioned pictures as WebDataset shards for training; inspect or verify such a set.
+"""Write captioned pictures as a set of WebDataset shards for training; inspect or verify a set.
 
 python tools/shard.py openmoji --size 64 --out DIR
 python tools/shard.py scenes --count 20000 --size 32 --out DIR
@@ -31,26 +31,27 @@ if TYPE_CHECKING:
     from dist_t2i.sharding.items import Gathered
 
 RENDERED = ("openmoji", "scenes")
-"""The commands whose pictures are rendered at `--size`, and which have their own rule for the held-out splits."""
-_RESUME = """Unusable pictures and captions are counted and listed in OUT/report.html and OUT/bad_samples.jsonl.
+"""The commands that render pictures at `--size` and have their own rule for held-out splits."""
+_RESUME = """OUT/report.html and OUT/bad_samples.jsonl count and list the pictures and captions that cannot be used.
 After an interruption, run the same command again: every shard whose checksums match is kept. With --retry-failed, the
 command also retries pictures that could not be downloaded or read."""
-_FOLDER = """Captions: a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or "caption": "..."),
-or a .csv or .tsv file with the columns image and caption; paths are relative to --images or to the caption file's folder.
-Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png. Captions are truncated
-after 1,000 characters."""
-_TABLE = """A row contains a picture and a caption (in JSONL and Parquet, the caption may be a list). A picture is a URL
+_FOLDER = """The captions are in a .jsonl file of lines {"image": "images/a.png", "captions": ["...", "..."]} (or
+"caption": "..."), or in a .csv or .tsv file with the columns image and caption. Paths are relative to --images or the
+caption file's folder. Several lines may name one picture. Without --captions, each line of a.txt is a caption of a.png.
+Captions are truncated after 1,000 characters."""
+_TABLE = """A row contains a picture and a caption (in JSONL and Parquet, also a list of captions). A picture is a URL
 (http(s)://, s3://, gs://, az://), or a path relative to --images or to the folder of the table. After a temporary
-error, a download is tried again, at most twice. Failures are listed, and --retry-failed retries them. The columns are
-url, image, file_name, path ... and captions, caption, text, description, or those that you name."""
-_TARS = """Input: tars written by webdataset, img2dataset or this tool, as local paths, folders, globs or URLs; braces
-expand: train-{00000..00591}.tar. A sample contains a picture (jpg, jpeg, png, webp) and captions in json ("captions" or
-"caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if no tar has
-such a name. Pickled members are skipped, because unpickling can run code. The samples before the cut of a truncated tar
-are used. A tar at a URL is read once to locate the pictures. Each picture is read again when its shard is written."""
+error, a download is retried up to twice. Failures are listed, and --retry-failed retries them. The default columns are
+url, image, file_name, path ... for pictures, and captions, caption, text, description for captions."""
+_TARS = """The input is tars that webdataset, img2dataset or this tool wrote: local paths, folders, globs or URLs, with
+braces as in train-{00000..00591}.tar. A sample contains a picture (jpg, jpeg, png, webp) and captions in json
+("captions" or "caption") or txt. A tar named test-00000.tar or val-00000.tar keeps its split; --holdout applies only if
+no tar has such a name. Pickled members are skipped, because unpickling can run code. The samples before the cut of a
+truncated tar are used. A tar at a URL is read once to locate the pictures; each picture is read a second time when its
+shard is written."""
 _INDEX = """Reads WebDataset tars once and writes an index of each tar, a manifest and a tokenizer. The tars are not
-copied or changed. Training on the same list (data.train=URL...) then starts at once; without this command, the first
-training run builds the same index. A rerun reads only new and changed tars. URLs have the form of data.train:
+copied or changed. Training on these tars (data.train=URL...) then starts at once; without this command, the first
+training run builds the index. A rerun reads only new and changed tars. URLs have the form of data.train:
 s3://bucket/coco/train-{000000..000591}.tar, /data/coco/*.tar."""
 
 
@@ -69,14 +70,14 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         return commands.add_parser(name, help=short, description=text or short, formatter_class=form)
 
     add = command("openmoji", "3,953 emojis with names (CC BY-SA 4.0), from installed packages").add_argument
-    text = "render every picture in each of these styles: color, black (its lines only) (default: color)"
+    text = "render every picture in each given style: color, or black (black lines only) (default: color)"
     add("--styles", nargs="+", choices=("color", "black"), default=["color"], metavar="STYLE", help=text)
 
     add = command("scenes", "one or two shapes in known colors and positions, rendered by the project").add_argument
     add("--count", type=positive, default=20_000, help="number of pictures (default: %(default)s)")
     add("--seed", type=int, default=0, help="another seed gives other pictures (default: %(default)s)")
 
-    add = command("folder", "a folder of your own pictures with captions", f"{_FOLDER}\n\n{_RESUME}").add_argument
+    add = command("folder", "your own folder of pictures with captions", f"{_FOLDER}\n\n{_RESUME}").add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of pictures, searched recursively")
     add("--captions", type=Path, metavar="FILE", help=".jsonl, .csv or .tsv file (default: a.txt for a.png)")
 
@@ -84,7 +85,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add = command("coco", "MS-COCO 2014 or 2017", coco_help).add_argument
     add("root", type=Path, metavar="DIR", help="the folder shown above")
     add("--year", type=int, choices=(2014, 2017), help="needed only if DIR contains both years")
-    karpathy_help = "dataset_coco.json: splits train (with restval), val and test (default: train, and val as `test`)"
+    karpathy_help = "dataset_coco.json, for train (with restval), val and test (default: train, and val as `test`)"
     add("--karpathy", type=Path, metavar="FILE", help=karpathy_help)
 
     for name, short, layout in (
@@ -93,37 +94,37 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     ):
         add = command(name, short, f"Expected files:\n{layout}\n\n{_RESUME}").add_argument
         add("root", type=Path, metavar="DIR", help="the folder shown above")
-        add("--texts", type=Path, metavar="DIR", help="folder of the captions, if it is not inside DIR")
+        add("--texts", type=Path, metavar="DIR", help="folder of the captions, if outside of DIR")
         add("--train-classes", type=Path, metavar="FILE", help="list with one class per line (default: see above)")
         add("--test-classes", type=Path, metavar="FILE", help="list with one class per line (default: see above)")
 
     for name in ("jsonl", "csv", "tsv", "parquet"):
         add = command(name, f"{name} tables of paths or URLs", f"{_TABLE}\n\n{_RESUME}").add_argument
         add("tables", nargs="+", metavar="FILE", help="paths or URLs; braces expand: part-{000..063}.parquet")
-        add("--images", default="", metavar="DIR", help="folder or URL of the pictures (default: the table's folder)")
+        add("--images", default="", metavar="DIR", help="folder or URL of the pictures (default: folder of the table)")
         add("--image-column", "--url-col", default="", metavar="NAME", help="column of paths or URLs")
         add("--caption-column", "--caption-col", default="", metavar="NAME", help="column of captions")
 
-    add = command("webdataset", "existing tars: re-shard, filter, shrink", f"{_TARS}\n\n{_RESUME}").add_argument
+    add = command("webdataset", "re-shard, filter or shrink existing tars", f"{_TARS}\n\n{_RESUME}").add_argument
     add("tars", nargs="+", metavar="URL", help="tars or folders of tars")
     add("--name", default="", help="name of the set in its manifest (default: name of the first tar)")
 
-    for name, added in commands.choices.items():  # all commands up to here write a set
+    for name, added in commands.choices.items():  # the commands so far write a set
         _add_writing_options(added, name)
 
-    add = command("index", "index existing tars without copying or changing them", _INDEX).add_argument
-    add("urls", nargs="+", metavar="URL", help="tars: paths, globs, URLs with braces")
-    add("--out", type=Path, metavar="DIR", help="folder for data.train=DIR (default: the cache that training searches)")
-    add("--quick", action="store_true", help="do not read the pictures: faster, but without checksums")
+    add = command("index", "index existing tars, which are neither copied nor changed", _INDEX).add_argument
+    add("urls", nargs="+", metavar="URL", help="paths of tars, globs, or URLs with braces")
+    add("--out", type=Path, metavar="DIR", help="folder for data.train=DIR (default: the cache of training)")
+    add("--quick", action="store_true", help="omit the checksums, so that pictures are not read")
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
-    add = command("inspect", "describe a set: counts, sizes, captions, bad samples, a contact sheet").add_argument
+    add = command("inspect", "describe a set by counts, sizes, captions, bad samples and a contact sheet").add_argument
     add("url", metavar="URL", help="folder or URL of a set")
     add("--split", default="train", help="split of the contact sheet (default: %(default)s)")
     add("--sheet", type=Path, default=Path("contact_sheet.png"), metavar="FILE", help="(default: %(default)s)")
 
-    add = command("verify", "read a full set and check every checksum; status 1 on any difference").add_argument
+    add = command("verify", "read a full set and check its checksums (status 1 if one differs)").add_argument
     add("url", metavar="URL", help="folder or URL of a set")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
     return parser.parse_args(arguments)
@@ -143,22 +144,22 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     if name in RENDERED:
         add("--size", type=positive, default=64, help="side in pixels (default: %(default)s)")
     else:
-        add("--size", type=positive, default=0, help="shrink the short side to this many pixels (default: keep bytes)")
+        add("--size", type=positive, default=0, help="pixels of the short side after shrinking (default: keep bytes)")
     add("--format", choices=("jpg", "webp", "png"), default="", help="format of all pictures (default: keep bytes)")
     add("--quality", type=percent, default=95, help="quality of encoded JPEGs and WebPs (default: %(default)s)")
-    text = "how to check a picture: by its header and end, or by decoding it (default: %(default)s)"
+    text = "check of each picture: read header and end, or decode the picture (default: %(default)s)"
     add("--check", choices=("header", "decode"), default="header", help=text)
-    add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out pictures with a shorter side")
-    add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out pictures with a larger aspect ratio")
-    add("--caption-matches", default="", metavar="REGEX", help="keep only captions that match")
-    add("--caption-excludes", default="", metavar="REGEX", help="drop captions that match")
-    text = "leave out repeated pictures: same bytes, or same appearance (by a 64-bit difference hash)"
+    add("--min-side", type=positive, default=0, metavar="PIXELS", help="leave out pictures with a side below PIXELS")
+    add("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out pictures above this aspect ratio")
+    add("--caption-matches", default="", metavar="REGEX", help="keep only captions that match REGEX")
+    add("--caption-excludes", default="", metavar="REGEX", help="drop captions that match REGEX")
+    text = "leave out repeated pictures, by their bytes or by their appearance (64-bit difference hash)"
     add("--deduplicate", choices=("exact", "perceptual"), default="", help=text)
 
     add = parser.add_argument_group("output").add_argument
     text = "new folder for the set: a path, an s3://, gs:// or az:// URL, or any other fsspec URL"
     add("--out", required=True, metavar="URL", help=text)
-    text = "write a shard again if an earlier run could not download or read one of its pictures"
+    text = "rewrite each shard with a picture that an earlier run could not download or read"
     add("--retry-failed", action="store_true", help=text)
     samples = 1_000 if name in RENDERED else 10_000
     add("--shard-samples", type=positive, default=samples, help="maximum samples per shard (default: %(default)s)")
@@ -166,23 +167,25 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     add("--vocabulary", type=positive, default=4096, help="maximum number of tokens (default: %(default)s)")
     add("--processes", type=positive, default=usable_cores(), help="(default: %(default)s)")
 
-    text = "on a cluster: a Slurm array writes the shards; all paths must exist on its nodes"
+    text = "on a cluster, where a Slurm array writes the shards (all paths must exist on the nodes)"
     add = parser.add_argument_group(text).add_argument
-    add("--slurm", action="store_true", help="submit (with submitit), wait, and finish the set here")
+    add("--slurm", action="store_true", help="submit the array (with submitit), wait for it, and finish the set")
     add("--slurm-cluster", default="slurm", help="`local` runs the tasks on this machine")
     add("--slurm-tasks", type=positive, default=16, help="tasks in the array (default: %(default)s)")
     add("--slurm-partition", default="", metavar="NAME")
     add("--slurm-account", default="", metavar="NAME")
     add("--slurm-minutes", type=positive, default=1440, help="time limit of a task (default: %(default)s)")
     add("--slurm-memory", type=positive, default=8, metavar="GB", help="memory of a task (default: %(default)s)")
-    add("--slurm-parallel", type=positive, default=256, help="maximum number of running tasks (default: %(default)s)")
+    add(
+        "--slurm-parallel", type=positive, default=256, help="maximum number of concurrent tasks (default: %(default)s)"
+    )
     add("--slurm-folder", type=Path, default=Path("slurm-logs"), metavar="DIR", help="(default: %(default)s)")
     text = "another parameter of sbatch, such as qos=long"
     add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=text)
 
 
 def number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:
-    """An argument type that accepts the numbers for which `accepts` is true. The error is "... is not NEEDS"."""
+    """An argument type for the numbers that `accepts` accepts; for others, the error is "... is not NEEDS"."""
 
     def parse_number(text: str) -> Any:
         value = kind(text)
@@ -200,7 +203,7 @@ share = number(float, lambda value: 0 <= value < 1, "from 0 to 1")
 
 
 def pair(text: str) -> tuple[str, Any]:
-    """Parses `NAME=VALUE`. Digits become an int, because submitit expects an int for numeric parameters of sbatch."""
+    """Parses `NAME=VALUE`. A VALUE of digits becomes an int, which submitit expects for numeric parameters."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
@@ -238,7 +241,7 @@ def _gather(args: Namespace) -> Gathered:
 
 
 def _write(args: Namespace) -> int:
-    """Write the pictures of the input as a set and print its counts."""
+    """Write the pictures of the input as a set, and print the counts of the set."""
     from dist_t2i.sharding.items import filter_captions
     from dist_t2i.sharding.slurm_array import SlurmArray
     from dist_t2i.sharding.write_set import write_set
@@ -263,7 +266,7 @@ def _write(args: Namespace) -> int:
 
 
 def _index(args: Namespace) -> int:
-    """Index existing tars in place and print their counts."""
+    """Index existing tars in place, and print the counts of the tars."""
     from dist_t2i.data.open_data import index_tars
 
     indexed = index_tars(
@@ -290,7 +293,7 @@ def _verify(args: Namespace) -> int:
     shards, differences = verify(args.url, args.processes)
     if differences:
         print(table(("file", "what", "expected", "actual"), differences))
-        print(f"{args.url}: {len(differences)} differences in {shards} shards; to repair the set, write it again")
+        print(f"{args.url}: {len(differences)} differences in {shards} shards; to repair the set, write the set again")
         return 1
     print(f"{args.url}: all {shards} shards, their indexes and their members match the manifest")
     return 0

@@ -6,8 +6,9 @@ python tools/submit.py logs RUN [--rank R] [-f]
 python tools/submit.py cancel RUN
 python tools/submit.py resume RUN [--nodes 2]
 
-Configuration, data and profile are checked before a job is queued. After a time limit, a preemption or a failure, the
-job is queued again and resumes from its last checkpoint (see docs/preemption.md). Every command has its own --help.
+The configuration, the data and the profile are checked before a job is queued. After a time limit, a preemption or a
+failure, the job is queued again and resumes from its last checkpoint (see docs/preemption.md). Every command has its
+own --help.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from slurm.submission import FOLDER, Submission, SubmitError, need_slurm
 
 _DESCRIPTIONS = {
     "submit": __doc__,
-    "status": "Print the state of a run: queued, running, preempted k times, failed because ...",
+    "status": "Print the state of a run, such as queued, running, preempted k times, or failed because ...",
     "logs": "Print the log of a rank.",
-    "cancel": "End the job: it saves a checkpoint first, and is not queued again.",
-    "resume": "Submit a run again; it resumes from its last checkpoint.",
+    "cancel": "End the job for good; a running job saves a checkpoint first.",
+    "resume": "Submit a run again, so that the run resumes from its last checkpoint.",
 }
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the command line. If it does not begin with a command, the command is `submit`."""
+    """Parses the command line. A line that does not begin with a command is for `submit`."""
     command, words = "submit", arguments
     if arguments and arguments[0] in _DESCRIPTIONS.keys() - {"submit"}:
         command, *words = arguments
@@ -54,8 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if command == "submit":
         config = "YAML file of the run (default: configs/scenes32.yaml, or scenes64.yaml on GPUs)"
         parser.add_argument("--config", type=Path, help=config)
-        parser.add_argument("--name", help="name of job and run (default: name of the configuration file)")
-        parser.add_argument("--array-seeds", type=int, default=0, metavar="N", help="submit N runs that differ in seed")
+        parser.add_argument("--name", help="name of the job and the run (default: name of the configuration file)")
+        parser.add_argument("--array-seeds", type=int, default=0, metavar="N", help="submit N runs of different seeds")
         parser.add_argument("--local", action="store_true", help="train on this machine now, without Slurm")
     else:
         parser.add_argument("run", type=Path, help="the run folder")
@@ -65,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument("--rank", type=int, default=0)
         parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the job has ended")
     elif command == "resume":
-        parser.add_argument("--update-code", action="store_true", help="use the current code, not the run's copy")
+        parser.add_argument("--update-code", action="store_true", help="use the current code instead of the run's copy")
     if command in ("submit", "resume"):
         _add_job_options(parser)
     return parser.parse_intermixed_args(words)
@@ -75,14 +76,14 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the configuration")
     parser.add_argument("--allow-changes", action="store_true", help="as in train.py")
     parser.add_argument("--nodes", type=int)
-    parser.add_argument("--profile", type=Path, help="YAML file of the cluster, see slurm/profiles")
+    parser.add_argument("--profile", type=Path, help="YAML file of the cluster (see slurm/profiles)")
     parser.add_argument("--gpus-per-node", type=int)
     parser.add_argument("--time", help="time limit of one attempt, such as 24h; the next attempt resumes the run")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument("--dependency", default="", help="as in sbatch, such as afterok:123")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script and queue nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script without queueing a job")
     parser.add_argument("--follow", action="store_true", help="print the log of rank 0 until the job has ended")
 
 
@@ -93,7 +94,7 @@ def main() -> int:
     try:
         result = command(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the program that reads the output has ended, as in `logs RUN | head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return result
@@ -125,10 +126,10 @@ def submit(options: argparse.Namespace) -> int:
         allow_changes=options.allow_changes,
     )
     if options.follow and options.array_seeds:
-        raise UserError("--follow prints one log, but --array-seeds starts several runs: use logs RUN/seed-N -f later")
+        raise UserError("--follow prints one log, but --array-seeds starts several runs; use logs RUN/seed-N -f later")
     if options.local:
         if options.dry_run:
-            raise UserError("--dry-run prints a batch script, but --local has no batch script: leave out one of them")
+            raise UserError("--dry-run prints a batch script, but --local has no batch script; leave out one option")
         return _train_here(submission)
     return _queue(submission, options)
 
@@ -152,7 +153,7 @@ def _profile(options: argparse.Namespace, base: profiles.Profile) -> profiles.Pr
     profile = profiles.load(options.profile) if options.profile else base
     given = {name: getattr(options, name) for name in ("gpus_per_node", "time", "partition", "account", "qos")}
     profile = dataclasses.replace(profile, **{name: value for name, value in given.items() if value is not None})
-    return profiles.check(profile, "the profile, with the options given")
+    return profiles.check(profile, "the profile, changed by the options")
 
 
 def _queue(submission: Submission, options: argparse.Namespace, *, keep_code: bool = False) -> int:
@@ -174,7 +175,7 @@ def _queue(submission: Submission, options: argparse.Namespace, *, keep_code: bo
 
 
 def _check(submission: Submission) -> None:
-    from dist_t2i.data.open_data import open_data  # imported here, so that `status` starts faster
+    from dist_t2i.data.open_data import open_data  # a late import, so that `status` starts faster
 
     submission.check()
     data = open_data(submission.config.data)
@@ -191,7 +192,7 @@ def _refuse_if_live(folder: Path, look: Callable[[Path], status.State]) -> None:
 
 
 def _ask(run: Path) -> status.State:
-    """The state of a run according to Slurm. Raises SubmitError when Slurm does not answer."""
+    """The state of a run according to Slurm. Raises SubmitError if Slurm does not answer."""
     state = status.look(run)
     if state.silent:
         raise SubmitError(f"Slurm does not answer: job {state.job} of {run} may or may not be in the queue")
@@ -244,7 +245,7 @@ def cancel(options: argparse.Namespace) -> int:
         if not state.live:
             print(f"{run}: job {state.job} is not in the queue ({state.word})")
             continue
-        attempts.note(run, event="cancel", job=state.job)  # before scancel: else after.py may requeue an ending job
+        attempts.note(run, event="cancel", job=state.job)  # before scancel, so that after.py does not requeue the job
         done = subprocess.run(["scancel", state.job], capture_output=True, text=True)
         if done.returncode:
             attempts.note(run, event="cancel failed", job=state.job)
@@ -261,7 +262,7 @@ def _log(run: Path, rank: int) -> Path:
 
 
 def _copy_from(log: Path, offset: int) -> int:
-    """Copy a log to stdout, starting at byte `offset`; returns the offset of its end."""
+    """Copy a log to stdout from byte `offset` to its end; returns the offset of the end."""
     with log.open("rb") as file:
         file.seek(offset)
         shutil.copyfileobj(file, sys.stdout.buffer)
@@ -270,7 +271,7 @@ def _copy_from(log: Path, offset: int) -> int:
 
 
 def _follow(run: Path, rank: int) -> int:
-    """Copy a rank's log to the terminal until the job has left the queue; Ctrl-C does not end the job."""
+    """Copy a rank's log to the terminal until the job has left the queue. Ctrl-C ends only the copying."""
     log, offset, asked, live = _log(run, rank), 0, 0.0, True
     try:
         while True:
