@@ -18,7 +18,7 @@ from dist_t2i.storage.urls import scheme_of, unchained
 
 
 def problems_of(config: Config) -> list[Problem]:
-    """Everything wrong with the values of `config`; empty if there is no problem."""
+    """The problems in the values of `config`; an empty list if the configuration is valid."""
     problems = list(_ranges(config))
     bad = {key for involved, _ in problems for key in involved}
     usable = build({key: value for key, value in flatten(config).items() if key not in bad})
@@ -86,7 +86,7 @@ def _sizes(config: Config) -> Iterator[Problem]:
 
 
 def _declared(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """The rules within a section: what its method `problems` yields, and the same for the sections within it."""
+    """The problems that the method `problems` of a section and of each nested section yields."""
     for names, text in section.problems() if hasattr(section, "problems") else ():
         yield tuple(prefix + name for name in names), text
     for name, value in vars(section).items():
@@ -135,7 +135,7 @@ def _file_systems() -> set[str]:
 
 def check_world(config: Config, world_size: int) -> int:
     """Rows of one micro-batch on one rank. Raises `ConfigError` unless the global batch divides into `world_size *
-    engine.accumulation` micro-batches of equal and even size (a neighboring row gives each wrong caption)."""
+    engine.accumulation` micro-batches of equal, even size. The size must be even because rows form pairs."""
     batch, accumulation = config.train.global_batch, config.engine.accumulation
     parts = world_size * accumulation
     if batch % (2 * parts) == 0:

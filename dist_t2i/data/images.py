@@ -1,8 +1,8 @@
 """Decodes images to square uint8 RGB pictures at the training size, upright and on a white background.
 
-libjpeg-turbo decodes JPEGs and, in the same step, shrinks JPEGs that are at least twice as large as needed. Pillow
-decodes the other formats in `FORMATS`. This list excludes formats that start other programs, such as EPS. The size of
-an image is read from its header and checked before decoding, because a small file can unpack to gigabytes.
+libjpeg-turbo decodes JPEGs and meanwhile shrinks JPEGs that are at least twice as large as needed. Pillow decodes the
+other formats in `FORMATS`, a list without formats such as EPS, whose decoding starts another program. The size of an
+image is read from its header and checked before decoding, because a small file can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2**26
-"""Images with more pixels than this are refused before decoding, because they would take more than 200 MB."""
+"""The largest number of pixels of an image. Larger images are refused, because decoding would take over 200 MB."""
 MIN_SIDE = 8
-"""Images with a side of fewer pixels than this are refused, because nothing can be learned from such images."""
+"""The smallest side of an image in pixels. Training learns nothing from a smaller image, so it is refused."""
 _SCRATCH_BYTES = 2**25
 _ORIENTATION = 0x0112
 _BEFORE_EXIF = frozenset({*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD})
@@ -93,7 +93,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 to 8; 1 for a JPEG without one. This parser is much faster than Pillow's."""
+    """The EXIF orientation of a JPEG, from 1 to 8, by default 1. This parser is much faster than Pillow's."""
     start = _tiff_header(data)
     if not start:
         return 1

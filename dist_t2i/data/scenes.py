@@ -139,8 +139,8 @@ def sample_scene(seed: int, index: int) -> Scene:
 
 
 def same_caption(about: Mapping[str, Any], seed: int, index: int) -> Scene:
-    """A scene with the captions of a scene whose `attributes` are given. Everything that captions leave open is sampled
-    anew, as in `sample_scene`."""
+    """A scene with the captions of a scene whose `attributes` are given. What captions leave open is sampled as in
+    `sample_scene`."""
     pairs = [(item["color"], item["shape"]) for item in about["objects"]]
     return _scene_of(pairs, about["relation"], *_samplers(seed, index))
 
@@ -331,7 +331,7 @@ def _polygon(*corners: tuple[float, float]) -> _Shape:
         to_x, to_y = x - starts[:, 0], y - starts[:, 1]
         share = numpy.clip((to_x * edges[:, 0] + to_y * edges[:, 1]) / squares, 0, 1)
         nearest = numpy.sqrt(((to_x - share * edges[:, 0]) ** 2 + (to_y - share * edges[:, 1]) ** 2).min(axis=0))
-        # The winding number of a point: upward edges on its right at its height, minus downward edges there.
+        # The winding number of a point: the upward minus the downward edges on the right of the point, at its height.
         to_left = edges[:, 0] * to_y - edges[:, 1] * to_x > 0
         upward = (to_y >= 0) & (to_y < edges[:, 1]) & to_left
         downward = (to_y < 0) & (to_y >= edges[:, 1]) & ~to_left

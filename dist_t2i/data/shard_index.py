@@ -5,7 +5,7 @@ extensions, both as UTF-8 bytes joined by newlines. `first` (int64 [samples + 1]
 first[i]:first[i + 1]. Four arrays have one element per member: `offset` and `size` (int64), `crc32` (int64, -1 if
 unknown), and `extension` (uint8, a line number in `extensions`).
 
-As in WebDataset, the members of a sample have the same name up to the first dot.
+As in WebDataset, the members of a sample share their name up to the first dot.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 UNKNOWN, END = 1, 2
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 MAX_CHARACTERS = 2_000
-"""Texts are cut to this many characters before encoding, many more than `max_tokens` tokens represent."""
+"""Texts are cut to this many characters before encoding. `max_tokens` tokens represent fewer characters."""
 _CACHED_TEXTS = 200_000
 
 
@@ -55,7 +55,7 @@ class Tokenizer:
     files are equal."""
 
     text: str
-    """The content of a tokenizer.json. Any other text raises DataError."""
+    """The content of a tokenizer.json. A text that is not a tokenizer.json raises DataError."""
 
     def __post_init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -162,9 +162,9 @@ def _alphabet(counts: Counter[str], limit: int) -> list[str]:
 def grown(old: Tokenizer, new: Tokenizer) -> Tokenizer:
     """`old`, extended by the tokens, merges and known words of `new`.
 
-    The tokens of `old` keep their ids; the added tokens follow in the order of `new`. The text of every token of `new`
-    is one token of the result. If earlier merges divide this text in another way than `new` does, added merges join the
-    resulting parts from left to right, and each joined part becomes a token.
+    The tokens of `old` keep their ids; added tokens get the next ids, in the order of `new`. The text of every token of
+    `new` is one token of the result. If earlier merges divide this text in another way than `new` does, added merges
+    join the resulting parts from left to right, and each joined part becomes a token.
     """
     content, other = json.loads(old.text), json.loads(new.text)
     model, added = content["tokenizers"]["model"], other["tokenizers"]["model"]["vocab"]

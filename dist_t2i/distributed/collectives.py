@@ -41,8 +41,8 @@ def max_over_ranks(number: int) -> int:
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """Calls `function()` on rank 0 and returns the result on every rank. Collective.
 
-    All ranks raise a UserError of rank 0; `reported_by_main` is set on the other ranks, so that only rank 0 prints it.
-    `slow` runs `function` in a thread, because it may take longer than a collective's timeout (10 minutes).
+    All ranks raise a UserError of rank 0; ranks other than 0 set `reported_by_main`, so that only rank 0 prints the
+    error. `slow` runs `function` in a thread, for functions that take longer than a collective's timeout (10 minutes).
     """
     if slow:
         function = _run_in_thread(function)
@@ -62,8 +62,8 @@ def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
 
 
 def _run_in_thread(function: Callable[[], T]) -> Callable[[], T]:
-    """Run `function` in a thread of rank 0. While it runs, all ranks join in a short collective every half second, so
-    that no rank times out. The returned function returns the result or raises the error of `function`."""
+    """Run `function` in a thread of rank 0. Until `function` ends, all ranks join in a short collective every half
+    second, so that no rank times out. The returned function returns the result or raises the error of `function`."""
     future: Future[T] = Future()
 
     def run() -> None:

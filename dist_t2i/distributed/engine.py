@@ -5,15 +5,15 @@ A GAN needs two engines in one process. These rules prevent mistakes that give w
 * The network is called as `engine.module(...)`, never as `engine(...)`, which fails for some pairs of stages.
   `NetworkEngine.backward` announces a new backward pass to ZeRO, as `engine(...)` would. Without the announcement, the
   gradients of an LSTM's second micro-batch are silently wrong at stage 2 (DeepSpeed 0.19.8).
-* A network is frozen while it only takes part in the other network's loss, because otherwise its ZeRO hooks would
-  collect the gradient of that loss.
+* A network is frozen while only the other network's loss is computed, so that the frozen network's ZeRO hooks do not
+  collect the gradient of this loss.
 * There is one `backward` per micro-batch, so losses are summed first. At stages 1 to 3, a second `backward` would
   silently give wrong gradients.
 
 State is saved and restored as full fp32 tensors by parameter name, so runs resume at any world size, stage or
 precision.
 
-Undocumented parts of the libraries that this package uses (`tests/distributed/test_deepspeed_internals.py` tests each):
+Undocumented parts of the libraries that this package uses (tested by `tests/distributed/test_deepspeed_internals.py`):
 
     deepspeed   deepspeed.ops.__compatible_ops__        switches the shared-memory collectives off
     deepspeed   optimizer.clear_backward_seen_flag      announces a new backward (stages 1 to 3)
@@ -62,7 +62,7 @@ def init_distributed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Use gloo for CPU ranks, not DeepSpeed's shared-memory collectives: compiling these at start-up takes 40 s and
+    # Use gloo for CPU ranks, not DeepSpeed's shared-memory collectives, whose compilation at start-up takes 40 s and
     # needs a C++ compiler and ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cpu":
@@ -148,8 +148,8 @@ def effective_stage(stage: int, precision: str) -> int:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Turn off torch.compile. DeepSpeed decorates its own Muon, which is unused here, with torch.compile, and loading
-    torch.compile takes a second at every start."""
+    """Turn off torch.compile. DeepSpeed decorates its own, unused Muon with torch.compile, which takes a second to load
+    at every start."""
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -186,7 +186,7 @@ class NetworkEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The network. Call this module, not the engine."""
+        """The network. Call `module`, not the engine."""
         return self._engine.module
 
     @property
@@ -210,7 +210,7 @@ class NetworkEngine:
         self._engine.backward(loss)
 
     def step(self, rate_scale: float) -> None:
-        """Call this after `backward`. The last call of a step updates the weights, at peak rate * `rate_scale`."""
+        """Call `step` after `backward`. The last call of a step updates the weights, at peak rate * `rate_scale`."""
         for group in self._base_optimizer.param_groups:
             group["lr"] = self._base_rate * rate_scale * group["scale"]
         # Compute the norm of the global gradient, because DeepSpeed computes this norm at stage 0 only for clipping.
@@ -258,7 +258,7 @@ class NetworkEngine:
             step = torch.zeros((), dtype=torch.float32, device=master.device)
             moments = {key: torch.zeros_like(master) for key in self._moments[parameters[0]]}
             self._base_optimizer.state[master] = {"step": step, **moments}
-            # A flat master holds pieces of several parameters. Muon assembles full matrices from their layout.
+            # A flat master holds pieces of several parameters. Muon needs their layout.
             if self.stage > 0:
                 layouts[master] = Layout(tuple(map(self._piece, parameters)), self.world_size > 1, self.device)
                 self._base_optimizer.layout_of = layouts.__getitem__

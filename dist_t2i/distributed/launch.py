@@ -129,7 +129,7 @@ def job_port(env: Mapping[str, str]) -> int:
 
 
 def free_ports(count: int, apart: int = 0) -> list[int]:
-    """`count` free ports of this machine between 12000 and 21999; if `apart` is given, each port + apart is free, too.
+    """`count` free ports of this machine between 12000 and 21999; each port + `apart` is free, too.
 
     The choice is random, so that programs that search at the same time rarely choose the same port. All ports are below
     32768, where Linux's ports for outgoing connections begin.
@@ -205,7 +205,7 @@ class LauncherWatch:
     """Notices that the `deepspeed` or `torchrun` process that started this rank died without a signal to the rank.
 
     If `deepspeed` is killed, its launcher and the ranks continue to run. Other parents (a shell, srun) are not watched,
-    because they may end while the run goes on.
+    because such a parent may end before the run.
     """
 
     INTERVAL = 1.0

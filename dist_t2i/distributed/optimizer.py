@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The pieces of parameters in one flat tensor. All ranks have pieces of the same parameters, in the same order."""
+    """The pieces of parameters in one flat tensor. The order of the parameters is equal on all ranks."""
 
     pieces: tuple[Piece, ...]
     spread: bool  # whether other ranks hold the rest of the parameters
@@ -65,7 +65,7 @@ def full_parameter(parameter: Tensor) -> Layout:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """fp32 [M, N] -> [M, N] with the same singular vectors, and all singular values near 1; zeros stay zeros.
+    """fp32 [M, N] -> [M, N] with equal singular vectors and singular values near 1; a zero matrix stays zero.
 
     The root mean square of the result is near 1 / sqrt(max(M, N)). Newton-Schulz iterations use only matrix products.
     """
@@ -75,8 +75,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     x = x / x.norm().clamp_min(1e-30)
     for repeats in REPEATS:
         # One iteration is X <- P X with P = a I + b G + c G^2 and G = X X' [m, m] (Jordan et al. 2024). The next
-        # iteration has G <- P G P, so the factors P of a part are multiplied with each other first, as [m, m] matrices.
-        # X [m, n] then takes part in only four products instead of ten.
+        # iteration has G <- P G P, so the factors P of a part are first multiplied with each other, as [m, m] matrices.
+        # Therefore X [m, n] occurs in four products, not in ten.
         gram = x @ x.T
         factors = factor = _polynomial(gram)
         for _ in range(repeats - 1):

@@ -137,7 +137,7 @@ class _Child:
         return members
 
     def _rank(self) -> int | None:
-        """The pid of this child's rank 0, or None if rank 0 does not run; earlier runs do not count."""
+        """The pid of this child's rank 0, or None if rank 0 does not run. Ignores earlier runs."""
         state = read_json(self.run / "progress.json")
         with contextlib.suppress(KeyError, TypeError, ValueError):
             current = state["host"] == socket.gethostname() and state["updated"] >= self.started

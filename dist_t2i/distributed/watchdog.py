@@ -7,7 +7,7 @@ Every rank has a thread that regularly writes the rank's state:
     RUN/ranks/hang.json          the verdict after a hang
 
 When one rank hangs, the other ranks wait in a collective, where Python runs no signal handlers. The threads therefore
-compare the files of all ranks. A rank is silent if its file no longer changes, because the process is stopped or its
+compare the files of all ranks. A rank is silent if its file no longer changes, because its process is stopped or its
 machine is gone. Silent ranks are guilty. If no rank is silent, all ranks outside a collective are guilty. With NCCL,
 ranks also wait for each other in any call that waits for the device. If every rank waits in a collective or for the
 device, no rank is named, and only the stacks show the cause. A process that reaches a verdict exits with
@@ -147,7 +147,7 @@ class Watchdog:
 def diagnose(before: dict[int, dict], after: dict[int, dict], world_size: int) -> dict[str, Any]:
     """Find the ranks that hang, from the files of all ranks (rank -> file) at two moments. Live ranks write in between.
 
-    Returns the files of the `guilty` ranks with `how` they hang, whether they are `silent`, and the `waiting` ranks.
+    Returns the files of `guilty` ranks with `how` each rank hangs, whether they are `silent`, and the `waiting` ranks.
     """
     alive = [rank for rank, report in after.items() if report["count"] != before.get(rank, {}).get("count")]
     silent = [rank for rank in range(world_size) if rank not in alive]

@@ -1,4 +1,4 @@
-"""Compares two files of scores, or lists the keys of their manifests that make the scores incomparable."""
+"""Compares two files of scores, or lists the keys of the manifests that make the scores incomparable."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def kid(a: Tensor, b: Tensor, *, scaled: bool = True) -> float:
 def kid_resamples(a: Tensor, b: Tensor, weights: Tensor, *, scaled: bool = True) -> Tensor:
     """`kid` of R resamples, float64 [R], from weights [R, N] and features a, b [N, D]; rows a[i], b[i] share a caption.
 
-    A row that occurs twice in a resample is not compared with itself, so these estimates are as unbiased as `kid`.
+    A row that occurs twice in a resample is not compared with itself, so these estimates are unbiased.
     """
     a, b = _kernel_rows(a, b, scaled)
     same = weights @ cubic(a[:, None], b[:, None]).flatten() / weights.sum(1)
@@ -75,7 +75,7 @@ def frechet(a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Te
     """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
 
     torch-fidelity computes the reported values. This function also accepts weights [N] and [M], and is faster for fewer
-    rows than columns: the trace of the root of A'A B'B, a product of covariances, is the sum of the singular values of
+    rows than columns. The trace of the root of A'A B'B, a product of covariances, is the sum of the singular values of
     AB'. Fewer pictures give a larger distance, so only distances for equal numbers of pictures are comparable.
     """
     mean_a, a = _centered(a.double(), weights_a)
@@ -99,8 +99,7 @@ def _centered(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def inception_score(logits: Tensor, weights: Tensor | None = None) -> float:
     """exp of the mean KL divergence of p(class | picture) from p(class) over all logits [N, C]; at least 1.
 
-    Salimans et al. 2016, sec. 4. The published score is the mean over ten parts of the pictures; torch-fidelity
-    computes it.
+    Salimans et al. 2016, sec. 4. torch-fidelity computes the published score, the mean over ten parts of the pictures.
     """
     weights = torch.ones(len(logits), dtype=torch.double) if weights is None else weights.double()
     share, log = weights / weights.sum(), logits.double().log_softmax(1)
@@ -145,7 +144,7 @@ def spread(groups: Tensor) -> Tensor:
 
 
 def mean_distance(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
-    """Mean distance of each row of a [N, D] from those rows of b [M, D] that `pairs` (bool [N, M]) says: float64 [N].
+    """Mean distance of each row of a [N, D] from the rows of b [M, D] that `pairs` (bool [N, M]) selects: float64 [N].
 
     Rows are scaled to length one, as for KID. The distance is Euclidean. The result is 0 for a row without pairs.
     """
@@ -175,11 +174,11 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def recall_at(k: int, ranks: Tensor, pictures: int, gallery: int = 100) -> Tensor:
-    """Per query, the probability that its picture is among the first `k` of a random gallery: float64 [N].
+    """For each query, the probability that its picture is among the first `k` of a random gallery: float64 [N].
 
-    A gallery consists of the true picture and `gallery` - 1 of the `pictures` - 1 other pictures (or all other pictures
-    if they are too few). The true picture is among the first k if the gallery contains fewer than k of the `rank`
-    pictures that are nearer to the query. This probability is hypergeometric.
+    A gallery consists of the true picture and `gallery` - 1 other pictures, or of all pictures if the set is smaller.
+    The true picture is among the first k if the gallery contains fewer than k of the `rank` pictures that are nearer to
+    the query. This probability is hypergeometric.
     """
     others, sampled = pictures - 1, min(gallery, pictures) - 1
     total = math.comb(others, sampled)

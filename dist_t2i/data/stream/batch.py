@@ -15,7 +15,7 @@ import torch
 from dist_t2i.data.stream.buffers import BufferRef, buffer_ref
 
 SMALL_BYTES = 2**21
-"""A worker sends tensors of at most this many bytes through its pipe, and larger tensors through shared memory."""
+"""The bytes of the largest tensor that a worker sends through its pipe; larger tensors pass through shared memory."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         """How a worker sends a batch. Tensors in a shared buffer are sent as references. Small tensors are sent as
-        bytes through the pipe, which is faster than shared memory. torch's method sends all other tensors."""
+        bytes through the pipe, which is faster than shared memory. torch sends the remaining tensors."""
         tensors = self._tensors()
         small = {name: t.numpy() for name, t in tensors.items() if t.nbytes <= SMALL_BYTES and not t.is_cuda}
         refs = {name: ref for name, t in tensors.items() if name not in small and (ref := buffer_ref(t))}

@@ -28,13 +28,13 @@ class BufferRef(NamedTuple):
     strides: tuple[int, ...]
 
     def tensor(self) -> torch.Tensor:
-        """Called in the parent. The uint8 tensor, whose buffer stays in use while anything refers to it."""
+        """Called in the parent. The uint8 tensor, whose buffer stays in use until no tensor refers to the buffer."""
         return _all_buffers[self.buffers].filled(self.number).as_strided(self.shape, self.strides)
 
 
 class Buffers:
-    """`count` buffers of `size` bytes each. Create buffers before the fork. One byte per buffer marks a buffer in use;
-    only the worker sets this byte and only the parent clears it, so no lock is needed."""
+    """`count` buffers of `size` bytes each. Create buffers before the fork. One byte per buffer marks a buffer in use.
+    No lock is needed, because only the worker sets marks and only the parent clears marks."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count, self._size = count, size

@@ -1,8 +1,8 @@
 """One order that combines the orders of several lists of shards in fixed shares.
 
 Positions are divided into cycles of `CYCLE` slots. Each list owns a fixed number of slots per cycle, and every cycle is
-shuffled anew. Over all cycles, the n-th slot of a list takes the n-th sample in that list's own order. So the shares
-are exact in every cycle, and each list has its own epochs without loss or repetition. Reading can start at any position
+shuffled anew. Over all cycles, the n-th slot of a list takes the n-th sample in that list's own order. The shares are
+therefore exact in every cycle, and each list has epochs without loss or repetition. Reading can start at any position
 without reading earlier samples.
 """
 

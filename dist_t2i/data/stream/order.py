@@ -2,12 +2,12 @@
 
 A *position* is the number of a sample in the order of training (0, 1, 2, ...), over all ranks. The epoch of a position
 is `position // samples`. Each epoch permutes the shards and divides them into groups of about `spread` shards. A group
-is read in windows of about `window` samples: a window takes the next run of rows from every shard of the group, and
-these rows are shuffled. This order has four properties. Every sample occurs once per epoch for any number of ranks.
-Each shard is read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can
-start at any position without reading earlier samples.
+is read in windows of about `window` samples: a window contains the next run of rows of every shard of the group, in
+random order. This order has four properties. Every sample occurs once per epoch for any number of ranks. Each shard is
+read from front to back in long runs. The samples of a batch come from about `spread` shards. Reading can start at any
+position without reading earlier samples.
 
-A reader needs the data of one window at a time. A reader that prefetches also needs the data of the next window.
+A reader needs the data of one window at a time. A prefetching reader needs the data of two windows.
 
 The permutations are Feistel networks (Luby & Rackoff 1988) with cycle walking (Black & Rogaway 2002). Such permutations
 need no memory, and an update of a library cannot change the order.
@@ -53,8 +53,8 @@ def permute(index: numpy.ndarray, size: int, key: int) -> numpy.ndarray:
 def _feistel(value: numpy.ndarray, bits: int, key: int) -> numpy.ndarray:
     """A keyed permutation of range(2**bits), elementwise."""
     # Feistel network (Luby & Rackoff 1988): a round maps the halves (L, R) to (R, L xor F_k(R)), which is invertible
-    # for any F. Here F_k is splitmix64's finalizer, applied twice to R + k. If `bits` is odd, one half is one bit wider
-    # than the other. The halves change places in every round, so the code also swaps their widths.
+    # for any F. Here F_k is splitmix64's finalizer, applied twice to R + k. If `bits` is odd, the halves differ by one
+    # bit in width. The halves change places in every round, so the code also swaps their widths.
     low_bits, high_bits = bits // 2, bits - bits // 2
     for step in range(_ROUNDS):
         round_key = numpy.uint64((key + (step + 1) * _GOLDEN) & _MASK)

@@ -1,7 +1,7 @@
 """Prefetches the chunks of the current and the next window into the disk cache.
 
-All loader workers of a machine read the same windows, and each worker reads a part of the samples. The workers share
-the downloads: the first worker that needs a chunk fetches the chunk into the cache, from which all workers read.
+All loader workers of a machine read the same windows, each worker a part of the samples. The workers share the
+downloads: the first worker that needs a chunk fetches the chunk into the cache, from which all workers read.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Prefetcher:
                 if not cache.works:
                     return
                 # Step 2: list the window's chunks: the first chunk of every shard, then the second chunk of every
-                # shard, ... The samples of a shuffled window need the chunks in about this order.
+                # shard, ... A shuffled window needs its chunks in about this order.
                 rows = zip_longest(*self._pool.map(self._chunks, runs))
                 chunks = [chunk for row in rows for chunk in row if chunk][: int(cache.limit * _SHARE) // CHUNK]
                 # Step 3: fetch the chunks, beginning at this worker's offset.

@@ -117,7 +117,7 @@ class WorkerPool:
             return item
 
     def close(self) -> None:
-        """Ends the workers. May be called twice. Garbage collection and process exit also end them."""
+        """Ends the workers. May be called twice. Garbage collection of the pool and process exit call it, too."""
         self._iterator = None
         if self._finalizer is not None:
             self._finalizer()  # a second call does nothing

@@ -21,7 +21,7 @@ from dist_t2i.utils.files import file_sha256
 
 HUB = "openai/clip-vit-base-patch32"
 KNOWN = {"a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f": "CLIP ViT-B/32 of OpenAI"}
-"""SHA-256 of a weights file -> its name. Only these weights give a score the name CLIP score."""
+"""SHA-256 of a weights file -> name of the weights. Only these weights give a score the name CLIP score."""
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _REMEDY = remedy("clip", "FOLDER")
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

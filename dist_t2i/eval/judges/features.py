@@ -123,7 +123,7 @@ def load_features(
 
 
 def own_network(model: TextToImage) -> FeatureNetwork:
-    """The model's own alignment space: D embeds pictures, S_D embeds texts. Scores in it depend on the model."""
+    """The model's alignment space: D embeds pictures, S_D embeds texts. Scores in this space depend on the model."""
     name, width = "its own S_D: not independent", model.config.model.discriminator.embedding
     options: dict[str, Any] = {"mean": 127.5, "std": 127.5, "embed_texts": model.embed_aligned}
     return FeatureNetwork(name, model.image_size, width, model.files.sha256(), model.image_encoder, **options)

@@ -1,7 +1,7 @@
 """InceptionV3 with the weights that define FID, by torch-fidelity.
 
 The package torch-fidelity (Apache-2.0) contains the network (the TensorFlow graph of 2015 in PyTorch), TensorFlow's
-resizing, and the metrics on features. Only data sets and transforms, which are not used here, import torchvision.
+resizing, and the metrics on features. Its data sets and transforms, unused here, import torchvision.
 """
 
 from __future__ import annotations
