@@ -176,9 +176,7 @@ def _add_writing_options(parser: ArgumentParser, name: str) -> None:
     add("--slurm-account", default="", metavar="NAME")
     add("--slurm-minutes", type=positive, default=1440, help="time limit of a task (default: %(default)s)")
     add("--slurm-memory", type=positive, default=8, metavar="GB", help="memory of a task (default: %(default)s)")
-    add(
-        "--slurm-parallel", type=positive, default=256, help="maximum number of concurrent tasks (default: %(default)s)"
-    )
+    add("--slurm-parallel", type=positive, default=256, help="maximum of concurrent tasks (default: %(default)s)")
     add("--slurm-folder", type=Path, default=Path("slurm-logs"), metavar="DIR", help="(default: %(default)s)")
     text = "another parameter of sbatch, such as qos=long"
     add("--slurm-set", type=pair, action="append", default=[], dest="slurm_extra", metavar="NAME=VALUE", help=text)

@@ -1,7 +1,7 @@
 """The keys of a configuration: dotted names, types, defaults, ranges, and documentation.
 
-The documentation is read from the source code of the sections, since strings beneath fields do not exist at run time.
-Nothing here imports torch, so that `--help-config` answers at once.
+The documentation is read from the code of the sections, because the strings beneath fields do not exist at run time.
+This module does not import torch, so that `--help-config` answers at once.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Key:
     type: Any
     default: Any
     doc: str
-    bounds: Bounds  # of a number, or of each number in a tuple
+    bounds: Bounds  # for a number, or for each number of a tuple
     resume: Resume
 
 
 @functools.cache
 def field_types(section: type) -> dict[str, Any]:
-    """Field name -> resolved type of a config dataclass, in order."""
+    """The resolved types of a config dataclass by field name, in order."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
 @functools.cache
 def keys() -> dict[str, Key]:
-    """Dotted name -> `Key`, in the order of the source."""
+    """Every `Key` by its dotted name, in the order of the code."""
     return {key.name: key for key in _keys(Config(), "", Resume.CHECKED)}
 
 
@@ -61,7 +61,7 @@ def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
 
 @functools.cache
 def _docs(module: Any) -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the string beneath the field, for the classes of a module."""
+    """The strings beneath fields in a module, by class name and then by field name."""
     docs: dict[str, dict[str, str]] = {}
     classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
     for class_, pair in ((node.name, pair) for node in classes for pair in itertools.pairwise(node.body)):
@@ -72,7 +72,7 @@ def _docs(module: Any) -> dict[str, dict[str, str]]:
 
 
 def expected(type_: Any) -> str:
-    """Describes the values of `type_` for an error message: `a whole number`, `one of none, cpu`."""
+    """A description of the values of `type_` for an error message, such as `a whole number` or `one of none, cpu`."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
@@ -95,7 +95,7 @@ def show(value: Any) -> str:
 
 def reference(width: int = 100) -> str:
     """The text of `--help-config`: each key with its default, type and documentation."""
-    lines = ["Keys of a configuration file, with their defaults. On the command line: section.key=value"]
+    lines = ["Keys of a configuration file, with their defaults. The command line also accepts section.key=value."]
     section = ""
     for key in keys().values():
         head, _, leaf = key.name.rpartition(".")
@@ -108,7 +108,7 @@ def reference(width: int = 100) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of a configuration."""
+    """The values of a configuration by dotted key."""
     return {name: value_of(config, name) for name in keys()}
 
 
@@ -118,7 +118,7 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def build(values: Mapping[str, Any]) -> Config:
-    """A configuration from dotted keys; the other keys keep their defaults. The values are not checked."""
+    """A configuration from values by dotted key, which are not checked. Keys without a value keep their defaults."""
     return _build(Config, "", values)
 
 

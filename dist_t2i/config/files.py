@@ -1,4 +1,4 @@
-"""Reads and writes configurations: defaults <- YAML <- `section.key=value`, with all problems in one report.
+"""Reads and writes configurations. YAML replaces defaults, and `section.key=value` replaces YAML.
 
 Scalars follow YAML 1.2, unlike PyYAML's YAML 1.1: `1e-4` is a number, `off`, `no` and `y` are texts, `012` is twelve,
 `12:30` is a text.
@@ -61,13 +61,13 @@ _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("
 
 
 class _Reading:
-    """The values collected from a file and overrides, where each value came from, and the problems found."""
+    """The values of a file and of overrides, the origin of each value, and the problems."""
 
     def __init__(self, origin: str) -> None:
         self.origin, self.overriding, self.loader = origin, "", _Loader("")
         self.values: dict[str, Any] = {}
         self.where: dict[str, str] = {}
-        self.problems: list[tuple[float, str]] = []  # (line in the file, text)
+        self.problems: list[tuple[float, str]] = []  # pairs of line number and text
         self.wrong: set[str] = set()
 
     def refuse(self, where: str, key: str, text: str) -> None:
@@ -79,7 +79,7 @@ class _Reading:
         return self.overriding or f"line {node.start_mark.line + 1}"
 
     def current(self, key: str, where: str) -> str:
-        """The present name of a key. If `key` is its name in earlier versions, warns on rank 0, once per process."""
+        """The present name of `key`. Warns once per process, on rank 0, if `key` is a name from an earlier version."""
         name = RENAMED.get(key, key)
         if name != key and key not in _WARNED and os.environ.get("RANK", "0") == "0":
             _WARNED.add(key)
@@ -88,7 +88,7 @@ class _Reading:
 
     def section(self, node: yaml.Node, section: type, prefix: str) -> None:
         if isinstance(node, yaml.ScalarNode) and self.loader.construct_object(node) is None:
-            return  # `data:` with nothing beneath it
+            return  # an empty section, such as `data:`
         if isinstance(node, yaml.ScalarNode) and "kind" in field_types(section):
             self.entry(node, section, prefix, "kind", self.place(node))
             return  # `generator: attn` is short for `generator: {kind: attn}`
@@ -103,7 +103,7 @@ class _Reading:
             if name in first:
                 self.refuse(place, key, f"given twice (first on {first[name]})")
             first.setdefault(name, place)
-        self.loader.flatten_mapping(node)  # `<<: *other` becomes entries ahead of the mapping's own
+        self.loader.flatten_mapping(node)  # turns `<<: *other` into entries before the mapping's own entries
         for key_node, value_node in node.value:
             self.entry(value_node, section, prefix, str(key_node.value), self.place(key_node))
 
@@ -125,7 +125,7 @@ class _Reading:
         self.where[key] = where
 
     def override(self, text: str) -> None:
-        """Reads one `section.key=value`. The value is read as YAML, or literally if the key expects a text."""
+        """Reads one `section.key=value`. A value is read literally if the key expects a text, and as YAML otherwise."""
         key, equals, value = text.partition("=")
         where = self.overriding = f"override {text!r}"
         if not equals:
@@ -150,13 +150,13 @@ class _Reading:
 
 
 _WARNED: set[str] = set()
-"""Keys of earlier versions that this process has warned of."""
+"""Keys of earlier versions about which this process has warned."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file, changed by overrides such as `train.global_batch=128`, and checked.
+    """The checked configuration of a YAML file with overrides such as `train.global_batch=128`.
 
-    Raises `ConfigError` with all problems at once: unknown keys, wrong types and ranges, combinations that cannot work.
+    Raises `ConfigError` with all problems: unknown keys, wrong types, values out of range, impossible combinations.
     """
     path = Path(path)
     try:
@@ -171,7 +171,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration") -> Config:
-    """Like `load`, but from YAML text. `origin` is the name of the text in messages."""
+    """Like `load`, but reads YAML from `text`, which messages call `origin`."""
     reading = _Reading(origin)
     try:
         if node := yaml.compose(text, _Loader):
@@ -185,7 +185,7 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
         if reading.wrong.isdisjoint(involved):
             where = next((reading.where[key] for key in involved if key in reading.where), "default")
             reading.refuse(where, involved[0], problem)
-    if reading.problems:  # the problems of the file by line, then those of the overrides in order
+    if reading.problems:  # problems of the file by line, then problems of overrides
         problems = [text for _, text in sorted(reading.problems, key=itemgetter(0))]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)
@@ -210,7 +210,7 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def _section_of(key: str) -> tuple[type, str, str]:
-    """The innermost section that a dotted key leads to, its prefix, and the rest of the key (dotted if unknown)."""
+    """The innermost section of a dotted key, the section's prefix, and the rest of the key (dotted if unknown)."""
     section: type = Config
     prefix, rest = "", key
     while "." in rest and dataclasses.is_dataclass(inner := field_types(section).get(rest.partition(".")[0])):
@@ -220,7 +220,7 @@ def _section_of(key: str) -> tuple[type, str, str]:
 
 
 def _suggestion(section: type, prefix: str, name: str) -> str:
-    """`; did you mean data.image_size?`, with a similar key of this section or the same word in another section."""
+    """A hint such as `; did you mean data.image_size?`, with a similar key of this section or of another section."""
     leaf = name.rpartition(".")[2]
     same_word = next((key for key in keys() if key.rpartition(".")[2] == leaf), "")
     near = nearest(name, field_types(section))
@@ -230,14 +230,14 @@ def _suggestion(section: type, prefix: str, name: str) -> str:
 
 
 def _nearest_choice(raw: Any, type_: Any) -> str:
-    """`; did you mean bf16?` if `raw` is similar to one of the texts that `type_` allows; otherwise empty."""
+    """A hint such as `; did you mean bf16?` if `raw` is similar to a text that `type_` allows, otherwise empty."""
     is_choice = typing.get_origin(type_) is Literal and isinstance(raw, str)
     near = nearest(raw, map(str, typing.get_args(type_))) if is_choice else ""
     return f"; did you mean {near}?" if near else ""
 
 
 def convert(value: Any, type_: Any) -> Any:
-    """Convert a value from YAML to `type_`; 1e6 is accepted as an int. Raises ValueError that describes the value."""
+    """A value from YAML as `type_`, where 1e6 is a valid int. Raises ValueError with a description of a wrong value."""
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -267,7 +267,7 @@ def _describe(value: Any) -> str:
         case None | dict():
             return "nothing" if value is None else "a section"
         case bool():
-            return f"{str(value).lower()} (write it in quotes if it is a text)"
+            return f"{str(value).lower()} (write a text in quotes)"
         case int() | float():
             return f"the number {value}"
         case list():
@@ -278,8 +278,8 @@ def _describe(value: Any) -> str:
 def read_section(raw: Any, section: type, prefix: str, problems: list[str], what: str = "a file") -> Any:
     """Build `section` from a mapping that was read from YAML; appends a line to `problems` for each mistake.
 
-    A field may have any type that a configuration's key may have, or be a dataclass, `dict[str, str]` or a dict of
-    dataclasses. Keys without a value or with a wrong one keep their default. `prefix` precedes the keys in messages.
+    The type of a field is a type of configuration keys, a dataclass, `dict[str, str]`, or a dict of dataclasses. Keys
+    without a value or with a wrong value keep their default. `prefix` precedes the keys in messages.
     """
     if not isinstance(raw, dict):
         problems.append(f"{prefix.rstrip('.') or what}: expected `key: value` lines")
@@ -302,7 +302,7 @@ def _value(key: str, value: Any, type_: Any, problems: list[str]) -> Any:
         try:
             return convert(value, type_)
         except ValueError as error:
-            quotes = "; put it in quotes (otherwise YAML reads 12:00:00 as a number)" if type_ is str else ""
+            quotes = "; put the text in quotes, because YAML reads 12:00:00 as a number" if type_ is str else ""
             problems.append(f"{key}: expected {expected(type_)}, got {error}{quotes}")
             return None
     inner = typing.cast(type, typing.get_args(type_)[1])

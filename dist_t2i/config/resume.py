@@ -11,24 +11,24 @@ from dist_t2i.utils.settings import Resume
 
 
 def is_free(key: str, config: Config) -> bool:
-    """Whether a change of `key` on resume leaves the result the same."""
+    """Whether a run may resume with another value of `key` without a change of its result."""
     if key == "train.total_images":
-        return config.optimizer.decay == "constant"  # otherwise the learning rates depend on this key
+        return config.optimizer.decay == "constant"  # with decay, the learning rates depend on this key
     return keys()[key].resume is Resume.FREE
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) for each changed key that alters the result. With `free`: for all other changed keys."""
+    """(old, new) by dotted key, for each changed key that alters the result, or with `free` for each that does not."""
     before, after = flatten(old), flatten(new)
     changed = [key for key in before if before[key] != after[key] and is_free(key, new) == free]
     return {key: (before[key], after[key]) for key in changed}
 
 
 def refuse_changes(old: Config, new: Config, *, allow: bool = False, flag: str = "--allow-changes") -> list[str]:
-    """A line for each changed key that alters the result. Raises `ConfigError` with these lines unless `allow`.
+    """One line for each changed key that alters the result. Raises `ConfigError` with these lines unless `allow`.
 
-    A change of networks or of the optimizer is refused even with `allow`, because the checkpoint lacks the tensors of
-    the new ones. `flag` is the command-line option that sets `allow`.
+    Other networks or another optimizer are refused even with `allow`, because the checkpoint lacks their tensors.
+    `flag` is the command-line option that sets `allow`.
     """
     changes = {key: f"{key}: was {was!r}, is now {now!r}" for key, (was, now) in differences(old, new).items()}
     lines = list(changes.values())

@@ -67,7 +67,7 @@ def test_every_problem_of_a_profile_is_named(tmp_path):
     ("text", "problem"),
     [
         ("signal_seconds: 5", "at least 10"),
-        ("time: 12:00:00", "put it in quotes"),
+        ("time: 12:00:00", "put the text in quotes"),
         ("time: soon", "is not a time"),
         ("environment: {2X: 1}", "not the name of an environment variable"),
         ("container: {mounts: [/data]}", "there is no container.image"),
