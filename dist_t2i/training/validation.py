@@ -28,7 +28,7 @@ from dist_t2i.eval.judges.features import own_network
 from dist_t2i.eval.measure import Measured
 from dist_t2i.eval.protocol import Protocol, load_protocol
 from dist_t2i.eval.scoring import better_of, keys_of
-from dist_t2i.eval.studies.near_copies import ALARM, RARE, NearCopies
+from dist_t2i.eval.studies.near_copies import NearCopies, memorizing
 from dist_t2i.inference.model_files import ModelFiles
 from dist_t2i.inference.pipeline import TextToImage
 from dist_t2i.training.schedule import passes
@@ -113,13 +113,8 @@ class Validation:
             key = "efficientnet-lite0" if "efficientnet-lite0" in part.features else next(iter(part.features))
             network = self._networks.get(key) or own_network(model)
             shares[f"eval/{split}/near_copies"] = self._copies.share(part.features[key], network)
-        worst = max(shares.values(), default=0.0)
-        if worst > ALARM:
-            self.warn(
-                f"at {model.images_seen:,} images {worst:.0%} of the generated pictures are near-copies of training "
-                f"pictures (of real pictures, about {RARE:.0%} are): the generator memorizes the training set. Add "
-                "pictures, raise augment.*, use an earlier checkpoint, or start from a trained model (train.init)"
-            )
+        if problem := memorizing(max(shares.values(), default=0.0)):
+            self.warn(f"at {model.images_seen:,} images {problem}")
         return shares
 
     def due(self, images: int) -> bool:

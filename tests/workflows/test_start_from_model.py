@@ -17,7 +17,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.data.tokenizer import Tokenizer, grown
 from dist_t2i.inference.model_files import read_model
 from dist_t2i.publish.export import export
-from models_on_disk import write_run
+from models_on_disk import tokenizer, write_run
 from runs import CONFIG, RATES, Run, assert_same_state, flat, make_set, wait_for_run
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def ids(tokenizer: Tokenizer) -> dict[str, int]:
 def check_start(run: Run, model, started: dict[str, str]):
     """The run holds the model's weights and a row for every new token. `started`: the model's part (`generator` or
     `discriminator`) -> the engine of the run that trains its text encoder."""
-    tokenizer, got = Tokenizer.load(run.folder / "tokenizer.json"), run.tensors(8)
+    words, got = Tokenizer.load(run.folder / "tokenizer.json"), run.tensors(8)
     given = {"generator": model.generator, "discriminator": model.discriminator}
     for part, engine in started.items():
         for name, value in given[part].items():
@@ -67,9 +67,9 @@ def check_start(run: Run, model, started: dict[str, str]):
             if not name.endswith(".embedding.weight"):
                 assert rows.shape == value.shape
                 continue
-            assert len(rows) == tokenizer.vocab_size > len(value) == model.tokenizer.vocab_size
+            assert len(rows) == words.vocab_size > len(value) == model.tokenizer.vocab_size
             for token in range(len(value), len(rows)):
-                if parts := tokenizer.parts.get(token):
+                if parts := words.parts.get(token):
                     assert torch.allclose(rows[token], rows[list(parts)].mean(0), atol=1e-6)
                 else:
                     assert 0.1 < rows[token].std() / value[1:].std() < 3
@@ -79,12 +79,10 @@ def test_it_starts_with_the_models_weights_and_a_row_for_every_new_token(data, b
     model = read_model(base.folder)
     run = Run(tmp_path / "run", data, f"train.init={export(base.folder, tmp_path / 'model')}", *STILL)
     assert run.train() == 0, run.output()
-    tokenizer, own = Tokenizer.load(run.folder / "tokenizer.json"), open_set(data).tokenizer
-    assert (
-        tokenizer == grown(model.tokenizer, own)
-        and tokenizer.known_words == model.tokenizer.known_words | own.known_words
-    )
-    assert ids(model.tokenizer).items() < ids(tokenizer).items()
+    words, own = Tokenizer.load(run.folder / "tokenizer.json"), open_set(data).tokenizer
+    assert words == grown(model.tokenizer, own)
+    assert words.known_words == model.tokenizer.known_words | own.known_words
+    assert ids(model.tokenizer).items() < ids(words).items()
     check_start(run, model, {"generator": "generator", "discriminator": "discriminator"})
     got = run.tensors(8)
     assert all(torch.equal(got[f"ema/{name}"], got[f"generator/{name}"]) for name in model.generator)
@@ -96,6 +94,19 @@ def test_a_shared_encoder_grows_too(data, tmp_path):
     assert run.train() == 0, run.output()
     check_start(run, read_model(base), {"generator": "generator", "discriminator": "text"})
     check_start(run, read_model(base), {"discriminator": "discriminator"})
+
+
+def test_a_frozen_encoder_stays_as_configured(data, tmp_path):
+    """The run reads the encoder and the tokenizer that it is given, not those of the model."""
+    networks, encoders = flat(yaml.safe_load(CONFIG)), []
+    for seed, words in enumerate((tokenizer(), open_set(data).tokenizer)):
+        encoder = write_run(tmp_path / f"encoder-{seed}", *networks, seed=seed, words=words)
+        encoders.append(f"text.frozen={export(encoder, tmp_path / f'frozen-{seed}')}")
+    base = write_run(tmp_path / "base", *networks, "text.mode=frozen", encoders[0], seed=3)
+    run = Run(tmp_path / "run", data, f"train.init={base}", "text.mode=frozen", encoders[1], *STILL)
+    assert run.train() == 0, run.output()
+    assert Tokenizer.load(run.folder / "tokenizer.json") == open_set(data).tokenizer
+    check_start(run, read_model(base), {"generator": "generator", "discriminator": "discriminator"})
 
 
 def test_killed_and_resumed_is_bitwise_the_whole_run_and_needs_the_model_no_more(whole, data, base, tmp_path):

@@ -87,6 +87,17 @@ class NearCopies:
             yield torch.stack(chunk)
 
 
+def memorizing(share: float) -> str:
+    """What to do about this share of near-copies, for a warning; "" up to `ALARM`."""
+    if share <= ALARM:
+        return ""
+    return (
+        f"{share:.0%} of the generated pictures are near-copies of training pictures (of real pictures, about {RARE:.0%} "
+        "are): the generator memorizes the training set. Add pictures, raise augment.*, use an earlier checkpoint, or "
+        "start from a model of a larger set (train.init)"
+    )
+
+
 def nearest(pictures: Tensor, training: Tensor, *, others: bool = False) -> Tensor:
     """Distance of each picture, features [M, D], to the nearest of N training pictures, unit features [V, N, D] of V
     views: float64 [M]. With `others`, picture i is training picture i and is not compared with itself."""

@@ -11,7 +11,7 @@ from dist_t2i.data.shard_set import open_set
 from dist_t2i.eval.judges.features import load_features
 from dist_t2i.eval.measure import Features
 from dist_t2i.eval.metrics import unit
-from dist_t2i.eval.studies.near_copies import RARE, NearCopies, limit_of, nearest
+from dist_t2i.eval.studies.near_copies import ALARM, RARE, NearCopies, limit_of, memorizing, nearest
 from models_on_disk import write_tone_set
 
 
@@ -60,3 +60,10 @@ def test_about_one_percent_of_real_pictures_count():
 def test_a_large_set_is_left_out(small, monkeypatch):
     monkeypatch.setattr("dist_t2i.eval.studies.near_copies.LARGEST", 3)
     assert not NearCopies(small, 32, mirrored=False).small
+
+
+def test_a_large_share_gives_a_warning_that_says_what_to_do():
+    assert memorizing(RARE) == memorizing(ALARM) == ""
+    said = memorizing(0.34)
+    assert said.startswith("34% of the generated pictures are near-copies")
+    assert all(key in said for key in ("augment.*", "train.init", "earlier checkpoint"))
