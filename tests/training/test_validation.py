@@ -88,7 +88,8 @@ def test_training_is_the_same_to_the_bit(whole, plain):
 def test_scores_are_logged_and_the_best_checkpoint_survives(whole):
     found, best = scores(whole), best_of(whole)
     assert list(found) == [16, 32, 48, 64, 80]
-    assert found[16].keys() == {"eval/test/kid", "eval/test/tone_order"}
+    assert found[16].keys() == {"eval/test/kid", "eval/test/tone_order", "eval/test/near_copies"}
+    assert all(0 <= values["eval/test/near_copies"] <= 1 for values in found.values())
     bests = [
         n
         for n in found
