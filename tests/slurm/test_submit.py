@@ -192,7 +192,7 @@ def test_private_names_of_submitit(name):
         (["--partition", "nope"], "invalid partition"),
         (["--nodes", "99", "train.global_batch=396"], "node"),
         (["--time", "soon"], "is not a time"),
-        (["--gpus-per-node", "-2"], "gpus_per_node: at least 0"),
+        (["--gpus-per-node", "-2"], "gpus_per_node: must be at least 0"),
         (["--array-seeds", "-1"], "--array-seeds -1"),
         (["--array-seeds", "2", "--follow"], "--follow prints one log"),
         (["--profile", "/nowhere.yaml"], "no profile /nowhere.yaml"),
