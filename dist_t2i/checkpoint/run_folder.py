@@ -2,8 +2,8 @@
 
     RUN/config.yaml         the resolved configuration
     RUN/environment.json    versions, git revision, hardware, and the data set's fingerprint
-    RUN/tokenizer.json      the run's tokenizer, so that the run can be used without its data: the data set's, or that
-                            of the model that the run started from with the tokens of the data set added
+    RUN/tokenizer.json      the data set's tokenizer, so that the run can be used without its data; after a start from
+                            a model, the model's tokenizer with the tokens of the data set added
 
 reporting/reporter.py and checkpoint/store.py list the files that training adds.
 """
@@ -27,12 +27,12 @@ from dist_t2i.utils.files import remove_abandoned, write_atomic
 def prepare(
     folder: Path, config: str, data: dict[str, str], *, allow_changes: bool, warn: Callable[[str], None]
 ) -> Lease:
-    """Create the run folder, or check that it belongs to the same run; acquire its lease. Rank 0 only.
+    """Create the run folder, or check that it belongs to this run, and acquire its lease. Rank 0 only.
 
-    `config` is the text for config.yaml; `data` has the set's `path` and `fingerprint`. Raises ConfigError when the run
-    began with a configuration that gives another result, and CheckpointError when it began with another data set; with
-    `allow_changes` both are warnings. Raises UserError when the folder cannot be written, or when another process on
-    this machine trains the run. A UserError leaves the run unchanged.
+    `config` is the text for config.yaml; `data` has the set's `path` and `fingerprint`. Raises ConfigError if the
+    configuration at the start of the run gives another result, and CheckpointError if the run began with another data
+    set; with `allow_changes`, both errors are warnings. Raises UserError if the folder cannot be written, or if another
+    process on this machine trains the run. Every UserError leaves the run unchanged.
     """
     try:
         if (folder / "config.yaml").exists():
@@ -77,19 +77,19 @@ def _check_same_run(
 
 
 def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of the set that a run began with; None if no attempt has recorded it."""
+    """The fingerprint of the set with which a run began; None if the run folder does not record the fingerprint."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
     return None
 
 
 def cut_bad_samples(file: Path, images: int) -> None:
-    """Drop the records of bad_samples.jsonl beyond `images` seen, which training will write again; rank 0 only."""
+    """Drop the records of bad_samples.jsonl from `images` seen on, because training will rewrite these; rank 0 only."""
     if file.exists():
         write_atomic(file, bad_samples_before(file, images))
 
 
 def bad_samples_before(file: Path, images: int) -> str:
-    """The complete lines of bad_samples.jsonl before `images` seen, unchanged."""
+    """The complete lines of bad_samples.jsonl whose position is before `images` seen."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["position"] < images)
