@@ -282,7 +282,7 @@ def diversity_scores(case: Case) -> list[Score]:
     else:
         same = ids[:, None] == ids
         alike = same.sum(1) > 1
-        if not all(has_styles(about) for about in case.attributes):
+        if not (case.attributes and all(has_styles(about) for about in case.attributes)):
             same.fill_diagonal_(False)
         if alike.double().mean() >= 0.5:
             counts, reference = alike.double(), metrics.mean_distance(real, real, same)

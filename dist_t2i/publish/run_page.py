@@ -116,13 +116,24 @@ def _scores(scores: Mapping[str, Any]) -> str:
         parts.append("</table>")
     protocol = scores["protocol"]
     networks = ", ".join(network["name"] for network in scores["manifest"]["judges"].values())
-    note = (
+    metrics = {entry.partition("/")[0] for entry in protocol["metrics"]}
+    note = [
         f"Protocol {protocol['name']} version {protocol['version']}: {len(protocol['seeds'])} generated pictures per "
-        f"caption; R@k: is the real picture among the k nearest of {protocol['gallery']}? Feature networks: {networks}. "
-        "EfficientNet-Lite0 is an ImageNet classifier that was not used in training. Its KID is not comparable with "
-        "KID or FID from Inception features."
-    )
-    return "".join(parts) + f"<p class=note>{escape(note)}</p>"
+        f"caption. Feature networks: {networks}. EfficientNet-Lite0 is an ImageNet classifier that was not used in "
+        "training. Its KID is not comparable with KID or FID from Inception features.",
+        *(text.format(**protocol) for metric, text in _METRIC_NOTES.items() if metric in metrics),
+    ]
+    return "".join(parts) + f"<p class=note>{escape(' '.join(note))}</p>"
+
+
+_METRIC_NOTES = {
+    "retrieval": "R@k: is the real picture among the k nearest of {gallery}?",
+    "diversity": "Diversity: how far apart the pictures of one caption are, relative to real pictures; 0: all are equal.",
+    "attributes": "Attributes: what a detector that was trained on rendered scenes only finds in the pictures; the "
+    "ceiling shows the detector's own errors.",
+    "styles": "Styles: colored or black by the strength of the color; neither: between the two.",
+}
+"""Metric -> what its scores mean, for a page whose protocol has the metric."""
 
 
 def _facts(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:

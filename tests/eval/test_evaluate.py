@@ -24,7 +24,9 @@ from judges import JUDGE
 from models_on_disk import write_run, write_tone_set
 from ranks import ROOT, run_ranks
 
-OFFLINE = tuple(f"{metric}/efficientnet-lite0" for metric in ("kid", "retrieval", "fid", "precision-recall"))
+OFFLINE = tuple(
+    f"{metric}/efficientnet-lite0" for metric in ("kid", "retrieval", "fid", "precision-recall", "diversity")
+)
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("torch_fidelity"), reason="needs torch-fidelity")
 QUICK = Protocol(
     "test", seeds=(0, 1), resamples=50, metrics=(*OFFLINE, "r-precision/own", "clip-score/own", "tone-order")
@@ -58,7 +60,7 @@ def test_every_number_has_interval_floor_and_ceiling(scores, data):
     found = scores.splits["test"]
     assert found.pictures == len(data.samples("test")) > 10
     assert [score.key for score in found.scores] == [
-        "kid", "recall_at_1", "recall_at_5", "fid", "precision", "recall", "r_precision_own", "clip_score_own", "tone_order",
+        "kid", "recall_at_1", "recall_at_5", "fid", "precision", "recall", "diversity_other_captions", "r_precision_own", "clip_score_own", "tone_order",
     ]  # fmt: skip
     for score in found.scores:
         assert score.low <= score.value <= score.high
@@ -201,7 +203,7 @@ def test_compared_or_not_and_why(scores, model, data, tmp_path):
     other = json.loads(json.dumps(a))
     other["manifest"]["judges"]["efficientnet-lite0"]["weights_sha256"] = "1" * 64
     said = compare.table(a, other, ("a", "b"))
-    assert said.count("feature networks' weights_sha256 differ") == 6 and not compare.differences(a, other)
+    assert said.count("feature networks' weights_sha256 differ") == 7 and not compare.differences(a, other)
     other = json.loads(json.dumps(a))
     other["protocol"]["version"] = 2
     assert compare.differences(a, other) == ["protocol: test version 1 and test version 2"]

@@ -6,13 +6,17 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from dist_t2i.data.shard_set import open_set
 from dist_t2i.errors import UserError
 from dist_t2i.eval import protocol as rules
 from dist_t2i.eval.protocol import Protocol, load_protocol
-from dist_t2i.eval.selection import has_listed, select
+from dist_t2i.eval.selection import SAME_CAPTION, has_listed, select
+from dist_t2i.sharding.sources.scenes import scene_items
+from dist_t2i.sharding.write_set import write_set
+from dist_t2i.sharding.writing.prepare import Options
 from models_on_disk import write_tone_set
 
 
@@ -87,6 +91,9 @@ def test_mistakes_in_a_file_are_told_in_a_line(tmp_path):
         ({"metrics": ["ssim/clip"]}, "unknown metric 'ssim'"),
         ({"metrics": ["inception-score/clip"]}, "inception-score needs inception-clean"),
         ({"gallery": 1}, "gallery: must be at least 2"),
+        ({"metrics": ["kid/scenes"]}, "kid needs efficientnet-lite0"),
+        ({"metrics": ["attributes/clip"]}, "attributes needs scenes"),
+        ({"metrics": ["diversity/clip"], "seeds": [3]}, "at least two seeds"),
     ):
         path.write_text(yaml.safe_dump(plain | wrong))
         with pytest.raises(UserError) as raised:
@@ -115,6 +122,35 @@ def test_captions_by_hash_do_not_depend_on_the_order_of_the_set(data):
     assert list(selection.keys) == expected
     again = dataclasses.replace(protocol, version=2, max_pictures=12)
     assert select(data, "test", again).keys[:10] == selection.keys, "another version draws alike"
+
+
+def test_distinct_captions_are_taken_in_the_order_of_the_set(tmp_path):
+    write_set(tmp_path / "set", scene_items(400, 16, seed=0), [], Options(size=16))
+    data = open_set(tmp_path / "set")
+    samples = data.samples("test-combinations")
+    everything = select(data, "test-combinations", Protocol("mine", captions="distinct"))
+    captions = [row[0] for row in everything.captions]
+    assert len(set(captions)) == len(captions) and list(everything.numbers) == sorted(everything.numbers)
+    for number, caption in zip(everything.numbers, captions, strict=True):
+        assert caption in samples[number].captions
+    skipped = set(range(len(samples))) - set(everything.numbers)
+    assert all(set(samples[number].captions) <= set(captions) for number in skipped)
+    first = select(data, "test-combinations", Protocol("mine", captions="distinct", max_pictures=20))
+    assert first.rows() == everything.rows()[:20]
+    again = first.same_caption(3, 16)
+    assert first.rendered and again.shape == (SAME_CAPTION, 3, 16, 16) and not torch.equal(again[0], again[1])
+    assert torch.equal(
+        again, select(data, "test-combinations", Protocol("mine", captions="distinct")).same_caption(3, 16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("scenes", "scenes"), ("openmoji-styles", "openmoji --styles color black")]
+)
+def test_attributes_that_a_set_lacks(data, name, command):
+    protocol = dataclasses.replace(load_protocol(name), splits=("test",), min_pictures=4)
+    with pytest.raises(UserError, match=f"needs the attributes .* tools/shard.py {command} wrote"):
+        select(data, "test", protocol)
 
 
 def test_listed_captions_are_looked_for(folder, data):
