@@ -216,9 +216,12 @@ def loss_of(cells: Tensor, background: Tensor, labels: Labels) -> Tensor:
 
 
 def digest(size: int) -> str:
-    """SHA-256 of all that the weights for models of a size depend on: code without comments, and the size."""
-    code = [_code(module) for module in (sys.modules[__name__], scenes)]
-    return hashlib.sha256("\n".join([*code, str(min(size, LARGEST))]).encode()).hexdigest()
+    """SHA-256 of all that the weights for pictures of a size depend on: this module, the version of the scenes, the size.
+
+    Comments and docstrings do not count.
+    """
+    about = f"{_code(sys.modules[__name__])}\nscenes {scenes.VERSION}, {min(size, LARGEST)} px"
+    return hashlib.sha256(about.encode()).hexdigest()
 
 
 def _code(module: ModuleType) -> str:

@@ -95,8 +95,8 @@ def test_a_cache_that_cannot_be_written_is_said(small, monkeypatch, capsys):
 
 def test_the_hash_is_that_of_the_rules():
     assert attributes.digest(32) != attributes.digest(48) != attributes.digest(64) == attributes.digest(256)
-    code = attributes._code(scenes)
-    assert "def render(" in code and "#" not in code and "antialiased" not in code
+    code = attributes._code(attributes)
+    assert "def loss_of(" in code and "#" not in code and "CenterNet" not in code and "Zhou" not in code
 
 
 @pytest.mark.slow
