@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dist_t2i.eval import metrics
-from dist_t2i.eval.judges.attributes import COLORS, KINDS, SHAPES, Shown
+from dist_t2i.eval.judges.attributes import Shown
+from dist_t2i.eval.judges.detector import COLORS, KINDS, SHAPES
 from dist_t2i.eval.scores import Score
 
 RELATIONS = ("left of", "right of", "above", "below")

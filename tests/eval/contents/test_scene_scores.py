@@ -6,7 +6,8 @@ import torch
 from dist_t2i.data.scenes import attributes, same_caption, sample_scene
 from dist_t2i.eval import metrics
 from dist_t2i.eval.contents.scene_scores import NAMED, OPEN, Named, named_scores, open_scores, right
-from dist_t2i.eval.judges.attributes import COLORS, KINDS, OBJECTS, SHAPES, WIDTH, Shown
+from dist_t2i.eval.judges.attributes import Shown
+from dist_t2i.eval.judges.detector import COLORS, KINDS, OBJECTS, SHAPES, WIDTH
 
 SCENES = [attributes(sample_scene(5, index)) for index in range(120)]
 WEIGHTS = metrics.bootstrap_weights(range(len(SCENES)), 100)

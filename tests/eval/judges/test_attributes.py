@@ -5,8 +5,21 @@ import torch
 
 from dist_t2i.data import scenes
 from dist_t2i.eval.contents.scene_scores import Named, right
-from dist_t2i.eval.judges import attributes
-from dist_t2i.eval.judges.attributes import CELLS, COLORS, SHAPES, Detector, Labels, Shown, loss_of, rendered, turned
+from dist_t2i.eval.judges import attributes, detector
+from dist_t2i.eval.judges.attributes import Shown
+from dist_t2i.eval.judges.detector import (
+    CELLS,
+    COLORS,
+    KINDS,
+    SEED,
+    SHAPES,
+    WIDTH,
+    Detector,
+    Labels,
+    loss_of,
+    rendered,
+    turned,
+)
 from dist_t2i.eval.judges.features import load_features
 
 
@@ -14,8 +27,8 @@ from dist_t2i.eval.judges.features import load_features
 def small(tmp_path, monkeypatch):
     """A cache of its own and a training of seconds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(attributes, "SCENES", 64)
-    monkeypatch.setattr(attributes, "STEPS", 3)
+    monkeypatch.setattr(detector, "SCENES", 64)
+    monkeypatch.setattr(detector, "STEPS", 3)
     return tmp_path / "dist_t2i"
 
 
@@ -46,16 +59,16 @@ def perfect(labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
                         )
                         cells[row, 4 + int(color), i, j] = cells[row, 4 + len(COLORS) + int(shape), i, j] = 20
     angle = labels.hue * 2 * torch.pi
-    kinds = 20 * torch.nn.functional.one_hot(labels.kind, len(attributes.KINDS)).float()
+    kinds = 20 * torch.nn.functional.one_hot(labels.kind, len(KINDS)).float()
     return cells, torch.cat([kinds, angle.cos()[:, None], angle.sin()[:, None]], 1)
 
 
 def test_predictions_without_loss_decode_to_the_scene(monkeypatch):
     _, labels = rendered(40, 8)
     assert loss_of(*perfect(labels), labels) < 1e-3
-    detector = Detector()
-    monkeypatch.setattr(detector, "maps", lambda images: perfect(labels))
-    shown = Shown.of(detector(torch.zeros(40, 3, 32, 32)))
+    network = Detector()
+    monkeypatch.setattr(network, "maps", lambda images: perfect(labels))
+    shown = Shown.of(network(torch.zeros(40, 3, 32, 32)))
     assert torch.equal(shown.kind, labels.kind) and torch.allclose(shown.hue, labels.hue, atol=1e-3)
     assert torch.equal(shown.present.sum(1), labels.objects[..., 0].sum(1).long())
     for row in range(40):
@@ -69,9 +82,9 @@ def test_two_cells_that_share_an_object_show_it_once(monkeypatch):
     cells = torch.full((1, 4 + len(COLORS) + len(SHAPES), CELLS, CELLS), 0.0)
     cells[:, 0] = -20
     cells[0, 0, 4, 3:5] = torch.tensor([-0.1, -0.2])  # the object's center is on their border
-    detector = Detector()
-    monkeypatch.setattr(detector, "maps", lambda images: (cells, torch.zeros(1, 6)))
-    assert Shown.of(detector(torch.zeros(1, 3, 32, 32))).present.sum() == 1
+    network = Detector()
+    monkeypatch.setattr(network, "maps", lambda images: (cells, torch.zeros(1, 6)))
+    assert Shown.of(network(torch.zeros(1, 3, 32, 32))).present.sum() == 1
 
 
 def test_weights_are_trained_once_and_kept(small, capsys):
@@ -89,13 +102,13 @@ def test_weights_are_trained_once_and_kept(small, capsys):
 
 def test_a_cache_that_cannot_be_written_is_said(small, monkeypatch, capsys):
     small.write_text("not a folder")
-    assert load_features("scenes", "cpu").width == attributes.WIDTH
+    assert load_features("scenes", "cpu").width == WIDTH
     assert "cannot be written" in capsys.readouterr().err
 
 
 def test_the_hash_is_that_of_the_rules():
     assert attributes.digest(32) != attributes.digest(48) != attributes.digest(64) == attributes.digest(256)
-    code = attributes._code(attributes)
+    code = attributes._code(detector)
     assert "def loss_of(" in code and "#" not in code and "CenterNet" not in code and "Zhou" not in code
 
 
@@ -103,7 +116,7 @@ def test_the_hash_is_that_of_the_rules():
 def test_the_detector_is_right():
     """Trains the detector, unless the user's cache has it, and counts its errors on scenes that it was not trained on."""
     images, labels = rendered(2000, 32, first=10**6)
-    found = [scenes.attributes(scenes.sample_scene(attributes.SEED, 10**6 + row)) for row in range(2000)]
+    found = [scenes.attributes(scenes.sample_scene(SEED, 10**6 + row)) for row in range(2000)]
     shown = Shown.of(load_features("scenes", "cpu")(images, batch=100))
     shares = {
         name: (hits & counted).double().sum() / counted.double().sum()
