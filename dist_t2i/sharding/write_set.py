@@ -39,9 +39,9 @@ def write_set(
 ) -> dict[str, Any]:
     """Writes a set to a folder or URL and returns its manifest. A repeated run with the same input keeps intact shards.
 
-    `problems` are the problems of pictures that are not in `items`; the report lists them. The default of
-    `write_shards` is `write_here`. Raises DataError if no training picture is left, if the folder contains files of
-    anything else, or if the set cannot be written.
+    The report lists `problems`, the problems of pictures that are not in `items`. The default of `write_shards` is
+    `write_here`. Raises DataError if no training picture is left, or if the folder contains other files or cannot be
+    written.
     """
     folder = open_folder(out)
     listed = [dataclasses.asdict(problem) for problem in problems]
@@ -70,7 +70,7 @@ def _nothing_to_train_on(problems: Sequence[dict[str, Any]]) -> DataError:
     counts = Counter(problem["reason"] for problem in problems)
     reasons = "".join(f"\n  {number} x {reason}" for reason, number in counts.most_common(10))
     examples = "".join(f"\n  {p['where']} {p['picture']}: {p['reason']}" for p in problems[:3])
-    listed = f":{reasons}\nfor example{examples}" if problems else " (none was found)"
+    listed = f":{reasons}\nfor example{examples}" if problems else " (no picture was found)"
     return DataError(f"no picture with a caption is left to train on{listed}")
 
 
@@ -90,7 +90,7 @@ def _write_missing(
         print(f"{len(results)} of {len(plans)} shards exist already", file=sys.stderr)
     if failed and not options.retry_failed:
         unread = sum(results[name]["unread"] for name in failed)
-        print(f"an earlier run could not read {unread:,} pictures; --retry-failed tries again", file=sys.stderr)
+        print(f"an earlier run could not read {unread:,} pictures; --retry-failed tries these again", file=sys.stderr)
     if missing:
         progress = Progress(sum(len(plan.items) for plan in missing))
         results.update(write_shards(folder, missing, options, progress))
@@ -104,7 +104,7 @@ def write_here(
     """Writes shards with `options.processes` processes on this machine, and returns their results by name."""
     calls = [(folder, plan, options) for plan in plans]
     enabled = gc.isenabled()
-    gc.disable()  # scanning the items for cycles would take 10% of the time, and they contain no cycles
+    gc.disable()  # items contain no cycles, and searching items for cycles would take 10% of the time
     try:
         results = in_processes(write_shard, calls, options.processes, progress)
     finally:

@@ -96,7 +96,7 @@ def test_many_captions_a_picture_many_pictures_a_caption(tmp_path):
     (tmp_path / "said.csv").write_text("\n".join(lines))
     shard("folder", "--images", images, "--captions", tmp_path / "said.csv", "--out", tmp_path / "set")
     assert captions_by_key(tmp_path / "set") == {"p0000": ("shared", "second"), "p0001": ("shared",)}
-    assert reasons(tmp_path / "set") == {("p0002.png", "picture is in no line of the captions")}
+    assert reasons(tmp_path / "set") == {("p0002.png", "picture is not in the caption file")}
 
 
 def test_paths_relative_to_the_caption_file_and_columns_of_other_names(tmp_path):
@@ -242,7 +242,7 @@ def test_a_quotation_mark_that_is_never_closed_is_reported(tmp_path):
             "is left to train on",
         ),
         (lambda t: ["--images", t / "pictures", "--out", t / "set"], "picture has no .txt of the same name"),
-        (lambda t: ["--images", t / "empty", "--out", t / "set"], "none was found"),
+        (lambda t: ["--images", t / "empty", "--out", t / "set"], "no picture was found"),
         (lambda t: ["--images", t / "bad", "--out", t / "set"], "picture does not decode"),
         (lambda t: ["--images", t / "good", "--out", t / "a.doc" / "set"], "cannot write to --out"),
         (lambda t: ["--images", t / "good", "--out", t / "pictures"], "is not empty"),

@@ -1,4 +1,4 @@
-"""Reads CUB-200-2011 and Oxford-102 flowers, whose pictures belong to classes, with captions of Reed et al. (2016)."""
+"""Reads CUB-200-2011 and Oxford-102 flowers, which are sorted into classes, with the captions of Reed et al. (2016)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAIN_LISTS, TEST_LIST = ("trainvalclasses.txt", "trainclasses.txt"), "testclass
 
 
 def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """The first folder in `names` that exists in `root`. If none exists, raises a DataError that shows `layout`."""
+    """The first folder in `names` that exists in `root`. Without such a folder, raises a DataError with `layout`."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -36,14 +36,14 @@ def files_of(folder: Path) -> set[str]:
 def class_split(
     classes: Sequence[str], folders: Iterable[Path], train: Path | None, test: Path | None, hold_out_every: int
 ) -> tuple[dict[str, str], str]:
-    """Maps each class to its split, `train` or `test`. The second result names the files or the rule that determined
-    the split.
+    """The split of each class (`train` or `test`), and the name of the files or the rule behind the splits.
 
-    `train` and `test` are files that list the classes of the splits. If neither is given, the lists of the text release
-    in one of `folders` are used: `testclasses.txt` lists the test classes, and `trainvalclasses.txt` lists the training
-    classes. If `trainvalclasses.txt` is missing, `trainclasses.txt` and `valclasses.txt` list the training classes. If
-    no list exists, the classes whose number is a multiple of `hold_out_every` are the test classes. Raises DataError if
-    a list cannot be read or names an unknown class, or if a class is in both lists or in neither.
+    `train` and `test` are files that list the classes of the splits. If both are None, the lists of the text release
+    are read from the first of `folders` that has one: `testclasses.txt` lists the test classes, and
+    `trainvalclasses.txt` lists the training classes. If `trainvalclasses.txt` is missing, `trainclasses.txt` and
+    `valclasses.txt` list the training classes. Without any list, each class whose number is a multiple of
+    `hold_out_every` is a test class. Raises DataError if a list cannot be read, a list names an unknown class, or a
+    class is in both splits or in neither split.
     """
     if train is None and test is None:
         lists = (TEST_LIST, *TRAIN_LISTS)
@@ -70,7 +70,7 @@ def class_split(
 
 def _class_list(path: Path, classes: Sequence[str]) -> list[str]:
     if path.suffix not in (".txt", ""):
-        raise DataError(f"{path}: a list of classes must be a text file with one class a line (pickles are not read)")
+        raise DataError(f"{path}: a list of classes must be a text file with one class per line; pickles are not read")
     try:
         names = [line.strip() for line in read_text_file(path)]
     except OSError as error:
@@ -93,19 +93,19 @@ class ClassSet:
     """The expected files of the data set, as text for `--help` and error messages."""
     images: tuple[str, ...]
     texts: tuple[str, ...]
-    """Possible folders of the pictures (`images`) and of the captions (`texts`). In each list, the first folder that
-    exists is used."""
+    """Possible folders of the pictures (`images`) and of the captions (`texts`). The first existing folder of each kind
+    is used."""
     hold_out_every: int
-    """Without lists of classes, the classes whose number is a multiple of this number are the split `test`."""
+    """Without lists of classes, each class whose number is a multiple of this value is in the split `test`."""
     nested: bool
     """Whether each class has its own folder of pictures; otherwise all pictures are in one folder."""
 
     def items(self, root: Path, texts: Path | None, train: Path | None, test: Path | None) -> Gathered:
         """The pictures with their captions, sorted by key. Prints the rule that determined the split.
 
-        `texts` is the folder of the captions; if it is None, the usual folders in `root` are tried. `train` and `test`
-        are files that list classes (see `class_split`). Raises DataError if the files do not have the expected layout
-        or the lists do not match the classes.
+        If `texts` (the folder of the captions) is None, the usual folders in `root` are tried. `train` and `test` are
+        files that list classes (see `class_split`). Raises DataError if the files do not have the expected layout or
+        the lists do not match the classes.
         """
         images = first_folder(root, self.images, self.layout)
         texts = texts or first_folder(root, self.texts, self.layout)
@@ -114,7 +114,7 @@ class ClassSet:
         parent, prefix = (images, "") if self.nested else (texts, "class_")
         classes = sorted(path.name for path in parent.iterdir() if path.is_dir() and path.name.startswith(prefix))
         if not classes:
-            raise DataError(f"{parent} has no folder {prefix}... of a class. Expected files:\n{self.layout}")
+            raise DataError(f"{parent} contains no class folder {prefix}... Expected files:\n{self.layout}")
         folders = (root, texts.parent, images.parent)
         split, rule = class_split(classes, folders, train, test, self.hold_out_every)
         print(f"classes are split by {rule}", file=sys.stderr)
@@ -155,14 +155,14 @@ CUB = ClassSet(
         "name": "CUB-200-2011",
         "licence": "non-commercial research and education",
         "credit": "Caltech-UCSD Birds-200-2011 (Wah et al. 2011); captions: Reed et al. 2016. For non-commercial "
-        "research and education only; the photographs are their owners'.",
+        "research and education only; the photographs belong to their owners.",
     },
     layout="""  DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg ...    (or DIR/images/...)
-      text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one a line
-      trainvalclasses.txt, testclasses.txt     one class a line: 001.Black_footed_Albatross ...    (optional)
-(From CUB_200_2011.tgz and the text release of Reed et al., the folder cvpr2016_cub, which may also be inside DIR. If
-only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fourth class (004 ... 200) is
-held out: 150 training and 50 test classes. Published results use another split. Pickled lists are not read.)""",
+      text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt ...   ten captions, one per line
+      trainvalclasses.txt, testclasses.txt     one class per line: 001.Black_footed_Albatross ...    (optional)
+(The files come from CUB_200_2011.tgz and from cvpr2016_cub, the folder of Reed et al., which may also be inside DIR.
+Without trainvalclasses.txt, trainclasses.txt and valclasses.txt list the training classes. Without any list, every
+fourth class (004 ... 200) is a test class. Published results use other splits. Pickled lists are not read.)""",
     images=("CUB_200_2011/images", "images"),
     texts=("text_c10", "cvpr2016_cub/text_c10", "text"),
     hold_out_every=4,
@@ -172,16 +172,16 @@ FLOWERS = ClassSet(
     about={
         "name": "Oxford-102 flowers",
         "licence": "unknown: research use",
-        "credit": "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs are "
-        "their owners'.",
+        "credit": "Oxford 102 flowers (Nilsback & Zisserman 2008); captions: Reed et al. 2016. The photographs "
+        "belong to their owners.",
     },
     layout="""  DIR/jpg/image_00001.jpg ... image_08189.jpg
-      text_c10/class_00001/image_06734.txt ...   ten captions, one a line; the folder names the class
-      trainvalclasses.txt, testclasses.txt       one class a line: class_00001 ...    (optional)
-(The files come from 102flowers.tgz and from the text release of Reed et al., the folder cvpr2016_flowers, which may
-also be inside DIR. If only trainclasses.txt and valclasses.txt exist, both are trained on. Without lists, every fifth
-class (class_00005 ... class_00100) is held out: 82 training and 20 test classes. Published results use another split.
-imagelabels.mat is not needed.)""",
+      text_c10/class_00001/image_06734.txt ...   ten captions, one per line; the folder names the class
+      trainvalclasses.txt, testclasses.txt       one class per line: class_00001 ...    (optional)
+(The files come from 102flowers.tgz and from cvpr2016_flowers, the folder of Reed et al., which may also be inside DIR.
+Without trainvalclasses.txt, trainclasses.txt and valclasses.txt list the training classes. Without any list, every
+fifth class (class_00005 ... class_00100) is a test class. Published results use other splits. The file imagelabels.mat
+is not needed.)""",
     images=("jpg", "102flowers/jpg"),
     texts=("text_c10", "cvpr2016_flowers/text_c10"),
     hold_out_every=5,

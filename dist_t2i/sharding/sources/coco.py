@@ -1,6 +1,6 @@
 """Reads MS-COCO 2014 or 2017 in its published layout (Lin et al. 2014, "Microsoft COCO: Common Objects in Context";
 Chen et al. 2015, "Microsoft COCO Captions"). Uses Karpathy's split if its file is given (Karpathy & Fei-Fei 2015, "Deep
-Visual-Semantic Alignments"). The pictures in the part `restval` of this split are used for training, as is common."""
+Visual-Semantic Alignments"). The part `restval` of Karpathy's split is used for training, as is common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYOUT = """  DIR/train2014/COCO_train2014_000000000009.jpg ...      (2017: DIR/
       val2014/COCO_val2014_000000000042.jpg ...                  DIR/val2017/000000000139.jpg ...
       annotations/captions_train2014.json                        DIR/annotations/captions_train2017.json
                   captions_val2014.json                                          captions_val2017.json
-(Unpack train2014.zip, val2014.zip and annotations_trainval2014.zip in one folder; likewise for 2017.)"""
+(Unpack train2014.zip, val2014.zip and annotations_trainval2014.zip, or the files of 2017, in one folder.)"""
 CREDIT = (
     "MS-COCO (Lin et al. 2014, https://cocodataset.org). Captions: CC BY 4.0. Pictures: from Flickr, each under the "
     "licence that its owner chose."
@@ -27,11 +27,11 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
-    """The pictures with their captions, sorted by key. `year` may be None unless `root` contains both 2014 and 2017.
+    """The pictures with their captions, sorted by key. `year` may be None if `root` contains only one year of COCO.
 
-    COCO's train becomes the split `train`, and COCO's val becomes the split `test`. With the file of Karpathy's split,
-    the splits are its train (including restval), val and test. Raises DataError if the layout is not that of COCO or a
-    caption file cannot be read.
+    COCO's train becomes the split `train`, and COCO's val becomes the split `test`. If `karpathy` (the file of
+    Karpathy's split) is given, the splits are Karpathy's train (including restval), val and test. Raises DataError if
+    the files do not have COCO's layout or a caption file cannot be read.
     """
     items: list[Item] = []
     problems: list[Problem] = []
@@ -53,7 +53,7 @@ def coco_items(root: Path, year: int | None, karpathy: Path | None) -> Gathered:
 
 
 _Entry = tuple[str, str, Any, list[str], str, str]
-"""A picture in a caption file: folder, file name, image id, captions, split, and where the file lists it."""
+"""A picture in a caption file: folder, file name, image id, captions, split, and position in the caption file."""
 
 
 def _year_of(root: Path) -> int:
@@ -63,7 +63,7 @@ def _year_of(root: Path) -> int:
 
 
 def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
-    """The objects in each list of a JSON file that these keys name. Raises DataError if a list is missing."""
+    """The objects in the lists `keys` of a JSON file. Raises DataError if a list is missing."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -74,7 +74,7 @@ def _read_lists(path: Path, *keys: str) -> list[list[dict[str, Any]]]:
         raise DataError(f"{path} is not JSON ({error}): is the download incomplete?") from error
     for key in keys:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f'{path} has no list "{key}": it is not a file of COCO captions')
+            raise DataError(f'{path} has no list "{key}", so it is not a file of COCO captions')
     return [[entry for entry in content[key] if isinstance(entry, dict)] for key in keys]
 
 

@@ -20,12 +20,12 @@ _Rows = Iterator[tuple[Path, str, tuple[str, ...]]]
 
 
 def find_items(images: Path, captions: Path | None, holdout: float) -> tuple[list[Item], list[Problem]]:
-    """The pictures of a folder that have captions, sorted by key, and the problems of the other pictures. Raises
-    DataError if the folder or the captions cannot be read.
+    """The captioned pictures of a folder, sorted by key, and the problems of the other pictures. Raises DataError if
+    the folder or the captions cannot be read.
 
-    `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` or to the folder of that file. If it is
-    None, each line of `a.txt` is a caption of `a.png`. A hash of the keys selects the share `holdout` of the pictures
-    for the split `test`.
+    `captions` is a JSONL, CSV or TSV file whose paths are relative to `images` or to the file's own folder. If
+    `captions` is None, each line of `a.txt` is a caption of `a.png`. A hash of the keys selects the share `holdout` of
+    the pictures for the split `test`.
     """
     if not images.is_dir():
         raise DataError(f"--images {images}: this folder does not exist")
@@ -47,7 +47,7 @@ def _relative(path: Path, images: Path) -> str:
 
 
 def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) -> _Rows:
-    """Yields each row of a caption file whose picture exists. Other rows and pictures become `problems`."""
+    """Yields each row of a caption file if the row's picture exists. Adds other rows and pictures to `problems`."""
     find, mentioned = functools.cache(_find), set[Path]()
     for row in read_captions(captions):
         if path := find(row.image, (images, captions.parent)):
@@ -57,21 +57,21 @@ def _from_caption_file(images: Path, captions: Path, problems: list[Problem]) ->
             name = row.image.encode("utf-8", "backslashreplace").decode()
             problems.append(Problem(row.where, name, row.problem or "picture is missing"))
     others = [_relative(path, images) for path in _pictures(images) if path not in mentioned]
-    problems += [Problem("", path, "picture is in no line of the captions") for path in others]
+    problems += [Problem("", path, "picture is not in the caption file") for path in others]
 
 
 def _find(image: str, folders: tuple[Path, ...]) -> Path | None:
     if image and "\0" not in image:
         for folder in folders:
             path = Path(os.path.normpath(folder / image))
-            with contextlib.suppress(OSError):  # raised, for example, if the name is too long
+            with contextlib.suppress(OSError):  # for example, the name is too long
                 if path.is_file():
                     return path
     return None
 
 
 def _from_text_files(images: Path, problems: list[Problem]) -> _Rows:
-    """Yields each picture that has a text file of the same name. Adds the other pictures to `problems`."""
+    """Yields each picture that has a text file of the same name. Adds pictures without a text file to `problems`."""
     for path in _pictures(images):
         text = path.with_suffix(".txt")
         try:
@@ -91,7 +91,7 @@ def _pictures(images: Path) -> Iterator[Path]:
 
 
 def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
-    """Items with unique keys: paths without extensions. Dots are replaced: a WebDataset key ends at the first dot."""
+    """Items whose unique keys are paths without extensions and dots: a WebDataset key ends at the first dot."""
     items: dict[str, Item] = {}
     for path in sorted(captions, key=lambda path: _relative(path, images)):
         relative = PurePosixPath(_relative(path, images))

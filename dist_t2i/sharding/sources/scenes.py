@@ -16,7 +16,7 @@ ABOUT = {"name": "scenes", "licence": "CC0 1.0", "credit": "Rendered by dist_t2i
 
 @dataclass(frozen=True, slots=True)
 class ScenePicture(Picture):
-    """Scene `index` of the sequence `seed`, rendered at `size` x `size` pixels when it is read."""
+    """Scene `index` of the sequence `seed`. `read` renders the scene at `size` x `size` pixels."""
 
     seed: int
     index: int

@@ -1,4 +1,4 @@
-"""Reads tables of pictures (paths or URLs) and captions, such as img2dataset reads: JSONL, CSV, TSV or Parquet."""
+"""Reads JSONL, CSV, TSV or Parquet tables of pictures (paths or URLs) and captions, as img2dataset does."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def table_items(
     """The pictures that tables list, sorted by key. A repeated picture is returned once with all its captions.
 
     `patterns` are the paths or URLs of the tables, which may contain braces. `form` is `jsonl`, `csv`, `tsv` or
-    `parquet`. The paths of pictures are relative to the folder `images`; if `images` is "", they are relative to the
-    folder of the table. If `image_column` or `caption_column` is "", the column has one of the usual names. Raises
-    DataError if a table or its columns cannot be read.
+    `parquet`. Paths of pictures are relative to the folder `images`, or to the folder of the table if `images` is "".
+    If `image_column` or `caption_column` is "", the usual names of this column are tried. Raises DataError if a table
+    or its columns cannot be read.
     """
     image_columns = (image_column,) if image_column else ("url", *IMAGE_COLUMNS)
     columns = image_columns, (caption_column,) if caption_column else CAPTION_COLUMNS
@@ -84,7 +84,7 @@ def _parquet_rows(data: bytes, table: str, columns: Columns) -> Iterator[Row]:
 
 
 def _picture(image: str, base: str, missing: dict[str, bool]) -> tuple[Picture | None, str]:
-    """The picture that a table names, or None and the reason. `missing` remembers which files do not exist."""
+    """The picture `image`, or None and the reason for rejecting `image`. `missing` caches which files do not exist."""
     if not image or "\0" in image or len(image) > 4096 or any("\ud800" <= char <= "\udfff" for char in image):
         return None, "picture is missing"
     url = next((name for name in (image, base) if "://" in name or re.match(r"\s*(pipe:|\|)", name)), "")

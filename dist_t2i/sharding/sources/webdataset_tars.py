@@ -1,7 +1,7 @@
 """Reads existing WebDataset tars, local or at URLs, that webdataset, img2dataset or this tool wrote.
 
-A first pass locates the pictures and reads the captions. This pass seeks from member to member in a local tar, and
-reads a remote tar from start to end. The pictures are read later, when their new shard is written. Nothing in a tar is
+A first pass locates the pictures and reads the captions: it seeks from member to member in a local tar, and reads a
+remote tar from start to end. Each picture is read later, when the picture's new shard is written. Nothing in a tar is
 executed: members whose usual decoders run code are skipped and listed as problems.
 """
 
@@ -29,12 +29,12 @@ from dist_t2i.storage.urls import expand, is_local, unchained
 
 _SPLIT = re.compile(r"(train|val|test[A-Za-z0-9_-]*?)-\d+\.tar")
 _MAX_TEXT = 2**24
-"""A json or text member of more than this many bytes is not read, because it cannot be a caption file."""
+"""The maximal size of a caption file in bytes. Larger JSON or text members are not read."""
 
 
 @dataclass
 class TarContents:
-    """The pictures of a tar by key, and its texts by key and extension."""
+    """The pictures of a tar by key, and the texts of the tar by key and extension."""
 
     name: str
     pictures: dict[str, TarMember] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def scan(url: str) -> TarContents:
 
 
 class _Stream:
-    """Chunks of bytes as a file for `tarfile` to read from start to end. A read returns at most `size` bytes."""
+    """A file of `chunks` of bytes that `tarfile` reads from start to end. A read returns at most `size` bytes."""
 
     def __init__(self, chunks: Iterator[bytes], size: int = tarfile.RECORDSIZE) -> None:
         self._pieces = (chunk[start : start + size] for chunk in chunks for start in range(0, len(chunk), size))
@@ -110,11 +110,10 @@ def _scan_members(tar: tarfile.TarFile, into: TarContents, url: str, version: st
 
 
 def webdataset_items(patterns: Sequence[str], name: str, holdout: float, processes: int) -> Gathered:
-    """The pictures in tars that have captions, sorted by key. The set is named `name`, or after its first tar if `name`
-    is "".
+    """The captioned pictures in tars, sorted by key. If `name` is "", the set is named after its first tar.
 
-    The pictures of a tar with a name such as `test-00000.tar` or `val-00000.tar` keep their split. All other pictures
-    get the split `train`. If all pictures have the split `train`, the share `holdout` of them moves to `test`.
+    The name of a tar, such as `test-00000.tar`, determines the split of its pictures; pictures in tars with other names
+    are in `train`. If all pictures are in `train`, the share `holdout` of the pictures moves to `test`.
     """
     urls = tar_urls(patterns)
     items: dict[str, Item] = {}
@@ -141,7 +140,7 @@ def webdataset_items(patterns: Sequence[str], name: str, holdout: float, process
 
 
 def _captions(members: dict[str, bytes]) -> tuple[list[str], dict[str, Any], str]:
-    """The captions of a sample, its other attributes, and the reason if the sample has no captions, else ""."""
+    """The captions of a sample, its other attributes, and "" or the reason why the sample has no captions."""
     attributes: dict[str, Any] = {}
     value: Any = None
     if "json" in members:

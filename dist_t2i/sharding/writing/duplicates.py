@@ -1,17 +1,16 @@
-"""Finds duplicate pictures. This happens before shards are planned, so the result does not depend on the number of
-processes.
+"""Finds duplicate pictures before shards are planned, so that the result does not depend on the number of processes.
 
 **exact**: duplicates have the same bytes (SHA-256). Only files of equal size are read.
 
 **perceptual**: duplicates have nearly the same pixels. Each picture is decoded and shrunk to 9 x 8 pixels. The signs of
 the 64 differences between horizontal neighbors are the hash of the picture (dHash: N. Krawetz, "Kind of like that",
 2013). Two pictures are duplicates if at most `MAX_BITS` signs differ, and the mean color of each quarter differs by at
-most `MAX_COLOR` levels. Without the colors, all plain pictures would be duplicates, because they have similar hashes.
-Re-encoded, shrunk and slightly retouched pictures are found; cropped, mirrored and rotated pictures are not.
+most `MAX_COLOR` levels. Without the colors, all plain pictures would be duplicates, because plain pictures have similar
+hashes. Re-encoded, shrunk and slightly retouched pictures are found; cropped, mirrored and rotated pictures are not.
 
-One picture of each group of duplicates is kept, and the others are listed as problems. If the group has pictures of a
-held-out split, one of these is kept, so that no held-out picture is trained on. Among equals, the first key decides. If
-exact duplicates are in the same split, the picture that is kept also gets the captions of the others.
+One picture of each group of duplicates is kept, and all others are listed as problems. Held-out pictures are kept
+before training pictures, so that no held-out picture is trained on; within a split, the first key is kept. The kept
+picture gets the captions of its exact duplicates in the same split.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from dist_t2i.utils.progress import Progress
 
 MAX_BITS, MAX_COLOR = 3, 10
 _BAND = 16
-"""The number of bits in each of the four bands of a hash. If two hashes differ in at most three bits, at least one of
-their bands is equal. So only pictures with an equal band need to be compared."""
+"""The number of bits in each of the four bands of a hash. Two hashes that differ in at most three bits have at least
+one equal band, so only pictures with an equal band are compared."""
 _PART = 64
 
 
 def without_duplicates(items: Sequence[Item], kind: str, problems: list[Problem], processes: int) -> list[Item]:
-    """The items without duplicates of this `kind` (exact or perceptual); the others are added to `problems`."""
+    """The items without duplicates of one `kind` (exact or perceptual). Adds the duplicates to `problems`."""
     print(f"looking for duplicates among {len(items):,} pictures", file=sys.stderr)
     ranked = sorted(items, key=lambda item: (item.split == "train", item.key))
     pairs = _exact(ranked, processes) if kind == "exact" else _perceptual(ranked, processes)

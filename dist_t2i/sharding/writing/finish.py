@@ -1,4 +1,4 @@
-"""Turns written shards into a set: numbers them, and writes tokenizer, statistics, report and finally the manifest."""
+"""Turns shards into a set: numbers the shards, and writes the tokenizer, statistics, report and manifest."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def finish(
     problems: list[dict],
     options: Options,
 ) -> dict[str, Any]:
-    """Numbers the shards without gaps and writes all other files; the manifest is the last. Returns the manifest.
-    Raises OSError."""
+    """Numbers the shards without gaps and writes all other files, with the manifest last. Returns the manifest. Raises
+    OSError."""
     folder.remove("manifest.json")
     written: dict[str, list[Item]] = {plan.split: [] for plan in plans}
     for plan, result in zip(plans, results, strict=True):
@@ -67,7 +67,7 @@ def finish(
 
 
 def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Deletes empty shards and closes gaps in the numbers of the others. Returns the manifest's shards by split."""
+    """Deletes empty shards and numbers the other shards without gaps. Returns the manifest's shards by split."""
     shards: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         listed = shards.setdefault(result["split"], [])
@@ -80,15 +80,15 @@ def _number(folder: Folder, results: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def restore_names(folder: Folder, results: dict[str, dict[str, Any]]) -> None:
-    """Reverses the renaming by `finish`, so that a shard that is written again cannot overwrite another shard. Raises
-    OSError if a file cannot be renamed."""
+    """Reverses the renaming by `finish`, so that a rewritten shard cannot overwrite another shard. Raises OSError if a
+    file cannot be renamed."""
     for result in reversed(results.values()):
         if result["file"]:
             _rename(folder, result, result["name"])
 
 
 def _rename(folder: Folder, result: dict[str, Any], new: str) -> None:
-    """Renames the tar and the index of a shard, or deletes both if `new` is "". Updates the result and its file."""
+    """Renames the tar and the index of a shard, or deletes both if `new` is "". Updates `result` and its file."""
     old = result["file"]
     if new == old:
         return

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How a set is written."""
+    """Options for writing a set."""
 
     size: int = 0
-    """If the short side of a picture is longer, it is shrunk to this many pixels; 0 shrinks no picture."""
+    """The maximal short side in pixels. Larger pictures are shrunk to this size; 0 shrinks no picture."""
     format: str = ""
-    """The format in which every picture is encoded: `jpg`, `webp` or `png`. If the format is "", a picture is encoded
-    only if it is shrunk, or if its format is none of these three."""
+    """The format in which every picture is encoded: `jpg`, `webp` or `png`. If this is "", only shrunk pictures and
+    pictures of other formats are encoded."""
     quality: int = 95
     """The quality of the JPEGs and WebPs that are encoded."""
     check: str = "header"
     """How a picture is checked: `header` reads its header and its last bytes, `decode` decodes every pixel."""
     min_side: int = 0
-    """Pictures whose short side has fewer pixels are left out."""
+    """The minimal short side in pixels. Smaller pictures are left out."""
     max_aspect: float = 0.0
-    """Pictures whose ratio of long to short side is larger are left out; 0 keeps all pictures."""
+    """The maximal ratio of long to short side. Longer pictures are left out; 0 keeps all pictures."""
     shard_samples: int = 10_000
     shard_mb: float = 512.0
     vocabulary: int = 4096
@@ -44,10 +44,10 @@ class Options:
 
 
 def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]:
-    """The extension, the bytes and the stored (width, height) of a picture as it is written to a shard. Raises
-    PictureError if the picture cannot be used or a filter leaves it out.
+    """The extension, the bytes and the stored (width, height) of a picture in its shard. Raises PictureError if the
+    picture cannot be used or a filter rejects it.
 
-    An intact JPEG, PNG or WebP keeps its bytes if it is not shrunk and keeps its format. Any other picture is encoded
+    An intact JPEG, PNG or WebP keeps its bytes unless the picture is shrunk or converted. Any other picture is encoded
     in `options.format`. If `options.format` is "", a JPEG remains a JPEG, and other formats become PNG.
     """
     kind = kind_of(data)
@@ -67,12 +67,12 @@ def prepare(data: bytes, options: Options) -> tuple[str, bytes, tuple[int, int]]
 
 
 def _decoded(data: bytes, kind: str, options: Options) -> tuple[tuple[int, int], Image | None]:
-    """Decodes a picture as a check. Returns its (width, height), and the decoded picture if that has the full size."""
+    """Decodes a picture as a check. Returns (width, height), and the decoded picture if it was decoded at full size."""
     if kind == "jpg" and not options.size and options.format in ("", "jpg"):
         import simplejpeg
 
-        height, width = decode(data, at_least=64).shape[:2]  # fast: reads every byte, but produces few pixels
-        with contextlib.suppress(ValueError):  # raised for a JPEG that only Pillow decodes
+        height, width = decode(data, at_least=64).shape[:2]  # fast, because few pixels are produced
+        with contextlib.suppress(ValueError):  # only Pillow decodes this JPEG
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         return (width, height), None
     picture = open_picture(data)

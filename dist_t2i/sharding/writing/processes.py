@@ -18,7 +18,7 @@ _advance: Callable[[], None] | None = None
 
 
 def advance() -> None:
-    """Counts one more finished picture. The function that `in_processes` runs must call this."""
+    """Counts one more finished picture. The function that `in_processes` runs must call `advance`."""
     if _advance:
         _advance()
 
@@ -51,7 +51,7 @@ def in_processes(
     except concurrent.futures.process.BrokenProcessPool as error:
         remedy = "perhaps memory ran out: try a smaller --processes"
         raise DataError(f"a process was killed ({remedy}); run the same command again to resume") from error
-    finally:  # after a success, wait for the processes: one that is still starting needs the counter
+    finally:  # after a success, wait: a process that is still starting needs the counter
         pool.shutdown(wait=not waiting, cancel_futures=True)
     return results
 
@@ -63,5 +63,5 @@ def _start_process(counter: Any) -> None:
 
     global _advance
     _advance = add
-    gc.disable()  # `write_here` explains why; a spawned process does not inherit the setting
+    gc.disable()  # for the reason in `write_here`; spawned processes do not inherit this setting
     signal.signal(signal.SIGINT, signal.SIG_IGN)

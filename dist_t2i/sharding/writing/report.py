@@ -1,4 +1,4 @@
-"""The report page of a set: counts, statistics of the captions, a sheet of pictures, and what was left out and why."""
+"""The report page of a set: counts, statistics of the captions, a sheet of pictures, and reasons for omissions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_LISTED = 200
 
 
 def write_report(folder: Folder, manifest: dict[str, Any], problems: Sequence[dict[str, Any]]) -> None:
-    """Writes report.html and contact_sheet.png. Their bytes depend only on the set. Raises OSError."""
+    """Writes report.html and contact_sheet.png, whose bytes depend only on the set. Raises OSError."""
     samples = some_samples(folder, manifest)
     folder.write("contact_sheet.png", contact_sheet(samples))
     folder.write("report.html", _page(manifest, samples, problems).encode("utf-8", "backslashreplace"))
@@ -48,7 +48,7 @@ def some_samples(folder: Folder, manifest: dict[str, Any], split: str = "train",
 
 
 def index_name(shard: dict[str, Any]) -> str:
-    """The index file of a shard in a manifest. By default it has the name of the tar with the suffix .index."""
+    """The name of a shard's index file in a manifest: by default, the name of the tar with the suffix .index."""
     return shard.get("index") or f"{shard['name'][:-4]}.index"
 
 
@@ -58,9 +58,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
     sheet = Image.new("RGB", (_COLUMNS * _TILE, max(1, -(-len(samples) // _COLUMNS)) * _TILE), "white")
     for number, sample in enumerate(samples):
-        with contextlib.suppress(
-            ValueError
-        ):  # a picture with an intact header may still fail to decode; its tile stays white
+        with contextlib.suppress(ValueError):  # the tile of a picture that does not decode stays white
             tile = ImageOps.fit(sample.image, (_TILE, _TILE))
             sheet.paste(tile, (number % _COLUMNS * _TILE, number // _COLUMNS * _TILE))
     out = io.BytesIO()
@@ -69,7 +67,7 @@ def contact_sheet(samples: Sequence[Sample]) -> bytes:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], rest: str = "") -> str:
-    """An HTML table of the first rows, and a line with the number of other rows; `rest` says where they are."""
+    """An HTML table of the first rows, and a line with the number of further rows and their location, `rest`."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"

@@ -45,7 +45,7 @@ def header(name: str, size: int) -> bytes:
 
 
 def _make_room(descriptor: int, size: int) -> None:
-    """Reserves space if the file system can: writing then takes a third less time. Raises OSError if the disk is full.
+    """Reserves space if the file system can, which shortens writing by a third. Raises OSError if the disk is full.
 
     `os.posix_fallocate` is not used, because it writes every block if the file system cannot reserve space.
     """
@@ -61,7 +61,7 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
     raise OSError."""
 
     def __init__(self, path: Path, expected: int = 0) -> None:
-        """`expected` is the approximate size in bytes; this much space is reserved at the beginning."""
+        """Reserves space for a tar of approximately `expected` bytes."""
         self._file = open(path, "wb", buffering=2**16)  # noqa: SIM115  closed by __exit__
         try:
             _make_room(self._file.fileno(), expected)
@@ -80,7 +80,7 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
         self.size += len(data)
 
     def add(self, name: str, data: bytes) -> tuple[int, int, int]:
-        """Adds a file. Returns the offset, the size and the CRC-32 of its bytes."""
+        """Adds a file. Returns the offset, size and CRC-32 of the file's bytes."""
         head, size = header(name, len(data)), len(data)
         offset = self.size + len(head)
         for piece in (head, data, bytes(-size % _BLOCK)):
@@ -90,5 +90,5 @@ class TarWriter(contextlib.AbstractContextManager["TarWriter"]):
     def finish(self) -> None:
         """Writes the end of the tar."""
         self._write(bytes(2 * _BLOCK + -(self.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
-        self._file.truncate()  # writes the buffer, and frees reserved space that was not used
+        self._file.truncate()  # writes the buffer and frees unused reserved space
         self.sha256 = self._digest.hexdigest()

@@ -115,7 +115,7 @@ def test_what_could_not_be_downloaded_is_asked_for_again(tmp_path, server):
     shard(*words, "--out", tmp_path / "set")
     assert len(captions_by_key(tmp_path / "set")) == 7 and not (tmp_path / "set" / "train-00005.tar").exists()
     said, asked = shard(*words, "--out", tmp_path / "set").stderr, len(server.asked)
-    assert "an earlier run could not read 5 pictures; --retry-failed tries again" in said
+    assert "an earlier run could not read 5 pictures; --retry-failed tries these again" in said
     server.mended = True
     said = shard(*words, "--out", tmp_path / "set", "--retry-failed").stderr
     assert "shards exist already" in said and 5 <= len(server.asked) - asked < 12
