@@ -153,7 +153,7 @@ class Mirror:
             return warn(f"the mirror {self.url} cannot be read; using only the run folder: {error}")
         raise CheckpointError(
             f"the mirror {self.url} cannot be read, and the run folder has no checkpoint, so the position to resume "
-            f"from is unknown: {error}\nRepair the mirror, or start from the beginning without one (checkpoint.mirror=)."
+            f"from is unknown: {error}\nRepair the mirror, or start from the beginning without it (checkpoint.mirror=)."
         ) from error
 
     def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:

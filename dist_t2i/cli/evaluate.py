@@ -2,7 +2,7 @@
 
 python tools/evaluate.py --run RUN [--data SET] [--protocol NAME]    RUN: a run, a checkpoint or an exported model
 torchrun --nproc-per-node 4 -- tools/evaluate.py --run RUN ...       equal scores from four processes
-python tools/evaluate.py compare A.json B.json                       the scores of two files, or why these are not comparable
+python tools/evaluate.py compare A.json B.json                       the scores of two files, if comparable
 python tools/evaluate.py captions --data SET --protocol NAME         the captions that a protocol selects from a set
 
 docs/evaluation.md describes the protocols, the metrics, and the supply of weights for Inception and CLIP.

@@ -200,8 +200,8 @@ class TrainConfig:
     seed: int = 0
     """Random seed. Weights, order of samples, captions, noise and augmentation depend only on seed and images seen."""
     init: str = setting("", resume=Resume.FREE)  # read once, when the run starts
-    """Run folder or exported model from which the run starts, on any set: the weights are the model's, its tokens keep
-    their embeddings, and the tokens that only the new set has are added. Empty: random weights. Read at the start only."""
+    """Run folder or exported model that gives the initial weights and token embeddings (default: random weights). The
+    data set may be another set, whose new tokens are added. Read only at the start."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
     """Time after which a step counts as hung: the run names the hanging rank and exits with status 77 (0: never)."""
 
