@@ -101,7 +101,7 @@ class Findings:
         return next(scores["parameters"] for (name, _), scores in self.scores.items() if name == arm)
 
     def decides(self, item: Difference) -> bool:
-        """Whether `item` is a comparison on which the verdict on its arm is based."""
+        """Whether the verdict on the arm of `item` is based on this comparison."""
         return item.measure.split == self.splits[0] and item.measure.key in self.plan.decides
 
     def verdicts(self) -> list[str]:

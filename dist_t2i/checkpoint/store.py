@@ -79,7 +79,8 @@ def folder_name(images: int) -> str:
 
 
 def images_in(name: str) -> int | None:
-    """The images seen that the name of a checkpoint states, or None if `name` is not the name of a checkpoint."""
+    """The number of images seen, as the name of a checkpoint states it; None if `name` is not the name of a
+    checkpoint."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else None
 

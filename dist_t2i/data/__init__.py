@@ -1,1 +1,2 @@
-"""Turns sets of captioned pictures into batches: shards, their indexes, the order, remote reads and decoding."""
+"""Turns sets of captioned pictures into batches. Contains the shards, their indexes, the order of samples, remote reads
+and decoding."""

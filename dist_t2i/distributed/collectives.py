@@ -41,8 +41,9 @@ def max_over_ranks(number: int) -> int:
 def on_main(function: Callable[[], T], *, slow: bool = False) -> T:
     """Calls `function()` on rank 0 and returns the result on every rank. Collective.
 
-    All ranks raise a UserError of rank 0; ranks other than 0 set `reported_by_main`, so that only rank 0 prints the
-    error. `slow` runs `function` in a thread, for functions that take longer than a collective's timeout (10 minutes).
+    If rank 0 raises a UserError, all ranks raise it; ranks other than 0 set `reported_by_main`, so that only rank 0
+    prints the error. `slow` runs `function` in a thread, for functions that take longer than a collective's timeout (10
+    minutes).
     """
     if slow:
         function = _run_in_thread(function)

@@ -58,9 +58,9 @@ class StopReason(IntEnum):
 class StopFlag:
     """A flag that is set when this run should stop. Call `install` once, in the main thread of every rank.
 
-    With `announce` (rank 0), a message on stderr says what the run does after a signal. `install` lasts until the
-    process ends, so that a launcher's late SIGTERM cannot change the exit status. A `with` block restores the previous
-    handlers.
+    With `announce` (rank 0), a message on stderr says what the run does after a signal. The handlers that `install`
+    sets stay until the process ends, so that a late SIGTERM from a launcher cannot change the exit status. A `with`
+    block restores the previous handlers.
     """
 
     def __init__(self, *, announce: bool = False) -> None:

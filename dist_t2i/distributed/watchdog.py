@@ -121,8 +121,8 @@ class Watchdog:
         return {rank: report for rank, report in reports.items() if report}
 
     def _diagnose(self, state: _State) -> None:
-        """Reads all ranks' files twice, with time for each rank to write. Ends the run unless this rank makes
-        progress."""
+        """Reads the files of all ranks twice. The pause in between gives each rank time to write. Ends the run unless
+        this rank makes progress."""
         before = self._read()
         for _ in range(3):
             if self._stopped.wait(self.interval):

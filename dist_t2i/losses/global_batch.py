@@ -37,7 +37,8 @@ def global_same_pairs(ids: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class GlobalRows:
-    """Embeddings of the B rows of a step. Row i (of m) of micro-batch a on rank r (of W) is row (a W + r) m + i."""
+    """Embeddings of the B rows of a step. Row i (of m) of micro-batch k on rank r (of W) becomes row (k W + r) m + i of
+    the global batch."""
 
     def __init__(self, micro_batches: int):
         self.micro_batches, self.share = micro_batches, micro_batches * dist.get_world_size()

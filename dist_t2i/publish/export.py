@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 def export(run: str | Path, out: str | Path, *, replace: bool = False) -> Path:
-    """Export the newest checkpoint of a run, or another export, to the new folder `out`; returns its path.
+    """Exports the newest checkpoint of a run, or copies an existing export, to the new folder `out`; returns the
+    folder's path.
 
     With `replace`, an earlier export at `out` is replaced. Raises UserError, and leaves no new files, when `out`
     contains something other than an export, when `run` contains no model, or when the disk is full.

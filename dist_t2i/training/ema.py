@@ -75,7 +75,8 @@ def ema_decay(step_images: int, images: int, half_life_images: float, ramp: floa
 
 @torch.no_grad()
 def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * weights, in place. The average should be fp32: its dtype is used.
+    """average <- decay * average + (1 - decay) * weights, in place. The average should be in fp32, because the update
+    is computed in the dtype of the average.
 
     Copies tensors that are not floating point. Raises KeyError when `weights` lacks a name of the average.
     """

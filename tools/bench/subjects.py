@@ -1,4 +1,5 @@
-"""The ranks of the step benchmark: the training step in plain PyTorch and in DeepSpeed, on synthetic batches."""
+"""What each rank of the step benchmark runs: the training step, in plain PyTorch and in DeepSpeed, on synthetic
+batches."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 captions and models, and no generator is trained with it.
 
 It is trained when it is first needed, which takes about four minutes on two cores. The weights are kept in the user's
-cache folder, under a hash of all that they depend on. They are the same for the same machine and number of threads, and
-elsewhere up to round-off.
+cache folder, under a hash of all that they depend on. The weights are identical on the same machine with the same
+number of threads; otherwise they differ by round-off.
 """
 
 from __future__ import annotations

@@ -259,7 +259,8 @@ def _outside(answers: Answers) -> Score:
 
 
 def tone_scores(answers: Answers, library: Library) -> list[Score]:
-    """How often the tone is right: the nearest of the role's real pictures has this tone. Then `target_scores`."""
+    """How often the tone is right: among the role's real pictures, the one nearest to the edit has the requested tone.
+    Then `target_scores`."""
     right = answers.each(lambda name: right_tone(answers.pictures[name], answers.cases, library))
     row = {case.text: i for i, case in enumerate(answers.cases)}
     pairs = [skin_tones.tone_pair(case.text) for case in answers.cases]

@@ -1,9 +1,9 @@
 """Linear analysis of embeddings: pure functions of vectors and labels.
 
 If a linear probe (Alain & Bengio 2016) reads a property from an embedding, the next layer can use this property, but
-may ignore it. The words of a caption name the property, so a probe is meaningful only in comparison with two baselines:
-a bag of words (all information in the caption), and an untrained encoder of the same kind (the information that the
-architecture preserves).
+may ignore it. A caption states the property in words, so the score of a probe is meaningful only in comparison with two
+baselines: a bag of words, which contains all information in the caption, and an untrained encoder of the same kind,
+which contains what the architecture alone preserves.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from dist_t2i.sharding.writing.tar_writer import TarWriter
 from dist_t2i.storage.folders import WORK, Folder
 
 _OVERHEAD = 3 * 1024
-"""The approximate size in bytes of a sample in a tar without its picture."""
+"""The approximate number of bytes that a sample takes in a tar, not counting its picture."""
 Results = dict[str, dict[str, Any]]
 """Name of a shard's plan -> the result of `write_shard` for this plan."""
 _quoted = json.encoder.encode_basestring  # type: ignore[attr-defined]
