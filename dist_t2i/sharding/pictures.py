@@ -180,13 +180,16 @@ def render(svg: Path, size: int, hidden: frozenset[str] = frozenset()) -> bytes:
     import resvg_py
     from PIL import Image
 
-    image: dict[str, str] = {"svg_path": str(svg)}
+    text = None
     if hidden:
         root = ElementTree.parse(svg).getroot()
         for element in [element for element in root if element.get("id") in hidden]:
             root.remove(element)
-        image = {"svg_string": ElementTree.tostring(root, encoding="unicode")}
-    png = resvg_py.svg_to_bytes(**image, width=size, height=size, background="white", skip_system_fonts=True)
+        text = ElementTree.tostring(root, encoding="unicode")
+    path = None if hidden else str(svg)
+    png = resvg_py.svg_to_bytes(
+        svg_string=text, svg_path=path, width=size, height=size, background="white", skip_system_fonts=True
+    )
     out = io.BytesIO()
     Image.open(io.BytesIO(bytes(png))).convert("RGB").save(out, "PNG")
     return out.getvalue()
