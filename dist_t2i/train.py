@@ -6,7 +6,7 @@
     srun python dist_t2i/train.py --config ...
     python dist_t2i/train.py --config ...
 
-The same command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the
+A repeated command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the
 configuration, data or environment must be corrected, as the message says; 75 a signal stopped the run, which saved a
 checkpoint; 76 another process has taken over the run; 77 a rank hung; 130 a second Ctrl-C ended the run at once.
 """
@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Python puts the folder of a script first on sys.path. For this script, that is the package folder, whose packages
-# (`config`, ...) would hide installed packages of the same names. So the next line replaces the entry by the folder
-# that contains the package.
+# Python puts the folder of a script first on sys.path. Here this folder is the package `dist_t2i`, whose subpackages
+# (`config`, ...) would hide installed packages of the same names. So the next line puts the parent folder of `dist_t2i`
+# first instead.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dist_t2i.errors import ConfigError, TrainingError, UserError, run_command  # noqa: E402
@@ -34,8 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=plain)
-    parser.add_argument("--config", type=Path, help="YAML file of the run; missing keys get their defaults")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    parser.add_argument("--config", type=Path, help="YAML file with the configuration; missing keys get their defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     changes = "resume a run even if its configuration or data has changed"
     parser.add_argument("--allow-changes", action="store_true", help=changes)
     parser.add_argument("--help-config", action="store_true", help="print every key with its default, and exit")
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
         return train(config, rank, allow_changes=options.allow_changes, stop=stop)
     except UserError as error:
-        same_everywhere = isinstance(error, (ConfigError, TrainingError))  # so only rank 0 needs to print it
+        same_everywhere = isinstance(error, (ConfigError, TrainingError))  # so only rank 0 needs to print the error
         error.reported_by_main = error.reported_by_main or (rank.rank > 0 and same_everywhere)
         raise
 

@@ -4,10 +4,10 @@
                              /.0000013.part    a chunk that the process with the lock on this file is fetching
          /total                            an upper bound on the bytes of all chunks (changed under CACHE/lock)
 
-A finished chunk gets its name by a rename, so a chunk that exists is complete. Only one process fetches a chunk: a
-second process that wants the chunk sees the lock and does other work. The lock is a kernel lock (flock) that ends with
-its process, so a process killed by kill -9 leaves no lock behind. When the cache exceeds its bound, the least recently
-used chunks are removed. A process that has a removed chunk open can still read it.
+A rename gives a finished chunk its name, so every chunk without the suffix `.part` is complete. A lock ensures that
+only one process fetches a chunk; other processes do other work in the meantime. The kernel releases the lock (flock)
+when its process ends, even by kill -9. When the cache exceeds its bound, the least recently used chunks are removed. A
+process that has a removed chunk open can still read it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CHUNK = 2**23
 """The size of a chunk in bytes. The last chunk of an object is shorter."""
 _KEPT_OPEN = 256
 _POLL, _POLLED_FOR = 0.005, 0.1
-"""How `await_fill` waits for another process: the seconds between two checks, and the seconds until it gives up."""
+"""How `await_fill` waits for another process: the seconds between checks, and the seconds of the whole wait."""
 _ROOM = 0.9
-"""An eviction reduces the cache to this share of its bound."""
+"""An eviction reduces the cache to this share of the cache's limit."""
 _NO_ROOM = {getattr(errno, name) for name in "ENOSPC EDQUOT EROFS EACCES EPERM EFBIG EIO ENOTDIR ELOOP".split()}
 
 
@@ -58,8 +58,8 @@ class ChunkCache:
         """Whether new chunks can be stored."""
         self.fill_seconds = 0.0
         """The seconds that this process needed to fetch its latest full-sized chunk. The initial value 0 makes readers
-        assume a fast network and wait for chunks. Readers that assumed a slow network would request most samples of the
-        first window twice: once alone, and once with the chunk."""
+        assume a fast network and wait for chunks. An assumption of a slow network would make readers request most
+        samples of the first window twice: alone, and in a chunk."""
         self._pid = os.getpid()
 
     def __reduce__(self) -> tuple:
@@ -76,17 +76,17 @@ class ChunkCache:
         return self.works
 
     def path(self, key: str, number: int) -> Path:
-        """The path of the file of a chunk. The file need not exist."""
+        """The path of a chunk's file, which need not exist."""
         return self.folder / "chunks" / key[:2] / key / f"{number:07d}"
 
     def read(self, key: str, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk beginning at `offset`, fewer if the chunk ends earlier; None if it is not cached."""
+        """`size` bytes of a chunk from `offset` on, fewer if the chunk ends earlier; None for a missing chunk."""
         with self._lock:
             descriptor = self._descriptor(key, number)
             return None if descriptor is None else os.pread(descriptor, size, offset)
 
     def _descriptor(self, key: str, number: int) -> int | None:
-        if self._pid != os.getpid():  # after a fork, the child begins with an empty table of its own
+        if self._pid != os.getpid():  # after a fork, the child begins with an empty table
             self._begin()
         descriptor = self._open.get((key, number))
         if descriptor is not None:
@@ -103,7 +103,7 @@ class ChunkCache:
         return descriptor
 
     def forget(self, key: str, number: int) -> None:
-        """Removes a chunk whose bytes turned out to be wrong."""
+        """Removes a chunk whose bytes are wrong."""
         with self._lock:
             descriptor = self._open.pop((key, number), None)
             if descriptor is not None:
@@ -112,9 +112,9 @@ class ChunkCache:
                 self.path(key, number).unlink()
 
     def fill(self, key: str, number: int, size: int, fetch: Callable[[BinaryIO], None]) -> bool:
-        """Stores a chunk unless it is cached already. `fetch` gets a file and writes at most `size` bytes to it.
+        """Stores a chunk unless it is cached already. `fetch` writes at most `size` bytes to the given file.
 
-        Returns False if another process is fetching the chunk or nothing can be stored. Raises the errors of `fetch`.
+        Returns False if another process is fetching the chunk or the disk fails. Raises the errors of `fetch`.
         """
         if not self.works:
             return False
@@ -133,8 +133,8 @@ class ChunkCache:
             return False
 
     def await_fill(self, key: str, number: int, seconds: float) -> None:
-        """Waits at most `seconds` for another thread of this process that is storing the chunk. If another process
-        stores the chunk, waits only briefly."""
+        """Waits until the chunk is stored: at most `seconds` if a thread of this process is storing the chunk, and at
+        most `_POLLED_FOR` seconds otherwise."""
         path = self.path(key, number)
         filled = self._filling.get(path)
         if filled is not None:
@@ -175,12 +175,12 @@ class ChunkCache:
             except OSError:
                 yield None
                 return
-            # The previous holder may have renamed the file. Then this lock is on a finished chunk and protects nothing.
+            # If the lock's previous holder has renamed the file, this lock is on a finished chunk and protects nothing.
             current = part.exists() and os.fstat(file.fileno()).st_ino == part.stat().st_ino
             yield part if current else None
 
     def _disable(self, error: OSError) -> None:
-        """Warns once and stores no more chunks. Raises errors that do not come from a full or unwritable disk."""
+        """Warns once and stores no more chunks. Raises `error` if its cause is not a full or unwritable disk."""
         if error.errno not in _NO_ROOM:
             raise error
         if self.works:
@@ -207,8 +207,8 @@ class ChunkCache:
             return sum(size for _, size, _ in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[float, int, str]]:
-        """Yields the time of use, the bytes and the path of each chunk. Removes `.part` files that no process has
-        locked."""
+        """Yields the time of last use, the size in bytes and the path of each chunk. Removes `.part` files that no
+        process has locked."""
         for folder, _, names in os.walk(self.folder / "chunks"):
             for name in names:
                 path = os.path.join(folder, name)
@@ -222,7 +222,7 @@ class ChunkCache:
                             os.unlink(path)
 
     def _evict(self, target: int) -> int:
-        """Removes the least recently used chunks until at most `target` bytes remain. Returns the bytes that remain."""
+        """Removes the least recently used chunks until at most `target` bytes remain. Returns the size of the rest."""
         chunks = sorted(self._chunks())
         remaining = sum(size for _, size, _ in chunks)
         for _, size, path in chunks:

@@ -1,6 +1,6 @@
 """Clients of object stores: open a store, request a range of bytes, and translate the errors of requests.
 
-obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads the other schemes. Credentials and
+obstore (Rust) reads S3, Google Cloud Storage, Azure and plain HTTP; fsspec reads all other URLs. Credentials and
 endpoints come from the environment variables that each store's own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, ...). `StorageOptions` may override the endpoint and the region.
 
@@ -30,7 +30,7 @@ class StorageOptions:
     """How remote data is read. Picklable."""
 
     endpoint: str = ""
-    """The URL of an S3-compatible server. "" means the server that the environment names, or else AWS."""
+    """The URL of an S3-compatible server. "" means the server in the environment, or AWS by default."""
     region: str = ""
     anonymous: bool = False
     """Whether requests are sent without a signature, as public buckets allow."""
@@ -44,11 +44,11 @@ class StorageOptions:
 
 
 FROM_ENVIRONMENT = StorageOptions()
-"""Takes the endpoint and the credentials from the environment, and has no cache."""
+"""Options without a cache. The endpoint and the credentials come from the environment."""
 
 
 class StorageError(OSError):
-    """A failed request. `reason` is a phrase without the name of the object; the message contains both."""
+    """A failed request. `reason` is a phrase; the message also contains the name of the object."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{name}: {reason}" if name else reason)
@@ -64,7 +64,7 @@ class Missing(Gone, FileNotFoundError):
 
 
 class Denied(Gone, PermissionError):
-    """These credentials may not read or write the object."""
+    """The credentials do not permit this read or write."""
 
 
 class Changed(StorageError):
@@ -76,8 +76,7 @@ class Short(StorageError):
 
 
 class Blocks(NamedTuple):
-    """A response: the size of the object in bytes (-1 if unknown), its ETag ("" if none), an iterator over the
-    bytes."""
+    """A response: the size of the object in bytes (-1 if unknown), the ETag ("" if unknown), and the bytes."""
 
     size: int
     tag: str
@@ -87,7 +86,7 @@ class Blocks(NamedTuple):
 def client_of(url: str, options: StorageOptions) -> Client:
     """The client for an object. Raises DataError if no installed library knows the scheme of the URL.
 
-    Must not be called in a process that will fork afterwards (the reason is given in reader_process.py).
+    A process that will fork must not call this function, for the reason that reader_process.py gives.
     """
     return ObstoreClient(url, options) if scheme_of(checked(url)) in OBJECT_STORES else FsspecClient(url)
 
@@ -104,7 +103,7 @@ class ObstoreClient:
         """Requests the bytes [start, stop) of an object, in blocks of at least `block` bytes. If `stop` is None, the
         range extends to the end of the object. `tag` is the ETag of the version to read; "" accepts any version.
 
-        Raises StorageError if the request fails; iterating over the bytes can raise it as well.
+        Raises StorageError if the request fails. Iterating over the bytes can also raise StorageError.
         """
         options: dict[str, Any] = {"range": {"offset": start} if stop is None else (start, stop)}
         if tag:
@@ -122,7 +121,7 @@ def _blocks(stream: Iterator[Any]) -> Iterator[Any]:
 
 
 class FsspecClient:
-    """Reads objects of every other scheme through fsspec."""
+    """Reads objects through fsspec, for schemes that obstore does not know."""
 
     def __init__(self, url: str) -> None:
         self._system, self._path = open_system(url)
@@ -143,7 +142,7 @@ Client = ObstoreClient | FsspecClient
 
 @lru_cache(maxsize=64)
 def _store(address: str, options: StorageOptions) -> Any:
-    """The store of a bucket or host. Cached, because a store keeps its connections open."""
+    """The store of a bucket or host. Stores are cached, because a store keeps its connections open."""
     limits = {
         "connect_timeout": f"{CONNECT_SECONDS}s",
         "read_timeout": f"{int(1000 * options.stall_seconds)}ms",
@@ -153,7 +152,7 @@ def _store(address: str, options: StorageOptions) -> Any:
 
 
 def open_store(url: str, options: StorageOptions, limits: dict[str, Any], retry: dict[str, Any] | None = None) -> Any:
-    """obstore's object for a bucket, a prefix or a host. Sends no request yet. Raises DataError if this fails.
+    """obstore's object for a bucket, prefix or host. Sends no request. Raises DataError if obstore rejects an argument.
 
     `limits` are options of obstore's `ClientConfig` that limit the time of each request. `retry` is obstore's
     `RetryConfig`; None means obstore's defaults.
@@ -213,24 +212,24 @@ def _translated(error: Exception, name: str) -> StorageError:
         return Changed("the object was replaced", name)
     if isinstance(error, (known.InvalidPathError, known.NotSupportedError)):
         return Gone("the object's name cannot be read", name)
-    text = str(error)  # an error of obstore prints nested Rust structures
+    text = str(error)  # for errors of obstore, this text shows nested Rust structures
     status = _status(error, text)
     plain = re.sub(r"\w+://\S+", "", text)  # without URLs, whose words could match the patterns of `_REASONS`
     if status == 416 or re.search("range not satisfiable", plain, re.IGNORECASE):
         return Short("the object is shorter than expected", name)
     reason = _STATUSES.get(status) or ("the server failed (5xx)" if 500 <= status < 600 else "")
     reason = reason or next((reason for pattern, reason in _REASONS if re.search(pattern, plain, re.IGNORECASE)), "")
-    if not isinstance(error, known.BaseError):  # an error of an fsspec file system, which may have any type
+    if not isinstance(error, known.BaseError):  # file systems of fsspec raise errors of any type
         text = getattr(error, "strerror", None) or f"{type(error).__name__}: {text}"
     return StorageError(reason or " ".join(text.split())[:200], name)
 
 
 def _status(error: Exception, text: str) -> int:
-    """The HTTP status of the response; 0 if there was no response or its status is unknown.
+    """The HTTP status of a failed request; 0 if the server sent no response or the status is unknown.
 
     Only a number after certain words is a status, since `text` also contains names, ports and durations.
     """
-    status = getattr(error, "status", None)  # an attribute of aiohttp's errors, which fsspec passes on
+    status = getattr(error, "status", None)  # fsspec passes on errors of aiohttp, which have this attribute
     match = re.search(r"(?:status code: |error occurred \()(\d{3})\b", text)  # the words of obstore and of botocore
     return status if isinstance(status, int) else int(match[1]) if match else 0
 

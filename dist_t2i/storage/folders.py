@@ -20,7 +20,7 @@ from dist_t2i.storage.urls import scheme_of, unchained
 from dist_t2i.utils.files import chunks, fsync, replacing, sha256_of, write_atomic, write_synced
 
 WORK = ".shard"
-"""The name of the folder of intermediate files, from which a repeated run resumes."""
+"""The folder of intermediate files, which let a repeated run resume."""
 _CHUNK = 2**20
 _LONGEST_REQUEST = 3600.0
 """The seconds that the transfer of one file may take."""
@@ -31,10 +31,10 @@ _PARTS = 9000
 
 
 def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
-    """The folder at a path or URL. Neither reads nor creates it. Raises DataError for commands and chained URLs.
+    """The folder at a path or URL, which is neither read nor created. Raises DataError for commands and chained URLs.
 
-    `seconds` limits the time of each request to an object store, retries included. None means an hour, with the
-    library's own retries.
+    `seconds` limits the time of each request to an object store, including retries. None means one hour and the default
+    retries of obstore.
     """
     text = str(url)
     scheme = scheme_of(unchained(text))
@@ -46,8 +46,8 @@ def open_folder(url: str | Path, *, seconds: float | None = None) -> Folder:
 
 
 def locate(folder: Folder, name: str) -> tuple[Folder, str]:
-    """The folder and the name of a file that a manifest in `folder` names. A relative name is in `folder`; a URL or an
-    absolute path names its own folder."""
+    """The folder and the last part of a name in a manifest of `folder`. Relative names are in `folder`; URLs and
+    absolute paths include their folder."""
     if not scheme_of(unchained(name)) and not os.path.isabs(name):
         return folder, name
     parent, _, last = name.rpartition("/")
@@ -56,7 +56,7 @@ def locate(folder: Folder, name: str) -> tuple[Folder, str]:
 
 class Folder(ABC):
     """Access to the files of one folder by name. Methods raise FileNotFoundError if a file is missing, and OSError if
-    they fail for another reason. Picklable."""
+    an operation fails. Picklable."""
 
     path: Path | None = None
     """The path of the folder; None if the folder is not on a disk."""
@@ -73,7 +73,7 @@ class Folder(ABC):
 
     @property
     def staging(self) -> Path:
-        """A folder on this machine's disk for files that are being written. It is created if it does not exist."""
+        """A folder on this machine's disk for unfinished files. Creates the folder if necessary."""
         folder = Path(tempfile.gettempdir()) / f"dist_t2i-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
         folder.mkdir(exist_ok=True)
         return folder
@@ -107,11 +107,11 @@ class Folder(ABC):
     @abstractmethod
     def put(self, file: BinaryIO, name: str) -> None:
         """Atomically copies an open file, from its current position to its end, to the file `name`. Creates the
-        subfolder if `name` contains one."""
+        subfolder that `name` contains."""
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Renames a file. A file that already has the new name is replaced."""
+        """Renames a file. Replaces an existing file of the new name."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -126,8 +126,8 @@ class Folder(ABC):
         """The sorted names of files and subfolders; [] if the folder is missing."""
 
     def settle(self, names: list[str]) -> None:
-        """Returns once these files would survive a power cut. By default this does nothing, because an object store
-        confirms a write only when the file is safe."""
+        """Waits until these files would survive a power cut. The default does nothing, because an object store confirms
+        a write only when the file is safe."""
         return
 
     def checksum(self, name: str) -> str:
@@ -249,10 +249,10 @@ class ObjectFolder(Folder):
 
 
 class FsspecFolder(Folder):
-    """A folder in any other file system that fsspec supports, such as `sftp://` or `hdfs://`."""
+    """A folder in a file system of fsspec, such as `sftp://` or `hdfs://`."""
 
     def __reduce__(self) -> tuple:
-        return FsspecFolder, (self.url,)  # the file system is not pickled: processes cannot share its connections
+        return FsspecFolder, (self.url,)  # the file system is not pickled: processes cannot share connections
 
     @cached_property
     def _system(self) -> tuple[Any, str]:
@@ -260,8 +260,8 @@ class FsspecFolder(Folder):
 
     @contextlib.contextmanager
     def _at(self, name: str) -> Iterator[tuple[Any, str]]:
-        """Yields the file system and the path of the file `name` in it; "" gives the path of the folder itself. Errors
-        inside the `with` block become StorageErrors that name the file."""
+        """Yields the file system and the file's path. If `name` is "", the path is that of the folder. Errors inside
+        the `with` block become StorageErrors that name the file."""
         system, root = self._system
         with storage_errors(self.file_url(name) if name else self.url):
             yield system, f"{root.rstrip('/')}/{name}" if name else root

@@ -1,9 +1,9 @@
 """Reads remote data in a separate process, so that the training process can fork loader workers later.
 
-The client of an object store runs threads, which hold locks. When a process with such threads forks, the child gets
-copies of the locks but no threads that would release them, so the child's first request hangs. Therefore a process that
-will fork sends its reads to a child process, the *reader*. Only processes that never fork (loader workers and the
-reader) have clients.
+A client of an object store runs threads, which hold locks. If the process forks, the child gets copies of held locks
+but no threads that would release these locks, so the child's first request hangs. Therefore a process that will fork
+sends its reads to a child process, the *reader*. Only processes that never fork (loader workers and the reader) have
+clients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def allow_clients() -> None:
 
 
 def with_clients(function: Callable[..., T], *arguments: Any) -> T:
-    """Returns `function(*arguments)`, computed in this process if it may have clients, otherwise in the reader.
+    """Returns `function(*arguments)`. The reader computes the result unless this process may have clients.
 
     `function` must be defined at the top level of a module, and its arguments, result and errors must be picklable.
     Raises the errors of `function`, and DataError if the reader was killed.
@@ -57,8 +57,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        # If other code has used a client in this process, as in a notebook, a fork would copy that client's locks. So
-        # the reader is spawned if obstore is loaded already.
+        # If obstore is already loaded, as in a notebook, a fork could copy the locks of a client, so the reader is
+        # spawned.
         fork = sys.platform == "linux" and "obstore" not in sys.modules
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self._pipe, child_end = context.Pipe()
@@ -69,8 +69,7 @@ class _Reader:
         atexit.register(self.close)
 
     def usable(self) -> bool:
-        """Whether the reader is running and was started by this process; a forked child cannot use its parent's
-        reader."""
+        """Whether the reader runs and is this process's own: a forked child cannot use its parent's reader."""
         return self._pid == os.getpid() and self._process.is_alive()
 
     def call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:

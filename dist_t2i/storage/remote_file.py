@@ -1,8 +1,8 @@
 """Reads remote objects, and repeats requests that fail.
 
-After a failed request, a read pauses (retries.py) and then requests only the bytes that are still missing. The request
-has an If-Match header, so these bytes come from the same version of the object as the earlier bytes. The read fails
-when `retry_seconds` have passed without a byte, or sooner if a retry cannot help.
+After a failed request, a read pauses (retries.py) and then requests only the bytes that are still missing. An If-Match
+header ensures that all bytes come from the same version of the object. A read fails when `retry_seconds` have passed
+without a byte, or sooner if a retry cannot help.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from dist_t2i.storage.clients import Changed, Client, Gone, Short, StorageError,
 from dist_t2i.storage.retries import pauses
 
 BLOCK, LARGE_BLOCK = 2**16, 2**20
-"""The minimal numbers of bytes that a client yields at a time. When a connection breaks, less than one block is lost,
-so small blocks lose less; large blocks take less processor time."""
+"""The minimal numbers of bytes that a client yields at a time. A broken connection loses up to one block, so small
+blocks lose less; large blocks take less processor time."""
 PAUSES = 0.1, 10.0
 """The first and the longest pause before a failed request is repeated, in seconds."""
 GONE_SECONDS = 3.0
-"""The seconds for which a missing or forbidden object is retried. A store that lags behind may still list the object,
-and renewed credentials may still grant access."""
+"""The seconds for which a missing or forbidden object is retried. During this time, a slow store may list a new object,
+and renewed credentials may grant access."""
 SLOWEST = 2**14
-"""A rate in bytes per second. A read that stays slower, pauses included, fails in the end."""
+"""The minimal rate of a read in bytes per second, pauses included. A slower read fails in the end."""
 _WARN_AFTER = 5.0
 """A read that is still being retried after this many seconds prints a warning."""
 
 
 class Backoff:
-    """The pauses between the requests of one read, and its deadline."""
+    """The pauses between the requests of one read, and the deadline of this read."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self._name, self._seconds = name, seconds
@@ -61,18 +61,18 @@ class Backoff:
 
 
 class RemoteFile:
-    """An object that is read in ranges of bytes. Threads may share an instance. `size` is -1 until it is known."""
+    """An object that is read in ranges of bytes. Threads may share an instance. `size` is -1 while unknown."""
 
     def __init__(self, url: str, options: StorageOptions, size: int = -1, tag: str = "") -> None:
         self.url, self.options, self.size = url, options, size
         self.tag, self._pinned = tag, bool(tag)
-        """The ETag of the version that is read; "" before the first answer, or if the store has no ETags."""
+        """The ETag of the version that is read; "" before the first response, or if the store has no ETags."""
         self._retries = True
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int | None) -> bytes:
         """`size` bytes beginning at `offset`, fewer if the object ends earlier. If `size` is None, reads to the end of
-        the object. Raises StorageError if the object cannot be read, DataError if it cannot be opened."""
+        the object. Raises DataError if the object cannot be opened, and StorageError if the object cannot be read."""
         out = io.BytesIO()
         self.read_into(out, offset, None if size is None else offset + size)
         return out.getvalue()
@@ -84,8 +84,8 @@ class RemoteFile:
             stop = min(stop, self.size)
             if start >= stop:
                 return
-        # After a read has failed despite its retries, each later read sends a single request: the store is probably
-        # down, and retries would delay every sample for nothing.
+        # After a read has failed despite its retries, the store is probably down. Each later read then sends a single
+        # request, because retries would delay every sample for nothing.
         backoff = Backoff(self.url, self.options.retry_seconds if self._retries else 0.0)
         block = LARGE_BLOCK
         while True:
@@ -98,12 +98,12 @@ class RemoteFile:
                 raise StorageError("the connection closed early")
             except Short:
                 with self._lock:
-                    self.size = start + out.tell()  # the object ends here or earlier; its exact size does not matter
+                    self.size = start + out.tell()  # the object ends here or earlier; the exact size does not matter
                 return
             except Changed:
                 self._restart(out)
             except StorageError as error:
-                block = BLOCK  # the connection may break again, and small blocks lose less
+                block = BLOCK  # small blocks lose less if the connection breaks again
                 backoff.progressed(out.tell() - before)
                 try:
                     backoff.wait(error)
@@ -112,7 +112,7 @@ class RemoteFile:
                     raise
 
     def _request(self, out: BinaryIO, start: int, stop: int | None, block: int) -> int | None:
-        """Appends the missing bytes to `out` with one request. Returns the end of the range (None: unknown)."""
+        """Appends the missing bytes to `out` with one request. Returns the end of the range, or None if unknown."""
         answer = self._client.fetch(start + out.tell(), stop, self.tag, block)
         with self._lock:
             self.tag = self.tag or answer.tag
@@ -126,9 +126,9 @@ class RemoteFile:
         return stop
 
     def _restart(self, out: BinaryIO) -> None:
-        """Restarts the read with the new version of an object that was replaced. The checksums in the index show
-        whether the samples of the new version are usable. Raises Changed if the manifest states a version, since the
-        index describes that version only."""
+        """Restarts the read of a replaced object. The checksums in the index show whether the samples of the new
+        version are usable. If the manifest states a version, raises Changed, because the index describes only the
+        stated version."""
         with self._lock:
             if self._pinned:
                 raise Changed("the object was replaced since it was indexed")

@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]:
-    """Endlessly yields the pauses between attempts, in seconds. The pauses grow from `first` to `longest`. Each is
-    multiplied by a random number from 0.5 to 1 (Brooker's "equal jitter"), so that processes that failed together do
-    not retry together, and no pause exceeds `longest`."""
+    """Endlessly yields the pauses between attempts, in seconds. The pauses grow from `first` to `longest`. Each pause
+    is multiplied by a random number from 0.5 to 1 (Brooker's "equal jitter"), so that processes that failed together do
+    not retry together."""
     pause = first
     while True:
         yield pause * random.uniform(0.5, 1.0)
@@ -21,8 +21,8 @@ def pauses(first: float, longest: float, factor: float = 2.0) -> Iterator[float]
 
 
 def retry(action: Callable[[], T], waits: Iterable[float], again: Callable[[OSError, float], bool]) -> T:
-    """Returns the result of `action`. If `action` raises OSError, sleeps for the next of the `waits` (in seconds) and
-    calls `action` again.
+    """Returns the result of `action`. After an OSError, sleeps for the next of the `waits` (in seconds) and calls
+    `action` again.
 
     Raises the OSError if `waits` has no more elements, or if `again(error, seconds of the next pause)` returns False.
     """

@@ -15,10 +15,9 @@ from dist_t2i.storage.remote_file import RemoteFile
 from dist_t2i.storage.urls import is_local, local_path
 
 QUICK = 0.5
-"""In seconds. If chunks arrive within this time, a reader that needs a sample fetches the sample's whole chunk, or
-waits for the process that fetches the chunk. Other samples of the chunk will be needed as well, and one request per
-sample takes six times the processor time per byte. If chunks arrive more slowly, the reader requests only the
-sample."""
+"""The limit in seconds for waiting for a chunk. If chunks arrive within this time, a reader fetches the whole chunk of
+a sample, or waits while another process fetches the chunk. Later samples then need no request; one request per sample
+takes six times the processor time per byte. If chunks arrive more slowly, the reader requests only the sample."""
 
 
 class ShardFile(Protocol):
@@ -33,9 +32,9 @@ class Identity(NamedTuple):
     """The version of an object, as a manifest states it."""
 
     size: int = -1
-    """The size of the object in bytes; -1 if it is unknown."""
+    """The size of the object in bytes; -1 if the size is unknown."""
     version: str = ""
-    """A checksum or an ETag, which distinguishes this version from others in the cache; "" if neither is known."""
+    """A checksum or an ETag, which distinguishes the versions of an object in the cache; "" if both are unknown."""
     tag: str = ""
     """The ETag that the store gave this version."""
 
@@ -44,7 +43,7 @@ UNKNOWN = Identity()
 
 
 def reason_of(error: OSError) -> str:
-    """The reason that an error gives, without the path that its message contains."""
+    """The reason for an error, without the path in the error's message."""
     return error.strerror or str(error)
 
 
@@ -79,29 +78,29 @@ class CachedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, number: int, offset: int, size: int) -> bytes | None:
-        """`size` bytes of a chunk beginning at `offset`; None if the chunk is neither cached nor arrives quickly."""
+        """`size` bytes of a chunk beginning at `offset`; None if a missing chunk does not arrive quickly."""
         part = self.cache.read(self.key, number, offset, size)
         if part is not None or self.cache.fill_seconds > QUICK:
             return part
         end = time.monotonic() + QUICK
-        with contextlib.suppress(StorageError):  # the request for the sample will hit the same error and report it
+        with contextlib.suppress(StorageError):  # the request for the sample will report the same error
             while not self.fill(number) and self.cache.works and time.monotonic() < end:
                 self.cache.await_fill(self.key, number, end - time.monotonic())
         return self.cache.read(self.key, number, offset, size)
 
     @staticmethod
     def chunks(offset: int, size: int) -> range:
-        """The numbers of the chunks that contain these bytes."""
+        """The numbers of the chunks that contain `size` bytes from `offset` on."""
         return range(offset // CHUNK, -(-(offset + size) // CHUNK))
 
     def fill(self, number: int) -> bool:
-        """Caches a chunk. False if another process fetches it or the cache cannot be written. Raises StorageError."""
+        """Caches a chunk. Returns False if another process is caching it or the disk fails. Raises StorageError."""
         offset = number * CHUNK
         size = CHUNK if self.remote.size < 0 else max(0, min(CHUNK, self.remote.size - offset))
         return self.cache.fill(self.key, number, size, lambda file: self.remote.read_into(file, offset, offset + size))
 
     def forget(self, offset: int, size: int) -> None:
-        """Removes the cached chunks that contain these bytes, which turned out to be wrong."""
+        """Removes the cached chunks that contain `size` wrong bytes from `offset` on."""
         for number in self.chunks(offset, size):
             self.cache.forget(self.key, number)
 
@@ -117,7 +116,7 @@ class ReaderProcessFile:
 
 
 def open_shard(url: str, options: StorageOptions, identity: Identity = UNKNOWN) -> ShardFile:
-    """Opens a shard for reading; sends no request yet. Raises OSError if a local file cannot be opened."""
+    """Opens a shard for reading, without sending a request. Raises OSError if a local file cannot be opened."""
     if is_local(url):
         return LocalFile(str(local_path(url)))
     return _open_remote(url, options, identity) if clients_allowed() else ReaderProcessFile(url, options, identity)
@@ -139,7 +138,7 @@ def cache_of(options: StorageOptions) -> ChunkCache | None:
 
 
 def read_file(url: str, options: StorageOptions) -> bytes:
-    """All bytes of a small file, such as a manifest. Raises DataError, OSError (FileNotFoundError if it is missing)."""
+    """All bytes of a small file, such as a manifest. Raises DataError, OSError (a missing file: FileNotFoundError)."""
     if is_local(url):
         return local_path(url).read_bytes()
     return with_clients(_read_all, url, options)

@@ -1,7 +1,7 @@
 """Names of data: paths, `file://...` and URLs of object stores. Names with braces or globs expand to several names.
 
-Names come from a configuration, so they must never run commands: names such as `pipe:...`, which webdataset would run
-in a shell, are refused.
+Names come from a configuration and must never run commands. Therefore names such as `pipe:...`, which webdataset would
+run in a shell, are refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def checked(url: str) -> str:
 
 
 def unchained(url: str) -> str:
-    """Returns the URL unchanged. Raises DataError if it is a command or chains file systems with `::`."""
+    """Returns the URL unchanged. Raises DataError if the URL is a command or chains file systems with `::`."""
     if "::" in checked(url) and "://" in url:
         raise DataError(f"{url}: file systems cannot be chained with `::`; give one URL")
     return url
@@ -63,7 +63,7 @@ def absolute(url: str) -> str:
 
 
 def join(base: str, name: str) -> str:
-    """The path or URL of `name` in the folder `base`; `name` itself if it is a URL or an absolute path."""
+    """The path or URL of `name` in the folder `base`; `name` itself if `name` is a URL or an absolute path."""
     if scheme_of(name) or os.path.isabs(name):
         return checked(name)
     if is_local(base):
@@ -94,9 +94,9 @@ def with_suffix(url: str, suffix: str) -> str:
 
 def expand(patterns: str | Sequence[str], directory: Path | None = None) -> list[str]:
     """The names to which patterns expand, in order. Braces such as `{000..591}` expand to all combinations, and globs
-    expand to the matching local files. Relative paths are relative to `directory` if it is given.
+    expand to the matching local files. If `directory` is given, relative paths start from `directory`.
 
-    Raises DataError if a glob matches nothing, braces do not match, a pattern is a command, or a name occurs twice.
+    Raises DataError if a glob matches no file, braces are unbalanced, a pattern is a command, or a name occurs twice.
     """
     from braceexpand import braceexpand
 
