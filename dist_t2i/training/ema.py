@@ -40,12 +40,12 @@ class Average:
                         update_ema(dict(self._modules[engine.name].named_parameters()), weights, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """fp32 CPU tensors by name on rank 0 (`generator.*`, `text_g.*` or `text.*`); an empty dict on other ranks."""
+        """The averages by name (`generator.*`, `text_g.*` or `text.*`) as fp32 CPU tensors; empty except on rank 0."""
         modules = self._modules.values()
         return {name: p.to("cpu", copy=True) for module in modules for name, p in module.named_parameters()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned, on rank 0."""
+        """Restore the averages that `state` returned, on rank 0."""
         for module in self._modules.values():
             for name, parameter in module.named_parameters():
                 parameter.copy_(state[name])
@@ -54,7 +54,7 @@ class Average:
     def generate(
         self, noise: Tensor, condition_noise: Tensor, tokens: Tensor, lengths: Tensor, *pictures: Tensor
     ) -> Tensor:
-        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. For the inputs see `GeneratorSide.forward`."""
+        """Pictures [B, 3, H, W] for B captions, on the CPU; rank 0 only. Inputs: see `GeneratorSide.forward`."""
         tokens, lengths = tokens.to(self._device), lengths.to(self._device)
         encoder = self._modules.get("text", self._frozen)
         text = encoder(tokens, lengths) if encoder is not None else None
@@ -67,7 +67,7 @@ def ema_decay(step_images: int, images: int, half_life_images: float, ramp: floa
 
     The factor is 0.5 ** (step_images / half_life), so after the ramp the average does not depend on the batch size.
     Early in training the half-life is at most `ramp * images` (EDM, appendix F.2), so that the average forgets the
-    initial weights; a ramp of 0 removes this limit. With a half-life of 0 the average equals the weights.
+    initial weights. A ramp of 0 disables this limit. With a half-life of 0 the average equals the weights.
     """
     half_life = min(half_life_images, ramp * images) if ramp > 0 else half_life_images
     return 0.5 ** (step_images / half_life) if half_life > 0 else 0.0
@@ -78,7 +78,7 @@ def update_ema(average: Mapping[str, Tensor], weights: Mapping[str, Tensor], dec
     """average <- decay * average + (1 - decay) * weights, in place. The average should be in fp32, because the update
     is computed in the dtype of the average.
 
-    Copies tensors that are not floating point. Raises KeyError when `weights` lacks a name of the average.
+    Tensors without a floating-point dtype are copied. Raises KeyError if `weights` lacks a name in `average`.
     """
     for name, mean in average.items():
         value = weights[name].to(mean.device)

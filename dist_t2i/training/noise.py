@@ -1,7 +1,7 @@
 """Random numbers of a training step, as functions of the seed and the position in the stream.
 
 Each row of a batch has its own random generator, whose seed depends on the row's position. So image number 1,234,567
-has the same noise on any rank, at any world size and after any resume.
+has the same noise on every rank, at every world size and after every resume.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RowNoise(NamedTuple):
 
 
 def row_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> RowNoise:
-    """The random numbers of the rows at stream `positions` (int64 [B]). `widths` gives Z and C."""
+    """The random numbers of the rows at stream `positions` (int64 [B]). `widths` contains Z and C."""
     normal = torch.empty(len(positions), widths.noise + widths.condition)
     uniform = torch.empty(len(positions), UNIFORMS_PER_ROW)
     for row, generator in enumerate(_generators(seed, positions, Purpose.TRAINING_NOISE)):
@@ -48,8 +48,8 @@ def second_noise(seed: int, positions: Tensor, widths: GeneratorConfig) -> tuple
 def region_negatives(seed: int, images: int, sides: Sequence[int], count: int) -> Tensor | None:
     """int64 [K, P]: for each of the P positions of all region maps, K = `count` other positions of the same map.
 
-    `sides` are the sides of the maps, in positions. The result depends on `images`, the number seen before the step,
-    and is the same on every rank. The result is None if there are no maps or `count` is 0.
+    `sides` are the sides of the maps, in positions. The result depends on `images` (the images seen before the step),
+    and is the same on every rank. The result is None if `sides` is empty or `count` is 0.
     """
     if not count or not sides:
         return None

@@ -22,7 +22,7 @@ from dist_t2i.utils.seeds import Purpose, mix
 ROWS = 8
 PER_CAPTION = 4
 _TRIES = 16
-"""Samples tried for one row of the grid."""
+"""The number of samples that are tried for one row of the grid."""
 _PREFERRED = ("test-combinations", "test", "train")
 
 
@@ -37,8 +37,8 @@ class SampleGrid:
 
     The captions are `texts`. If `texts` is empty, the captions come from the set, from a held-out split if possible,
     and each row also shows the real picture of its caption. If the run trains edits, a row with a caption from the set
-    starts with the source picture of its edits: a picture of the same split with a similar caption, or else the
-    caption's own picture. Raises DataError when no sample of the set can be used.
+    starts with the source picture of its edits: a picture of the same split with a similar caption, or, if this picture
+    is unusable, the caption's own picture. Raises DataError if no sample of the set can be used.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class SampleGrid:
 
 
 def _first_usable(samples: Samples, numbers: range, side: int) -> _Sample | None:
-    """The first usable sample among the first few of `numbers`, or None. Bad samples are skipped but not counted: only
-    the training stream counts bad samples."""
+    """The first usable sample among the first few of `numbers`, or None. Bad samples are skipped but not counted,
+    because only the training stream counts bad samples."""
     for number in numbers[:_TRIES]:
         try:
             sample = samples[number]

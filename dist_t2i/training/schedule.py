@@ -1,7 +1,7 @@
 """Pure functions of the images seen: what is due, the learning rate, the lazy penalty.
 
 The functions keep no state, so a resumed run keeps its schedule, even at another world size. `training.ema.ema_decay`
-is also such a function.
+is another such function of the images seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dist_t2i.config.sections import LossConfig, OptimizerConfig
 
 
 def passes(every: int, images: int, batch: int) -> bool:
-    """Whether the step of `batch` images that ended at `images` seen passed a multiple of `every`; 0 means never."""
+    """Whether the step of `batch` images that ended at `images` seen passed a multiple of `every` (0: never)."""
     return every > 0 and images > 0 and images // every > (images - batch) // every
 
 
@@ -31,14 +31,14 @@ def learning_rate_scale(images: int, optimizer: OptimizerConfig, total_images: i
 
 
 def warmup(images: int, warmup_images: int) -> float:
-    """Linear rise to 1 over `warmup_images`. The next image counts as seen, so the first value is not 0."""
+    """A factor that rises to 1 over `warmup_images`. The next image counts as seen, so the first factor is above 0."""
     return min(1.0, (images + 1) / warmup_images) if warmup_images else 1.0
 
 
 def penalty_scale(step: int, loss: LossConfig) -> float:
     """The weight of the gradient penalty in step `step`, counted from 0.
 
-    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 3.1): n times `penalty_weight` in every n-th step, else 0.
+    Lazy regularization (StyleGAN2, Karras et al. 2020, sec. 3.1): n * `penalty_weight` in every n-th step, otherwise 0.
     """
     if loss.penalty == "none" or step % loss.penalty_every:
         return 0.0

@@ -17,10 +17,10 @@ from dist_t2i.models.text_encoder import TextEmbedding
 class PerNetworkText:
     """text.mode=dual: each network encodes with its own encoder, inside its own engine."""
 
-    embedding: TextEmbedding | None = None  # input of the network; None: the network has its own encoder
+    embedding: TextEmbedding | None = None  # the input of the network; None if the network has its own encoder
 
     def propagate(self, network: NetworkEngine, rate_scale: float) -> None:
-        """Nothing to do: the network's own `backward` has already reached the network's encoder."""
+        """Does nothing, because the network's `backward` has already reached the network's encoder."""
 
 
 class FrozenText(PerNetworkText):
@@ -44,9 +44,9 @@ class SharedText(PerNetworkText):
         """Backpropagate the leaf's gradient through the encoder, as one micro-step of the encoder's engine. Call this
         after `network.backward`.
 
-        The network's engine has multiplied the gradient by its loss scale and averaged it over its micro-batches. The
-        encoder's engine averages a second time, over its own micro-steps. `factor` removes the loss scale and cancels
-        the second average.
+        The network's engine has multiplied the gradient by a loss scale and averaged the gradient over micro-batches.
+        The encoder's engine averages a second time, over the encoder's micro-steps. `factor` removes the loss scale and
+        cancels the second average.
         """
         factor = self._engine.accumulation / network.loss_scale
         pairs = zip(self._encoded, self.embedding, strict=True)

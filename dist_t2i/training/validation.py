@@ -1,7 +1,7 @@
 """Scores during training: a small evaluation protocol scores the moving average, and the best checkpoint is kept.
 
 At N images seen, the scores are those that `tools/evaluate.py` computes for the checkpoint at N images. Rank 0 computes
-them. Training is not affected: the weights are copied, and the networks use no random state that training reads.
+the scores. The scores do not affect training, because the weights are copied and the random state is separate.
 
     RUN/evaluations/images-000123456.json    scores with their manifest
 """
@@ -46,7 +46,7 @@ class Best:
 
 
 def read_protocol(config: EvalConfig) -> Protocol:
-    """The protocol that `eval.protocol` names. Raises UserError when it is unknown or cannot be used in training."""
+    """The protocol `eval.protocol`. Raises UserError if the protocol is unknown or cannot be used in training."""
     protocol = load_protocol(config.protocol)
     if config.metric not in (known := keys_of(protocol)):
         problem = f"protocol {protocol.name} has no score {config.metric!r}; it has {', '.join(known)}"
@@ -105,7 +105,7 @@ class Validation:
 
     def _near_copies(self, model: TextToImage, measured: Mapping[str, Measured]) -> dict[str, float]:
         """`eval/SPLIT/near_copies` -> share of the generated pictures that are near-copies of training pictures; {} for
-        a large training set. The network is EfficientNet-Lite0, or else the protocol's first network."""
+        a large training set. Without EfficientNet-Lite0, the protocol's first network gives the features."""
         shares = {}
         for split, part in measured.items():
             if self._copies is None or not part.features:
@@ -118,7 +118,7 @@ class Validation:
         return shares
 
     def due(self, images: int) -> bool:
-        """Whether an evaluation is due at `images` seen. A run that resumes at an evaluation does not repeat it."""
+        """Whether an evaluation is due at `images` seen. A resumed run does not repeat an evaluation."""
         passed = passes(self.config.every_images, images, self.train.global_batch)
         return (passed or images >= self.train.total_images) and images != self._evaluated_at
 
@@ -134,17 +134,17 @@ class Validation:
         return True
 
     def unsaved(self, images: int) -> None:
-        """Record that the checkpoint at `images` could not be written: it does not count as the best."""
+        """Record that the checkpoint at `images` could not be written and therefore does not count as the best."""
         if self.best is not None and self.best.images == images:
             self.best = self._previous_best
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's state.json keeps under `evaluation`."""
+        """The entry `evaluation` of a checkpoint's state.json."""
         best = dataclasses.asdict(self.best) if self.best else None
         return {"at": self._evaluated_at, "best": best, "by": [self.protocol.sha256, self.config.metric]}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Restore what `state` returned, unless that state belongs to another protocol or metric."""
+        """Restore a result of `state`, unless this result belongs to another protocol or metric."""
         if state and state["by"] == [self.protocol.sha256, self.config.metric]:
             self._evaluated_at = state["at"]
             self.best = Best(**state["best"]) if state["best"] else None

@@ -23,7 +23,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16
 
 
 def describe() -> dict[str, Any]:
-    """Everything on which a result may depend: versions, code, processor and GPUs. Contains JSON types only."""
+    """All facts on which a result may depend: versions, code, processor and GPUs. The values have JSON types."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """`revision` is the commit that is checked out, and `dirty` is True if tracked files differ from it. The result is
+    """`revision` is the current commit, and `dirty` is True if tracked files differ from this commit. The result is
     empty if `folder` is not in a git checkout or git is missing."""
     try:
         revision, status = (
@@ -58,7 +58,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The processor's model name, its usable cores, its features (only those in `_FLAGS`), and the memory in bytes."""
+    """The processor's model name, usable cores and features (a subset of `_FLAGS`), and the memory in bytes."""
     lines = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

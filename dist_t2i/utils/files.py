@@ -1,4 +1,4 @@
-"""Writes files atomically, computes their hashes, and reads JSON files that may be missing."""
+"""Writes files atomically, computes hashes of files, and reads JSON files that may be missing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dist_t2i.utils.processes import is_alive
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. When the block ends, the temporary file replaces `path`. If the block raises, the
-    temporary file is deleted."""
+    """Yields a temporary path. At the end of the `with` block, the temporary file replaces `path`. If the block raises
+    an error, the temporary file is deleted."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -35,8 +35,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Deletes the temporary files that killed processes left in a folder and its subfolders. Files younger than a minute
-    are kept: a process of another machine may be writing them."""
+    """Deletes the temporary files that killed processes left in a folder and its subfolders. Files younger than a
+    minute are kept, because a process on another machine may still write to such a file."""
     for part in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
         pid = part.name.split(".")[-2]
         with contextlib.suppress(OSError):
@@ -45,7 +45,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
-    """Writes a file, and returns once its content would survive a power cut. Raises OSError if it cannot be written."""
+    """Writes a file, and waits until the content would survive a power cut. Raises OSError if writing fails."""
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(piece)
@@ -54,7 +54,7 @@ def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Returns once a file's content, or a folder's list of names, would survive a power cut. Raises OSError."""
+    """Waits until a file's content, or a folder's list of names, would survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,6 +86,6 @@ def sha256_of(pieces: Iterable[bytes]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits. Raises OSError if it cannot be read."""
+    """SHA-256 of a file as 64 hex digits. Raises OSError if the file cannot be read."""
     with open(path, "rb") as file:
         return sha256_of(chunks(file))

@@ -20,7 +20,7 @@ def usable_cores() -> int:
 
 def is_alive(pid: int, earliest: float = 0.0, latest: float = math.inf) -> bool:
     """Whether the process is running, is not a zombie, and started between `earliest` and `latest` (Unix times). The
-    times matter because the system can give the pid of a process that has ended to a new process."""
+    times matter, because a new process can get the pid of an ended process."""
     import psutil
 
     try:
@@ -39,8 +39,8 @@ def send(pids: Iterable[int], number: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Blocks the stop signals inside the `with` block. Child processes that are created in the block start with these
-    signals blocked, so no signal kills them before they are ready.
+    """Blocks the stop signals inside the `with` block. Child processes that start in the block inherit the blocked
+    signals, so no signal kills a child that is not ready.
 
     A blocked signal is not lost: another thread handles it, or this thread handles it when the block ends.
     """
@@ -52,7 +52,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """Makes this process ignore the stop signals. The parent of a worker decides when to stop, and needs the worker's
+    """Makes this process ignore the stop signals. The parent process decides when its workers stop, and needs their
     data until the current step ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -62,8 +62,8 @@ def ignore_stop_signals() -> None:
 def end_with(parent: int) -> None:
     """Makes the kernel kill this process when the process `parent` ends. Works on Linux only."""
     if sys.platform == "linux":
-        # The kernel sends the signal when the thread that forked this process ends. The parent forks in its main
-        # thread, which ends together with the parent.
+        # The kernel sends the signal when the thread that forked this process ends: here the parent's main thread,
+        # which ends together with the parent.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:

@@ -9,7 +9,7 @@ import time
 
 class Progress:
     """A line on stderr with the count, the rate and the remaining time. On a terminal, the line is updated in place;
-    otherwise a new line is printed every ten seconds."""
+    elsewhere, a new line is printed every ten seconds."""
 
     def __init__(self, total: int, unit: str = "pictures") -> None:
         self.total, self.unit = total, unit
@@ -17,7 +17,7 @@ class Progress:
         self._live = sys.stderr.isatty()
 
     def show(self, done: int, last: bool = False) -> None:
-        """Prints the line if enough time has passed since it was last printed, or if `last` is True."""
+        """Prints the line if enough time has passed since the previous line, or if `last` is True."""
         now = time.monotonic()
         if not last and now - self._last < (0.2 if self._live else 10.0):
             return

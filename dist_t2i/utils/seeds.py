@@ -1,9 +1,9 @@
-"""Random numbers as pure functions of integers such as (seed, images seen, purpose). They are the same on any machine.
+"""Random numbers as pure functions of integers such as (seed, images seen, purpose), equal on every machine.
 
 `mix` computes seeds for torch's generators. `random_bits` returns 64 random bits, which the training stream uses
-directly. Each of the two functions has its own enum of purposes. In `random_bits`, the windows of the stream's order
-also use numbers above `StreamPurpose.WINDOWS`, one number for each window. The results of a run depend on the values in
-both enums, so these values must never change, and a new purpose must get a new value.
+directly. Each of the two functions has its own enum of purposes. Each window of the stream's order has a purpose of its
+own in `random_bits`, a number from `StreamPurpose.WINDOWS` on. The results of a run depend on the values in both enums,
+so existing values must never change, and a new purpose must get a new value.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """Purposes of `mix`. Some values have several uses; separate values would change what existing runs compute. For the
-    same reason the sources in a sample grid (training/sample_grid.py) use `mix(seed, number)`, without a purpose."""
+    """Purposes of `mix`. Some values have several uses, because separate values would change the results of existing
+    runs. So training/sample_grid.py also keeps selecting sources by `mix(seed, number)`, without a purpose."""
 
     TRAINING_NOISE = 1  # noise, conditioning noise and augmentation of one row of a training batch
     FD_R1_PIXELS = 2  # the perturbation of one row's picture in finite-difference R1
     NEGATIVES_AND_INFERENCE_NOISE = 3  # region negatives of a step, or the noise of a grid column or of a picture
     EVALUATION_NOISE = 4  # noise of one picture generated or edited in an evaluation
     R_PRECISION_CANDIDATES = 5
-    REFERENCE_PICTURES = 6  # how real pictures are degraded; their scores are references for other scores
+    REFERENCE_PICTURES = 6  # how real pictures are degraded for reference scores
     SCENE_CLASSIFIER = 7  # the scenes that train the detector of attributes, and its first weights
     SAME_CAPTION = 8  # further real pictures of a caption that the project renders
     NEW_TOKENS = 0x544F4B454E  # embeddings of the characters that a trained model lacks
-    SCENES = 0x5343454E  # everything about one scene that the project renders itself
+    SCENES = 0x5343454E  # all properties of one rendered scene
     MODE_SEEKING_NOISE = 7  # noise and conditioning noise of the second fake of one row of a training batch
 
 
@@ -35,13 +35,13 @@ class StreamPurpose(IntEnum):
     """Purposes of `random_bits`. Tests use further numbers."""
 
     SHARDS = 1  # the order of the shards in one epoch
-    WINDOWS = 2  # shuffles one window of the order; the purpose is this value plus the window's offset in its epoch
+    WINDOWS = 2  # shuffles one window of the order; purpose: this value plus the window's offset in its epoch
     CAPTION = 100
     FLIP = 101
     CROP_SHARE = 102
     CROP_ACROSS = 103
     CROP_DOWN = 104
-    EDIT_KIND = 110  # whether the source of a picture is the picture itself, another picture, or none
+    EDIT_KIND = 110  # whether a picture's source is itself, another picture, or missing
     EDIT_SOURCE = 111
     MIXTURE = 0x4D495854  # the slots of one cycle of a mixture of sets
 
@@ -58,7 +58,7 @@ def mix(*values: int) -> int:
 
 
 def random_bits(seed: int, position: int, purpose: int) -> int:
-    """64 random bits for one position in the training stream. Uses the finalizer of `mix` over another sum."""
+    """64 random bits for one position in the training stream. Uses the finalizer of `mix`, but another sum."""
     value = seed & _MASK
     for part in (purpose, position):
         value = (value * 31 + part + 1) * 0x9E3779B97F4A7C15 & _MASK
@@ -69,5 +69,5 @@ def random_bits(seed: int, position: int, purpose: int) -> int:
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` only: the first 64 bits of its SHA-256."""
+    """A number in [0, 1) that depends only on `text`: the first 64 bits of the SHA-256 of `text`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

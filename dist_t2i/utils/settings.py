@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A range of numbers. `str` gives the words that follow "must be" in a message."""
+    """A range of numbers. `str` returns the words after "must be" in a message."""
 
     low: float = 0.0
     high: float = math.inf
@@ -56,12 +56,12 @@ class Resume(enum.Enum):
 
 
 def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
-    """A field of a configuration. Its numbers must lie in `bounds`. If `resume` is None, the section's `resume`
+    """A field of a configuration, whose numbers must lie in `bounds`. If `resume` is None, the section's `resume`
     applies."""
     return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:
-    """A field that holds a section of the configuration. `resume` applies to those keys of the section that do not set
-    `resume` themselves."""
+    """A field that holds a section of the configuration. `resume` applies to all keys of the section without a `resume`
+    of their own."""
     return dataclasses.field(default_factory=factory, metadata={"resume": resume})

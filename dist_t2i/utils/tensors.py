@@ -21,13 +21,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"{path}: missing; copy the folder again, or export it again with tools/export.py")
+        raise UserError(f"{path}: missing; copy the folder again, or export the model again with tools/export.py")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors raises exception types of its own that are not documented
+    except Exception as error:  # safetensors raises undocumented exception types
         raise UserError(
-            f"{path}: not a complete safetensors file ({error}); copy or export it again (tools/export.py). "
-            "Pickled weights (.pt, .pth, .bin) are not read: they could run code."
+            f"{path}: not a complete safetensors file ({error}); copy or export the model again (tools/export.py). "
+            "Pickled weights (.pt, .pth, .bin) are not read, because pickles could run code."
         ) from None
 
 
@@ -43,7 +43,7 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
     """Replaces each tensor NAME of a module by the tensor `prefix` + NAME, converted to fp32. The module may be on the
     meta device. Returns the module.
 
-    Raises UserError with the first problems if tensors are missing, unknown, not finite, or have other shapes.
+    Raises UserError with the first problems if tensors are missing, are unknown, are not finite, or have wrong shapes.
     """
     expected = module.state_dict()
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -62,7 +62,7 @@ def fill(module: Module, tensors: Mapping[str, Tensor], prefix: str, where: Path
             + "\n  ".join(problems[:5])
             + f"{more}\nFiles of different models were mixed, or a file was edited; copy or export the folder again."
         )
-    # Copy the tensors: in a mapped file their alignment is arbitrary, and it affects the last bits of products.
+    # Copy the tensors: the arbitrary alignment of tensors in a mapped file would affect the last bits of products.
     for name, value in given.items():
         given[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
     module.load_state_dict(given, assign=True)
