@@ -176,8 +176,8 @@ def weakness(seeds: int) -> str:
     return (
         f"With {seeds} seeds, each interval is the mean ±{_half_width(1, seeds):.2f} standard deviations (±{known:.2f} "
         "if the standard deviation were known). Such an interval is valid only if the scores of seeds are normally "
-        f"distributed, which {seeds} values cannot show. The intervals do not detect smaller differences: "
-        "“inconclusive” does not mean “no difference”."
+        f"distributed, which {seeds} values cannot show. The intervals cannot show a difference that is "
+        "smaller than half their width: “inconclusive” does not mean “no difference”."
     )
 
 

@@ -90,6 +90,6 @@ def cut_bad_samples(file: Path, images: int) -> None:
 
 
 def bad_samples_before(file: Path, images: int) -> str:
-    """The complete lines of bad_samples.jsonl whose position is before `images` seen."""
+    """The complete lines of bad_samples.jsonl whose position is less than `images`, the number of images seen."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["position"] < images)

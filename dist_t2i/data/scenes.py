@@ -68,7 +68,7 @@ def _held_out_pairs() -> frozenset[str]:
 HELD_OUT_PAIRS = _held_out_pairs()
 """8 of the 64 pairs of color and shape."""
 RELATION_SHARE = 0.1
-"""The share of the combinations of two pairs and a relation that are held out."""
+"""A combination is two pairs and a relation. This share of all combinations is held out."""
 _MARGIN, _GAP = 0.02, 0.03
 _SATURATION = 0.35
 

@@ -219,7 +219,7 @@ class ShardSet:
     manifest: dict[str, Any]
     options: StorageOptions
     run_tokenizer: Tokenizer | None = None
-    """The tokenizer of a run on this set, if it may differ from the set's own."""
+    """The tokenizer of a run on this set; None if the run uses the set's own tokenizer."""
 
     @property
     def splits(self) -> tuple[str, ...]:

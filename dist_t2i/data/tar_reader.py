@@ -83,7 +83,8 @@ def read_tar(file: ShardFile, *, checksums: bool = True, texts: bool = False) ->
             raise ValueError(f"not a tar: {error}") from error
         last = contents.samples[-1]
         contents.problems.append((last.key, f"shard is cut short: {error}"))
-        # Without checksums, the last member may extend beyond the end of the tar, because its bytes were not read.
+        # Without checksums, the bytes of the last member were not read, so nothing has noticed yet if the tar ends
+        # before the member does.
         if last.members and last.members[-1].offset + last.members[-1].size > contents.size:
             last.members.pop()
             if not last.members:

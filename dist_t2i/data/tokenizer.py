@@ -92,7 +92,7 @@ class Tokenizer:
     def parts(self) -> dict[int, tuple[int, int]]:
         """Token -> the two tokens that its first merge joins. Characters and special tokens have no parts."""
         model = json.loads(self.text)["tokenizers"]["model"]
-        number, parts = model["vocab"], {}
+        number, parts = model["vocab"], dict[int, tuple[int, int]]()
         for left, right in model["merges"]:
             parts.setdefault(number[left + right], (number[left], number[right]))
         return parts

@@ -146,7 +146,8 @@ def measure(
 def _real_chunk(
     model: TextToImage, selection: Selection, rows: range, protocol: Protocol, networks: Mapping[str, FeatureNetwork]
 ) -> dict[str, Tensor]:
-    """Features of the captions and of all copies of the real pictures of `rows`; dimension 0 is the row."""
+    """For each of the `rows`: the features of its captions and of all copies of its real picture. Dimension 0 is the
+    row."""
     pictures = torch.stack([selection.picture(row, model.image_size) for row in rows])
     digests = [list(hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()) for picture in pictures]
     result = {"luma": metrics.brightness(pictures), "digest": torch.tensor(digests, dtype=torch.uint8)}

@@ -50,7 +50,8 @@ class Ranks:
         return self.rank == 0
 
     def collect(self, rows: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """On rank 0, concatenates the tensors that `compute` returns for all chunks (rows first); {} on other ranks.
+        """On rank 0, returns the tensors that `compute` returned for all chunks, concatenated along dimension 0 (the
+        rows). On other ranks, returns {}.
 
         Collective. A UserError on any rank is raised on all ranks, and rank 0 prints the message.
         """

@@ -40,7 +40,7 @@ _PARTS = {
 }
 """Metric -> its scores, for metrics that give several scores."""
 Ends = dict[str, float]
-"""One end of a scale: description -> value."""
+"""The floors, or the ceilings, of a metric's scale: description -> value."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def select(data: ShardSet, split: str, protocol: Protocol, ranks: Ranks = ALONE)
     """Selects the pictures and captions of a split. Collective. Raises UserError."""
     samples, numbers, listed = ranks.all(lambda: _pictures(data, split, protocol))
 
-    def read(chunk: range) -> list[tuple[str, tuple[str, ...]]]:
+    def read(chunk: range) -> list[tuple[str, tuple[str, ...], dict[str, Any]]]:
         found = [(number, _read(samples, split, number)) for number in numbers[chunk.start : chunk.stop]]
         for _, sample in found:
             check_attributes(sample, split, data, protocol)

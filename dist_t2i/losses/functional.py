@@ -75,7 +75,7 @@ def region_info_nce(
     a = a.float().transpose(0, 1).contiguous()
     b = b.float().t() if b.dim() == 2 else b.float().permute(1, 2, 0).contiguous()
 
-    # Logits [P, B, B], and [P, B, K * B] for the other positions.
+    # Logits with the same position of all pictures, [P, B, B], and with K further positions, [P, B, K * B].
     further = None if elsewhere is None else torch.cat([a @ b[index] for index in elsewhere], dim=2) / temperature
     return _contrast(a @ b / temperature, same, further)
 

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     # Build the networks and their engines. A resumed run loads its own weights and its own tokenizer, so it does not
     # read `train.init` or `edit.init` again.
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
-    init = latest.state.get("init") if latest else initial and about(initial)
+    init: dict[str, Any] | None = latest.state.get("init") if latest else about(initial) if initial else None
     tokenizer = run_tokenizer(config, data, latest, initial)
     data = replace(data, run_tokenizer=tokenizer)
     initial = with_tokens(initial, tokenizer, train.seed) if initial and not latest else None

@@ -65,7 +65,8 @@ class Trainer:
             while True:
                 reason, finished = self._agree(stop), self.images >= self.total
                 ending = bool(reason) or finished
-                # A run that is asked to stop saves at once. An evaluation that is due follows when the run is resumed.
+                # A run that is asked to stop saves at once. If an evaluation is due, it follows after the run is
+                # resumed.
                 improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
                 sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)

@@ -122,8 +122,8 @@ def named_scores(
     """How often each attribute is right, from the detector's features of generated pictures [S, N, W].
 
     `real` are the features [K, N, W] of real pictures of the N captions, and `weights` the bootstrap weights [R, N] of
-    the captions. Ceiling: the real pictures, which shows how often the detector is right. Floor: the real pictures with
-    the captions of others; 1 of 4 for the relation.
+    the captions. The ceiling is the score of the real pictures: how often the detector is right. Floor: the real
+    pictures with the captions of others; 1 of 4 for the relation.
     """
     named = Named.of(attributes)
     found, ceiling = right(Shown.of(fake), named), right(Shown.of(real), named)

@@ -126,7 +126,7 @@ def trained(size: int) -> Detector:
 def train(images: Tensor, labels: Labels) -> Detector:
     """Trains a detector on pictures uint8 [N, 3, SIDE, SIDE]. Sets torch's random state."""
     torch.manual_seed(SEED % 2**32)
-    detector = Detector().to(memory_format=torch.channels_last)
+    detector = nn.utils.convert_conv2d_weight_memory_format(Detector(), torch.channels_last)
     optimizer = torch.optim.AdamW(detector.parameters(), RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.15)
     order = torch.cat([torch.randperm(len(images)) for _ in range(math.ceil(STEPS * BATCH / len(images)))])
@@ -134,12 +134,14 @@ def train(images: Tensor, labels: Labels) -> Detector:
         rows = order[step * BATCH : (step + 1) * BATCH]
         pixels, objects = turned(images[rows], labels.objects[rows], step % 8)
         pixels = ((pixels.float() - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
-        loss = loss_of(*detector.maps(pixels), Labels(objects, labels.kind[rows], labels.hue[rows]))
+        cells, around = detector.maps(pixels)
+        loss = loss_of(cells, around, Labels(objects, labels.kind[rows], labels.hue[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return detector.to(memory_format=torch.contiguous_format).eval()  # safetensors keeps contiguous tensors only
+    # safetensors keeps contiguous tensors only
+    return nn.utils.convert_conv2d_weight_memory_format(detector, torch.contiguous_format).eval()
 
 
 def turned(images: Tensor, objects: Tensor, way: int) -> tuple[Tensor, Tensor]:

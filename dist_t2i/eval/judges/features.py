@@ -60,7 +60,7 @@ class FeatureNetwork:
     std: float
     resizer: Callable[[Tensor, int], Tensor] = resizing.rounded_bicubic
     published: Mapping[str, str] = field(default_factory=dict)
-    """Metric -> its published name, which these weights and this resizing define."""
+    """Metric -> its published name. A published metric is defined by exactly these weights and this resizing."""
     classifier: Tensor | None = None
     """Weights [classes, width] that map features to logits, without bias as in the Inception Score."""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None

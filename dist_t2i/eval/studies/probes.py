@@ -85,7 +85,7 @@ def plane(vectors: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 
 def explained(vectors: Tensor, labels: Tensor) -> float:
-    """The share of the variance of vectors [N, E] that classes int64 [N] explain: omega squared, summed over E.
+    """The share of the variance of vectors [N, E] that is explained by classes int64 [N]: omega squared, summed over E.
 
     For uninformative classes, omega squared is about 0, whereas the ratio of variances grows with the number of
     classes. The result is NaN if every class has only one member.

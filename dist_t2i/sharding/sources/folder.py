@@ -91,7 +91,8 @@ def _pictures(images: Path) -> Iterator[Path]:
 
 
 def _keyed(images: Path, captions: dict[Path, list[str]]) -> list[Item]:
-    """Items whose unique keys are paths without extensions and dots: a WebDataset key ends at the first dot."""
+    """The items with unique keys. A key is a path without extension and dots, because a WebDataset key ends at the
+    first dot."""
     items: dict[str, Item] = {}
     for path in sorted(captions, key=lambda path: _relative(path, images)):
         relative = PurePosixPath(_relative(path, images))

@@ -8,9 +8,9 @@ the 64 differences between horizontal neighbors are the hash of the picture (dHa
 most `MAX_COLOR` levels. Without the colors, all plain pictures would be duplicates, because plain pictures have similar
 hashes. Re-encoded, shrunk and slightly retouched pictures are found; cropped, mirrored and rotated pictures are not.
 
-One picture of each group of duplicates is kept, and all others are listed as problems. Held-out pictures are kept
-before training pictures, so that no held-out picture is trained on; within a split, the first key is kept. The kept
-picture gets the captions of its exact duplicates in the same split.
+One picture of each group of duplicates is kept, and all others are listed as problems. Of a held-out and a training
+picture, the held-out picture is kept, so that no held-out picture is trained on. Within a split, the picture with the
+first key is kept. The kept picture gets the captions of its exact duplicates in the same split.
 """
 
 from __future__ import annotations
