@@ -26,14 +26,14 @@ from dist_t2i.training.schedule import passes
 from dist_t2i.training.validation import Validation
 
 LAST_SAVE_SECONDS = 300.0
-"""If the disk is full or cannot be reached, saving the last checkpoint of a run is retried for this many seconds."""
+"""The seconds for which a failed save of a run's last checkpoint is retried, for example while the disk is full."""
 _WRITING_SECONDS = LAST_SAVE_SECONDS + 600.0
 """Extra seconds, beyond those of a step, before the watchdog counts the writing of a checkpoint as a hang."""
 
 
 @dataclass(eq=False)
 class Checkpointer:
-    """Saves checkpoints when they are due, and restores the latest one.
+    """Saves checkpoints at the configured times, and restores the latest checkpoint.
 
     Every rank has a `Checkpointer`, and all ranks make the same calls in the same order.
     """
@@ -51,7 +51,7 @@ class Checkpointer:
     mirror: Mirror
     watchdog: Watchdog
     _scores: dict[str, Any] | None = None
-    """State of the validation. A run without validation passes on the state that the last checkpoint contains."""
+    """State of the validation. A run without validation copies this state from the last checkpoint."""
     _failures: int = 0  # failed saves since the last success; `_failures` and `_retry_at` are equal on all ranks
     _retry_at: int = -1
 
@@ -76,8 +76,8 @@ class Checkpointer:
     def save(self, images: int, *, last: bool) -> None:
         """Save a checkpoint at `images` seen. Collective.
 
-        If the save fails, the run prints a warning, continues training, and tries again later. The `last` checkpoint of
-        a process is retried here. CheckpointError is raised if all these tries fail.
+        After a failed save, the run prints a warning, continues training, and retries the save later. A failed `last`
+        save is retried at once; CheckpointError is raised if all retries fail.
         """
         if self.latest and self.latest.images == images:
             return
@@ -101,7 +101,7 @@ class Checkpointer:
         patience = LAST_SAVE_SECONDS if last else 0.0
         folder, problem = on_main(lambda: self._write(images, files, state, patience))
 
-        # All ranks know the result, so they agree on when to try again.
+        # All ranks know the result, so all ranks agree on the time of the next try.
         if folder is None:
             self._failed(images, problem)
         else:
@@ -111,7 +111,7 @@ class Checkpointer:
         self, images: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any], patience: float
     ) -> tuple[Path | None, str]:
         """Returns (folder, "") after a success, and (None, problem) after a failure. If `patience` is not 0, a failed
-        save is retried for `patience` seconds instead, and then CheckpointError is raised."""
+        save is retried for `patience` seconds. If all retries fail, CheckpointError is raised."""
         assert self.lease is not None
         keep = Retention(self.config.keep_last, self.config.keep_every_images)
         deadline, warned = time.monotonic() + patience, False

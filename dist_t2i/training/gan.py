@@ -12,7 +12,7 @@
     G pixels, if source pictures are edited                   G(z, S_G, source)                G, S_G
 
 If the run trains edits (edit.width), G includes the encoder of the source pictures. D compares an edited picture with
-its new caption and with the real picture of that caption.
+the new caption and with the real picture of this caption.
 
 With one micro-batch per step, nothing is computed twice: G's step backpropagates through the fakes that D's step
 generated. G's step compares these fakes with the embeddings that D computed before its update (our reading). With
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     """The pictures that a micro-batch edits."""
 
     images: Tensor  # [m, 3, H, W] in [-1, 1]
-    ids: Tensor  # int64 [m]; -1 where a row has no source
+    ids: Tensor  # int64 [m]; -1 for rows without a source
 
 
 @dataclass
@@ -65,7 +65,7 @@ class MicroBatch:
     batch: Batch
     noise: RowNoise
     real: Tensor  # [m, 3, H, W] in [-1, 1], augmented
-    source: Source | None  # None unless pictures are edited
+    source: Source | None  # None if no pictures are edited
     text_g: PerNetworkText = field(init=False)  # S_G, from which the fakes were generated
     fake: Generated = field(init=False)
     second: Tensor | None = field(init=False, default=None)  # [m / 2, 3, H, W], second fakes of every other row
@@ -89,23 +89,23 @@ class Gan:
 
     generator: NetworkEngine
     discriminator: NetworkEngine
-    text: NetworkEngine | None  # of a shared encoder (text.mode=shared)
+    text: NetworkEngine | None  # the engine of a shared encoder (text.mode=shared)
     frozen: nn.Module | None  # the given encoder (text.mode=frozen)
     loss: LossConfig
     augmentation: AugmentConfig
     model: ModelConfig
     train: TrainConfig
     edit: EditConfig
-    _metrics: dict[str, Tensor] = field(init=False)  # of the current step, like `_negatives`
+    _metrics: dict[str, Tensor] = field(init=False)  # of the current step
     _negatives: Negatives = field(init=False)
 
     @property
     def engines(self) -> list[NetworkEngine]:
-        """All engines, in the order in which every rank makes collective calls on them."""
+        """All engines, in the order of collective calls, which is the same on every rank."""
         return [e for e in (self.generator, self.discriminator, self.text) if e is not None]
 
     def step(self, batches: Sequence[Batch], images: int, rate_scale: float) -> dict[str, Tensor]:
-        """Update every network once, with this rank's micro-batches. `images` is the number seen before this step.
+        """Update every network once, with this rank's micro-batches. `images` is the number seen before the step.
 
         `rate_scale` multiplies the peak learning rates. Returns metrics as fp32 scalars: this rank's means over its
         rows, and global gradient norms. Collective.
@@ -130,7 +130,7 @@ class Gan:
             rows.put(micro.index, self._embed_real(micro))
 
         for micro in micros:
-            # Fakes [m, 3, H, W] from S_G. They keep their autograd graph only if G's step backpropagates through it.
+            # Fakes [m, 3, H, W] from S_G. Fakes keep their autograd graph only if G's step backpropagates through them.
             with torch.set_grad_enabled(single):
                 self._generate(micro)
 
@@ -141,7 +141,7 @@ class Gan:
             if single:
                 rows.put(0, output.embeddings)
 
-            # Gradients of D and S_D. A shared encoder gets its gradient through its own engine.
+            # Gradients of D and S_D. A shared encoder gets a gradient through its own engine.
             self.discriminator.backward(self._discriminator_loss(micro, output, rows))
             text.propagate(self.discriminator, rate_scale)
             self.discriminator.step(rate_scale)
@@ -150,15 +150,15 @@ class Gan:
     def _discriminate(
         self, micro: MicroBatch, text: PerNetworkText, penalty: str, side: DiscriminatorSide
     ) -> DiscriminatorOutput:
-        """Everything that D's losses need from one micro-batch, computed in one pass through D's trunk."""
+        """The inputs of D's losses for one micro-batch, computed in one pass through D's trunk."""
         d, real = side.discriminator, micro.real
         fake = self._augment(micro.fake.images.detach(), micro.noise.augmentation)
         encoded = side.encode(micro.batch.tokens, micro.batch.lengths, text.embedding)
         sentence = encoded.sentence
 
         # The trunk processes reals and fakes together, [2m, 3, H, W], unless the penalty is exact. Exact penalties (r1,
-        # ma_gp) need the gradient with respect to the reals. The reals then pass through the trunk separately, so that
-        # the second derivative does not include the fakes.
+        # ma_gp) need the gradient with respect to the reals, so the reals pass through the trunk separately: the second
+        # derivative must not include the fakes.
         if penalty in ("r1", "ma_gp"):
             real = real.detach().requires_grad_(True)
             real_features, fake_features = d.features(real), d.features(fake)
@@ -179,7 +179,7 @@ class Gan:
     def _penalty(
         self, kind: str, d: Discriminator, micro: MicroBatch, real: Tensor, features: Features, sentence: Tensor
     ) -> Tensor:
-        """The penalty on real pictures with their captions. S_D is a constant, so only D gets a gradient from it."""
+        """The penalty on real pictures with their captions. S_D is a constant, so only D gets a gradient."""
         if kind == "none":
             return real.new_zeros((), dtype=torch.float32)
         if kind == "r1":
@@ -195,8 +195,8 @@ class Gan:
     def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
         weights, batch = self.loss, micro.batch
 
-        # Hinge over this rank's m rows. A picture may match the caption of another row by chance. Such a pair is not a
-        # negative: its logit is set to -1, where the hinge has no gradient.
+        # Hinge over this rank's m rows. A picture may match the caption of another row by chance. The logit of a
+        # matching pair is set to -1, where the hinge has no gradient.
         same_image, same_caption = (ids == _swap_partners(ids) for ids in (batch.image_ids, batch.caption_ids))
         matching = (same_image | same_caption).view(-1, *[1] * (output.mismatched.dim() - 1))
         mismatched = output.mismatched.masked_fill(matching, -1.0)
@@ -212,14 +212,14 @@ class Gan:
         logits = {f"logit/{name}": getattr(output, name).float().mean() for name in ("real", "fake", "mismatched")}
         self._record({"loss/d": over_rows + over_batch, **terms, **logits}, rows)
 
-        # DeepSpeed averages gradients over ranks and micro-batches. This is right for losses that are means over rows.
-        # For losses over the global batch the gradients must be summed, so the factor `share` undoes the averaging.
+        # DeepSpeed averages gradients over ranks and micro-batches. Averaging is right for losses that are means over
+        # rows. Gradients of losses over the global batch must be summed, so the factor `share` undoes the averaging.
         return over_rows + rows.share * over_batch
 
     # ---- the generator and S_G ---------------------------------------------------------------------------------------
 
     def _generator_step(self, micros: list[MicroBatch], real: GlobalRows, rate_scale: float) -> None:
-        """Update G and S_G; `real` holds the embeddings that D's step computed. D is not updated here."""
+        """Update G and S_G, but not D. `real` holds the embeddings that D's step computed."""
         fakes, single = GlobalRows(len(micros)), len(micros) == 1
         with self.discriminator.frozen():
             # With several micro-batches: embed all fakes without gradients first, for losses over the global batch.
@@ -228,7 +228,7 @@ class Gan:
                     fakes.put(micro.index, self._discriminate_fakes(micro)[1])
 
             for micro in micros:
-                # Generate the fakes of D's step again, now with a graph. G has not changed, so they are the same.
+                # Regenerate the fakes of D's step with a graph. The fakes are the same, because G has not changed.
                 if not single:
                     self._generate(micro)
                 logits, embeddings, pooled = self._discriminate_fakes(micro)
@@ -243,10 +243,10 @@ class Gan:
 
     def _discriminate_fakes(self, micro: MicroBatch) -> tuple[Tensor, Embeddings, Tensor]:
         """D's logits, [m] or [m, L], embeddings, and pooled features [m + m / 2, A] of a micro-batch's fakes and second
-        fakes. The fakes keep their graph, if any."""
+        fakes. Keeps the graph of the fakes, if any."""
         fake, rows = self._augment(micro.fake.images, micro.noise.augmentation), len(micro.fake.images)
         if micro.second is not None:
-            # The same augmentation as of the first fakes, so that the two differ only because of the noise.
+            # Augment second fakes like first fakes, so that both differ only because of the noise.
             fake = torch.cat([fake, self._augment(micro.second, micro.noise.augmentation[::2])])
 
         def discriminate(side: DiscriminatorSide) -> tuple[Tensor, Embeddings, Tensor]:
@@ -272,8 +272,8 @@ class Gan:
         kl = losses.kl_condition(micro.fake.mean, micro.fake.log_variance)
         over_rows = adversarial + weights.kl * kl
 
-        # Over the global batch: InfoNCE of fakes with captions and with real pictures. D's step computed the embeddings
-        # of captions and real pictures; here they are constants.
+        # Over the global batch: InfoNCE of fakes with captions and with real pictures. The embeddings of captions and
+        # real pictures come from D's step and are constants here.
         alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, self._negatives)
         named, over_batch = _named_and_weighted(alignment, weights)
 
@@ -298,8 +298,8 @@ class Gan:
         if weights.pixels:
             yield "loss/g_pixels", weights.pixels, losses.pixel_error(fake, target, torch.ones_like(batch.image_ids))
         if micro.source is not None:
-            # Rows whose source is the target itself must reproduce it; rows with another source must move towards the
-            # target; rows without a source have neither loss.
+            # Rows whose source is the target must reproduce the target. Rows with another source must move towards the
+            # target. Rows without a source have neither loss.
             same = micro.source.ids == batch.image_ids
             other = ~same & (micro.source.ids >= 0)
             yield "loss/g_reconstruction", weights.reconstruction, losses.pixel_error(fake, target, same)
@@ -326,7 +326,7 @@ class Gan:
         return Negatives(same, None if positions is None else positions.to(device))
 
     def _augment(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        """The fakes as D sees them: augmented with the same random numbers as the real pictures of their captions."""
+        """The fakes as D sees them, augmented with the random numbers of the real pictures for the same captions."""
         return augment(images.to(self.discriminator.dtype), uniforms, self.augmentation)
 
     def _text(self, micro: MicroBatch, engine: NetworkEngine) -> PerNetworkText:

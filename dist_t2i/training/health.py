@@ -1,7 +1,7 @@
-"""Checks of a run's health: a number that is not finite ends the run; a collapse gives a warning that names a remedy.
+"""Checks of a run's health: a number that is not finite ends the run; a collapse causes a warning with a remedy.
 
-Both checks read the averages that `Meter.take` returns. These averages are the same on every rank, so all ranks reach
-the same result.
+Both checks of this module read the averages that `Meter.take` returns. These averages are the same on every rank, so
+all ranks reach the same result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_finite(
     """Raise TrainingError if a loss, logit or gradient norm is NaN or Inf.
 
     `checkpoint` is the folder of the last good checkpoint. `groups` are the names of the parameter groups that hold a
-    NaN or Inf. With `fp16`, gradient norms are not checked: loss scaling skips steps whose gradients overflow.
+    NaN or Inf. With `fp16`, gradient norms are not checked, because loss scaling skips steps whose gradients overflow.
     """
     checked = [name for name in sorted(values) if _owner(name) and not (fp16 and name.startswith("grad/"))]
     bad = [name for name in checked if not math.isfinite(values[name])]
@@ -84,7 +84,7 @@ _SIGNS = {
 
 @dataclass
 class Health:
-    """Warns once about each sign of collapse. Checkpoints do not save this object: only warnings depend on it."""
+    """Warns once about each sign of collapse. Checkpoints omit this object, because only warnings depend on it."""
 
     patience_images: int = 20_000  # images for which a sign must hold before the warning
     _since: dict[str, int] = field(default_factory=dict)

@@ -62,7 +62,7 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
         status = trainer.run(stop)
     finally:
         watchdog.stop()
-        with contextlib.suppress(Exception):  # if other ranks have ended, this call fails and must not hide their error
+        with contextlib.suppress(Exception):  # fails after other ranks have ended; their error must stay visible
             dist.destroy_process_group()
     # The mirror finishes its upload after the end of the process group, so that the other ranks do not wait.
     trainer.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
@@ -70,7 +70,7 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
 
 
 def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> Trainer:
-    """The trainer of the run in `config.run.folder`, restored from the newest intact checkpoint if there is one.
+    """The trainer of the run in `config.run.folder`, restored from the newest intact checkpoint, if any.
 
     Collective; the process group must exist. Raises UserError.
     """
@@ -78,8 +78,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     config = replace(config, engine=replace(config.engine, precision=precision))
     folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
 
-    # Open the data. Check the run folder and take its lease. If the newest checkpoint is missing, restore it from the
-    # mirror.
+    # Open the data. Check the run folder and take its lease. Restore a missing newest checkpoint from the mirror.
     title, total = config.run.name or folder.name, train.total_images
     reporter = Reporter(folder, config.report, total_images=total, title=title, wandb_config=flatten(config), main=main)
     data, retry = open_data(config.data), config.data.retry_seconds
@@ -126,8 +125,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
         prompts = config.report.sample_prompts
         sample_grid = SampleGrid(prompts, data, config.data, config.model, config.edit, train.seed)
 
-    # The stream starts at the restored position. Records of bad samples beyond this position are deleted first, because
-    # the stream will write them again.
+    # The stream starts at the restored position. Before that, records of bad samples beyond the restored position are
+    # deleted, because the stream will rewrite these records.
     bad_file = folder / "bad_samples.jsonl"
     on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
     stream = open_stream(
@@ -151,7 +150,7 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
 
 def mirrored_captions(data: ShardSet) -> str:
     """A warning for data.flip=true if training captions say left or right, and "" otherwise. Sets of earlier versions
-    do not have the count, and get no warning."""
+    lack the count of such captions, and cause no warning."""
     captions = data.manifest["splits"].get("train", {}).get("captions", {})
     number, count = captions.get("left_or_right", 0), captions.get("count", 0)
     if not number:
@@ -169,9 +168,9 @@ def assemble(
 ) -> tuple[Gan, Average]:
     """The networks in their engines, and the moving average. All ranks get the same weights.
 
-    The weights are those of `initial`, or else random weights that `train.seed` determines. `frozen` is the given
+    The weights come from `initial`; without `initial`, `train.seed` determines random weights. `frozen` is the given
     encoder of text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must not be
-    `auto`. Raises ConfigError when the batch cannot be divided evenly among the ranks.
+    `auto`. Raises ConfigError if the batch cannot be divided evenly among the ranks.
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
@@ -200,10 +199,10 @@ def assemble(
 
 
 def run_tokenizer(config: Config, data: ShardSet, latest: Checkpoint | None, initial: ModelFiles | None) -> Tokenizer:
-    """The tokenizer of a resumed run; of a new run, the set's, with the tokens of the `initial` model if there is one.
+    """The tokenizer of a run. A new run uses the set's tokenizer, plus the tokens of the `initial` model, if any.
 
-    In text.mode=frozen the tokenizer is always the set's: the networks read sentence vectors, and the model's tokens
-    mean nothing to the given encoder. Raises DataError when the run's tokenizer cannot be read.
+    In text.mode=frozen, a new run always uses the set's tokenizer, because the given encoder does not know the model's
+    tokens. Raises DataError when the run's tokenizer cannot be read.
     """
     path = Path(config.run.folder) / TOKENIZER
     if latest and (path.exists() or latest.state.get("init")):  # without `init`, the set's tokenizer is the run's

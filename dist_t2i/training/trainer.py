@@ -1,4 +1,4 @@
-"""The training loop. Its only state is the number of images seen, which determines when reports, saves, ... are due."""
+"""The training loop, whose only state is the number of images seen: it determines when reports, saves, ... are due."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Trainer:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    engine: EngineConfig  # its precision is never `auto`
+    engine: EngineConfig  # `engine.precision` is never `auto`
     report: ReportConfig
     stream: Stream
     checkpointer: Checkpointer
@@ -65,8 +65,7 @@ class Trainer:
             while True:
                 reason, finished = self._agree(stop), self.images >= self.total
                 ending = bool(reason) or finished
-                # A run that is asked to stop saves at once. If an evaluation is due, it follows after the run is
-                # resumed.
+                # A run that is asked to stop saves at once, and makes a due evaluation when the run is resumed.
                 improved = not reason and self._evaluate()
                 saving = ending or improved or self.checkpointer.due(self.images)
                 sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
@@ -96,7 +95,7 @@ class Trainer:
         self.reporter.tick(self.images)
 
     def _agree(self, stop: StopFlag) -> StopReason:
-        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process took over."""
+        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded after a takeover of the run."""
         lease = self.checkpointer.lease
         if lease is not None and lease.lost():
             stop.supersede()
@@ -161,12 +160,12 @@ class Trainer:
             self._sample()
 
     def _end(self, reason: StopReason) -> ExitStatus:
-        self.watchdog.stop()  # from here on, ranks end at different times; to the watchdog, an ended rank looks hung
+        self.watchdog.stop()  # ranks end at different times, and an ended rank would look hung
         if self.images >= self.total:
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
         # After a scheduler's signal, do not plot the curves: the scheduler is waiting for this process to end. After
-        # Ctrl-C, plot the curves: a person may want to see them.
+        # Ctrl-C, plot the curves for the person at the terminal.
         saved = f"stopped by {reason.text} at {self.images:,} images, checkpoint saved"
         hurry = reason is not StopReason.SIGINT
         self.reporter.close("stopped", f"{saved}; run the same command again to resume", hurry=hurry)
@@ -174,7 +173,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
-        """At the end, stops the loader's workers and releases the lease. After an error, the reporter shows it last."""
+        """At the end, stops the loader's workers and releases the lease. The reporter shows an error last."""
         try:
             yield
         except BaseException as error:
