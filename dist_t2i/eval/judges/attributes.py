@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -72,11 +71,13 @@ def digest(size: int) -> str:
 def _code(module: ModuleType) -> str:
     tree = ast.parse(inspect.getsource(module))
     for node in ast.walk(tree):
-        body: list[Any] = getattr(node, "body", None) or []
-        if isinstance(body, list):
-            strings = [part for part in body if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)]
-            setattr(node, "body", [part for part in body if part not in strings] or [ast.Pass()])  # noqa: B010
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [part for part in node.body if not _is_docstring(part)] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _is_docstring(part: ast.stmt) -> bool:
+    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
 
 
 def scene_attributes(device: torch.device, size: int = SIDE) -> FeatureNetwork:
