@@ -20,6 +20,7 @@ class ExitStatus(IntEnum):
     STOPPED = 75  # a signal stopped the run, which saved a checkpoint; the same command resumes (EX_TEMPFAIL)
     SUPERSEDED = 76  # another process has taken over the run (checkpoint/lease.py); nothing is saved
     HUNG = 77  # a rank hung and the watchdog ended the run (distributed/watchdog.py); the last checkpoint is intact
+    DIVERGED = 78  # losses, gradients or pictures left the healthy range (training/health.py); a person has to decide
     INTERRUPTED = 130  # Ctrl-C (in training: the second Ctrl-C) ended the command at once; nothing is saved
 
 
@@ -55,6 +56,12 @@ class TrainingError(UserError):
     """Training cannot continue because a number is not finite."""
 
     status = ExitStatus.FAILED
+
+
+class DivergedError(TrainingError):
+    """Training has diverged; the same command would diverge again."""
+
+    status = ExitStatus.DIVERGED
 
 
 def run_command(main: Callable[[], int | None]) -> int:

@@ -8,7 +8,8 @@
 
 A repeated command continues from the newest checkpoint. Exit statuses: 0 finished; 1 training failed; 2 the
 configuration, data or environment must be corrected, as the message says; 75 a signal stopped the run, which saved a
-checkpoint; 76 another process has taken over the run; 77 a rank hung; 130 a second Ctrl-C ended the run at once.
+checkpoint; 76 another process has taken over the run; 77 a rank hung; 78 training diverged; 130 a second
+Ctrl-C ended the run at once.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 | 0, finished | is done |
 | 75, stopped by a signal with a checkpoint saved (time limit, preemption, `scancel --signal=USR2`) | is queued again |
 | any status, if Slurm or `submit.py cancel` has ended the job, or a later attempt or process owns the run (76) | is left to Slurm |
+| 78, training diverged | is not queued again: it would diverge again |
 | any other status | is queued again, unless it failed the same way three times in a row without a new checkpoint |
 
 Before the decision, after.py asks Slurm for the job's state, so that a job that its user has cancelled is not queued
@@ -64,11 +65,12 @@ def main() -> int:
         # cancel again.
         attempts.note(options.run, **entry, verdict="ended by Slurm", reason="CANCELLED")
         _ask("scancel", name)
-    return options.status if verdict == "given up" else 0
+    return options.status if verdict in ("given up", "diverged") else 0
 
 
 def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> tuple[str, str, str]:
-    """The verdict (finished, requeued, given up, ended by Slurm, superseded), its reason, the failure's kind or ""."""
+    """The verdict (finished, requeued, given up, diverged, ended by Slurm, superseded), its reason, the failure's kind or
+    ""."""
     state, current = job_state(slurm_name(job))
     if status == ExitStatus.SUPERSEDED or current not in (restart, None):
         return "superseded", "a later attempt owns the run", ""  # another attempt or process took over the run
@@ -78,6 +80,8 @@ def decide(run: Path, status: int, log: Path | None, job: str, restart: int) -> 
         return "ended by Slurm", state, ""
     if attempts.is_cancelled(run, slurm_name(job)):
         return "ended by Slurm", "CANCELLED", ""
+    if status == ExitStatus.DIVERGED:
+        return "diverged", attempts.divergence(run), "diverged"
     if status == ExitStatus.STOPPED:
         reason, kind = "stopped by a signal, checkpoint saved", ""
     elif status in _BEFORE_HANDLERS:

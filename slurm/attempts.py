@@ -90,6 +90,14 @@ def cause_of_failure(run: Path, job: str, restart: int) -> tuple[str, str]:
     return f"rank {first['rank']}: {first['kind']}: {line}", f"{first['kind']}: {re.sub(r'[0-9]+', '#', line)}"
 
 
+def divergence(run: Path) -> str:
+    """How the training of a run diverged, from RUN/diverged.json (dist_t2i/checkpoint/divergence.py)."""
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        last = json.loads((run / "diverged.json").read_text(encoding="utf-8"))["divergences"][-1]
+        return f"training diverged at {last['at']:,} images, since {last['since']:,}: {last['reason']}"
+    return "training diverged: see log.txt"
+
+
 def hang(run: Path, since: float) -> tuple[str, str]:
     """The hang that the watchdog found after the Unix time `since`, as two texts like those of `cause_of_failure`."""
     file = run / "ranks" / "hang.json"

@@ -62,13 +62,13 @@ class State:
     def interruptions(self) -> tuple[int, int]:
         """Number of past attempts that a signal or Slurm ended, and number of those that failed."""
         ended = {(entry["job"], entry["restart"]): entry for entry in self.ends}
-        over = self.begins if self.word in ("queued", "failed") else self.begins[:-1]
+        over = self.begins if self.word in ("queued", "failed", "diverged") else self.begins[:-1]
         failed = sum(bool(ended.get((begin["job"], begin["restart"]), {}).get("kind")) for begin in over)
         return len(over) - failed, failed
 
     @property
     def word(self) -> str:
-        """One of queued, running, finished, failed, cancelled, stopped, gone, unknown."""
+        """One of queued, running, finished, failed, diverged, cancelled, stopped, gone, unknown."""
         last = (self.ends or [{}])[-1]
         if self.live and self.queue not in ("RUNNING", "COMPLETING"):
             return "queued"
@@ -80,6 +80,8 @@ class State:
             return "running"
         if self.queue == "CANCELLED" or (last.get("verdict") == "ended by Slurm" and last.get("reason") == "CANCELLED"):
             return "cancelled"
+        if last.get("verdict") == "diverged":
+            return "diverged"
         if last.get("verdict") == "given up" or self.queue in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
             return "failed"
         if self.progress.get("state") in ("finished", "stopped"):
@@ -88,11 +90,11 @@ class State:
 
     @property
     def why(self) -> str:
-        """Why the run failed; "" when it did not fail."""
-        if self.word != "failed":
+        """Why the run failed or diverged; "" when it did neither."""
+        if self.word not in ("failed", "diverged"):
             return ""
         last = (self.ends or [{}])[-1]
-        if last.get("verdict") == "given up":
+        if last.get("verdict") in ("given up", "diverged"):
             return str(last.get("reason", ""))
         if self.queue == "TIMEOUT":
             return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"
@@ -189,6 +191,6 @@ def describe(state: State) -> str:
     counts = zip(("preempted or stopped", "failed"), state.interruptions, strict=True)
     if parts := [f"{what} {'once' if count == 1 else f'{count} times'}" for what, count in counts if count]:
         lines.append(f"  {' and '.join(parts)}, {len(state.begins)} attempts so far")
-    if state.ends and state.ends[-1].get("kind") and state.word != "failed":
+    if state.ends and state.ends[-1].get("kind") and state.word not in ("failed", "diverged"):
         lines.append(f"  last failure: {state.ends[-1]['reason']}")
     return "\n".join(lines)

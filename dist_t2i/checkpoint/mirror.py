@@ -102,13 +102,15 @@ class Mirror:
     def restore(self, lease: Lease | None) -> None:
         """Fetch the newest intact checkpoint of the mirror and commit it under `lease`, unless the run folder has it.
 
-        Skips damaged checkpoints. Raises CheckpointError when no checkpoint of a mirror with checkpoints is intact, and
-        the run folder has no intact checkpoint.
+        Skips damaged checkpoints, and those that the run has left behind after a divergence. Raises CheckpointError when
+        no checkpoint of a mirror with checkpoints is intact, and the run folder has no intact checkpoint.
         """
         if lease is None or not self._images:
             return
-        own = self._newest_intact()
-        for images in self._images:
+        newest = self._newest_intact()
+        own = newest.images if newest else -1
+        behind = store.abandoned(self._images, newest.state) if newest else ()
+        for images in [images for images in self._images if images not in behind]:
             if own >= images:
                 return
             have = f"has only older checkpoints (up to {own:,} images)" if own >= 0 else "has no intact checkpoint"
@@ -127,11 +129,11 @@ class Mirror:
                 f"{self.run}.\nTo start from the beginning, name another mirror (checkpoint.mirror=...)."
             )
 
-    def _newest_intact(self) -> int:
+    def _newest_intact(self) -> store.Checkpoint | None:
         for folder in reversed(store.committed(self.run)):
             with contextlib.suppress(CheckpointError):
-                return store.open_checkpoint(folder).images
-        return -1
+                return store.open_checkpoint(folder)
+        return None
 
     def _fetch(self, images: int, staging: Path) -> None:
         self._ask("fetch", images=images, folder=str(staging), patience=self.retry_seconds, check=False)

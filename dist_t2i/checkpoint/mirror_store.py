@@ -204,13 +204,17 @@ class MirrorStore:
         self._complete = {images for images in self._folders() if self._state(images) is not None} - {*damaged}
 
     def push(self, run: Path, images: int, keep: Retention) -> None:
-        """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` does not retain.
+        """Upload a committed checkpoint of the run, and delete the checkpoints that `keep` does not retain or that the
+        run has left behind after a divergence.
 
         Raises Refused if another process has taken over the mirror, FileNotFoundError if the run folder no longer has
         the checkpoint, and Damaged if the checkpoint's files differ from the saved files.
         """
         self._check_owner()
-        keep = keep.with_best(_saved(store.folder_of(run) / folder_name(images)))
+        state = _saved(store.folder_of(run) / folder_name(images))
+        for other in store.abandoned(self._complete, state):
+            self._remove(other)
+        keep = keep.given(state)
         if images not in keep.expired({*self._complete, images}):
             with ExitStack() as stack:
                 self._upload(_OpenCheckpoint(run, images, stack))

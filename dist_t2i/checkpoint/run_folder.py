@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint import divergence, store
 from dist_t2i.checkpoint.lease import Lease, acquire
 from dist_t2i.config import files as config_files
 from dist_t2i.config.resume import refuse_changes
@@ -31,8 +31,9 @@ def prepare(
 
     `config` is the text for config.yaml; `data` has the set's `path` and `fingerprint`. Raises ConfigError if the
     configuration at the start of the run gives another result, and CheckpointError if the run began with another data
-    set; with `allow_changes`, both errors are warnings. Raises UserError if the folder cannot be written, or if another
-    process on this machine trains the run. Every UserError leaves the run unchanged.
+    set; with `allow_changes`, both errors are warnings. Raises DivergedError if a divergence has stopped the run and
+    nothing says how the run should continue. Raises UserError if the folder cannot be written, or if another process on
+    this machine trains the run. Every UserError leaves the run unchanged.
     """
     try:
         if (folder / "config.yaml").exists():
@@ -62,8 +63,9 @@ def record(folder: Path, config: str, tokenizer: str) -> None:
 def _check_same_run(
     folder: Path, config: str, data: dict[str, str], allow_changes: bool, warn: Callable[[str], None]
 ) -> None:
-    before = config_files.load(folder / "config.yaml", [])
-    for line in refuse_changes(before, config_files.loads(config), allow=allow_changes):
+    before, now = config_files.load(folder / "config.yaml", []), config_files.loads(config)
+    divergence.refuse(folder, now.train.on_divergence, allow_changes=allow_changes)
+    for line in refuse_changes(before, now, allow=allow_changes):
         warn(f"continuing with another configuration: {line}")
     known = fingerprint_of(folder)
     if known is not None and known != data["fingerprint"]:

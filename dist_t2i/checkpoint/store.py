@@ -28,7 +28,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,38 @@ def save(
         except CheckpointError:
             _commit(lease, target, lambda staging: _write(staging, files, about))
         _point_latest(lease, target.name)
-        for expired in keep.with_best(state).expired(_committed(lease.root)):
+        for expired in keep.given(state).expired(_committed(lease.root)):
             lease.remove(lease.root / folder_name(expired))
     return target
+
+
+def rewind(lease: Lease, limits: Sequence[int], changes: Mapping[str, Any]) -> Checkpoint | None:
+    """Make an earlier checkpoint the newest one of the run, and delete all later ones.
+
+    It is the newest intact checkpoint of at most `limits[0]` images seen; without one, of at most `limits[1]`, and so on.
+    Returns it, after replacing the entries of its state that `changes` names. Without such a checkpoint, returns None
+    and only deletes those beyond the last limit. A process that is killed in between leaves whole checkpoints, of which
+    the newest or `latest` is one that the run had reached. Raises CheckpointError and Superseded as `save` does.
+    """
+    with _writing_errors(lease, limits[0]):
+        found = next(filter(None, (_newest_intact(lease.root, limit) for limit in limits)), None)
+        if found is not None:
+            _point_latest(lease, found.folder.name)
+        end = found.images if found else limits[-1]
+        for later in [count for count in _committed(lease.root) if count > end]:
+            lease.remove(lease.root / folder_name(later))
+        if found is not None:
+            found = Checkpoint(found.folder, {**found.state, **changes})
+            _replace(lease, STATE, seal(found.state), found.folder)
+    return found
+
+
+def _newest_intact(root: Path, images: int) -> Checkpoint | None:
+    for count in reversed(_committed(root)):
+        if count <= images:
+            with contextlib.suppress(CheckpointError):
+                return open_checkpoint(root / folder_name(count))
+    return None
 
 
 def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
@@ -141,27 +170,41 @@ def adopt(lease: Lease, images: int, fill: Callable[[Path], None]) -> Path:
     return target
 
 
+def abandoned(images: Iterable[int], state: Mapping[str, Any]) -> set[int]:
+    """Those of the checkpoints at `images` that the run with the newest checkpoint `state` has left behind: training
+    diverged after them, and went back to the checkpoint of `state` (training/health.py records this there)."""
+    divergences = state.get("divergences") or [{"at": -1}]
+    return {count for count in images if int(state["images"]) < count <= divergences[-1]["at"]}
+
+
 @dataclass(frozen=True)
 class Retention:
     """The rule by which a run keeps checkpoints.
 
-    A run keeps the newest `last` checkpoints, the first checkpoint at or past each multiple of `every_images`, and the
-    checkpoint at `best` images seen (-1: unknown).
+    A run keeps the newest `last` checkpoints, the first checkpoint at or past each multiple of `every_images`, the
+    checkpoint at `best` images seen, and the newest checkpoint of at most `healthy` images seen (-1: unknown). While a
+    sign of divergence holds (`suspicious`), it keeps all, because the newest ones may be useless.
     """
 
     last: int = 2
     every_images: int = 0
     best: int = -1
+    healthy: int = -1
+    suspicious: bool = False
 
-    def with_best(self, state: Mapping[str, Any]) -> Retention:
-        """A copy with the `best` that training/validation.py wrote into the `state` of a checkpoint."""
-        best = (state.get("evaluation") or {}).get("best")
-        return replace(self, best=int(best["images"])) if best else self
+    def given(self, state: Mapping[str, Any]) -> Retention:
+        """A copy with the other fields from the `state` of a checkpoint, into which training/validation.py and
+        training/health.py wrote them."""
+        best, health = (state.get("evaluation") or {}).get("best"), state.get("health") or {}
+        suspicious, healthy = health.get("since") is not None, int(health.get("healthy", -1))
+        return replace(self, best=int(best["images"]) if best else -1, healthy=healthy, suspicious=suspicious)
 
     def expired(self, images: Iterable[int]) -> list[int]:
         """The numbers in `images` whose checkpoints are to be deleted, ascending."""
         ordered = sorted(images)
-        kept = {*ordered[-max(1, self.last) :], self.best}
+        if self.suspicious:
+            return []
+        kept = {*ordered[-max(1, self.last) :], self.best, *[count for count in ordered if count <= self.healthy][-1:]}
         if self.every_images > 0:
             milestones = {count // self.every_images: count for count in reversed(ordered)}  # the first at each
             kept.update(count for milestone, count in milestones.items() if milestone > 0)
@@ -272,6 +315,11 @@ def _write(staging: Path, files: dict[str, dict[str, Tensor]], state: dict[str, 
 
 
 def _point_latest(lease: Lease, name: str) -> None:
-    write_synced(lease.folder / LATEST, [f"{name}\n".encode()])
-    os.replace(lease.folder / LATEST, lease.root / LATEST)
-    fsync(lease.root)
+    _replace(lease, LATEST, f"{name}\n".encode(), lease.root)
+
+
+def _replace(lease: Lease, name: str, data: bytes, folder: Path) -> None:
+    """Write a file of `folder` by one rename out of the lease's folder."""
+    write_synced(lease.folder / name, [data])
+    os.replace(lease.folder / name, folder / name)
+    fsync(folder)

@@ -225,7 +225,7 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps(plain if len(plain) > 1 else plain[0], indent=1, default=str))
     else:
         print("\n".join(status.describe(state) for state in states))
-    return 1 if any(state.word == "failed" for state in states) else 0
+    return 1 if any(state.word in ("failed", "diverged") for state in states) else 0
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -288,4 +288,4 @@ def _follow(run: Path, rank: int) -> int:
         return ExitStatus.INTERRUPTED
     state = status.look(run)
     print(status.describe(state))
-    return 1 if state.word == "failed" else 0
+    return 1 if state.word in ("failed", "diverged") else 0

@@ -202,6 +202,11 @@ class TrainConfig:
     init: str = setting("", resume=Resume.FREE)  # read once, when the run starts
     """Run folder or exported model that gives the initial weights and token embeddings (default: random weights). The
     data set may be another set, whose new tokens are added. Read only at the start."""
+    on_divergence: Literal["stop", "rewind", "warn"] = setting("stop", resume=Resume.FREE)
+    """What follows when training diverges (docs/checkpoints.md): `stop` ends the run at its last healthy checkpoint;
+    `rewind` continues from there with half the learning rates, at most three times; `warn` only prints a warning."""
+    divergence_images: int = setting(5_000, at_least(1), Resume.FREE)
+    """Images for which signs of divergence must hold before `on_divergence` applies; at least 32 steps pass."""
     hang_seconds: float = setting(600.0, resume=Resume.FREE)
     """Time after which a step counts as hung: the run names the hanging rank and exits with status 77 (0: never)."""
 

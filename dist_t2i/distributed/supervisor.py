@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_t2i.distributed.launch import free_ports, has_gpu
-from dist_t2i.errors import ExitStatus, TrainingError, UserError
+from dist_t2i.errors import DivergedError, ExitStatus, TrainingError, UserError
 from dist_t2i.utils.files import read_json
 from dist_t2i.utils.processes import is_alive, send
 
@@ -66,6 +66,8 @@ def train(
     if status not in (ExitStatus.FINISHED, ExitStatus.STOPPED):
         if log is not None:
             print(log.read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
+        if status == ExitStatus.DIVERGED:
+            raise DivergedError("training diverged; what to do is printed above")
         raise TrainingError(f"training failed (exit status {status}); the reason is printed above")
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ class ModelFiles:
     """The contents of an export's model.json."""
     init: Mapping[str, Any] | None = None
     """The model that the training started from (see warm_start.py); None if it started from random weights."""
+    divergences: Sequence[Mapping[str, Any]] = ()
+    """The divergences of a run up to the checkpoint (checkpoint/divergence.py)."""
 
     def sha256(self) -> str:
         """Hash of the tokenizer and of all weights: names, shapes and values, in sorted order."""
@@ -139,8 +141,8 @@ def read_run(run: Path, *, ema: bool = True, checkpoint: Path | None = None) -> 
     generator = saved.tensors("ema") if ema else saved.tensors("generator") | text
     discriminator = saved.tensors("discriminator") | text
     frozen = read_frozen(config.text, tokenizer, config.data.max_tokens) if config.text.mode == "frozen" else None
-    init = saved.state.get("init")
-    return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen, init=init)
+    history = {"init": saved.state.get("init"), "divergences": saved.state.get("divergences", [])}
+    return ModelFiles(run, config, tokenizer, generator, discriminator, saved.images, frozen, **history)
 
 
 def read_export(folder: Path) -> ModelFiles:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,7 @@ def _facts(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
     versions = (f"{name} {packages[name]}" for name in ("torch", "deepspeed", "dist-t2i") if name in packages)
     facts = {
         "images seen": f"{model.images_seen:,}",
+        "divergences": _divergences(model.files.divergences),
         "hardware": f"{hardware}, {processor.get('cores', '?')} cores" if hardware else "",
         "versions": ", ".join(versions),
         "code": code.get("revision", "") + (" with local changes" if code.get("dirty") else ""),
@@ -150,6 +151,11 @@ def _facts(run: Path, model: TextToImage, data: ShardSet) -> dict[str, str]:
         "weights": f"SHA-256 {model.files.sha256()}",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _divergences(found: Sequence[Mapping[str, Any]]) -> str:
+    after = {True: "the run rewound and halved its learning rates", False: "a person continued the run"}
+    return "; ".join(f"at {d['at']:,} images, {d['reason']}: {after[d['rewound']]}" for d in found)
 
 
 _SLIDER = """<script>

@@ -50,6 +50,25 @@ class Meter:
             self._sums[name] = self._sums[name] + number
             self._counts[name] += 1
 
+    def sums(self, all_reduce_mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, tuple[float, int]]:
+        """The sum over the steps since the last `take`, and their number, for each metric. For `all_reduce_mean` see
+        `take`: the sum is averaged over the ranks."""
+        import torch
+
+        names = sorted(self._sums)
+        values = [torch.as_tensor(self._sums[name], dtype=torch.float64, device="cpu") for name in names]
+        vector = torch.stack(values) if values else torch.empty(0, dtype=torch.float64)
+        if all_reduce_mean is not None and values:
+            vector = all_reduce_mean(vector)
+        return {name: (total, self._counts[name]) for name, total in zip(names, vector.tolist(), strict=True)}
+
+    def restore(self, sums: Mapping[str, tuple[float, int]]) -> None:
+        """Continue from what `sums` returned. Times start anew."""
+        self._restart()
+        for name, (total, count) in sums.items():
+            self._sums[name], self._counts[name] = total, count
+            self._steps = max(self._steps, count)
+
     def take(self, all_reduce_mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The averages since the last call; then averaging starts anew. Collective if `all_reduce_mean` is collective.
 
@@ -62,14 +81,13 @@ class Meter:
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._begin - self._seconds["paused"], 1e-9)
-        names = sorted(self._sums)
-        values = [torch.as_tensor(self._sums[name], dtype=torch.float64, device="cpu") for name in names]
-        times = torch.tensor([seconds, min(self._seconds["waiting"], seconds)], dtype=torch.float64)
-        vector = torch.cat([torch.stack(values), times]) if values else times
+        sums = self.sums()
+        times = [seconds, min(self._seconds["waiting"], seconds)]
+        vector = torch.tensor([*(total for total, _ in sums.values()), *times], dtype=torch.float64)
         if all_reduce_mean is not None:
             vector = all_reduce_mean(vector)
-        *sums, seconds, waited = vector.tolist()
-        means = {name: total / self._counts[name] for name, total in zip(names, sums, strict=True)}
+        *totals, seconds, waited = vector.tolist()
+        means = {name: total / count for (name, (_, count)), total in zip(sums.items(), totals, strict=True)}
         rates = {"images_per_second": self._images / seconds, "seconds_per_step": seconds / self._steps}
         self._restart()
         return {**means, **rates, "data_wait": waited / seconds}

@@ -75,7 +75,7 @@ class Reporter:
             dropped = metrics_log.cut(self.folder / "metrics.jsonl", images)
         if dropped:
             self.say(f"metrics.jsonl: dropped {dropped} reports after the checkpoint; training reports them again")
-        if self.report.wandb != "disabled":
+        if self.report.wandb != "disabled" and self._wandb is None:
             from dist_t2i.reporting.wandb_logger import WandbLogger
 
             self._wandb = WandbLogger(self.folder, self.report, self.title, self.wandb_config, self.warn)
@@ -157,7 +157,7 @@ class Reporter:
             self._write_progress(force=True)
 
     def close(self, state: str, message: str = "", *, hurry: bool = False) -> None:
-        """End the reports. `state`: `stopped` (can be resumed), `finished` or `failed`. `hurry` omits the curves."""
+        """End the reports. `state`: `stopped` (can be resumed), `finished`, `diverged` or `failed`. `hurry` omits the curves."""
         if not self.main:
             return
         self._state = state
@@ -170,7 +170,7 @@ class Reporter:
             self.say(message)
         self._write_progress(force=True)
         if self._wandb is not None:
-            self._wandb.close(1 if state == "failed" else 0)
+            self._wandb.close(1 if state in ("diverged", "failed") else 0)
 
     def _record(self, images: int, step: int, values: Mapping[str, float]) -> None:
         line = {"images": images, "step": step, "time": round(time.time(), 3), **values}

@@ -1,27 +1,32 @@
-"""Saves and restores the training state of a run: the engines, the moving average, and the validation scores."""
+"""Saves and restores the training state of a run: the engines, the moving average, the validation scores, the health.
+
+After a divergence, the checkpoint from before its first sign becomes the newest one (checkpoint/divergence.py).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_t2i.checkpoint import store
+from dist_t2i.checkpoint import divergence, store
 from dist_t2i.checkpoint.lease import Lease
 from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.checkpoint.store import Checkpoint, Retention
 from dist_t2i.config.sections import CheckpointConfig, ReportConfig, TrainConfig
-from dist_t2i.distributed.collectives import on_main
+from dist_t2i.distributed.collectives import mean_over_ranks, on_main
 from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.distributed.watchdog import Watchdog
 from dist_t2i.errors import CheckpointError
 from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.ema import Average
+from dist_t2i.training.health import Diverged, Health
 from dist_t2i.training.schedule import passes
 from dist_t2i.training.validation import Validation
 
@@ -47,9 +52,12 @@ class Checkpointer:
     engines: Sequence[NetworkEngine]
     average: Average
     validation: Validation | None
+    health: Health
     reporter: Reporter
     mirror: Mirror
     watchdog: Watchdog
+    folder: Path  # of the run
+    divergences: list[dict[str, Any]] = field(default_factory=list)  # so far, as in state.json
     _scores: dict[str, Any] | None = None
     """State of the validation. A run without validation copies this state from the last checkpoint."""
     _failures: int = 0  # failed saves since the last success; `_failures` and `_retry_at` are equal on all ranks
@@ -60,6 +68,8 @@ class Checkpointer:
         if self.latest is None:
             return 0
         tensors, state = self.latest.tensors, self.latest.state
+        self.divergences = state.get("divergences", [])
+        self.health.load(state.get("health"), self.latest.images)
         for engine in self.engines:
             weights, moments = tensors(engine.name), tensors(f"optimizer-{engine.name}")
             engine.load_state(weights, moments, state["counters"][engine.name])
@@ -95,6 +105,12 @@ class Checkpointer:
             state["init"] = self.init
         if self._scores:
             state["evaluation"] = self._scores
+        if self.divergences:
+            state["divergences"] = self.divergences
+        # A rewind must not depend on the checkpoints that stop signals or evaluations add.
+        if self.train.on_divergence != "rewind" or passes(self.config.every_images, images, self.train.global_batch):
+            self.health.add_checkpoint(images, mean_over_ranks)
+        state["health"] = self.health.state(mean_over_ranks)
 
         # Rank 0 writes; the other ranks wait for the result.
         self.watchdog.doing("writing a checkpoint", images, extra=_WRITING_SECONDS)
@@ -127,6 +143,34 @@ class Checkpointer:
                     self.reporter.warn(f"{error} Saving this last checkpoint is retried for {patience / 60:g} minutes.")
                     warned = True
             time.sleep(2.0)
+
+    def rewind(self, found: Diverged) -> bool:
+        """Make the checkpoint before the divergence the latest; False if there is none, or after too many rewinds.
+
+        The caller restores it. Collective. Raises CheckpointError and Superseded.
+        """
+        if self.train.on_divergence != "rewind" or not divergence.may_rewind(self.divergences):
+            return False
+        self.watchdog.doing("rewinding", found.at, extra=_WRITING_SECONDS)
+        healthy = self.health.healthy(found.since)
+        divergences = [*self.divergences, found.record(healthy, rewound=True)]
+        limits, changes = [healthy, found.since], {"divergences": divergences}
+        latest = on_main(lambda: store.rewind(self.lease, limits, changes) if self.lease else None)
+        if latest is None:
+            return False
+        self.latest, self._failures, self._retry_at = latest, 0, -1
+        if self.lease is not None:
+            self.reporter.warn(f"{found}\n  Rewinding to {latest.folder}, with {divergence.rates(divergences)}.")
+        return True
+
+    def stop(self, found: Diverged) -> str:
+        """Make the last healthy checkpoint the newest one; returns a message for people. Collective. Raises Superseded."""
+        self.watchdog.doing("going back after a divergence", found.at, extra=_WRITING_SECONDS)
+        divergences = [*self.divergences, found.record(self.health.healthy(found.since), rewound=False)]
+        stop = partial(divergence.stop, run=self.folder, divergences=divergences, text=str(found))
+        outcome = on_main(lambda: stop(self.lease) if self.lease else None)
+        self.latest, message = outcome or (None, "")
+        return message
 
     def _failed(self, images: int, problem: str) -> None:
         # The pause before the next try, in images, doubles with each failure. The first pause is as long as the

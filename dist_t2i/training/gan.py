@@ -277,8 +277,8 @@ class Gan:
         alignment = generator_terms(fakes.with_own(micro.index, embeddings), real.constants, weights, self._negatives)
         named, over_batch = _named_and_weighted(alignment, weights)
 
-        std = micro.fake.images.detach().float().std(dim=0, correction=0).mean()
-        terms = {"loss/g_adversarial": adversarial, **named, "loss/kl": kl, "fake/std": std}
+        spreads = {**_spread("fake", micro.fake.images), **_spread("real", _unit(micro.batch.images, torch.float32))}
+        terms = {"loss/g_adversarial": adversarial, **named, "loss/kl": kl, **spreads}
         if micro.second is not None:
             # Over every other row: two fakes of one caption, compared in D's features (our own form of mode seeking).
             pairs = pooled[:rows:2], pooled[rows:]
@@ -374,6 +374,13 @@ class Gan:
 def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [m, 3, H, W] -> [-1, 1], with the channels last in memory, the faster layout for convolutions."""
     return to_unit(images.contiguous(memory_format=torch.channels_last), dtype)
+
+
+def _spread(name: str, images: Tensor) -> dict[str, Tensor]:
+    """What training/health.py compares between fakes and real pictures [m, 3, H, W] in [-1, 1]: the standard deviation
+    over the rows, averaged over the pixels, and the mean magnitude of a pixel, which is 1 if all are saturated."""
+    images = images.detach().float()
+    return {f"{name}/std": images.std(dim=0, correction=0).mean(), f"{name}/magnitude": images.abs().mean()}
 
 
 def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tuple[dict[str, Tensor], Tensor]:

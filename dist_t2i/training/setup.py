@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_t2i.checkpoint import run_folder, store
+from dist_t2i.checkpoint import divergence, run_folder, store
 from dist_t2i.checkpoint.lease import Lease
 from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.checkpoint.store import Checkpoint
@@ -23,7 +23,7 @@ from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
 from dist_t2i.data.shard_set import ShardSet
-from dist_t2i.data.stream.stream import open_stream
+from dist_t2i.data.stream.stream import Stream, open_stream
 from dist_t2i.data.tokenizer import Tokenizer, grown
 from dist_t2i.distributed.collectives import on_main
 from dist_t2i.distributed.engine import EngineSpec, NetworkEngine, init_distributed, resolve_precision
@@ -38,6 +38,7 @@ from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
+from dist_t2i.training.health import Health
 from dist_t2i.training.sample_grid import SampleGrid
 from dist_t2i.training.trainer import Trainer
 from dist_t2i.training.validation import Validation, read_protocol
@@ -62,7 +63,7 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
         status = trainer.run(stop)
     finally:
         watchdog.stop()
-        with contextlib.suppress(Exception):  # fails after other ranks have ended; their error must stay visible
+        with contextlib.suppress(Exception):  # if other ranks have ended, this call fails and must not hide their error
             dist.destroy_process_group()
     # The mirror finishes its upload after the end of the process group, so that the other ranks do not wait.
     trainer.mirror.finish(finished=status == ExitStatus.FINISHED, stopping=lambda: stop.requested)
@@ -70,7 +71,7 @@ def train(config: Config, rank: Rank, *, allow_changes: bool = False, stop: Stop
 
 
 def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, allow_changes: bool) -> Trainer:
-    """The trainer of the run in `config.run.folder`, restored from the newest intact checkpoint, if any.
+    """The trainer of the run in `config.run.folder`, restored from the newest intact checkpoint if there is one.
 
     Collective; the process group must exist. Raises UserError.
     """
@@ -78,14 +79,16 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     config = replace(config, engine=replace(config.engine, precision=precision))
     folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
 
-    # Open the data. Check the run folder and take its lease. Restore a missing newest checkpoint from the mirror.
+    # Open the data. Check the run folder and take its lease. If the newest checkpoint is missing, restore it from the
+    # mirror.
     title, total = config.run.name or folder.name, train.total_images
     reporter = Reporter(folder, config.report, total_images=total, title=title, wandb_config=flatten(config), main=main)
     data, retry = open_data(config.data), config.data.retry_seconds
     flags = {"main": main, "allow_changes": allow_changes}
     mirror = Mirror(config.checkpoint, folder, text, reporter, retry_seconds=retry, **flags)
     on_main(lambda: mirror.look(data.fingerprint), slow=True)
-    new = on_main(lambda: not (store.committed(folder) or mirror.has_checkpoints))
+    # A run that diverged before its first healthy checkpoint starts anew: those in its mirror are sick.
+    new = on_main(lambda: not (store.committed(folder) or (mirror.has_checkpoints and not divergence.stopped(folder))))
     initial = read_initial(config, data.tokenizer) if new else None  # before the folder is prepared: it may not fit
     leases: list[Lease] = []
     warn = partial(print, "warning:", flush=True)  # a process that does not hold the lease must not write into the log
@@ -94,7 +97,8 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     lease = leases[0] if main else None
     if main and config.data.flip and (problem := mirrored_captions(data)):
         reporter.warn(problem)
-    on_main(lambda: mirror.restore(lease), slow=True)
+    diverged = on_main(lambda: divergence.resume(lease, folder, train.on_divergence) if lease else [])
+    on_main(lambda: None if diverged else mirror.restore(lease), slow=True)
 
     # Build the networks and their engines. A resumed run loads its own weights and its own tokenizer, so it does not
     # read `train.init` or `edit.init` again.
@@ -117,40 +121,42 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
         model = partial(ModelFiles, folder, config, tokenizer, frozen=frozen)
         on_main(partial(validation.prepare, config.data, model), slow=True)
 
-    parts = gan.engines, average, validation, reporter, mirror, watchdog
-    checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, init, *parts)
+    health = Health(train.global_batch, train.divergence_images, fatal=train.on_divergence != "warn")
+    parts = gan.engines, average, validation, health, reporter, mirror, watchdog
+    checkpointer = Checkpointer(config.checkpoint, train, config.report, lease, latest, init, *parts, folder, diverged)
     images = checkpointer.restore()
     sample_grid = None
     if main:
         prompts = config.report.sample_prompts
         sample_grid = SampleGrid(prompts, data, config.data, config.model, config.edit, train.seed)
 
-    # The stream starts at the restored position. Before that, records of bad samples beyond the restored position are
-    # deleted, because the stream will rewrite these records.
     bad_file = folder / "bad_samples.jsonl"
-    on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
-    stream = open_stream(
-        config.data,
-        tokenizer,
-        seed=train.seed,
-        global_batch=train.global_batch,
-        accumulation=config.engine.accumulation,
-        edit=config.edit,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        start_images=images,
-        bad_file=bad_file,
-        data_set=data,
-    )
+
+    def stream_from(images: int) -> Stream:
+        # Records of bad samples beyond this position are deleted first, because the stream will write them again.
+        on_main(lambda: run_folder.cut_bad_samples(bad_file, images))
+        return open_stream(
+            config.data,
+            tokenizer,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            accumulation=config.engine.accumulation,
+            edit=config.edit,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            start_images=images,
+            bad_file=bad_file,
+            data_set=data,
+        )
+
     loop = config.data, train, config.optimizer, config.engine, config.report
-    return Trainer(
-        folder, images, *loop, stream, checkpointer, gan, average, validation, sample_grid, reporter, mirror, watchdog
-    )
+    parts = checkpointer, gan, average, validation, sample_grid, reporter, mirror, watchdog
+    return Trainer(folder, images, *loop, stream_from, *parts)
 
 
 def mirrored_captions(data: ShardSet) -> str:
     """A warning for data.flip=true if training captions say left or right, and "" otherwise. Sets of earlier versions
-    lack the count of such captions, and cause no warning."""
+    do not have the count, and get no warning."""
     captions = data.manifest["splits"].get("train", {}).get("captions", {})
     number, count = captions.get("left_or_right", 0), captions.get("count", 0)
     if not number:
@@ -168,9 +174,9 @@ def assemble(
 ) -> tuple[Gan, Average]:
     """The networks in their engines, and the moving average. All ranks get the same weights.
 
-    The weights come from `initial`; without `initial`, `train.seed` determines random weights. `frozen` is the given
+    The weights are those of `initial`, or else random weights that `train.seed` determines. `frozen` is the given
     encoder of text.mode=frozen. Collective; the process group must exist, and `config.engine.precision` must not be
-    `auto`. Raises ConfigError if the batch cannot be divided evenly among the ranks.
+    `auto`. Raises ConfigError when the batch cannot be divided evenly among the ranks.
     """
     micro_batch = check_world(config, dist.get_world_size())
     torch.manual_seed(config.train.seed)
@@ -199,10 +205,10 @@ def assemble(
 
 
 def run_tokenizer(config: Config, data: ShardSet, latest: Checkpoint | None, initial: ModelFiles | None) -> Tokenizer:
-    """The tokenizer of a run. A new run uses the set's tokenizer, plus the tokens of the `initial` model, if any.
+    """The tokenizer of a resumed run; of a new run, the set's, with the tokens of the `initial` model if there is one.
 
-    In text.mode=frozen, a new run always uses the set's tokenizer, because the given encoder does not know the model's
-    tokens. Raises DataError when the run's tokenizer cannot be read.
+    In text.mode=frozen the tokenizer is always the set's: the networks read sentence vectors, and the model's tokens
+    mean nothing to the given encoder. Raises DataError when the run's tokenizer cannot be read.
     """
     path = Path(config.run.folder) / TOKENIZER
     if latest and (path.exists() or latest.state.get("init")):  # without `init`, the set's tokenizer is the run's

@@ -145,6 +145,7 @@ class Validation:
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Restore a result of `state`, unless this result belongs to another protocol or metric."""
+        self.best, self._previous_best, self._evaluated_at = None, None, 0
         if state and state["by"] == [self.protocol.sha256, self.config.metric]:
             self._evaluated_at = state["at"]
             self.best = Best(**state["best"]) if state["best"] else None

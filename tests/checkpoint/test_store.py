@@ -69,6 +69,41 @@ def test_retention(last, every, images, gone):
     assert Retention(last, every).expired(images) == gone
 
 
+@pytest.mark.parametrize(
+    ("health", "gone"),
+    [
+        ({"since": None, "healthy": 25}, [10, 30]),  # 20 is the newest one at or before the last check
+        ({"since": None, "healthy": 5}, [10, 20, 30]),
+        ({"since": 0, "healthy": 0}, []),  # a sign of divergence holds since the start
+        ({"since": 20, "healthy": 20}, []),
+        (None, [10, 20, 30]),  # a checkpoint of an earlier version
+    ],
+)
+def test_retention_keeps_a_healthy_checkpoint(health, gone):
+    assert Retention(last=1).given({"health": health}).expired([10, 20, 30, 40]) == gone
+
+
+def test_rewinding_skips_damaged_checkpoints_and_deletes_later_ones(tmp_path):
+    for images in (100, 200, 300, 400):
+        folder = save(tmp_path, images, keep=Retention(last=9))
+        if images in (200, 400):
+            (folder / "ema.safetensors").unlink()
+    mine = acquire(tmp_path / "checkpoints")
+    found = store.rewind(mine, [50, 350], {"divergences": ["a"], "seed": 2})
+    assert found.images == 300 and names(tmp_path) == ["images-000000100", "images-000000200", "images-000000300"]
+    assert store.load_latest(tmp_path) == found, "the state is whole, with the changes"
+    assert found.state["divergences"] == ["a"] and found.state["seed"] == 2
+    assert store.rewind(mine, [250], {}).images == 100 and names(tmp_path) == ["images-000000100"]
+    assert store.rewind(mine, [99], {}) is None and names(tmp_path) == []
+    mine.release()
+
+
+def test_abandoned_checkpoints_lie_between_the_newest_and_the_divergence():
+    state = {"images": 200, "divergences": [{"at": 900}, {"at": 350}]}
+    assert store.abandoned([100, 200, 300, 350, 400], state) == {300, 350}
+    assert store.abandoned([100, 200, 300], {"images": 200}) == set()
+
+
 def test_retention_on_disk_and_latest(tmp_path):
     for images in (100, 200, 300, 400):
         save(tmp_path, images, keep=Retention(last=1, every_images=200))
@@ -156,7 +191,13 @@ from pathlib import Path
 from dist_t2i.checkpoint import store
 from dist_t2i.checkpoint.lease import acquire
 
-def die_at(moment, run):
+def save(lease):
+    store.save(lease, 300, {"generator": {"w": torch.full((1000,), 3.0)}}, {}, keep=store.Retention(last=1))
+
+def rewind(lease):
+    store.rewind(lease, [150, 120], {"divergences": [{"at": 200}]})
+
+def die_at(moment, run, action):
     count = 0
     def trace(event, arguments):
         nonlocal count
@@ -166,8 +207,7 @@ def die_at(moment, run):
                 if count == moment:
                     os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(trace)
-    files = {"generator": {"w": torch.full((1000,), 3.0)}}
-    store.save(acquire(run / "checkpoints"), 300, files, {}, keep=store.Retention(last=1))
+    action(acquire(run / "checkpoints"))
     return count
 
 ended = []
@@ -175,7 +215,7 @@ for moment, folder in json.loads(sys.argv[1]):
     reading, writing = os.pipe()
     child = os.fork()  # a process for each, without importing torch for each
     if not child:
-        os.write(writing, str(die_at(moment, Path(folder))).encode())
+        os.write(writing, str(die_at(moment, Path(folder), globals()[sys.argv[2]])).encode())
         os._exit(0)
     os.close(writing)
     _, status = os.waitpid(child, 0)
@@ -184,9 +224,16 @@ print(json.dumps(ended))
 """
 
 
-def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
-    """SIGKILL before the n-th open, rename, mkdir or remove of a save, for every n: the folder is in the old or the new
-    state."""
+@pytest.mark.parametrize(
+    ("action", "wanted"),
+    [
+        ("save", {(200, False), (300, False)}),
+        # Killed in the middle of a rewind, a run diverges in the same way again: the order of the steps sees to that.
+        ("rewind", {(200, False), (100, False), (100, True)}),
+    ],
+)
+def test_killed_before_every_single_file_operation(tmp_path, action, wanted):
+    """SIGKILL before the n-th open, rename, mkdir or remove, for every n: the folder is in the old or the new state."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*moments):
@@ -194,8 +241,8 @@ def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
         for folder in folders:
             save(folder, 100)
             save(folder, 200)
-        wanted = json.dumps([[moment, str(folder)] for moment, folder in zip(moments, folders, strict=True)])
-        done = subprocess.run([sys.executable, "-c", KILLED, wanted], env=env, capture_output=True, text=True)
+        tasks = json.dumps([[moment, str(folder)] for moment, folder in zip(moments, folders, strict=True)])
+        done = subprocess.run([sys.executable, "-c", KILLED, tasks, action], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -209,7 +256,7 @@ def test_killed_before_every_single_file_operation_of_a_save(tmp_path):
         for committed in store.committed(folder):
             store.open_checkpoint(committed)
         found = store.load_latest(folder)
-        outcomes.add(found.images)
+        outcomes.add((found.images, "divergences" in found.state))
         save(folder, 400)
         assert not list((folder / "checkpoints").glob(".*")), "leftovers of killed saves are swept"
-    assert outcomes == {200, 300}
+    assert outcomes == wanted

@@ -100,7 +100,7 @@ def test_another_world_size_stage_and_accumulation_within_round_off(whole, half,
     for images, losses in whole.losses().items():
         got = run.losses()[images]
         for name, value in losses.items():
-            if name != "fake/std":  # a spread within one micro-batch, whose rows change with the world size
+            if not name.endswith("/std"):  # a spread within one micro-batch, whose rows change with the world size
                 assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (images, name)
     assert_same_state(run, whole, tolerance=1e-5)
 
