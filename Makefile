@@ -1,6 +1,7 @@
 # make demo      install, train on OpenMoji for ten minutes, and write a report (BUDGET=3m: a shorter run)
 # make test      install, then run every test (TESTS=tests/data: some tests; WORKERS=4: number of processes)
 # make quick     the tests that take seconds
+# make long      tests that train for minutes; `make test` leaves them out
 # make lint      ruff and mypy
 # make install   install everything (into .venv; VENV=elsewhere, PYTHON=python3.12)
 # make clean     remove the virtual environment and caches; keeps runs/ and data/
@@ -15,7 +16,7 @@ installed = $(VENV)/installed-all
 for_demo = $(VENV)/installed-demo
 python = $(VENV)/bin/python
 
-.PHONY: demo test quick lint format install clean
+.PHONY: demo test quick long lint format install clean
 
 demo: $(for_demo)
 	@$(python) tools/demo.py --budget $(BUDGET)
@@ -25,6 +26,9 @@ test: $(installed)
 
 quick: $(installed)
 	$(python) -m pytest -m "not slow" $(TESTS)
+
+long: $(installed)
+	$(python) -m pytest -m long $(TESTS)
 
 lint: $(installed)
 	$(python) -m ruff check .

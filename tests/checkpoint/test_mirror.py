@@ -109,17 +109,17 @@ class Small:
         self._lease = self._lease or acquire(self.folder / "checkpoints")
         return self._lease
 
-    def save(self, images: int, size: int = 1000, best: int | None = None) -> Path:
+    def save(self, images: int, size: int = 1000, best: int | None = None, **more) -> Path:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"images": images, "loss/d": images / 3}) + "\n")
         files = {"generator": {"w": torch.full((size,), float(images))}, "ema": {"w": torch.ones(3)}}
         keep = Retention(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_images)
-        state = {"seed": 1} | ({"evaluation": {"best": {"images": best, "value": 0.5}}} if best else {})
+        state = {"seed": 1, **more} | ({"evaluation": {"best": {"images": best, "value": 0.5}}} if best else {})
         return store.save(self.lease, images, files, state, keep=keep)
 
-    def upload(self, *images: int, best: int | None = None) -> None:
+    def upload(self, *images: int, **more) -> None:
         for count in images:
-            self.save(count, best=best)
+            self.save(count, **more)
             self.mirror.offer(count)
             self.wait(lambda: not self.mirror.waiting)
 
@@ -203,6 +203,33 @@ def test_retention_is_that_of_the_run(small, server):
     run.upload(100, 200, 300, 400, 500, 600)
     assert run.checkpoints() == mirrored(server) == [300, 500, 600]
     assert not run.said, run.said
+
+
+def test_a_divergence_leaves_no_sick_checkpoint(small, tmp_path):
+    """In the mirror as in the run folder: none is deleted while a sign holds, and the later ones after the divergence."""
+    url = tmp_path / "elsewhere" / "mirror"
+    run = small("run", str(url), checkpoint__keep_last=1).begin()
+    run.upload(100)
+    run.upload(200, 300, health={"since": 100, "healthy": 100})
+    assert run.checkpoints() == [100, 200, 300] and len(store.committed(url)) == 3
+    store.rewind(run.lease, [100], {"divergences": [{"at": 350}]})
+    run.mirror.offer(100)
+    run.wait(lambda: not run.mirror.waiting)
+    assert [store.open_checkpoint(folder).images for folder in store.committed(url)] == [100]
+    assert store.load_latest(url).state["divergences"] == [{"at": 350}]
+
+
+def test_what_a_divergence_has_left_in_the_mirror_is_not_restored(small, tmp_path):
+    """The run ended before its mirror had deleted the sick checkpoints."""
+    url = tmp_path / "elsewhere" / "mirror"
+    run = small("run", str(url)).begin()
+    run.upload(100, 200, 400)
+    run.mirror.close()
+    store.rewind(run.lease, [100], {"divergences": [{"at": 400}]})
+    again = small("run", str(url)).begin()
+    assert again.checkpoints() == [100] and not again.said
+    again.upload(150, divergences=[{"at": 400}])
+    assert [int(folder.name[7:]) for folder in store.committed(url)] == [100, 150]
 
 
 def test_files_come_before_the_marker_and_leave_after_it(small, proxy, server):

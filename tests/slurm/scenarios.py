@@ -102,6 +102,15 @@ def crash(slurm, folder, data, projects, slow) -> Job:
     return run
 
 
+def diverged(slurm, folder, data, projects, slow) -> Job:
+    """Learning rates at which training explodes, on two nodes."""
+    sick = ("optimizer.generator_lr=0.08", "optimizer.discriminator_lr=0.08", "loss.penalty=none")
+    soon = "train.divergence_images=1"
+    run = _job(slurm, folder, data, ROOT, OFTEN, *sick, soon, nodes=2, images=8000).submit()
+    run.wait_end("FAILED")
+    return run
+
+
 def bad_data(slurm, folder, data, projects, slow) -> Job:
     """A set that is damaged after the check, beyond data.max_bad_fraction."""
     broken = folder / "broken"
@@ -272,7 +281,7 @@ def ablation(slurm, folder, data, projects, slow) -> Path:
 
 
 LANES = (
-    (whole2, whole4, whole1, crash, bad_data, the_readmes_four_lines, ablation, stuck, taken_port),
+    (whole2, whole4, whole1, crash, diverged, bad_data, the_readmes_four_lines, ablation, stuck, taken_port),
     (random_events, orphan),
 )
 """Each on a Slurm of its own, in the order in which tests ask for them. Random events push others out, so they are alone."""

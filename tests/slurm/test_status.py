@@ -55,6 +55,12 @@ FINISHED = {"state": "finished", "updated": 200.0}
         ("running", "RUNNING", FINISHED | {"updated": 50.0}, []),
         ("cancelled", "CANCELLED", FINISHED | {"updated": 50.0}, []),
         ("failed", "", FINISHED, [begin(250.0), end(verdict="given up", reason="x")]),
+        (
+            "diverged",
+            "FAILED",
+            {"state": "diverged"},
+            [begin(150.0), end(verdict="diverged", reason="x", kind="diverged")],
+        ),
         ("failed", "TIMEOUT", {"state": "running"}, [begin(150.0)]),
         ("stopped", "", {"state": "stopped"}, [begin(150.0)]),
         ("gone", "", {"state": "running"}, [begin(150.0)]),

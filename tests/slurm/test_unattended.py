@@ -31,6 +31,17 @@ def test_the_same_failure_three_times(crash):
     assert "last committed checkpoint: 40 images" in said
 
 
+def test_a_divergence(diverged):
+    """One attempt, one message, and no checkpoint that a resume would take."""
+    run = diverged
+    (end,) = run.attempts("end")
+    assert (end["status"], end["verdict"]) == (78, "diverged"), run.story()
+    said = run.tool("status", str(run.folder), status=1)
+    assert "diverged" in said and "because training diverged at" in said and "healthy: at most" in said, said
+    assert run.log(0).count("training diverged at") == 1 and "training diverged at" not in run.log(1)
+    assert "last committed checkpoint: none yet" in said
+
+
 def test_bad_data_three_times(bad_data):
     run = bad_data
     assert "Traceback" not in run.log(), run.log()
