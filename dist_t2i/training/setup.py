@@ -150,8 +150,20 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
         )
 
     loop = config.data, train, config.optimizer, config.engine, config.report
-    parts = checkpointer, gan, average, validation, sample_grid, reporter, mirror, watchdog
-    return Trainer(folder, images, *loop, stream_from, *parts)
+    return Trainer(
+        folder,
+        images,
+        *loop,
+        stream_from,
+        checkpointer,
+        gan,
+        average,
+        validation,
+        sample_grid,
+        reporter,
+        mirror,
+        watchdog,
+    )
 
 
 def mirrored_captions(data: ShardSet) -> str:

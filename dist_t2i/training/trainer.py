@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dist_t2i.checkpoint.divergence import rate_scale, rates, rewinds, settle
-from dist_t2i.checkpoint.lease import Superseded
+from dist_t2i.checkpoint.lease import Lease, Superseded
 from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.checkpoint.store import folder_name
 from dist_t2i.config.sections import DataConfig, EngineConfig, OptimizerConfig, ReportConfig, TrainConfig
@@ -77,10 +77,9 @@ class Trainer:
 
         Collective. Raises Diverged on all ranks.
         """
-        reason, finished = self._agree(stop), self.images >= self.total
+        reason, finished = agree(stop, self.checkpointer.lease), self.images >= self.total
         ending = bool(reason) or finished
-        # A run that is asked to stop saves at once. If an evaluation is due, it follows after
-        # the run is resumed.
+        # A run that is asked to stop saves at once. If an evaluation is due, it follows after the run is resumed.
         improved = not reason and self._evaluate()
         saving = ending or improved or self.checkpointer.due(self.images)
         sampling = finished or passes(self.report.sample_every_images, self.images, self.batch)
@@ -126,18 +125,6 @@ class Trainer:
         self.meter.add(self.batch, {**metrics, "lr": scale * self.optimizer.generator_lr})
         self.health.add(metrics)
         self.reporter.tick(self.images)
-
-    def _agree(self, stop: StopFlag) -> StopReason:
-        """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process took over."""
-        lease = self.checkpointer.lease
-        if lease is not None and lease.lost():
-            stop.supersede()
-        reason = stop.agreed(max_over_ranks)
-        if reason is StopReason.TAKEN_OVER:
-            error = lease.error() if lease is not None else Superseded("another process has taken over the run")
-            error.reported_by_main = lease is None
-            raise error
-        return reason
 
     def _evaluate(self) -> bool:
         """Score the moving average if an evaluation is due; returns whether its score is the best. Collective."""
@@ -191,15 +178,7 @@ class Trainer:
         if self.checkpointer.lease is not None:
             settle(self.folder)
         self._start_reports()
-        world, device = dist.get_world_size(), self.gan.generator.device
-        parts = [part for engine in self.gan.engines for part in engine.module.named_children()]
-        counts = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}M" for name, part in parts)
-        halved = f", {text}" if (text := rates(self.checkpointer.divergences)) else ""
-        start = f"from the checkpoint at {self.images:,} images" if self.images else "from the start"
-        self.reporter.say(
-            f"{self.folder}: training {start} to {self.total:,} images; {world} rank{'s' if world > 1 else ''} on "
-            f"{device.type}, {self.engine.precision}, batch {self.batch}{halved}; parameters: {counts}"
-        )
+        self.reporter.say(greeting(self))
         if self.images == 0:
             self._sample()
 
@@ -235,3 +214,28 @@ class Trainer:
             self.stream.close()
             if self.checkpointer.lease is not None:
                 self.checkpointer.lease.release()
+
+
+def agree(stop: StopFlag, lease: Lease | None) -> StopReason:
+    """The reason why all ranks stop now, or NONE. Collective. Raises Superseded if another process took over."""
+    if lease is not None and lease.lost():
+        stop.supersede()
+    reason = stop.agreed(max_over_ranks)
+    if reason is StopReason.TAKEN_OVER:
+        error = lease.error() if lease is not None else Superseded("another process has taken over the run")
+        error.reported_by_main = lease is None
+        raise error
+    return reason
+
+
+def greeting(trainer: Trainer) -> str:
+    """The first message of a run: where training starts, on how many ranks, and the sizes of the networks."""
+    world, images, engines = dist.get_world_size(), trainer.images, trainer.gan.engines
+    parts = [part for engine in engines for part in engine.module.named_children()]
+    counts = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}M" for name, part in parts)
+    halved = f", {text}" if (text := rates(trainer.checkpointer.divergences)) else ""
+    start = f"from the checkpoint at {images:,} images" if images else "from the start"
+    return (
+        f"{trainer.folder}: training {start} to {trainer.total:,} images; {world} rank{'s' if world > 1 else ''} on "
+        f"{engines[0].device.type}, {trainer.engine.precision}, batch {trainer.batch}{halved}; parameters: {counts}"
+    )
