@@ -1,4 +1,4 @@
-"""How a run that diverged ends and continues, on files; tests/workflows/test_divergence.py trains real runs."""
+"""How a run that diverged ends and continues, on files; tests/workflows/test_diverged_runs.py trains real runs."""
 
 from __future__ import annotations
 
