@@ -103,10 +103,11 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     # Build the networks and their engines. A resumed run loads its own weights and its own tokenizer, so it does not
     # read `train.init` or `edit.init` again.
     latest = store.load_latest(folder, warn=reporter.warn if main else lambda message: None)
+    initial = None if latest else initial or read_initial(config, data.tokenizer)
     init: dict[str, Any] | None = latest.state.get("init") if latest else about(initial) if initial else None
     tokenizer = run_tokenizer(config, data, latest, initial)
     data = replace(data, run_tokenizer=tokenizer)
-    initial = with_tokens(initial, tokenizer, train.seed) if initial and not latest else None
+    initial = with_tokens(initial, tokenizer, train.seed) if initial else None
     on_main(lambda: run_folder.record(folder, f"# {started_from(init)}\n{text}" if init else text, tokenizer.text))
     texts, limit = config.text, config.data.max_tokens
     frozen = read_frozen(texts, tokenizer, limit) if texts.mode == "frozen" else None

@@ -79,7 +79,7 @@ def test_two_ranks_are_one(whole, data, base, tmp_path):
     [
         (("text.embedding=8",), "text.embedding: 8 here, 16 in the model"),
         (("edit.init=nowhere",), "edit.init: nowhere does not exist"),
-        (("edit.width=0",), "only read if pictures are edited"),
+        (("edit.width=0",), "only read if edit.width is not 0"),
         (("edit.own=0.95",), "its sum with edit.none=0.1 must not exceed 1"),
         ((), r"the tokenizer of .* differs"),
     ],
