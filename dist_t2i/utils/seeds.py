@@ -26,9 +26,9 @@ class Purpose(IntEnum):
     REFERENCE_PICTURES = 6  # how real pictures are degraded for reference scores
     SCENE_CLASSIFIER = 7  # the scenes that train the detector of attributes, and its first weights
     SAME_CAPTION = 8  # further real pictures of a caption that the project renders
+    MODE_SEEKING_NOISE = 9  # noise and conditioning noise of the second fake of one row of a training batch
     NEW_TOKENS = 0x544F4B454E  # embeddings of the characters that a trained model lacks
     SCENES = 0x5343454E  # all properties of one rendered scene
-    MODE_SEEKING_NOISE = 7  # noise and conditioning noise of the second fake of one row of a training batch
 
 
 class StreamPurpose(IntEnum):
