@@ -84,7 +84,7 @@ class State:
             return "diverged"
         if last.get("verdict") == "given up" or self.queue in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
             return "failed"
-        if self.progress.get("state") in ("finished", "stopped"):
+        if self.progress.get("state") in ("finished", "stopped", "diverged"):
             return str(self.progress["state"])
         return "unknown" if self.silent else "gone"
 
@@ -94,7 +94,9 @@ class State:
         if self.word not in ("failed", "diverged"):
             return ""
         last = (self.ends or [{}])[-1]
-        if last.get("verdict") in ("given up", "diverged"):
+        if self.word == "diverged":
+            return attempts.divergence(self.run)
+        if last.get("verdict") == "given up":
             return str(last.get("reason", ""))
         if self.queue == "TIMEOUT":
             return "the time limit came before the checkpoint was saved: raise signal_seconds in the profile"

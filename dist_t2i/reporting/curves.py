@@ -19,7 +19,7 @@ _PANELS = (
     ("evaluation: distances", r"eval/.*/[kf]id.*", False),
     ("evaluation: shares", r"eval/.*/(r_)?(recall|precision|tone).*", False),
     ("evaluation: scores", r"eval/.*/(clip|inception)_score.*", False),
-    ("spread of the fakes, share of time waiting for data", r"fake/std|data_wait", False),
+    ("spread of fakes and real pictures, share of time waiting for data", r"(fake|real)/std|data_wait", False),
 )
 """For each panel: heading, pattern of the names of its metrics, and whether the vertical axis is logarithmic."""
 

@@ -190,6 +190,9 @@ class Trainer:
     def _end(self, reason: StopReason) -> ExitStatus:
         self.watchdog.stop()  # from here on, ranks end at different times; to the watchdog, an ended rank looks hung
         if self.images >= self.total:
+            if self.health.since is not None and dist.get_rank() == 0:
+                sign = f"a sign of divergence has held since {self.health.since:,} images"
+                self.reporter.warn(f"{sign}: look at the pictures, and at the last healthy checkpoint")
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
         # After a scheduler's signal, do not plot the curves: the scheduler is waiting for this process to end. After
