@@ -222,11 +222,11 @@ def test_a_divergence_leaves_no_sick_checkpoint(small, tmp_path):
 def test_what_a_divergence_has_left_in_the_mirror_is_not_restored(small, tmp_path):
     """The run ended before its mirror had deleted the sick checkpoints."""
     url = tmp_path / "elsewhere" / "mirror"
-    run = small("run", str(url)).begin()
+    run = small("run", str(url), checkpoint__keep_last=9).begin()
     run.upload(100, 200, 400)
     run.mirror.close()
     store.rewind(run.lease, [100], {"divergences": [{"at": 400}]})
-    again = small("run", str(url)).begin()
+    again = small("run", str(url), checkpoint__keep_last=9).begin()
     assert again.checkpoints() == [100] and not again.said
     again.upload(150, divergences=[{"at": 400}])
     assert [int(folder.name[7:]) for folder in store.committed(url)] == [100, 150]

@@ -99,7 +99,7 @@ def sets(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def assert_healthy(run: Run, images: int) -> None:
-    assert run.train() == 0, run.output()
+    assert run.train(timeout=3000) == 0, run.output()
     log = (run.folder / "log.txt").read_text()
     assert "warning" not in log, log
     found = store.load_latest(run.folder)
