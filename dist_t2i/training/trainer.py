@@ -25,7 +25,7 @@ from dist_t2i.reporting.reporter import Reporter
 from dist_t2i.training.checkpointing import Checkpointer
 from dist_t2i.training.ema import Average
 from dist_t2i.training.gan import Gan
-from dist_t2i.training.health import Diverged, check_finite
+from dist_t2i.training.health import Diverged, Health, check_finite
 from dist_t2i.training.sample_grid import SampleGrid
 from dist_t2i.training.schedule import learning_rate_scale, passes
 from dist_t2i.training.validation import Validation
@@ -190,9 +190,7 @@ class Trainer:
     def _end(self, reason: StopReason) -> ExitStatus:
         self.watchdog.stop()  # from here on, ranks end at different times; to the watchdog, an ended rank looks hung
         if self.images >= self.total:
-            if self.health.since is not None and dist.get_rank() == 0:
-                sign = f"a sign of divergence has held since {self.health.since:,} images"
-                self.reporter.warn(f"{sign}: look at the pictures, and at the last healthy checkpoint")
+            warn_of_a_sign(self.health, self.reporter)
             self.reporter.close("finished", f"finished: {self.images:,} images seen; the run is in {self.folder}")
             return ExitStatus.FINISHED
         # After a scheduler's signal, do not plot the curves: the scheduler is waiting for this process to end. After
@@ -229,6 +227,13 @@ def agree(stop: StopFlag, lease: Lease | None) -> StopReason:
         error.reported_by_main = lease is None
         raise error
     return reason
+
+
+def warn_of_a_sign(health: Health, reporter: Reporter) -> None:
+    """Warns on rank 0 if a run finishes while a sign of divergence holds, before its patience is over."""
+    if health.since is not None and dist.get_rank() == 0:
+        sign = f"a sign of divergence has held since {health.since:,} images"
+        reporter.warn(f"{sign}: look at the pictures, and at the last healthy checkpoint")
 
 
 def greeting(trainer: Trainer) -> str:

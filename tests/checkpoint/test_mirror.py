@@ -237,13 +237,13 @@ def test_files_come_before_the_marker_and_leave_after_it(small, proxy, server):
     run.upload(100)
     put = [r.path.removeprefix("/data/order/") for r in proxy.seen(method="PUT")]
     assert put[:4] == ["environment.json", "tokenizer.json", "config.yaml", "owner.json"]
-    assert [path.endswith("/state.json") for path in put[4:]] == [False, False, False, True]
+    assert [path.endswith("/state.json") for path in put[4:]] == [False, False, False, False, True]
     removing = proxy.add(Status(403), method="POST", skip=2)  # the first makes room for the new one
     run.save(200)
     run.mirror.offer(200)
     run.wait(lambda: removing.hits)
     left = [key for key in keys(server) if "images-000000100" in key]
-    assert len(left) == 3 and not any(key.endswith("/state.json") for key in left)
+    assert len(left) == 4 and not any(key.endswith("/state.json") for key in left)
     proxy.clear()
     run.finish()
     assert mirrored(server) == [200]

@@ -33,5 +33,5 @@ def test_files_of_killed_writers_are_removed(tmp_path: Path):
     assert len(killed) == 2
     for part in (*killed, live):
         os.utime(part, (0, 0))
-    prepare(tmp_path, dump(loads("")), "{}", {"path": "set", "fingerprint": "f"}, allow_changes=False, warn=print)
+    prepare(tmp_path, dump(loads("")), {"path": "set", "fingerprint": "f"}, allow_changes=False, warn=print)
     assert {*tmp_path.rglob(".*.part")} == {live, new}

@@ -30,7 +30,7 @@ def test_a_task_that_cannot_write_is_reported_and_the_command_goes_on(tmp_path):
     (tmp_path / "set" / "train-00001.tar").mkdir()
     done = shard(*base, "--out", tmp_path / "set", check=False)
     assert done.returncode == 2 and "1 shards were not written (train-00001)" in done.stderr
-    assert "run the same command again" in done.stderr and not (tmp_path / "set" / "manifest.json").exists()
+    assert "Run the same command again" in done.stderr and not (tmp_path / "set" / "manifest.json").exists()
     (tmp_path / "set" / "train-00001.tar").rmdir()
     shard(*base, "--out", tmp_path / "set")
     assert contents(tmp_path / "set") == contents(tmp_path / "first")

@@ -169,8 +169,8 @@ def test_other_mistakes_are_told_in_a_line(data, protocol, tmp_path):
 def test_retention_keeps_the_best():
     assert Retention(1).expired([8, 16, 24]) == [8, 16]
     state = {"evaluation": {"best": {"images": 8, "value": 1.0}}}
-    assert Retention(1).with_best(state).expired([8, 16, 24]) == [16]
-    assert Retention(1).with_best({"evaluation": None}) == Retention(1).with_best({}) == Retention(1)
+    assert Retention(1).given(state).expired([8, 16, 24]) == [16]
+    assert Retention(1).given({"evaluation": None}) == Retention(1).given({}) == Retention(1)
 
 
 def test_weights_as_they_are_instead_of_the_average(whole):
