@@ -112,7 +112,7 @@ def test_the_hash_is_that_of_the_rules():
     assert "def loss_of(" in code and "#" not in code and "CenterNet" not in code and "Zhou" not in code
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_detector_is_right():
     """Trains the detector, unless the user's cache has it, and counts its errors on scenes that it was not trained on."""
     images, labels = rendered(2000, 32, first=10**6)
