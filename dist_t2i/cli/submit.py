@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.set_defaults(command=command)
     if command == "submit":
-        config = "YAML file of the run (default: configs/scenes32.yaml, or scenes64.yaml on GPUs)"
+        config = "YAML file of the run (default: configs/scenes32.yaml)"
         parser.add_argument("--config", type=Path, help=config)
         parser.add_argument("--name", help="name of the job and the run (default: name of the configuration file)")
         parser.add_argument("--array-seeds", type=int, default=0, metavar="N", help="submit N runs of different seeds")
@@ -107,7 +107,7 @@ def submit(options: argparse.Namespace) -> int:
     from dist_t2i.sharding import built_in  # takes long to import
 
     profile = _profile(options, profiles.Profile())
-    path = options.config or built_in.default_config(gpu=profile.gpus_per_node > 0)
+    path = options.config or built_in.default_config()
     config = config_files.load(path, options.overrides)
     if options.config is None:
         print(built_in.choice(path, config.data.train), flush=True)

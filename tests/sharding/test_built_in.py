@@ -26,7 +26,7 @@ def few(monkeypatch, tmp_path):
 
 
 def test_the_default_configurations_train_on_the_set_that_is_written(few):
-    config = config_files.load(built_in.default_config(gpu=False))
+    config = config_files.load(built_in.default_config())
     assert not config.data.flip  # captions say left and right
     built_in.write_missing(config.data.train, config.data.image_size)
     written = open_set(few / config.data.train)
