@@ -1,4 +1,5 @@
-# make demo      install, train on OpenMoji for ten minutes, and write a report (BUDGET=3m: a shorter run)
+# make demo      install, train on OpenMoji for ten minutes, and write a report (BUDGET=3m: a shorter run;
+#                SET=scenes: on scenes that the project renders)
 # make test      install, then run every test (TESTS=tests/data: some tests; WORKERS=4: number of processes)
 # make quick     the tests that take seconds
 # make long      tests that train for minutes; `make test` leaves them out
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 10m
+SET ?= openmoji
 TESTS ?=
 WORKERS ?= 2
 
@@ -19,7 +21,7 @@ python = $(VENV)/bin/python
 .PHONY: demo test quick long lint format install clean
 
 demo: $(for_demo)
-	@$(python) tools/demo.py --budget $(BUDGET)
+	@$(python) tools/demo.py --budget $(BUDGET) --set $(SET)
 
 test: $(installed)
 	@WORKERS=$(WORKERS) sh tests/everything.sh $(python) $(TESTS)

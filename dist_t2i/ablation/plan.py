@@ -14,7 +14,7 @@ from dist_t2i.config.files import read_section
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError
 
-SOURCES = ("", "openmoji")
+SOURCES = ("", "openmoji", "scenes")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Plan:
     data: str = ""
     """Sharded set (default: data.train of the base configuration)."""
     source: str = ""
-    """With `openmoji`, `tools/shard.py openmoji` writes a set that does not exist. By default, the set must exist."""
+    """With `openmoji` or `scenes`, tools/shard.py writes this set if it does not exist. By default, the set must exist."""
     images: int = 0
     """Images that each run sees (0: train.total_images of the base configuration)."""
     seeds: int = 3
@@ -180,7 +180,7 @@ def _contradictions(plan: Plan) -> list[str]:
     if plan.images < 0:
         problems.append(f"images: must be at least 1, but is {plan.images}")
     if plan.source not in SOURCES:
-        problems.append(f"source: must be openmoji or empty, but is {plan.source}")
+        problems.append(f"source: must be openmoji, scenes or empty, but is {plan.source}")
     return problems + scoring.problems_of(plan.protocol, plan.decides)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_t2i.cli.common import new_parser, say, write_openmoji, writing
+from dist_t2i.cli.common import new_parser, say, write_built_in_set, writing
 from dist_t2i.errors import UserError
 from dist_t2i.utils.files import read_json, write_atomic
 
@@ -73,9 +73,9 @@ def ablate(plan: Plan, out: Path, args: argparse.Namespace) -> int:
     configs = plan.configs(out)
     data_config = next(iter(configs.values())).data
     folder = Path(str(data_config.train))
-    if plan.source == "openmoji" and not (folder / "manifest.json").is_file():
+    if plan.source and not (folder / "manifest.json").is_file():
         say(f"writing the pictures to {folder}")
-        write_openmoji(folder, data_config.image_size)
+        write_built_in_set(plan.source, folder, data_config.image_size)
     data = open_data(data_config)
     runs.check_kept(configs, data)
     runs.write_sentences(plan, data, out, say)

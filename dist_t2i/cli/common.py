@@ -53,9 +53,13 @@ def open_held_out(run: Path, config: DataConfig, name: str | None) -> ShardSet:
     return open_data(replace(config, train=name or config.train))
 
 
-def write_openmoji(folder: Path, size: int) -> None:
-    """Writes the OpenMoji set with tools/shard.py. Raises UserError."""
-    command = [sys.executable, str(ROOT / "tools" / "shard.py"), "openmoji", "--size", str(size), "--out", str(folder)]
+def write_built_in_set(name: str, folder: Path, size: int) -> None:
+    """Writes the set `openmoji` or `scenes` with tools/shard.py. Raises UserError."""
+    from dist_t2i.sharding.built_in import SCENES
+
+    count = ["--count", str(SCENES)] if name == "scenes" else []
+    tool = str(ROOT / "tools" / "shard.py")
+    command = [sys.executable, tool, name, *count, "--size", str(size), "--out", str(folder)]
     status = subprocess.run(command, check=False).returncode
     if status:
         raise UserError(f"tools/shard.py failed (exit status {status}); see the error above")

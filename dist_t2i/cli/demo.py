@@ -1,6 +1,10 @@
-"""Write OpenMoji as a set, train both networks on it under DeepSpeed, score the model, and write a page of the results.
+"""Write a set, train both networks on it under DeepSpeed, score the model, and write a page of the results.
 
-python tools/demo.py --budget 10m        (or BUDGET=10m make demo; the budget is the training time: 90s, 3m, 1h)
+python tools/demo.py --budget 10m                 (or BUDGET=10m make demo; the budget is the training time: 90s, 3m, 1h)
+python tools/demo.py --budget 10m --set scenes    (or BUDGET=10m SET=scenes make demo)
+
+The set `openmoji` has drawings whose captions determine most of the picture. The set `scenes` has pictures that the
+project renders; their captions leave the background, sizes, places and angles open.
 
 Ctrl-C saves a checkpoint and stops the demo. To resume the demo, repeat the command. After a finished demo, the command
 only rewrites the page.
@@ -16,23 +20,31 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_t2i.cli.common import ROOT, new_parser, say, write_openmoji
+from dist_t2i.cli.common import ROOT, new_parser, say, write_built_in_set
 from dist_t2i.errors import TrainingError
+
+if TYPE_CHECKING:
+    from dist_t2i.config.sections import Config
 
 RESERVE = 0.03
 """Share of the budget for sample grids and checkpoints."""
 GRIDS, CHECKPOINTS = 8, 4
+TITLES = {"openmoji": "OpenMoji", "scenes": "rendered scenes"}
+PROMPTS = {"openmoji": "woman astronaut dark skin tone", "scenes": "a red star left of a blue ring"}
+"""Set -> a prompt for the commands that the demo suggests."""
 
 
 def main() -> int:
     parser = new_parser("demo.py", __doc__)
     budget = "training time: 90s, 3m, 1h (default: %(default)s)"
     parser.add_argument("--budget", type=seconds, default="10m", help=budget)
-    parser.add_argument("--config", type=Path, help="(default: openmoji64.yaml with a GPU, openmoji32.yaml without)")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/demo-BUDGET)")
-    data = "folder of the set (default: data/openmojiSIZE, with the picture size of the configuration)"
+    parser.add_argument("--set", choices=TITLES, default="openmoji", help="(default: %(default)s)")
+    parser.add_argument("--config", type=Path, help="(default: SET64.yaml with a GPU, SET32.yaml without)")
+    run = "run folder (default: runs/demo-BUDGET, with --set scenes runs/demo-scenes-BUDGET)"
+    parser.add_argument("--run", type=Path, metavar="DIR", help=run)
+    data = "folder of the set (default: data/SETSIZE, with the picture size of the configuration)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the configuration")
     args = parser.parse_args()
@@ -74,16 +86,19 @@ def demo(args: argparse.Namespace) -> None:
     from dist_t2i.distributed.launch import has_gpu
     from dist_t2i.distributed.supervisor import train
 
-    budget = spelled(args.budget)
-    config_path = args.config or Path("configs") / ("openmoji64.yaml" if has_gpu() else "openmoji32.yaml")
-    size = config_files.load(config_path, args.overrides).data.image_size
-    run = args.run or Path("runs") / f"demo-{budget}"
-    data = args.data or Path("data") / f"openmoji{size}"
-    heading(1, f"Pictures: OpenMoji at {size}x{size} pixels, in {data}")
+    budget, name = spelled(args.budget), args.set
+    config_path = args.config or Path("configs") / f"{name}{64 if has_gpu() else 32}.yaml"
+    config = config_files.load(config_path, args.overrides)
+    size = config.data.image_size
+    run = args.run or Path("runs") / (f"demo-{budget}" if name == "openmoji" else f"demo-{name}-{budget}")
+    data = args.data or Path("data") / f"{name}{size}"
+    heading(1, f"Pictures: {TITLES[name]} at {size}x{size} pixels, in {data}")
     if (data / "manifest.json").is_file():
         print("the set exists already")
     else:
-        write_openmoji(data, size)
+        write_built_in_set(name, data, size)
+    if parts := for_drawings(config):
+        print(f"{config_path} has parts for drawings, whose captions determine most of the picture: {', '.join(parts)}")
     overrides = [f"data.train={data}", *args.overrides]
     if not (run / "config.yaml").exists():
         heading(2, "Speed of training on this machine, in images per second")
@@ -95,7 +110,19 @@ def demo(args: argparse.Namespace) -> None:
         train(run / "config.yaml", overrides, run)
     else:
         heading(3, f"Training in {run} has finished already")
-    report(run, data, budget)
+    report(run, data, budget, name)
+
+
+def for_drawings(config: Config) -> list[str]:
+    """The losses and parts of the generator that suit drawings only, as keys with their values."""
+    generator, loss = config.model.generator, config.loss
+    values = {
+        "loss.pixels": loss.pixels,
+        "loss.g_alignment_regions": loss.g_alignment_regions,
+        "model.generator.colors": generator.colors,
+        "model.generator.layout": generator.layout,
+    }
+    return [f"{key} {value:g}" for key, value in values.items() if value]
 
 
 def heading(step: int, text: str) -> None:
@@ -156,7 +183,7 @@ def budget_overrides(rate: float, budget: int, batch: int) -> list[str]:
     ]
 
 
-def report(run: Path, data: Path, budget: str) -> None:
+def report(run: Path, data: Path, budget: str, name: str) -> None:
     """Writes the page and prints the paths of the results. Scores a model without up-to-date scores.json."""
     from dist_t2i.data.shard_set import open_set
     from dist_t2i.eval.evaluate import evaluate, protocol_for
@@ -172,11 +199,13 @@ def report(run: Path, data: Path, budget: str) -> None:
         results.save(run / "scores.json")
         scores = results.as_json()
     heading(5, "Page")
-    title, command = f"{budget} of training on OpenMoji, from random weights", f"BUDGET={budget} make demo"
-    page = run_page.write_page(run, model, held_out, scores, title=title, command=command)
+    title = f"{budget} of training on {TITLES[name]}, from random weights"
+    command = f"BUDGET={budget} make demo" if name == "openmoji" else f"BUDGET={budget} SET={name} make demo"
+    prompt = PROMPTS[name]
+    page = run_page.write_page(run, model, held_out, scores, title=title, command=command, prompt=prompt)
     interpreter = Path(sys.executable)
     python = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
     print(f"\n{table(scores)}\n")
     print(f"Page      {page}")
     print(f"Files     {run / 'curves.png'}  {run / 'samples'}")
-    print(f'Sample    {python} tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png')
+    print(f'Sample    {python} tools/sample.py --run {run} "{prompt}" --out grid.png')

@@ -31,6 +31,7 @@ class Key:
     doc: str
     bounds: Bounds  # for a number, or for each number of a tuple
     resume: Resume
+    absent: Any  # the value in recorded files that lack the key; None: the default
 
 
 @functools.cache
@@ -56,7 +57,8 @@ def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
             yield from _keys(value, f"{prefix}{name}.", resume)
         else:
             bounds = field.metadata.get("bounds", NOT_NEGATIVE)
-            yield Key(prefix + name, types_of[name], value, docs.get(name, ""), bounds, resume)
+            doc, absent = docs.get(name, ""), field.metadata.get("absent")
+            yield Key(prefix + name, types_of[name], value, doc, bounds, resume, absent)
 
 
 @functools.cache

@@ -178,6 +178,7 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
             reading.section(node, Config, "")
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin} is not YAML: {_yaml_reason(error)}") from None
+    _complete(reading.values)
     for override in overrides:
         reading.override(override)
     config = build(reading.values)
@@ -190,6 +191,19 @@ def loads(text: str, overrides: Sequence[str] = (), origin: str = "configuration
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{origin}: {count}", *problems]), problems)
     return config
+
+
+def _complete(values: dict[str, Any]) -> None:
+    """Adds the keys that a recorded file lacks because its version did not know them, with what that version did.
+
+    `dump` writes every key. So a section that has all keys except some with an `absent` value was recorded.
+    """
+    for name, key in keys().items():
+        if key.absent is not None and name not in values:
+            section = name.rpartition(".")[0]
+            others = (other for other in keys().values() if other.name.rpartition(".")[0] == section)
+            if all(other.name in values for other in others if other.absent is None):
+                values[name] = key.absent
 
 
 def parse(text: str) -> Any:

@@ -56,6 +56,12 @@ class GeneratorConfig:
     layout: int = 2048
     """Count of numbers that a matrix computes from the condition and adds to a scale's map, as layout / size^2
     channels: a cheap way to store layouts. Only scales with at least 4 such channels have a layout; 0: no layouts."""
+    mapping: int = 0
+    """Layers of a network that maps noise and condition to what modulates the maps (StyleGAN2). 0: no such network."""
+    self_attention: tuple[int, ...] = ()
+    """Sides, in positions, of the maps whose positions attend to each other (GigaGAN, sec. 3.2)."""
+    skips: bool = False
+    """Whether every scale adds its own part to the picture (StyleGAN2, sec. 4.1: output skips)."""
     attn: AttnConfig = section(AttnConfig)
 
     def problems(self) -> Iterator[Problem]:
@@ -67,6 +73,8 @@ class GeneratorConfig:
                 if getattr(options, option.name) != option.default:
                     why = f"is only read by the generator {kind}, but model.generator.kind is {self.kind}"
                     yield (f"{kind}.{option.name}", "kind"), f"{why}: set model.generator.kind={kind} or leave this out"
+        if not set(self.self_attention) <= set(scales(self.channels)):
+            yield ("self_attention", "channels"), not_computed("generator", self.self_attention, self.channels)
         if self.colors == 1:
             yield ("colors",), "a picture of one color shows nothing: set at least 2, or 0 for no palette"
         if self.color_sharpness != 1.0 and not self.colors:
@@ -106,10 +114,14 @@ class DiscriminatorConfig:
     """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""
+    self_attention: tuple[int, ...] = ()
+    """Sides, in positions, of the maps whose positions attend to each other (GigaGAN, sec. 3.2)."""
+    skips: bool = False
+    """Whether every scale also reads the picture, shrunk to its side (StyleGAN2, sec. 4.1: input skips)."""
 
     def problems(self) -> Iterator[Problem]:
         """The problems within this section, regardless of the rest of the configuration."""
-        for name in ("regions", "patches", "words"):
+        for name in ("regions", "patches", "words", "self_attention"):
             value = getattr(self, name)
             sides = value if isinstance(value, tuple) else (value,) if value else ()
             if not set(sides) <= set(scales(self.channels)):

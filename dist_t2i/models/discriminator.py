@@ -18,6 +18,7 @@ from dist_t2i.models.layers import (
     Convolution,
     Downsample,
     ResidualBlock,
+    SelfAttention,
     activate,
     linear,
     patch_size,
@@ -101,6 +102,11 @@ class Discriminator(nn.Module):
         self.patch_judge = PatchHead(channels_of[config.patches], text_width) if config.patches else None
         self.word_projection = linear(text_width, config.region_embedding) if config.words else None
         self.word_region_projection = projection(config.words) if config.words else None
+        self.self_attentions = nn.ModuleDict(
+            {str(size): SelfAttention(channels_of[size]) for size in config.self_attention}
+        )
+        coarse = channels[1:] if config.skips else ()
+        self.skips = nn.ModuleList(Convolution(3, c, size=1, gain=0.5 * gain) for c in coarse)
 
     def features(self, images: Tensor) -> Features:
         """images [B, 3, H, W] in [-1, 1] -> `Features`."""
@@ -113,8 +119,12 @@ class Discriminator(nn.Module):
         region_maps, block_maps = {x.shape[-1]: x}, {}
         for i, blocks in enumerate(self.scales):
             x = self.downsamples[i - 1](x) if i else x
+            if i and self.skips:
+                x = x + self.skips[i - 1](F.avg_pool2d(images, images.shape[-1] // x.shape[-1]))
             for block in blocks:
                 x = block(x)
+            size = str(x.shape[-1])
+            x = self.self_attentions[size](x) if size in self.self_attentions else x
             region_maps.setdefault(x.shape[-1], x)
             block_maps[x.shape[-1]] = x
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from dist_t2i.models.config import GeneratorConfig
 from dist_t2i.models.layers import (
     FIRST_SIZE,
+    SLOPE,
     Convolution,
     Modulation,
+    SelfAttention,
     activate,
     linear,
     patch_size,
@@ -85,6 +87,18 @@ class Upsample(nn.Module):
         return F.interpolate(self.conv(x), scale_factor=2, mode="nearest")
 
 
+class Mapping(nn.Sequential):
+    """Maps noise and condition, [B, N], to what modulates the maps, [B, N] (StyleGAN, Karras et al. 2019, sec. 2).
+
+    A modulation alone is linear in noise and condition, so it can add but not combine them. The layers can.
+    """
+
+    def __init__(self, width: int, layers: int):
+        super().__init__(
+            *(part for _ in range(layers) for part in (linear(width, width, gain=2**0.5), nn.LeakyReLU(SLOPE)))
+        )
+
+
 class Layout(nn.Module):
     """Adds a map of `values` numbers that a matrix computes from the condition: a cheap store of layouts. Our idea."""
 
@@ -136,6 +150,11 @@ class PaletteMix(nn.Module):
         return torch.einsum("bkhw,bkc->bchw", shares, colors)
 
 
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """x [B, C, H, W] -> [B, C, factor * H, factor * W], bilinear, so that no grid shows."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
 class Generator(nn.Module):
     """Single-stage generator, conditioned at every scale on noise and the augmented sentence. Callers pass in all
     noise.
@@ -163,6 +182,13 @@ class Generator(nn.Module):
         # Do not rename `colours`: checkpoints contain this name.
         self.colours = PaletteMix(width, config.colors, config.color_sharpness) if config.colors else None
         self.noise_width, self.condition_width = config.noise, config.condition
+        self.mapping = Mapping(width, config.mapping) if config.mapping else None
+        self.self_attentions = nn.ModuleDict(
+            {str(size): SelfAttention(self.channels_of[str(size)]) for size in config.self_attention}
+        )
+        coarse = channels[:-1] if config.skips else ()
+        self.skips = nn.ModuleList(Convolution(c, config.colors or 3, size=1, gain=gain) for c in coarse)
+        self.patch = patch
 
     def forward(
         self,
@@ -180,11 +206,13 @@ class Generator(nn.Module):
         # Conditioning augmentation (StackGAN, sec. 3.2) gives the condition [B, C], with the noise [B, N].
         condition, mean, log_variance = self.augmentation(sentence, condition_noise)
         condition = torch.cat([noise.to(condition.dtype), condition], dim=1)
+        condition = condition if self.mapping is None else self.mapping(condition)
 
         # The first map, [B, C, 4, 4].
         x = self.first(condition).view(len(noise), -1, FIRST_SIZE, FIRST_SIZE)
         x = x.contiguous(memory_format=torch.channels_last)
 
+        coarse: Tensor | None = None  # the parts of the picture that the scales so far have added
         # Each scale doubles the side, [B, C', 2H, 2W]. Before a scale's blocks, the layout (our own), the source and
         # the words are added to its map. The blocks then modulate the map by the condition (DF-GAN, sec. 3.3).
         for i, blocks in enumerate(self.scales):
@@ -195,14 +223,25 @@ class Generator(nn.Module):
             x = self.read_words(x, words, mask)
             for block in blocks:
                 x = block(x, condition)
+            x = self.self_attentions[size](x) if size in self.self_attentions else x
+            coarse = self._add_skip(i, x, coarse)
 
         # To pixels: [B, 3, H, W], or the logits of the palette's shares [B, colors, H, W].
         last = activate(self.last_modulation(x, condition))
         output = self.last(last)
+        output = output if coarse is None else output + enlarge(coarse, self.patch)
         images = torch.tanh(output) if self.colours is None else self.colours(output, condition)
 
         # In an edit, each pixel keeps a share of the source (GANimation, sec. 3.1).
         return Generated(images if source is None else source.blend(last, images), mean, log_variance)
+
+    def _add_skip(self, scale: int, x: Tensor, coarse: Tensor | None) -> Tensor | None:
+        """The sum of the coarser scales' parts of the picture, enlarged to the map x, and the part of this scale."""
+        coarse = None if coarse is None else enlarge(coarse, 2)
+        if scale >= len(self.skips):
+            return coarse
+        part = self.skips[scale](activate(x, inplace=False))
+        return part if coarse is None else coarse + part
 
     def read_words(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """A scale's map x [B, C, H, W] after attending to words [B, T, E], mask bool [B, T]. This class returns x

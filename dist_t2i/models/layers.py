@@ -122,6 +122,40 @@ class WordAttention(nn.Module):
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
+class SelfAttention(nn.Module):
+    """Adds to each position of a map a mixture of all its positions, as a residual branch that starts at zero.
+
+    As in GigaGAN (Kang et al. 2023, sec. 3.2), attention logits are L2 distances, with one matrix for queries and keys.
+    Unlike inner products, they keep the discriminator's Lipschitz constant bounded (Kim et al. 2021). The branch of a
+    fresh network is zero, as in R3GAN (Huang et al. 2024).
+    """
+
+    HEAD = 64
+    """Number of channels for each head: a map of 256 channels has four heads."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, channels // self.HEAD), 0, -1) if channels % heads == 0)
+        self.query = linear(channels, channels, gain=0.25)  # a fresh position attends to all positions
+        self.value = linear(channels, channels)
+        self.mix = linear(channels, channels, gain=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]."""
+        positions = x.flatten(2).transpose(1, 2)  # no copy: maps are channels-last
+        positions = F.layer_norm(positions, positions.shape[2:])
+        query, value = (
+            layer(positions).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.value)
+        )
+
+        # -|q_i - q_j|^2 / sqrt(D), up to -|q_i|^2, which a softmax over j ignores: [B, heads, P, P].
+        products, squares = query @ query.transpose(2, 3), query.float().square().sum(3)
+        scores = (2 * products.float() - squares[:, :, None, :]) / query.shape[3] ** 0.5
+        mixture = scores.softmax(dim=3).to(x.dtype) @ value  # [B, heads, P, D]
+        mixed = self.mix(mixture.transpose(1, 2).flatten(2))
+        return x + mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def residual_gain(blocks: int) -> float:
     """Factor on the initial gain of each residual branch in a network of `blocks` blocks in total.
 

@@ -13,9 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from dist_t2i.data import scenes
 from dist_t2i.eval.scores import rows as score_rows
+from dist_t2i.eval.selection import is_scene
 from dist_t2i.publish.model_card import SetAbout
-from dist_t2i.reporting.image_grid import grid_rows
 from dist_t2i.reporting.web_page import file, img, write
 from dist_t2i.utils.files import read_json
 
@@ -27,9 +30,10 @@ _GRIDS = 12  # maximum number of sample grids on the page, evenly spaced over th
 
 
 def write_page(
-    run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str
+    run: Path, model: TextToImage, data: ShardSet, scores: Mapping[str, Any], *, title: str, command: str, prompt: str
 ) -> Path:
-    """Write RUN/report/index.html; returns its path. `scores` is from scores.json; `command` reproduces the run."""
+    """Write RUN/report/index.html; returns its path. `scores` is from scores.json; `command` reproduces the run, and
+    the page suggests a command with `prompt`."""
     facts, config = _facts(run, model, data), (run / "config.yaml").read_text(encoding="utf-8")
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     about = SetAbout.of(model.files)
@@ -46,13 +50,13 @@ def write_page(
         f"<h2>How it was made</h2><pre>{escape(command)}</pre><dl>{listed}</dl>",
         f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
         f"<h2>Pictures</h2><p>{linked}</p>" if credit else "",
-        f"<h2>Next steps</h2><pre>{escape(_NEXT.format(run=run))}</pre>",
+        f"<h2>Next steps</h2><pre>{escape(_NEXT.format(run=run, prompt=prompt))}</pre>",
     ]
     return write(run / "report" / "index.html", title, body)
 
 
 _NEXT = """\
-python tools/sample.py --run {run} "woman astronaut dark skin tone" --out grid.png
+python tools/sample.py --run {run} "{prompt}" --out grid.png
 python tools/export.py --run {run} --out model
 python tools/evaluate.py --run {run}"""
 _NOTES = {
@@ -66,23 +70,41 @@ _NOTES = {
         "These nouns are in no training caption, so the model can use only the other words of a prompt.",
     ),
 }
+_RENDERED = (
+    "Training saw every word, but never this combination of words. The framed pictures are real ones of the same "
+    "caption. The other eight pictures are generated, each from noise of its own. They should differ as the real ones "
+    "do. The prompts are the first of the split, not selected."
+)
 
 
 def _prompts(model: TextToImage, data: ShardSet, split: str) -> str:
-    """The first captions of a split in the set's order (by hash), each with its real and four generated pictures."""
+    """The first captions of a split in the set's order (by hash), each with real and generated pictures.
+
+    Four generated pictures stand next to the real picture of a caption. Where the project can render further real
+    pictures of a caption, eight generated pictures stand next to four real ones.
+    """
     held_out = data.samples(split)
-    samples = [held_out[i] for i in range(min(6 if split == "test-nouns" else 24, len(held_out)))]
+    rendered = len(held_out) > 0 and is_scene(held_out[0].attributes)
+    limit, count = (12, 8) if rendered else (6 if split == "test-nouns" else 24, 4)
+    samples = [held_out[i] for i in range(min(limit, len(held_out)))]
     captions = [sample.captions[0] for sample in samples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the prompts of some splits contain words that the model never saw
-        pictures = model.generate(captions, seed=0, images_per_prompt=4)
+        pictures = model.generate(captions, seed=0, images_per_prompt=count)
     heading, note = _NOTES.get(split, (f"Held-out prompts ({split})", "The framed picture is the real one."))
+    note = _RENDERED if rendered else note
     cards = []
-    for row in grid_rows(captions, pictures, [sample.image for sample in samples]):
-        generated = "".join(img(picture, "generated picture") for picture in row.generated)
-        real = f"<span class=real>{img(row.real, 'the real picture')}</span>" if row.real is not None else ""
-        cards.append(f"<figure>{real}{generated}<figcaption>{escape(row.caption)}</figcaption></figure>")
+    for i, sample in enumerate(samples):
+        generated = "".join(img(picture, "generated picture") for picture in pictures[i * count : (i + 1) * count])
+        shown = [sample.image, *_rendered(sample.attributes, i, model.image_size)] if rendered else [sample.image]
+        real = "".join(f"<span class=real>{img(picture, 'the real picture')}</span>" for picture in shown)
+        cards.append(f"<figure>{real}{generated}<figcaption>{escape(captions[i])}</figcaption></figure>")
     return f"<h2>{escape(heading)}</h2><p>{escape(note)}</p><div class=cards>{''.join(cards)}</div>"
+
+
+def _rendered(attributes: Mapping[str, Any], row: int, size: int) -> list[Image.Image]:
+    """Three further real pictures of the caption of a scene."""
+    return [Image.fromarray(scenes.render(scenes.same_caption(attributes, row, index), size)) for index in range(3)]
 
 
 def _history(run: Path) -> str:

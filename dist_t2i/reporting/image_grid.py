@@ -26,11 +26,11 @@ class GridRow:
     real: np.ndarray | Image.Image | None = None
 
 
-def grid_rows(captions: Sequence[str], pictures: Sequence, real: Sequence[Image.Image | None] = ()) -> list[GridRow]:
+def grid_rows(captions: Sequence[str], pictures: Sequence) -> list[GridRow]:
     """One row per caption; `pictures` is ordered by caption, with the same number of pictures for each."""
     count = len(pictures) // max(1, len(captions))
     parts = (pictures[i * count : (i + 1) * count] for i in range(len(captions)))
-    return [GridRow(*row) for row in zip(captions, parts, real or [None] * len(captions), strict=True)]
+    return [GridRow(caption, part) for caption, part in zip(captions, parts, strict=True)]
 
 
 def render_grid(

@@ -55,10 +55,14 @@ class Resume(enum.Enum):
     """The key may never change, because the checkpoint would have other tensors or shapes."""
 
 
-def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None) -> T:
+def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None, *, absent: T | None = None) -> T:
     """A field of a configuration, whose numbers must lie in `bounds`. If `resume` is None, the section's `resume`
-    applies."""
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume})
+    applies.
+
+    `absent` is the value in files that an earlier version recorded without this key, if it is not the default. Without
+    it, a key that is added later with an active default would change old runs when they resume.
+    """
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume, "absent": absent})
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dist_t2i.losses import functional as losses
 from dist_t2i.models.config import DiscriminatorConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.text_encoder import TextEmbedding
@@ -37,6 +38,17 @@ def test_shapes_at_any_size(image_size, condition):
     assert d.align_image(features).shape == d.align_text(sentence).shape == (4, 20)
     assert d.embed_pictures(features)["regions"].shape == (4, 8 * 8 + 4 * 4, 6)
     assert d.embed_captions(text(sentence))["region_text"].shape == (4, 6)
+
+
+def test_self_attention_and_skips_pass_the_exact_penalty():
+    """R1 differentiates twice: every parameter before the logit gets a gradient from it."""
+    d = build(self_attention=(8,), skips=True)
+    torch.nn.init.normal_(d.self_attentions["8"].mix.weight, std=0.1)  # zero in a fresh network
+    images, sentence = inputs()
+    images.requires_grad_(True)
+    losses.r1(d.adversarial(d.features(images), sentence), images).backward()
+    parts = [*d.self_attentions.named_parameters(), *d.skips.named_parameters()]
+    assert parts and all(p.grad.abs().sum() > 0 for name, p in parts if name.endswith("weight"))
 
 
 def test_alignment_embeddings_are_unit_vectors():

@@ -8,11 +8,12 @@ import torch
 from dist_t2i.config.fields import field_types
 from dist_t2i.models.config import AttnConfig, GeneratorConfig
 from dist_t2i.models.generator import INITIAL_LOG_VARIANCE, Generator
-from dist_t2i.models.layers import WordAttention
+from dist_t2i.models.layers import SelfAttention, WordAttention
 from dist_t2i.models.networks import GENERATORS
 
 TEXT = 24
 KINDS = pytest.mark.parametrize("kind", GENERATORS)
+PARTS = {"mapping": 2, "self_attention": (8,), "skips": True}
 
 
 def build(image_size: int = 32, **changes) -> Generator:
@@ -154,3 +155,32 @@ def test_positions_read_the_words_they_look_for():
 def test_a_fresh_pixel_shuffle_makes_no_checkerboard():
     images = build(detail=0)(*inputs(build())).images
     torch.testing.assert_close(images[:, :, ::2, ::2], images[:, :, 1::2, 1::2], rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_optional_parts_read_every_input_and_train_every_parameter(kind, image_size):
+    generator = build(image_size, kind=kind, **PARTS)
+    torch.nn.init.normal_(generator.self_attentions["8"].mix.weight, std=0.1)  # zero in a fresh network
+    everything = inputs(generator)
+    generator(*everything).images.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in generator.parameters())
+    alone = generator(*(x[2:3] for x in everything)).images
+    torch.testing.assert_close(alone[0], generator(*everything).images[2], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_attend_to_each_other():
+    """A change at one position of a map changes the other positions."""
+    attention = SelfAttention(16)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert attention(x).equal(x), "a fresh branch adds nothing"
+    torch.nn.init.normal_(attention.mix.weight)
+    changed = x.clone()
+    changed[:, 0, 0, 0] += 3
+    assert (attention(changed) - attention(x))[:, :, 3, 3].abs().max() > 1e-4
+
+
+def test_self_attention_at_a_map_that_is_not_computed_is_refused():
+    assert any(
+        "self_attention" in names for names, _ in GeneratorConfig(channels=(8, 8), self_attention=(16,)).problems()
+    )

@@ -113,6 +113,15 @@ CASES = {
     "mode seeking, sharded, two micro-batches, shared text": _stages(
         3, 2, loss__g_mode_seeking=0.3, text__mode="shared", engine__accumulation=2
     ),
+    "self-attention, skips and a mapping, sharded": _stages(
+        3,
+        2,
+        model__generator__self_attention=(4,),
+        model__generator__skips=True,
+        model__generator__mapping=2,
+        model__discriminator__self_attention=(4,),
+        model__discriminator__skips=True,
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
     "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),

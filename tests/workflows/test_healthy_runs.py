@@ -140,9 +140,9 @@ def test_a_frozen_encoder(sets, tmp_path):
 
 def test_the_demo_with_muon(tmp_path):
     pytest.importorskip("resvg_py")
-    from dist_t2i.cli.common import write_openmoji
+    from dist_t2i.cli.common import write_built_in_set
 
-    write_openmoji(tmp_path / "set", SIZE)
+    write_built_in_set("openmoji", tmp_path / "set", SIZE)
     run = Run(tmp_path / "run", tmp_path / "set", "train.total_images=9728", "train.divergence_images=1024")
     run.config.write_text((ROOT / "configs" / "openmoji32.yaml").read_text())
     assert_healthy(run, 9728)

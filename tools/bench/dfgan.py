@@ -2,10 +2,11 @@
 Baseline for Text-to-Image Synthesis", CVPR).
 
 At 64 px and a width of 32, the generator has 4.87M parameters and the discriminator has 3.44M. The text encoder is
-pretrained and frozen, so a constant vector replaces the sentence embedding. Steps use fp32 and Adam. A step first
-updates the discriminator. The loss is the hinge loss on real pictures, real pictures with wrong captions, and fakes,
-plus the matching-aware penalty (eq. 2) on the real pictures in every step. The step then updates the generator, with
-another pass through the discriminator.
+pretrained and frozen, so a step gets sentence vectors. Steps use fp32 and Adam. A step first updates the discriminator.
+The loss is the hinge loss on real pictures, real pictures with wrong captions, and fakes, plus the matching-aware
+penalty (eq. 2) on the real pictures in every step. The step then updates the generator, with another pass through the
+discriminator. `tools/bench/dfgan_train.py` trains with this step on a set, and `tools/bench/step.py --peer` measures
+the time of the step.
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -33,11 +34,10 @@ def widths(size: int) -> list[int]:
 class Affine(nn.Module):
     """Scales and shifts channels by two-layer perceptrons of the condition (sec. 3.3)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, condition: int):
         super().__init__()
         self.scale, self.shift = (
-            nn.Sequential(nn.Linear(NOISE + SENTENCE, channels), nn.ReLU(), nn.Linear(channels, channels))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(condition, channels), nn.ReLU(), nn.Linear(channels, channels)) for _ in range(2)
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class Affine(nn.Module):
 class UpBlock(nn.Module):
     """Doubles the resolution: two affine layers before each of two convolutions, and a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, condition: int):
         super().__init__()
-        self.affines = nn.ModuleList(Affine(c) for c in (inputs, inputs, outputs, outputs))
+        self.affines = nn.ModuleList(Affine(c, condition) for c in (inputs, inputs, outputs, outputs))
         self.conv1, self.conv2 = nn.Conv2d(inputs, outputs, 3, 1, 1), nn.Conv2d(outputs, outputs, 3, 1, 1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -63,13 +63,13 @@ class UpBlock(nn.Module):
 
 
 class PeerGenerator(nn.Module):
-    """noise [B, 100], sentence [B, 256] -> pictures [B, 3, H, W] in [-1, 1]."""
+    """noise [B, 100], sentence [B, E] -> pictures [B, 3, H, W] in [-1, 1]."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, sentence: int = SENTENCE):
         super().__init__()
         channels = widths(size)[::-1]
         self.first = nn.Linear(NOISE, channels[0] * 16)
-        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in pairwise(channels))
+        self.blocks = nn.ModuleList(UpBlock(a, b, NOISE + sentence) for a, b in pairwise(channels))
         self.last = nn.Conv2d(channels[-1], 3, 3, 1, 1)
 
     def forward(self, noise: Tensor, sentence: Tensor) -> Tensor:
@@ -96,14 +96,14 @@ class DownBlock(nn.Module):
 
 
 class PeerDiscriminator(nn.Module):
-    """pictures [B, 3, H, W], sentence [B, 256] -> logits [B]."""
+    """pictures [B, 3, H, W], sentence [B, E] -> logits [B]."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, sentence: int = SENTENCE):
         super().__init__()
         channels = widths(size)
         self.first = nn.Conv2d(3, channels[0], 3, 1, 1)
         self.blocks = nn.Sequential(*(DownBlock(a, b) for a, b in pairwise(channels)))
-        self.joint = nn.Conv2d(channels[-1] + SENTENCE, 2 * WIDTH, 3, 1, 1, bias=False)
+        self.joint = nn.Conv2d(channels[-1] + sentence, 2 * WIDTH, 3, 1, 1, bias=False)
         self.logit = nn.Conv2d(2 * WIDTH, 1, 4, bias=False)
 
     def features(self, images: Tensor) -> Tensor:
@@ -115,14 +115,17 @@ class PeerDiscriminator(nn.Module):
 
 
 class Peer:
-    """Both networks and the step, in one process, on synthetic pictures and sentences."""
+    """Both networks, their optimizers, and the step, in one process.
 
-    def __init__(self, size: int, batch: int, device: torch.device):
-        self.generator, self.discriminator = PeerGenerator(size).to(device), PeerDiscriminator(size).to(device)
-        self._optimizer_g = torch.optim.Adam(self.generator.parameters(), 1e-4, betas=(0.0, 0.9))
-        self._optimizer_d = torch.optim.Adam(self.discriminator.parameters(), 4e-4, betas=(0.0, 0.9))
-        self.real = (torch.rand(batch, 3, size, size, device=device) * 2 - 1).requires_grad_()
-        self.sentence = torch.randn(batch, SENTENCE, device=device, requires_grad=True)
+    `rate` multiplies the learning rates of the paper (sec. 4), 1e-4 for the generator and 4e-4 for the discriminator.
+    """
+
+    def __init__(self, size: int, device: torch.device, sentence: int = SENTENCE, rate: float = 1.0):
+        self.device = device
+        self.generator = PeerGenerator(size, sentence).to(device)
+        self.discriminator = PeerDiscriminator(size, sentence).to(device)
+        self._optimizer_g = torch.optim.Adam(self.generator.parameters(), 1e-4 * rate, betas=(0.0, 0.9))
+        self._optimizer_d = torch.optim.Adam(self.discriminator.parameters(), 4e-4 * rate, betas=(0.0, 0.9))
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -130,25 +133,21 @@ class Peer:
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
-    def run(self, steps: int) -> dict[str, float]:
-        """Runs `steps` steps; returns the seconds per step as `step`."""
-        begin = now(self.real.device)
-        for _ in range(steps):
-            self._step()
-        return {"step": (now(self.real.device) - begin) / steps}
-
-    def _step(self) -> None:
-        d, real, sentence = self.discriminator, self.real, self.sentence
+    def step(self, real: Tensor, sentence: Tensor, noise: Tensor) -> None:
+        """Updates both networks: real [B, 3, H, W] in [-1, 1] with their sentences [B, E]; noise [B, 100]."""
+        d = self.discriminator
+        real, sentence = real.detach().requires_grad_(), sentence.detach().requires_grad_()
         features = d.features(real)
         logits = d.logits(features, sentence)
-        fake = self.generator(torch.randn(len(real), NOISE, device=real.device), sentence.detach())
+        fake = self.generator(noise, sentence.detach())
         negatives = d.logits(features[:-1], sentence[1:]), d.logits(d.features(fake.detach()), sentence)
         negative_loss = torch.stack([F.relu(1 + x).mean() for x in negatives]).sum() / 2
-        self._update(self._optimizer_d, F.relu(1 - logits).mean() + negative_loss + self._penalty(logits))
+        penalty = self._penalty(logits, real, sentence)
+        self._update(self._optimizer_d, F.relu(1 - logits).mean() + negative_loss + penalty)
         self._update(self._optimizer_g, -d.logits(d.features(fake), sentence.detach()).mean())
 
-    def _penalty(self, logits: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(logits.sum(), (self.real, self.sentence), create_graph=True)
+    def _penalty(self, logits: Tensor, real: Tensor, sentence: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(logits.sum(), (real, sentence), create_graph=True)
         norm = torch.cat([g.flatten(1) for g in gradients], dim=1).norm(dim=1)
         return PENALTY_WEIGHT * norm.pow(PENALTY_POWER).mean()
 
@@ -157,3 +156,20 @@ class Peer:
         self._optimizer_d.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+class TimedPeer:
+    """The step of `Peer` on synthetic pictures and sentences, to measure its time."""
+
+    def __init__(self, size: int, batch: int, device: torch.device):
+        self.peer = Peer(size, device)
+        self.real = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+        self.sentence = torch.randn(batch, SENTENCE, device=device)
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Runs `steps` steps; returns the seconds per step as `step`."""
+        device = self.peer.device
+        begin = now(device)
+        for _ in range(steps):
+            self.peer.step(self.real, self.sentence, torch.randn(len(self.real), NOISE, device=device))
+        return {"step": (now(device) - begin) / steps}

@@ -26,7 +26,7 @@ from dist_t2i.distributed.engine import DTYPES, EngineSpec, init_distributed, re
 from dist_t2i.distributed.optimizer import build_optimizer
 from dist_t2i.training import setup
 from tools.bench.common import median_of, now
-from tools.bench.dfgan import Peer
+from tools.bench.dfgan import TimedPeer
 
 VOCABULARY = 2000
 PEER, PEER_STEPS = "DF-GAN", 3
@@ -47,10 +47,10 @@ def measure(options: argparse.Namespace) -> None:
     peak = matmul_peak(device, DTYPES[precision])
     batch = config.train.global_batch
     plain = Subject(config, None, device)
-    subjects: dict[str, Subject | Peer] = {"plain": plain}
+    subjects: dict[str, Subject | TimedPeer] = {"plain": plain}
     subjects |= {f"stage {stage}": Subject(config, stage, device) for stage in options.stages}
     if options.peer and rank.world_size == 1:
-        subjects[PEER] = Peer(config.data.image_size, batch, device)
+        subjects[PEER] = TimedPeer(config.data.image_size, batch, device)
     for name, subject in subjects.items():
         subject.run(1 if name == PEER else 2)  # warms up
     flops = count_flops(plain) * rank.world_size
@@ -85,8 +85,8 @@ def measure(options: argparse.Namespace) -> None:
         },
         "peer": None,
     }
-    if isinstance(peer := subjects.get(PEER), Peer):
-        table["peer"] = {"rate": rates[PEER], "ratio": ratios[PEER], **peer.parameters}
+    if isinstance(timed := subjects.get(PEER), TimedPeer):
+        table["peer"] = {"rate": rates[PEER], "ratio": ratios[PEER], **timed.peer.parameters}
     if rank.rank == 0:
         print(json.dumps(table))
     dist.barrier()
