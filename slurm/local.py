@@ -43,7 +43,7 @@ ClusterName=local AuthType=auth/munge CredType=cred/munge SlurmdParameters=confi
 TaskPlugin=task/none SelectType=select/cons_tres SelectTypeParameters=CR_CPU SwitchType=switch/none MpiDefault=none
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,requeue_setup_env_fail
 PreemptType=preempt/partition_prio PreemptMode=REQUEUE JobRequeue=1 ReturnToService=2 SlurmdTimeout=20 KillWait=10
-PropagateResourceLimits=NONE
+PropagateResourceLimits=NONE UnkillableStepTimeout=600
 """
 
 
@@ -104,10 +104,15 @@ class LocalSlurm:
             self._await(lambda: not self.command("squeue", "-h", "-o", "%i").strip(), _DOWN_SECONDS)
         self._stop("slurm*")
         self._stop("munged")  # last, because the other daemons need it to end cleanly
-        send(self.leftovers(), signal.SIGKILL)
         with contextlib.suppress(UserError):
-            self._await(lambda: not self.leftovers(), _DOWN_SECONDS)
+            self._await(self._kill_leftovers, _DOWN_SECONDS)
         shutil.rmtree((self.folder / "keys").resolve(), ignore_errors=True)
+
+    def _kill_leftovers(self) -> bool:
+        """Kills what is left of jobs; whether nothing is left. A step that is just starting can add processes later."""
+        left = self.leftovers()
+        send(left, signal.SIGKILL)
+        return not left
 
     def _stop(self, programs: str) -> None:
         send(self._daemons(programs), signal.SIGTERM)

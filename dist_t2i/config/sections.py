@@ -110,11 +110,15 @@ class LossConfig:
     """Temperature of the InfoNCE losses on words."""
     word_sharpness: float = setting(5.0, POSITIVE)
     """Inverse temperature of a word's attention to regions and of the pooling over words (AttnGAN: gamma 1 and 2)."""
-    g_mode_seeking: float = setting(0.0, NOT_NEGATIVE)
+    g_mode_seeking: float = setting(0.0, NOT_NEGATIVE, absent=0.0)
     """Weight of G's mode seeking (`losses.mode_seeking`): two pictures of one caption must differ in D's features, so
     that G does not ignore the noise."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with wrong captions among the negatives of D's hinge loss."""
+    mismatched_group: int = setting(2, at_least(2))
+    """Number of consecutive rows among which a real picture gets its wrong caption: the one that D's alignment finds
+    most similar to the picture. With 2, it is always the caption of the neighboring row. A micro-batch on a rank must
+    consist of whole groups."""
     pixels: float = 0.0
     """Weight of G's mean absolute error (pixels in [-1, 1]) against the real pictures of its captions. Use this loss
     for sets whose captions determine most of the picture, such as drawings. The loss blurs every other detail."""
@@ -133,8 +137,9 @@ class LossConfig:
     """Weight of the penalty. For R1, the weight multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
     """Every n-th step has the penalty, with n times the weight (StyleGAN2, sec. 3.1: lazy regularization)."""
-    penalty_sigma: float = setting(0.01, POSITIVE)
-    """Step of the finite difference in `fd_r1`."""
+    penalty_sigma: float = setting(0.0, NOT_NEGATIVE)
+    """Step of the finite difference in `fd_r1`, for pixels in [-1, 1]. 0: 0.01 in fp32, 0.03 in fp16 and 0.1 in bf16,
+    because a difference of logits must be larger than their rounding errors."""
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,17 @@ def _file_systems() -> set[str]:
 
 def check_world(config: Config, world_size: int) -> int:
     """Rows of one micro-batch on one rank. Raises `ConfigError` unless the global batch divides into `world_size *
-    engine.accumulation` micro-batches of equal, even size. The size must be even because rows form pairs."""
+    engine.accumulation` micro-batches of equal size, each of whole groups of loss.mismatched_group rows. The size must
+    also be even, because rows form pairs."""
     batch, accumulation = config.train.global_batch, config.engine.accumulation
+    group = math.lcm(2, config.loss.mismatched_group)
     parts = world_size * accumulation
-    if batch % (2 * parts) == 0:
+    if batch % (group * parts) == 0:
         return batch // parts
-    below, above = batch // (2 * parts) * 2 * parts, -(-batch // (2 * parts)) * 2 * parts
+    below, above = batch // (group * parts) * group * parts, -(-batch // (group * parts)) * group * parts
     choices = " or ".join(str(size) for size in (below, above) if size > 0)
     given = f"{batch} images over {world_size} rank{'s' * (world_size > 1)} x engine.accumulation={accumulation}"
-    problem = f"{given} give {batch / parts:g} images per micro-batch, but this number must be whole and even"
+    wanted = "whole and even" if group == 2 else f"a multiple of {group}, because loss.mismatched_group is {config.loss.mismatched_group}"
+    problem = f"{given} give {batch / parts:g} images per micro-batch, but this number must be {wanted}"
     line = f"train.global_batch: {problem}: use {choices}, another accumulation, or another number of ranks"
     raise ConfigError(line, [line])

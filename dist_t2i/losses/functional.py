@@ -196,6 +196,11 @@ def ma_gp(logits: Tensor, images: Tensor, sentence: Tensor, power: float = 6.0) 
     return flat.square().sum(1).clamp_min(1e-12).pow(power / 2).mean()
 
 
+FD_SIGMA = {torch.float32: 0.01, torch.float16: 0.03, torch.bfloat16: 0.1}
+"""Step of `fd_r1` by the number format of the discriminator. In bf16, whose logits have three digits, the gradient of
+`fd_r1` with a step of 0.01 is mostly rounding noise."""
+
+
 def fd_r1(logits: Tensor, perturbed: Tensor, sigma: float) -> Tensor:
     """R1 by a finite difference: mean of ((D(x + sigma * n) - D(x)) / sigma) ** 2 with n standard normal.
 

@@ -77,7 +77,7 @@ class DiscriminatorOutput(NamedTuple):
 
     real: Tensor
     fake: Tensor
-    mismatched: Tensor  # logits of real pictures with the caption of another row
+    mismatched: Tensor  # logits of real pictures with the caption of another row; -1 if it matches by chance
     sentence: Tensor
     embeddings: Embeddings
     penalty: Tensor
@@ -166,13 +166,17 @@ class Gan:
             both = d.features(torch.cat([real, fake]))
             real_features, fake_features = both.rows(0, len(real)), both.rows(len(real), 2 * len(real))
 
-        # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares.
+        # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares. A picture may match
+        # the caption of another row by chance. Then the logit is set to -1, where the hinge has no gradient.
+        embeddings = {**d.embed_pictures(real_features), **d.embed_captions(encoded)}
+        wrong, matching = _wrong_captions(embeddings, micro.batch, self.loss.mismatched_group)
+        mismatched = d.adversarial(real_features, sentence[wrong])
         return DiscriminatorOutput(
             real=d.adversarial(real_features, sentence),
             fake=d.adversarial(fake_features, sentence),
-            mismatched=d.adversarial(real_features, _swap_partners(sentence)),
+            mismatched=mismatched.masked_fill(matching.view(-1, *[1] * (mismatched.dim() - 1)), -1.0),
             sentence=sentence,
-            embeddings={**d.embed_pictures(real_features), **d.embed_captions(encoded)},
+            embeddings=embeddings,
             penalty=self._penalty(penalty, d, micro, real, real_features, sentence.detach()),
         )
 
@@ -187,20 +191,16 @@ class Gan:
         if kind == "ma_gp":
             sentence.requires_grad_(True)
             return losses.ma_gp(d.adversarial(features, sentence), real, sentence)
-        sigma = self.loss.penalty_sigma
+        sigma = self.loss.penalty_sigma or losses.FD_SIGMA[self.discriminator.dtype]
         pixels = perturbation(self.train.seed, micro.batch.positions, real.shape[-1]).to(real)
         perturbed = d.adversarial(d.features(real + sigma * pixels), sentence)
         return losses.fd_r1(d.adversarial(features, sentence), perturbed, sigma)
 
     def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
-        weights, batch = self.loss, micro.batch
+        weights = self.loss
 
-        # Hinge over this rank's m rows. A picture may match the caption of another row by chance. The logit of a
-        # matching pair is set to -1, where the hinge has no gradient.
-        same_image, same_caption = (ids == _swap_partners(ids) for ids in (batch.image_ids, batch.caption_ids))
-        matching = (same_image | same_caption).view(-1, *[1] * (output.mismatched.dim() - 1))
-        mismatched = output.mismatched.masked_fill(matching, -1.0)
-        adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
+        # Hinge over this rank's m rows.
+        adversarial = losses.hinge_d(output.real, output.fake, output.mismatched, weights.mismatched)
 
         # InfoNCE over the B rows of the global batch. Only the rows of this micro-batch have an autograd graph.
         embeddings = rows.with_own(micro.index, output.embeddings)
@@ -389,6 +389,17 @@ def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tu
     return named, sum(getattr(weights, name) * value for name, value in alignment.items())
 
 
-def _swap_partners(rows: Tensor) -> Tensor:
-    """[m, ...] with rows 2k and 2k + 1 exchanged, which pairs each picture with another caption of the same rank."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+@torch.no_grad()
+def _wrong_captions(embeddings: Embeddings, batch: Batch, group: int) -> tuple[Tensor, Tensor]:
+    """For each picture, the row [m] of its wrong caption, and whether even this caption matches it, bool [m].
+
+    Of the captions in its group of `group` consecutive rows that do not match the picture, it is the one most similar to
+    the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). Groups of fixed rows give the
+    same captions for any number of ranks.
+    """
+    matching = losses.same_pairs(batch.image_ids, batch.caption_ids)  # [m, m]
+    row = torch.arange(len(batch), device=matching.device)
+    near = (row[:, None] // group == row // group) & (row[:, None] != row)
+    similarity = (embeddings["image"] @ embeddings["text"].T).masked_fill(matching, -2.0).masked_fill(~near, -3.0)
+    wrong = similarity.argmax(dim=1)
+    return wrong, matching[row, wrong]

@@ -406,3 +406,15 @@ def test_renamed_keys_are_keys_of_the_same_section():
     for old, new in RENAMED.items():
         assert new in keys() and old not in keys()
         assert old.rpartition(".")[0] == new.rpartition(".")[0]
+
+
+def test_a_recorded_file_keeps_what_its_version_did():
+    """A key that was added later, with an active default, is off in files that `dump` wrote before it existed."""
+    added = {name: key for name, key in keys().items() if key.absent is not None}
+    assert "loss.g_mode_seeking" in added
+    for name, key in added.items():
+        leaf = name.rpartition(".")[2]
+        recorded = "".join(line for line in dump(Config()).splitlines(True) if line.split(":")[0].strip() != leaf)
+        assert value_of(loads(recorded), name) == key.absent
+        assert value_of(loads(recorded, [f"{name}={key.default}"]), name) == key.default
+        assert value_of(loads("data: {image_size: 32}"), name) == key.default

@@ -1,5 +1,6 @@
 """Losses compared with values computed by hand, or by autograd in float64."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dist_t2i.losses import functional as losses
+from dist_t2i.models.config import DiscriminatorConfig
+from dist_t2i.models.discriminator import Discriminator
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -255,3 +258,33 @@ def test_relative_diversity_is_0_where_noise_is_ignored_and_1_where_captions_are
     captions, pictures = units(64, 16), units(64, 16, seed=1)
     assert losses.relative_diversity(captions, captions).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.relative_diversity(captions, pictures).item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_default_step_of_fd_r1_survives_bf16():
+    """With a step that suits fp32, the gradient in bf16 is mostly rounding noise."""
+    torch.manual_seed(0)
+    d = Discriminator(DiscriminatorConfig(channels=(32, 64, 128), regions=()), 32, 64)
+    real, sentence, direction = torch.rand(4, 3, 32, 32) * 2 - 1, torch.randn(4, 64), torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-3)
+    for _ in range(15):  # logits that depend on the pictures
+        fake = torch.tanh(torch.randn_like(real))
+        logits = d.adversarial(d.features(real), sentence), d.adversarial(d.features(fake), sentence)
+        optimizer.zero_grad()
+        losses.hinge_d(*logits).backward()
+        optimizer.step()
+    coarse = copy.deepcopy(d).bfloat16()
+    exact = copy.deepcopy(coarse).float()  # with the same rounded weights
+
+    def gradient(network: Discriminator, sigma: float) -> torch.Tensor:
+        dtype = next(network.parameters()).dtype
+        network.zero_grad()
+        pictures = real.to(dtype), (real + sigma * direction).to(dtype)
+        logits, moved = (network.adversarial(network.features(x), sentence.to(dtype)) for x in pictures)
+        losses.fd_r1(logits, moved, sigma).backward()
+        return torch.cat([p.grad.float().flatten() for p in network.parameters() if p.grad is not None])
+
+    def agreement(sigma: float) -> float:
+        return torch.cosine_similarity(gradient(exact, sigma), gradient(coarse, sigma), 0).item()
+
+    assert agreement(losses.FD_SIGMA[torch.bfloat16]) > 0.9
+    assert agreement(losses.FD_SIGMA[torch.float32]) < 0.8

@@ -15,7 +15,7 @@ from jobs import STEP, Job
 from ranks import ROOT
 from slurm.local import INSTALL, LocalSlurm, missing_programs
 
-SETTINGS = {"SlurmdTimeout": "10", "KillWait": "6"}
+SETTINGS = {"KillWait": "6"}
 
 SMOOTH = "\n\nF.leaky_relu = lambda x, slope, inplace=False: slope * x + (1 - slope) * F.softplus(x)\n"
 

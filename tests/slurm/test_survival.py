@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from jobs import CALM, LOCAL, Job, node_processes
+from jobs import CALM, LOCAL, Job, all_nodes_up, node_processes, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 AT_STOPS_ONLY = "checkpoint.every_images=100000"
@@ -100,6 +100,7 @@ def test_preemption_by_the_user_signal(cluster, run2, whole2):
 
 def push_out(cluster) -> None:
     """A job of a partition with higher priority, which needs all nodes for a moment."""
+    until(lambda: all_nodes_up(cluster))
     cluster.command("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
 
 

@@ -72,6 +72,16 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> None:
         time.sleep(1.0)
 
 
+def all_nodes_up(cluster: LocalSlurm) -> bool:
+    """Whether every node accepts jobs. Returns nodes to service that Slurm took out of it on a busy machine, because a
+    daemon answered too late or a step could not start in time."""
+    states = dict(line.split() for line in cluster.command("sinfo", "-N", "-h", "-o", "%N %t").splitlines())
+    out = sorted({node for node, state in states.items() if state.startswith(("down", "drain", "drng", "fail"))})
+    if out:
+        cluster.command("scontrol", "update", f"NodeName={','.join(out)}", "State=RESUME")
+    return not out
+
+
 class Job(Run):
     """A run of `nodes` ranks, one on each node. It is submitted from the copy `project` of the code."""
 
@@ -88,11 +98,12 @@ class Job(Run):
         done = subprocess.run(
             command, cwd=self.project, env=self.cluster.environment, capture_output=True, text=True, timeout=300
         )
-        assert status in (None, done.returncode), done.stdout + done.stderr
+        assert status in (None, done.returncode), done.stdout + done.stderr + self.nodes_and_queue()
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout + done.stderr
 
     def submit(self, *options: str) -> Job:
+        until(lambda: all_nodes_up(self.cluster))
         said = self.tool(
             *("--nodes", str(self.nodes), "--config", str(self.config), "--profile", str(LOCAL)),
             *options,
@@ -166,8 +177,12 @@ class Job(Run):
         """All records that may explain a failure."""
         notes = self.folder / "attempts.jsonl"
         said = "".join(f"--- rank {rank}\n{self.log(rank)[-3000:]}\n" for rank in range(self.nodes))
-        queue = self.cluster.command("squeue")
-        return f"{queue}\n{notes.read_text() if notes.exists() else 'no attempts'}\n{said}"
+        return f"{self.nodes_and_queue()}\n{notes.read_text() if notes.exists() else 'no attempts'}\n{said}"
+
+    def nodes_and_queue(self) -> str:
+        """The state of every node, with the reason why it is down or drained, and the queue."""
+        nodes = self.cluster.command("sinfo", "-N", "-h", "-o", "%N %T %E")
+        return f"--- nodes\n{nodes}--- queue\n{self.cluster.command('squeue')}"
 
     def rank_pid(self, rank: int) -> int:
         """The process of a rank of the current attempt."""

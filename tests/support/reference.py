@@ -135,8 +135,8 @@ class Reference:
             fake = self._fake(seen)[0]
         x = seen.real.clone().requires_grad_(True)
         fx, ff = d.features(x), d.features(fake)
-        d_loss = self._hinge(fx, ff, sent_d, seen.same)
         pictures, captions = d.embed_pictures(fx), d.embed_captions(TextEmbedding(sent_d, word_d, mask))
+        d_loss = self._hinge(fx, ff, sent_d, seen.same, pictures["image"] @ captions["text"].T)
         align_x, align_t = pictures["image"], captions["text"]
         d_alignment = losses.info_nce(align_x, align_t, w.temperature, seen.same)
         total = d_loss + w.d_alignment * d_alignment
@@ -154,10 +154,15 @@ class Reference:
         embedded = Embedded(*(None if one is None else one.detach() for one in parts))
         return total, embedded, {"loss/d_adversarial": d_loss.item(), "loss/d_alignment": d_alignment.item()}
 
-    def _hinge(self, fx, ff, sent_d, same):
-        """On real pictures, fakes, and real pictures with the caption of their neighbor."""
+    def _hinge(self, fx, ff, sent_d, same, cosines):
+        """On real pictures, fakes, and real pictures with the most similar wrong caption of their group."""
         mismatched, adversarial = self.config.loss.mismatched, self.nets.discriminator.discriminator.adversarial
-        partner = torch.arange(len(same)) ^ 1
+        group, partner = self.config.loss.mismatched_group, []
+        for row in range(len(same)):
+            first = row // group * group
+            others = [other for other in range(first, first + group) if other != row]
+            partner.append(max(others, key=lambda o: (not same[row, o], cosines[row, o].item())))
+        partner = torch.tensor(partner)
         wrong = adversarial(fx, sent_d[partner])
         right_by_chance = same[torch.arange(len(same)), partner].view(-1, *[1] * (wrong.dim() - 1))
         real = adversarial(fx, sent_d)

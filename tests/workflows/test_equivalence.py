@@ -122,6 +122,10 @@ CASES = {
         model__discriminator__self_attention=(4,),
         model__discriminator__skips=True,
     ),
+    "hard wrong captions": _stages(2, 1, loss__mismatched_group=4),
+    "hard wrong captions, judged by place, two micro-batches": _stages(
+        1, 2, loss__mismatched_group=2, model__discriminator__patches=8, engine__accumulation=2
+    ),
     "no regions": _stages(2, 2, model__discriminator__regions=()),
     "edits": _stages(1, 2, edit__width=8, loss__edit_target=3.0, augment__translation=0.2),
     "edits, sharded, two micro-batches": _stages(3, 1, edit__width=8, loss__edit_target=3.0, engine__accumulation=2),
