@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None, *, stop: StopFlag | None = None) ->
 
     rank = launch.prepare()
     try:
-        path = options.config or built_in.default_config()
+        path = options.config or built_in.default_config(launch.has_gpu())
         config = config_files.load(path, options.overrides)
         if options.config is None and rank.rank == 0:
             print(built_in.choice(path, config.data.train), flush=True)

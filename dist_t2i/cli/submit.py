@@ -107,7 +107,7 @@ def submit(options: argparse.Namespace) -> int:
     from dist_t2i.sharding import built_in  # takes long to import
 
     profile = _profile(options, profiles.Profile())
-    path = options.config or built_in.default_config()
+    path = options.config or built_in.default_config(gpu=profile.gpus_per_node > 0)
     config = config_files.load(path, options.overrides)
     if options.config is None:
         print(built_in.choice(path, config.data.train), flush=True)

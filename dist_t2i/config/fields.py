@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from dist_t2i.config.sections import Config
+from dist_t2i.models.config import default_channels
 from dist_t2i.utils.settings import NOT_NEGATIVE, Bounds, Resume
 
 
@@ -120,7 +121,14 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def build(values: Mapping[str, Any]) -> Config:
-    """A configuration from values by dotted key, which are not checked. Keys without a value keep their defaults."""
+    """A configuration from values by dotted key, which are not checked. Keys without a value keep their defaults.
+
+    The default numbers of channels depend on the size of the pictures.
+    """
+    size = values.get("data.image_size")
+    if isinstance(size, int) and size >= 4:
+        channels = default_channels(size)
+        values = {"model.generator.channels": channels, "model.discriminator.channels": channels[::-1], **values}
     return _build(Config, "", values)
 
 

@@ -145,7 +145,11 @@ def check_world(config: Config, world_size: int) -> int:
     below, above = batch // (group * parts) * group * parts, -(-batch // (group * parts)) * group * parts
     choices = " or ".join(str(size) for size in (below, above) if size > 0)
     given = f"{batch} images over {world_size} rank{'s' * (world_size > 1)} x engine.accumulation={accumulation}"
-    wanted = "whole and even" if group == 2 else f"a multiple of {group}, because loss.mismatched_group is {config.loss.mismatched_group}"
+    wanted = (
+        "whole and even"
+        if group == 2
+        else f"a multiple of {group}, because loss.mismatched_group is {config.loss.mismatched_group}"
+    )
     problem = f"{given} give {batch / parts:g} images per micro-batch, but this number must be {wanted}"
     line = f"train.global_batch: {problem}: use {choices}, another accumulation, or another number of ranks"
     raise ConfigError(line, [line])

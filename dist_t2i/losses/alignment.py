@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dist_t2i.config.sections import LossConfig
@@ -58,6 +59,21 @@ def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negati
     if "words" in real and loss.g_alignment_words:
         terms["g_alignment_words"] = _words(fake, real, loss, same)
     return terms
+
+
+@torch.no_grad()
+def wrong_captions(e: Embeddings, matching: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """For each picture, the row of its wrong caption, int64 [m], and whether even this caption matches it, bool [m].
+
+    Of the captions in its group of `group` consecutive rows that do not match the picture, it is the one most similar to
+    the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). `matching` bool [m, m] are
+    the pairs that share the picture or the caption. Groups of fixed rows give the same captions for any number of ranks.
+    """
+    row = torch.arange(len(matching), device=matching.device)
+    near = (row[:, None] // group == row // group) & (row[:, None] != row)
+    similarity = (e["image"] @ e["text"].T).masked_fill(matching, -2.0).masked_fill(~near, -3.0)
+    wrong = similarity.argmax(dim=1)
+    return wrong, matching[row, wrong]
 
 
 def _words(pictures: Embeddings, captions: Embeddings, loss: LossConfig, same: Tensor) -> Tensor:

@@ -17,6 +17,16 @@ Problem = tuple[tuple[str, ...], str]
 """A pair: the keys involved, with the key to change first; and a text that says what is wrong and how to correct it."""
 
 
+def default_channels(image_size: int) -> tuple[int, ...]:
+    """Channels of the maps of side 4, 8, 16, ... up to full resolution, for pictures of this size.
+
+    They are 256, 192, 128, 64, 32, and 16 from 128 px on: convolutions take most time at full resolution, and most
+    weights are at the coarse scales.
+    """
+    widths = (256, 192, 128, 64, 32)
+    return tuple(widths[scale] if scale < len(widths) else 16 for scale in range(image_size.bit_length() - 2))
+
+
 @dataclass(frozen=True)
 class AttnConfig:
     """Settings of the generator `attn` (models/attn_generator.py)."""
@@ -40,8 +50,9 @@ class GeneratorConfig:
     less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
-    channels: tuple[int, ...] = setting((256, 256, 128, 64), at_least(1))
-    """Channels of the computed maps, of side 4, 8, 16, ... A pixel shuffle turns the last map into the picture."""
+    channels: tuple[int, ...] = setting(default_channels(64), at_least(1))
+    """Channels of the computed maps, of side 4, 8, 16, ... If the last is smaller than the picture, a pixel shuffle turns
+    it into the picture. The default depends on data.image_size (shown: for 64 px)."""
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     detail: int = 8
@@ -53,7 +64,7 @@ class GeneratorConfig:
     directly, which suits photographs."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
     """Inverse temperature of the palette's softmax at inference. Above 1, lines that averaging blurs are sharper."""
-    layout: int = 2048
+    layout: int = 0
     """Count of numbers that a matrix computes from the condition and adds to a scale's map, as layout / size^2
     channels: a cheap way to store layouts. Only scales with at least 4 such channels have a layout; 0: no layouts."""
     mapping: int = 0
@@ -98,19 +109,20 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    channels: tuple[int, ...] = setting((64, 128, 256, 256), at_least(1))
-    """Channels from the finest computed scale down to 4 pixels."""
+    channels: tuple[int, ...] = setting(default_channels(64)[::-1], at_least(1))
+    """Channels from the finest computed scale down to 4 pixels. The default depends on data.image_size (shown: for 64
+    px)."""
     blocks: int = setting(1, at_least(1))
     """Residual blocks per scale."""
     embedding: int = setting(256, at_least(1))
     """Width of the alignment space, in which images and S_D sentences are compared."""
     condition: Literal["projection", "joint"] = "projection"
     """How the adversarial branch uses S_D: `projection` (Miyato & Koyama 2018), or `joint` (a perceptron on both)."""
-    regions: tuple[int, ...] = (8,)
+    regions: tuple[int, ...] = ()
     """Sides, in positions, of the maps that are aligned by position; empty: only whole pictures are aligned."""
     patches: int = 0
     """Side, in positions, of the map that a patch head scores by position; 0: only whole pictures are scored."""
-    words: int = 0
+    words: int = 8
     """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""

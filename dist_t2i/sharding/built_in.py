@@ -18,9 +18,10 @@ SCENES = 20_000
 """Number of pictures in a set of scenes that a command writes on first use."""
 
 
-def default_config() -> Path:
-    """The configuration of a command without --config. Raises UserError if the project's configurations are missing."""
-    path = CONFIGS / "scenes32.yaml"
+def default_config(gpu: bool) -> Path:
+    """The configuration of a command without --config, by whether it trains on a GPU. Raises UserError if the project's
+    configurations are missing."""
+    path = CONFIGS / f"scenes{64 if gpu else 32}.yaml"
     if not path.is_file():
         raise UserError(f"--config FILE is missing, and so is the default {path}")
     return path

@@ -38,7 +38,7 @@ from dist_t2i.data.images import to_unit
 from dist_t2i.data.stream.batch import Batch
 from dist_t2i.distributed.engine import NetworkEngine
 from dist_t2i.losses import functional as losses
-from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms, wrong_captions
 from dist_t2i.losses.global_batch import GlobalRows, global_same_pairs
 from dist_t2i.models.augmentation import augment
 from dist_t2i.models.config import AugmentConfig, ModelConfig
@@ -169,7 +169,8 @@ class Gan:
         # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares. A picture may match
         # the caption of another row by chance. Then the logit is set to -1, where the hinge has no gradient.
         embeddings = {**d.embed_pictures(real_features), **d.embed_captions(encoded)}
-        wrong, matching = _wrong_captions(embeddings, micro.batch, self.loss.mismatched_group)
+        pairs = losses.same_pairs(micro.batch.image_ids, micro.batch.caption_ids)
+        wrong, matching = wrong_captions(embeddings, pairs, self.loss.mismatched_group)
         mismatched = d.adversarial(real_features, sentence[wrong])
         return DiscriminatorOutput(
             real=d.adversarial(real_features, sentence),
@@ -387,19 +388,3 @@ def _named_and_weighted(alignment: dict[str, Tensor], weights: LossConfig) -> tu
     """The terms by metric name, and the weighted sum of the terms. A term and its weight have the same name."""
     named = {f"loss/{name}": value for name, value in alignment.items()}
     return named, sum(getattr(weights, name) * value for name, value in alignment.items())
-
-
-@torch.no_grad()
-def _wrong_captions(embeddings: Embeddings, batch: Batch, group: int) -> tuple[Tensor, Tensor]:
-    """For each picture, the row [m] of its wrong caption, and whether even this caption matches it, bool [m].
-
-    Of the captions in its group of `group` consecutive rows that do not match the picture, it is the one most similar to
-    the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). Groups of fixed rows give the
-    same captions for any number of ranks.
-    """
-    matching = losses.same_pairs(batch.image_ids, batch.caption_ids)  # [m, m]
-    row = torch.arange(len(batch), device=matching.device)
-    near = (row[:, None] // group == row // group) & (row[:, None] != row)
-    similarity = (embeddings["image"] @ embeddings["text"].T).masked_fill(matching, -2.0).masked_fill(~near, -3.0)
-    wrong = similarity.argmax(dim=1)
-    return wrong, matching[row, wrong]

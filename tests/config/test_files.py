@@ -293,7 +293,7 @@ def test_the_reference_lists_every_key_with_its_default():
     text = reference()
     for key in keys().values():
         assert f"  {key.name.rpartition('.')[2]}: " in text
-    assert "global_batch: 64    (a whole number)" in text
+    assert "global_batch: 16    (a whole number)" in text
 
 
 def test_the_reference_needs_no_torch():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_t2i.config.sections import LossConfig
-from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms
+from dist_t2i.losses.alignment import Negatives, discriminator_terms, generator_terms, wrong_captions
 from dist_t2i.models.config import DiscriminatorConfig
 from dist_t2i.models.discriminator import Discriminator
 from dist_t2i.models.text_encoder import TextEmbedding
@@ -26,7 +26,8 @@ def embedded(**changes) -> tuple[dict, dict]:
 
 
 def terms(pictures: dict, captions: dict, **weights) -> dict:
-    loss, negatives = LossConfig(**weights), Negatives(torch.eye(ROWS, dtype=torch.bool))
+    every = {name: 1.0 for name in vars(LossConfig()) if re.match(r"[dg]_alignment", name)}
+    loss, negatives = LossConfig(**(every | weights)), Negatives(torch.eye(ROWS, dtype=torch.bool))
     real = {name: value.detach() for name, value in {**pictures, **captions}.items()}
     found = discriminator_terms({**pictures, **captions}, loss, negatives)
     return {**found, **generator_terms(pictures, real, loss, negatives)}
@@ -59,3 +60,16 @@ def test_who_trains_knows_no_alignment_by_name():
     for file in ("training/gan.py", "losses/global_batch.py"):
         source = (ROOT / "dist_t2i" / file).read_text()
         assert not [name for name in names if f'"{name}"' in source] and "alignment_" not in source
+
+
+def test_the_wrong_caption_is_the_most_similar_one_of_its_group():
+    picture, caption = torch.eye(8), torch.eye(8)
+    caption[3] = 0.9 * picture[0] + 0.1 * picture[3]  # similar to picture 0, in its group of four
+    caption[6] = 0.99 * picture[0]  # more similar, but in the other group
+    matching = torch.eye(8, dtype=torch.bool)
+    wrong, right = wrong_captions({"image": picture, "text": caption}, matching, 4)
+    assert wrong[0] == 3 and not right.any() and (wrong // 4 == torch.arange(8) // 4).all()
+    matching[0, 3] = matching[3, 0] = True  # the same caption twice
+    assert wrong_captions({"image": picture, "text": caption}, matching, 4)[0][0] in (1, 2)
+    neighbors, matched = wrong_captions({"image": picture, "text": caption}, matching | matching.roll(1, 0), 2)
+    assert neighbors.equal(torch.arange(8) ^ 1) and matched.any(), "a group of two has one candidate"

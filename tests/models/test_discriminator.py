@@ -13,7 +13,13 @@ TEXT = 24
 
 def build(image_size: int = 32, **changes) -> Discriminator:
     torch.manual_seed(0)
-    settings = {"channels": (8, 12, 16), "embedding": 20, "regions": (8, 4), "region_embedding": 6} | changes
+    settings = {
+        "channels": (8, 12, 16),
+        "embedding": 20,
+        "regions": (8, 4),
+        "words": 0,
+        "region_embedding": 6,
+    } | changes
     return Discriminator(DiscriminatorConfig(**settings), image_size, TEXT)
 
 

@@ -25,8 +25,10 @@ def few(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_default_configurations_train_on_the_set_that_is_written(few):
-    config = config_files.load(built_in.default_config())
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_default_configurations_train_on_the_set_that_is_written(few, gpu):
+    config = config_files.load(built_in.default_config(gpu))
+    assert config.data.image_size == (64 if gpu else 32)
     assert not config.data.flip  # captions say left and right
     built_in.write_missing(config.data.train, config.data.image_size)
     written = open_set(few / config.data.train)

@@ -33,9 +33,9 @@ data: {image_size: 32, workers: 1, max_tokens: 8}
 text: {embedding: 16}
 model:
   generator: {noise: 8, condition: 8, channels: [16, 12, 8], layout: 256}
-  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8}
-loss: {penalty_every: 2}
-optimizer: {warmup_images: 16, epsilon: 1.0e-3}
+  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8, words: 0}
+loss: {penalty_every: 2, g_alignment_text: 1, g_alignment_image: 1, g_alignment_regions: 1, g_mode_seeking: 0, kl: 0.02}
+optimizer: {warmup_images: 16, epsilon: 1.0e-3, generator_lr: 8e-4, discriminator_lr: 8e-4, gradient_clipping: 0}
 train: {global_batch: 8, total_images: 80}
 engine: {precision: fp32}
 report: {every_steps: 1, sample_every_images: 1000}

@@ -58,9 +58,12 @@ data: {image_size: 32, workers: 0, max_tokens: 8}
 text: {embedding: 16}
 model:
   generator: {noise: 8, condition: 8, channels: [16, 12, 8], layout: 256}
-  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8}
-loss: {mismatched: 0.5, penalty_every: 2}
-optimizer: {generator_lr: 2.0e-4, discriminator_lr: 2.0e-4, warmup_images: 3200, decay: constant, epsilon: 0.1}
+  discriminator: {channels: [8, 12, 16], embedding: 16, regions: [8], region_embedding: 8, words: 0}
+loss:
+  {mismatched: 0.5, penalty_every: 2, g_alignment_text: 1, g_alignment_image: 1, g_alignment_regions: 1, kl: 0.02,
+   g_alignment_words: 1, g_mode_seeking: 0}
+optimizer: {generator_lr: 2.0e-4, discriminator_lr: 2.0e-4, warmup_images: 3200, decay: constant, epsilon: 0.1,
+            gradient_clipping: 0}
 train: {global_batch: 8, seed: 0}
 engine: {precision: fp32}
 report: {every_steps: 1, sample_every_images: 1000000}
