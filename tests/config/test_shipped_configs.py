@@ -83,7 +83,7 @@ def configurations() -> list[tuple[str, Config, set[str]]]:
     return [*found, ("default", Config(), set())]
 
 
-@pytest.mark.parametrize(("name", "config", "differs"), configurations(), ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("name", "config", "differs"), configurations(), ids=[name for name, *_ in configurations()])
 def test_the_table_of_losses_is_right_for_every_configuration(name, config, differs):
     expected, found = table_of_losses()[column_of(name)], losses_of(config)
     assert {key: found[key] for key in expected} == {
