@@ -117,7 +117,7 @@ class LossConfig:
     that G does not ignore the noise."""
     mismatched: float = setting(0.5, SHARE)
     """Weight of real pictures with wrong captions among the negatives of D's hinge loss."""
-    mismatched_group: int = setting(2, at_least(2))
+    mismatched_group: int = setting(2, at_least(2), absent=2)
     """Number of consecutive rows among which a real picture gets its wrong caption: the one that D's alignment finds
     most similar to the picture. With 2, it is always the caption of the neighboring row. A micro-batch on a rank must
     consist of whole groups."""

@@ -59,8 +59,9 @@ def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = N
     """A field of a configuration, whose numbers must lie in `bounds`. If `resume` is None, the section's `resume`
     applies.
 
-    `absent` is the value in files that an earlier version recorded without this key, if it is not the default. Without
-    it, a key that is added later with an active default would change old runs when they resume.
+    `absent` is the value in files that an earlier version recorded without this key. A section that has a key with an
+    active default that was added later needs `absent` for all keys that were added to it, so that old runs resume as
+    they began (config/files.py).
     """
     return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume, "absent": absent})
 

@@ -54,6 +54,12 @@ def test_a_plan_is_a_run_that_the_configuration_accepts(demo, rate, budget, batc
     assert planned.report.sample_every_images % batch == planned.checkpoint.every_images % batch == 0
 
 
+@pytest.mark.parametrize(("name", "parts"), [("openmoji32", ("pixels 300", "colors 16")), ("scenes32", ())])
+def test_it_names_what_is_for_drawings_only(demo, name, parts):
+    found = demo["for_drawings"](config_files.load(ROOT / "configs" / f"{name}.yaml"))
+    assert all(any(text.endswith(part) for text in found) for part in parts) and bool(found) == bool(parts)
+
+
 @pytest.mark.slow
 def test_interrupted_resumed_finished_and_shown_again(tmp_path):
     """Signals are sent only to the demo process, as by `kill`; the training must save nevertheless."""

@@ -418,3 +418,5 @@ def test_a_recorded_file_keeps_what_its_version_did():
         assert value_of(loads(recorded), name) == key.absent
         assert value_of(loads(recorded, [f"{name}={key.default}"]), name) == key.default
         assert value_of(loads("data: {image_size: 32}"), name) == key.default
+    old = load(ROOT / "tests" / "fixtures" / "e144595" / "run" / "config.yaml")
+    assert old.loss.g_mode_seeking == 0 and old.loss.mismatched_group == 2

