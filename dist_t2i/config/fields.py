@@ -33,6 +33,7 @@ class Key:
     bounds: Bounds  # for a number, or for each number of a tuple
     resume: Resume
     absent: Any  # the value in recorded files that lack the key; None: the default
+    earlier: Any  # the default of earlier versions; None: the default never changed
 
 
 @functools.cache
@@ -58,8 +59,8 @@ def _keys(section: Any, prefix: str, inherited: Resume) -> Iterator[Key]:
             yield from _keys(value, f"{prefix}{name}.", resume)
         else:
             bounds = field.metadata.get("bounds", NOT_NEGATIVE)
-            doc, absent = docs.get(name, ""), field.metadata.get("absent")
-            yield Key(prefix + name, types_of[name], value, doc, bounds, resume, absent)
+            doc, absent, earlier = docs.get(name, ""), field.metadata.get("absent"), field.metadata.get("earlier")
+            yield Key(prefix + name, types_of[name], value, doc, bounds, resume, absent, earlier)
 
 
 @functools.cache

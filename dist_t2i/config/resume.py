@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_t2i.config.fields import flatten, keys
+from dist_t2i.config.fields import build, flatten, keys
 from dist_t2i.config.sections import Config
 from dist_t2i.errors import ConfigError
 from dist_t2i.utils.settings import Resume
@@ -15,6 +15,22 @@ def is_free(key: str, config: Config) -> bool:
     if key == "train.total_images":
         return config.optimizer.decay == "constant"  # with decay, the learning rates depend on this key
     return keys()[key].resume is Resume.FREE
+
+
+def with_earlier_defaults(old: Config, new: Config) -> Config:
+    """`new` with the defaults with which an earlier version started the run `old`.
+
+    A key counts as not given if it has the present default. So a run of an earlier version resumes with the files and
+    the command that started it.
+    """
+    was, now = flatten(old), flatten(new)
+    present = flatten(build({"data.image_size": new.data.image_size}))  # some defaults depend on the size
+    kept = {
+        name: was[name]
+        for name, key in keys().items()
+        if now[name] == present[name] != was[name] and was[name] in (key.earlier, key.absent)
+    }
+    return build({**now, **kept})
 
 
 def differences(old: Config, new: Config, *, free: bool = False) -> dict[str, tuple[Any, Any]]:

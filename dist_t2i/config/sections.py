@@ -88,12 +88,12 @@ class LossConfig:
     """Weight of D's InfoNCE between real pictures and their captions."""
     d_alignment_regions: float = 1.0
     """Weight of D's InfoNCE between captions and the positions of D's region maps (no effect without region maps)."""
-    g_alignment_text: float = 2.0
+    g_alignment_text: float = setting(2.0, earlier=1.0)
     """Weight of G's InfoNCE between G's pictures and S_D of their captions."""
-    g_alignment_image: float = 0.0
+    g_alignment_image: float = setting(0.0, earlier=1.0)
     """Weight of G's InfoNCE between G's pictures and the real pictures of the same captions. Use this loss for sets whose
     captions determine most of the picture, such as drawings: it asks for one picture per caption."""
-    g_alignment_regions: float = 0.0
+    g_alignment_regions: float = setting(0.0, earlier=1.0)
     """Weight of G's InfoNCE between G's pictures and the real pictures, at each position of D's region maps. Like
     `g_alignment_image`, it suits drawings."""
     temperature: float = setting(0.1, POSITIVE)
@@ -106,7 +106,7 @@ class LossConfig:
     """Temperature of the InfoNCE losses on regions."""
     d_alignment_words: float = 1.0
     """Weight of D's InfoNCE between real pictures and their captions' words (no effect without discriminator.words)."""
-    g_alignment_words: float = 2.0
+    g_alignment_words: float = setting(2.0, earlier=1.0)
     """Weight of G's InfoNCE between G's pictures and S_D's words of their captions."""
     word_temperature: float = setting(0.1, POSITIVE)
     """Temperature of the InfoNCE losses on words."""
@@ -131,7 +131,7 @@ class LossConfig:
     and target (`losses.way_left`). This loss applies to samples whose source is another sample's picture. Use the loss
     only for sets such as drawings, in which pictures with near captions have equal pixels except where the captions
     differ."""
-    kl: float = 0.005
+    kl: float = setting(0.005, earlier=0.02)
     """Weight of the conditioning augmentation's KL divergence."""
     penalty: Literal["none", "r1", "ma_gp", "fd_r1"] = "r1"
     """D's gradient penalty: none, R1, DF-GAN's matching-aware penalty, or R1 by finite differences (any ZeRO stage)."""
@@ -139,7 +139,7 @@ class LossConfig:
     """Weight of the penalty. For R1, the weight multiplies the squared gradient norm, without a factor of 1/2."""
     penalty_every: int = setting(8, at_least(1))
     """Every n-th step has the penalty, with n times the weight (StyleGAN2, sec. 3.1: lazy regularization)."""
-    penalty_sigma: float = setting(0.0, NOT_NEGATIVE)
+    penalty_sigma: float = setting(0.0, earlier=0.01)
     """Step of the finite difference in `fd_r1`, for pixels in [-1, 1]. 0: 0.01 in fp32, 0.03 in fp16 and 0.1 in bf16,
     because a difference of logits must be larger than their rounding errors."""
 
@@ -148,9 +148,9 @@ class LossConfig:
 class OptimizerConfig:
     generator_matrices: Literal["adamw", "muon"] = setting("adamw", resume=Resume.FIXED)
     """Optimizer of the generator's matrices and kernels. The generator's biases and text encoder always use AdamW."""
-    generator_lr: float = setting(5e-4, POSITIVE)
+    generator_lr: float = setting(5e-4, POSITIVE, earlier=8e-4)
     """Peak learning rate of the generator."""
-    discriminator_lr: float = setting(5e-4, POSITIVE)
+    discriminator_lr: float = setting(5e-4, POSITIVE, earlier=8e-4)
     """Peak learning rate of the discriminator."""
     text_lr_scale: float = 1.0
     """Learning rate of a text encoder, divided by the learning rate of the encoder's engine."""
@@ -172,7 +172,7 @@ class OptimizerConfig:
     """Share of train.total_images after which the decay begins."""
     final_lr_scale: float = setting(0.0, SHARE)
     """Learning rates at the end of training, divided by the peak learning rates."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: float = setting(1.0, earlier=0.0)
     """Largest global gradient norm of each engine, beyond which the gradient is scaled down. 0 turns clipping off."""
 
 
@@ -202,7 +202,7 @@ class EngineConfig:
 class TrainConfig:
     total_images: int = setting(1_000_000, at_least(1))
     """Number of images seen in the full training, including repeats."""
-    global_batch: int = setting(16, at_least(2))
+    global_batch: int = setting(16, at_least(2), earlier=64)
     """Images per step, over all ranks and micro-batches."""
     seed: int = 0
     """Random seed. Weights, order of samples, captions, noise and augmentation depend only on seed and images seen."""

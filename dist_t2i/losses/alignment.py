@@ -62,17 +62,17 @@ def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negati
 
 
 @torch.no_grad()
-def wrong_captions(e: Embeddings, matching: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def wrong_captions(cosines: Tensor, matching: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """For each picture, the row of its wrong caption, int64 [m], and whether even this caption matches it, bool [m].
 
     Of the captions in its group of `group` consecutive rows that do not match the picture, it is the one most similar to
-    the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). `matching` bool [m, m] are
-    the pairs that share the picture or the caption. Groups of fixed rows give the same captions for any number of ranks.
+    the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). `cosines` [m, m] are those of
+    pictures and captions, and `matching` bool [m, m] the pairs that share the picture or the caption. Groups of fixed
+    rows give the same captions for any number of ranks.
     """
     row = torch.arange(len(matching), device=matching.device)
     near = (row[:, None] // group == row // group) & (row[:, None] != row)
-    similarity = (e["image"] @ e["text"].T).masked_fill(matching, -2.0).masked_fill(~near, -3.0)
-    wrong = similarity.argmax(dim=1)
+    wrong = cosines.masked_fill(matching, -2.0).masked_fill(~near, -3.0).argmax(dim=1)
     return wrong, matching[row, wrong]
 
 

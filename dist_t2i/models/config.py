@@ -50,7 +50,7 @@ class GeneratorConfig:
     less varied."""
     condition: int = setting(128, at_least(1))
     """Width of the augmented condition (conditioning augmentation: StackGAN, sec. 3.2)."""
-    channels: tuple[int, ...] = setting(default_channels(64), at_least(1))
+    channels: tuple[int, ...] = setting(default_channels(64), at_least(1), earlier=(256, 256, 128, 64))
     """Channels of the computed maps, of side 4, 8, 16, ... If the last is smaller than the picture, a pixel shuffle turns
     it into the picture. The default depends on data.image_size (shown: for 64 px)."""
     blocks: int = setting(1, at_least(1))
@@ -64,7 +64,7 @@ class GeneratorConfig:
     directly, which suits photographs."""
     color_sharpness: float = setting(1.0, POSITIVE, Resume.FREE)
     """Inverse temperature of the palette's softmax at inference. Above 1, lines that averaging blurs are sharper."""
-    layout: int = 0
+    layout: int = setting(0, earlier=2048)
     """Count of numbers that a matrix computes from the condition and adds to a scale's map, as layout / size^2
     channels: a cheap way to store layouts. Only scales with at least 4 such channels have a layout; 0: no layouts."""
     mapping: int = 0
@@ -109,7 +109,7 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    channels: tuple[int, ...] = setting(default_channels(64)[::-1], at_least(1))
+    channels: tuple[int, ...] = setting(default_channels(64)[::-1], at_least(1), earlier=(64, 128, 256, 256))
     """Channels from the finest computed scale down to 4 pixels. The default depends on data.image_size (shown: for 64
     px)."""
     blocks: int = setting(1, at_least(1))
@@ -118,11 +118,11 @@ class DiscriminatorConfig:
     """Width of the alignment space, in which images and S_D sentences are compared."""
     condition: Literal["projection", "joint"] = "projection"
     """How the adversarial branch uses S_D: `projection` (Miyato & Koyama 2018), or `joint` (a perceptron on both)."""
-    regions: tuple[int, ...] = ()
+    regions: tuple[int, ...] = setting((), earlier=(8,))
     """Sides, in positions, of the maps that are aligned by position; empty: only whole pictures are aligned."""
     patches: int = 0
     """Side, in positions, of the map that a patch head scores by position; 0: only whole pictures are scored."""
-    words: int = 8
+    words: int = setting(8, earlier=0)
     """Side, in positions, of the map aligned with S_D's words (AttnGAN, sec. 3.2); 0: only sentences are aligned."""
     region_embedding: int = 64
     """Width of the spaces in which regions are compared with each other and with words."""

@@ -77,7 +77,8 @@ class DiscriminatorOutput(NamedTuple):
 
     real: Tensor
     fake: Tensor
-    mismatched: Tensor  # logits of real pictures with the caption of another row; -1 if it matches by chance
+    mismatched: Tensor  # logits of real pictures with the caption of another row
+    matching: Tensor  # bool [m], pictures that this caption matches by chance
     sentence: Tensor
     embeddings: Embeddings
     penalty: Tensor
@@ -166,18 +167,18 @@ class Gan:
             both = d.features(torch.cat([real, fake]))
             real_features, fake_features = both.rows(0, len(real)), both.rows(len(real), 2 * len(real))
 
-        # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares. A picture may match
-        # the caption of another row by chance. Then the logit is set to -1, where the hinge has no gradient.
-        embeddings = {**d.embed_pictures(real_features), **d.embed_captions(encoded)}
+        # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares.
+        with torch.no_grad():
+            cosines = d.align_image(real_features) @ d.align_text(sentence).T
         pairs = losses.same_pairs(micro.batch.image_ids, micro.batch.caption_ids)
-        wrong, matching = wrong_captions(embeddings, pairs, self.loss.mismatched_group)
-        mismatched = d.adversarial(real_features, sentence[wrong])
+        wrong, matching = wrong_captions(cosines, pairs, self.loss.mismatched_group)
         return DiscriminatorOutput(
             real=d.adversarial(real_features, sentence),
             fake=d.adversarial(fake_features, sentence),
-            mismatched=mismatched.masked_fill(matching.view(-1, *[1] * (mismatched.dim() - 1)), -1.0),
+            mismatched=d.adversarial(real_features, sentence[wrong]),
+            matching=matching,
             sentence=sentence,
-            embeddings=embeddings,
+            embeddings={**d.embed_pictures(real_features), **d.embed_captions(encoded)},
             penalty=self._penalty(penalty, d, micro, real, real_features, sentence.detach()),
         )
 
@@ -200,8 +201,11 @@ class Gan:
     def _discriminator_loss(self, micro: MicroBatch, output: DiscriminatorOutput, rows: GlobalRows) -> Tensor:
         weights = self.loss
 
-        # Hinge over this rank's m rows.
-        adversarial = losses.hinge_d(output.real, output.fake, output.mismatched, weights.mismatched)
+        # Hinge over this rank's m rows. A picture may match the caption of another row by chance. The logit of a
+        # matching pair is set to -1, where the hinge has no gradient.
+        matching = output.matching.view(-1, *[1] * (output.mismatched.dim() - 1))
+        mismatched = output.mismatched.masked_fill(matching, -1.0)
+        adversarial = losses.hinge_d(output.real, output.fake, mismatched, weights.mismatched)
 
         # InfoNCE over the B rows of the global batch. Only the rows of this micro-batch have an autograd graph.
         embeddings = rows.with_own(micro.index, output.embeddings)

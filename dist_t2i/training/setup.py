@@ -18,7 +18,7 @@ from dist_t2i.checkpoint.mirror import Mirror
 from dist_t2i.checkpoint.store import Checkpoint
 from dist_t2i.config import files as config_files
 from dist_t2i.config.fields import flatten
-from dist_t2i.config.resume import differences
+from dist_t2i.config.resume import differences, with_earlier_defaults
 from dist_t2i.config.sections import Config
 from dist_t2i.config.validation import check_world
 from dist_t2i.data.open_data import open_data
@@ -77,7 +77,10 @@ def build_trainer(config: Config, device: torch.device, watchdog: Watchdog, *, a
     """
     precision = resolve_precision(config.engine.precision, device)
     config = replace(config, engine=replace(config.engine, precision=precision))
-    folder, main, text, train = Path(config.run.folder), dist.get_rank() == 0, config_files.dump(config), config.train
+    folder, main = Path(config.run.folder), dist.get_rank() == 0
+    if (recorded := folder / "config.yaml").is_file():
+        config = with_earlier_defaults(config_files.load(recorded), config)
+    text, train = config_files.dump(config), config.train
 
     # Open the data. Check the run folder and take its lease. If the newest checkpoint is missing, restore it from the
     # mirror.

@@ -55,15 +55,24 @@ class Resume(enum.Enum):
     """The key may never change, because the checkpoint would have other tensors or shapes."""
 
 
-def setting(default: T, bounds: Bounds = NOT_NEGATIVE, resume: Resume | None = None, *, absent: T | None = None) -> T:
+def setting(
+    default: T,
+    bounds: Bounds = NOT_NEGATIVE,
+    resume: Resume | None = None,
+    *,
+    absent: T | None = None,
+    earlier: T | None = None,
+) -> T:
     """A field of a configuration, whose numbers must lie in `bounds`. If `resume` is None, the section's `resume`
     applies.
 
     `absent` is the value in files that an earlier version recorded without this key. A section that has a key with an
     active default that was added later needs `absent` for all keys that were added to it, so that old runs resume as
-    they began (config/files.py).
+    they began (config/files.py). `earlier` is the default of earlier versions: a run that was started with it resumes
+    with it, unless another value than the present default is given (config/resume.py).
     """
-    return dataclasses.field(default=default, metadata={"bounds": bounds, "resume": resume, "absent": absent})
+    metadata = {"bounds": bounds, "resume": resume, "absent": absent, "earlier": earlier}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def section(factory: Callable[[], T], resume: Resume | None = None) -> T:

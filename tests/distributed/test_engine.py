@@ -14,12 +14,11 @@ CPU = torch.device("cpu")
 
 def test_gradient_clipping_is_always_written():
     """DeepSpeed clips at 1.0 if its configuration has no value."""
-    from dist_t2i.config.sections import OptimizerConfig
     from dist_t2i.distributed.engine import EngineSpec
 
     for stage in range(4):
         spec = EngineSpec("g", stage, 4, 1, "fp32", 1e-3, {})
-        assert deepspeed_config(spec, OptimizerConfig().gradient_clipping, 2, 1000)["gradient_clipping"] == 0.0
+        assert deepspeed_config(spec, 0.0, 2, 1000)["gradient_clipping"] == 0.0
 
 
 def test_precision_is_what_the_device_computes_natively():

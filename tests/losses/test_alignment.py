@@ -67,9 +67,9 @@ def test_the_wrong_caption_is_the_most_similar_one_of_its_group():
     caption[3] = 0.9 * picture[0] + 0.1 * picture[3]  # similar to picture 0, in its group of four
     caption[6] = 0.99 * picture[0]  # more similar, but in the other group
     matching = torch.eye(8, dtype=torch.bool)
-    wrong, right = wrong_captions({"image": picture, "text": caption}, matching, 4)
+    wrong, right = wrong_captions(picture @ caption.T, matching, 4)
     assert wrong[0] == 3 and not right.any() and (wrong // 4 == torch.arange(8) // 4).all()
     matching[0, 3] = matching[3, 0] = True  # the same caption twice
-    assert wrong_captions({"image": picture, "text": caption}, matching, 4)[0][0] in (1, 2)
-    neighbors, matched = wrong_captions({"image": picture, "text": caption}, matching | matching.roll(1, 0), 2)
+    assert wrong_captions(picture @ caption.T, matching, 4)[0][0] in (1, 2)
+    neighbors, matched = wrong_captions(picture @ caption.T, matching | matching.roll(1, 0), 2)
     assert neighbors.equal(torch.arange(8) ^ 1) and matched.any(), "a group of two has one candidate"

@@ -124,7 +124,7 @@ SEEN_IN = {
 }
 """The variant that shows a change of a weight (a temperature, a step size) by 2%. Every weight has one."""
 
-NO_WEIGHTS = {"loss.penalty", "loss.penalty_every", "loss.region_negatives"}
+NO_WEIGHTS = {"loss.penalty", "loss.penalty_every", "loss.region_negatives", "loss.mismatched_group"}
 """Keys that name a choice or a count, which nothing changes by 2%."""
 
 
