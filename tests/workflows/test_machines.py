@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ranks import ROOT, free_port
-from runs import Run, assert_same_state, environment, make_set, wait_for_run
+from runs import RATES, Run, assert_same_state, environment, make_set, wait_for_run
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, data) -> Run:
     """Two ranks on one machine."""
-    run = Run(tmp_path_factory.mktemp("together") / "run", data)
+    run = Run(tmp_path_factory.mktemp("together") / "run", data, *RATES)
     assert run.train(ranks=2) == 0, run.output()
     return run
 
@@ -113,7 +113,7 @@ def end(launchers: list[subprocess.Popen]) -> None:
 
 def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_path):
     """A run that is stopped under one launcher and resumed under the other equals two ranks on one machine."""
-    run = Run(tmp_path / "run", data)
+    run = Run(tmp_path / "run", data, *RATES)
     launchers = machines.start("torchrun", run)
     try:
         wait_for_run(lambda: (run.folder / "metrics.jsonl").exists() and len(run.metrics()) >= 3, launchers[0], run)
@@ -134,7 +134,7 @@ def test_torchrun_and_deepspeed_on_two_machines(machines, together, data, tmp_pa
 
 
 def test_a_machine_is_lost_and_the_other_goes_on_alone(machines, together, data, tmp_path):
-    run = Run(tmp_path / "run", data, "checkpoint.every_images=8")
+    run = Run(tmp_path / "run", data, "checkpoint.every_images=8", *RATES)
     launchers = machines.start("deepspeed", run)
     try:
         wait_for_run(lambda: len(run.checkpoints()) >= 2, launchers[0], run)
