@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dist_t2i.config import files
 from dist_t2i.config.fields import build, flatten, keys, reference, value_of
 from dist_t2i.config.files import dump, load, loads
-from dist_t2i.config.resume import differences, refuse_changes
+from dist_t2i.config.resume import differences, refuse_changes, with_earlier_defaults
 from dist_t2i.config.sections import RENAMED, Config
 from dist_t2i.config.validation import check_world, problems_of
 from dist_t2i.errors import ConfigError
@@ -420,3 +420,13 @@ def test_a_recorded_file_keeps_what_its_version_did():
         assert value_of(loads("data: {image_size: 32}"), name) == key.default
     old = load(ROOT / "tests" / "fixtures" / "e144595" / "run" / "config.yaml")
     assert old.loss.g_mode_seeking == 0 and old.loss.mismatched_group == 2
+
+
+def test_a_run_of_an_earlier_version_keeps_its_defaults_unless_others_are_given():
+    old = build({"data.image_size": 32, "loss.kl": 0.02, "loss.g_mode_seeking": 0.0, "model.discriminator.words": 0})
+    same = loads("data: {image_size: 32}")
+    assert not differences(old, with_earlier_defaults(old, same))
+    other = loads("{data: {image_size: 32}, loss: {kl: 0.1}}")
+    assert differences(old, with_earlier_defaults(old, other)) == {"loss.kl": (0.02, 0.1)}
+    started = build({"data.image_size": 32, "loss.kl": 0.3})  # not a default of any version
+    assert differences(started, with_earlier_defaults(started, same)) == {"loss.kl": (0.3, 0.005)}
