@@ -62,17 +62,20 @@ def generator_terms(fake: Embeddings, real: Embeddings, loss: LossConfig, negati
 
 
 @torch.no_grad()
-def wrong_captions(cosines: Tensor, matching: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def wrong_captions(cosines: Tensor | None, matching: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """For each picture, the row of its wrong caption, int64 [m], and whether even this caption matches it, bool [m].
 
     Of the captions in its group of `group` consecutive rows that do not match the picture, it is the one most similar to
     the picture in D's alignment space: a hard negative (Faghri et al. 2018, VSE++, Eq. 6). `cosines` [m, m] are those of
-    pictures and captions, and `matching` bool [m, m] the pairs that share the picture or the caption. Groups of fixed
-    rows give the same captions for any number of ranks.
+    pictures and captions (None for groups of two, which have one candidate), and `matching` bool [m, m] the pairs that
+    share the picture or the caption. Groups of fixed rows give the same captions for any number of ranks.
     """
     row = torch.arange(len(matching), device=matching.device)
-    near = (row[:, None] // group == row // group) & (row[:, None] != row)
-    wrong = cosines.masked_fill(matching, -2.0).masked_fill(~near, -3.0).argmax(dim=1)
+    if cosines is None:
+        wrong = row ^ 1
+    else:
+        near = (row[:, None] // group == row // group) & (row[:, None] != row)
+        wrong = cosines.masked_fill(matching, -2.0).masked_fill(~near, -3.0).argmax(dim=1)
     return wrong, matching[row, wrong]
 
 

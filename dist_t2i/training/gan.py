@@ -168,8 +168,10 @@ class Gan:
             real_features, fake_features = both.rows(0, len(real)), both.rows(len(real), 2 * len(real))
 
         # The heads: three kinds of logits [m] or [m, L], and the embeddings that InfoNCE compares.
-        with torch.no_grad():
-            cosines = d.align_image(real_features) @ d.align_text(sentence).T
+        cosines = None
+        if self.loss.mismatched_group > 2:
+            with torch.no_grad():
+                cosines = d.align_image(real_features) @ d.align_text(sentence).T
         pairs = losses.same_pairs(micro.batch.image_ids, micro.batch.caption_ids)
         wrong, matching = wrong_captions(cosines, pairs, self.loss.mismatched_group)
         return DiscriminatorOutput(
